@@ -1,0 +1,81 @@
+# `make demo` and `make test` are all that is needed. Both make .venv and install into it; a second call installs nothing.
+#
+# PYTHON=python3.12  the Python that .venv is made with (default: the newest of 3.13, 3.12, 3.11; `make clean` to change)
+# TORCH_INDEX=URL    another build of torch, such as https://download.pytorch.org/whl/cpu (remembered in .venv)
+
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?= $(shell cat $(VENV)/torch-index 2>/dev/null)
+
+# The stamp's name holds a checksum of all that decides what is installed (and where: scripts hold absolute paths).
+KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(TORCH_INDEX)'; pwd; } | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/installed-$(KEY)
+
+USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+.PHONY: help demo test test-all gpu lint install clean
+
+help:  ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: $(STAMP)  ## run every phase on the embedded models and print one table
+	@$(BIN)/lab demo
+
+test: lint  ## ruff, mypy --strict and the tests that are quick and need no graphics card
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: lint  ## every test, the slow ones too; those for a graphics card where there is one
+	$(BIN)/pytest
+
+gpu: $(STAMP)  ## the tests that need a graphics card
+	$(BIN)/pytest -m gpu
+
+# mypy runs once per phase, because each phase has its own package called `engine`; `common` and the tests see the phases
+# under their installed names (phase1, ...), which are links here because mypy does not follow editable installs.
+lint: $(STAMP)  ## ruff format --check, ruff check, mypy --strict
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@rm -rf $(VENV)/phases && mkdir $(VENV)/phases
+	@for phase in phase-*; do \
+	    number=$${phase#phase-}; ln -s "../../$$phase/engine" "$(VENV)/phases/phase$${number%%-*}"; \
+	done
+	MYPYPATH=.:$(VENV)/phases $(BIN)/mypy --strict common tests
+	@for phase in phase-*; do \
+	    echo "MYPYPATH=$$phase:. $(BIN)/mypy --strict $$phase"; \
+	    MYPYPATH=$$phase:. $(BIN)/mypy --strict $$phase || exit 1; \
+	done
+
+install: $(STAMP)  ## make .venv and install into it (demo and test do this by themselves)
+
+$(STAMP):
+	@set -e; \
+	if ! $(BIN)/python -c 'import pip; $(USABLE)' 2>/dev/null; then \
+	    for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3) none; do \
+	        if [ $$python = none ]; then \
+	            echo "error: no Python 3.11 to 3.13 with venv and pip (tried: $(or $(PYTHON),python3.13," \
+	                "python3.12, python3.11, python3)); install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	            exit 2; \
+	        fi; \
+	        if $$python -c '$(USABLE)' 2>/dev/null; then break; fi; \
+	    done; \
+	    $$python -m venv --clear $(VENV); \
+	fi; \
+	echo "Installing into $(VENV), with $$($(BIN)/python -V); the first time takes minutes, most of it for torch"; \
+	rm -f $(VENV)/installed-*; \
+	if [ "$(TORCH_INDEX)" != "$$(cat $(VENV)/torch-index 2>/dev/null)" ]; then \
+	    $(BIN)/python -m pip uninstall -qq -y torch; \
+	    echo "$(TORCH_INDEX)" > $(VENV)/torch-index; \
+	fi; \
+	cp constraints.txt $(VENV)/constraints.txt; \
+	if [ -n "$(TORCH_INDEX)" ]; then \
+	    $(BIN)/python -m pip install -q --index-url "$(TORCH_INDEX)" torch; \
+	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	fi; \
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[dev]'; \
+	touch $@
+
+clean:  ## remove .venv, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""The `lab` command: finds the subcommand and runs it.
+
+A subcommand is a module with `run(arguments) -> exit status`; COMMANDS is the list of them.
+
+    lab --help
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+from common.errors import UserError
+from common.lab.arguments import Parser
+from common.options import run_main
+
+# name -> (module with `run(arguments: list[str]) -> int`, one line of help). Imported only when used: torch is slow.
+COMMANDS = {
+    "demo": ("common.lab.demo", "run every phase on the embedded models and compare them in one table"),
+    "doctor": ("common.lab.doctor", "say what this machine can do, and what each missing thing would enable"),
+    "pull": ("common.lab.pull", "download a model from the Hugging Face hub into the cache and check it"),
+}
+
+
+def _parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    parser = Parser(
+        prog="lab",
+        usage="lab COMMAND [OPTIONS]",
+        description="The command of the LLM inference lab.",
+        epilog=f"commands:\n{listing}\n\n`lab COMMAND --help` lists a command's options.",
+    )
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run `lab` with these arguments and return its exit status. Raises UserError for an unknown command."""
+    name = _parser().parse_args(arguments[:1]).command  # the rest belongs to the command
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)} (see lab --help)")
+    status: int = importlib.import_module(COMMANDS[name][0]).run(arguments[1:])
+    return status
+
+
+def entry() -> NoReturn:
+    """The console script: bad input is one line on stderr and exit status 2."""
+    run_main(main, sys.argv[1:])

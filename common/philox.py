@@ -1,0 +1,121 @@
+"""Random numbers that are a function of what they are for: Philox 4x32-10 in plain torch.
+
+An ordinary generator gives numbers in the order they are asked for, so a request's tokens would depend on who else is
+in the batch. Philox is a block cipher of a counter instead: there is no state, and every number can be computed
+alone, in any order, on any device. Here the counter names the number's use, (seed, sample, position, purpose, index),
+and so a request gets the same numbers alone, in a batch, after a preemption or in another process.
+
+    python -c "import torch; from common.philox import uniforms; r = torch.arange(3); print(uniforms(7, r, r, 0, 4))"
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123's philox.h.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85  # added to the two key words after each round
+MASK = 0xFFFFFFFF
+
+
+class Purpose(IntEnum):
+    """What a random number decides. Two decisions at one position must not share their noise by accident."""
+
+    SAMPLE = 0  # a token of plain sampling
+    DRAFT = 1  # a token that a drafter proposes
+    ACCEPT = 2  # whether a proposed token stands
+    RESIDUAL = 3  # the token that replaces a rejected one
+
+
+def _pair(first: int, second: int, like: Tensor) -> Tensor:
+    """int64 [2, 1, ...] for the two lanes of `like`, [2, ...].
+
+    Filled on the device: a copy from the host would synchronise, and a CUDA graph cannot capture it.
+    """
+    values = torch.full((2, *(1,) * (like.ndim - 1)), first, device=like.device)
+    values[1] = second
+    return values
+
+
+def _encrypt(even: Tensor, odd: Tensor, key: Tensor) -> Tensor:
+    """The ten rounds. even: words 0 and 2, odd: words 1 and 3, key: all [2, ...]; gives [..., 4].
+
+    The two halves of the cipher are the lanes of one tensor, and as few operations as possible make a round: on small
+    arrays the time goes into starting operations, not into arithmetic.
+    """
+    multiplier = _pair(*MULTIPLIERS, like=even)
+    key_step = _pair(*KEY_STEPS, like=even)
+    even = even & MASK
+    for _ in range(ROUNDS):
+        # The product of two 32-bit words may wrap past 2**63 to a negative number; its 64 bits are right all the same.
+        # The flip: each half goes on with the product of the other. `odd` and `key` may carry bits above the 32nd, and
+        # the shift of a negative product does; the one mask clears them all before the next multiplication.
+        product = (even * multiplier).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(MASK)
+        odd = product
+        key = key + key_step
+    odd = odd & MASK
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
+    """Encrypt counters, int64 [..., 4], under keys, [..., 2] or one pair for all: int64 [..., 4].
+
+    Words are 32 bits wide and stand in int64, for torch has no unsigned arithmetic on every device. Of inputs the low
+    32 bits count; outputs are in [0, 2**32). Leading dimensions broadcast.
+    """
+    if isinstance(key, Tensor):
+        shape = (counter[..., 0] ^ key[..., 0]).shape  # what they broadcast to
+        counter, lanes = counter.expand(*shape, 4).movedim(-1, 0), key.expand(*shape, 2).movedim(-1, 0) & MASK
+    else:
+        counter = counter.movedim(-1, 0)
+        lanes = _pair(key[0] & MASK, key[1] & MASK, like=counter)
+    return _encrypt(counter[0::2], counter[1::2], lanes)
+
+
+def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+    """`count` random words for each row: int64 [B, count] in [0, 2**32), on the device of `position`.
+
+    `sample` and `position` are int64 [B]; of them and of `purpose` the low 32 bits count, of `seed` the low 64, so a
+    negative seed is one too. Word i is word i % 4 of the block with counter (i // 4, position, sample, purpose) and
+    key (low, high half of the seed): asking for more words never changes the first ones.
+    """
+    if position.ndim != 1 or sample.shape != position.shape:
+        raise ValueError(
+            f"sample and position must both be [B]; they are {list(sample.shape)} and {list(position.shape)}"
+        )
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
+    blocks = (count + 3) // 4
+    counter = torch.empty(4, len(position), blocks, dtype=torch.int64, device=position.device)
+    counter[0] = torch.arange(blocks, device=position.device)
+    counter[1] = position[:, None]
+    counter[2] = sample[:, None]
+    counter[3] = int(purpose) & MASK
+    key = _pair(seed & MASK, (seed >> 32) & MASK, like=counter)
+    return _encrypt(counter[0::2], counter[1::2], key).flatten(1)[:, :count]
+
+
+def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+    """Uniform numbers in the open interval (0, 1): float32 [B, count], the same bits on every device.
+
+    The upper 23 bits of a word, k, become (k + 0.5) / 2**23: the middle of one of 2**23 equal cells. 2 * k + 1 has at
+    most 24 significant bits, as many as a float32 holds, and scaling by a power of two is exact; so nothing is
+    rounded, and neither 0 nor 1 can occur. Arguments as for `words`.
+    """
+    upper = words(seed, sample, position, purpose, count) >> 9
+    return upper.to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+def gumbel(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+    """Standard Gumbel noise -log(-log(u)): float32 [B, count], finite, between -2.82 and 16.64.
+
+    The argmax over tokens of (log-probability + noise) is a sample of the distribution (Gumbel-max). The uniforms are
+    the same bits everywhere; a device's `log` may differ in the last place. Arguments as for `words`.
+    """
+    return uniforms(seed, sample, position, purpose, count).log_().neg_().log_().neg_()

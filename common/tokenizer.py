@@ -1,0 +1,159 @@
+"""Text to token ids and back, and text as it streams.
+
+`tokenizer.json` is read with the `tokenizers` package, which is there in milliseconds. transformers takes seconds to
+import, so it is imported only for a folder that has no tokenizer.json (OPT, for one), to build the same from its parts.
+
+    tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
+    tokenizer.decode(tokenizer.encode("import re"))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from common.errors import UserError
+from common.files import one_line, read_json
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
+SENTENCEPIECE_BYTE = re.compile("<0x..>")
+PARTS = ("vocab.json", "vocab.txt", "tokenizer.model")  # any of these: there is something to build a tokenizer from
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, and the ids that mean something to a decoding loop."""
+
+    def __init__(self, backend: Backend, bos_id: int | None, eos_ids: tuple[int, ...]) -> None:
+        # A file can say that texts are cut or padded to some length. That is for training; here nothing may be lost.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any], generation_config: dict[str, Any]) -> Tokenizer:
+        """The tokenizer in a checkpoint's folder.
+
+        Its begin and end tokens are those of `generation_config`, else of `config`, else of tokenizer_config.json.
+        Raises UserError, naming the folder, where the files are missing or damaged.
+        """
+        backend = _load_backend(folder)
+        path = folder / "tokenizer_config.json"
+        tokenizer_config = read_json(path) if path.is_file() else {}
+
+        def ids(kind: str) -> tuple[int, ...]:
+            for source in (generation_config, config):
+                found = source.get(f"{kind}_token_id")
+                found = [found] if isinstance(found, int) else found
+                if found:
+                    if not isinstance(found, list) or not all(isinstance(token_id, int) for token_id in found):
+                        raise UserError(f"{folder}: {kind}_token_id should be a token id or a list, got {found!r}")
+                    return tuple(found)
+            token = tokenizer_config.get(f"{kind}_token")
+            token_id = backend.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+            return () if token_id is None else (token_id,)
+
+        return cls(backend, next(iter(ids("bos")), None), ids("eos"))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id plus one, added tokens included. A model's logits can be wider (padding), never narrower."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that this tokenizer puts around one (Llama 2: a begin token)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate: how Python shows bytes of the command line that are not UTF-8
+            raise UserError("the text holds bytes that are not UTF-8") from None
+        return list(self._backend.encode(text).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids. Special tokens, and ids that no token has, are left out; nothing is tidied up."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it (`Ġthe`, `▁the`, `<0xE2>`); None for an id that no token has."""
+        piece = self._backend.id_to_token(token_id)
+        return None if piece is None else str(piece)
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display: its text, the spaces too; as it is spelled where it is only a part of a character."""
+        piece = self.piece(token_id)
+        if piece is None:
+            return f"<{token_id}>"
+        # Some decoders drop the space at the start of a text. So: what the token adds when it comes a second time.
+        once, twice = (self._backend.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return piece if REPLACEMENT in twice else str(twice[len(once) :])
+
+
+class IncrementalDecoder:
+    """Text from tokens as they come: only what later tokens cannot change any more.
+
+    All that `push` returned, then `flush`, is exactly `decode` of all the tokens. A character can be spread over
+    several tokens, and decoders treat the first token differently (no space before it). So a window of tokens is
+    decoded twice, without and with the new ones, and the difference is the new text. This is the prefix-offset method
+    of text-generation-inference and vLLM (`detokenize_incrementally`), and goes further in one point: sentencepiece
+    bytes wait for the end of their run, since one that is not UTF-8 turns the whole run into U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []  # the tokens of the last text that was given out: context for the next
+        self._held: list[int] = []  # the tokens whose text has not been given out
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that became certain, often none."""
+        piece = self._tokenizer.piece(token_id)
+        if piece is None or token_id in self._tokenizer.special_ids:  # left out before anything is decoded
+            return ""
+        self._held.append(token_id)
+        if SENTENCEPIECE_BYTE.fullmatch(piece):
+            return ""
+        text = self._held_text()
+        # A tail of U+FFFD may be the first bytes of a character. An empty text may be a space that shows later.
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._shown, self._held = self._held, []
+        return text
+
+    def flush(self) -> str:
+        """The text that was held back; call it when no more tokens come."""
+        text = self._held_text()
+        self._shown, self._held = self._held, []
+        return text
+
+    def _held_text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._held)[len(before) :]
+
+
+def _load_backend(folder: Path) -> Backend:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return Backend.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise UserError(f"{folder}: tokenizer.json cannot be read ({one_line(error)})") from None
+    if not any((folder / part).is_file() for part in PARTS):
+        raise UserError(f"{folder}: no tokenizer; expected tokenizer.json, or one of {', '.join(PARTS)}")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # damaged files, a missing package, code that was not asked for: all say what is wrong
+        raise UserError(
+            f"{folder}: no tokenizer.json, and the tokenizer's other files do not load ({one_line(error)})"
+        ) from None
+    if not isinstance(backend, Backend):
+        raise UserError(f"{folder}: no tokenizer.json, and none can be made of the tokenizer's other files")
+    return backend

@@ -1,0 +1,135 @@
+"""Weight files to tensors: which files hold a checkpoint's weights, and the tensors in them, one at a time.
+
+Safetensors are taken where there are any, else PyTorch's `.bin`. Both are memory-mapped, so that a caller who copies
+each tensor as it comes needs the memory of the weights once, not twice. Pages that were read through a map stay
+resident as long as the map does. That is why a file is mapped anew along the way, and why its largest tensors come
+first: by the time most of the copies exist, little of the file is resident beside them.
+
+No code from a checkpoint ever runs: a `.bin` is read by torch's restricted unpickler (`weights_only=True`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from common.files import one_line, read_json
+
+if TYPE_CHECKING:  # torch takes seconds to import, and whoever only looks for files does not need it
+    import torch
+
+INDEX = ".index.json"
+# In the order of preference. An index names the shards of weights that are split over several files.
+WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, each once. Raises UserError where it is not an index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected a 'weight_map' from tensor names to files")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if name in (".", "..") or "/" in name or "\\" in name:  # a checkpoint does not reach outside its folder
+            raise UserError(f"{index}: names the shard {name!r}, which is not a file beside the index")
+    return names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files to read the weights from. Raises UserError where there are none, or a shard is missing."""
+    for name in WEIGHTS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if not name.endswith(INDEX):
+            return [path]
+        shards = [folder / shard for shard in shard_names(path)]
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{shard}: the file is missing, though {name} names it; download or copy it again")
+        return shards
+    raise UserError(f"{folder}: no weights; expected one of {', '.join(WEIGHTS)}")
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name and the tensor of each weight in a file, the largest first, on the CPU, in the file's dtype.
+
+    A tensor is a view of the mapped file: copy it, or keep it and leave the file in its place. Writing to it does not
+    change the file. Raises UserError, naming the file, where it is damaged or holds anything but tensors.
+    """
+    return _safetensors(path) if path.suffix == ".safetensors" else _bin(path)
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    sizes = _safetensors_sizes(path)
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        yield name, _safetensor(path, name)
+
+
+def _safetensors_sizes(path: Path) -> dict[str, int]:
+    """The bytes of each tensor, by the header: its length in 8 bytes, then JSON with every tensor's offsets."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # checks the header, and that the file is as long as it says
+            pass
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or incomplete, download or copy it again ({one_line(error)})") from None
+    header.pop("__metadata__", None)
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def _safetensor(path: Path, name: str) -> torch.Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: tensor {name} cannot be read ({one_line(error)})") from None
+
+
+def _bin(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    mapped = _is_zip(path)
+    tensors = _load_bin(path, mapped)
+    before_remap = path.stat().st_size / 10 if mapped else math.inf
+    read = 0
+    for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
+        if read > before_remap:
+            tensors, read = _load_bin(path, mapped), 0
+        tensor = tensors.pop(name)  # where the file is not mapped, this lets its memory go as the caller moves on
+        read += tensor.nbytes
+        yield name, tensor
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch can map the file: it is in the zip format, as all are that torch 1.6 or later wrote."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _load_bin(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        state = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    except pickle.UnpicklingError:  # torch's own message explains how to run the code in it: not repeated
+        raise UserError(
+            f"{path}: holds more than plain tensors, or is damaged, and was not loaded; use a safetensors file"
+        ) from None
+    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
+        raise UserError(f"{path}: damaged or incomplete, download or copy it again ({one_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: expected a dictionary of tensors by name")
+    return dict(state)

@@ -1,0 +1,39 @@
+"""Naive decoding: every new token recomputes the whole sequence."""
+
+from .beam import beam_search
+from .config import ModelConfig, RopeConfig
+from .context import window_start
+from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .load import LoadedModel, load, load_transformer
+from .model import Transformer
+from .options import Options
+from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
+from .sequence import Ending, Sequence
+from .session import Session
+
+__all__ = [
+    "Clock",
+    "Ending",
+    "Generation",
+    "KeyedRandomness",
+    "LoadedModel",
+    "ModelConfig",
+    "Options",
+    "Randomness",
+    "RopeConfig",
+    "SamplingParams",
+    "Sequence",
+    "Session",
+    "Stats",
+    "Transformer",
+    "beam_search",
+    "choose",
+    "decode",
+    "generate",
+    "load",
+    "load_transformer",
+    "next_logits",
+    "probabilities",
+    "stream",
+    "window_start",
+]

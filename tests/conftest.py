@@ -1,0 +1,106 @@
+"""Fixtures shared by all tests: the phases, and small checkpoints made with transformers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from common.models.train_tokenizer import save_tokenizer, train_tokenizer
+from common.phases import Phase, phases
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "Llama",
+        {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2},
+    ),
+    "mistral": (
+        "Mistral",
+        {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 8,
+        },
+    ),
+    "qwen2": (
+        "Qwen2",
+        {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2},
+    ),
+    "qwen3": (
+        "Qwen3",
+        {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+    ),
+    "gpt2": ("GPT2", {"n_embd": 48, "n_head": 4, "n_positions": 128}),
+    "opt": (
+        "OPT",
+        {"hidden_size": 48, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 48, "dropout": 0.0},
+    ),
+}
+VOCABULARY = 320
+
+
+def reference_model(family: str, **overrides: Any) -> Any:
+    """A small transformers model with weights large enough that every part of it shows in the logits."""
+    import transformers
+
+    prefix, shape = SMALL[family]
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    positions = {} if family == "gpt2" else {"max_position_embeddings": 128}
+    config = getattr(transformers, f"{prefix}Config")(**{**common, layers: 2, **positions, **shape, **overrides})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():  # biases and norms are born as zeros and ones, which would hide a mistake in them
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "position" in name or "wpe" in name:
+                parameter.mul_(0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkpoint("llama", **config overrides)`: a folder as the hub would hold it, with a tokenizer."""
+    text = [Path(__file__).read_text(encoding="utf-8")] * 4
+    tokenizer = train_tokenizer(text, VOCABULARY)
+
+    def make(family: str, **overrides: Any) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        reference_model(family, **overrides).save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, context=128)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_folder(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("llama")
+
+
+@pytest.fixture(params=phases(), ids=lambda phase: f"phase{phase.number}")
+def phase(request: pytest.FixtureRequest) -> Phase:
+    """Every phase of the repository, one after the other."""
+    found: Phase = request.param
+    return found
+
+
+@pytest.fixture
+def engine(phase: Phase) -> ModuleType:
+    """The engine package of the phase at hand."""
+    return importlib.import_module(phase.package)

@@ -1,0 +1,199 @@
+"""Plain decoding: batches, stop strings, the end of a text, and the window past the context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loaded(engine: ModuleType, llama_folder: Path) -> Any:
+    return engine.load(str(llama_folder), torch.float32, CPU)
+
+
+def tokens_of(engine: ModuleType, loaded: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    done = engine.generate(loaded.model, prompts, engine.SamplingParams(**params), loaded.ending)
+    return [generation.tokens for generation in done]
+
+
+PROMPTS = [[5, 9, 200], [17] * 11, [40], [7, 80, 3, 3, 150, 21, 9], [300, 2, 2, 44]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_ragged_batch_equals_its_rows_alone(engine: ModuleType, loaded: Any, temperature: float) -> None:
+    settings = {"temperature": temperature, "max_new_tokens": 24, "seed": 3}
+    together = tokens_of(engine, loaded, PROMPTS, **settings)
+    alone = [tokens_of(engine, loaded, [prompt], **settings)[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_rows_end_each_on_its_own(engine: ModuleType, loaded: Any) -> None:
+    """With half of the vocabulary ending the text, rows end at different steps; each is cut right after its end."""
+    ending = engine.Ending(eos_ids=tuple(range(0, 320, 4)))
+    params = engine.SamplingParams(temperature=1.0, max_new_tokens=40)
+    done = engine.generate(loaded.model, PROMPTS, params, ending)
+    assert len({len(generation.tokens) for generation in done}) > 1
+    for generation in done:
+        assert generation.finish_reason == "eos"
+        assert generation.tokens[-1] % 4 == 0
+        assert all(token % 4 for token in generation.tokens[:-1])
+
+
+def test_samples_of_one_prompt_differ_and_do_not_depend_on_each_other(engine: ModuleType, loaded: Any) -> None:
+    params = engine.SamplingParams(temperature=1.0, max_new_tokens=12)
+    three = engine.generate(loaded.model, [PROMPTS[0]] * 3, params, loaded.ending, samples=[0, 1, 2])
+    assert len({tuple(generation.tokens) for generation in three}) == 3
+    second = engine.generate(loaded.model, [PROMPTS[0]], params, loaded.ending, samples=[1])
+    assert second[0].tokens == three[1].tokens
+
+
+def test_stream_gives_the_same_tokens(engine: ModuleType, loaded: Any) -> None:
+    params = engine.SamplingParams(temperature=1.0, max_new_tokens=12)
+    assert (
+        list(engine.stream(loaded.model, PROMPTS[0], params))
+        == tokens_of(engine, loaded, [PROMPTS[0]], temperature=1.0, max_new_tokens=12)[0]
+    )
+
+
+def test_eos_can_be_ignored(engine: ModuleType, loaded: Any) -> None:
+    everything = engine.Ending(eos_ids=tuple(range(320)))
+    params = engine.SamplingParams(max_new_tokens=5)
+    assert engine.generate(loaded.model, [[5]], params, everything)[0].finish_reason == "eos"
+    params = engine.SamplingParams(max_new_tokens=5, ignore_eos=True)
+    assert len(engine.generate(loaded.model, [[5]], params, everything)[0].tokens) == 5
+
+
+class Fed:
+    """A sequence fed with given text, one token at a time, as a decoding loop would."""
+
+    def __init__(self, engine: ModuleType, loaded: Any, stop: tuple[str, ...], limit: int = 100) -> None:
+        params = engine.SamplingParams(stop=stop, max_new_tokens=limit)
+        self.sequence = engine.Sequence([1], params, loaded.ending)
+        self.tokenizer = loaded.tokenizer
+
+    def feed(self, text: str) -> str:
+        shown = ""
+        for token in self.tokenizer.encode(text):
+            more = self.sequence.append(token)
+            shown += self.sequence.take_text()
+            if not more:
+                break
+        return shown
+
+
+def test_a_stop_string_cuts_the_text_and_is_not_shown(engine: ModuleType, loaded: Any) -> None:
+    fed = Fed(engine, loaded, ("return",))
+    assert fed.feed("def f(): return 1") == "def f(): "
+    assert fed.sequence.finish_reason == "stop"
+    assert fed.sequence.text == "def f(): "
+
+
+def test_a_stop_string_may_span_tokens(engine: ModuleType, loaded: Any) -> None:
+    stop = "xyzzy plugh"
+    assert len(loaded.tokenizer.encode(stop)) > 2
+    fed = Fed(engine, loaded, (stop,))
+    assert fed.feed(f"say {stop} twice") == "say "
+    assert fed.sequence.finish_reason == "stop"
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back_until_it_is_clear(engine: ModuleType, loaded: Any) -> None:
+    fed = Fed(engine, loaded, ("abcabd",))
+    assert fed.feed("abcab") == ""
+    assert fed.feed("cabx") == "abcabcabx"
+    assert fed.feed("abcab") == ""
+    assert fed.feed("d") == ""
+    assert fed.sequence.text == "abcabcabx"
+
+
+def test_the_earliest_of_several_stop_strings_counts(engine: ModuleType, loaded: Any) -> None:
+    fed = Fed(engine, loaded, ("three", "two"))
+    assert fed.feed("one two three") == "one "
+
+
+def test_held_back_text_is_shown_when_the_limit_ends_it(engine: ModuleType, loaded: Any) -> None:
+    tokens = len(loaded.tokenizer.encode("abc"))
+    fed = Fed(engine, loaded, ("abcd",), limit=tokens)
+    assert fed.feed("abc") == "abc"
+    assert fed.sequence.finish_reason == "length"
+
+
+def test_stop_strings_need_a_tokenizer(engine: ModuleType) -> None:
+    with pytest.raises(UserError, match="tokenizer"):
+        engine.Sequence([1], engine.SamplingParams(stop=("x",)), engine.Ending())
+    with pytest.raises(UserError, match="empty"):
+        engine.Sequence([], engine.SamplingParams(), engine.Ending())
+
+
+def test_window_start_jumps_by_a_quarter(engine: ModuleType) -> None:
+    starts = [engine.window_start(length, 32) for length in range(70)]
+    assert starts[:33] == [0] * 33
+    assert starts[33:41] == [8] * 8
+    assert starts[41:49] == [16] * 8
+    assert starts[69] == 40
+    assert all(length - start <= 32 for length, start in enumerate(starts))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_past_the_context_equals_a_crop_by_hand(
+    engine: ModuleType, make_checkpoint: Callable[..., Path], family: str
+) -> None:
+    """300 new tokens with a context of 32, against transformers on windows cut by hand."""
+    size = {"n_positions": 32} if family == "gpt2" else {"max_position_embeddings": 32}
+    folder = make_checkpoint(family, **size)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = engine.load(str(folder), torch.float32, CPU)
+    prompt = list(range(1, 40))  # longer than the context already
+    got = tokens_of(engine, loaded, [prompt], max_new_tokens=300)[0]
+    text, start = list(prompt), 0
+    for token in got:
+        while len(text) - start > 32:
+            start += 8
+        with torch.no_grad():
+            logits = reference(torch.tensor([text[start:]]), use_cache=False).logits[0, -1]
+        # The first of two equal logits is not the same in both; so what is compared is the value of the choice.
+        assert logits[token] >= logits.max() - 1e-4
+        text.append(token)
+        if token == 0:
+            break
+    assert len(got) == 300 or got[-1] == 0
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 2.0, -1.0])
+def test_beam_search_equals_transformers(engine: ModuleType, loaded: Any, length_penalty: float) -> None:
+    """Four beams. EOS is made likely, so that hypotheses of different lengths compete."""
+    reference = AutoModelForCausalLM.from_pretrained(loaded.checkpoint.folder, dtype=torch.float32).eval()
+    eos = list(range(0, 320, 20))
+    lengths = set()
+    for prompt in PROMPTS:
+        expected = reference.generate(
+            torch.tensor([prompt]), num_beams=4, do_sample=False, max_new_tokens=12, length_penalty=length_penalty,
+            eos_token_id=eos, pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        params = engine.SamplingParams(max_new_tokens=12)
+        best = engine.beam_search(loaded.model, prompt, params, engine.Ending(tuple(eos)), 4, length_penalty)
+        assert best.tokens == expected
+        lengths.add(len(expected))
+    assert len(lengths) > 1 or length_penalty != 1.0
+
+
+def test_beam_search_with_early_stopping_equals_transformers(engine: ModuleType, loaded: Any) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(loaded.checkpoint.folder, dtype=torch.float32).eval()
+    eos = list(range(0, 320, 8))
+    for prompt in PROMPTS:
+        expected = reference.generate(
+            torch.tensor([prompt]), num_beams=4, do_sample=False, max_new_tokens=16, early_stopping=True,
+            eos_token_id=eos, pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        params = engine.SamplingParams(max_new_tokens=16)
+        best = engine.beam_search(loaded.model, prompt, params, engine.Ending(tuple(eos)), 4, early_stopping=True)
+        assert best.tokens == expected
