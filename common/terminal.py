@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -42,12 +42,14 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(filled) and all(re.match(r"[-+]?\.?\d[\d.,e+-]*(x|%|ms|s)?( |$)", cell) for cell in filled)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on stdout: numbers right-aligned, never cut, at least 120 characters of room.
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], file: TextIO | None = None
+) -> None:
+    """Print a table (on stdout, or in `file`): numbers right-aligned, never cut, at least 120 characters of room.
 
     Where stdout is no terminal the table is plain Markdown, ready to be pasted into a README.
     """
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console = Console(file=file or sys.stdout, highlight=False, markup=False)
     cells = [[_cell(value) for value in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN, pad_edge=not console.is_terminal)
     for index, column in enumerate(columns):

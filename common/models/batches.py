@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
+from common.errors import UserError
 from common.models.corpus import SourceFile
 from common.models.train_tokenizer import END_OF_TEXT
 
@@ -19,7 +20,7 @@ def encode_documents(tokenizer: Tokenizer, files: list[SourceFile]) -> torch.Ten
     """All files as one stream of token ids, int64 [N]; each document begins with `<|endoftext|>`."""
     separator = tokenizer.token_to_id(END_OF_TEXT)
     if separator is None:
-        raise ValueError(f"the tokenizer has no {END_OF_TEXT} to stand between documents")
+        raise UserError(f"the tokenizer has no {END_OF_TEXT} to stand between documents")
     stream: list[int] = []
     for encoding in tokenizer.encode_batch([file.text for file in files]):
         stream.append(separator)
@@ -49,7 +50,7 @@ class Batches:
     def __init__(self, stream: torch.Tensor, stages: list[Stage], tokens_per_step: int, seed: int) -> None:
         longest = max(stage.window for stage in stages)
         if len(stream) < 2 * longest:
-            raise ValueError(f"the corpus has {len(stream)} tokens; at least {2 * longest} are needed")
+            raise UserError(f"the corpus has {len(stream)} tokens; at least {2 * longest} are needed")
         self.stream, self.stages, self.tokens_per_step, self.seed = stream, stages, tokens_per_step, seed
         self._epoch: tuple[tuple[int, int], torch.Tensor] | None = None
 

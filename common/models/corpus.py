@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
+
 Split = Literal["train", "heldout"]
 
 HELDOUT_ONE_IN = 20  # one file in twenty is never trained on
@@ -63,8 +65,14 @@ def read_corpus(split: Split, folder: Path | None = None) -> list[SourceFile]:
 
 
 def read_files(paths: Iterable[Path]) -> list[SourceFile]:
-    """A corpus of the user's own files, in the order given. Raises OSError or UnicodeDecodeError."""
-    return [SourceFile(path.as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+    """A corpus of the user's own files, in the order given. Raises UserError for one that is no UTF-8 text."""
+    files = []
+    for path in paths:
+        try:
+            files.append(SourceFile(path.as_posix(), path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    return files
 
 
 def fingerprint(files: Iterable[SourceFile]) -> str:

@@ -43,7 +43,9 @@ class TrainOptions(BaseSettings):
     out: Path = Field(description="folder for checkpoints, the log and, at the end, the model")
     tokenizer: Path = Field(default=Path("common/models/stdlib-10m"), description="folder with tokenizer.json")
     teacher: Path | None = Field(default=None, description="distil from this model folder instead of the text alone")
-    corpus: list[Path] = Field(default=[], description="files to train on instead of the standard library")
+    corpus: list[Path] = Field(
+        default=[], description="files to train on instead of the standard library; the last of several is held out"
+    )
     layers: int = Field(default=6, ge=1)
     width: int = Field(default=384, ge=8)
     heads: int = Field(default=6, ge=1)
@@ -51,7 +53,7 @@ class TrainOptions(BaseSettings):
     head_dim: int = Field(default=64, ge=2)
     ffn: int = Field(default=1024, ge=8)
     context: int = Field(default=1024, ge=16)
-    steps: int = Field(default=2900, ge=1, description="optimiser steps")
+    steps: int = Field(default=1600, ge=1, description="optimiser steps")
     batch_tokens: int = Field(default=8192, ge=16, description="tokens per optimiser step")
     micro_tokens: int = Field(default=8192, ge=16, description="tokens per forward; less means accumulation")
     window: int = Field(default=512, ge=8, description="window of the first steps, in tokens")
@@ -140,6 +142,7 @@ def check_finite(loss: float, model: LlamaForCausalLM, step: int) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"the loss at step {step} is {loss}: the weights of {name} are not finite; lower --lr")
+    for name, parameter in model.named_parameters():  # afterwards: one bad weight spoils the gradients of all
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             raise UserError(f"the loss at step {step} is {loss}: the gradient of {name} is not finite; lower --lr")
     raise UserError(f"the loss at step {step} is {loss} with finite weights: the batch overflows; try --no-bf16")
@@ -154,9 +157,14 @@ class Trainer:
             torch.set_num_threads(options.threads)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if options.device == "auto" else options.device)
+        if not (options.tokenizer / "tokenizer.json").is_file():
+            raise UserError(f"--tokenizer: no tokenizer.json in {options.tokenizer}")
         self.tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
-        files = read_files(options.corpus) if options.corpus else read_corpus("train")
-        heldout = files[-1:] if options.corpus else read_corpus("heldout")
+        if options.corpus:
+            files = read_files(options.corpus)
+            files, heldout = files[:-1] or files, files[-1:]
+        else:
+            files, heldout = read_corpus("train"), read_corpus("heldout")
         stages = plan_stages(options.steps, options.window, options.context, options.full_share)
         self.batches = Batches(encode_documents(self.tokenizer, files), stages, options.batch_tokens, options.seed)
         stream = encode_documents(self.tokenizer, heldout)

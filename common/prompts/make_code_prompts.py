@@ -64,7 +64,7 @@ class Cut:
 
 def half_of(path: str, seed: int) -> Half:
     digest = hashlib.sha256(f"prompts {seed} {path}".encode()).digest()
-    return get_args(Half)[digest[0] % 2]
+    return "test" if digest[0] % 2 else "calibrate"
 
 
 def cut(place: Place, text: str, tokenizer: Tokenizer, seed: int) -> Cut | None:

@@ -68,7 +68,9 @@ class Source:
 
     def first_line(self, node: ast.stmt) -> int:
         """The line of the statement, or of its first decorator."""
-        return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.decorator_list:
+            return node.decorator_list[0].lineno
+        return node.lineno
 
     def place(self, kind: str, line: int, earliest: int, latest: int) -> Iterator[Place]:
         if latest >= earliest:

@@ -2,7 +2,7 @@
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig
-from .context import window_start
+from .context import visible, window_start
 from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
@@ -35,5 +35,6 @@ __all__ = [
     "next_logits",
     "probabilities",
     "stream",
+    "visible",
     "window_start",
 ]

@@ -16,7 +16,7 @@ import torch
 from .generate import next_logits
 from .model import Transformer
 from .sampling import SamplingParams
-from .sequence import Ending, Sequence
+from .sequence import Ending
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,11 @@ class Hypothesis:
     forwards: int = 0  # of the model, over the whole search; set on the result
 
 
-def _expand(
-    model: Transformer, prompt: list[int], params: SamplingParams, running: list[Hypothesis], keep: int
-) -> list[Hypothesis]:
+def _expand(model: Transformer, prompt: list[int], running: list[Hypothesis], keep: int) -> list[Hypothesis]:
     """The `keep` best one-token extensions of all running hypotheses, best first."""
-    sequences = []
-    for hypothesis in running:
-        sequences.append(Sequence(prompt, params, Ending()))
-        sequences[-1].tokens = hypothesis.tokens
+    texts = [prompt + hypothesis.tokens for hypothesis in running]
     scores = torch.tensor([hypothesis.score for hypothesis in running])[:, None]
-    totals = next_logits(model, sequences).float().log_softmax(-1).cpu() + scores  # [beams, V]
+    totals = next_logits(model, texts).float().log_softmax(-1).cpu() + scores  # [beams, V]
     best = totals.flatten().topk(min(keep, totals.numel()))
     return [
         Hypothesis([*running[index // totals.shape[1]].tokens, index % totals.shape[1]], score)
@@ -60,7 +55,7 @@ def beam_search(
     steps = 0
     while running:
         steps += 1
-        candidates = _expand(model, prompt, params, running, keep=max(2, 1 + len(eos)) * beams)
+        candidates = _expand(model, prompt, running, keep=max(2, 1 + len(eos)) * beams)
         over = [c.tokens[-1] in eos or steps == params.max_new_tokens for c in candidates]
         # An ending counts only among the best `beams` candidates: behind them, a running one would be kept instead.
         just_ended = [c for c, done in zip(candidates[:beams], over, strict=False) if done]

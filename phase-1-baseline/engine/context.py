@@ -15,3 +15,8 @@ def window_start(length: int, context: int) -> int:
         return 0
     jump = max(1, context // 4)
     return -(-(length - context) // jump) * jump  # rounded up to a whole number of jumps
+
+
+def visible(tokens: list[int], context: int) -> list[int]:
+    """The part of a sequence that a forward sees."""
+    return tokens[window_start(len(tokens), context) :]

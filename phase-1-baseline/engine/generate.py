@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .context import visible
 from .model import Transformer
 from .sampling import KeyedRandomness, Randomness, SamplingParams, choose
 from .sequence import Ending, FinishReason, Sequence
@@ -78,9 +79,9 @@ class Clock:
         )
 
 
-def next_logits(model: Transformer, sequences: list[Sequence]) -> Tensor:
-    """Logits of the token that follows each sequence, [R, V]: one forward over all of them, right-padded."""
-    windows = [sequence.window(model.config.context) for sequence in sequences]
+def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
+    """Logits of the token that follows each text (token ids), [R, V]: one forward over all of them, right-padded."""
+    windows = [visible(text, model.config.context) for text in texts]
     longest = max(len(window) for window in windows)
     padded = [window + [0] * (longest - len(window)) for window in windows]
     device = model.embedding.weight.device
@@ -92,7 +93,7 @@ def next_logits(model: Transformer, sequences: list[Sequence]) -> Tensor:
 def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> None:
     """Give every unfinished sequence its next token."""
     tokens = choose(
-        next_logits(model, sequences),
+        next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences]),
         params,
         randomness,
         samples=[sequence.sample for sequence in sequences],

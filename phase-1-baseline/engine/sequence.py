@@ -12,7 +12,6 @@ from typing import Literal
 from common.errors import UserError
 from common.tokenizer import IncrementalDecoder, Tokenizer
 
-from .context import window_start
 from .sampling import SamplingParams
 
 FinishReason = Literal["length", "eos", "stop"]
@@ -46,10 +45,6 @@ class Sequence:
     def length(self) -> int:
         """Tokens of prompt and output together."""
         return len(self.prompt) + len(self.tokens)
-
-    def window(self, context: int) -> list[int]:
-        """The tokens that the next forward sees: all of them, or those after the window's start."""
-        return (self.prompt + self.tokens)[window_start(self.length, context) :]
 
     def append(self, token: int) -> bool:
         """Take one token; True while more are wanted. After the end nothing is taken."""

@@ -197,7 +197,8 @@ def test_more_prompts_than_memory_allows(run: Run, llama_folder: Path) -> None:
 def test_a_prompt_longer_than_the_context_is_noted_once(run: Run, llama_folder: Path) -> None:
     status, _, err = run("--model", llama_folder, "--prompt", "import os\n" * 200, "--max-tokens", 3)
     assert status == 0
-    assert err.count("context") == 1
+    assert err.count("note:") == 1
+    assert err.count("\n") == 2
 
 
 def test_wrong_yaml_and_environment_are_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

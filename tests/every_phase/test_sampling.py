@@ -112,7 +112,7 @@ def test_greedy_is_one_hot(engine: ModuleType) -> None:
 def test_sampled_frequencies_follow_the_probabilities(engine: ModuleType, knobs: dict[str, Any]) -> None:
     draws = 20_000
     params = engine.SamplingParams(**{"temperature": 1.0, **knobs})
-    probs = engine.probabilities(random_logits(1), params)
+    probs = engine.probabilities(random_logits(1) / 3, params)
     randomness = engine.KeyedRandomness(seed=11)
     positions = torch.arange(draws)
     tokens = randomness.draw(probs.expand(draws, -1), torch.zeros_like(positions), positions, philox.Purpose.SAMPLE)
