@@ -21,6 +21,7 @@ ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85  # added to the two key words after each round
 MASK = 0xFFFFFFFF
+FEW = 16  # blocks that plain Python encrypts sooner than torch starts
 
 
 class Purpose(IntEnum):
@@ -78,6 +79,17 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     return _encrypt(counter[0::2], counter[1::2], lanes)
 
 
+def _encrypt_one(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    """The same rounds on Python's integers: for a handful of blocks, starting tensor operations would cost more."""
+    a, b, c, d = (word & MASK for word in counter)
+    low, high = seed & MASK, (seed >> 32) & MASK
+    for _ in range(ROUNDS):
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b, c, d = (second >> 32) ^ b ^ low, second & MASK, (first >> 32) ^ d ^ high, first & MASK
+        low, high = (low + KEY_STEPS[0]) & MASK, (high + KEY_STEPS[1]) & MASK
+    return a, b, c, d
+
+
 def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
     """`count` random words for each row: int64 [B, count] in [0, 2**32), on the device of `position`.
 
@@ -92,6 +104,12 @@ def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int)
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
     blocks = (count + 3) // 4
+    if position.device.type == "cpu" and len(position) * blocks <= FEW:
+        rows = [
+            [word for block in range(blocks) for word in _encrypt_one((block, p, s, int(purpose)), seed)][:count]
+            for p, s in zip(position.tolist(), sample.tolist(), strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.int64).view(len(position), count)
     counter = torch.empty(4, len(position), blocks, dtype=torch.int64, device=position.device)
     counter[0] = torch.arange(blocks, device=position.device)
     counter[1] = position[:, None]

@@ -63,7 +63,7 @@ def print_table(
         console.print(table)
     console.print(Text(title, style="bold"), end="\n\n")
     # rich pads the table with lines of nothing but spaces
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines() if line.strip()))
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines() if line.strip()), file=console.file)
 
 
 def print_document(document: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ class Batches:
         per_epoch = len(self.stream) // window - 1  # one window is given up to the random offset
         key = (stage, number // per_epoch)
         if self._epoch is None or self._epoch[0] != key:
+            # a tuple of ints hashes alike in every process, and torch takes negative seeds too
             generator = torch.Generator().manual_seed(hash((self.seed, *key)))
             offset = torch.randint(window, (1,), generator=generator)
             self._epoch = (key, torch.randperm(per_epoch, generator=generator) * window + offset)

@@ -1,0 +1,56 @@
+"""Speculative decoding: a small model guesses, one target forward checks several guesses, nothing changes."""
+
+from .beam import beam_search
+from .config import ModelConfig, RopeConfig
+from .context import visible, window_start
+from .drafting import Draft, Drafter, ModelDrafter
+from .fake import FakeModel
+from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .load import LoadedModel, load, load_transformer
+from .model import Transformer
+from .options import Options
+from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
+from .sequence import Ending, Sequence
+from .session import Session
+from .speculative import Step, StepStats, speculative_decode
+from .verify import Certain, Decisions, KeyedDecisions, Verdict, verify
+
+__all__ = [
+    "Certain",
+    "Clock",
+    "Decisions",
+    "Draft",
+    "Drafter",
+    "Ending",
+    "FakeModel",
+    "Generation",
+    "KeyedDecisions",
+    "KeyedRandomness",
+    "LoadedModel",
+    "ModelConfig",
+    "ModelDrafter",
+    "Options",
+    "Randomness",
+    "RopeConfig",
+    "SamplingParams",
+    "Sequence",
+    "Session",
+    "Stats",
+    "Step",
+    "StepStats",
+    "Transformer",
+    "Verdict",
+    "beam_search",
+    "choose",
+    "decode",
+    "generate",
+    "load",
+    "load_transformer",
+    "next_logits",
+    "probabilities",
+    "speculative_decode",
+    "stream",
+    "verify",
+    "visible",
+    "window_start",
+]

@@ -1,0 +1,69 @@
+"""What a drafter is, and the first one: a smaller model that writes ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.philox import Purpose
+
+from .generate import next_logits
+from .model import Transformer
+from .sampling import Randomness, SamplingParams, probabilities
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guesses for the next K tokens of R sequences.
+
+    `probs` are the distributions that the tokens were drawn from, float [R, K, V]; None where each token was certain
+    (one-hot), as a greedy draft's is. Verification is exact only with the very distributions that were used.
+    """
+
+    tokens: Tensor  # int64 [R, K]
+    probs: Tensor | None
+
+
+class Drafter(Protocol):
+    """Proposes tokens; what was accepted is told to it afterwards."""
+
+    def propose(self, sequences: list[Sequence], k: int) -> Draft:
+        """k tokens for every sequence."""
+        ...
+
+    def observe(self, accepted: list[int]) -> None:
+        """How many tokens of the last proposal stood, for every sequence of it."""
+        ...
+
+
+class ModelDrafter:
+    """A model of the same vocabulary, asked k times, through the same sampling parameters as the target."""
+
+    def __init__(self, model: Transformer, params: SamplingParams, randomness: Randomness) -> None:
+        self.model, self.params, self.randomness = model, params, randomness
+
+    def propose(self, sequences: list[Sequence], k: int) -> Draft:
+        drafted: list[list[int]] = [[] for _ in sequences]
+        prompts = [sequence.prompt for sequence in sequences]
+        samples = torch.tensor([sequence.sample for sequence in sequences])
+        lengths = torch.tensor([sequence.length for sequence in sequences])
+        used: list[Tensor] = []
+        for j in range(k):
+            outputs = [s.tokens + new for s, new in zip(sequences, drafted, strict=True)]
+            logits = next_logits(self.model, [p + o for p, o in zip(prompts, outputs, strict=True)])
+            probs = probabilities(logits, self.params, prompts, outputs)  # [R, V]
+            tokens = self.randomness.draw(
+                probs, samples.to(probs.device), (lengths + j).to(probs.device), Purpose.DRAFT
+            )
+            used.append(probs)
+            for new, token in zip(drafted, tokens.tolist(), strict=True):
+                new.append(token)
+        greedy = self.params.greedy or not used
+        return Draft(torch.tensor(drafted, dtype=torch.long), None if greedy else torch.stack(used, dim=1))
+
+    def observe(self, accepted: list[int]) -> None:
+        """Nothing is kept between steps, so there is nothing to roll back."""

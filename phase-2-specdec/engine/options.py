@@ -1,0 +1,85 @@
+"""Every option of this phase's command line, once: flags, `SPECDEC_` environment variables, YAML keys and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .sampling import SamplingParams
+
+
+class Options(BaseSettings):
+    """Continue a text with a language model."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SPECDEC_", env_prefix_target="all", extra="forbid", populate_by_name=True, protected_namespaces=()
+    )
+
+    prompt: list[str] = Field(default=[], description="text to continue; repeatable; read from stdin if absent")
+    prompt_file: Path | None = Field(default=None, description="file whose whole text is a prompt")
+    model: str = Field(default="stdlib-10m", description="an embedded model, a folder, or a hub id")
+    max_tokens: int = Field(default=64, ge=1, description="new tokens at most")
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="0 is greedy")
+    top_k: int = Field(default=0, ge=0, description="keep the k most likely tokens; 0 keeps all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="keep the smallest set with this probability; 1: all")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="keep tokens this fraction as likely as the likeliest")
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="subtracted once from tokens in the output")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="subtracted for every occurrence")
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="divides logits; 1 is off")
+    seed: int = Field(default=0, description="the same seed gives the same text")
+    stop: list[str] = Field(default=[], description="end before this text; repeatable")
+    n: int = Field(default=1, ge=1, description="samples of each prompt")
+    beams: int = Field(default=1, ge=1, description="beam search with this many beams; 1 is off")
+    length_penalty: float = Field(
+        default=1.0, allow_inf_nan=False, description="of beam search: above 0 favours length"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    draft: str = Field(default="auto", description="a model that guesses ahead; none; auto: the model's own, if any")
+    k: int = Field(default=4, ge=1, description="draft tokens per target forward")
+    show: bool = Field(default=False, description="colour the text by who wrote it, and count what stood")
+    explain: bool = Field(default=False, description="afterwards: why it was faster, or why not")
+    metrics_detailed: bool = Field(default=False, description="with --json: every step's figures")
+    record: Path | None = Field(default=None, description="write the run, step by step, to this file")
+    config: Path | None = Field(default=None, description="YAML file with these options")
+    as_json: bool = Field(default=False, alias="json", description="one JSON document on stdout instead of text")
+
+    @model_validator(mode="after")
+    def _show_is_text(self) -> Self:
+        if self.show and self.as_json:
+            raise ValueError("--show colours text, and with --json stdout holds the document alone; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _beams_stand_alone(self) -> Self:
+        if self.beams > 1:
+            for name in ("temperature", "stop", "presence_penalty", "frequency_penalty"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"--beams does not go with --{name.replace('_', '-')}; beam search has no use for it"
+                    )
+            if self.repetition_penalty != 1:
+                raise ValueError("--beams does not go with --repetition-penalty; beam search has no use for it")
+            if self.n > 1:
+                raise ValueError("--beams does not go with --n: the search returns its one best text")
+            if self.draft not in ("auto", "none"):
+                raise ValueError("--beams does not go with --draft: beam search looks for the likeliest text itself")
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            max_new_tokens=self.max_tokens,
+        )

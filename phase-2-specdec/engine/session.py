@@ -1,0 +1,125 @@
+"""A loaded model and the options to run it with: what the command line, the demo and the benches all call.
+
+session = Session(Options(max_tokens=16))
+print(session.complete(["import "])[0].text)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from common.device import available_memory, resolve_device, resolve_dtype
+from common.errors import UserError
+
+from .beam import beam_search
+from .cost import forward_bytes
+from .drafting import ModelDrafter
+from .generate import Clock, Generation, decode, finish
+from .load import LoadedModel, load
+from .options import Options
+from .pair import check_pair, load_fake, resolve_draft
+from .sampling import KeyedRandomness
+from .sequence import Sequence
+from .speculative import Step, StepStats, speculative_decode
+from .verify import Certain, KeyedDecisions
+
+
+class Session:
+    """Loads what the options name. UserError where that cannot be had."""
+
+    def __init__(self, options: Options) -> None:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.options = options
+        self.params = options.sampling_params()
+        self.loaded = self._load(options.model)
+        name = resolve_draft(options.draft, self.loaded)
+        self.draft = self._load(name) if name else None
+        if self.draft:
+            check_pair(self.loaded, self.draft)
+        self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
+
+    def _load(self, name: str) -> LoadedModel:
+        if name.partition(":")[0] == "fake":
+            return load_fake(name)
+        device = resolve_device(self.options.device)
+        return load(name, resolve_dtype(self.options.dtype, device), device)
+
+    def sequences(self, texts: list[str]) -> list[Sequence]:
+        """One sequence for every sample of every prompt. UserError if one forward over all would not fit in memory."""
+        prompts = [self.loaded.tokenizer.encode(text) for text in texts]
+        self._check_memory(prompts)
+        return [
+            Sequence(prompt, self.params, self.loaded.ending, sample)
+            for prompt in prompts
+            for sample in range(self.options.n)
+        ]
+
+    def _check_memory(self, prompts: list[list[int]]) -> None:
+        """All completions share one forward; better to say now that it is too large than to be killed midway."""
+        config, weight = self.loaded.config, self.loaded.model.embedding.weight
+        rows = len(prompts) * self.options.n * self.options.beams
+        length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
+        needed, free = forward_bytes(config, rows, length, weight.itemsize), available_memory(weight.device)
+        if needed > free:
+            raise UserError(
+                f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
+                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
+            )
+
+    def header(self) -> dict[str, object]:
+        """What a recording begins with."""
+        return {
+            "model": self.loaded.checkpoint.name,
+            "draft": self.draft.checkpoint.name if self.draft else None,
+            "settings": self.options.model_dump(mode="json", by_alias=True),
+        }
+
+    def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
+        """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None."""
+        if self.options.beams > 1:
+            yield from self._search(sequences, clock)
+            return
+        if self.draft:
+            yield from self._speculate(sequences, clock)
+            return
+        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed)):
+            for sequence in active:
+                clock.mark(sequence)
+            yield None
+
+    def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
+        assert self.draft is not None, "run() asks for this only with a draft"
+        decisions = Certain() if self.params.greedy else KeyedDecisions(self.params.seed)
+        drafter = ModelDrafter(self.draft.model, self.params, decisions)
+        for step in speculative_decode(self.loaded.model, drafter, sequences, self.params, self.options.k, decisions):
+            for sequence, stats in zip(step.sequences, step.stats, strict=True):
+                clock.mark(sequence)
+                self.steps[sequence].append(stats)
+            yield step
+
+    def _search(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:
+        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        for sequence in sequences:
+            best = beam_search(
+                self.loaded.model,
+                sequence.prompt,
+                self.params,
+                self.loaded.ending,
+                self.options.beams,
+                self.options.length_penalty,
+            )
+            for token in best.tokens:
+                sequence.append(token)
+            clock.mark(sequence, best.forwards)
+            yield None
+
+    def complete(self, texts: list[str]) -> list[Generation]:
+        """All completions, in the order of the prompts."""
+        sequences, clock = self.sequences(texts), Clock()
+        for _ in self.run(sequences, clock):
+            pass
+        return [finish(sequence, clock.stats(sequence)) for sequence in sequences]

@@ -1,0 +1,111 @@
+"""How `make` installs: what it calls, in which order, and that a second call does nothing; Python is a stub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+URL = "https://example.org/whl/cpu"
+
+# Runs `-c` for real, makes a .venv that holds nothing but a copy of itself, and writes down what pip is asked for.
+STUB = f"""#!/bin/sh
+case "$1 $2" in
+    -c*) exec "{sys.executable}" "$@" ;;
+    -V*) echo Python 3.12.0 ;;
+    "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >> log ;;
+    "-m pip") shift 2 && echo "pip $*" >> log ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with spaces in its name, with what the install reads, and a stub of Python on the path."""
+    folder = tmp_path / "a clone"
+    (folder / "bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "bin" / "stub-python").write_text(STUB)
+    (folder / "bin" / "stub-python").chmod(0o755)
+    return folder
+
+
+def _make(clone: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run make; gives what it printed and the calls that it made."""
+    log = clone / "log"
+    log.unlink(missing_ok=True)
+    clean = {name: value for name, value in os.environ.items() if name not in ("TORCH_INDEX", "PYTHON", "MAKEFLAGS")}
+    path = f"{clone / 'bin'}:{os.environ['PATH']}"
+    run = subprocess.run(
+        ["make", *arguments], cwd=clone, env=clean | {"PATH": path}, capture_output=True, text=True, timeout=60
+    )
+    return run, log.read_text().splitlines() if log.exists() else []
+
+
+def test_install_happens_once_and_again_when_the_pins_change(clone: Path) -> None:
+    run, calls = _make(clone, "install", "PYTHON=stub-python")
+    assert run.returncode == 0, run.stderr
+    assert calls == ["venv", "pip install -q -c .venv/constraints.txt -e .[dev]"]
+    assert len(run.stdout.splitlines()) == 1
+    assert (clone / ".venv/constraints.txt").read_text() == (clone / "constraints.txt").read_text()
+
+    assert _make(clone, "install")[1] == []
+    os.utime(clone / "pyproject.toml")  # a checkout touches files without changing them
+    assert _make(clone, "install")[1] == []
+    with (clone / "constraints.txt").open("a") as file:
+        file.write("zipp==3.0\n")
+    assert _make(clone, "install")[1] == calls[1:]
+    assert _make(clone, "install")[1] == []
+
+
+def test_another_torch_build_is_remembered_and_its_pin_left_out(clone: Path) -> None:
+    _make(clone, "install", "PYTHON=stub-python")
+    switch = ["pip uninstall -qq -y torch", f"pip install -q --index-url {URL} torch"]
+    install = "pip install -q -c .venv/constraints.txt -e .[dev]"
+    assert _make(clone, "install", f"TORCH_INDEX={URL}")[1] == [*switch, install]
+    pins = (clone / ".venv/constraints.txt").read_text()
+    assert "\ntorch==" not in pins
+    assert "\nnumpy==" in pins
+    assert _make(clone, "install")[1] == []
+    os.remove(clone / next((clone / ".venv").glob("installed-*")))
+    assert _make(clone, "install")[1] == [switch[1], install]
+    assert _make(clone, "install", "TORCH_INDEX=")[1] == [switch[0], install]  # back to the pinned one
+
+
+def test_a_failed_install_is_tried_again(clone: Path) -> None:
+    _make(clone, "install", "PYTHON=stub-python")
+    stub = clone / ".venv/bin/python"
+    stub.write_text(STUB.replace("shift 2", "exit 1"))
+    (clone / "constraints.txt").write_text("")
+    assert _make(clone, "install")[0].returncode != 0
+    stub.write_text(STUB)
+    run, calls = _make(clone, "install")
+    assert run.returncode == 0
+    assert calls
+
+
+def test_no_python_in_range_is_one_clear_line(clone: Path) -> None:
+    (clone / "bin" / "old-python").write_text("#!/bin/sh\nexit 1\n")
+    (clone / "bin" / "old-python").chmod(0o755)
+    for name in ("old-python", "no-such-python"):
+        run, calls = _make(clone, "install", f"PYTHON={name}")
+        assert run.returncode != 0
+        assert calls == []
+        first = run.stderr.splitlines()[0]
+        assert first.startswith("error: no Python 3.11 to 3.13")
+        assert name in first
+        assert "make PYTHON=" in first
+
+
+def test_help_is_the_default_and_installs_nothing(clone: Path) -> None:
+    run, calls = _make(clone)
+    assert run.returncode == 0
+    assert calls == []
+    for target in ("demo", "test", "test-all", "gpu", "lint", "clean"):
+        assert f"\n  {target} " in run.stdout

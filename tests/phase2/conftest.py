@@ -1,0 +1,160 @@
+"""The tools of the proof: a walker that visits every outcome of a loop, and models small enough for that."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import phase2
+from common.philox import Purpose
+
+Law = dict[Any, float]
+
+
+class TableModel(phase2.Transformer):
+    """A language model whose next-token logits depend on the last token alone: a table [V, V]."""
+
+    def __init__(self, table: Tensor, context: int = 64) -> None:
+        nn.Module.__init__(self)
+        self.config = phase2.FakeModel(len(table), context).config
+        self.embedding = nn.Embedding(1, 1)
+        self.table = table
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        return (tokens if wanted is None else tokens.gather(1, wanted))[..., None]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.table[hidden[..., 0]]
+
+
+class Walker:
+    """Stands in for the random numbers of a loop, and takes every way through it in turn.
+
+    A draw branches over all tokens that are possible, a decision over yes and no, each with its probability. Decisions
+    that share a key share one uniform number, as they would with keyed noise: what an earlier one has told about it
+    (an interval) holds for the later one.
+    """
+
+    def __init__(self) -> None:
+        self._script: list[int] = []
+        self._taken: list[tuple[int, int]] = []
+
+    def law(self, run: Callable[[Walker], Any]) -> Law:
+        """The probability of every result of `run`."""
+        law: Law = defaultdict(float)
+        while True:
+            self._taken, self.weight = [], 1.0
+            self._intervals: dict[tuple[int, int], tuple[float, float]] = {}
+            result = run(self)
+            law[result] += self.weight
+            while self._taken and self._taken[-1][0] == self._taken[-1][1] - 1:
+                self._taken.pop()
+            if not self._taken:
+                return dict(law)
+            self._script = [choice for choice, _ in self._taken[:-1]] + [self._taken[-1][0] + 1]
+
+    def _branch(self, weights: list[float]) -> int:
+        at = len(self._taken)
+        choice = self._script[at] if at < len(self._script) else 0
+        self._taken.append((choice, len(weights)))
+        self.weight *= weights[choice]
+        return choice
+
+    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        tokens = []
+        for row in probs:
+            possible = row.nonzero()[:, 0].tolist()
+            tokens.append(possible[self._branch(row[possible].tolist())])
+        return torch.tensor(tokens, dtype=torch.long)
+
+    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+        decided = torch.zeros_like(probability, dtype=torch.bool)
+        for row in range(len(probability)):
+            for column in range(probability.shape[1]):
+                key = (int(samples[row]), int(positions[row, column]))
+                low, high = self._intervals.get(key, (0.0, 1.0))
+                p = float(probability[row, column])
+                if p >= high or p <= low:
+                    decided[row, column] = p >= high
+                    continue
+                share = (p - low) / (high - low)
+                yes = self._branch([share, 1 - share]) == 0
+                decided[row, column] = yes
+                self._intervals[key] = (low, p) if yes else (p, high)
+        return decided
+
+
+def total_variation(a: Law, b: Law) -> float:
+    return sum(abs(a.get(key, 0.0) - b.get(key, 0.0)) for key in a.keys() | b.keys()) / 2
+
+
+def plain_law(target: TableModel, params: Any, ending: Any, prompt: list[int]) -> Law:
+    """The distribution of plain decoding's output."""
+
+    def run(walker: Walker) -> tuple[int, ...]:
+        return tuple(phase2.generate(target, [prompt], params, ending, randomness=walker)[0].tokens)
+
+    return Walker().law(run)
+
+
+def speculative_law(
+    target: TableModel, draft: TableModel, params: Any, ending: Any, prompt: list[int], k: int, parts: Any = phase2
+) -> Law:
+    """The distribution of speculative decoding's output. `parts` may hold a mutated drafter or loop."""
+
+    def run(walker: Walker) -> tuple[int, ...]:
+        sequence = phase2.Sequence(prompt, params, ending)
+        drafter = parts.ModelDrafter(draft, params, walker)
+        for _ in parts.speculative_decode(target, drafter, [sequence], params, k, walker):
+            pass
+        return tuple(sequence.tokens)
+
+    return Walker().law(run)
+
+
+def tables(size: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[TableModel]:
+    """A target and a draft that agree somewhat."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
+    draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
+    return [TableModel(target.to(dtype)), TableModel(draft.to(dtype))]
+
+
+def mutated(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
+    """The module with pieces of its source replaced. A piece that is not there fails, so no mutant goes stale."""
+    source = inspect.getsource(module)
+    for old, new in changes:
+        assert source.count(old) >= 1, f"no longer in {module.__name__}: {old}"
+        source = source.replace(old, new)
+    mutant = types.ModuleType(module.__name__)
+    mutant.__package__ = module.__package__
+    import sys
+
+    original = sys.modules[module.__name__]
+    sys.modules[module.__name__] = mutant  # dataclasses look their module up
+    try:
+        exec(compile(source, module.__file__ or "mutant", "exec"), mutant.__dict__)
+    finally:
+        sys.modules[module.__name__] = original
+    return mutant
+
+
+@pytest.fixture(scope="session")
+def proof() -> types.SimpleNamespace:
+    """The tools above, for test files (which cannot import this one)."""
+    return types.SimpleNamespace(
+        TableModel=TableModel,
+        Walker=Walker,
+        mutated=mutated,
+        plain_law=plain_law,
+        speculative_law=speculative_law,
+        tables=tables,
+        total_variation=total_variation,
+    )
