@@ -45,7 +45,7 @@ DEFINITIONS = {
     "tokens_per_s": "new tokens / median wall time",
     "speedup": "peer: how many times as fast as that variant this phase is; batch: how many times as fast as one "
     "prompt at a time; median of the paired rounds with its bootstrap 95% interval",
-    "padding": "share of the positions of the batch's first forward that are padding",
+    "padding": "share of the positions that would be padding if all rows shared the batch's first forward",
 }
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 

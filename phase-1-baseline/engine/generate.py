@@ -79,15 +79,38 @@ class Clock:
         )
 
 
+def of_similar_length(lengths: list[int], slack: float = 1.25) -> list[list[int]]:
+    """Row numbers in groups whose padded size is at most `slack` times their real size.
+
+    A padded position costs as much as a real one, and a batch gains nothing in return: without a cache a forward is
+    bound by arithmetic. So long and short rows do not share one.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        joined = [*groups[-1], row] if groups else []
+        if joined and lengths[row] * len(joined) <= slack * sum(lengths[r] for r in joined):
+            groups[-1] = joined
+        else:
+            groups.append([row])
+    return groups
+
+
+@torch.inference_mode()
 def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
-    """Logits of the token that follows each text (token ids), [R, V]: one forward over all of them, right-padded."""
+    """Logits of the token that follows each text (token ids), [R, V]: a forward per group of similar length."""
     windows = [visible(text, model.config.context) for text in texts]
-    longest = max(len(window) for window in windows)
-    padded = [window + [0] * (longest - len(window)) for window in windows]
     device = model.embedding.weight.device
-    last = torch.tensor([[len(window) - 1] for window in windows], device=device)  # [R, 1]
-    hidden = model.hidden(torch.tensor(padded, device=device), wanted=last)  # [R, 1, D]
-    return model.logits(hidden[:, 0])
+    groups = of_similar_length([len(window) for window in windows])
+    parts = []
+    for group in groups:
+        longest = len(windows[group[-1]])
+        padded = [windows[row] + [0] * (longest - len(windows[row])) for row in group]  # on the right
+        last = torch.tensor([[len(windows[row]) - 1] for row in group], device=device)  # [G, 1]
+        parts.append(model.logits(model.hidden(torch.tensor(padded, device=device), wanted=last)[:, 0]))
+    if len(groups) == 1 and groups[0] == list(range(len(texts))):
+        return parts[0]
+    order = torch.tensor([row for group in groups for row in group], device=device)
+    return torch.cat(parts)[order.argsort()]
 
 
 def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> None:

@@ -66,6 +66,7 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     return width
 
 
+@torch.inference_mode()
 def target_logits(model: Transformer, texts: list[list[int]], drafts: list[list[int]]) -> Tensor:
     """Logits after each text and after each of its draft tokens, [R, K+1, V], by one forward, right-padded.
 

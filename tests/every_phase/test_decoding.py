@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -197,3 +198,14 @@ def test_beam_search_with_early_stopping_equals_transformers(engine: ModuleType,
         params = engine.SamplingParams(max_new_tokens=16)
         best = engine.beam_search(loaded.model, prompt, params, engine.Ending(tuple(eos)), 4, early_stopping=True)
         assert best.tokens == expected
+
+
+def test_only_rows_of_similar_length_share_a_forward(engine: ModuleType) -> None:
+    group = importlib.import_module(f"{engine.__name__}.generate").of_similar_length
+    assert group([10, 10, 10]) == [[0, 1, 2]]
+    assert group([200, 10, 11]) == [[1, 2], [0]]
+    for lengths in ([5], [16, 200, 17, 190, 60, 64], list(range(1, 60))):
+        groups = group(lengths)
+        assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+        for rows in groups:
+            assert max(lengths[r] for r in rows) * len(rows) <= 1.25 * sum(lengths[r] for r in rows)
