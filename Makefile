@@ -23,10 +23,12 @@ help:  ## list the targets
 demo: $(STAMP)  ## run every phase on the embedded models and print one table
 	@$(BIN)/lab demo
 
-test: lint  ## ruff, mypy --strict and the tests that are quick and need no graphics card
+test: lint  ## ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
+	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: lint  ## every test, the slow ones too; those for a graphics card where there is one
+	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
 	$(BIN)/pytest
 
 gpu: $(STAMP)  ## the tests that need a graphics card

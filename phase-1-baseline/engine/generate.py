@@ -79,16 +79,17 @@ class Clock:
         )
 
 
-def of_similar_length(lengths: list[int], slack: float = 1.25) -> list[list[int]]:
-    """Row numbers in groups whose padded size is at most `slack` times their real size.
+def of_similar_length(lengths: list[int], forward: int = 64) -> list[list[int]]:
+    """Row numbers in groups whose padding is at most a quarter of their real size, plus `forward` tokens.
 
-    A padded position costs as much as a real one, and a batch gains nothing in return: without a cache a forward is
-    bound by arithmetic. So long and short rows do not share one.
+    A padded position costs as much as a real one, and without a cache a forward is bound by arithmetic: long and short
+    rows had better not share one. But a forward of its own has a fixed cost as well, about that of 64 tokens on a CPU.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         joined = [*groups[-1], row] if groups else []
-        if joined and lengths[row] * len(joined) <= slack * sum(lengths[r] for r in joined):
+        real = sum(lengths[r] for r in joined)
+        if joined and lengths[row] * len(joined) - real <= real // 4 + forward:
             groups[-1] = joined
         else:
             groups.append([row])
