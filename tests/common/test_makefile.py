@@ -40,7 +40,11 @@ def _make(clone: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str
     """Run make; gives what it printed and the calls that it made."""
     log = clone / "log"
     log.unlink(missing_ok=True)
-    clean = {name: value for name, value in os.environ.items() if name not in ("TORCH_INDEX", "PYTHON", "MAKEFLAGS")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TORCH_INDEX", "PYTHON") and "MAKE" not in name
+    }
     path = f"{clone / 'bin'}:{os.environ['PATH']}"
     run = subprocess.run(
         ["make", *arguments], cwd=clone, env=clean | {"PATH": path}, capture_output=True, text=True, timeout=60

@@ -210,3 +210,31 @@ def test_only_rows_of_similar_length_share_a_forward(engine: ModuleType) -> None
         for rows in groups:
             real = sum(lengths[r] for r in rows)
             assert max(lengths[r] for r in rows) * len(rows) - real <= real // 4 + 64
+
+
+def test_a_session_completes_texts(engine: ModuleType, llama_folder: Path, loaded: Any) -> None:
+    """Greedy, sampled twice, and with beams, as the command line would."""
+    model = str(llama_folder)
+    greedy = engine.Session(engine.Options(model=model, max_tokens=6)).complete(["import os", "x"])
+    prompts = [loaded.tokenizer.encode(text) for text in ("import os", "x")]
+    assert [g.tokens for g in greedy] == tokens_of(engine, loaded, prompts, max_new_tokens=6)
+    assert greedy[0].text == loaded.tokenizer.decode(greedy[0].tokens)
+    two = engine.Session(engine.Options(model=model, max_tokens=6, n=2, temperature=1.0)).complete(["x"])
+    assert two[0].tokens != two[1].tokens
+    best = engine.Session(engine.Options(model=model, max_tokens=6, beams=3)).complete(["x"])[0]
+    params = engine.SamplingParams(max_new_tokens=6)
+    assert best.tokens == engine.beam_search(loaded.model, prompts[1], params, loaded.ending, 3).tokens
+    assert best.stats.target_forwards >= best.stats.new_tokens
+
+
+def test_the_cost_on_paper(engine: ModuleType) -> None:
+    """By hand for stdlib-10m: 9.44M weights in the layers, two operations for each and every token."""
+    cost = importlib.import_module(f"{engine.__name__}.cost")
+    config = engine.load("stdlib-10m", torch.float32, CPU).config
+    layer = 384 * (384 + 128 + 128 + 384) + 3 * 384 * 1024
+    assert cost.layer_parameters(config) == layer
+    assert cost.weight_bytes(config, 2) == 2 * (6 * layer + 384 * 4096)
+    everywhere = cost.forward_flops(config, 100, wanted=100)
+    assert everywhere == 100 * (2 * 6 * layer + 6 * 4 * 384 * 100 + 2 * 384 * 4096)
+    assert cost.forward_flops(config, 100, wanted=1) < 0.9 * everywhere
+    assert cost.forward_bytes(config, 4, 100, 4) > 4 * 100 * 384 * 4

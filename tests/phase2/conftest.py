@@ -24,7 +24,7 @@ class TableModel(phase2.Transformer):
     def __init__(self, table: Tensor, context: int = 64) -> None:
         nn.Module.__init__(self)
         self.config = phase2.FakeModel(len(table), context).config
-        self.embedding = nn.Embedding(1, 1)
+        self.embedding = phase2.FakeModel(len(table), context).embedding
         self.table = table
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
