@@ -35,6 +35,7 @@ from common.benchmark import (
 )
 from common.device import dtype_name, resolve_device, resolve_dtype
 from common.errors import UserError
+from common.figures import figure
 from common.loops import loop_share
 from common.options import parse_options, run_main
 from common.prompts import Prompt, load_prompts
@@ -48,13 +49,11 @@ from engine import (
     StepStats,
     generate,
     load,
-    probabilities,
     speculative_decode,
-    verify,
 )
 from engine.explain import account, plain_step_ms, survival, textbook_speedup, tokens_per_forward
+from engine.forced import forced_acceptance
 from engine.pair import check_pair, resolve_draft
-from engine.speculative import target_logits
 
 DEFINITIONS = {
     "speedup": "plain over speculative wall time, median of the paired rounds with its bootstrap 95% interval",
@@ -76,7 +75,7 @@ class Options(BenchOptions):
     draft: str = Field("auto", description="the draft; auto: the model's own")
     dtypes: list[Literal["float32", "bfloat16", "float16"]] = Field([], description="dtypes to measure; repeatable")
     max_k: int = Field(8, ge=1, le=16, description="largest number of draft tokens")
-    prompts: int = Field(6, ge=1, le=100, description="prompts of the test half")
+    prompts: int = Field(12, ge=1, le=100, description="prompts of the test half")
     max_tokens: int = Field(48, ge=8, description="new tokens per prompt")
 
 
@@ -147,7 +146,6 @@ def measure_speed(pair: Pair, options: Options, results: Results, dtype: str, te
         single = [s for s in own if s.proposed]
         first = sum(s.accepted >= 1 for s in single) / len(single)
         cost = costs.draft_ms / costs.plain_ms if costs else 0.0
-        proposed, accepted = sum(s.proposed for s in own), sum(s.accepted for s in own)
         results.add(
             {
                 **key,
@@ -160,7 +158,7 @@ def measure_speed(pair: Pair, options: Options, results: Results, dtype: str, te
                 "speedup_low": speedup.low,
                 "speedup_high": speedup.high,
                 "tokens_per_forward": count / len(own),
-                "acceptance": accepted / proposed,
+                "acceptance": sum(s.accepted for s in own) / sum(s.proposed for s in own),
                 "survival": shares,
                 "draft_cost": cost,
                 "predicted_textbook": textbook_speedup(first, cost, k),
@@ -182,26 +180,11 @@ def measure_forced(pair: Pair, options: Options, results: Results, dtype: str, t
     drafter, K = ModelDrafter(pair.draft.model, params, decisions), options.max_k
     stood: list[int] = []
     prompts = load_prompts("code", "test")[: options.prompts]
+    encode = pair.target.tokenizer.encode
     with progress(f"forced, {dtype}, temperature {temperature}", len(prompts)) as show:
         for prompt in prompts:
-            sequence = Sequence(pair.target.tokenizer.encode(prompt.text), params, pair.target.ending)
-            truth = pair.target.tokenizer.encode(prompt.continuation)[: 2 * options.max_tokens]
-            while len(sequence.tokens) + K < len(truth):
-                draft = drafter.propose([sequence], K)
-                text = [sequence.prompt + sequence.tokens]
-                logits = target_logits(pair.target.model, text, draft.tokens.tolist())
-                outcome = verify(
-                    draft.tokens.to(logits.device),
-                    draft.probs,
-                    probabilities(logits[0], params)[None],
-                    torch.tensor([K], device=logits.device),
-                    torch.zeros(1, dtype=torch.long, device=logits.device),
-                    torch.tensor([sequence.length], device=logits.device),
-                    decisions,
-                )
-                stood.append(int(outcome.accepted))
-                for token in truth[len(sequence.tokens) :][: stood[-1] + 1]:
-                    sequence.append(token)
+            truth = encode(prompt.continuation)[: 2 * options.max_tokens]
+            stood += forced_acceptance(pair.target.model, drafter, encode(prompt.text), truth, params, K, decisions)
             show(prompt.id)
     shares = [sum(s >= j for s in stood) / len(stood) for j in range(1, K + 1)]
     results.add(
@@ -218,65 +201,40 @@ def measure_forced(pair: Pair, options: Options, results: Results, dtype: str, t
 
 def dry_rows(options: Options, results: Results, dtype: str, temperature: float) -> None:
     """The grid without computing."""
+    names = ("tokens_per_s", "speedup", "speedup_low", "speedup_high", "tokens_per_forward", "acceptance", "draft_cost")
+    figures = dict.fromkeys((*names, "predicted_textbook", "predicted_survival", "loop_share"), 1.0)
     for k in range(1, options.max_k + 1):
-        speedup = textbook_speedup(0.7, 0.1, k)
         row = {"kind": "speed", "dtype": dtype, "temperature": temperature, "k": k, "k_ran": k, "tokens": 1}
-        names = ("speedup", "speedup_low", "speedup_high", "predicted_textbook", "predicted_survival")
-        figures = {"tokens_per_s": 1.0, "plain_tokens_per_s": 1.0, "tokens_per_forward": 1.0, "acceptance": 0.7}
-        figures |= {"draft_cost": 0.1, "loop_share": 0.0, "peak_rss_mib": 0.0}
-        results.add(
-            {**row, **dict.fromkeys(names, speedup), **figures, "survival": [0.7**j for j in range(1, k + 1)]}
-            | {"synthetic": True}
-        )
+        results.add({**row, **figures, "synthetic": True})
 
 
 def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     """Measured speed-up with its interval over K, and both predictions, one panel per dtype and temperature."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = list(dict.fromkeys((row["dtype"], row["temperature"]) for row in rows))
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False, constrained_layout=True
-    )
-    for axes, (dtype, temperature) in zip(grid[0], panels, strict=True):
-        here = [row for row in rows if (row["dtype"], row["temperature"]) == (dtype, temperature)]
-        ks = [row["k"] for row in here]
-        middle = [row["speedup"] for row in here]
-        below = [row["speedup"] - row["speedup_low"] for row in here]
-        above = [row["speedup_high"] - row["speedup"] for row in here]
-        axes.errorbar(ks, middle, yerr=[below, above], fmt="o-", capsize=3, label="measured")
-        axes.plot(ks, [r["predicted_survival"] for r in here], "--", color="tab:green", label="from survival, costs")
-        axes.plot(ks, [r["predicted_textbook"] for r in here], ":", color="tab:gray", label="textbook, from a and c")
-        axes.axhline(1, color="black", linewidth=0.6)
-        axes.set(title=f"{dtype}, temperature {temperature:g}", xlabel="draft tokens K")
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("times as fast as plain decoding")
-    grid[0][0].legend()
-    figure.suptitle(title)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    with figure(file, columns=len(panels), size=(4.2, 3.8), title=title, sharey=True) as grid:
+        for axes, (dtype, temperature) in zip(grid, panels, strict=True):
+            here = [row for row in rows if (row["dtype"], row["temperature"]) == (dtype, temperature)]
+            ks = [row["k"] for row in here]
+            middle = [row["speedup"] for row in here]
+            below = [row["speedup"] - row["speedup_low"] for row in here]
+            above = [row["speedup_high"] - row["speedup"] for row in here]
+            axes.errorbar(ks, middle, yerr=[below, above], fmt="o-", capsize=3, label="measured")
+            axes.plot(ks, [r["predicted_survival"] for r in here], "--", label="from survival, costs")
+            axes.plot(ks, [r["predicted_textbook"] for r in here], ":", label="textbook, from a and c")
+            axes.axhline(1, color="black", linewidth=0.6)
+            axes.set(title=f"{dtype}, temperature {temperature:g}", xlabel="draft tokens K")
+        grid[0].set_ylabel("times as fast as plain decoding")
+        grid[0].legend()
+
+
+COLUMNS = ["dtype", "T", "K", "tokens/s", "x plain", "per forward", "acceptance", "c", "textbook", "survival", "loops"]
 
 
 def report(results: Results) -> None:
     speed = [row for row in results.rows if row["kind"] == "speed"]
     print_table(
         "Speculative against plain decoding",
-        [
-            "dtype",
-            "T",
-            "K",
-            "tokens/s",
-            "x plain",
-            "tokens/forward",
-            "acceptance",
-            "c",
-            "textbook",
-            "survival",
-            "loops",
-        ],
+        COLUMNS,
         [
             [
                 r["dtype"],

@@ -6,12 +6,13 @@ print(session.complete(["import "])[0].text)
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 
-from common.device import available_memory, resolve_device, resolve_dtype
+from common.device import available_memory, memory, resolve_device, resolve_dtype
 from common.errors import UserError
 
 from .beam import beam_search
@@ -98,6 +99,8 @@ class Session:
         for step in speculative_decode(self.loaded.model, drafter, sequences, self.params, self.options.k, decisions):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)
+                if self.options.metrics_detailed:
+                    stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
                 self.steps[sequence].append(stats)
             yield step
 

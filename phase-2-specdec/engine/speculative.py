@@ -40,6 +40,7 @@ class StepStats:
     verify_ms: float
     accept_ms: float
     kv_ms: float = 0.0  # nothing is cached yet
+    rss_mib: float | None = None  # of the process after the step, where it was asked for
 
 
 @dataclass(frozen=True)

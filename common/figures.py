@@ -1,0 +1,68 @@
+"""One PNG from a grid of plots: no display, room for every label, a light grid, saved even over an older file.
+
+matplotlib is imported when a figure is drawn, because it takes a second; `pyplot` is left alone, which keeps every
+figure that it makes in a list of its own and wants a display.
+
+    with figure(Path("speed.png")) as [axes]:
+        axes.plot([1, 2, 3], [3, 1, 2], "o-", label="measured")
+        axes.legend()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@contextmanager
+def figure(
+    file: Path,
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] = (7.0, 4.2),
+    title: str = "",
+    sharex: bool = False,
+    sharey: bool = False,
+) -> Iterator[list[Axes]]:
+    """The axes of all panels, row by row; `file` is written when the block ends, and not if it fails.
+
+    `size` is the width and height of one panel in inches. With `sharex` and `sharey` all panels have the same scale,
+    and only the outer ones show its numbers.
+    """
+    from matplotlib.figure import Figure
+
+    whole = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+    panels: list[Axes] = list(whole.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).flat)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    if title:
+        whole.suptitle(title)
+    yield panels
+    whole.savefig(file, dpi=110)
+
+
+def distributions(
+    file: Path, tokens: Sequence[str], panels: Mapping[str, Sequence[float]], title: str = "", columns: int = 4
+) -> None:
+    """A panel of bars for each of some distributions over the same few tokens, the first token on top.
+
+    The first panel's distribution is drawn as an outline behind the others. The keys of `panels` are their titles.
+    """
+    first = next(iter(panels.values()))
+    places = range(len(tokens))
+    size = (3.0, 0.9 + 0.17 * len(tokens))
+    with figure(file, -(-len(panels) // columns), columns, size, title, sharex=True, sharey=True) as axes:
+        axes[0].invert_yaxis()
+        axes[0].set_yticks(places, tokens, family="monospace", fontsize=8, parse_math=False)  # tokens may hold a $
+        for panel, (name, probabilities) in zip(axes, panels.items(), strict=False):
+            panel.barh(places, probabilities, color="tab:blue")
+            panel.barh(places, first, fill=False, edgecolor="tab:gray", linewidth=0.8)
+            panel.set_title(name, fontsize=10)
+        for panel in axes[len(panels) :]:
+            panel.set_visible(False)
