@@ -14,7 +14,14 @@ STAMP := $(VENV)/installed-$(KEY)
 
 USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test test-all gpu lint install clean
+# Tests and mypy see the phases under their installed names (phase1, ...): links, where nothing is installed.
+LINK_PHASES = rm -rf $(VENV)/phases && mkdir -p $(VENV)/phases && for phase in phase-*; do \
+    number=$${phase\#phase-}; ln -s "../../$$phase/engine" "$(VENV)/phases/phase$${number%%-*}"; done
+
+OUT ?= gpu-results
+GPU_BENCH ?= --repeats 3
+
+.PHONY: help demo diff test test-all gpu lint install clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
@@ -23,7 +30,10 @@ help:  ## list the targets
 demo: $(STAMP)  ## run every phase on the embedded models and print one table
 	@$(BIN)/lab demo
 
-test: lint  ## ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
+diff: $(STAMP)  ## how phase N differs from the one before: make diff N=2
+	@$(BIN)/lab diff $(or $(N),$(error name a phase: make diff N=2))
+
+test: lint  ## lab drift, ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
 	$(BIN)/pytest -m "not slow and not gpu"
 
@@ -31,18 +41,23 @@ test-all: lint  ## every test, the slow ones too; those for a graphics card wher
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
 	$(BIN)/pytest
 
-gpu: $(STAMP)  ## the tests that need a graphics card
-	$(BIN)/pytest -m gpu
+# GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv.
+gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its tests, and every phase's bench into OUT
+	@$(LINK_PHASES); mkdir -p $(OUT)
+	PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -p no:cacheprovider -m gpu
+	@for phase in phase-*; do \
+	    echo "$$phase/bench.py --device cuda $(GPU_BENCH)"; \
+	    PYTHONPATH=. $(or $(GPU_PYTHON),$(BIN)/python) $$phase/bench.py --device cuda $(GPU_BENCH) \
+	        --output $(OUT)/$$phase > $(OUT)/$$phase.txt || exit 1; \
+	    tail -n 40 $(OUT)/$$phase.txt | cut -c1-200; \
+	done
 
-# mypy runs once per phase, because each phase has its own package called `engine`; `common` and the tests see the phases
-# under their installed names (phase1, ...), which are links here because mypy does not follow editable installs.
-lint: $(STAMP)  ## ruff format --check, ruff check, mypy --strict
+# mypy runs once per phase, because each phase has its own package called `engine`; it does not follow editable installs.
+lint: $(STAMP)  ## lab drift, ruff format --check, ruff check, mypy --strict
+	$(BIN)/lab drift
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@rm -rf $(VENV)/phases && mkdir $(VENV)/phases
-	@for phase in phase-*; do \
-	    number=$${phase#phase-}; ln -s "../../$$phase/engine" "$(VENV)/phases/phase$${number%%-*}"; \
-	done
+	@$(LINK_PHASES)
 	MYPYPATH=.:$(VENV)/phases $(BIN)/mypy --strict common tests
 	@for phase in phase-*; do \
 	    echo "MYPYPATH=$$phase:. $(BIN)/mypy --strict $$phase"; \

@@ -42,7 +42,7 @@ def figure(
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     if title:
-        whole.suptitle(title)
+        whole.suptitle(title, parse_math=False)
     yield panels
     whole.savefig(file, dpi=110)
 
@@ -59,10 +59,14 @@ def distributions(
     size = (3.0, 0.9 + 0.17 * len(tokens))
     with figure(file, -(-len(panels) // columns), columns, size, title, sharex=True, sharey=True) as axes:
         axes[0].invert_yaxis()
-        axes[0].set_yticks(places, tokens, family="monospace", fontsize=8, parse_math=False)  # tokens may hold a $
+        for panel in axes:  # parse_math: a token may hold a $
+            panel.set_yticks(places, tokens, family="monospace", fontsize=8, parse_math=False)
         for panel, (name, probabilities) in zip(axes, panels.items(), strict=False):
             panel.barh(places, probabilities, color="tab:blue")
             panel.barh(places, first, fill=False, edgecolor="tab:gray", linewidth=0.8)
             panel.set_title(name, fontsize=10)
+            panel.margins(y=0.01)
+        for panel in axes[-columns:]:
+            panel.set_xlabel("probability")
         for panel in axes[len(panels) :]:
             panel.set_visible(False)

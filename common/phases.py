@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXERCISE_FILE = "exercise.json"
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,21 @@ def phases(root: Path = ROOT) -> list[Phase]:
     return sorted(found, key=lambda phase: phase.number)
 
 
+def installed_phases(site: Path = ROOT) -> list[Phase]:
+    """All phases of an installed wheel, in order: it has their packages (`phase2`), but no folders and no names."""
+    found = [Phase(int(folder.name.removeprefix("phase")), "", folder) for folder in site.glob("phase[1-9]")]
+    return sorted(found, key=lambda phase: phase.number)
+
+
 def phase_of(file: str) -> int:
-    """The number of the phase that a file belongs to, from its folder (`phase-2-...`) or package (`phase2`)."""
-    for part in reversed(Path(file).resolve().parts):
-        match = re.fullmatch(r"phase-?(\d+)(-[a-z-]+)?", part)
+    """The number of the phase that a file belongs to, from its folder (`phase-2-...`) or package (`phase2`).
+
+    An exercise (`lab start`) may have any name; its own file tells.
+    """
+    for folder in (path := Path(file).resolve(), *path.parents):
+        if (folder / EXERCISE_FILE).is_file():
+            return int(json.loads((folder / EXERCISE_FILE).read_text(encoding="utf-8"))["phase"])
+        match = re.fullmatch(r"phase-?(\d+)(-[a-z-]+)?", folder.name)
         if match:
             return int(match[1])
     raise ValueError(f"{file} is in no phase folder")

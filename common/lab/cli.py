@@ -20,6 +20,11 @@ COMMANDS = {
     "demo": ("common.lab.demo", "run every phase on the embedded models and compare them in one table"),
     "doctor": ("common.lab.doctor", "say what this machine can do, and what each missing thing would enable"),
     "pull": ("common.lab.pull", "download a model from the Hugging Face hub into the cache and check it"),
+    "diff": ("common.lab.diff", "show how two phases differ: in the terminal, as a table, or as a page"),
+    "drift": ("common.lab.drift", "check that neighbouring phases differ in what the READMEs list and in nothing else"),
+    "port": ("common.lab.port", "carry a fix made in one phase forward to all later phases"),
+    "start": ("common.lab.start", "make a folder in which to write a phase yourself"),
+    "check": ("common.lab.check", "test your own version of a phase, and help with what fails first"),
 }
 
 
@@ -48,3 +53,7 @@ def main(arguments: list[str]) -> int:
 def entry() -> NoReturn:
     """The console script: bad input is one line on stderr and exit status 2."""
     run_main(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    entry()

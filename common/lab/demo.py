@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from common.benchmark import Timed, interleave, median, print_table, progress, ratio_interval, seconds
+from common.errors import UserError
 from common.lab.arguments import Parser
 from common.peers import TransformersPeer
-from common.phases import Phase, phases
+from common.phases import Phase, installed_phases, phases
 from common.prompts import load_prompts
 
 PEER = "transformers"
@@ -72,10 +73,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=48, help="new tokens of each (default 48)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default 3)")
     options = parser.parse_args(arguments)
+    if min(options.prompts, options.max_tokens) < 1 or options.repeats < 2:
+        raise UserError("--prompts and --max-tokens start at 1, --repeats at 2 (an interval needs two rounds)")
 
     prompts = [prompt.text for prompt in load_prompts("code", "test")[: options.prompts]]
     runners: dict[str, Callable[[], Outcome]] = {}
-    found = phases()
+    found = phases() or installed_phases()
     for phase in found:
         runners[phase.package], loaded = phase_runner(phase, prompts, options.max_tokens)
     peer = TransformersPeer(loaded.checkpoint.folder, torch.float32, torch.device("cpu"))

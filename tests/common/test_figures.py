@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.figures import figure
+from common.figures import distributions, figure
 
 
 def png_size(file: Path) -> tuple[int, int]:
@@ -47,3 +47,10 @@ def test_pyplot_is_not_imported(tmp_path: Path) -> None:
     with figure(tmp_path / "one.png"):
         pass
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_distributions_fill_their_panels_and_tokens_are_no_formulas(tmp_path: Path) -> None:
+    file = tmp_path / "bars.png"
+    panels = {f"knob {n}": [0.5, 0.25] for n in range(5)}
+    distributions(file, ["'$x_{'", "'$'"], panels, title="what follows $x_{", columns=4)
+    assert png_size(file)[0] == 4 * 330

@@ -62,6 +62,8 @@ def test_each_command_has_its_own_help(lab: Callable[..., tuple[int, str, str]])
         ([], "COMMAND"),
         (["--fast"], "--fast|COMMAND"),
         (["doctor", "--fast"], "--fast"),
+        (["demo", "--repeats", "1"], "--repeats at 2"),
+        (["demo", "--prompts", "0"], "--prompts and --max-tokens start at 1"),
         (["pull"], "NAME"),
         (["pull", "no-such-folder/really/not"], "no-such-folder/really/not"),
     ],

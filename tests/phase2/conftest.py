@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import phase2
 from common.philox import Purpose
+from phase2.model import Embedding
 
 Law = dict[Any, float]
 
@@ -23,8 +24,11 @@ class TableModel(phase2.Transformer):
 
     def __init__(self, table: Tensor, context: int = 64) -> None:
         nn.Module.__init__(self)
-        self.config = phase2.FakeModel(len(table), context).config
-        self.embedding = phase2.FakeModel(len(table), context).embedding
+        self.config = phase2.ModelConfig(
+            family="table", vocab_size=len(table), layers=1, width=1, heads=1, kv_heads=1, head_dim=1, ffn_width=1,
+            context=context, norm="rms", norm_eps=0.0, positions="rope", activation="silu", gated=False,
+        )  # fmt: skip
+        self.embedding = Embedding(1, 1)  # loops ask it for device and dtype
         self.table = table
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
@@ -119,12 +123,14 @@ def speculative_law(
     return Walker().law(run)
 
 
-def tables(size: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[TableModel]:
+def tables(
+    size: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0, context: int = 64
+) -> list[TableModel]:
     """A target and a draft that agree somewhat."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
     draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
-    return [TableModel(target.to(dtype)), TableModel(draft.to(dtype))]
+    return [TableModel(table.to(dtype), context) for table in (target, draft)]
 
 
 def mutated(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:

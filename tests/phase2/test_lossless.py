@@ -109,8 +109,7 @@ def test_stop_strings_inside_a_block(proof: SimpleNamespace) -> None:
 
 def test_past_a_jump_of_the_window(proof: SimpleNamespace) -> None:
     """A context of 4: blocks are cut before the window jumps, and the law is still that of plain decoding."""
-    target, draft = proof.tables(3, seed=9)
-    target.config = draft.config = phase2.FakeModel(3, context=4).config
+    target, draft = proof.tables(3, seed=9, context=4)
     params = phase2.SamplingParams(temperature=1.0, max_new_tokens=3)
     expected = proof.plain_law(target, params, NO_END, [1, 0, 2])
     assert proof.total_variation(proof.speculative_law(target, draft, params, NO_END, [1, 0, 2], 2), expected) < EXACT
@@ -183,6 +182,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.no_exercise
 @pytest.mark.parametrize("name", list(MUTANTS))
 def test_the_proof_catches_this_mutant(proof: SimpleNamespace, name: str) -> None:
     where, change = MUTANTS[name]

@@ -41,6 +41,7 @@ def test_json_counts_the_draft(capsys: pytest.CaptureFixture[str]) -> None:
     assert first["verify_ms"] > 0
 
 
+@pytest.mark.about("engine/show.py, Show.step")
 def test_show_prints_the_text_and_a_histogram(capsys: pytest.CaptureFixture[str]) -> None:
     run(*FAKE, "--draft", "none")
     text = capsys.readouterr().out
@@ -51,6 +52,7 @@ def test_show_prints_the_text_and_a_histogram(capsys: pytest.CaptureFixture[str]
     assert "draft tokens that stood" in err
 
 
+@pytest.mark.about("engine/record.py, Recorder.step")
 def test_a_recording_can_be_replayed(tmp_path: Path) -> None:
     """The tokens follow from the recorded uniforms and probabilities alone."""
     file = tmp_path / "run.jsonl"
@@ -73,6 +75,7 @@ def test_a_recording_can_be_replayed(tmp_path: Path) -> None:
     assert any(step["next_from"] == "bonus" for step in steps)
 
 
+@pytest.mark.about("engine/explain.py, print_explanation")
 def test_explain_gives_an_account(capsys: pytest.CaptureFixture[str]) -> None:
     run(*FAKE, "--draft", "fake:0.7", "--explain")
     err = capsys.readouterr().err
@@ -86,6 +89,7 @@ def step(k: int, accepted: int) -> StepStats:
     return StepStats(k, k, accepted, accepted + 1, draft_ms=k * 1.0, verify_ms=10.0, accept_ms=0.0)
 
 
+@pytest.mark.about("engine/explain.py, account")
 def test_the_account_by_hand() -> None:
     steps = [step(2, 2), step(2, 1), step(2, 0), step(2, 2)]
     assert survival(steps, 2) == [0.75, 0.5]
@@ -99,6 +103,7 @@ def test_the_account_by_hand() -> None:
     assert textbook_speedup(1.0, 0.25, 4) == pytest.approx(2.5)
 
 
+@pytest.mark.about("engine/explain.py, verdict")
 def test_the_verdict_says_when_speculation_loses() -> None:
     hopeless = Account(plain_ms=1.0, draft_ms=2.0, verify_ms=1.0, accept_ms=0.0, shares=[0.2, 0.0])
     text = verdict(hopeless, measured=0.3)
@@ -112,14 +117,14 @@ def test_the_verdict_says_when_speculation_loses() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--k", "0"], ["--k"]),
-        (["--k", "2.5"], ["--k", "integer"]),
+        pytest.param(["--k", "0"], ["--k"], marks=pytest.mark.no_exercise),
+        pytest.param(["--k", "2.5"], ["--k", "integer"], marks=pytest.mark.no_exercise),
         (["--draft", "no-such-draft"], ["no-such-draft"]),
         (["--draft", "fake:1.5"], ["[0, 1]"]),
         (["--draft", "fake:often"], ["fake:often"]),
-        (["--draft", "fake:0.5", "--beams", "2"], ["--beams", "--draft"]),
+        pytest.param(["--draft", "fake:0.5", "--beams", "2"], ["--beams", "--draft"], marks=pytest.mark.no_exercise),
         (["--draft", "fake:0.5", "--record", "no/such/folder/run.jsonl"], ["--record", "no/such/folder"]),
-        (["--show", "--json"], ["--show", "--json"]),
+        pytest.param(["--show", "--json"], ["--show", "--json"], marks=pytest.mark.no_exercise),
     ],
 )
 def test_wrong_input_gets_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:

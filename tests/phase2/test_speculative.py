@@ -46,15 +46,23 @@ def speculate(
     return sequences, list(phase2.speculative_decode(target, drafter, sequences, params, k, decisions))
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8])
-def test_greedy_equals_phase_1(target: Any, draft: Any, k: int) -> None:
-    """100 prompts over all K in the slow test; here 8 for each of four."""
+@pytest.fixture(scope="module")
+def plain_by_phase_1(target: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, and what phase 1 writes after them."""
     plain = phase1.load("stdlib-10m", torch.float32, CPU)
-    params = phase2.SamplingParams(max_new_tokens=48)
-    prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[k : k + 8]]
-    expected = phase1.generate(plain.model, prompts, phase1.SamplingParams(max_new_tokens=48), plain.ending)
-    got, steps = speculate(target.model, draft.model, prompts, params, target.ending, k)
-    assert [sequence.tokens for sequence in got] == [generation.tokens for generation in expected]
+    prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:4]]
+    done = phase1.generate(plain.model, prompts, phase1.SamplingParams(max_new_tokens=24), plain.ending)
+    return prompts, [generation.tokens for generation in done]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_greedy_equals_phase_1(target: Any, draft: Any, plain_by_phase_1: Any, k: int) -> None:
+    """100 prompts over all K in the slow test; here 4."""
+    prompts, expected = plain_by_phase_1
+    got, steps = speculate(
+        target.model, draft.model, prompts, phase2.SamplingParams(max_new_tokens=24), target.ending, k
+    )
+    assert [sequence.tokens for sequence in got] == expected
     assert sum(step.stats[0].accepted for step in steps) > 0
 
 
@@ -97,11 +105,10 @@ def test_greedy_equals_plain_whatever_the_request(
 
 @given(text=st.text(alphabet="abcd ", min_size=1, max_size=12), k=st.integers(1, 6), seed=st.integers(0, 9))
 @settings(max_examples=25)
-def test_stop_strings_cut_where_plain_decoding_would(text: str, k: int, seed: int) -> None:
-    loaded = phase2.load("stdlib-10m", torch.float32, CPU)
+def test_stop_strings_cut_where_plain_decoding_would(target: Any, text: str, k: int, seed: int) -> None:
     model, guess = (phase2.FakeModel(120, 64, agreement) for agreement in (1.0, 0.8))
-    stop = tuple(loaded.tokenizer.token_text(token) for token in (40 + seed, 60 + seed, 80 + seed))
-    params, ending = phase2.SamplingParams(max_new_tokens=40, stop=stop), phase2.Ending((), loaded.tokenizer)
+    stop = tuple(target.tokenizer.token_text(token) for token in (40 + seed, 60 + seed, 80 + seed))
+    params, ending = phase2.SamplingParams(max_new_tokens=40, stop=stop), phase2.Ending((), target.tokenizer)
     prompt = [ord(character) % 120 for character in text]
     plain = phase2.generate(model, [prompt], params, ending)[0]
     (sequence,), _ = speculate(model, guess, [prompt], params, ending, k)
@@ -226,6 +233,7 @@ def test_sampled_tokens_follow_the_exact_probabilities(target: Any, draft: Any) 
         assert chisquare(counts, [w * scale for w in wanted]).pvalue > 1e-4
 
 
+@pytest.mark.about("engine/pair.py, check_pair")
 def test_two_vocabularies_do_not_go_together(make_checkpoint: Callable[..., Path]) -> None:
     small = make_checkpoint("llama")
     options = phase2.Options(model="stdlib-10m", draft=str(small))
@@ -233,6 +241,7 @@ def test_two_vocabularies_do_not_go_together(make_checkpoint: Callable[..., Path
         phase2.Session(options)
 
 
+@pytest.mark.about("engine/pair.py, check_pair")
 def test_a_draft_with_a_shorter_context_is_noted(
     make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

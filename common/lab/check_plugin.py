@@ -1,0 +1,245 @@
+"""The process in which `lab check` runs the tests: here `import phase2` means the learner's folder, and nothing else.
+
+Reads a request (JSON) from stdin, runs pytest, and writes one JSON line for each test as it ends. It makes sure that
+the package comes from the folder, that a module which the folder lacks is missing (not taken from the shipped phase),
+and that `phases()`, and the processes that a test starts, have the folder in the shipped phase's place. Before it ends
+it looks at every module that was loaded, and names those from elsewhere.
+
+    echo '{"phase": 2, "folder": "my-phase-2", "order": [], "limit": 60, "pytest": ["tests/phase2"]}' \\
+        | python -B -m common.lab.check_plugin
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, TextIO
+from unittest import mock
+
+import hypothesis
+import pytest
+
+from common.lab.stubs import NOT_WRITTEN
+from common.phases import Phase, phases
+
+LONGEST = 400  # characters of a value that is shown
+
+
+class FolderFinder(MetaPathFinder):
+    """Finds one package, and whatever is below it, in one folder."""
+
+    def __init__(self, package: str, folder: Path) -> None:
+        self.package, self.folder = package, folder
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name == self.package:
+            file = self.folder / "__init__.py"
+            return spec_from_file_location(name, file, submodule_search_locations=[str(self.folder)])
+        if name.startswith(f"{self.package}."):
+            spec = PathFinder.find_spec(name, path)
+            if spec is None:  # other finders would look in the shipped phase
+                raise ModuleNotFoundError(f"No module named {name!r} in {self.folder}", name=name)
+            return spec
+        return None
+
+
+class TookTooLongError(BaseException):
+    """No Exception, so that neither the code under test nor hypothesis takes it for one of theirs."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    def stop(*_: object) -> None:
+        raise TookTooLongError(f"stopped after {seconds:g} s: does it ever end?")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class Reporter:
+    """The pytest plugin: chooses and orders the tests, and reports what became of each."""
+
+    def __init__(self, phase: Phase, order: list[str], limit: float, out: TextIO) -> None:
+        self.phase, self.order, self.limit, self.out = phase, order, limit, out
+        self.compared: tuple[str, str] | None = None
+        self.reported: set[str] = set()
+
+    def write(self, **line: object) -> None:
+        print(json.dumps(line), file=self.out, flush=True)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept = [item for item in items if self._wanted(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = sorted(kept, key=self._rank)
+        self.write(total=len(items))
+
+    def _wanted(self, item: pytest.Item) -> bool:
+        """Is it a test of this phase, or one of every phase with this one?"""
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        phase = parameters.get("phase")
+        return phase.number == self.phase.number if phase else item.path.parent.name == self.phase.package
+
+    def _rank(self, item: pytest.Item) -> tuple[bool, int]:
+        """First what is about one function, in the order in which they are to be written."""
+        own = item.path.parent.name == self.phase.package
+        about = _about(item)
+        return not own, self.order.index(about) if about in self.order else len(self.order)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self) -> Generator[None, None, None]:
+        self.compared = None
+        with time_limit(self.limit):
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, None, None]:
+        with time_limit(self.limit):
+            yield
+
+    def pytest_assertrepr_compare(self, op: str, left: object, right: object) -> None:
+        """Remember the last comparison that failed; the tests of this repository put what they got on the left."""
+        self.compared = (_shown(right) if op == "==" else f"{op} {_shown(right)}", _shown(left))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            self._report(item, **self._outcome(report, call))
+            if call.excinfo and call.excinfo.errisinstance(TookTooLongError):
+                item.session.shouldstop = (
+                    "a test that does not end"  # those that use the same function would not either
+                )
+        return report
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            if item.nodeid not in self.reported:
+                self._report(item, outcome="not run")
+
+    def _report(self, item: pytest.Item, **outcome: object) -> None:
+        self.reported.add(item.nodeid)
+        title = item.name.partition("[")[0].removeprefix("test_").replace("_", " ")
+        group = _about(item) or _first_line(getattr(item, "module", None))
+        line = {"test": item.nodeid, "own": item.path.parent.name == self.phase.package, "title": title, "group": group}
+        self.write(**line, words=_first_line(getattr(item, "function", None)), about=_about(item), **outcome)
+
+    def _outcome(self, report: pytest.TestReport, call: pytest.CallInfo[None]) -> dict[str, object]:
+        if not report.failed:
+            return {"outcome": "passes" if report.passed else "skipped"}
+        assert call.excinfo is not None
+        error = call.excinfo.value
+        text = str(error)
+        outcome: dict[str, object] = {"outcome": "fails", "message": text, "where": self._where(error.__traceback__)}
+        if isinstance(error, NotImplementedError) and NOT_WRITTEN.match(text):
+            outcome["outcome"] = "not written yet"
+        elif isinstance(error, AssertionError):
+            message = text.partition("\nassert ")[0] if not text.startswith("assert ") else ""
+            expected, got = self.compared or (None, None)
+            outcome |= {"message": message if self.compared else text, "expected": expected, "got": got}
+        elif not isinstance(error, TookTooLongError):
+            outcome["message"] = f"{type(error).__name__}: {text}"
+        return outcome
+
+    def _where(self, trace: TracebackType | None) -> list[str]:
+        """The functions of the engine that were running, the innermost last, as `engine/verify.py, verify`."""
+        frames = []
+        for frame, line in traceback.walk_tb(trace):
+            file = Path(frame.f_code.co_filename).resolve()
+            if file.is_relative_to(self.phase.folder):
+                name = frame.f_code.co_qualname.partition(".<locals>")[0]
+                frames.append(f"{file.relative_to(self.phase.folder).as_posix()}, {name}, line {line}")
+        return frames
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.write(broken=report.nodeid, message=str(report.longrepr).strip().splitlines()[-1].removeprefix("E   "))
+
+
+def _about(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("about")
+    return str(marker.args[0]) if marker else None
+
+
+def _first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").split("\n")[0]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def import_all(package: str, folder: Path) -> str | None:
+    """Import every module of the package in a folder; the first error in words, or None."""
+    try:
+        module = importlib.import_module(package)
+        for found in pkgutil.walk_packages(module.__path__, f"{package}."):
+            importlib.import_module(found.name)
+    except BaseException as error:  # whatever the learner's code does
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
+        where = f"{Path(frames[-1].filename).relative_to(folder.parent)}, line {frames[-1].lineno}: " if frames else ""
+        return where + " ".join(f"{type(error).__name__}: {error}".split())
+    return None
+
+
+def outside(package: str, folder: Path) -> list[str]:
+    """Modules of the package that were loaded from anywhere but the folder."""
+    modules = [(name, m) for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
+    files = [(name, getattr(m, "__file__", None) or next(iter(m.__path__))) for name, m in modules]
+    return [f"{name} ({file})" for name, file in files if not Path(file).resolve().is_relative_to(folder)]
+
+
+def main(request: dict[str, Any]) -> int:
+    out = os.fdopen(os.dup(1), "w")  # what pytest and the tests print goes nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    shipped = phases(Path.cwd())
+    folder = Path(request["folder"])
+    found = [dataclasses.replace(p, folder=folder) if p.number == request["phase"] else p for p in shipped]
+    phase = next(p for p in found if p.number == request["phase"])
+    engine = folder / "engine"
+    reporter = Reporter(phase, request["order"], request["limit"], out)
+    phases_of_search = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # no minutes for the smallest example
+    hypothesis.settings.register_profile("lab check", deadline=None, database=None, phases=phases_of_search)
+    status = 0
+    sys.meta_path.insert(0, FolderFinder(phase.package, engine))
+    with tempfile.TemporaryDirectory() as scratch, mock.patch("common.phases.phases", return_value=found):
+        Path(scratch, phase.package).symlink_to(engine)  # for the processes that tests start
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scratch, os.environ.get("PYTHONPATH")]))
+        if error := import_all(phase.package, engine):
+            reporter.write(broken="engine", message=error)
+        else:
+            settings = ["--hypothesis-profile=lab check", "--hypothesis-seed=0"]
+            status = pytest.main([*request["pytest"], *settings], plugins=[reporter])
+    reporter.write(outside=outside(phase.package, engine))
+    return status if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.load(sys.stdin)))

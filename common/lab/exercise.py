@@ -1,0 +1,110 @@
+"""The exercise of a phase: which functions are to be written, in which order, and what is given.
+
+Nothing of it is kept by hand. The files that a phase adds lose the bodies of their functions (stubs.py); those that it
+changes are given whole, because what changes there is mostly the plumbing of the command line. The phase's README may
+hint at functions, in its section `## Exercise`, one list item each:
+
+    - engine/verify.py, verify: which token is the first that falls?
+    - engine/record.py: a hint for a whole file
+
+The order of the hints is the order in which to write. A hint for a function of a changed file makes it part of the
+exercise; so phase 1, which adds nothing to anything, can have one too.
+
+    python -c "from common.lab.exercise import *; from common.phases import phases; print(exercise(phases(), 2).stubs)"
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from common.lab.snapshots import OWN, difference, files, find_phase, read_list
+from common.lab.stubs import Stub, stub, stubs_in
+from common.phases import Phase
+
+HINT = re.compile(r"^- (engine/[^\s,:]+\.py(?:, [\w.]+)?): (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
+LEFT_OUT = tuple(name for name in OWN if name != "bench.py")  # one copy, the shipped one, is enough
+COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".metal", ".mm"}
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What `lab start` writes and `lab check` coaches."""
+
+    phase: Phase
+    sources: dict[str, str]  # the Python files of `engine`, with stubs
+    stubs: list[Stub]  # in the order in which to write them
+    words: dict[str, str]  # what the README's list says of each file
+    changed: list[str]  # files that the phase changes, given whole or nearly so
+    absent: list[str]  # sources in other languages that the phase adds, and that are not given
+    hints: dict[str, str]  # `engine/a.py, f` or `engine/a.py` -> words
+
+    def hint(self, stub: Stub) -> str | None:
+        key = _matching(self.hints, stub)
+        return self.hints[key] if key else None
+
+    @cached_property
+    def shipped(self) -> dict[str, str]:
+        """The solution: the phase's own sources."""
+        return {file: (self.phase.folder / file).read_text(encoding="utf-8") for file in self.sources}
+
+
+def parse_hints(readme: str) -> dict[str, str]:
+    """The hints of a README's section `## Exercise`."""
+    section = readme.partition("\n## Exercise\n")[2].partition("\n## ")[0]
+    return {key: " ".join(words.split()) for key, words in HINT.findall(section)}
+
+
+def _matching(hints: dict[str, str], stub: Stub) -> str | None:
+    """The hint for a function, or else for its class, or else for its file."""
+    keys = (str(stub), str(stub).rpartition(".")[0], stub.file)
+    return next((key for key in keys if key in hints), None)
+
+
+def exercise(found: list[Phase], number: int) -> Exercise:
+    """The exercise of one of the found phases; it may have no stubs. Raises UserError for a phase that is not there."""
+    phase = find_phase(found, number)
+    at = found.index(phase)
+    listed = {change.path: change.words for change in read_list(phase).changes}
+    hints = parse_hints((phase.folder / "README.md").read_text(encoding="utf-8"))
+    paths = [path for path in files(phase.folder) if path.split("/")[0] not in LEFT_OUT]
+    signs = difference(found[at - 1].folder, phase.folder) if at else {path: "~" for path in paths}
+    sources = {
+        path: (phase.folder / path).read_text(encoding="utf-8")
+        for path in paths
+        if path.startswith("engine/") and path.endswith(".py")
+    }
+    added = {path for path in sources if signs.get(path) == "+"}
+    hinted = {function for path in sources for function in _functions(path, sources[path], hints)}
+    sources = stub(sources, added | hinted)
+    order, ranks = list(hints), list(listed)
+
+    def place(stub: Stub) -> tuple[int, int]:
+        key = _matching(hints, stub)
+        rank = ranks.index(stub.file) if stub.file in listed else len(ranks)
+        return order.index(key) if key else len(order), rank
+
+    return Exercise(
+        phase=phase,
+        sources=sources,
+        stubs=sorted((s for path, text in sources.items() for s in stubs_in(path, text)), key=place),
+        words=listed,
+        changed=[path for path in paths if signs.get(path) == "~"] if at else [],
+        absent=[path for path in paths if signs.get(path) == "+" and Path(path).suffix in COMPILED],
+        hints=hints,
+    )
+
+
+def _functions(path: str, text: str, hints: dict[str, str]) -> list[str]:
+    """The functions of a file that the hints name, by themselves or by their class."""
+    everything = stubs_in(path, stub({path: text}, {path})[path])
+    return [str(s) for s in everything if (_matching(hints, s) or path) != path]
+
+
+def exercise_files(work: Exercise) -> dict[str, bytes]:
+    """Everything that the folder holds but its own guide: path -> content."""
+    shipped = work.phase.folder
+    paths = [p for p in files(shipped) if p.split("/")[0] not in LEFT_OUT and p not in work.absent]
+    return {p: work.sources[p].encode() if p in work.sources else (shipped / p).read_bytes() for p in paths}

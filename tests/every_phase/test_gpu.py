@@ -1,0 +1,45 @@
+"""On a graphics card: the same tokens as on the processor, in every phase."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from common.prompts import load_prompts
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_same_tokens_as_on_the_processor(engine: ModuleType, temperature: float) -> None:
+    """float32, plain decoding: greedy, and sampled with the same keyed noise."""
+    texts = [prompt.text for prompt in load_prompts("code", "test")[:4]]
+    tokens = {}
+    for name in ("cpu", "cuda"):
+        loaded = engine.load("stdlib-10m", torch.float32, torch.device(name))
+        params = engine.SamplingParams(temperature=temperature, max_new_tokens=32)
+        prompts = [loaded.tokenizer.encode(text) for text in texts]
+        tokens[name] = [g.tokens for g in engine.generate(loaded.model, prompts, params, loaded.ending)]
+    assert tokens["cuda"] == tokens["cpu"]
+
+
+def test_a_session_on_the_card_equals_plain_decoding(engine: ModuleType) -> None:
+    """Whatever the phase decodes with by default, greedy output is that of its plain loop."""
+    text = load_prompts("code", "test")[0].text
+    options = {"prompt": [text], "device": "cuda", "dtype": "float32", "max_tokens": 32}
+    session = engine.Session(engine.Options(**options))
+    (done,) = session.complete([text])
+    params = engine.SamplingParams(max_new_tokens=32)
+    prompt = session.loaded.tokenizer.encode(text)
+    (plain,) = engine.generate(session.loaded.model, [prompt], params, session.loaded.ending)
+    assert done.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(engine: ModuleType, dtype: torch.dtype) -> None:
+    loaded = engine.load("stdlib-10m", dtype, torch.device("cuda"))
+    prompt = loaded.tokenizer.encode(load_prompts("code", "test")[0].text)
+    (done,) = engine.generate(loaded.model, [prompt], engine.SamplingParams(max_new_tokens=16), loaded.ending)
+    assert len(done.tokens) == 16

@@ -1,0 +1,126 @@
+"""The exercises of the real phases: nothing of the solution is given away, and half-right is not enough."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.lab import check, start
+from common.lab.exercise import exercise
+from common.phases import ROOT, Phase, phases
+
+
+@pytest.fixture(params=phases()[1:], ids=lambda phase: phase.package)
+def later(request: pytest.FixtureRequest) -> Phase:
+    found: Phase = request.param
+    return found
+
+
+def test_no_body_of_the_solution_is_in_the_folder(later: Phase, tmp_path: Path) -> None:
+    work = start.start(phases(), later.number, tmp_path / "mine")
+    given = [path.read_text() for path in (ROOT / "common").rglob("*.py")]
+    given += [text for file, text in work.shipped.items() if text == work.sources[file]]
+    known = {line.strip() for text in given for line in text.splitlines()}
+    known |= {line.strip() for line in (later.folder / "bench.py").read_text().splitlines()}
+    held = {line.strip() for path in (tmp_path / "mine").rglob("*.*") for line in path.read_text().splitlines()}
+    hidden = set()
+    for s in work.stubs:
+        bodies = [
+            n for n in ast.walk(ast.parse(work.shipped[s.file])) if getattr(n, "name", "") == s.name.split(".")[-1]
+        ]
+        for body in bodies:
+            assert isinstance(body, ast.FunctionDef | ast.AsyncFunctionDef)
+            hidden |= {
+                line for n in body.body[ast.get_docstring(body) is not None :] for line in ast.unparse(n).split("\n")
+            }
+    hidden = {line.strip() for line in hidden if len(line.strip()) > 24}
+    assert len(hidden) > len(work.stubs)
+    assert not (hidden & held) - known
+
+
+def test_a_fresh_folder_can_be_imported(later: Phase, tmp_path: Path) -> None:
+    start.start(phases(), later.number, tmp_path / "mine")
+    code = "from common.lab.check_plugin import *; sys.exit(import_all('engine', Path('engine')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "mine", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_hints_and_tests_name_what_is_to_be_written(later: Phase) -> None:
+    """A function that was renamed would lose its hint, or its tests their place."""
+    work = exercise(phases(), later.number)
+    written = {str(s) for s in work.stubs} | {s.file for s in work.stubs}
+    written |= {str(s).rpartition(".")[0] for s in work.stubs}  # classes
+    assert set(work.hints) <= written
+    tests = "".join(path.read_text() for path in (ROOT / f"tests/{later.package}").glob("*.py"))
+    assert set(re.findall(r'mark\.about\("(.+?)"\)', tests)) <= written
+
+
+def real_check(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, number: int = 2) -> tuple[int, str]:
+    capsys.readouterr()
+    return check.run([str(number), str(folder), *options]), capsys.readouterr().out
+
+
+RULE = ("-k", "test_exercise and not loop and not tools")
+SHIPPED = phases()[1].folder / "engine/verify.py"
+
+
+def test_the_rule_alone_gives_partial_credit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start.start(phases(), 2, tmp_path / "mine")
+    shutil.copy(SHIPPED, tmp_path / "mine/engine")
+    status, out = real_check(capsys, tmp_path / "mine", *RULE)
+    assert status == 1
+    match = re.search(r"(\d+) of (\d+) tests of phase 2 pass", out)
+    assert match
+    assert 0 < int(match[1]) < int(match[2])
+    assert "Write next: engine/drafting.py, ModelDrafter" in out
+
+
+WRONG = {
+    "upside down": ("(target_of / draft_probs.gather(-1, draft_tokens[..., None])[..., 0])",
+                    "(draft_probs.gather(-1, draft_tokens[..., None])[..., 0] / target_of)"),
+    "residual not normalised": ("residual / mass", "residual"),
+    "residual not clipped": (".clamp(min=0)", ".abs()"),
+    "counts what stands after the first that fell": (".cumprod(dim=1)", ""),
+    "widths ignored": (" & (columns < widths[:, None])", ""),
+    "division by zero": ("torch.where(mass > 0, residual / mass, following[cut])", "residual / mass"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if i else []) for i, n in enumerate(WRONG)])
+def test_a_wrong_rule_does_not_pass(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start.start(phases(), 2, tmp_path / "mine")
+    old, new = WRONG[name]
+    text = SHIPPED.read_text()
+    assert old in text
+    (tmp_path / "mine/engine/verify.py").write_text(text.replace(old, new))
+    status, out = real_check(capsys, tmp_path / "mine", *RULE)
+    assert status == 1
+    assert re.search(r"First wrong: .*, in engine/verify.py, verify\(\)\n", out)
+    assert re.search(r"draft_tokens \[\[.*\n  expected  \[.*\n  got       \[", out, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_a_shipped_phase_passes_its_own_check(later: Phase, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = real_check(capsys, later.folder, number=later.number)
+    assert status == 0
+    assert re.search(r"^(\d+) of \1 tests of phase \d pass$", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_fresh_folder_of_a_phase_passes_nothing(
+    later: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A test that passes all the same is about what is given: mark it `no_exercise`."""
+    work = start.start(phases(), later.number, tmp_path / "mine")
+    status, out = real_check(capsys, tmp_path / "mine", number=later.number)
+    assert status == 1
+    assert re.search(r"^0 of \d+ tests of phase \d pass$", out, re.MULTILINE), out
+    assert f"Write next: {work.stubs[0].file}" in out
+    assert json.loads((tmp_path / "mine/exercise.json").read_text()) == {"phase": later.number, "helped": {}}
