@@ -1,0 +1,1 @@
+"""What bench.py measures, one file per section; runs.py is what they share, pictures.py draws."""

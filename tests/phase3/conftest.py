@@ -1,0 +1,273 @@
+"""The tools of the proof: a walker that visits every outcome of a loop, and models small enough for that.
+
+`Proof(engine)` holds them for one phase's engine package; a later phase makes its own from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import phase3
+from common.philox import Purpose
+
+Law = dict[Any, float]
+SLIVER = 1e-15  # a branch this narrow is rounding
+
+
+class TableModel(nn.Module):
+    """A language model whose next-token logits depend on the last token alone: a table [V, V].
+
+    Its hidden state is that token as a one-hot vector, and the table is its head. So a state may also be a mixture, as
+    the drafter that extrapolates states wants it.
+    """
+
+    def __init__(self, config: Any, embedding: nn.Module, table: Tensor) -> None:
+        super().__init__()
+        self.config, self.table = config, table
+        self.embedding = embedding  # loops ask it for device and dtype
+
+    def states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        wanted: Tensor | None = None,
+        mask: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        seen = tokens if wanted is None else tokens.gather(1, wanted)
+        return nn.functional.one_hot(seen, len(self.table)).to(self.table), None
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        return self.states(tokens, positions, wanted)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.table
+
+    def mask(self, length: int, like: Tensor) -> Tensor:
+        return torch.full((length, length), float("-inf"), dtype=like.dtype).triu(1)
+
+
+class Walker:
+    """Stands in for the random numbers of a loop, and takes every way through it in turn.
+
+    Numbers that share a key (sample, position, purpose, trial) are one uniform number, as they are with keyed noise:
+    what an earlier use has told about it (an interval) holds for a later one. A draw reads it through the inverse
+    distribution function, a decision through a comparison. So a drafter that draws with the noise of plain sampling is
+    coupled to it.
+    """
+
+    def __init__(self) -> None:
+        self._script: list[int] = []
+        self._taken: list[tuple[int, int]] = []
+        self._known: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def law(self, run: Callable[[Walker], Any]) -> Law:
+        """The probability of every result of `run`."""
+        law: Law = defaultdict(float)
+        while True:
+            self._taken, self._known, self.weight = [], {}, 1.0
+            result = run(self)
+            law[result] += self.weight
+            while self._taken and self._taken[-1][0] == self._taken[-1][1] - 1:
+                self._taken.pop()
+            if not self._taken:
+                return dict(law)
+            self._script = [choice for choice, _ in self._taken[:-1]] + [self._taken[-1][0] + 1]
+
+    def _branch(self, weights: list[float]) -> int:
+        at = len(self._taken)
+        choice = self._script[at] if at < len(self._script) else 0
+        self._taken.append((choice, len(weights)))
+        self.weight *= weights[choice]
+        return choice
+
+    def _pick(self, weights: list[float], *key: int) -> int:
+        """Which of the cells with these weights, laid side by side, the uniform number of this key falls into."""
+        low, high = self._known.get(key, (0.0, 1.0))
+        cells, edge, total = [], 0.0, sum(weights)
+        for index, weight in enumerate(weights):
+            left, edge = edge, edge + weight / total
+            begin, end = max(low, left), min(high, edge)
+            if end - begin > SLIVER:
+                cells.append((index, begin, end))
+        index, begin, end = cells[self._branch([(end - begin) / (high - low) for _, begin, end in cells])]
+        self._known[key] = begin, end
+        return index
+
+    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        return self.draw_several(probs, 1, samples, positions, purpose)[:, 0]
+
+    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        """Without replacement: each draw from what the ones before it have left, with a uniform number of its own."""
+        rows = []
+        for row, sample, position in zip(probs.tolist(), samples.tolist(), positions.tolist(), strict=True):
+            tokens: list[int] = []
+            for trial in range(count):
+                tokens.append(self._pick(row, sample, position, int(purpose), trial))
+                row[tokens[-1]] = 0.0
+            rows.append(tokens)
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), count)
+
+    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+        decided = [
+            [
+                self._pick([p, 1 - p], sample, position, int(Purpose.ACCEPT), trial) == 0
+                for p, position in zip(row, places, strict=True)
+            ]
+            for row, sample, places in zip(
+                probability.clamp(0, 1).tolist(), samples.tolist(), positions.tolist(), strict=True
+            )
+        ]
+        return torch.tensor(decided, dtype=torch.bool).view(probability.shape)
+
+
+def total_variation(a: Law, b: Law) -> float:
+    return sum(abs(a.get(key, 0.0) - b.get(key, 0.0)) for key in a.keys() | b.keys()) / 2
+
+
+@dataclass
+class Favourite:
+    """A drafter of certain guesses: after token t always t + 1."""
+
+    size: int  # of the vocabulary
+    engine: Any
+    taps = None
+
+    def propose(self, sequences: list[Any], widths: list[int], stop: Any = None) -> Any:
+        rows = [
+            [((s.prompt + s.tokens)[-1] + 1 + i) % self.size for i in range(max(widths))] for s in sequences
+        ]  # beyond its own width a row is padding, which nobody may read
+        return self.engine.Draft(torch.tensor(rows, dtype=torch.long).view(len(rows), max(widths)), None, widths)
+
+    def known(self, sequence: Any) -> int:
+        return int(sequence.length)
+
+    def observe(self, outcome: Any) -> None: ...
+
+
+@dataclass
+class Replay:
+    """A controller that asks for the given numbers of tokens, one after the other, whatever happens."""
+
+    ks: list[int]
+    step: int = -1
+
+    def next_k(self) -> int:
+        self.step += 1
+        return self.ks[self.step % len(self.ks)]
+
+    def stop(self, draft_probs: Tensor) -> bool:
+        return False
+
+    def observe(self, step: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The tools for one engine."""
+
+    engine: Any
+
+    def table_model(self, table: Tensor, context: int = 64) -> TableModel:
+        config = self.engine.ModelConfig(
+            family="table", vocab_size=len(table), layers=1, width=1, heads=1, kv_heads=1, head_dim=1, ffn_width=1,
+            context=context, norm="rms", norm_eps=0.0, positions="rope", activation="silu", gated=False,
+        )  # fmt: skip
+        return TableModel(config, nn.Embedding(1, 1), table)
+
+    def tables(
+        self, size: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0, context: int = 64
+    ) -> tuple[TableModel, TableModel]:
+        """A target and a draft that agree somewhat."""
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
+        draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
+        return self.table_model(target.to(dtype), context), self.table_model(draft.to(dtype), context)
+
+    def plain_law(self, target: TableModel, params: Any, prompt: list[int], ending: Any = None) -> Law:
+        """The distribution of plain decoding's output."""
+
+        def run(walker: Walker) -> tuple[int, ...]:
+            return tuple(self.engine.generate(target, [prompt], params, ending, randomness=walker)[0].tokens)
+
+        return Walker().law(run)
+
+    def histories(
+        self,
+        target: TableModel,
+        drafter: Callable[[Walker, Purpose], Any],
+        params: Any,
+        prompt: list[int],
+        policy: Any,
+        controller: Callable[[], Any],
+        ending: Any = None,
+        loop: Any = None,
+    ) -> Law:
+        """The probability of every (tokens, drafted by step, accepted by step) of speculative decoding.
+
+        `drafter` is given the random numbers and the purpose that the policy wants it to draw with. `loop` may be a
+        mutant of speculative.py.
+        """
+
+        def run(walker: Walker) -> tuple[tuple[int, ...], ...]:
+            sequence = self.engine.Sequence(prompt, params, ending or self.engine.Ending())
+            guess = drafter(walker, policy.draft_noise)
+            decode = (loop or self.engine).speculative_decode
+            steps = [s.stats[0] for s in decode(target, guess, [sequence], params, policy, controller, walker)]
+            return tuple(sequence.tokens), tuple(s.depth for s in steps), tuple(s.accepted for s in steps)
+
+        return Walker().law(run)
+
+    def law(self, *arguments: Any, **named: Any) -> Law:
+        """The distribution of speculative decoding's output; arguments as for histories()."""
+        law: Law = defaultdict(float)
+        for (tokens, _, _), weight in self.histories(*arguments, **named).items():
+            law[tokens] += weight
+        return dict(law)
+
+    def model_drafter(self, draft: TableModel, params: Any, parts: Any = None) -> Callable[[Walker, Purpose], Any]:
+        """What makes a ModelDrafter; `parts` may be a mutant of drafters/model.py."""
+        return lambda walker, noise: (parts or self.engine).ModelDrafter(draft, params, walker, noise)
+
+    def favourite(self, size: int) -> Callable[[Walker, Purpose], Any]:
+        return lambda walker, noise: Favourite(size, self.engine)
+
+    def mutated(self, name: str, *changes: tuple[str, str], **names: Any) -> types.ModuleType:
+        """A module of the engine with pieces of its source replaced, and then some of its names.
+
+        A piece that is not there fails, so no mutant goes stale.
+        """
+        module = sys.modules[f"{self.engine.__name__}.{name}"]
+        source = inspect.getsource(module)
+        for old, new in changes:
+            assert source.count(old) >= 1, f"no longer in {name}: {old}"
+            source = source.replace(old, new)
+        mutant = types.ModuleType(module.__name__)
+        mutant.__package__ = module.__package__
+        sys.modules[module.__name__] = mutant  # dataclasses look their module up
+        try:
+            exec(compile(source, module.__file__ or "mutant", "exec"), mutant.__dict__)
+        finally:
+            sys.modules[module.__name__] = module
+        mutant.__dict__.update(names)
+        return mutant
+
+    Walker = Walker
+    Replay = Replay
+    total_variation = staticmethod(total_variation)
+
+
+@pytest.fixture(scope="session")
+def proof() -> Proof:
+    """The tools above, for test files (which cannot import this one)."""
+    return Proof(phase3)

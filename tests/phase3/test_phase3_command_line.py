@@ -1,0 +1,196 @@
+"""What phase 3 adds to the command line: who guesses, how much, and what may stand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import phase3
+from common.options import run_main
+from common.phases import ROOT
+from phase3.cli import main
+
+FAKE = ["--model", "fake", "--prompt", "x y z x y", "--max-tokens", "40"]
+LOSSLESS = ["rejection", "coupled", "longest_prefix"]
+LOSSY = ["conf_threshold", "topk_agree", "typical"]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        run_main(main, [str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def completion(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first completion of a run, and its settings."""
+    assert run(*FAKE, *arguments, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    return document["completions"][0], document["settings"]
+
+
+@pytest.mark.parametrize("policy", LOSSLESS)
+@pytest.mark.parametrize("drafter", ["model", "ngram", "extrapolate"])
+def test_greedy_text_is_the_same_whoever_drafts(capsys: pytest.CaptureFixture[str], policy: str, drafter: str) -> None:
+    plain, _ = completion(capsys, "--draft", "none")
+    done, settings = completion(
+        capsys, "--draft", "fake:0.7", "--drafter", drafter, "--policy", policy, "--controller", "adaptive"
+    )
+    assert done["tokens"] == plain["tokens"]
+    assert (settings["drafter"], settings["policy"], settings["controller"]) == (drafter, policy, "adaptive")
+    assert done["stats"]["draft"] == ("fake:0.7" if drafter == "model" else drafter)
+    assert plain["stats"]["draft"] is None
+
+
+@pytest.mark.parametrize("policy", ["coupled", "longest_prefix"])
+@pytest.mark.parametrize("controller", ["fixed", "adaptive", "confidence", "cost"])
+def test_own_choices_sample_the_plain_text(capsys: pytest.CaptureFixture[str], policy: str, controller: str) -> None:
+    sampled = ["--temperature", 1, "--seed", 3]
+    plain, _ = completion(capsys, "--draft", "none", *sampled)
+    done, _ = completion(capsys, "--draft", "fake:0.7", "--policy", policy, "--controller", controller, *sampled)
+    assert done["tokens"] == plain["tokens"]
+
+
+def test_a_controllers_bounds_are_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def ks(*arguments: object) -> set[int]:
+        done, _ = completion(capsys, "--draft", "fake:0.6", "--metrics-detailed", *arguments)
+        return {step["k"] for step in done["stats"]["per_step"][:-3]}  # the last are cut short by --max-tokens
+
+    assert ks("--k", 3) == {3}
+    assert {2, 3} <= ks("--controller", "adaptive", "--min-k", 2, "--max-k", 5) <= {2, 3, 4, 5}
+    assert ks("--controller", "confidence", "--max-k", 6, "--confidence", 0.9) == {6}
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({"policy": "conf_threshold", "tau": 0.7}, phase3.ConfThreshold(0.7)),
+        ({"policy": "topk_agree", "agree_k": 9}, phase3.TopkAgree(9)),
+        ({"policy": "typical", "epsilon": 0.2, "delta": 0.6}, phase3.Typical(0.2, 0.6)),
+        ({"policy": "coupled", "lossless": True}, phase3.OwnChoice(shared_noise=True)),
+        ({"policy": "longest_prefix", "temperature": 1.0}, phase3.OwnChoice(shared_noise=False)),
+        ({"lossless": True}, phase3.OwnChoice(shared_noise=False)),  # auto, greedy
+    ],
+)
+def test_policies_and_their_parameters_are_options(options: dict[str, Any], policy: Any) -> None:
+    assert phase3.Options(**options).acceptance_policy() == policy
+    assert isinstance(phase3.Options(temperature=1.0, lossless=True).acceptance_policy(), phase3.Rejection)
+
+
+@pytest.mark.parametrize("policy", [*LOSSLESS, *LOSSY])
+@pytest.mark.parametrize("drafter", ["model", "ngram"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_recording_holds_every_decision(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: str, drafter: str, temperature: int
+) -> None:
+    """The text follows from what is recorded; under rejection, from the recorded uniforms and probabilities alone."""
+    arguments = ["--draft", "fake:0.7", "--drafter", drafter, "--policy", policy, "--temperature", temperature]
+    arguments += ["--max-tokens", 16]
+    assert run(*FAKE, "--record", tmp_path / "run.jsonl", *arguments) == 0
+    header, *steps = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    done, settings = completion(capsys, *arguments)
+    assert header["settings"]["policy"] == settings["policy"] == policy
+    assert header["draft"] == ("fake:0.7" if drafter == "model" else drafter)
+    tokens = [token for step in steps for token in [*step["proposed"][: step["accepted"]], step["next_token"]]]
+    assert tokens == done["tokens"]
+    assert any(step["proposed"] for step in steps)
+    position = steps[0]["position"]
+    for step in steps:
+        assert step["position"] == position
+        position += step["stats"]["emitted"]
+        chances, accepted, drafted = step["acceptance_probs"], step["accepted"], len(step["proposed"])
+        assert (step["uniforms"] is not None) == (policy == "rejection" and temperature == 1)
+        if step["uniforms"] is not None:
+            stood = [u < p for u, p in zip(step["uniforms"], chances, strict=True)]
+            assert accepted == (stood.index(False) if False in stood else drafted)
+            for own, theirs, chance in zip(step["draft_probs"], step["target_probs"], chances, strict=True):
+                assert chance == pytest.approx(min(1, theirs / own), abs=1e-6)
+        if policy in LOSSY:
+            assert accepted == (chances.index(0.0) if 0.0 in chances else drafted)
+        if drafter == "ngram" or temperature == 0:
+            assert step["draft_probs"] == [1.0] * drafted
+        replaced = "residual" if policy == "rejection" else "target"
+        assert step["next_from"] == ("bonus" if accepted == drafted else replaced)
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "extrapolate"])
+def test_show_and_explain_know_drafters_that_sometimes_have_nothing(
+    capsys: pytest.CaptureFixture[str], drafter: str
+) -> None:
+    run(*FAKE, "--draft", "none")
+    text = capsys.readouterr().out
+    assert run(*FAKE, "--drafter", drafter, "--show", "--explain") == 0
+    out, err = capsys.readouterr()
+    assert out.rstrip("\n") == text.rstrip("\n")
+    assert "0 accepted:" in err
+    assert "Speculation was" in err
+
+
+def test_nothing_leaks_from_one_run_into_the_next() -> None:
+    """The second run of a process against the only run of a fresh one: the same tokens, steps and counts."""
+    arguments = ["--model", "fake", "--drafter", "ngram", "--controller", "adaptive", "--policy", "coupled"]
+    arguments += ["--temperature", "1", "--max-tokens", "60", "--prompt", "a b a b a b a"]
+    script = ROOT / "phase-3-policies-drafters" / "generate.py"
+    output = subprocess.run(
+        [sys.executable, script, *arguments, "--json"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    fresh = json.loads(output)["completions"][0]
+    session = phase3.Session(
+        phase3.Options(
+            model="fake", drafter="ngram", controller="adaptive", policy="coupled", temperature=1.0, max_tokens=60
+        )
+    )
+    session.complete(["b a b a a a b b", "c d c d"])
+    session.complete(["a b a b a b a"])
+    (sequence,), clock = session.sequences(["a b a b a b a"]), phase3.Clock()
+    for _ in session.run([sequence], clock):
+        pass
+    steps = session.steps[sequence]
+    assert sequence.tokens == fresh["tokens"]
+    assert len(steps) == fresh["stats"]["steps"]
+    assert sum(step.proposed for step in steps) == fresh["stats"]["proposed"] > 0
+    assert sum(step.accepted for step in steps) == fresh["stats"]["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tau", "0"], ["--tau", "greater than 0"]),
+        (["--tau", "1.5"], ["--tau", "less than or equal to 1"]),
+        (["--tau", "nan"], ["--tau"]),
+        (["--epsilon", "0"], ["--epsilon"]),
+        (["--epsilon", "2"], ["--epsilon"]),
+        (["--delta", "-1"], ["--delta"]),
+        (["--delta", "1.1"], ["--delta"]),
+        (["--agree-k", "0"], ["--agree-k"]),
+        (["--agree-k", "some"], ["--agree-k", "integer"]),
+        (["--min-k", "0"], ["--min-k"]),
+        (["--min-k", "5", "--max-k", "4"], ["--min-k 5", "--max-k 4"]),
+        (["--target-acceptance", "0"], ["--target-acceptance"]),
+        (["--target-acceptance", "1"], ["--target-acceptance"]),
+        (["--confidence", "1.01"], ["--confidence"]),
+        (["--ngram-min", "0"], ["--ngram-min"]),
+        (["--ngram-min", "4", "--ngram-max", "2"], ["--ngram-min 4", "--ngram-max 2"]),
+        (["--alpha", "inf"], ["--alpha"]),
+        (["--policy", "best"], ["--policy", "rejection", "typical"]),
+        (["--controller", "best"], ["--controller", "adaptive"]),
+        (["--drafter", "best"], ["--drafter", "ngram"]),
+        *[(["--lossless", "--policy", policy], ["--lossless", policy, "rejection"]) for policy in LOSSY],
+        *[(["--beams", "2", "--policy", policy], ["--beams", "--policy"]) for policy in ("coupled", "typical")],
+        (["--beams", "2", "--drafter", "ngram"], ["--beams", "--drafter"]),
+        (["--beams", "2", "--controller", "cost"], ["--beams", "--controller"]),
+    ],
+)
+def test_wrong_input_gets_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
+    assert run(*FAKE, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err

@@ -1,0 +1,131 @@
+"""The mistakes that the enumeration catches, and one that some policies forgive.
+
+Each mutant is the engine with a piece of its source replaced; a piece that is no longer there fails its test.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+import phase3
+
+pytestmark = pytest.mark.no_exercise
+EXACT, SEEN = 1e-12, 1e-3
+
+
+def distance(
+    proof: Any,
+    policy: Any,
+    top_k: int = 0,
+    chains: Any = None,
+    loop: Any = None,
+) -> float:
+    """How far from the target the output is, with a confident draft of up to two tokens and perhaps a mutant or two."""
+    target, draft = proof.tables(3, seed=11)
+    params = phase3.SamplingParams(temperature=1.0, top_k=top_k, frequency_penalty=1.0, max_new_tokens=3)
+    parts = proof.mutated("drafters.model", **({"ChainBuilder": chains.ChainBuilder} if chains else {}))
+    controller = partial(phase3.ConfidenceController, phase3.Bounds(1, 2), 0.6)
+    law = proof.law(target, proof.model_drafter(draft, params, parts), params, [1], policy, controller, loop=loop)
+    return float(proof.total_variation(law, proof.plain_law(target, params, [1])))
+
+
+DROPS_A_DRAWN_TOKEN = (
+    "if self.stop is not None and self.stop(row, asked[0]):",
+    "drawn = int(self.decisions.draw(probs, torch.tensor([sequence.sample]), "
+    "torch.tensor([sequence.length + len(self.tokens[row])]), self.noise))\n"
+    "        if self.stop is not None and self.stop(row, asked[0, [drawn]]):",
+)
+MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
+    "confidence drops a token that is drawn already": ("drafters.chains", DROPS_A_DRAWN_TOKEN),
+    "unfiltered draft_probs": (
+        "drafters.chains",
+        ("self.probs[row].append(probs[0])", "self.probs[row].append(logits.softmax(-1))"),
+    ),
+    "argmax draft with soft draft_probs": (
+        "drafters.chains",
+        ("self.decisions.draw(probs, keys[0], keys[1], self.noise)", "probs.argmax(-1)"),
+    ),
+    "penalties blind to the draft": (
+        "speculative",
+        ("sequence.tokens + tree.line(node)", "sequence.tokens + 0 * tree.line(node)"),
+    ),
+    "drawn from the target, not the residual": (
+        "verify",
+        ("torch.where(mass > 0, residual / mass, following[cut])", "following[cut]"),
+    ),
+    "the residual drawn with the draft's noise": ("verify", ("Purpose.RESIDUAL", "Purpose.DRAFT")),
+    "the residual drawn with the noise that decided": ("verify", ("Purpose.RESIDUAL", "Purpose.ACCEPT")),
+}
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_the_proof_catches_this_mutant(proof: Any, name: str) -> None:
+    where, change = MUTANTS[name]
+    mutant = proof.mutated(where, change)
+    policy, parts = phase3.make_policy("rejection"), {}
+    if where == "verify":
+        policy = proof.mutated("policies", verify=mutant.verify).make_policy("rejection")
+    else:
+        parts = {{"drafters.chains": "chains", "speculative": "loop"}[where]: mutant}
+    top_k = 2 if "unfiltered" in name else 0
+    assert distance(proof, phase3.make_policy("rejection"), top_k) < EXACT
+    assert distance(proof, policy, top_k, **parts) > SEEN
+
+
+@pytest.mark.parametrize("name", ["longest_prefix", "coupled"])
+def test_own_choices_do_not_care_how_a_draft_was_chosen(proof: Any, name: Any) -> None:
+    """Dropping drawn tokens leaves a biased selection of drafts; a target that draws for itself is not led by them."""
+    chains = proof.mutated("drafters.chains", DROPS_A_DRAWN_TOKEN)
+    assert distance(proof, phase3.make_policy(name), chains=chains) < EXACT
+
+
+OWN_CHOICE_MUTANTS = {
+    "draws once more where the draft fell": (
+        "return Verdict(accepted, own, ratios)",
+        "again = decisions.draw(judged.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
+        "        return Verdict(accepted, torch.where(accepted < widths, again, own), ratios)",
+    ),
+    "looks at what follows the draft token": (
+        "judged.probs[active, column]",
+        "judged.probs[active, min(column + 1, K)]",
+    ),
+    "draws the bonus from the distribution before": (
+        "judged.probs[active, column]",
+        "judged.probs[active, min(column, max(K - 1, 0))]",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", list(OWN_CHOICE_MUTANTS))
+@pytest.mark.parametrize("name", ["longest_prefix", "coupled"])
+def test_the_proof_catches_a_broken_own_choice(proof: Any, name: str, mutant: str) -> None:
+    policies = proof.mutated("policies", OWN_CHOICE_MUTANTS[mutant])
+    assert distance(proof, policies.make_policy(name)) > SEEN
+
+
+class Nosy(phase3.ConfidenceController):
+    """Drafts nothing after a draft that reached three tokens."""
+
+    reached = 0
+
+    def next_k(self) -> int:
+        return 0 if self.reached == 3 else super().next_k()
+
+    def observe(self, step: Any) -> None:
+        self.reached = step.depth
+
+
+def test_what_a_confident_draft_reached_must_not_steer_the_next_one(proof: Any) -> None:
+    """How far it got depends on draft tokens behind one that fell, whose noise the next draft draws with again."""
+    target, draft = proof.tables(2, seed=4)
+    params = phase3.SamplingParams(temperature=1.0, max_new_tokens=4)
+    distances = []
+    for kind in (Nosy, phase3.ConfidenceController):
+        policy, controller = phase3.make_policy("rejection"), partial(kind, phase3.Bounds(1, 3), 0.6)
+        law = proof.law(target, proof.model_drafter(draft, params), params, [1], policy, controller)
+        distances.append(proof.total_variation(law, proof.plain_law(target, params, [1])))
+    assert distances[0] > SEEN
+    assert distances[1] < EXACT

@@ -1,0 +1,122 @@
+"""Trees: their layout in one forward, their best shape, and greedy decoding with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import phase3
+from common.prompts import load_prompts
+
+CPU = torch.device("cpu")
+BUSHY = phase3.Tree([5, 6, 7, 8, 9, 10], [-1, -1, 0, 0, 1, 3])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "qwen3"])
+def test_a_tree_in_one_forward_is_each_of_its_branches(make_checkpoint: Callable[..., Path], family: str) -> None:
+    """Mistral's window of 8 is shorter than the text: distances count along the branch, not by place in the row."""
+    loaded = phase3.load(str(make_checkpoint(family)), torch.float32, CPU)
+    texts = [list(range(20, 34)), list(range(40, 47))]  # ragged: the second row is padded
+    trees = [BUSHY, phase3.Tree([3, 4], [-1, -1])]
+    target = phase3.target_forward(loaded.model, texts, trees, known=[0, 0])
+    for row, (text, tree) in enumerate(zip(texts, trees, strict=True)):
+        for node in range(-1, len(tree.tokens)):
+            line = tree.line(node) if node >= 0 else []
+            with torch.inference_mode():
+                hidden = loaded.model.hidden(torch.tensor([text + line]))
+            expected = loaded.model.logits(hidden)[0, -1]
+            torch.testing.assert_close(target.logits[row, node + 1], expected, rtol=1e-4, atol=1e-4)
+            if node >= 0:
+                state = target.states_of(row, [node], len(tree.tokens))[-1]
+                torch.testing.assert_close(state, hidden[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_past_the_context_a_tree_sees_the_window_of_its_depth(make_checkpoint: Callable[..., Path]) -> None:
+    loaded = phase3.load(str(make_checkpoint("llama", max_position_embeddings=16)), torch.float32, CPU)
+    text = list(range(20, 40))
+    target = phase3.target_forward(loaded.model, [text], [BUSHY])
+    start = phase3.window_start(len(text) + BUSHY.depth, 16)
+    for node in range(len(BUSHY.tokens)):
+        window = torch.tensor([text[start:] + BUSHY.line(node)])
+        with torch.inference_mode():
+            expected = loaded.model(window)[0, -1]
+        torch.testing.assert_close(target.logits[0, node + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def all_shapes(acceptance: list[list[float]], nodes: int) -> list[list[int]]:
+    """Every tree of that many nodes whose children are of ranks 0, 1, 2 ..., as parents level by level."""
+    paths = [path for depth in range(1, len(acceptance) + 1) for path in itertools.product(range(2), repeat=depth)]
+    shapes = []
+    for chosen in itertools.combinations(paths, nodes):
+        have = set(chosen)
+        closed = all((len(p) == 1 or p[:-1] in have) and (p[-1] == 0 or (*p[:-1], p[-1] - 1) in have) for p in chosen)
+        if closed:
+            ordered = sorted(chosen, key=lambda p: (len(p), p))
+            shapes.append([ordered.index(p[:-1]) if len(p) > 1 else -1 for p in ordered])
+    return shapes
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.floats(0.01, 0.6), st.floats(0.0, 1.0)), min_size=3, max_size=3), st.integers(1, 4))
+def test_the_best_shape_is_the_best_of_all(rows: list[tuple[float, float]], nodes: int) -> None:
+    acceptance = [[first, first * share * 0.6] for first, share in rows]
+    best = phase3.best_shape(acceptance, nodes)
+    most = max(phase3.expected_tokens(acceptance, shape) for shape in all_shapes(acceptance, len(best)))
+    assert phase3.expected_tokens(acceptance, best) == pytest.approx(most)
+
+
+def test_acceptance_by_rank_counts_only_where_the_walk_came() -> None:
+    tree = phase3.Tree([1, 2, 3, 4], [-1, -1, 0, 0])
+    steps = [(tree, [0, 3]), (tree, [0]), (tree, [1]), (tree, [])]
+    assert phase3.acceptance_by_rank(steps, 3, 2) == [[0.5, 0.25], [0.0, 0.5], [0.0, 0.0]]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    return phase3.load("stdlib-10m", torch.float32, CPU), phase3.load("stdlib-1m", torch.float32, CPU)
+
+
+def drafters(pair: tuple[Any, Any], params: Any, policy: Any, decisions: Any) -> dict[str, Any]:
+    base = phase3.ModelDrafter(pair[1].model, params, decisions, policy.draft_noise)
+    shape = phase3.best_shape([[0.6, 0.2, 0.1]] * 4, 12)
+    static = phase3.StaticTreeDrafter(base, params, shape, decisions, policy.draft_noise, policy.draws_children)
+    return {"static": static, "dynamic": phase3.DynamicTreeDrafter(base, params, 12)}
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: str, temperature: float) -> None:
+    """Greedy, and sampled with `coupled`; two rows at once, each equal to itself alone."""
+    target = pair[0]
+    params = phase3.SamplingParams(temperature=temperature, max_new_tokens=20, frequency_penalty=0.3)
+    prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:2]]
+    policy = phase3.make_policy("coupled")
+    decisions = phase3.Certain() if params.greedy else phase3.KeyedDecisions(params.seed)
+    drafter = drafters(pair, params, policy, decisions)[kind]
+    sequences = [phase3.Sequence(prompt, params, target.ending) for prompt in prompts]
+    steps = list(phase3.speculative_decode(target.model, drafter, sequences, params, policy, decisions=decisions))
+    expected = [g.tokens for g in phase3.generate(target.model, prompts, params, target.ending)]
+    assert [sequence.tokens for sequence in sequences] == expected
+    assert sum(stats.accepted for step in steps for stats in step.stats) > 5
+    assert max(step.trees[0].depth for step in steps) == 4
+
+
+def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None:
+    params = phase3.SamplingParams(temperature=1.0)
+    target = pair[0]
+    decisions = phase3.KeyedDecisions(0)
+    drafter = drafters(pair, params, phase3.Rejection(), decisions)["dynamic"]
+    sequence = phase3.Sequence(target.tokenizer.encode("import os\n\ndef "), params, target.ending)
+    tree = drafter.grow(sequence, 4)
+    assert len(tree.tokens) == 12
+    assert tree.probs is None
+    for node in range(-1, len(tree.tokens)):
+        children = [tree.tokens[child] for child in tree.children(node)]
+        assert len(set(children)) == len(children)
