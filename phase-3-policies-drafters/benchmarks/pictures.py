@@ -12,7 +12,10 @@ import numpy as np
 from common.errors import UserError
 from common.figures import figure
 from engine.drafters.heads import find_heads
+from engine.policies import LOSSLESS
 
+from .controllers import ADAPTING
+from .policies import STRENGTHS
 from .runs import Lab
 
 Row = dict[str, Any]
@@ -44,17 +47,19 @@ def heat_map(lab: Lab, file: Path) -> None:
     order = sorted({(r["shape"].split()[0] != "chain", r["shape"].split()[0] == "dynamic", r["nodes"], r["shape"])
                     for r in lab.rows("drafter")})  # fmt: skip
     shapes, drafters = [shape for *_, shape in order], unique(lab.rows("drafter"), "drafter")
-    size = (1.4 + 0.75 * len(shapes), 0.9 + 0.5 * len(drafters))
+    size = (max(4.8, 1.4 + 0.75 * len(shapes)), 0.9 + 0.5 * len(drafters))
     with figure(file, len(temperatures), 2, size, f"drafters and shapes{lab.mark}") as axes:
         for panel, (temperature, (kind, value, title)) in zip(
             axes, [(t, p) for t in temperatures for p in panels], strict=True
         ):
             found = {(r["drafter"], r["shape"]): r[value] for r in lab.rows(kind) if r["temperature"] == temperature}
             cells = np.array([[found.get((drafter, shape), np.nan) for shape in shapes] for drafter in drafters])
+            bright = np.nanmin(cells) + 0.6 * (np.nanmax(cells) - np.nanmin(cells))
             panel.imshow(cells, cmap="viridis", aspect="auto")
             panel.grid(False)
             for y, x in zip(*np.nonzero(~np.isnan(cells)), strict=True):
-                panel.text(x, y, f"{cells[y, x]:.2f}", ha="center", va="center", color="white", fontsize=8)
+                ink = "black" if cells[y, x] > bright else "white"
+                panel.text(x, y, f"{cells[y, x]:.2f}", ha="center", va="center", color=ink, fontsize=8)
             panel.set_xticks(range(len(shapes)), shapes, rotation=40, ha="right", fontsize=8)
             panel.set_yticks(range(len(drafters)), drafters)
             panel.set_title(f"{title}, temperature {temperature:g}", fontsize=9)
@@ -76,6 +81,7 @@ def survival(lab: Lab, file: Path) -> None:
                         places = range(1, len(shares["survival"]) + 1)
                         panel.plot(places, shares["survival"], style, color=f"C{at}", label=label, markersize=4)
             panel.set(title=f"forced text, temperature {temperature:g}", xlabel="position (of a tree: level)")
+            panel.set_xticks(range(1, 1 + max(row["k"] for row in here)))
         axes[0].set_ylabel("share of drafts that stand up to here")
         axes[-1].legend(fontsize=7)
 
@@ -83,6 +89,7 @@ def survival(lab: Lab, file: Path) -> None:
 def speed_against_distance(lab: Lab, file: Path) -> None:
     """One curve per lossy policy, its parameter along it; the lossless ones stand at distance 0."""
     temperatures = unique(lab.rows("policy"), "temperature")
+    colours = {policy: f"C{at}" for at, policy in enumerate(["plain", *LOSSLESS, *STRENGTHS])}
     with figure(file, columns=len(temperatures), size=(4.6, 3.9), title=f"what truth costs{lab.mark}") as axes:
         for panel, temperature in zip(axes, temperatures, strict=True):
             speeds = [row for row in lab.rows("policy") if row["temperature"] == temperature]
@@ -91,7 +98,8 @@ def speed_against_distance(lab: Lab, file: Path) -> None:
                 of_policy = [row for row in speeds if row["policy"] == policy]
                 points = [far.get((row["policy"], row["strength"]), {"first_token_tv": 0.0}) for row in of_policy]
                 xs, ys = [point["first_token_tv"] for point in points], [row["speedup"] for row in of_policy]
-                panel.plot(xs, ys, "o-" if len(xs) > 1 else "*", label=policy, markersize=5 if len(xs) > 1 else 9)
+                style: Row = {"marker": "o", "markersize": 5} if len(xs) > 1 else {"marker": "*", "markersize": 9}
+                panel.plot(xs, ys, label=policy, color=colours[policy], **style)
                 for x, y, row in zip(xs, ys, of_policy, strict=True):
                     if row["strength"] is not None:
                         panel.annotate(f"{row['strength']:g}", (x, y), (3, 3), textcoords="offset points", fontsize=7)
@@ -108,9 +116,8 @@ def trajectories(lab: Lab, file: Path) -> None:
         for panel, (suite, temperature) in zip(axes, panels, strict=False):
             for row in rows:
                 if (row["suite"], row["temperature"]) == (suite, temperature):
-                    panel.step(
-                        range(1, len(row["trajectory"]) + 1), row["trajectory"], where="mid", label=row["controller"]
-                    )
+                    places, colour = range(1, len(row["trajectory"]) + 1), f"C{ADAPTING.index(row['controller'])}"
+                    panel.step(places, row["trajectory"], where="mid", label=row["controller"], color=colour)
             panel.set(title=f"{suite}, temperature {temperature:g}", xlabel="step", ylabel="draft tokens")
         axes[0].legend(fontsize=8)
         for panel in axes[len(panels) :]:

@@ -53,7 +53,7 @@ class Options(BaseSettings):
     ngram_min: int = Field(default=1, ge=1, description="of ngram: shortest suffix to look up")
     ngram_max: int = Field(default=3, ge=1, description="of ngram: longest suffix to look up")
     alpha: float = Field(default=1.0, allow_inf_nan=False, description="of extrapolate: how far the state moves on")
-    policy: Literal["auto"] | PolicyName = Field(
+    policy: Literal["auto", PolicyName] = Field(
         default="auto", description="which guesses stand; auto: longest_prefix at temperature 0, else rejection"
     )
     tree: Literal["off", "static", "dynamic"] = Field(default="off", description="guess a tree instead of a chain")

@@ -40,11 +40,15 @@ class Recorder:
             own = tree.probs if step.draft.probs is None else step.draft.probs[row]
             columns = range(len(tree.tokens)) if tree.probs is None else [parent + 1 for parent in tree.parents]
             above = [parent + 1 for parent in tree.parents]
-            uniforms = None
-            if self.rejects and verdict is not None and not sequence.params.greedy:
+            chances: list[float] | None = [] if verdict is None else verdict.ratios[row, : len(tree.tokens)].tolist()
+            uniforms: list[float] | None = None
+            if verdict is None and tree.tokens:  # of a tree: it has several at one position
+                chances = None
+            elif self.rejects and not sequence.params.greedy:
                 positions = torch.arange(len(tree.tokens)) + position
                 samples = torch.full_like(positions, sequence.sample)
-                uniforms = philox.uniforms(sequence.params.seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0]
+                numbers = philox.uniforms(sequence.params.seed, samples, positions, philox.Purpose.ACCEPT, 1)
+                uniforms = numbers[:, 0].tolist()
             whole = not tree.children(path.nodes[-1] if path.nodes else -1)
             self._write(
                 {
@@ -56,8 +60,8 @@ class Recorder:
                     if own is None
                     else [float(own[at, token]) for at, token in zip(columns, tree.tokens, strict=True)],
                     "target_probs": [float(target[at, token]) for at, token in zip(above, tree.tokens, strict=True)],
-                    "acceptance_probs": None if verdict is None else verdict.ratios[row, : len(tree.tokens)].tolist(),
-                    "uniforms": None if uniforms is None else uniforms.tolist(),  # a token stands where it is below
+                    "acceptance_probs": chances,
+                    "uniforms": uniforms,  # a token stands where it is below
                     "accepted": len(path.nodes),
                     "path": None if tree.is_chain else path.nodes,
                     "next_from": "bonus" if whole else "residual" if self.rejects else "target",

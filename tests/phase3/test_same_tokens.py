@@ -129,8 +129,7 @@ def test_own_choices_write_what_plain_sampling_writes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("k", range(1, 9))
-@pytest.mark.parametrize("policy", OWN)
+@pytest.mark.parametrize(("policy", "k"), [*[("coupled", k) for k in range(1, 9)], ("longest_prefix", 4)])
 def test_own_choices_write_what_plain_sampling_writes_on_200_prompts(
     pair: Pair, plain: Callable[..., list[list[int]]], policy: Any, k: int, temperature: float
 ) -> None:
