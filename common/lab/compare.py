@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
-from common.lab.snapshots import OWN, SIGNS, Change, difference, read_list
+from common.lab.snapshots import BENCH, OWN, SIGNS, Change, difference, read_list
 from common.phases import Phase
 
-LEFT_OUT = tuple(name for name in OWN if name != "bench.py")
+LEFT_OUT = tuple(name for name in OWN if name not in BENCH)
 
 
 @dataclass(frozen=True)

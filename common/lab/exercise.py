@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from common.lab.snapshots import OWN, difference, files, find_phase, read_list
+from common.lab.snapshots import BENCH, OWN, difference, files, find_phase, read_list
 from common.lab.stubs import Stub, stub, stubs_in
 from common.phases import Phase
 
 HINT = re.compile(r"^- (engine/[^\s,:]+\.py(?:, [\w.]+)?): (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
-LEFT_OUT = tuple(name for name in OWN if name != "bench.py")  # one copy, the shipped one, is enough
+LEFT_OUT = tuple(name for name in OWN if name not in BENCH)  # one copy, the shipped one, is enough
 COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".metal", ".mm"}
 
 

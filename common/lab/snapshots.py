@@ -34,7 +34,8 @@ from common.phases import Phase
 
 Sign = Literal["+", "~", "-"]
 SIGNS: tuple[Sign, ...] = ("+", "~", "-")  # in the order in which a difference is best read
-OWN = ("README.md", "lesson.ipynb", "results", "bench.py")  # names at the top of a phase's folder
+BENCH = ("bench.py", "benchmarks")
+OWN = ("README.md", "lesson.ipynb", "results", *BENCH)  # names at the top of a phase's folder
 
 HEADING = re.compile(r"## What changed since phase (\d+)\s*")
 PART = re.compile(r" {4}part (?P<name>[\w-]+)(: *(?P<words>.*))?")
