@@ -75,7 +75,8 @@ def target_forward(
 def tree_layout(model: Transformer, lengths: list[int], drafts: list[Tree], longest: int) -> tuple[Tensor, Tensor]:
     """Positions [R, T] and mask [R, T, T] of texts with trees behind them: a node sees the text and its ancestors."""
     weight = model.embedding.weight
-    positions = torch.arange(longest, device=weight.device).repeat(len(drafts), 1)
+    within = torch.arange(longest, device=weight.device).clamp(max=model.config.context - 1)  # padding may lie past it
+    positions = within.repeat(len(drafts), 1)
     mask = model.mask(longest, weight).repeat(len(drafts), 1, 1)
     for row, (length, draft) in enumerate(zip(lengths, drafts, strict=True)):
         if not draft.tokens:

@@ -50,6 +50,15 @@ def test_past_the_context_a_tree_sees_the_window_of_its_depth(make_checkpoint: C
         torch.testing.assert_close(target.logits[0, node + 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_beside_a_bushy_tree_stays_within_the_table_of_positions(make_checkpoint: Callable[..., Path]) -> None:
+    """The row with the tree is longer than the context, though no branch is; GPT-2 has no position for the rest."""
+    loaded = phase3.load(str(make_checkpoint("gpt2")), torch.float32, CPU)  # its context is 128
+    texts, trees = [list(range(20, 144)), [5, 6, 7]], [BUSHY, phase3.Tree([8], [-1])]
+    together = phase3.target_forward(loaded.model, texts, trees).logits
+    alone = phase3.target_forward(loaded.model, texts[1:], trees[1:]).logits
+    torch.testing.assert_close(together[1, :2], alone[0], rtol=1e-4, atol=1e-4)
+
+
 def all_shapes(acceptance: list[list[float]], nodes: int) -> list[list[int]]:
     """Every tree of that many nodes whose children are of ranks 0, 1, 2 ..., as parents level by level."""
     paths = [path for depth in range(1, len(acceptance) + 1) for path in itertools.product(range(2), repeat=depth)]
