@@ -18,7 +18,9 @@ USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <=
 LINK_PHASES = rm -rf $(VENV)/phases && mkdir -p $(VENV)/phases && for phase in phase-*; do \
     number=$${phase\#phase-}; ln -s "../../$$phase/engine" "$(VENV)/phases/phase$${number%%-*}"; done
 
+# `make gpu` writes into OUT; with DRY_RUN=1, which needs no card and computes nothing, into a folder in it.
 OUT ?= gpu-results
+RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
 GPU_BENCH ?= --repeats 3
 
 .PHONY: help demo diff test test-all gpu lint install clean
@@ -41,16 +43,24 @@ test-all: lint  ## every test, the slow ones too; those for a graphics card wher
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
 	$(BIN)/pytest
 
-# GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv.
+# GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv. A part that fails does not stop
+# the others, so that a card that is there for a short time is used; what each gave and took is in OUT/manifest.json.
 gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its tests, and every phase's bench into OUT
-	@$(LINK_PHASES); mkdir -p $(OUT)
-	PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -p no:cacheprovider -m gpu
-	@for phase in phase-*; do \
-	    echo "$$phase/bench.py --device cuda $(GPU_BENCH)"; \
-	    PYTHONPATH=. $(or $(GPU_PYTHON),$(BIN)/python) $$phase/bench.py --device cuda $(GPU_BENCH) \
-	        --output $(OUT)/$$phase > $(OUT)/$$phase.txt || exit 1; \
-	    tail -n 40 $(OUT)/$$phase.txt | cut -c1-200; \
-	done
+	@$(LINK_PHASES); $(if $(DRY_RUN),rm -rf "$(RESULTS)";) mkdir -p "$(RESULTS)"; rm -f "$(RESULTS)/parts.tsv"
+	@python='$(or $(GPU_PYTHON),$(BIN)/python)'; failed=0; \
+	part() { \
+	    name=$$1; shift; echo "$$name: $$*"; began=$$(date +%s); status=0; \
+	    "$$@" > "$(RESULTS)/$$name.txt" || { status=$$?; failed=1; }; \
+	    tail -n 40 "$(RESULTS)/$$name.txt" | cut -c1-200; \
+	    printf '%s\t%s\t%s\n' $$name $$status $$(($$(date +%s) - began)) >> "$(RESULTS)/parts.tsv"; \
+	}; \
+	part tests env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m pytest -p no:cacheprovider -m gpu \
+	    $$(grep -lr --include='test_*.py' 'mark\.gpu' tests); \
+	for phase in phase-*; do \
+	    part $$phase env PYTHONPATH=. $$python $$phase/bench.py --device $(if $(DRY_RUN),auto --dry-run,cuda) \
+        $(GPU_BENCH) --output "$(RESULTS)/$$phase"; \
+	done; \
+	PYTHONPATH=. $$python -m common.gpu_manifest "$(RESULTS)" && exit $$failed
 
 # mypy runs once per phase, because each phase has its own package called `engine`; it does not follow editable installs.
 lint: $(STAMP)  ## lab drift, ruff format --check, ruff check, mypy --strict

@@ -1,8 +1,8 @@
 """`lab demo`: the same prompts through every phase that exists, in one table.
 
-Every phase runs as its command line runs it by default, greedily, on the embedded models. The phases and transformers'
-`generate` (with its cache, as it comes) take turns in the same run, so the ratios hold on a noisy machine too. Before
-anything is timed, every phase's tokens are compared with phase 1's.
+Every phase runs as its command line runs it by default, but always in float32: greedily, on the embedded models. The
+phases and transformers' `generate` (with its cache, as it comes) take turns in the same run, so the ratios hold on a
+noisy machine too. Before anything is timed, every phase's tokens are compared with phase 1's.
 
     lab demo
 """
@@ -42,7 +42,7 @@ class Outcome:
 def phase_runner(phase: Phase, prompts: list[str], new_tokens: int) -> tuple[Callable[[], Outcome], Any]:
     """A function that completes the prompts with this phase's engine, and the loaded model."""
     engine = importlib.import_module(phase.package)
-    session = engine.Session(engine.Options(max_tokens=new_tokens))
+    session = engine.Session(engine.Options(max_tokens=new_tokens, dtype="float32"))
 
     def run() -> Outcome:
         done = [session.complete([prompt])[0] for prompt in prompts]

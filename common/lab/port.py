@@ -1,9 +1,10 @@
 """`lab port`: carries a fix made in one phase forward to all later phases.
 
 A fix is a commit that changes the engine, generate.py or config.yaml of exactly one phase. What lies outside the
-phases, such as tests, may change with it, and so may README.md, lesson.ipynb, bench.py with benchmarks/ and results/, which are
-each phase's own; all that is left alone. The rest is carried (common/lab/carry.py says how) and staged, to be committed with
-the fix. A conflict stops the port until `--continue` or `--abort`; in between its state lies in .git/lab-port.json.
+phases, such as tests, may change with it, and so may README.md, lesson.ipynb, bench.py with benchmarks/ and results/,
+which are each phase's own; all that is left alone. The rest is carried (common/lab/carry.py says how) and staged, to be
+committed with the fix. A conflict stops the port until `--continue` or `--abort`; in between its state lies in
+.git/lab-port.json.
 
     lab port            # the last commit
 """

@@ -8,6 +8,7 @@ it goes and found again: the same command resumes, with the same batches as an u
 
     python -m common.models.train --out runs/target --tokenizer common/models/stdlib-10m
     python -m common.models.train --out runs/draft --teacher runs/target/model --layers 2 --width 128 ...
+    python -m common.models.train --out runs/qat --init stdlib-10m --qat int4 --steps 200 --lr 2e-4
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.checkpoint import open_checkpoint
 from common.errors import UserError
+from common.models import qat
 from common.models.batches import Batches, encode_documents, plan_stages
 from common.models.corpus import read_corpus, read_files
 from common.models.train_tokenizer import save_tokenizer
@@ -43,6 +46,8 @@ class TrainOptions(BaseSettings):
     out: Path = Field(description="folder for checkpoints, the log and, at the end, the model")
     tokenizer: Path = Field(default=Path("common/models/stdlib-10m"), description="folder with tokenizer.json")
     teacher: Path | None = Field(default=None, description="distil from this model folder instead of the text alone")
+    init: str | None = Field(default=None, description="go on from this model, whose shape is taken, not a fresh one")
+    qat: Literal["none", "int4"] = Field(default="none", description="train for weights rounded to int4, groups of 64")
     corpus: list[Path] = Field(
         default=[], description="files to train on instead of the standard library; the last of several is held out"
     )
@@ -96,6 +101,21 @@ def build_model(options: TrainOptions, vocab_size: int) -> LlamaForCausalLM:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.div_(math.sqrt(2 * options.layers))
     return model
+
+
+def continued_model(name: str, tokenizer: Tokenizer, context: int) -> LlamaForCausalLM:
+    """An existing checkpoint to train further. UserError where it is no Llama or does not fit the other options."""
+    checkpoint = open_checkpoint(name)
+    if checkpoint.config.get("architectures") != ["LlamaForCausalLM"]:
+        raise UserError(f"--init {name}: expected a LlamaForCausalLM, got {checkpoint.config.get('architectures')}")
+    config = LlamaConfig.from_pretrained(checkpoint.folder)
+    if config.vocab_size != tokenizer.get_vocab_size():
+        raise UserError(
+            f"--init {name} has {config.vocab_size} tokens, --tokenizer {tokenizer.get_vocab_size()}: give its own"
+        )
+    if config.max_position_embeddings < context:
+        raise UserError(f"--init {name} sees {config.max_position_embeddings} tokens; give --context at most that")
+    return LlamaForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=torch.float32)
 
 
 def build_optimizers(model: LlamaForCausalLM, options: TrainOptions) -> list[torch.optim.Optimizer]:
@@ -173,7 +193,12 @@ class Trainer:
             raise UserError(f"the held-out text is shorter than one context of {options.context} tokens")
         starts = torch.linspace(0, len(stream) - options.context, rows).long()
         self.heldout = torch.stack([stream[s : s + options.context] for s in starts])
-        self.model = build_model(options, self.tokenizer.get_vocab_size())
+        if options.init:
+            self.model = continued_model(options.init, self.tokenizer, options.context)
+        else:
+            self.model = build_model(options, self.tokenizer.get_vocab_size())
+        if options.qat == "int4":
+            qat.round_forwards(self.model)
         torch.nn.Module.to(self.model, self.device)
         if options.checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -276,6 +301,8 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """The finished model as transformers loads it: fp16 safetensors, config, tokenizer."""
+        if self.options.qat == "int4":
+            qat.restore(self.model)
         self.model.config.use_cache = True
         self.model.generation_config.use_cache = None
         self.model.half().save_pretrained(folder)

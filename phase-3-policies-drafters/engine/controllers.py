@@ -133,6 +133,19 @@ class ConfidenceController:
         """Each draft is judged by itself."""
 
 
+def _recent() -> deque[float]:
+    return deque(maxlen=5)
+
+
+@dataclass
+class Costs:
+    """What drafting and verifying took in the last few steps: of the machine and the models, not of a text."""
+
+    draft_ms: deque[float] = field(default_factory=_recent)  # of one draft token
+    position_ms: deque[float] = field(default_factory=_recent)  # of the target, per text or draft token
+    fixed_ms: deque[float] = field(default_factory=_recent)  # of the rule, per step that drafted
+
+
 @dataclass
 class CostController:
     """The K with the most expected tokens per second; 0 where no K beats plain decoding.
@@ -140,25 +153,26 @@ class CostController:
     Expected tokens: 1 + s_1 + ... + s_K, where s_j is the product of the chances a_1 .. a_j that the draft's i-th token
     stands once those before it do. Each a_i is a weighted count of what was seen, older steps counting less; a_1 starts
     from `prior`, each other leans on the one before it, and is that one where nothing was tried yet. Expected time: K
-    draft tokens, and a target forward over text and draft; what a draft token and a position of the target cost are
-    medians of the last few steps, for the first forward of a process, or a stalled one, is many times slower. So the
-    first two drafts are short: nothing is known of costs yet. While it declines it looks again after `retry` steps,
+    draft tokens, and a target forward over text and draft, which costs as much as `overhead` positions before it has
+    computed any (generate.py, `of_similar_length`); what a draft token and a position of the target cost are medians of
+    the last few steps, for the first forward of a process, or a stalled one, is many times slower. While nothing is
+    known of costs drafts are short, and so is a text's first. While it declines it looks again after `retry` steps,
     then after twice as many, and so on, with a single token.
     """
 
     bounds: Bounds
-    prior: float = 0.7  # chance that a draft token stands, before any was seen
-    prior_weight: float = 1.0  # in steps seen
+    prior: float = 0.8  # chance that a draft token stands, before any was seen
+    prior_weight: float = 0.7  # in steps seen
     lean: float = 4.0  # of a position on the one before it, in steps seen
     decay: float = 0.95  # of the weight of what was seen, per step
-    retry: int = 8
+    retry: int = 16
     first_k: int = 3
+    overhead: int = 64  # of a target forward, in positions
     accepted: int = 0  # of the last draft
     tried: list[float] = field(default_factory=list)
     stood: list[float] = field(default_factory=list)
-    draft_ms: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # of one draft token
-    position_ms: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # of the target, per text or draft token
-    fixed_ms: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # of the rule, per step that drafted
+    costs: Costs = field(default_factory=Costs)  # may be known from texts before
+    drafts: int = 0  # of this text
     length: int = 0
     declined: int = 0
     wait: int = 0
@@ -169,8 +183,12 @@ class CostController:
         self.tried, self.stood = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
 
     def next_k(self) -> int:
-        if len(self.draft_ms) < 2:
-            return self.bounds.clip(self.accepted + 1 if self.draft_ms else self.first_k)
+        known = len(self.costs.draft_ms) >= 2
+        if not known or not self.length:
+            return self.bounds.clip(self.accepted + 1 if self.drafts else self.first_k)
+        if 0 < self.declined < self.wait:  # nothing new was seen since it declined
+            self.declined += 1
+            return 0
         k = self.best()
         if k > 0:
             self.declined, self.wait = 0, self.retry
@@ -183,8 +201,8 @@ class CostController:
 
     def best(self) -> int:
         """0, or the K within the bounds, that promises most tokens per millisecond at the present length."""
-        draft, position, fixed = map(median_low, (self.draft_ms, self.position_ms, self.fixed_ms))
-        plain = self.length * position
+        draft, position, fixed = map(median_low, (self.costs.draft_ms, self.costs.position_ms, self.costs.fixed_ms))
+        plain = (self.length + self.overhead) * position
         best, most = 0, 1 / plain
         chance, tokens, survives = self.stood[0] / self.tried[0], 1.0, 1.0
         for k in range(1, self.bounds.high + 1):
@@ -202,7 +220,7 @@ class CostController:
 
     def observe(self, step: StepStats) -> None:
         self.length = step.length + step.emitted
-        self.position_ms.append(step.verify_ms / (step.length + step.proposed))
+        self.costs.position_ms.append(step.verify_ms / (self.overhead + step.length + step.proposed))
         for at in range(self.bounds.high):
             if at or self.tried[at] > 1:  # of the first token, what is known never counts less than one look
                 self.tried[at] *= self.decay
@@ -210,8 +228,9 @@ class CostController:
         if not step.depth:
             return
         self.accepted = step.accepted
-        self.draft_ms.append(step.draft_ms / step.depth)
-        self.fixed_ms.append(step.accept_ms)
+        self.drafts += 1
+        self.costs.draft_ms.append(step.draft_ms / step.depth)
+        self.costs.fixed_ms.append(step.accept_ms)
         for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first that fell was looked at too
             self.tried[at] += 1
             self.stood[at] += at < step.accepted
@@ -224,11 +243,14 @@ def make_controller(
     max_k: int = 8,
     target_acceptance: float = 0.7,
     confidence: float = 0.4,
+    costs: Costs | None = None,
 ) -> KController:
-    """A fresh controller of this name, for one sequence."""
+    """A fresh controller of this name, for one sequence. `cost` may know from other sequences what things cost."""
     if name == "fixed":
         return FixedController(k)
     bounds = Bounds(min_k, max_k)
     if name == "adaptive":
         return AdaptiveController(k, bounds, target_acceptance)
-    return ConfidenceController(bounds, confidence) if name == "confidence" else CostController(bounds)
+    if name == "confidence":
+        return ConfidenceController(bounds, confidence)
+    return CostController(bounds, costs=costs or Costs())

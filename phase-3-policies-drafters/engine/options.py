@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from .controllers import ControllerName, KController, make_controller
+from .controllers import ControllerName, Costs, KController, make_controller
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .sampling import SamplingParams
 
@@ -144,6 +144,7 @@ class Options(BaseSettings):
         name = automatic if self.policy == "auto" else self.policy
         return make_policy(name, self.tau, self.agree_k, self.epsilon, self.delta)
 
-    def make_controller(self) -> KController:
-        """A fresh controller, for one sequence."""
-        return make_controller(self.controller, self.k, self.min_k, self.max_k, self.target_acceptance, self.confidence)
+    def make_controller(self, costs: Costs | None = None) -> KController:
+        """A fresh controller, for one sequence, which may share what it measures of time with others."""
+        bounds = self.k, self.min_k, self.max_k
+        return make_controller(self.controller, *bounds, self.target_acceptance, self.confidence, costs)

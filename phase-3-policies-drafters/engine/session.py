@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from common.device import available_memory, memory, resolve_device, resolve_dtyp
 from common.errors import UserError
 
 from .beam import beam_search
+from .controllers import Costs
 from .cost import forward_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
@@ -51,6 +53,7 @@ class Session:
             self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
         if self.draft:
             check_pair(self.loaded, self.draft)
+        self.costs = Costs()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
 
     def _load(self, name: str) -> LoadedModel:
@@ -120,7 +123,7 @@ class Session:
         drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
         if self.options.tree != "off":
             drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
-        controller = self.options.make_controller
+        controller = partial(self.options.make_controller, self.costs)
         for step in speculative_decode(
             self.loaded.model, drafter, sequences, self.params, self.policy, controller, decisions
         ):

@@ -130,7 +130,10 @@ def speculative_step(
         block_width(sequence, controller.next_k(), model.config.context)
         for sequence, controller in zip(sequences, controllers, strict=True)
     ]
-    draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
+    if any(asked) or drafter.taps is not None:
+        draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
+    else:
+        draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, asked)
     synchronize(device)
     drafted = time.perf_counter()
 

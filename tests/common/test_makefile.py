@@ -113,3 +113,53 @@ def test_help_is_the_default_and_installs_nothing(clone: Path) -> None:
     assert calls == []
     for target in ("demo", "test", "test-all", "gpu", "lint", "clean"):
         assert f"\n  {target} " in run.stdout
+
+
+@pytest.fixture
+def lab(clone: Path) -> Path:
+    """The clone with two phases, a test for a card, and a Python that writes down what it is asked for."""
+    for phase in ("phase-1-one", "phase-2-two"):
+        (clone / phase).mkdir()
+    (clone / "tests").mkdir()
+    (clone / "tests" / "test_card.py").write_text("@pytest.mark.gpu\n")
+    (clone / "tests" / "test_other.py").write_text("")
+    stub = clone / "bin" / "gpu-python"
+    stub.write_text('#!/bin/sh\necho "$*" >> log\ncase "$*" in *two*) exit $STATUS ;; esac\n')
+    stub.chmod(0o755)
+    return clone
+
+
+def test_gpu_runs_tests_benches_and_manifest(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATUS", "0")
+    run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out")
+    assert run.returncode == 0, run.stderr
+    assert calls == [
+        "-m pytest -p no:cacheprovider -m gpu tests/test_card.py",
+        "phase-1-one/bench.py --device cuda --repeats 3 --output out/phase-1-one",
+        "phase-2-two/bench.py --device cuda --repeats 3 --output out/phase-2-two",
+        "-m common.gpu_manifest out",
+    ]
+    parts = [line.split("\t") for line in (lab / "out/parts.tsv").read_text().splitlines()]
+    assert [part[:2] for part in parts] == [["tests", "0"], ["phase-1-one", "0"], ["phase-2-two", "0"]]
+
+
+def test_gpu_goes_on_after_a_failure_and_then_fails(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATUS", "3")
+    (lab / "phase-3-three").mkdir()
+    run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out")
+    assert run.returncode != 0
+    assert [call.split("/")[0] for call in calls[2:]] == ["phase-2-two", "phase-3-three", "-m common.gpu_manifest out"]
+    assert "phase-2-two\t3\t" in (lab / "out/parts.tsv").read_text()
+
+
+def test_gpu_dry_run_needs_no_card_and_leaves_results_alone(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATUS", "0")
+    for folder in ("out/phase-1-one", "out/dry-run/phase-1-one"):
+        (lab / folder).mkdir(parents=True)
+        (lab / folder / "results.jsonl").write_text("{}\n")
+    run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out", "DRY_RUN=1")
+    assert run.returncode == 0, run.stderr
+    assert calls[1] == "phase-1-one/bench.py --device auto --dry-run --repeats 3 --output out/dry-run/phase-1-one"
+    assert calls[-1] == "-m common.gpu_manifest out/dry-run"
+    assert (lab / "out/phase-1-one/results.jsonl").exists()
+    assert not (lab / "out/dry-run/phase-1-one/results.jsonl").exists()

@@ -1,8 +1,10 @@
 """Heads on the target's last hidden state that guess one token each, several steps ahead (Cai et al. 2024, Medusa).
 
 h_t, the state that gave token t+1, is also read by head i = 1 .. H, which predicts token t+i+1. A head is a few
-residual steps x + SiLU(W x + b), and then the target's own output matrix. All heads read the same state, so no head
-knows what the one before it guessed: that makes them cheap, and it bounds how good they can be.
+residual steps x + SiLU(W x + b), a square matrix M, and then the target's output matrix U. The paper gives every head
+an output matrix of its own; here it is U M, which is a tenth of the size. (U alone would not do: x says most of all
+which token comes next, and a residual step can hardly unsay it.) All heads read the same state, so no head knows what
+the one before it guessed: that makes them cheap, and it bounds how good they can be.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class MedusaHeads(nn.Module):
         self.shape, self.taps = shape, shape.taps
         self.weight = nn.Parameter(torch.empty(shape.blocks, shape.heads, width, width))  # [blocks, H, in, out]
         self.bias = nn.Parameter(torch.zeros(shape.blocks, shape.heads, 1, width))
+        self.mix = nn.Parameter(torch.eye(width).repeat(shape.heads, 1, 1))  # [H, in, out]
         self.reduce = nn.Linear(width * (1 + len(shape.taps)), width, bias=False) if shape.taps else None
         self.token = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, width, bias=False)) if shape.read_token else None
 
@@ -78,7 +81,8 @@ class MedusaHeads(nn.Module):
         x = x.expand(self.shape.heads, *x.shape)
         for weight, bias in zip(self.weight, self.bias, strict=True):
             x = x + F.silu(torch.baddbmm(bias, x, weight))
-        return x
+        mixed: Tensor = x @ self.mix
+        return mixed
 
     def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
         """For training: [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.

@@ -1,0 +1,115 @@
+"""What a model takes in memory, and what loading it takes: a fresh process for each way of storing the weights.
+
+The checkpoint has GPT-2's shape and random weights, in float32: 124 million parameters, 85 of them in linear layers.
+A process's growth is that of its resident size; nothing of the mapped file remains in it (see common/weights.py), and
+its peak is what was resident at once on the way, pages of the file included.
+
+    python bench.py --only memory
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.benchmark import progress
+from common.checkpoint import open_checkpoint
+from common.device import MIB, memory, reset_peak
+from common.harness import Bench
+from common.phases import ROOT
+from common.random_checkpoint import random_checkpoint
+from engine import Options, Session
+from engine.quantize import stored_bytes
+
+MEMORY = {
+    "variant": "how the matrices of the linear layers are stored; beside quantised ones the rest is float32",
+    "growth_mib": "resident size of a fresh process after loading, less that before; the libraries are warm",
+    "peak_mib": "highest resident size while loading, less that before: pages of the mapped file count",
+    "linear_mib": "of the growth, what the matrices of the linear layers take: all other tensors are taken off",
+    "linear_of_float32": "linear_mib of this variant / that of float32",
+    "stored_mib": "bytes of those matrices with their scales, as the engine counts them",
+    "stored_of_float32": "stored_mib of this variant / that of float32",
+    "scales_share": "of stored_mib, what scales take",
+}
+VARIANTS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "float32", "quant": "int8"},
+    "int4": {"dtype": "float32", "quant": "int4"},
+}
+PHASE = Path(__file__).resolve().parents[1]
+
+
+def measure_memory(lab: Bench) -> None:
+    if lab.done(kind="memory", variant=list(VARIANTS)[-1]):
+        return
+    with checkpoint(lab) as folder, progress("memory", len(VARIANTS)) as show:
+        base: dict[str, float] = {}
+        for variant, options in VARIANTS.items():
+            found = dict.fromkeys(COUNTED, 1.0) if lab.options.dry_run else in_a_fresh_process(folder, options)
+            base = base or found
+            ratios = {f"{name}_of_float32": found[f"{name}_mib"] / base[f"{name}_mib"] for name in ("linear", "stored")}
+            if not lab.done(kind="memory", variant=variant):
+                lab.add(kind="memory", variant=variant, checkpoint=folder.name, **found, **ratios)
+            show(variant)
+
+
+@contextmanager
+def checkpoint(lab: Bench) -> Iterator[Path]:
+    """GPT-2's shape; with --quick and --dry-run, the model at hand."""
+    if lab.options.quick or lab.options.dry_run:
+        yield open_checkpoint(lab.options.model).folder
+        return
+    with random_checkpoint("gpt2") as folder:
+        yield folder
+
+
+def in_a_fresh_process(folder: Path, options: dict[str, str]) -> dict[str, float]:
+    """The figures of `loading`, from a process that does nothing else. RuntimeError, with what it said, if it fails."""
+    program = (
+        f"import sys; sys.path[:0] = {[str(PHASE), str(ROOT)]!r}; "
+        f"from benchmarks.memory import loading; loading({str(folder)!r}, {options!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"loading {folder.name} with {options} failed: {run.stderr}")
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+COUNTED = ("growth_mib", "peak_mib", "linear_mib", "stored_mib", "scales_share")
+
+
+def loading(folder: str, options: dict[str, str]) -> None:
+    """Load a checkpoint in this process, and print what that took as JSON."""
+    cpu = torch.device("cpu")
+    wanted: dict[str, Any] = {"draft": "none", "device": "cpu", "max_tokens": 1, **options}
+    Session(Options(model="stdlib-1m", **wanted)).complete(["x"])  # libraries, and the kernels' own memory
+    gc.collect()
+    before = memory(cpu)["rss"]
+    peak_is_ours = reset_peak(cpu)
+    session = Session(Options(model=folder, **wanted))
+    gc.collect()
+    used, model = memory(cpu), session.loaded.model
+    values, scales = stored_bytes(model)
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    others = sum(tensors.values()) - values - scales
+    growth = used["rss"] - before
+    found = (
+        growth,
+        used["peak_rss"] - before,
+        growth - others / MIB,
+        (values + scales) / MIB,
+        scales / (values + scales),
+    )
+    if not peak_is_ours:
+        print("note: this system cannot restart the peak, so peak_mib is that of the whole process", file=sys.stderr)
+    print(json.dumps(dict(zip(COUNTED, found, strict=True))))

@@ -1,0 +1,242 @@
+"""Plain decoding at the shapes of GPT-2 XL and Llama 3.1 8B, with random weights made on the device: speed alone.
+
+A step without a cache is one forward over the whole sequence, so tokens/s falls with the length; at short lengths the
+time is that of reading the weights (GB/s), at long ones that of the arithmetic (TFLOP/s). Every variant takes turns
+with bfloat16. Quantised matrices are written out anew for every product, in plain torch: they are the reference for
+kernels to come, and slower. On a CPU `--quick` alone runs, with one narrow layer and a small vocabulary; rows say so.
+
+    python bench.py --only shapes --device cuda
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.benchmark import median
+from common.device import DTYPES, available_memory
+from common.errors import UserError
+from common.harness import Bench
+from engine import ModelConfig, RopeConfig, Transformer
+from engine.cost import forward_bytes, forward_flops, weight_bytes
+from engine.precision import check_device_has, computing
+from engine.quantize import Format, quantize_model
+
+SHAPES = {
+    "shape": "random weights in the shape of this model; cut: layers, width and vocab_size are smaller, for a CPU",
+    "variant": "dtype of the weights; amp: float32 weights under autocast; int8, int4 (groups of 64): plain-torch "
+    "reference in bfloat16",
+    "length": "tokens in the sequence whose next token is computed, without a cache",
+    "tokens_per_s": "1 / seconds of a forward that reads the logits of the last position",
+    "weights_gb_per_s": "bytes of weights that the forward must read, as stored / seconds / 1e9",
+    "tflop_per_s": "operations of the forward (engine/cost.py) / seconds / 1e12",
+    "of_bfloat16": "time in bfloat16 / time of this variant: above 1 is faster; median of the paired rounds with its "
+    "bootstrap 95% interval",
+    "sdpa_speedup": "attention of one layer, written out with a float32 softmax / scaled_dot_product_attention",
+    "skipped": "why there is no figure",
+}
+CONFIGS = {
+    "gpt2-xl": ModelConfig(
+        family="gpt2",
+        vocab_size=50257,
+        layers=48,
+        width=1600,
+        heads=25,
+        kv_heads=25,
+        head_dim=64,
+        ffn_width=6400,
+        context=1024,
+        norm="layer",
+        norm_eps=1e-5,
+        positions="learned",
+        activation="gelu_tanh",
+        gated=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tied=True,
+    ),
+    "llama-3.1-8b": ModelConfig(
+        family="llama",
+        vocab_size=128256,
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn_width=14336,
+        context=131072,
+        norm="rms",
+        norm_eps=1e-5,
+        positions="rope",
+        rope=RopeConfig(500_000.0, "llama3", factor=8.0, original_context=8192),
+        activation="silu",
+        gated=True,
+    ),
+}
+LENGTHS = (16, 128, 512, 1000)
+BASE = "bfloat16"
+QUANTISED = {"int8": Format("int8"), "int4": Format("int4", group=64)}
+VARIANTS = ("float32", "float16", "amp", *QUANTISED)
+
+
+def measure_shapes(lab: Bench) -> None:
+    quick = lab.options.quick or lab.options.dry_run
+    if lab.device.type == "cpu" and not quick:
+        print("note: shapes are left out: on a CPU they take --quick, which cuts the models down", file=sys.stderr)
+        return
+    cut = lab.device.type == "cpu"
+    lengths = LENGTHS[1:2] if cut else LENGTHS[:2] if quick else LENGTHS
+    for name, config in CONFIGS.items():
+        if cut:
+            config = cut_down(config)
+        size = {"layers": config.layers, "width": config.width, "vocab_size": config.vocab_size}
+        key = {"kind": "shapes", "shape": name, "cut": cut, **size}
+        measure_variants(lab, config, key, lengths)
+        if not lab.done(**key, variant="attention", length=lengths[-1]):
+            attention(lab, config, key, lengths)
+
+
+def measure_variants(lab: Bench, config: ModelConfig, key: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    """Each beside bfloat16: two models are on the device at a time."""
+    base: Transformer | None = None
+    for variant in VARIANTS:
+        if lab.done(**key, variant=variant):
+            continue
+        if reason := cannot_run(lab, config, variant, base is not None):
+            lab.add(**key, variant=variant, skipped=reason)
+            continue
+        if base is None and not lab.options.dry_run:
+            base = random_model(config, DTYPES[BASE], lab.device)
+        other = None if lab.options.dry_run else variant_of(variant, config, lab.device)
+        for length in lengths:
+            runs: dict[str, Callable[[], Tensor]] = {}
+            if base is not None and other is not None:
+                tokens = torch.randint(config.vocab_size, (1, length), device=lab.device)
+                runs = {BASE: partial(step, base, tokens), variant: partial(step, other, tokens, variant == "amp")}
+            times = lab.times(
+                f"{key['shape']} {variant} {length}", runs or {BASE: int, variant: int}, lab.options.repeats
+            )
+            for which in (BASE, variant):
+                if not lab.done(**key, variant=which, length=length):
+                    row = figures(config, which, length, median(times[which]))
+                    lab.add(**key, variant=which, **row, **lab.ratio("of_bfloat16", times[BASE], times[which]))
+        del other, runs
+        release(lab.device)
+    del base
+    release(lab.device)
+
+
+def cut_down(config: ModelConfig, width: int = 1024) -> ModelConfig:
+    """One narrow layer and a small vocabulary: what a CPU does in seconds, in the proportions of the model."""
+    heads = width // config.head_dim
+    kv_heads = heads * config.kv_heads // config.heads
+    ffn_width = width * config.ffn_width // config.width
+    sizes: dict[str, Any] = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
+    return dataclasses.replace(config, layers=1, vocab_size=width, **sizes)
+
+
+def stored_bits(variant: str) -> float:
+    """Per weight of a linear layer, with its share of the scales."""
+    return {"float32": 32, "amp": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4 + 16 / 64}[variant]
+
+
+def figures(config: ModelConfig, variant: str, length: int, seconds: float) -> dict[str, float]:
+    head = 2 * config.width * config.vocab_size if variant in QUANTISED else 0  # stays in bfloat16
+    read = weight_bytes(dataclasses.replace(config, vocab_size=0) if head else config, stored_bits(variant) / 8) + head
+    return {
+        "length": length,
+        "tokens_per_s": 1 / seconds,
+        "weights_gb_per_s": read / seconds / 1e9,
+        "tflop_per_s": forward_flops(config, length) / seconds / 1e12,
+    }
+
+
+def cannot_run(lab: Bench, config: ModelConfig, variant: str, has_base: bool = False) -> str | None:
+    """Why this device has no figures for a variant, if so: a dtype it lacks, or memory, which two models share."""
+    if lab.options.dry_run:
+        return None
+    try:
+        for dtype in (dtype_of(variant), DTYPES[BASE]):
+            check_device_has(dtype, lab.device)
+    except UserError as error:
+        return str(error)
+    weights = weight_bytes(config, 1) + (0 if config.tied else config.width * config.vocab_size)
+    mine, other = dtype_of(variant).itemsize, 0 if has_base else DTYPES[BASE].itemsize
+    needed = (mine + other) * weights + 2 * forward_bytes(config, 1, LENGTHS[-1], 4)
+    free = available_memory(lab.device)
+    return f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free" if needed > free else None
+
+
+def dtype_of(variant: str) -> torch.dtype:
+    return DTYPES.get(variant, torch.float32 if variant == "amp" else DTYPES[BASE])
+
+
+def variant_of(variant: str, config: ModelConfig, device: torch.device) -> Transformer:
+    model = random_model(config, dtype_of(variant), device)
+    if variant in QUANTISED:
+        quantize_model(model, QUANTISED[variant])
+    return model
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """Weights of a plausible size, made where they are used: nothing is loaded, and nothing passes through the host."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.02)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    if config.tied:
+        model.head.weight = model.embedding.weight
+    return model.requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def step(model: Transformer, tokens: Tensor, amp: bool = False) -> Tensor:
+    """The logits of the next token, as plain decoding computes them."""
+    last = torch.tensor([[tokens.shape[1] - 1]], device=tokens.device)
+    with computing(amp, tokens.device):
+        return model.logits(model.hidden(tokens, wanted=last)[:, 0])
+
+
+def attention(lab: Bench, config: ModelConfig, key: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    """The mix of one layer, in bfloat16: as phases 1 to 3 write it out, and as one fused operation."""
+    for length in lengths:
+        kv, rows = config.kv_heads, config.heads // config.kv_heads * length
+        new = partial(torch.randn, device=lab.device, dtype=DTYPES[BASE])
+        runs: dict[str, Callable[[], Tensor]] = {}
+        if not lab.options.dry_run:
+            query, keys, value = new(1, kv, rows, config.head_dim), *new(2, 1, kv, length, config.head_dim)
+            mask = torch.full((length, length), float("-inf"), device=lab.device, dtype=DTYPES[BASE]).triu(1)
+            mask = mask.repeat(rows // length, 1)
+            runs = {"written": partial(written_out, query, keys, value, mask)}
+            runs["sdpa"] = partial(F.scaled_dot_product_attention, query, keys, value, mask)
+        times = lab.times(
+            f"{key['shape']} attention {length}", runs or {"written": int, "sdpa": int}, lab.options.repeats
+        )
+        ratio = lab.ratio("sdpa_speedup", times["written"], times["sdpa"])
+        lab.add(**key, variant="attention", length=length, **ratio)
+
+
+def written_out(query: Tensor, keys: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.baddbmm(mask[None], query[0], keys[0].transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value[0]
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,182 @@
+"""Plain decoding without a cache: one forward over the whole sequence for every new token.
+
+from engine import SamplingParams, generate, load
+loaded = load("stdlib-10m", torch.float32, torch.device("cpu"))
+print(generate(loaded.model, [loaded.tokenizer.encode("import ")], SamplingParams())[0].tokens)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .context import visible
+from .model import Transformer
+from .profiler import stage
+from .sampling import KeyedRandomness, Randomness, SamplingParams, choose
+from .sequence import Ending, FinishReason, Sequence
+from .shapes import padded_length
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one completion took. Times are wall time in milliseconds, from the start of decoding."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float  # to the first new token
+    total_ms: float  # to the last
+    tokens_per_s: float  # new tokens / wall time
+    steps: int  # rounds of the decoding loop
+    target_forwards: int  # forwards of the model that is sampled
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished completion. `tokens` are the new ids; `text` is theirs, cut before a stop string."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+    text: str = ""
+
+
+@dataclass
+class _Marks:
+    first: float
+    last: float = 0.0
+    steps: int = 0
+    forwards: int = 0
+
+
+class Clock:
+    """When each sequence's tokens became known, and what had been computed for them by then."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self._marks: dict[Sequence, _Marks] = {}
+
+    def mark(self, sequence: Sequence, forwards: int = 1) -> None:
+        """A step has just given this sequence one or more tokens, at the price of some target forwards."""
+        now = time.perf_counter() - self.began
+        marks = self._marks.setdefault(sequence, _Marks(first=now))
+        marks.last = now
+        marks.steps += 1
+        marks.forwards += forwards
+
+    def stats(self, sequence: Sequence) -> Stats:
+        marks = self._marks[sequence]
+        return Stats(
+            prompt_tokens=len(sequence.prompt),
+            new_tokens=len(sequence.tokens),
+            ttft_ms=marks.first * 1e3,
+            total_ms=marks.last * 1e3,
+            tokens_per_s=len(sequence.tokens) / marks.last,
+            steps=marks.steps,
+            target_forwards=marks.forwards,
+        )
+
+
+def of_similar_length(lengths: list[int], forward: int = 64) -> list[list[int]]:
+    """Row numbers in groups whose padding is at most a quarter of their real size, plus `forward` tokens.
+
+    A padded position costs as much as a real one, and without a cache a forward is bound by arithmetic: long and short
+    rows had better not share one. But a forward of its own has a fixed cost as well, about that of 64 tokens on a CPU.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        joined = [*groups[-1], row] if groups else []
+        real = sum(lengths[r] for r in joined)
+        if joined and lengths[row] * len(joined) - real <= real // 4 + forward:
+            groups[-1] = joined
+        else:
+            groups.append([row])
+    return groups
+
+
+@torch.inference_mode()
+def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
+    """Logits of the token that follows each text (token ids), [R, V]: a forward per group of similar length."""
+    windows = [visible(text, model.config.context) for text in texts]
+    device = model.embedding.weight.device
+    groups = of_similar_length([len(window) for window in windows])
+    parts = []
+    for group in groups:
+        longest = padded_length(len(windows[group[-1]]), model)
+        padded = [windows[row] + [0] * (longest - len(windows[row])) for row in group]  # on the right
+        last = torch.tensor([[len(windows[row]) - 1] for row in group], device=device)  # [G, 1]
+        parts.append(model.logits(model.hidden(torch.tensor(padded, device=device), wanted=last)[:, 0]))
+    if len(groups) == 1 and groups[0] == list(range(len(texts))):
+        return parts[0]
+    order = torch.tensor([row for group in groups for row in group], device=device)
+    return torch.cat(parts)[order.argsort()]
+
+
+def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> None:
+    """Give every unfinished sequence its next token."""
+    stage("verify")
+    logits = next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences])
+    stage("sample")
+    tokens = choose(
+        logits,
+        params,
+        randomness,
+        samples=[sequence.sample for sequence in sequences],
+        positions=[sequence.length for sequence in sequences],
+        prompts=[sequence.prompt for sequence in sequences],
+        outputs=[sequence.tokens for sequence in sequences],
+    )
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.append(token)
+
+
+def decode(
+    model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness | None = None
+) -> Iterator[list[Sequence]]:
+    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own."""
+    randomness = randomness or KeyedRandomness(params.seed)
+    while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
+        decode_step(model, active, params, randomness)
+        yield active
+
+
+def finish(sequence: Sequence, stats: Stats) -> Generation:
+    assert sequence.finish_reason is not None, "the sequence is still being decoded"
+    return Generation(sequence.tokens, sequence.finish_reason, stats, sequence.text)
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    ending: Ending | None = None,
+    samples: list[int] | None = None,
+    randomness: Randomness | None = None,
+) -> list[Generation]:
+    """Complete every prompt (token ids), all in one batch; prompts may differ in length.
+
+    `ending` names the EOS ids, and the tokenizer that stop strings need. `samples[i]` is the number of prompt i's
+    sample (several samples of one prompt: the prompt several times, numbered); all 0 by default. UserError for an
+    empty prompt.
+    """
+    samples = samples or [0] * len(prompts)
+    ending = ending or Ending()
+    sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
+    clock = Clock()
+    for active in decode(model, sequences, params, randomness):
+        for sequence in active:
+            clock.mark(sequence)
+    return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
+
+
+def stream(
+    model: Transformer, prompt: list[int], params: SamplingParams, ending: Ending | None = None, sample: int = 0
+) -> Iterator[int]:
+    """The tokens of one completion, each as soon as it is known."""
+    sequence = Sequence(prompt, params, ending or Ending(), sample)
+    for _ in decode(model, [sequence], params):
+        yield sequence.tokens[-1]

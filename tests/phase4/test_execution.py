@@ -1,0 +1,153 @@
+"""Fused matrices, padded lengths and compiled layers: the same numbers as phase 3's, or a line that says why not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import phase3
+import phase3.drafters.heads as before
+import phase4
+import phase4.drafters.heads as after
+from phase4.shapes import padded_length
+from phase4.target import target_forward
+from phase4.weights import places, reserve, split
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "gpt2", "opt", "qwen3", "mistral"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
+    """One checkpoint in both engines, float32."""
+    folder = str(make_checkpoint(request.param))
+    return phase3.load(folder, torch.float32, CPU), phase4.load(folder, torch.float32, CPU)
+
+
+def test_states_are_those_of_phase_3(pair: tuple[Any, Any]) -> None:
+    """All positions, some of them, and those of trees; layers on the way as well."""
+    tokens = torch.randint(1, 300, (2, 23), generator=torch.Generator().manual_seed(0))
+    wanted = torch.tensor([[22, 3], [7, 8]])
+    for options in ({}, {"wanted": wanted}, {"wanted": wanted, "taps": (0, 1)}):
+        both = [loaded.model.states(tokens, **options) for loaded in pair]
+        torch.testing.assert_close(both[0], both[1], atol=2e-5, rtol=1e-4)
+    texts, trees = [[5, 6, 7, 8], [9, 10]], ([11, 12, 13, 14], [-1, -1, 0, 2])
+    logits = [
+        phase.target_forward(loaded.model, texts, [phase.Tree(*trees), phase.Tree([], [])]).logits
+        for phase, loaded in zip((phase3, phase4), pair, strict=True)
+    ]
+    torch.testing.assert_close(logits[0][0], logits[1][0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[0][1, 0], logits[1][1, 0], atol=2e-5, rtol=1e-4)
+
+
+def test_single_matrices_are_found_in_the_fused_ones(pair: tuple[Any, Any]) -> None:
+    """Names and contents are those of phase 3, whose modules keep every matrix apart."""
+    old, new = (loaded.model for loaded in pair)
+    single = split(dict(new.named_parameters()), new.config)
+    expected = dict(old.named_parameters())
+    assert single.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(single[name], tensor), name
+    assert len(places(dict(new.named_parameters()), new.config)) > len(list(new.parameters()))
+
+
+def test_part_is_a_slice_of_the_product(pair: tuple[Any, Any]) -> None:
+    linear = pair[1].model.layers[0].attention.qkv
+    x = torch.randn(3, linear.in_features)
+    torch.testing.assert_close(linear.part(x, 5, 17), linear(x)[:, 5:17])
+
+
+@pytest.mark.parametrize("shape", [(1024, 48), (2048, 384), (640, 384), (384,)])
+def test_reserved_memory_runs_along_the_outputs_and_avoids_pages(shape: tuple[int, ...]) -> None:
+    tensor = reserve(shape, torch.float32, CPU)
+    assert tensor.shape == shape
+    if len(shape) == 2:
+        assert tensor.stride(0) == 1
+        assert tensor.stride(1) * 4 % 4096 != 0
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_path: Path, kind: Any) -> None:
+    """Heads that phase 3 saved compute the same here, and what is saved here is, byte for byte, the same file."""
+    folder = str(make_checkpoint("llama"))
+    old, new = phase3.load(folder, torch.float32, CPU), phase4.load(folder, torch.float32, CPU)
+    torch.manual_seed(0)
+    shape = {"heads": 2, "blocks": 1} if kind == "medusa" else {"ffn_width": 40, "reach": 16}
+    heads = before.build_heads(kind, shape, old.config)
+    heads.initialise(old.model, "random")
+    before.save_heads(tmp_path / "old", heads, old)
+    loaded: list[Any] = [before.load_heads(tmp_path / "old", old, kind), after.load_heads(tmp_path / "old", new, kind)]
+    after.save_heads(tmp_path / "new", loaded[1], new)
+    one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("old", "new"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    tokens = torch.randint(1, 300, (1, 12))
+    features = []
+    both: list[tuple[Any, Any, Any]] = [(before, old, loaded[0]), (after, new, loaded[1])]
+    for module, target, found in both:
+        states = module.target_states(target, tokens, ())
+        features.append(found.features(target.model, tokens, states, 2))
+    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-4)
+
+
+def test_only_narrow_forwards_are_padded(make_checkpoint: Callable[..., Path]) -> None:
+    folder = str(make_checkpoint("gpt2"))  # whose table of positions ends at the context of 128
+    full, half = (phase4.load(folder, dtype, CPU).model for dtype in (torch.float32, torch.bfloat16))
+    assert [padded_length(length, full) for length in (5, 16, 121)] == [5, 16, 121]
+    assert [padded_length(length, half) for length in (5, 16, 17, 121, 128)] == [16, 16, 32, 128, 128]
+    assert padded_length(131, half) == 131  # a tree may go on past it
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert padded_length(5, full) == 16
+
+
+def test_padding_changes_no_logit(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of any length, chains and trees, at the edge of the context too."""
+    model = pair[1].model
+    edge = list(range(20, 20 + 125))
+    texts, trees = [[5, 6, 7], edge], [phase4.Tree([8, 9, 10], [-1, -1, 1]), phase4.Tree([11, 12], [-1, 0])]
+    chains = [phase4.Tree([8, 9], [-1, 0]), phase4.Tree([11], [-1])]
+    plain = [target_forward(model, texts, shape).logits for shape in (trees, chains)]
+    monkeypatch.setattr("phase4.target.padded_length", lambda length, _: length + 13 if length <= 115 else length)
+    short = [target_forward(model, texts[:1], shape[:1]).logits for shape in (trees, chains)]
+    for whole, alone in zip(plain, short, strict=True):
+        torch.testing.assert_close(whole[0, : alone.shape[1]], alone[0], atol=2e-5, rtol=1e-4)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    folder = Path(phase4.__file__).parents[1]
+    command: list[Any] = [sys.executable, folder / "generate.py", "--prompt", "import ", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_nothing_to_compile_with_is_an_error(tmp_path: Path) -> None:
+    cache = str(tmp_path)  # another run may have compiled it all
+    done = run("--compile", "--max-tokens", "4", CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=cache)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr[-500:]
+    assert done.stderr.count("\n") == 1
+    assert "--compile" in done.stderr
+    assert "C++ compiler" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--draft", "none"], [], ["--tree", "static", "--temperature", "1"]])
+def test_compiled_layers_write_the_same_and_compile_once(how: list[str]) -> None:
+    """At most 3 graphs are compiled after the warm-up, whatever the lengths; all lengths share those of the warm-up."""
+    options = {name.removeprefix("--"): value for name, value in zip(how[::2], how[1::2], strict=True)}
+    sessions = [
+        phase4.Session(phase4.Options(max_tokens=24, dtype="float32", compile=compiled, **options))  # type: ignore[arg-type]
+        for compiled in (False, True)
+    ]
+    warm = sessions[1].compiled_graphs
+    assert warm >= 2
+    for text in ("import ", "def read_config(path):\n    with open(path) as file:\n        return ", "x"):
+        tokens = [session.complete([text])[0].tokens for session in sessions]
+        assert tokens[0] == tokens[1]
+    assert sessions[1].compiled_graphs - warm <= 3

@@ -1,0 +1,180 @@
+"""Small whole numbers for weights: packed and written out again exactly, as small as promised, decoded losslessly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import phase4
+from common.errors import UserError
+from phase4.model import Linear
+from phase4.quantize import (
+    Format,
+    QuantLinear,
+    linear_names,
+    pack,
+    quantize_linear,
+    quantize_model,
+    rtn,
+    stored_bytes,
+    unpack,
+)
+
+CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+FORMATS = [Format("int8"), *(Format("int4", group, zero) for group in (32, 64, 128) for zero in (False, True))]
+every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def folder(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+    """Tied in GPT-2, with biases there."""
+    return make_checkpoint(request.param, **(WIDE if request.param == "llama" else {"n_embd": 64}))
+
+
+def matrix(seed: int, out: int = 6, width: int = 256) -> Tensor:
+    """Rows of very different size, one of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0, 0.0, 1.0])[:out, None]
+    return torch.randn(out, width, generator=generator) * sizes + 0.2 * sizes
+
+
+def linear_of(weight: Tensor, format: Format) -> QuantLinear:
+    return QuantLinear.of(rtn(weight, format), format, None)
+
+
+@given(st.lists(st.integers(0, 15), min_size=64, max_size=64))
+def test_what_is_packed_comes_out_again(levels: list[int]) -> None:
+    given_levels = torch.tensor(levels).view(2, 1, 32)
+    packed = pack(given_levels)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (2, 1, 16)
+    assert torch.equal(unpack(packed).long(), given_levels)
+
+
+@given(st.integers(0, 2**31), st.sampled_from(FORMATS))
+def test_every_weight_takes_the_nearest_value_of_its_group(seed: int, format: Format) -> None:
+    weight = matrix(seed)
+    linear = linear_of(weight, format)
+    rows = len(weight)
+    scales = linear.scales.double().view(rows, -1, 1)
+    low, high = (-127, 127) if format.name == "int8" else (0, 15)
+    zeros = torch.zeros_like(scales) if format.name == "int8" else torch.full_like(scales, 8.0)
+    if linear.zeros is not None:
+        zeros = linear.zeros.double().view(rows, -1, 1)
+    grid = (torch.arange(low, high + 1).double() - zeros) * scales  # [out, groups, levels]
+    groups = weight.double().view(rows, scales.shape[1], -1)
+    distance = (groups[..., None] - grid[:, :, None]).abs()
+    chosen = linear.weight.double().view_as(groups)
+    # in float32, half-way cases may fall to either side
+    assert bool(((groups - chosen).abs() <= distance.amin(-1) + 1e-5 * scales).all())
+    # and no weight is further from its value than half a step: the grid covers them all
+    slack = 1.0 + 0.01 * (127 if format.name == "int8" else 15)  # a float16 scale is up to 0.05% short
+    assert bool(((groups - chosen).abs() <= 0.5 * slack * scales).all())
+
+
+@every_format
+def test_the_product_is_that_with_the_matrix_written_out(format: Format) -> None:
+    weight, x = matrix(0), torch.randn(3, 5, 256)
+    linear = linear_of(weight, format)
+    linear.bias = torch.nn.Parameter(torch.randn(6))
+    linear.factor = (torch.rand(256) + 0.5).half()
+    expected = x @ linear.weight.T + linear.bias
+    torch.testing.assert_close(linear(x), expected, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(linear.part(x, 2, 5), expected[..., 2:5], atol=2e-3, rtol=1e-4)
+    linear.bias = None
+    half = linear(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    slack = 0.02 * float(expected.detach().abs().max())
+    torch.testing.assert_close(half.float(), x @ linear.weight.T, atol=slack, rtol=0)
+
+
+@every_format
+def test_memory_is_what_the_format_says(format: Format) -> None:
+    model = phase4.load("stdlib-1m", torch.float32, CPU).model
+    before = stored_bytes(model)
+    rows = {n: model.get_submodule(n).get_parameter("weight").shape for n in linear_names(model, False)}
+    quantize_model(model, format)
+    values, scales = stored_bytes(model)
+    assert before[1] == 0
+    assert values * (4 if format.name == "int8" else 8) == before[0]
+    groups = sum(out * (1 if format.name == "int8" else width // format.group) for out, width in rows.values())
+    assert scales == 2 * groups * (2 if format.asymmetric else 1)
+    held = {id(tensor): tensor.nbytes for tensor in (*model.layers.parameters(), *model.layers.buffers())}
+    norms = sum(p.nbytes for p in model.layers.parameters())
+    assert sum(held.values()) == values + scales + norms  # nothing else stayed behind
+
+
+def test_rounding_as_it_loads_is_rounding_afterwards(folder: Path) -> None:
+    format, tokens = Format("int4", 32), torch.randint(20, 300, (2, 12))
+    afterwards = phase4.load(str(folder), torch.float32, CPU).model
+    embedding = afterwards.embedding.weight.clone()
+    quantize_model(afterwards, format, head=True)
+    loaded = phase4.load(str(folder), torch.float32, CPU, format, quant_head=True).model
+    assert not any(isinstance(module, Linear) for module in loaded.modules())
+    assert torch.equal(loaded(tokens), afterwards(tokens))
+    assert torch.equal(loaded.embedding.weight, embedding)
+    half = phase4.load(str(folder), torch.bfloat16, CPU, format, quant_head=True).model
+    for name, tensor in loaded.layers.named_buffers():  # rounded from what the file holds, not from bfloat16
+        assert torch.equal(half.layers.get_buffer(name), tensor)
+
+
+def test_rounding_more_finely_changes_less(folder: Path) -> None:
+    tokens = torch.randint(20, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    exact = phase4.load(str(folder), torch.float32, CPU).model(tokens)
+    formats = [Format("int8"), Format("int4", 32, True), Format("int4", 64)]
+    errors = [(phase4.load(str(folder), torch.float32, CPU, f).model(tokens) - exact).norm() for f in formats]
+    assert errors[0] < 0.05 * exact.norm()
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("settings", [{"quant": "int8"}, {"quant": "int4", "quant_group": 32, "quant_head": True}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_quantised_target_is_decoded_losslessly(
+    folder: Path, make_checkpoint: Callable[..., Path], settings: dict[str, Any], temperature: float
+) -> None:
+    """With respect to itself, whatever drafts: itself before, another model, either of them quantised."""
+    other = make_checkpoint("llama", **WIDE, num_hidden_layers=1)
+    shared: dict[str, Any] = {
+        "model": str(folder),
+        "device": "cpu",
+        "max_tokens": 24,
+        "temperature": temperature,
+        "policy": "coupled",
+    }
+    shared |= {"dtype": "float32", **settings}
+
+    def tokens(**drafting: Any) -> list[int]:
+        session = phase4.Session(phase4.Options(**{**shared, **drafting}))
+        assert isinstance(session.loaded.model.layers[0].get_submodule("attention.output"), QuantLinear)
+        return session.complete(["def function(left"])[0].tokens
+
+    plain = tokens(draft="none")
+    assert tokens(draft=str(folder)) == plain
+    assert tokens(draft=str(other), draft_quant="int4", quant_group=32) == plain
+    assert tokens(draft=str(folder), draft_quant=settings["quant"]) == plain
+
+
+def test_what_cannot_be_quantised_is_named(folder: Path) -> None:
+    loaded = phase4.load(str(folder), torch.float32, CPU)
+    first = linear_names(loaded.model, False)[0]
+    message = rf"{first} has 64 input features, and groups of 128 do not divide them: groups of 32 or 64, or int8"
+    with pytest.raises(UserError, match=message):
+        quantize_model(loaded.model, Format("int4", 128))
+    with pytest.raises(UserError, match="64 input features, and groups of 128"):
+        phase4.Session(phase4.Options(model=str(folder), draft="none", quant="int4", quant_group=128))
+    loaded.model.get_parameter(f"{first}.weight")[3, 5] = torch.inf
+    with pytest.raises(UserError, match=f"{first} holds weights that are no finite numbers"):
+        quantize_linear(loaded.model, first, Format("int8"))
+    again = phase4.load(str(folder), torch.float32, CPU, Format("int8")).model
+    with pytest.raises(UserError, match="quantised already, int8"):
+        quantize_model(again, Format("int8"))
+    with pytest.raises(UserError, match="the fake model has no matrices to quantise"):
+        phase4.Session(phase4.Options(model="fake", draft="none", quant="int8"))
