@@ -109,10 +109,11 @@ class Session:
             )
 
     def _warm_up(self) -> None:
-        """A few tokens, so that all that is compiled is compiled before anything is timed."""
+        """A few tokens behind two prompts, so that what depends on lengths is compiled before anything is timed."""
         params = dataclasses.replace(self.params, max_new_tokens=16, stop=(), ignore_eos=True)
-        for _ in self.run([Sequence([0] * 8, params, self.loaded.ending)], Clock()):
-            pass
+        for length in (8, 33):
+            for _ in self.run([Sequence([0] * length, params, self.loaded.ending)], Clock()):
+                pass
         self.steps.clear()
 
     @property
