@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,12 +35,10 @@ class Compiler:
 
         began = time.perf_counter()
         try:
-            compiled: Any = compile_fx(graph, inputs)
+            return cast(Callable[..., Any], compile_fx(graph, inputs))
         finally:
             self.graphs += 1
             self.seconds += time.perf_counter() - began
-        found: Callable[..., Any] = compiled
-        return found
 
     def compile(self, *modules: torch.nn.Module) -> None:
         """Compile every layer in these modules when it is first called. No part is left to run uncompiled."""

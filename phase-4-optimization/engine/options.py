@@ -133,6 +133,11 @@ class Options(BaseSettings):
                 "--amp casts float32 weights for every product, and --quant leaves none to cast: choose one; "
                 "quantised weights with bfloat16 activations: --quant int8 --dtype bfloat16"
             )
+        if self.draft_quant != "none" and (self.drafter != "model" or self.draft == "none"):
+            raise ValueError(
+                f"--draft-quant {self.draft_quant} quantises the draft model, and none drafts: it goes with "
+                "--drafter model, and not with --draft none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """Weight-only quantisation: matrices are kept as small whole numbers with scales, and activations stay as they are.
 
 A group of weights shares a scale; int8: all weights of an output feature, int4: 32, 64 or 128 neighbouring input
-features of one. A weight is (level - zero) * scale, with 256 levels or 16 of them. Decoding without a cache reads every
-matrix for a few rows of activations, so what it costs to run is mostly what it costs to read: bytes. Here the matrix
-is written out anew for every product, in plain torch: this is the reference that faster kernels must agree with.
+features of one. A weight is (level - zero) * scale, with 255 levels or 16 of them. Here the matrix is written out anew
+for every product, in plain torch: that saves memory and costs time, and is the reference that faster kernels must agree
+with. (Without a cache a forward has many rows and is bound by arithmetic; bytes decide once a token costs one row.)
 
 python generate.py --quant int4 --prompt "import "
 """

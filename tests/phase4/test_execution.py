@@ -137,17 +137,7 @@ def test_nothing_to_compile_with_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how",
-    [
-        ["--draft", "none"],
-        [],
-        pytest.param(
-            ["--tree", "static", "--temperature", "1"],
-            marks=pytest.mark.xfail(reason="trees still ask for a fourth graph after the warm-up"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", [["--draft", "none"], [], ["--tree", "static", "--temperature", "1"]])
 def test_compiled_layers_write_the_same_and_compile_once(how: list[str]) -> None:
     """At most 3 graphs are compiled after the warm-up, whatever the lengths; all lengths share those of the warm-up."""
     options = {name.removeprefix("--"): value for name, value in zip(how[::2], how[1::2], strict=True)}
