@@ -72,10 +72,19 @@ def build_parser(options: type[BaseSettings], program: str) -> argparse.Argument
     return parser
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose `off` is a word: what is true or false is for each option to say."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _read_yaml(path: Path, options: type[BaseSettings]) -> dict[str, Any]:
     """The values of a YAML file; keys may be written with `-` or `_`."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: the file cannot be read ({error})") from None
     except yaml.YAMLError as error:

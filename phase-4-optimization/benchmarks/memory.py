@@ -27,7 +27,7 @@ from common.harness import Bench
 from common.phases import ROOT
 from common.random_checkpoint import random_checkpoint
 from engine import Options, Session
-from engine.quantize import stored_bytes
+from engine.quantize import linears, stored_bytes
 
 MEMORY = {
     "variant": "how the matrices of the linear layers are stored; beside quantised ones the rest is float32",
@@ -100,8 +100,9 @@ def loading(folder: str, options: dict[str, str]) -> None:
     gc.collect()
     used, model = memory(cpu), session.loaded.model
     values, scales = stored_bytes(model)
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    others = sum(tensors.values()) - values - scales
+    layers = [linear for name, linear in linears(model) if name != "head"]
+    inside = {id(tensor) for linear in layers for tensor in (*linear.parameters(), *linear.buffers())}
+    others = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside)
     growth = used["rss"] - before
     found = (
         growth,

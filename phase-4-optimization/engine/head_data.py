@@ -19,6 +19,7 @@ from common.models.batches import Batches, Stage
 from common.models.corpus import SourceFile, read_corpus, read_files
 
 from .load import LoadedModel
+from .quantize_files import is_quantized
 
 
 def encode_files(target: LoadedModel, files: list[SourceFile]) -> Tensor:
@@ -48,6 +49,8 @@ def write_text(target: LoadedModel, stream: Tensor, count: int, length: int, row
     `rows` texts at a time, each of `length` tokens, of which the first eighth comes from the stream. This engine has no
     cache yet, so the text is written by transformers from the same folder.
     """
+    if is_quantized(target.checkpoint):
+        raise UserError("--generated: transformers cannot read the quantised target; train on --corpus FILES")
     from transformers import AutoModelForCausalLM
 
     weight = target.model.embedding.weight

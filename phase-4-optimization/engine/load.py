@@ -6,10 +6,7 @@ than the model itself.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from .model import Transformer
 from .quantize import Format, linear_names, quantize_linear
 from .quantize_files import is_quantized, load_quantized
 from .sequence import Ending
-from .weights import places, reserve
+from .weights import give_back_freed, places, reserve
 
 # What a family calls our tensors. A value with several names is one stored matrix that holds them side by side.
 _LLAMA = {
@@ -166,15 +163,8 @@ def load_transformer(
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
     if format:
-        _give_back_freed()
+        give_back_freed()
     return model.eval()
-
-
-def _give_back_freed() -> None:
-    """What was freed between tensors that stayed goes back to the system, where the C library can be asked (glibc)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

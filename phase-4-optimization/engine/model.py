@@ -18,8 +18,28 @@ from .rope import frequencies, rotate, rotation_tables
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or [B, T, 1, head_dim]
 Wanted = tuple[Tensor, Tensor]  # row numbers [B, 1] and positions [B, W]: x[wanted] is [B, W, D]
 
+
+def times(x: Tensor, other: Tensor) -> Tensor:
+    """x * other, in x's memory where no gradient is asked for and it has no gaps.
+
+    A forward reads every weight once, which drives all else out of the caches: what was just written is still there,
+    and fresh memory is not.
+    """
+    return x * other if torch.is_grad_enabled() or not x.is_contiguous() else x.mul_(other)
+
+
+def plus(x: Tensor, other: Tensor) -> Tensor:
+    """x + other, likewise."""
+    return x + other if torch.is_grad_enabled() else x.add_(other)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), likewise."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
+    "silu": silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
@@ -32,9 +52,16 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Random weights would cost time and touch memory for nothing."""
 
-    def part(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Some of the outputs alone: x [..., in] -> [..., stop - start]."""
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
+        if stop is None:
+            return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Of the matrix, and of what belongs to it in other formats."""
+        return self.weight.nbytes, 0
 
 
 class Embedding(nn.Embedding):
@@ -49,11 +76,23 @@ def at_wanted(table: Tensor, wanted: Wanted) -> Tensor:
     return table[wanted[1]] if table.ndim == 3 else table[wanted]
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019); the statistics are float32 in every dtype.
+
+    One pass over x for its length and one for each product. On a CPU torch's own is written as nine operations.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        assert self.eps is not None
+        return times(wide * torch.rsqrt(length * length / x.shape[-1] + self.eps), self.weight).to(x.dtype)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm; torch takes the statistics in float32 in every dtype."""
-    if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=config.norm_eps)
-    return nn.LayerNorm(config.width, eps=config.norm_eps)
+    """RMSNorm or LayerNorm, over the whole width."""
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.width, config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -66,37 +105,51 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
         self.output = Linear(config.heads * config.head_dim, config.width, bias=config.output_bias)
         if config.qk_norm:
-            self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.query_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor, wanted: Wanted | None = None) -> Tensor:
-        """x [B, T, D]; mask [1 or B, 1, group*T, T], 0 where a query may look and -inf where not -> [B, T or W, D]."""
+        """x [B, T, D]; mask [1 or B, 1, T or W, T], 0 where a query may look and -inf where not -> [B, T or W, D]."""
         config, (B, T, _) = self.config, x.shape
-        kv, group, d = config.kv_heads, config.heads // config.kv_heads, config.head_dim
+        heads, kv, d = config.heads, config.kv_heads, config.head_dim
         if wanted is None:
-            sizes = (config.heads, kv, kv)
-            query, key, value = self.qkv(x).view(B, T, sum(sizes), d).split(sizes, 2)
+            made = self.qkv(x).view(B, T, heads + 2 * kv, d)
+            query, key, value = made.split((heads, kv, kv), 2)
+            if rotation is not None and not config.qk_norm:  # both at once
+                query, key = rotate(made[:, :, : heads + kv], *rotation).split((heads, kv), 2)
+                rotation = None
         else:
-            first = config.heads * d
-            query = self.qkv.part(x[wanted], 0, first).view(B, -1, config.heads, d)
-            key, value = self.qkv.part(x, first, first + 2 * kv * d).view(B, T, 2 * kv, d).chunk(2, 2)
-        W = query.shape[1]
+            first = heads * d
+            query = self.qkv(x[wanted], 0, first).view(B, -1, heads, d)
+            key, value = self.qkv(x, first, first + 2 * kv * d).view(B, T, 2 * kv, d).chunk(2, 2)
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query = rotate(query, *(rotation if wanted is None else (at_wanted(table, wanted) for table in rotation)))
             key = rotate(key, *rotation)
 
-        # Query head h reads key / value head h // group, so the group's queries stand as rows over the same keys.
-        query = query.view(B, W, kv, group, d).permute(0, 2, 3, 1, 4).reshape(B, kv, group * W, d)
-        mixed = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2), mask)
-        mixed = mixed.view(B, kv, group, W, d).permute(0, 3, 1, 2, 4)
-        output: Tensor = self.output(mixed.reshape(B, W, config.heads * d))
+        # Query head h reads key / value head h // group.
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=kv < heads)
+        output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return output
 
 
+def halves(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves of what a layer makes of x: one product, or one for each where that is faster.
+
+    In float32 a CPU spends nearly all of it on arithmetic: two products cost what one costs, and each leaves its half
+    in memory without gaps, which the next operation reads faster.
+    """
+    if isinstance(linear, Linear) and x.device.type == "cpu" and linear.weight.dtype == torch.float32:
+        half = linear.out_features // 2
+        return linear(x, 0, half), linear(x, half, 2 * half)
+    first, second = linear(x).chunk(2, -1)
+    return first, second
+
+
 class FeedForward(nn.Module):
-    """Two matrices around an activation; or three, with a gate (Shazeer 2020), of which two are one product."""
+    """Two matrices around an activation; or three, with a gate (Shazeer 2020), of which two lie in one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,8 +163,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, up = self.gate_up(x).chunk(2, -1)
-            inner = self.activation(gate) * up
+            gate, up = halves(self.gate_up, x)
+            inner = times(self.activation(gate), up)
         else:
             inner = self.activation(self.up(x))
         output: Tensor = self.down(inner)
@@ -130,9 +183,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor, wanted: Wanted | None = None) -> Tensor:
         attended = self.attention(self.attention_norm(x), rotation, mask, wanted)
-        x = (x if wanted is None else x[wanted]) + attended
-        fed: Tensor = self.ffn(self.ffn_norm(x))
-        return x + fed
+        x = plus(attended, x if wanted is None else x[wanted])
+        return plus(self.ffn(self.ffn_norm(x)), x)
 
 
 class Transformer(nn.Module):
@@ -188,12 +240,12 @@ class Transformer(nn.Module):
             x = x + self.positions(at + self.config.position_offset)
         else:
             rotation = self.rotation(T, x) if positions is None else self.rotation_at(positions, x)
-        grouped, last = self.grouped_masks(self.mask(T, x) if mask is None else mask, wanted)
+        every, last = self.masks(self.mask(T, x) if mask is None else mask, wanted)
         asked = None if wanted is None else (torch.arange(len(tokens), device=tokens.device)[:, None], wanted)
         tapped = []
         for number, layer in enumerate(self.layers):
             if number < len(self.layers) - 1:
-                x = layer(x, rotation, grouped)
+                x = layer(x, rotation, every)
                 if number in taps:
                     tapped.append(x if asked is None else x[asked])
             else:
@@ -203,14 +255,13 @@ class Transformer(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden, torch.cat(tapped, -1) if tapped else None
 
-    def grouped_masks(self, mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A mask [T, T] or [B, T, T] as attention takes it: [1 or B, 1, group*T, T] for all positions, and for W."""
-        group = self.config.heads // self.config.kv_heads
-        every = (mask if mask.ndim == 3 else mask[None]).repeat(1, group, 1)[:, None]
+    def masks(self, mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A mask [T, T] or [B, T, T] as attention takes it: [1 or B, 1, T, T] for all positions, and for W."""
+        every = mask[None, None] if mask.ndim == 2 else mask[:, None]
         if wanted is None:
             return every, every
         rows = mask[wanted] if mask.ndim == 2 else mask[torch.arange(len(mask), device=mask.device)[:, None], wanted]
-        return every, rows.repeat(1, group, 1)[:, None]
+        return every, rows[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""

@@ -38,6 +38,7 @@ from common.results import cpu_name
 
 from .config import ModelConfig
 from .model import Transformer
+from .packing import pack_matrices
 from .weights import reserve
 
 T = TypeVar("T")
@@ -185,6 +186,7 @@ def _measure(config: ModelConfig) -> dict[str, float]:
             owner, _, attribute = path.rpartition(".")
             filled = reserve(tuple(parameter.shape), DTYPES[name], cpu).fill_(0.01)
             setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(filled, requires_grad=False))
+        pack_matrices(model)
     tokens = torch.zeros(1, ROWS, dtype=torch.long)
     times: dict[str, list[float]] = {name: [] for name in models}
     deadline = time.perf_counter() + SECONDS

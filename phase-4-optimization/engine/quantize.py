@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 from .model import Linear, Transformer
+from .packing import PackedLinear
 
 GROUPS = (32, 64, 128)
 
@@ -170,11 +171,8 @@ class QuantLinear(nn.Module):
         matrix = self.matrix(torch.float32)
         return matrix if self.factor is None else matrix * self.factor.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.part(x, 0, self.out_features)
-
-    def part(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Some of the outputs alone: x [..., in] -> [..., stop - start]."""
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
         if self.factor is not None:
             x = x * self.factor.to(x.dtype)
         return F.linear(x, self.matrix(x.dtype, start, stop), None if self.bias is None else self.bias[start:stop])
@@ -229,12 +227,12 @@ def stored_bytes(model: Transformer, head: bool = False) -> tuple[int, int]:
     for name, module in linears(model):
         if name == "head" and not head:
             continue
-        mine = module.weight_bytes if isinstance(module, QuantLinear) else (module.weight.nbytes, 0)
-        values, others = values + mine[0], others + mine[1]
+        mine, its_others = module.weight_bytes
+        values, others = values + mine, others + its_others
     return values, others
 
 
-def linears(model: Transformer) -> Iterator[tuple[str, Linear | QuantLinear]]:
+def linears(model: Transformer) -> Iterator[tuple[str, Linear | QuantLinear | PackedLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, Linear | QuantLinear):
+        if isinstance(module, Linear | QuantLinear | PackedLinear):
             yield name, module

@@ -225,12 +225,14 @@ def _removed(hooks: list[Any]) -> Iterator[None]:
 
 
 def calling_order(model: nn.Module, names: list[str], run: Callable[[], object]) -> list[str]:
-    """Matrices in the order in which a forward uses them."""
-    called: list[str] = []
-    hooks = [model.get_submodule(n).register_forward_pre_hook(lambda *_, name=n: called.append(name)) for n in names]
+    """Matrices in the order in which a forward first uses them."""
+    called: dict[str, None] = {}
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda *_, name=n: called.setdefault(name)) for n in names
+    ]
     with _removed(hooks):
         run()
-    return called
+    return list(called)
 
 
 def observe(linear: nn.Module, run: Callable[[Tensor], Tensor], states: list[Tensor]) -> Inputs:

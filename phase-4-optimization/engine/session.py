@@ -31,6 +31,7 @@ from .drafting import Brancher
 from .generate import Clock, Generation, decode, finish
 from .load import LoadedModel, load
 from .options import Options, QuantName
+from .packing import pack_matrices
 from .pair import check_pair, load_fake, resolve_draft
 from .precision import Precision, computing, each_within, resolve_precision
 from .profiler import stage
@@ -70,6 +71,10 @@ class Session:
             drafting = self.draft.model if self.draft else self.heads
             self.compiler.compile(self.loaded.model, *([drafting] if drafting else []))
             self.compiler.warm_up(self._warm_up)
+        else:
+            for module in (self.loaded.model, self.draft.model if self.draft else None, self.heads):
+                if module is not None:
+                    pack_matrices(module)
 
     def _load(self, name: str, quant: QuantName) -> LoadedModel:
         if name.partition(":")[0] == "fake":

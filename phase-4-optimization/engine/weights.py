@@ -6,6 +6,9 @@ them apart: that is what checkpoints hold, and heads that were trained in anothe
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -66,6 +69,13 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         return torch.empty(shape, dtype=dtype, device=device)
     gap = 16 if dtype == torch.float32 and shape[0] * dtype.itemsize % 4096 == 0 else 0
     return torch.empty(shape[1], shape[0] + gap, dtype=dtype)[:, : shape[0]].T
+
+
+def give_back_freed() -> None:
+    """What was freed between tensors that stayed goes back to the system, where the C library can be asked (glibc)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def lay_out(module: nn.Module) -> None:

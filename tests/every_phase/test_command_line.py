@@ -121,6 +121,18 @@ def test_precedence_flag_environment_file_default(
     assert parse_options(options, [], program="generate.py").as_json is True
 
 
+def test_off_in_a_file_is_what_the_option_takes_it_for(phase: Phase, tmp_path: Path) -> None:
+    from common.options import parse_options
+
+    options = importlib.import_module(f"{phase.package}.options").Options
+    words = [field for field, info in options.model_fields.items() if info.default == "off"]
+    file = tmp_path / "c.yaml"
+    file.write_text("\n".join(["json: yes", *(f"{word}: off" for word in words)]))
+    got = parse_options(options, ["--config", str(file)], program="generate.py")
+    assert got.as_json is True
+    assert {getattr(got, word) for word in words} <= {"off"}
+
+
 def test_config_yaml_holds_every_option_with_its_default(phase: Phase) -> None:
     options = importlib.import_module(f"{phase.package}.options").Options
     written = yaml.safe_load((phase.folder / "config.yaml").read_text())

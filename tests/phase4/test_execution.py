@@ -17,6 +17,7 @@ import phase3
 import phase3.drafters.heads as before
 import phase4
 import phase4.drafters.heads as after
+from phase4.packing import PackedLinear, can_pack
 from phase4.shapes import padded_length
 from phase4.target import target_forward
 from phase4.weights import places, reserve, split
@@ -62,7 +63,59 @@ def test_single_matrices_are_found_in_the_fused_ones(pair: tuple[Any, Any]) -> N
 def test_part_is_a_slice_of_the_product(pair: tuple[Any, Any]) -> None:
     linear = pair[1].model.layers[0].attention.qkv
     x = torch.randn(3, linear.in_features)
-    torch.testing.assert_close(linear.part(x, 5, 17), linear(x)[:, 5:17])
+    torch.testing.assert_close(linear(x, 5, 17), linear(x)[:, 5:17])
+
+
+def test_norms_are_those_of_torch() -> None:
+    """In float32 to the last bits; in bfloat16 with statistics of float32."""
+    x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(1)) * 40
+    for dtype, within in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        mine, theirs = phase4.model.RMSNorm(48, 1e-5).to(dtype), torch.nn.RMSNorm(48, eps=1e-5)
+        mine.weight.data = theirs.weight.data = torch.linspace(-2, 2, 48).to(dtype)
+        theirs.float()
+        with torch.no_grad():
+            torch.testing.assert_close(mine(x.to(dtype)).float(), theirs(x.to(dtype).float()), atol=0, rtol=within)
+
+
+def test_a_forward_leaves_what_it_was_given(pair: tuple[Any, Any]) -> None:
+    """Layers write into memory of their own; outputs on the way are what they were when the forward passed."""
+    model, tokens = pair[1].model, torch.randint(1, 300, (1, 9))
+    with torch.inference_mode():
+        _, tapped = model.states(tokens, taps=(0,))
+        x = model.embedding(tokens)
+        x = x + model.positions(torch.arange(9) + model.config.position_offset) if hasattr(model, "positions") else x
+        rotation = None if hasattr(model, "positions") else model.rotation(9, x)
+        before = x.clone()
+        first = model.layers[0](x, rotation, model.mask(9, x)[None, None])
+    assert torch.equal(x, before)
+    torch.testing.assert_close(tapped, first)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_of_a_matrix_multiply_as_the_matrix(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    linear = torch.nn.Linear(48, 80, bias).to(torch.bfloat16)
+    if not can_pack(linear.weight):
+        pytest.skip("this torch has no blocked products of bfloat16 here")
+    packed = PackedLinear(linear)
+    for rows in (1, 5, 64, 130):
+        x = torch.randn(2, rows, 48, generator=generator).to(torch.bfloat16)
+        with torch.inference_mode():
+            torch.testing.assert_close(packed(x), linear(x), atol=2**-7, rtol=2**-7)
+            torch.testing.assert_close(packed(x, 16, 48), linear(x)[..., 16:48], atol=2**-7, rtol=2**-7)
+
+
+def test_only_plain_matrices_of_bfloat16_are_packed(make_checkpoint: Callable[..., Path]) -> None:
+    folder = str(make_checkpoint("llama"))
+    packed = {}
+    for options in ({"dtype": "bfloat16"}, {"dtype": "float32"}, {"amp": True}, {"quant": "int8", "dtype": "bfloat16"}):
+        session = phase4.Session(phase4.Options(model=folder, draft="none", max_tokens=3, device="cpu", **options))
+        modules = list(session.loaded.model.modules())
+        packed[str(options)] = sum(isinstance(module, PackedLinear) for module in modules)
+        assert len(session.complete(["import "])[0].tokens) == 3
+    layers = session.loaded.config.layers
+    expected = 4 * layers if can_pack(torch.empty(0, dtype=torch.bfloat16)) else 0
+    assert list(packed.values()) == [expected, 0, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(1024, 48), (2048, 384), (640, 384), (384,)])

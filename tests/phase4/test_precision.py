@@ -190,7 +190,8 @@ def test_softmax_is_float32(
 ) -> None:
     assert attention_error(dtype, length, last) < enough
 
-    def rounded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def rounded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, enable_gqa: bool) -> Tensor:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         mixed: Tensor = (scores + mask).softmax(-1) @ value
         return mixed

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import phase4
 from common.errors import UserError
+from phase4.drafters.medusa import MedusaHeads, MedusaShape
+from phase4.head_data import write_text
 from phase4.quantize import Format, QuantLinear, quantize_model, stored_bytes
 from phase4.quantize_calibrated import Method, quantize_calibrated
 from phase4.quantize_files import save_quantized
@@ -171,6 +173,15 @@ def test_what_is_quantised_is_not_quantised_again(quantized: Path) -> None:
     plain = phase4.Session(phase4.Options(**options, draft="none")).complete(["import "])
     drafted = phase4.Session(phase4.Options(**options, draft=str(quantized))).complete(["import "])
     assert drafted[0].tokens == plain[0].tokens
+
+
+def test_heads_of_a_quantised_target_begin_and_learn_without_what_it_lacks(quantized: Path) -> None:
+    target = phase4.load(str(quantized), torch.float32, CPU)
+    heads = MedusaHeads(MedusaShape(), target.config.width)
+    with pytest.raises(UserError, match="--head-init copy needs a target that is not quantised"):
+        heads.initialise(target.model, "copy")
+    with pytest.raises(UserError, match="--generated: transformers cannot read the quantised target"):
+        write_text(target, TOKENS.flatten(), 32, 16, 2, seed=0)
 
 
 def test_the_command_line_writes_what_generate_reads(

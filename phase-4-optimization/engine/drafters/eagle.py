@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -25,6 +26,7 @@ from ..drafting import Draft, Outcome, Stop
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sampling import SamplingParams
 from ..sequence import Sequence
+from ..shapes import padded_length
 from ..tree import Tree
 from ..verify import Decisions
 from .chains import ChainBuilder
@@ -110,11 +112,10 @@ class EagleHead(nn.Module):
             inputs.append(self.inputs(embedded[:, depth : depth + T], feature))
             seen = torch.cat([past, *[own] * (depth - 1)], -1)  # [T, depth * T]
             mask = feature.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
-            group = self.config.heads // self.config.kv_heads
             positions = torch.cat([steps + d for d in range(depth)])
             rotation = target.rotation_at(positions, feature) if self.config.positions == "rope" else None
             last = (torch.arange(B, device=tokens.device)[:, None], (steps + (depth - 1) * T).expand(B, T))
-            feature = self(torch.cat(inputs, 1), rotation, mask.repeat(group, 1)[None], last)
+            feature = self(torch.cat(inputs, 1), rotation, mask[None, None], last)
             found.append(feature)
         return torch.stack(found)
 
@@ -145,19 +146,21 @@ class Lookahead:
 
     def _predict(self, at: list[int], lines: list[list[int]]) -> Tensor:
         """[n, D] at n inputs, each of which sees the whole sequence and its own line."""
-        n, config, device = self.confirmed, self.head.config, self.inputs.device
-        mask = self.inputs.new_full((len(at), len(self.inputs)), float("-inf"))
+        n, device = self.confirmed, self.inputs.device
+        length = padded_length(len(self.inputs), self.target)
+        inputs = F.pad(self.inputs, (0, 0, 0, length - len(self.inputs)))
+        mask = inputs.new_full((len(at), length), float("-inf"))
         mask[:, :n] = 0
         for row, line in zip(mask, lines, strict=True):
             row[[n + added for added in line]] = 0
         rotation = None
-        if config.positions == "rope":
+        if self.head.config.positions == "rope":
             positions = [*range(n), *(n - 1 + len(line) for line in self.lines)]
+            positions += [0] * (length - len(positions))
             cos, sin = self.target.rotation(max(positions) + 1, self.inputs)
             rotation = cos[positions], sin[positions]
         wanted = torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([at], device=device)
-        grouped = mask.repeat(config.heads // config.kv_heads, 1)[None]
-        predicted: Tensor = self.head(self.inputs[None], rotation, grouped, wanted)
+        predicted: Tensor = self.head(inputs[None], rotation, mask[None, None], wanted)
         return predicted[0]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
@@ -66,6 +67,8 @@ class MedusaHeads(nn.Module):
             nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
         else:
             ffn = target.layers[-1].ffn
+            if not isinstance(ffn.down, nn.Linear):
+                raise UserError("--head-init copy needs a target that is not quantised; use zero or random")
             up = ffn.gate_up.weight.chunk(2)[1] if ffn.gated else ffn.up.weight  # type: ignore[union-attr, operator]
             self.weight.copy_((ffn.down.weight @ up).T.expand_as(self.weight))  # type: ignore[union-attr, operator]
         for added in (self.reduce, self.token):
