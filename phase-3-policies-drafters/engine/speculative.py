@@ -114,6 +114,28 @@ def judge(
     return judged, verdict, [Path(list(range(accepted)), following) for accepted, following in stood]
 
 
+def plain_step(
+    model: Transformer,
+    drafter: Drafter,
+    sequences: list[Sequence],
+    params: SamplingParams,
+    controllers: list[KController],
+    decisions: Decisions,
+) -> Step:
+    """A step for which nobody asked for a draft: plain decoding, at its price."""
+    starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
+    began = time.perf_counter()
+    decode_step(model, sequences, params, decisions)
+    verify_ms = (time.perf_counter() - began) * 1e3
+    drafter.observe(Outcome(sequences, [0] * len(sequences), None))
+    stats = [StepStats(0, 0, 0, 0, 1, length, 0.0, verify_ms, 0.0) for length in lengths]
+    for controller, of_sequence in zip(controllers, stats, strict=True):
+        controller.observe(of_sequence)
+    draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
+    paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
+    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats)
+
+
 def speculative_step(
     model: Transformer,
     drafter: Drafter,
@@ -130,10 +152,9 @@ def speculative_step(
         block_width(sequence, controller.next_k(), model.config.context)
         for sequence, controller in zip(sequences, controllers, strict=True)
     ]
-    if any(asked) or drafter.taps is not None:
-        draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
-    else:
-        draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, asked)
+    if not any(asked) and drafter.taps is None:
+        return plain_step(model, drafter, sequences, params, controllers, decisions)
+    draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
     synchronize(device)
     drafted = time.perf_counter()
 
