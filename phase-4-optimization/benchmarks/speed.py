@@ -15,6 +15,7 @@ import torch
 import engine
 from common.benchmark import median, progress
 from common.errors import UserError
+from engine.packing import PackedLinear
 
 from .runs import Lab, Variant, with_texts
 
@@ -54,9 +55,10 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def weights_mib(model: torch.nn.Module) -> float:
-    """What parameters and buffers take, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()) / 2**20
+    """What parameters, buffers and packed matrices take, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    packed = sum(sum(m.weight_bytes) for m in model.modules() if isinstance(m, PackedLinear))
+    return (sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + packed) / 2**20
 
 
 def candidates(lab: Lab, of: Any, setting: dict[str, Any], texts: list[str]) -> dict[str, Variant]:
