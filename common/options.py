@@ -75,10 +75,11 @@ def build_parser(options: type[BaseSettings], program: str) -> argparse.Argument
 class _Loader(yaml.SafeLoader):
     """YAML whose `off` is a word: what is true or false is for each option to say."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: Path, options: type[BaseSettings]) -> dict[str, Any]:

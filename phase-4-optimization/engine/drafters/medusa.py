@@ -67,7 +67,7 @@ class MedusaHeads(nn.Module):
             nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
         else:
             ffn = target.layers[-1].ffn
-            if not isinstance(ffn.down, nn.Linear):
+            if not isinstance(ffn.down, nn.Linear):  # type: ignore[union-attr]
                 raise UserError("--head-init copy needs a target that is not quantised; use zero or random")
             up = ffn.gate_up.weight.chunk(2)[1] if ffn.gated else ffn.up.weight  # type: ignore[union-attr, operator]
             self.weight.copy_((ffn.down.weight @ up).T.expand_as(self.weight))  # type: ignore[union-attr, operator]
