@@ -106,7 +106,8 @@ def measure_setting(lab: Lab, name: str, base: dict[str, Variant], label: str) -
     """One setting, plain and drafted, in turns with phase 3's two."""
     setting, texts = SETTINGS[name], base["plain"].texts
     try:
-        plain = lab.variant(f"{name}, plain", texts, **setting, **PLAIN)
+        alone = {option: value for option, value in setting.items() if option != "draft_quant"}
+        plain = lab.variant(f"{name}, plain", texts, **alone, **PLAIN)
     except UserError as error:
         print(f"note: {name} is left out: {error}", file=sys.stderr)
         return

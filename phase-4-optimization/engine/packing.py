@@ -45,8 +45,9 @@ class PackedLinear(nn.Module):
 def pack_matrices(module: nn.Module) -> None:
     """Replace the linear layers in a module, one after the other, where that helps; embeddings and heads tied to them
     stay as they are."""
-    for owner in list(module.modules()):
-        for name, linear in owner.named_children():
-            if isinstance(linear, nn.Linear) and name != "head" and can_pack(linear.weight):
-                setattr(owner, name, PackedLinear(linear))
-    give_back_freed()
+    owners = [owner for owner in module.modules() if not isinstance(owner, nn.Linear)]
+    for owner in owners:
+        for name in [name for name, child in owner.named_children() if isinstance(child, nn.Linear) and name != "head"]:
+            if can_pack(getattr(owner, name).weight):
+                setattr(owner, name, PackedLinear(getattr(owner, name)))
+        give_back_freed()
