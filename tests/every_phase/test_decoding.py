@@ -201,7 +201,7 @@ def test_beam_search_with_early_stopping_equals_transformers(engine: ModuleType,
 
 
 def test_only_rows_of_similar_length_share_a_forward(engine: ModuleType) -> None:
-    group = importlib.import_module(f"{engine.__name__}.generate").of_similar_length
+    group = importlib.import_module(engine.next_logits.__module__).of_similar_length
     assert group([10, 10, 10]) == [[0, 1, 2]]
     assert group([200, 10, 11]) == [[1, 2], [0]]
     for lengths in ([5], [16, 200, 17, 190, 60, 64], list(range(1, 60))):

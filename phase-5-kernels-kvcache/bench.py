@@ -1,0 +1,68 @@
+"""What must be remembered so that a token costs one token, and what that gives: speed, memory, the price of verifying.
+
+Four sections (`--only`): end to end against phase 4 and transformers, one more token behind texts of many lengths, what
+m verified tokens cost against one, and what a cache in fewer bits costs in perplexity.
+
+    python bench.py --quick
+    python bench.py --output results --only speed
+    python bench.py --output results --resume
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import get_args
+
+import torch
+from benchmarks.lengths import LENGTHS, measure_lengths
+from benchmarks.pictures import draw
+from benchmarks.quality import QUALITY, measure_quality
+from benchmarks.runs import Lab, Measure, Options, Section
+from benchmarks.speed import SPEED, measure_speed
+from benchmarks.verification import VERIFICATION, measure_verification
+
+from common.benchmark import Results, environment, print_document
+from common.checkpoint import open_checkpoint
+from common.device import resolve_device
+from common.options import parse_options, run_main
+
+SECTIONS: dict[Section, Measure] = {
+    "speed": measure_speed,
+    "lengths": measure_lengths,
+    "verification": measure_verification,
+    "quality": measure_quality,
+}
+TITLES = {  # kind of row -> title of its table
+    "speed": "End to end",
+    "length": "One more token behind a text",
+    "verification": "What verification costs",
+    "quality": "Perplexity by the cache's format",
+}
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(Options, arguments, program="bench.py")
+    device = resolve_device(options.device)
+    if options.quick:
+        options.repeats, options.prompts, options.max_tokens = 2, 1, min(options.max_tokens, 32)
+        options.tokens = min(options.tokens, 1024)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    checkpoint = open_checkpoint(options.model)
+    where = environment(device, options.dtype, torch.get_num_threads(), {checkpoint.name: checkpoint.content_hash()})
+    definitions = SPEED | LENGTHS | VERIFICATION | QUALITY
+    with Results(options.output, definitions, where, options.resume) as results:
+        lab = Lab(options, results, device)
+        for section in options.only or get_args(Section):
+            SECTIONS[section](lab)
+        if options.output:
+            draw(lab, options.output)
+        for kind, title in TITLES.items():
+            if lab.rows(kind):
+                lab.table(kind, title)
+        print_document(results.document())
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

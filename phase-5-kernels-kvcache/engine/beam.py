@@ -1,0 +1,68 @@
+"""Beam search: keep the few likeliest continuations at every step, and return the best one that ended.
+
+A hypothesis' score is the sum of its log-probabilities, divided by its length ** length_penalty when it ends
+(Wu et al. 2016 use another normaliser; this is transformers'). The search stops when no running hypothesis, scored at
+its present length, beats the worst of the kept endings; with `early_stopping`, as soon as `beams` of them have ended.
+
+    beam_search(loaded.model, prompt, SamplingParams(max_new_tokens=32), loaded.ending, beams=4)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .model import Transformer
+from .sampling import SamplingParams
+from .sequence import Ending
+from .target import next_logits
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A continuation and its score: the summed log-probability while it runs, the normalised one once it ended."""
+
+    tokens: list[int]
+    score: float
+    forwards: int = 0  # of the model, over the whole search; set on the result
+
+
+def _expand(model: Transformer, prompt: list[int], running: list[Hypothesis], keep: int) -> list[Hypothesis]:
+    """The `keep` best one-token extensions of all running hypotheses, best first."""
+    texts = [prompt + hypothesis.tokens for hypothesis in running]
+    scores = torch.tensor([hypothesis.score for hypothesis in running])[:, None]
+    totals = next_logits(model, texts).float().log_softmax(-1).cpu() + scores  # [beams, V]
+    best = totals.flatten().topk(min(keep, totals.numel()))
+    return [
+        Hypothesis([*running[index // totals.shape[1]].tokens, index % totals.shape[1]], score)
+        for index, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def beam_search(
+    model: Transformer,
+    prompt: list[int],
+    params: SamplingParams,
+    ending: Ending,
+    beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+) -> Hypothesis:
+    """The best of at most `beams` endings. Of `params`, only max_new_tokens and ignore_eos are used."""
+    eos = () if params.ignore_eos else ending.eos_ids
+    running, ended = [Hypothesis([], 0.0)], list[Hypothesis]()
+    steps = 0
+    while running:
+        steps += 1
+        candidates = _expand(model, prompt, running, keep=max(2, 1 + len(eos)) * beams)
+        over = [c.tokens[-1] in eos or steps == params.max_new_tokens for c in candidates]
+        # An ending counts only among the best `beams` candidates: behind them, a running one would be kept instead.
+        just_ended = [c for c, done in zip(candidates[:beams], over, strict=False) if done]
+        ended += [Hypothesis(c.tokens, c.score / steps**length_penalty) for c in just_ended]
+        ended = sorted(ended, key=lambda h: -h.score)[:beams]
+        running = [c for c, done in zip(candidates, over, strict=True) if not done][:beams]
+        full = len(ended) == beams
+        if full and (early_stopping or not running or running[0].score / steps**length_penalty <= ended[-1].score):
+            break
+    return Hypothesis(ended[0].tokens, ended[0].score, forwards=steps)

@@ -1,0 +1,194 @@
+"""The command line: prompts in, text as it is made on stdout, one summary line on stderr (or one JSON document)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from common.device import dtype_name, resolve_device
+from common.errors import UserError
+from common.options import parse_options
+from common.phases import phase_of
+
+from .explain import account, plain_step_ms, print_explanation
+from .generate import Clock
+from .options import Options
+from .policies import Rejection
+from .profiler import Profiler
+from .record import Recorder
+from .sequence import Sequence
+from .session import Session
+from .show import Show, print_tree
+
+PHASE = phase_of(__file__)
+
+
+def read_prompts(options: Options) -> list[str]:
+    """The prompts of the command line, else the whole of stdin. UserError if there is none or one is empty."""
+    prompts = list(options.prompt)
+    if options.prompt_file:
+        try:
+            prompts.append(options.prompt_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {options.prompt_file}: cannot be read as text ({error})") from None
+    if not prompts:
+        if sys.stdin is None or sys.stdin.closed:
+            raise UserError("no prompt: stdin is closed; give --prompt TEXT or --prompt-file FILE")
+        if sys.stdin.isatty():
+            print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+        prompts.append(sys.stdin.read())
+    if not all(prompts):
+        raise UserError("the prompt is empty: give --prompt TEXT, --prompt-file FILE, or text on stdin")
+    return prompts
+
+
+class Printer:
+    """Shows completions in order, each as it is made; those that run ahead of their turn wait."""
+
+    def __init__(self, sequences: list[Sequence], quiet: bool) -> None:
+        self.waiting = [] if quiet else list(enumerate(sequences, start=1))
+        self.headed = len(sequences) > 1
+        self.titled = 0
+
+    def update(self) -> None:
+        while self.waiting:
+            number, sequence = self.waiting[0]
+            if self.headed and self.titled < number:
+                print(f"--- completion {number} ---")
+                self.titled = number
+            print(sequence.take_text(), end="", flush=True)
+            if sequence.finish_reason is None:
+                return
+            print(flush=True)
+            self.waiting.pop(0)
+
+
+def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
+    """The document of `--json`. A completion that was interrupted says so, and keeps its tokens."""
+    completions = [
+        {
+            "prompt_tokens": sequence.prompt,
+            "tokens": sequence.tokens,
+            "text": sequence.text,
+            "finish_reason": sequence.finish_reason or "interrupted",
+            "stats": completion_stats(session, sequence, clock) if sequence.tokens else {},
+        }
+        for sequence in sequences
+    ]
+    settings = session.options.model_dump(mode="json", by_alias=True)
+    return {
+        "phase": PHASE,
+        "model": session.loaded.checkpoint.name,
+        "settings": settings,
+        "precision": {name: each.as_json() for name, each in session.precision.items()},
+        "completions": completions,
+        "kv": session.remembered(),
+        "tokenizer_cache": dataclasses.asdict(session.encoder.stats),
+        "compile": session.compiler.as_json() if session.compiler else None,
+    }
+
+
+def completion_stats(session: Session, sequence: Sequence, clock: Clock) -> dict[str, object]:
+    """The figures of plain decoding, and what became of the draft tokens."""
+    steps = session.steps.get(sequence, [])
+    proposed, accepted = sum(step.proposed for step in steps), sum(step.accepted for step in steps)
+    stats = {
+        **dataclasses.asdict(clock.stats(sequence)),
+        "draft": session.draft_name,
+        "proposed": proposed,
+        "accepted": accepted,
+        "acceptance": accepted / proposed if proposed else None,
+    }
+    if session.options.metrics_detailed:
+        stats["per_step"] = [dataclasses.asdict(step) for step in steps]
+    return stats
+
+
+def explain(session: Session, sequences: list[Sequence], clock: Clock) -> None:
+    """Decode the first prompt again without the draft, a few tokens, to learn what a plain step costs; then account."""
+    if not session.speculative:
+        print("nothing to explain: there is no draft (--draft NAME)", file=sys.stderr)
+        return
+    sequence = sequences[0]
+    with session.computing():
+        plain_ms = plain_step_ms(session._runner(session.loaded.model, [sequence]), sequence)
+    costs = account(session.steps[sequence], plain_ms)
+    if costs is None:
+        print("nothing to explain: no step drafted anything (one token at a time was asked for)", file=sys.stderr)
+        return
+    plain_total = costs.plain_ms * len(sequence.tokens)
+    print_explanation(costs, plain_total / clock.stats(sequence).total_ms)
+
+
+def summary(session: Session, sequences: list[Sequence], clock: Clock) -> str:
+    """One line for people: how much, how fast, with what."""
+    stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
+    if not stats:
+        return "no tokens"
+    tokens, seconds = sum(s.new_tokens for s in stats), max(s.total_ms for s in stats) / 1e3
+    first = min(s.ttft_ms for s in stats)
+    weight, name = session.loaded.model.embedding.weight, session.loaded.checkpoint.name
+    precision = session.precision.get(name, dtype_name(weight.dtype))
+    return (
+        f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, first after {first:.0f} ms "
+        f"({name}, {precision}, {weight.device})"
+    )
+
+
+def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
+    context = session.loaded.config.context
+    if any(sequence.length > context for sequence in sequences):
+        print(
+            f"note: a prompt is longer than the context of {context} tokens; the model sees its last part, "
+            "in a window that jumps ahead by a quarter of the context",
+            file=sys.stderr,
+        )
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(Options, arguments, program=Path(sys.argv[0]).name)
+    texts = read_prompts(options)
+    if options.profile is None:
+        return run(options, texts, None)
+    device = resolve_device(options.device)
+    with Profiler(options.profile, device, options.profile_steps, options.profile_stacks) as profiler:
+        status = run(options, texts, profiler)
+    print(profiler.report(), file=sys.stderr)
+    return status
+
+
+def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
+    session = Session(options)
+    sequences = session.sequences(texts)
+    warn_about_length(session, sequences)
+    printer = Printer(sequences, quiet=options.as_json or options.show)
+    show = Show(session.loaded.tokenizer) if options.show else None
+    recorder = (
+        Recorder(options.record, session.header(), isinstance(session.policy, Rejection)) if options.record else None
+    )
+    clock = Clock()
+    interrupted = False
+    try:
+        steps = session.run(sequences, clock)
+        for step in profiler.watch(steps) if profiler else steps:
+            printer.update()
+            if step and show and sequences[0] in step.sequences:
+                show.step(step)
+            if step and options.show_tree and sequences[0] in step.sequences:
+                print_tree(step, session.loaded.tokenizer)
+            if step and recorder:
+                recorder.step(step)
+    except KeyboardInterrupt:
+        interrupted = True
+    if show:
+        show.histogram()
+    if options.explain and not interrupted:
+        explain(session, sequences, clock)
+    if options.as_json:
+        print(json.dumps(report(session, sequences, clock)))
+    elif options.metrics_detailed:
+        print(session.encoder.stats, file=sys.stderr)
+    print(summary(session, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
+    return 130 if interrupted else 0

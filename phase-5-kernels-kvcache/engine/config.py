@@ -1,0 +1,228 @@
+"""What a checkpoint's `config.json` says about a model, in one vocabulary for all families.
+
+Hugging Face names the same thing differently in every family (`n_embd`, `hidden_size`) and in every year
+(`rope_theta` beside `rope_scaling`, then `rope_parameters`). Here it is read once; the rest of the engine sees only
+`ModelConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.errors import UserError
+
+FAMILIES = {
+    "GPT2LMHeadModel": "gpt2",
+    "OPTForCausalLM": "opt",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions: base frequency, and how it is stretched for long contexts (see rope.py)."""
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: derived from factor and the two mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer. Widths are numbers of features, `context` is in tokens."""
+
+    family: str
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_width: int
+    context: int
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    positions: Literal["rope", "learned"]
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"]
+    gated: bool  # SiLU-gated feed-forward (three matrices) or plain (two)
+    rope: RopeConfig = RopeConfig()
+    position_offset: int = 0  # OPT's table of learned positions begins with two unused rows
+    qkv_bias: bool = False
+    output_bias: bool = False  # on the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None  # attention reaches this many tokens back, itself included
+    tied: bool = False  # the output matrix is the embedding
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json`. UserError names what is not supported, and what is."""
+        names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
+        family = FAMILIES.get(names[0])
+        if family is None:
+            raise UserError(f"unsupported architecture {names[0]}; supported are {', '.join(FAMILIES)}")
+        try:
+            read = {"gpt2": _gpt2, "opt": _opt}.get(family, _llama_like)
+            return read(family, config)
+        except KeyError as error:
+            raise UserError(f"config.json of a {names[0]} lacks the key {error}") from None
+
+
+def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
+    """Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped heads, gated SiLU."""
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    return ModelConfig(
+        family=family,
+        vocab_size=config["vocab_size"],
+        layers=config["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        ffn_width=config["intermediate_size"],
+        context=config["max_position_embeddings"],
+        norm="rms",
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        positions="rope",
+        rope=_rope(config),
+        activation=_activation(config.get("hidden_act", "silu")),
+        gated=True,
+        qkv_bias=family == "qwen2" or config.get("attention_bias", False),
+        output_bias=family != "qwen2" and config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+        qk_norm=family == "qwen3",
+        window=_window(family, config),
+        tied=config.get("tie_word_embeddings", False),
+    )
+
+
+def _gpt2(family: str, config: Mapping[str, Any]) -> ModelConfig:
+    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if config.get(key):
+            raise UserError(f"GPT-2 with {key} is not supported; the released GPT-2 checkpoints do not use it")
+    width = config["n_embd"]
+    return ModelConfig(
+        family=family,
+        vocab_size=config["vocab_size"],
+        layers=config["n_layer"],
+        width=width,
+        heads=config["n_head"],
+        kv_heads=config["n_head"],
+        head_dim=width // config["n_head"],
+        ffn_width=config.get("n_inner") or 4 * width,
+        context=config["n_positions"],
+        norm="layer",
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        positions="learned",
+        activation=_activation(config.get("activation_function", "gelu_new")),
+        gated=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tied=config.get("tie_word_embeddings", True),
+    )
+
+
+def _opt(family: str, config: Mapping[str, Any]) -> ModelConfig:
+    width = config["hidden_size"]
+    if not config.get("do_layer_norm_before", True):
+        raise UserError(
+            "OPT with post-norm (do_layer_norm_before false, as OPT-350M) is not supported; use another OPT"
+        )
+    if config.get("word_embed_proj_dim", width) != width:
+        raise UserError("OPT with an embedding projection (word_embed_proj_dim, as OPT-350M) is not supported")
+    if config.get("_remove_final_layer_norm"):
+        raise UserError("OPT without its final layer norm (_remove_final_layer_norm) is not supported")
+    bias = config.get("enable_bias", True)
+    return ModelConfig(
+        family=family,
+        vocab_size=config["vocab_size"],
+        layers=config["num_hidden_layers"],
+        width=width,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_attention_heads"],
+        head_dim=width // config["num_attention_heads"],
+        ffn_width=config["ffn_dim"],
+        context=config["max_position_embeddings"],
+        norm="layer",
+        norm_eps=1e-5,
+        positions="learned",
+        position_offset=2,
+        activation=_activation(config.get("activation_function", "relu")),
+        gated=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        tied=config.get("tie_word_embeddings", True),
+    )
+
+
+def _activation(name: str) -> Literal["silu", "gelu_tanh", "gelu", "relu"]:
+    known: dict[str, Literal["silu", "gelu_tanh", "gelu", "relu"]] = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu": "gelu",
+        "relu": "relu",
+    }
+    if name not in known:
+        raise UserError(f"unsupported activation {name!r}; supported are {', '.join(known)}")
+    return known[name]
+
+
+def _window(family: str, config: Mapping[str, Any]) -> int | None:
+    """Sliding-window attention: always on in a Mistral that has a window, switched on explicitly in a Qwen."""
+    if family == "mistral":
+        window: int | None = config.get("sliding_window", 4096)
+        return window
+    if config.get("use_sliding_window"):
+        raise UserError(f"{family} with use_sliding_window true is not supported (only some of its layers slide)")
+    return None
+
+
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling` (whose kind was once called `type`)."""
+    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = values.get("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = values.get("rope_type", values.get("type", "default"))
+    if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError("rotary positions over a part of the head (partial_rotary_factor) are not supported")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "dynamic":
+        raise UserError(
+            "rope scaling 'dynamic' (NTK) is refused: its frequencies depend on the current length, so a token's "
+            "logits would change when later tokens arrive; use linear, llama3 or yarn"
+        )
+    if kind not in ("linear", "llama3", "yarn"):
+        raise UserError(f"unsupported rope scaling {kind!r}; supported are default, linear, llama3, yarn")
+    original = values.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    return RopeConfig(
+        theta=theta,
+        scaling=kind,
+        factor=values.get("factor") or config["max_position_embeddings"] / original,
+        original_context=original,
+        low_freq_factor=values.get("low_freq_factor", 1.0),
+        high_freq_factor=values.get("high_freq_factor", 4.0),
+        beta_fast=values.get("beta_fast") or 32.0,
+        beta_slow=values.get("beta_slow") or 1.0,
+        attention_factor=values.get("attention_factor"),
+        mscale=values.get("mscale"),
+        mscale_all_dim=values.get("mscale_all_dim"),
+        truncate=values.get("truncate", True),
+    )

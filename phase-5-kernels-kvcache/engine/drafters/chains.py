@@ -1,0 +1,65 @@
+"""Chains of drawn tokens for several sequences, each as long as its width and its controller allow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.philox import Purpose
+
+from ..drafting import Draft, Stop
+from ..sampling import SamplingParams, probabilities
+from ..sequence import Sequence
+from ..verify import Decisions
+
+
+class ChainBuilder:
+    """Draws the next token of a row from logits, through the sampling parameters, and keeps what it was drawn from."""
+
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        widths: list[int],
+        params: SamplingParams,
+        decisions: Decisions,
+        noise: Purpose,
+        stop: Stop | None,
+    ) -> None:
+        self.sequences, self.widths, self.params = sequences, widths, params
+        self.decisions, self.noise, self.stop = decisions, noise, stop
+        self.tokens: list[list[int]] = [[] for _ in sequences]
+        self.probs: list[list[Tensor]] = [[] for _ in sequences]
+
+    def open(self) -> list[int]:
+        """The rows that still want tokens."""
+        return [row for row, width in enumerate(self.widths) if len(self.tokens[row]) < width]
+
+    def output(self, row: int) -> list[int]:
+        """The output of this row's sequence, with what has been drafted."""
+        return self.sequences[row].tokens + self.tokens[row]
+
+    def draw(self, row: int, logits: Tensor) -> bool:
+        """One token for a row from logits [V]; False, and none, where its controller ends the draft."""
+        sequence = self.sequences[row]
+        probs = probabilities(logits[None], self.params, [sequence.prompt], [self.output(row)])
+        asked = probs if not self.params.greedy else logits[None].float().softmax(-1)
+        if self.stop is not None and self.stop(row, asked[0]):
+            self.widths = [len(self.tokens[row]) if r == row else width for r, width in enumerate(self.widths)]
+            return False
+        keys = torch.tensor([[sequence.sample], [sequence.length + len(self.tokens[row])]], device=probs.device)
+        token = self.decisions.draw(probs, keys[0], keys[1], self.noise)
+        self.tokens[row].append(int(token))
+        self.probs[row].append(probs[0])
+        return True
+
+    def draft(self) -> Draft:
+        """All rows side by side; shorter ones are padded with token 0, whose probability is never read."""
+        longest = max(map(len, self.tokens))
+        rows = [row + [0] * (longest - len(row)) for row in self.tokens]
+        tokens = torch.tensor(rows, dtype=torch.long).view(len(rows), longest)
+        widths = [len(row) for row in self.tokens]
+        if self.params.greedy or not longest:
+            return Draft(tokens, None, widths)
+        filler = torch.ones_like(next(row[0] for row in self.probs if row))
+        probs = [torch.stack([*row, *[filler] * (longest - len(row))]) for row in self.probs]
+        return Draft(tokens, torch.stack(probs), widths)

@@ -1,0 +1,257 @@
+"""One more decoder layer that continues the target's own features (Li et al. 2024, EAGLE; Li et al. 2025, EAGLE-3).
+
+At position i the layer reads the token x_{i+1}, which is known, beside the target's state h_i that gave it, and
+predicts the state h_{i+1}, which the target's output matrix turns into a guess of x_{i+2}. For the guess after that its
+own prediction stands in for the state. EAGLE-3 adds states of several layers, and training on own predictions.
+
+The layer has a cache of its own, which holds keys and values of its inputs at the sequence's positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.philox import Purpose
+
+from ..attending import Attending, Behind, Within, seen
+from ..config import ModelConfig
+from ..drafting import Draft, Outcome, Stop
+from ..kv_cache import CacheShape, StaticCache
+from ..model import Block, Rotation, Transformer, Wanted, make_norm
+from ..runner import DRAFT_ROOM
+from ..sampling import SamplingParams
+from ..sequence import Sequence
+from ..tree import Tree
+from ..verify import Decisions
+from .chains import ChainBuilder
+from .medusa import HeadInit
+from .memory import StateMemory
+
+
+@dataclass(frozen=True)
+class EagleShape:
+    ffn_width: int
+    reach: int = 256  # how many positions back the layer looks, itself included; its window in training
+    taps: tuple[int, ...] = ()  # layers whose outputs it reads beside the last state
+
+
+class EagleHead(nn.Module):
+    """The layer. Positions count from the first input it sees, so only distances matter."""
+
+    kind = "eagle"
+
+    def __init__(self, shape: EagleShape, target: ModelConfig) -> None:
+        super().__init__()
+        self.shape, self.taps = shape, shape.taps
+        self.config = dataclasses.replace(target, layers=1, ffn_width=shape.ffn_width, window=None)
+        width = target.width
+        self.reduce = nn.Linear(width * (1 + len(shape.taps)), width, bias=False) if shape.taps else None
+        self.token_norm, self.state_norm = make_norm(self.config), make_norm(self.config)
+        self.join = nn.Linear(2 * width, width, bias=False)
+        self.block = Block(self.config)
+        self.norm = make_norm(self.config)
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.shape)
+
+    @torch.no_grad()
+    def initialise(self, target: Transformer, how: HeadInit) -> None:
+        """copy: the layer begins as the target's last one. random: as torch begins Linear layers. zero: random, but the
+        layer adds nothing to its input."""
+        for name, parameter in self.block.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.kaiming_uniform_(parameter, a=5**0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if how == "copy":
+            if self.config.ffn_width != target.config.ffn_width:
+                raise UserError(f"--head-init copy needs --ffn-width {target.config.ffn_width}, as the target's layers")
+            self.block.load_state_dict(target.layers[-1].state_dict())
+        elif how == "zero":
+            nn.init.zeros_(self.block.attention.output.weight)
+            nn.init.zeros_(self.block.ffn.down.weight)
+        self.norm.load_state_dict(target.norm.state_dict())  # what the output matrix expects
+
+    def read(self, states: Tensor) -> Tensor:
+        """The target's states [..., F] as one feature vector [..., D] per position."""
+        feature: Tensor = states if self.reduce is None else self.reduce(states)
+        return feature
+
+    def inputs(self, embedded: Tensor, features: Tensor) -> Tensor:
+        """What enters the layer, [..., D]: each token's embedding beside the feature that it was drawn from."""
+        wide = embedded.dtype  # under autocast the products are narrow, what is normed and added up is not
+        joined: Tensor = self.join(torch.cat((self.token_norm(embedded), self.state_norm(features.to(wide))), -1))
+        return joined.to(wide)
+
+    def forward(self, inputs: Tensor, rotation: Rotation | None, attending: Attending, wanted: Wanted | None) -> Tensor:
+        """inputs [B, T, D] -> the predicted features [B, T or W, D]."""
+        predicted: Tensor = self.norm(self.block(inputs, rotation, attending, wanted))
+        return predicted
+
+    def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
+        """For training: [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
+
+        Depth 1 reads true states only. At depth s the input of anchor t is the token x_{t+s} beside the feature
+        predicted for it at depth s - 1, and it sees what it would see in a draft: the true inputs up to t, and its own
+        at depths 2 .. s. Depth d predicts token t + 1 + d.
+        """
+        B, W = tokens.shape
+        T = W - depths
+        embedded = target.embedding(tokens)
+        feature = self.read(states[:, :T])
+        steps = torch.arange(T, device=tokens.device)
+        past, own = steps[:, None] >= steps, steps[:, None] == steps
+        inputs, found = [], []
+        for depth in range(1, depths + 1):
+            inputs.append(self.inputs(embedded[:, depth : depth + T], feature))
+            sees = torch.cat([past, *[own] * (depth - 1)], -1)  # [T, depth * T]
+            mask = feature.new_zeros(sees.shape).masked_fill(~sees, float("-inf"))
+            positions = torch.cat([steps + d for d in range(depth)])
+            rotation = target.rotation_at(positions, feature) if self.config.positions == "rope" else None
+            last = (torch.arange(B, device=tokens.device)[:, None], (steps + (depth - 1) * T).expand(B, T))
+            feature = self(torch.cat(inputs, 1), rotation, Within(mask[None, None]), last)
+            found.append(feature)
+        return torch.stack(found)
+
+
+class Lookahead:
+    """The layer over one sequence and a tree of guesses behind it, which grows; a chain is a tree.
+
+    Keys and values of the sequence's inputs stay in a cache of the layer's own; those of guesses go when the next draft
+    begins.
+    """
+
+    def __init__(self, head: EagleHead, target: Transformer, capacity: int) -> None:
+        config, weight = head.config, target.embedding.weight
+        shape = CacheShape(1, config.kv_heads, config.head_dim)
+        self.cache = StaticCache(shape, 1, capacity, weight.dtype, weight.dtype, weight.device)
+        self.head, self.target, self.device = head, target, weight.device
+        self.end = 0  # position in the sequence before which all inputs are in the cache, or were forgotten
+        self.confirmed = 0  # inputs in the cache that are no guesses
+
+    def has_room(self, inputs: int) -> bool:
+        return self.confirmed + inputs + DRAFT_ROOM <= self.cache.capacity
+
+    def begin(self, inputs: Tensor, end: int) -> Tensor:
+        """The feature [1, D] that is predicted behind the sequence's new inputs [n, D], which end at a position."""
+        self.cache.truncate(0, self.confirmed)
+        places = torch.arange(self.confirmed, self.confirmed + len(inputs), device=self.device)
+        mask = seen(places, 0, self.confirmed, None, self.head.shape.reach, inputs.dtype)
+        last = torch.tensor([[len(inputs) - 1]], device=self.device)
+        self.predicted = self._predict(inputs, places, mask, last)
+        self.confirmed, self.end = self.confirmed + len(inputs), end
+        self.rows = {-1: -1}  # node of the tree -> which of the guesses in the cache is its; -1: the sequence's last
+        self.lines: list[list[int]] = []  # of every guess in the cache: those of its ancestors, and itself
+        return self.predicted
+
+    def extend(self, tree: Tree, nodes: list[int]) -> Tensor:
+        """The features [n, D] predicted after nodes whose parents are there already."""
+        before = len(self.lines)
+        for node in nodes:
+            above = self.rows[tree.parents[node]]
+            self.rows[node] = len(self.lines)
+            self.lines.append([*(self.lines[above] if above >= 0 else []), len(self.lines)])
+        read = self.predicted[[self.rows[tree.parents[node]] + 1 for node in nodes]]
+        tokens = torch.tensor([tree.tokens[node] for node in nodes], device=self.device)
+        inputs = self.head.inputs(self.target.embedding(tokens), read)
+
+        lines = self.lines[before:]
+        places = torch.tensor([self.confirmed - 1 + len(line) for line in lines], device=self.device)
+        mask = None
+        if self.confirmed > self.head.shape.reach or any(len(line) < len(self.lines) for line in lines):
+            mask = inputs.new_full((len(nodes), self.confirmed + len(self.lines)), float("-inf"))
+            for row, place, line in zip(mask, places.tolist(), lines, strict=True):
+                row[max(0, place - self.head.shape.reach + 1) : self.confirmed] = 0
+                row[[self.confirmed + guess for guess in line]] = 0
+        added = self._predict(inputs, places, mask, None)
+        self.predicted = torch.cat((self.predicted, added))
+        return added
+
+    def _predict(self, inputs: Tensor, places: Tensor, mask: Tensor | None, wanted: Tensor | None) -> Tensor:
+        """[n, D] behind inputs [n, D] at these places, or behind those wanted alone; they stay in the cache."""
+        rotation = None
+        if self.head.config.positions == "rope":
+            rotation = self.target.rotation_of(places, inputs)
+        behind = Behind(self.cache, [0], [len(inputs)], [mask])
+        asked = None if wanted is None else (torch.zeros_like(wanted), wanted)
+        predicted: Tensor = self.head(inputs[None], rotation, behind.only(wanted), asked)
+        self.cache.keep(0, list(range(len(inputs))))
+        return predicted[0]
+
+
+class EagleDrafter:
+    """Drafts from what its layer makes of the target's states and of its own predictions."""
+
+    deepest = 64
+
+    def __init__(
+        self,
+        target: Transformer,
+        head: EagleHead,
+        params: SamplingParams,
+        decisions: Decisions,
+        noise: Purpose = Purpose.DRAFT,
+        cached: bool = True,
+    ) -> None:
+        self.target, self.head, self.cached = target, head, cached
+        self.params, self.decisions, self.noise = params, decisions, noise
+        self.taps: tuple[int, ...] | None = head.taps
+        self.memory = StateMemory(keep=head.shape.reach)  # of the layer's inputs, which are made from the states
+        self._layers: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()
+
+    def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
+        """Nothing in the first step of a sequence, which gives the states."""
+        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
+            for at in range(width if self.ready(sequence) else 0):
+                logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])
+                if not chains.draw(row, logits[0]):
+                    break
+        return chains.draft()
+
+    def ready(self, sequence: Sequence) -> bool:
+        inputs = self.memory.get(sequence)
+        return inputs is not None and len(inputs) > 0
+
+    @torch.inference_mode()
+    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
+        """Logits [n, V] of what follows these nodes; each level builds on what was computed for those before."""
+        if nodes == [-1]:
+            return self.target.logits(self._begin(sequence))
+        return self.target.logits(self._layers[sequence].extend(tree, nodes))
+
+    def _begin(self, sequence: Sequence) -> Tensor:
+        inputs, end = self.memory.get(sequence), sequence.length - 1
+        assert inputs is not None, "the first step of a sequence has nothing to draft from"
+        layer = self._layers.get(sequence)
+        new = len(inputs) if layer is None else end - layer.end
+        if layer is None or not self.cached or new > len(inputs) or not layer.has_room(new):
+            longest = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.config.context)
+            capacity = max(longest, 2 * self.head.shape.reach) + DRAFT_ROOM
+            layer = self._layers[sequence] = Lookahead(self.head, self.target, capacity)
+            new = len(inputs)
+        return layer.begin(inputs[len(inputs) - new :], end) if new else layer.predicted[:1]
+
+    def known(self, sequence: Sequence) -> int:
+        return self.memory.known(sequence)
+
+    @torch.inference_mode()
+    def observe(self, outcome: Outcome) -> None:
+        """States become inputs once the token that followed each is known."""
+        assert outcome.states is not None, "the loop was not asked for states"
+        going = [
+            (s, states) for s, states in zip(outcome.sequences, outcome.states, strict=True) if not s.finish_reason
+        ]
+        inputs = []
+        for sequence, states in going:
+            following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]
+            embedded = self.target.embedding(torch.tensor(following, dtype=torch.long, device=states.device))
+            inputs.append(self.head.inputs(embedded, self.head.read(states)))
+        self.memory.observe(Outcome([sequence for sequence, _ in going], outcome.accepted, inputs))

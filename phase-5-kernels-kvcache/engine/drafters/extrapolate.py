@@ -1,0 +1,57 @@
+"""A guess without any training: the target's last hidden state moves on as it moved before.
+
+h_next = h + alpha (h - h_previous), read by the target's own head. Some public labs ship this under the name of EAGLE.
+It is here as a contrast: hidden states of a transformer do not move in straight lines, and the acceptance says so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.philox import Purpose
+
+from ..drafting import Draft, Outcome, Stop
+from ..model import Transformer
+from ..sampling import SamplingParams
+from ..sequence import Sequence
+from ..verify import Decisions
+from .chains import ChainBuilder
+from .memory import StateMemory
+
+
+class ExtrapolateDrafter:
+    """The j-th guess is read from h + j alpha (h - h_previous)."""
+
+    taps: tuple[int, ...] | None = ()
+
+    def __init__(
+        self,
+        target: Transformer,
+        params: SamplingParams,
+        decisions: Decisions,
+        noise: Purpose = Purpose.DRAFT,
+        alpha: float = 1.0,
+    ) -> None:
+        self.target, self.params, self.decisions, self.noise, self.alpha = target, params, decisions, noise, alpha
+        self.memory = StateMemory(keep=2)
+
+    @torch.inference_mode()
+    def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
+        """Nothing in the first step of a sequence, which gives the states."""
+        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
+            states = self.memory.get(sequence)
+            if states is None or len(states) < 2:
+                continue
+            steps = torch.arange(1, width + 1, device=states.device)[:, None] * self.alpha
+            logits = self.target.logits((states[-1] + steps * (states[-1] - states[-2])).to(states.dtype))
+            for at in range(width):
+                if not chains.draw(row, logits[at]):
+                    break
+        return chains.draft()
+
+    def known(self, sequence: Sequence) -> int:
+        return self.memory.known(sequence)
+
+    def observe(self, outcome: Outcome) -> None:
+        self.memory.observe(outcome)

@@ -1,0 +1,127 @@
+"""Learned heads on the disk: a folder with heads.safetensors and heads.json, which says for which target they are.
+
+heads = load_heads(find_heads("auto", target, "eagle"), target, "eagle")
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from common.checkpoint import MODELS
+from common.errors import UserError
+from common.files import one_line, read_json
+from common.weights import read_tensors
+
+from ..config import ModelConfig
+from ..load import LoadedModel
+from ..weights import lay_out, places, split
+from .eagle import EagleHead, EagleShape
+from .medusa import MedusaHeads, MedusaShape
+
+HeadsKind = Literal["medusa", "eagle"]
+Heads = MedusaHeads | EagleHead
+
+
+def build_heads(kind: HeadsKind, shape: dict[str, Any], target: ModelConfig) -> Heads:
+    """Heads of this shape for this target, their weights not yet set. UserError for what the target cannot have."""
+    shape = {**shape, "taps": tuple(shape.get("taps", ()))}
+    for layer in shape["taps"]:
+        if not 0 <= layer < target.layers:
+            raise UserError(f"taps: the target has no layer {layer}; its layers are 0 to {target.layers - 1}")
+    return (
+        MedusaHeads(MedusaShape(**shape), target.width) if kind == "medusa" else EagleHead(EagleShape(**shape), target)
+    )
+
+
+def find_heads(option: str, target: LoadedModel, kind: HeadsKind) -> Path:
+    """The folder of the heads to use. `auto`: the one that the target's folder names in lab.json, if it names one."""
+    name: str | None = option
+    if option == "auto":
+        file = target.checkpoint.folder / "lab.json"
+        name = read_json(file).get(kind) if file.is_file() else None
+    if target.checkpoint.name.partition(":")[0] == "fake":
+        raise UserError(f"the fake model has no hidden states for {kind} heads to read; use another --drafter")
+    if name is None:
+        raise UserError(f"{target.checkpoint.name} comes with no {kind} heads; {training_command(target, kind)}")
+    embedded = MODELS / name
+    folder = embedded if (embedded / "heads.json").is_file() else Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no {kind} heads in {name}: no such folder; {training_command(target, kind)}")
+    return folder
+
+
+def training_command(target: LoadedModel, kind: HeadsKind) -> str:
+    return f"train them: python train_heads.py --kind {kind} --target {target.checkpoint.name} --out FOLDER"
+
+
+def save_heads(folder: Path, heads: Heads, target: LoadedModel, **about: object) -> None:
+    """In float16; `about` joins what heads.json says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    single = split(heads.state_dict(), layer_config(heads, target.config))
+    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in single.items()}
+    save_file(tensors, folder / "heads.safetensors")
+    document = {
+        "kind": heads.kind,
+        "target": target.checkpoint.name,
+        "target_hash": target.checkpoint.content_hash(),
+        "shape": heads.describe(),
+        **about,
+    }
+    (folder / "heads.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def load_heads(folder: Path, target: LoadedModel, kind: HeadsKind) -> Heads:
+    """Heads ready to run, in the target's dtype and on its device. UserError where they are not this target's."""
+    if not (folder / "heads.json").is_file() or not (folder / "heads.safetensors").is_file():
+        raise UserError(
+            f"no {kind} heads in {folder}: expected heads.json and heads.safetensors; {training_command(target, kind)}"
+        )
+    about = read_json(folder / "heads.json")
+    if about.get("kind") != kind:
+        raise UserError(f"{folder} holds {about.get('kind')} heads, and --drafter {kind} needs {kind} heads")
+    if about.get("target_hash") != target.checkpoint.content_hash():
+        raise UserError(
+            f"{folder} holds heads for another target ({about.get('target')}, {about.get('target_hash')}) than "
+            f"{target.checkpoint.name} ({target.checkpoint.content_hash()}); {training_command(target, kind)}"
+        )
+    try:
+        heads = build_heads(kind, about["shape"], target.config)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'heads.json'}: not a description of {kind} heads ({one_line(error)})") from None
+    stored = {name: tensor.clone() for name, tensor in read_tensors(folder / "heads.safetensors")}
+    kept = places(heads.state_dict(), layer_config(heads, target.config))
+    expected = {name: list(place.shape) for name, place in kept.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        found = list(stored[name].shape) if name in stored else None
+        if found != expected.get(name):
+            raise UserError(
+                f"{folder / 'heads.safetensors'}: tensor {name} has shape {found}, heads.json asks for "
+                f"{expected.get(name)}; train them again or copy both files again"
+            )
+    state, weight = heads.state_dict(), target.model.embedding.weight
+    for name, place in kept.items():
+        state[place.name][place.rows] = stored[name]
+    heads.to(device=weight.device, dtype=weight.dtype).requires_grad_(False).eval()
+    lay_out(heads)
+    return heads
+
+
+def layer_config(heads: Heads, target: ModelConfig) -> ModelConfig:
+    """The sizes of the heads' own layer, where they have one; otherwise none of their matrices is fused."""
+    return heads.config if isinstance(heads, EagleHead) else target
+
+
+def state_width(heads: Heads, target: ModelConfig) -> int:
+    """Features per position that the heads read."""
+    return target.width * (1 + len(heads.taps))
+
+
+def target_states(target: LoadedModel, tokens: torch.Tensor, taps: tuple[int, ...]) -> torch.Tensor:
+    """What heads read, [B, T, F]: the target's normed output, the tapped layers beside it."""
+    hidden, tapped = target.model.states(tokens, taps=taps)
+    return hidden if tapped is None else torch.cat((hidden, tapped), -1)

@@ -1,0 +1,41 @@
+"""What a drafter remembers of the target's states, for every sequence that is being decoded."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..drafting import Outcome
+from ..sequence import Sequence
+
+
+class StateMemory:
+    """The states [n, F] of the last positions of each sequence that the target has seen, at most `keep` of them.
+
+    They end one position before the sequence does: its last token was drawn from the state before it and has not been
+    through the target yet.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self._kept: WeakKeyDictionary[Sequence, tuple[int, Tensor]] = WeakKeyDictionary()  # end position, states
+
+    def get(self, sequence: Sequence) -> Tensor | None:
+        """The states up to the last position but one; None where they are not known."""
+        end, states = self._kept.get(sequence, (0, None))
+        return states if end == sequence.length - 1 else None
+
+    def known(self, sequence: Sequence) -> int:
+        """From which position on states are missing."""
+        return self._kept[sequence][0] if sequence in self._kept else max(0, sequence.length - self.keep)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._kept.pop(sequence, None)
+
+    def observe(self, outcome: Outcome) -> None:
+        assert outcome.states is not None, "the loop was not asked for states"
+        for sequence, states in zip(outcome.sequences, outcome.states, strict=True):
+            _, before = self._kept.get(sequence, (0, states[:0]))
+            self._kept[sequence] = (sequence.length - 1, torch.cat((before, states))[-self.keep :])

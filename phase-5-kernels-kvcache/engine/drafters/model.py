@@ -1,0 +1,54 @@
+"""The drafter of phase 2: a smaller model of the same vocabulary, asked once for every token.
+
+Its runner may remember what it has seen of every text. After a step the text is another: what was guessed in vain is
+gone, and after a draft that stood as a whole its last token is still to be seen. The runner finds out by itself.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.philox import Purpose
+
+from ..drafting import Draft, Outcome, Stop
+from ..runner import Runner
+from ..sampling import SamplingParams
+from ..sequence import Sequence
+from ..tree import Tree
+from ..verify import Decisions
+from .chains import ChainBuilder
+
+
+class ModelDrafter:
+    """Draws through the same sampling parameters as the target; `noise` says with which random numbers."""
+
+    taps: tuple[int, ...] | None = None
+    deepest = 64
+
+    def __init__(
+        self, runner: Runner, params: SamplingParams, decisions: Decisions, noise: Purpose = Purpose.DRAFT
+    ) -> None:
+        self.runner, self.params, self.decisions, self.noise = runner, params, decisions, noise
+
+    def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
+        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        while rows := chains.open():
+            texts = [sequences[row].prompt + chains.output(row) for row in rows]
+            logits = self.runner.logits([sequences[row] for row in rows], texts)
+            for row, of_row in zip(rows, logits, strict=True):
+                chains.draw(row, of_row)
+        return chains.draft()
+
+    def ready(self, sequence: Sequence) -> bool:
+        return True
+
+    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
+        """One forward of the draft over text and tree."""
+        logits = self.runner.step([sequence], [sequence.prompt + sequence.tokens], [tree]).logits[0]
+        return logits[[node + 1 for node in nodes]]
+
+    def known(self, sequence: Sequence) -> int:
+        return sequence.length
+
+    def observe(self, outcome: Outcome) -> None:
+        """What stands is in the texts of the next step."""

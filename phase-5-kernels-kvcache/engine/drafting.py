@@ -1,0 +1,78 @@
+"""What a drafter is: it proposes tokens, and is told what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .sequence import Sequence
+from .tree import Tree
+
+Stop = Callable[[int, Tensor], bool]
+"""Asked before a token is drawn, with the row's number and its draft distribution [V]: does this draft end here?"""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guesses for what follows R sequences: for each a chain of up to K tokens, or a tree.
+
+    `probs` are the distributions that the tokens were drawn from, float [R, K, V]; None where each token was certain
+    (one-hot), as a greedy draft's is. Verification is exact only with the very distributions that were used.
+    """
+
+    tokens: Tensor  # int64 [R, K]; of row r the first widths[r] count
+    probs: Tensor | None
+    widths: list[int]
+    trees: list[Tree] | None = None  # instead of chains
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a draft, for every sequence of it."""
+
+    sequences: list[Sequence]
+    accepted: list[int]
+    states: list[Tensor] | None
+    """What the drafter reads of the target ([n, F]), at all positions that it did not know and that now stand.
+
+    They end at the last draft token that stood; the token that follows it has not been through the target yet.
+    """
+
+
+class Drafter(Protocol):
+    """Proposes tokens; what stood is told to it afterwards. All it keeps about a sequence is keyed by the sequence."""
+
+    taps: tuple[int, ...] | None
+    """What it reads of the target: None for nothing, () for the output, and the outputs of these layers besides."""
+
+    def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
+        """At most widths[r] tokens (of a tree: levels) for sequence r."""
+        ...
+
+    def known(self, sequence: Sequence) -> int:
+        """From which position of the sequence on it wants the target's states; asked only where taps is not None."""
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """Called after every step."""
+        ...
+
+
+class Brancher(Drafter, Protocol):
+    """A drafter that can look past several of its own guesses at once, and so grow a tree."""
+
+    deepest: int  # how many levels its trees can have
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether it knows enough of the sequence to guess."""
+        ...
+
+    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
+        """Logits [n, V] of what follows these nodes of its tree; [-1] asks for what follows the text.
+
+        Called level by level, each time with all nodes so far.
+        """
+        ...

@@ -1,0 +1,148 @@
+"""Plain decoding: one forward of the model for every new token.
+
+from engine import SamplingParams, generate, load
+loaded = load("stdlib-10m", torch.float32, torch.device("cpu"))
+print(generate(loaded.model, [loaded.tokenizer.encode("import ")], SamplingParams())[0].tokens)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .kv_cache import KVOptions
+from .model import Transformer
+from .profiler import stage
+from .runner import Runner, make_runner
+from .sampling import KeyedRandomness, Randomness, SamplingParams
+from .sequence import Ending, FinishReason, Sequence
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one completion took. Times are wall time in milliseconds, from the start of decoding."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float  # to the first new token
+    total_ms: float  # to the last
+    tpot_ms: float  # (total - to the first) / (tokens - 1): what every further token took
+    tokens_per_s: float  # new tokens / wall time
+    steps: int  # rounds of the decoding loop
+    target_forwards: int  # forwards of the model that is sampled
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished completion. `tokens` are the new ids; `text` is theirs, cut before a stop string."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+    text: str = ""
+
+
+@dataclass
+class _Marks:
+    first: float
+    last: float = 0.0
+    steps: int = 0
+    forwards: int = 0
+
+
+class Clock:
+    """When each sequence's tokens became known, and what had been computed for them by then."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self._marks: dict[Sequence, _Marks] = {}
+
+    def mark(self, sequence: Sequence, forwards: int = 1) -> None:
+        """A step has just given this sequence one or more tokens, at the price of some target forwards."""
+        now = time.perf_counter() - self.began
+        marks = self._marks.setdefault(sequence, _Marks(first=now))
+        marks.last = now
+        marks.steps += 1
+        marks.forwards += forwards
+
+    def stats(self, sequence: Sequence) -> Stats:
+        marks = self._marks[sequence]
+        return Stats(
+            prompt_tokens=len(sequence.prompt),
+            new_tokens=len(sequence.tokens),
+            ttft_ms=marks.first * 1e3,
+            total_ms=marks.last * 1e3,
+            tpot_ms=(marks.last - marks.first) / max(1, len(sequence.tokens) - 1) * 1e3,
+            tokens_per_s=len(sequence.tokens) / marks.last,
+            steps=marks.steps,
+            target_forwards=marks.forwards,
+        )
+
+
+def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> None:
+    """Give every unfinished sequence its next token."""
+    stage("verify")
+    logits = runner.logits(list(sequences), [sequence.prompt + sequence.tokens for sequence in sequences])
+    stage("sample")
+    tokens = runner.model.kernels.sample(
+        logits,
+        params,
+        randomness,
+        samples=[sequence.sample for sequence in sequences],
+        positions=[sequence.length for sequence in sequences],
+        prompts=[sequence.prompt for sequence in sequences],
+        outputs=[sequence.tokens for sequence in sequences],
+    )
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.append(token)
+
+
+def decode(
+    runner: Runner, sequences: list[Sequence], params: SamplingParams, randomness: Randomness | None = None
+) -> Iterator[list[Sequence]]:
+    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own."""
+    randomness = randomness or KeyedRandomness(params.seed)
+    while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
+        decode_step(runner, active, params, randomness)
+        yield active
+
+
+def finish(sequence: Sequence, stats: Stats) -> Generation:
+    assert sequence.finish_reason is not None, "the sequence is still being decoded"
+    return Generation(sequence.tokens, sequence.finish_reason, stats, sequence.text)
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    ending: Ending | None = None,
+    samples: list[int] | None = None,
+    randomness: Randomness | None = None,
+) -> list[Generation]:
+    """Complete every prompt (token ids), all in one batch; prompts may differ in length.
+
+    `ending` names the EOS ids, and the tokenizer that stop strings need. `samples[i]` is the number of prompt i's
+    sample (several samples of one prompt: the prompt several times, numbered); all 0 by default. UserError for an
+    empty prompt.
+    """
+    samples = samples or [0] * len(prompts)
+    ending = ending or Ending()
+    sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
+    clock = Clock()
+    runner = make_runner(model, KVOptions(), len(sequences), max(map(len, prompts)) + params.max_new_tokens)
+    for active in decode(runner, sequences, params, randomness):
+        for sequence in active:
+            clock.mark(sequence)
+    return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
+
+
+def stream(
+    model: Transformer, prompt: list[int], params: SamplingParams, ending: Ending | None = None, sample: int = 0
+) -> Iterator[int]:
+    """The tokens of one completion, each as soon as it is known."""
+    sequence = Sequence(prompt, params, ending or Ending(), sample)
+    runner = make_runner(model, KVOptions(), 1, len(prompt) + params.max_new_tokens)
+    for _ in decode(runner, [sequence], params):
+        yield sequence.tokens[-1]

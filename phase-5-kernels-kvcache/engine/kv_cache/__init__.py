@@ -1,0 +1,75 @@
+"""Caches of keys and values: what a decoder remembers of the tokens it has seen, so that a token costs one token.
+
+| kind | memory | appending | can |
+|---|---|---|---|
+| dynamic | as long as the text | copies the text | trees, any length |
+| static | for the longest text, at once | in place | trees |
+| ring | window + 16 tokens, constant | in place, over the oldest | models with window attention, without end |
+| paged | pages of 16 tokens, as needed | in place | trees, shared prompts |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common.device import DTYPES
+from common.errors import UserError
+
+from .dynamic import DynamicCache
+from .paged import PAGE, OutOfPages, PagedCache
+from .protocol import CacheShape, KVCache
+from .ring import RingCache
+from .static import StaticCache
+
+Kind = Literal["off", "dynamic", "static", "ring", "paged"]
+Format = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
+__all__ = [
+    "CacheShape",
+    "DynamicCache",
+    "KVCache",
+    "KVOptions",
+    "OutOfPages",
+    "PagedCache",
+    "RingCache",
+    "StaticCache",
+    "make_cache",
+]
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """What `--kv`, `--kv-dtype`, `--kv-slots` and `--kv-pages` say; 0: as many as the request can need."""
+
+    kind: Kind = "static"
+    format: Format = "auto"
+    slots: int = 0
+    pages: int = 0
+
+
+def make_cache(
+    options: KVOptions,
+    shape: CacheShape,
+    rows: int,
+    tokens: int,
+    computed: torch.dtype,
+    device: torch.device,
+    window: int | None,
+) -> KVCache:
+    """An empty cache for so many rows of at most so many tokens, drafts included. `computed`: what attention reads."""
+    dtype = computed if options.format == "auto" else torch.int8 if options.format == "int8" else DTYPES[options.format]
+    if options.kind == "dynamic":
+        return DynamicCache(shape, rows, dtype, computed, device)
+    if options.kind == "ring":
+        if window is None:
+            raise UserError(
+                "--kv ring forgets what lies behind the window, and this model was not trained with window attention; "
+                "use static or paged: past the context they prefill again at a jump"
+            )
+        return RingCache(shape, rows, window, dtype, computed, device)
+    if options.kind == "paged":
+        return PagedCache(shape, rows, options.pages or rows * -(-tokens // PAGE), dtype, computed, device)
+    return StaticCache(shape, rows, options.slots or tokens, dtype, computed, device)

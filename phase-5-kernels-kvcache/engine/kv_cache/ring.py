@@ -1,0 +1,88 @@
+"""`--kv ring`: constant memory for models that were trained to look back a window of W tokens only (Mistral).
+
+The token at position p lies in slot p modulo W + 16. So the last W + 16 tokens are there: the window of every query of
+a step of up to 16 tokens, none of which overwrites what another still reads, and rolling back is a length again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+from .protocol import CacheShape
+from .static import check_truncation
+from .storage import Storage
+
+SPARE = 16  # tokens of one step
+
+
+class RingCache:
+    """Per layer two tensors [rows, kv_heads, window + 16, head_dim]."""
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        rows: int,
+        window: int,
+        dtype: torch.dtype,
+        computed: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shape, self.slots = shape, window + SPARE
+        size = (rows, shape.kv_heads, self.slots, shape.head_dim)
+        self.keys = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
+        self.values = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
+        self.lengths = [0] * rows
+        self.reached = [0] * rows  # the furthest that was ever written, which is what overwrites
+        self.device = device
+
+    def length(self, row: int) -> int:
+        return self.lengths[row]
+
+    def first(self, row: int) -> int:
+        return max(0, self.reached[row] - self.slots)
+
+    def make_room(self, row: int, tokens: int) -> None:
+        if tokens > SPARE:
+            raise UserError(f"a ring takes {SPARE} tokens at a time, and {tokens} came; prefill in chunks of {SPARE}")
+        self.reached[row] = max(self.reached[row], self.lengths[row] + tokens)
+
+    def _places(self, row: int, start: int, stop: int) -> tuple[int, slice, Tensor]:
+        return row, slice(None), torch.arange(start, stop, device=self.device) % self.slots
+
+    def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        place = self._places(row, self.lengths[row], self.lengths[row] + len(keys))
+        self.keys[layer].write(place, keys.transpose(0, 1))
+        self.values[layer].write(place, values.transpose(0, 1))
+
+    def read(self, layer: int, row: int, new: int) -> tuple[Tensor, Tensor]:
+        place = self._places(row, self.first(row), self.lengths[row] + new)
+        return self.keys[layer].read(place), self.values[layer].read(place)
+
+    def keep(self, row: int, entries: list[int]) -> None:
+        start = self.lengths[row]
+        moved = [(start + entry, start + at) for at, entry in enumerate(entries) if entry != at]
+        if moved:
+            pairs = torch.tensor(moved, device=self.device) % self.slots
+            for storage in (*self.keys, *self.values):
+                storage.move((row, slice(None), pairs[:, 0]), (row, slice(None), pairs[:, 1]))
+        self.lengths[row] += len(entries)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Not further back than the window still reaches from there."""
+        check_truncation(length, self.lengths[row])
+        if length and length - (self.slots - SPARE) + 1 < self.first(row):
+            raise ValueError(f"cannot truncate to {length}: what the window shows from there is overwritten")
+        self.lengths[row] = length
+        if length == 0:
+            self.reached[row] = 0
+
+    def fork(self, row: int, into: int) -> None:
+        for storage in (*self.keys, *self.values):
+            storage.move(row, into)
+        self.lengths[into], self.reached[into] = self.lengths[row], self.reached[row]
+
+    def nbytes(self) -> int:
+        return sum(storage.nbytes for storage in (*self.keys, *self.values))

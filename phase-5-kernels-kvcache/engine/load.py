@@ -1,0 +1,220 @@
+"""From a checkpoint's tensors to a Transformer: names are mapped, shapes are checked, nothing is guessed.
+
+Tensors are taken one at a time from the memory-mapped file and cast on the way, so loading needs little more memory
+than the model itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint import Checkpoint, open_checkpoint
+from common.errors import UserError
+from common.tokenizer import Tokenizer
+
+from .config import ModelConfig
+from .model import Transformer
+from .quantize import Format, linear_names, quantize_linear
+from .quantize_files import is_quantized, load_quantized
+from .sequence import Ending
+from .weights import give_back_freed, places, reserve
+
+# What a family calls our tensors. A value with several names is one stored matrix that holds them side by side.
+_LLAMA = {
+    "model.embed_tokens": "embedding",
+    "model.norm": "norm",
+    "lm_head": "head",
+    "model.layers.N.input_layernorm": "layers.N.attention_norm",
+    "model.layers.N.self_attn.q_proj": "layers.N.attention.query",
+    "model.layers.N.self_attn.k_proj": "layers.N.attention.key",
+    "model.layers.N.self_attn.v_proj": "layers.N.attention.value",
+    "model.layers.N.self_attn.o_proj": "layers.N.attention.output",
+    "model.layers.N.self_attn.q_norm": "layers.N.attention.query_norm",
+    "model.layers.N.self_attn.k_norm": "layers.N.attention.key_norm",
+    "model.layers.N.post_attention_layernorm": "layers.N.ffn_norm",
+    "model.layers.N.mlp.gate_proj": "layers.N.ffn.gate",
+    "model.layers.N.mlp.up_proj": "layers.N.ffn.up",
+    "model.layers.N.mlp.down_proj": "layers.N.ffn.down",
+}
+_GPT2 = {
+    "transformer.wte": "embedding",
+    "transformer.wpe": "positions",
+    "transformer.ln_f": "norm",
+    "lm_head": "head",
+    "transformer.h.N.ln_1": "layers.N.attention_norm",
+    "transformer.h.N.attn.c_attn": "layers.N.attention.query+key+value",
+    "transformer.h.N.attn.c_proj": "layers.N.attention.output",
+    "transformer.h.N.ln_2": "layers.N.ffn_norm",
+    "transformer.h.N.mlp.c_fc": "layers.N.ffn.up",
+    "transformer.h.N.mlp.c_proj": "layers.N.ffn.down",
+}
+_OPT = {
+    "model.decoder.embed_tokens": "embedding",
+    "model.decoder.embed_positions": "positions",
+    "model.decoder.final_layer_norm": "norm",
+    "lm_head": "head",
+    "model.decoder.layers.N.self_attn_layer_norm": "layers.N.attention_norm",
+    "model.decoder.layers.N.self_attn.q_proj": "layers.N.attention.query",
+    "model.decoder.layers.N.self_attn.k_proj": "layers.N.attention.key",
+    "model.decoder.layers.N.self_attn.v_proj": "layers.N.attention.value",
+    "model.decoder.layers.N.self_attn.out_proj": "layers.N.attention.output",
+    "model.decoder.layers.N.final_layer_norm": "layers.N.ffn_norm",
+    "model.decoder.layers.N.fc1": "layers.N.ffn.up",
+    "model.decoder.layers.N.fc2": "layers.N.ffn.down",
+}
+NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others are named as Llama is
+
+# Tensors that older checkpoints carry and that are no weights: masks and tables that are computed.
+_BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq|\.position_ids)$")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what came with it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def ending(self) -> Ending:
+        """What ends a text of this model."""
+        return Ending(self.tokenizer.eos_ids, self.tokenizer)
+
+
+def load(
+    name: str, dtype: torch.dtype, device: torch.device, format: Format | None = None, quant_head: bool = False
+) -> LoadedModel:
+    """An embedded model's name, a folder or a hub id, in the wanted dtype on the wanted device.
+
+    With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
+    """
+    checkpoint = open_checkpoint(name)
+    tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
+    config = ModelConfig.from_hf(checkpoint.config)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer knows ids up to {tokenizer.vocab_size - 1}, the model only {config.vocab_size} "
+            "tokens; the tokenizer belongs to another model"
+        )
+    if is_quantized(checkpoint):
+        if format is not None:
+            raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
+        model = load_quantized(checkpoint, config, dtype, device)
+    else:
+        model = load_transformer(checkpoint, config, dtype, device, format, quant_head)
+    return LoadedModel(model, tokenizer, checkpoint)
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: Format | None = None,
+    quant_head: bool = False,
+) -> Transformer:
+    """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
+    model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
+    reserved = dict(model.named_parameters())
+    expected, filled = places(reserved, config), dict[str, Tensor]()
+    lacking = Counter(place.name for place in expected.values())  # single tensors, by the one that holds them
+    to_round = {f"{linear}.weight" for linear in linear_names(model, quant_head)} if format else set()
+    unknown: list[str] = []
+    for stored_name, stored in checkpoint.tensors():
+        if _BUFFERS.search(stored_name) or (config.tied and stored_name == "lm_head.weight"):
+            continue
+        parts = list(_translate(stored_name, stored, config))
+        if not parts:
+            unknown.append(stored_name)
+        for name, tensor in parts:
+            place = expected.pop(name, None)
+            if place is None:
+                unknown.append(stored_name)
+            elif place.shape != tensor.shape:
+                raise UserError(
+                    f"{checkpoint.name}: tensor {stored_name} has shape {list(tensor.shape)}, "
+                    f"config.json asks for {list(place.shape)}"
+                )
+            else:
+                if place.name not in filled:
+                    kind = torch.float32 if place.name in to_round else dtype
+                    filled[place.name] = _assign(model, place.name, reserved[place.name].shape, kind, device)
+                filled[place.name][place.rows] = tensor
+                lacking[place.name] -= 1
+                if format and place.name in to_round and not lacking[place.name]:
+                    del filled[place.name]
+                    quantize_linear(model, place.name.removesuffix(".weight"), format)
+    if config.tied:
+        model.head.weight = model.embedding.weight
+        expected.pop("head.weight", None)
+        if format and quant_head:
+            quantize_linear(model, "head", format)
+    if expected or unknown:
+        raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
+    if format:
+        give_back_freed()
+    return model.eval()
+
+
+def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our name and layout for one stored tensor: none if it is unknown, three if it holds query, key and value."""
+    names = NAMES.get(config.family, _LLAMA)
+    module, _, kind = stored_name.rpartition(".")
+    number = re.search(r"\.(\d+)\.", f".{module}.")
+    key = re.sub(r"(^|\.)\d+\.", r"\1N.", module, count=1)
+    ours = names.get(key) or names.get(f"transformer.{key}") or names.get(f"model.{key}")
+    if ours is None or kind not in ("weight", "bias"):
+        return
+    ours = ours.replace("N", number[1]) if number else ours
+    if config.family == "gpt2" and kind == "weight" and stored.ndim == 2 and "layers" in ours:
+        stored = stored.T  # GPT-2 stores its matrices as Conv1D: [in, out]
+    if "+" in ours:
+        prefix, _, last = ours.rpartition(".")
+        for part, tensor in zip(last.split("+"), stored.chunk(3), strict=True):
+            yield f"{prefix}.{part}.{kind}", tensor
+    else:
+        yield f"{ours}.{kind}", stored
+
+
+def _assign(model: Transformer, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Give a parameter memory of the wanted kind; what it is to hold is copied there, and cast on the way."""
+    owner, _, attribute = name.rpartition(".")
+    inside = owner.startswith("layers.")
+    tensor = reserve(shape, dtype, device) if inside else torch.empty(shape, dtype=dtype, device=device)
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    return tensor
+
+
+def _complaint(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], unknown: list[str]) -> str:
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    parts = [f"{checkpoint.name}: the weights do not fit a {config.family} model"]
+    if missing:
+        parts.append(f"missing: {some([_stored_name(name, config) for name in missing])}")
+    if unknown:
+        parts.append(f"not known: {some(unknown)}")
+    return "; ".join(parts)
+
+
+def _stored_name(ours: str, config: ModelConfig) -> str:
+    """What the family calls one of our tensors, so that an error speaks of names that the user's file has."""
+    module, _, kind = ours.rpartition(".")
+    number = re.search(r"\d+", module)
+    wanted = re.sub(r"\d+", "N", module, count=1)
+    for theirs, name in NAMES.get(config.family, _LLAMA).items():
+        prefix, _, last = name.rpartition(".")
+        if wanted in {f"{prefix}.{part}".lstrip(".") for part in last.split("+")}:
+            return f"{theirs.replace('N', number[0]) if number else theirs}.{kind}"
+    return ours

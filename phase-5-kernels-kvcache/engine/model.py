@@ -1,0 +1,306 @@
+"""One decoder-only transformer for GPT-2, OPT, Llama, Mistral, Qwen2 and Qwen3 checkpoints.
+
+The families differ in few places, and each place is one `if` on the configuration: the norm, how positions enter,
+biases, the feed-forward. There is no cache here: `forward` computes every position of the sequence, every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attending import Attending, Behind, Within
+from .config import ModelConfig
+from .kernels import TORCH, Kernels
+from .kernels.reference import times
+from .rope import frequencies, rotation_tables
+
+Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or [B, T, 1, head_dim]
+Wanted = tuple[Tensor, Tensor]  # row numbers [B, 1] and positions [B, W]: x[wanted] is [B, W, D]
+
+
+def plus(x: Tensor, other: Tensor) -> Tensor:
+    """x + other, in x's memory where no gradient is asked for: see kernels/reference.py."""
+    return x + other if torch.is_grad_enabled() else x.add_(other)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), likewise."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Linear(nn.Linear):
+    """A matrix whose weights come from a checkpoint: memory is reserved for it and not filled."""
+
+    def reset_parameters(self) -> None:
+        """Random weights would cost time and touch memory for nothing."""
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
+        if stop is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Of the matrix, and of what belongs to it in other formats."""
+        return self.weight.nbytes, 0
+
+
+class Embedding(nn.Embedding):
+    """As Linear, a table that a checkpoint fills."""
+
+    def reset_parameters(self) -> None:
+        """No random weights."""
+
+
+def at_wanted(table: Tensor, wanted: Wanted) -> Tensor:
+    """The rows [B, W, 1, head_dim] of a table [T, 1, head_dim] that all rows share, or of one [B, T, 1, head_dim]."""
+    return table[wanted[1]] if table.ndim == 3 else table[wanted]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Zhang and Sennrich 2019."""
+
+    kernels = TORCH
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """RMSNorm or LayerNorm, over the whole width."""
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.width, config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Attention with grouped key / value heads (Ainslie et al. 2023), their three projections in one product."""
+
+    kernels = TORCH
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.config, self.number = config, number
+        heads = config.heads + 2 * config.kv_heads
+        self.qkv = Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
+        self.output = Linear(config.heads * config.head_dim, config.width, bias=config.output_bias)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def project(self, x: Tensor, rotation: Rotation | None, wanted: Wanted | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T or W, H, d], keys and values [B, T, kv_heads, d], turned to their positions."""
+        config, (B, T, _), linear, rope = self.config, x.shape, self.kernels.linear, self.kernels.rope
+        heads, kv, d = config.heads, config.kv_heads, config.head_dim
+        if wanted is None:
+            made = linear(self.qkv, x).view(B, T, heads + 2 * kv, d)
+            query, key, value = made.split((heads, kv, kv), 2)
+            if rotation is not None and not config.qk_norm:  # both at once
+                query, key = rope(made[:, :, : heads + kv], *rotation).split((heads, kv), 2)
+                rotation = None
+        else:
+            first = heads * d
+            query = linear(self.qkv, x[wanted], 0, first).view(B, -1, heads, d)
+            key, value = linear(self.qkv, x, first, first + 2 * kv * d).view(B, T, 2 * kv, d).chunk(2, 2)
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotation is not None:
+            query = rope(query, *(rotation if wanted is None else (at_wanted(table, wanted) for table in rotation)))
+            key = rope(key, *rotation)
+        return query, key, value
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """[B, T or W, H, d] -> [B, T or W, D]."""
+        return self.kernels.linear(self.output, mixed.flatten(2))
+
+
+def halves(kernels: Kernels, linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves of what a layer makes of x: one product, or one for each where that is faster.
+
+    In float32 a CPU spends nearly all of it on arithmetic: two products cost what one costs, and each leaves its half
+    in memory without gaps, which the next operation reads faster.
+    """
+    if isinstance(linear, Linear) and x.device.type == "cpu" and linear.weight.dtype == torch.float32:
+        half = linear.out_features // 2
+        return kernels.linear(linear, x, 0, half), kernels.linear(linear, x, half, 2 * half)
+    first, second = kernels.linear(linear, x).chunk(2, -1)
+    return first, second
+
+
+class FeedForward(nn.Module):
+    """Two matrices around an activation; or three, with a gate (Shazeer 2020), of which two lie in one."""
+
+    kernels = TORCH
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gated = config.gated
+        if config.gated:
+            self.gate_up = Linear(config.width, 2 * config.ffn_width, bias=config.mlp_bias)
+        else:
+            self.up = Linear(config.width, config.ffn_width, bias=config.mlp_bias)
+        self.down = Linear(config.ffn_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = halves(self.kernels, self.gate_up, x)
+            inner = times(self.activation(gate), up)
+        else:
+            inner = self.activation(self.kernels.linear(self.up, x))
+        return self.kernels.linear(self.down, inner)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on the normed stream and added back to it."""
+
+    def __init__(self, config: ModelConfig, number: int = 0) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, number)
+        self.ffn_norm = make_norm(config)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, attending: Attending, wanted: Wanted | None = None
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T or W, D]."""
+        query, key, value = self.before(x, rotation, wanted)
+        return self.after(x, attending.attend(self.attention.number, query, key, value), wanted)
+
+    def before(self, x: Tensor, rotation: Rotation | None, wanted: Wanted | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention asks and is asked."""
+        return self.attention.project(self.attention_norm(x), rotation, wanted)
+
+    def after(self, x: Tensor, mixed: Tensor, wanted: Wanted | None) -> Tensor:
+        """Of what attention mixed, [B, T or W, H, d], to the layer's output."""
+        x = plus(self.attention.finish(mixed), x if wanted is None else x[wanted])
+        return plus(self.ffn(self.ffn_norm(x)), x)
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits over the vocabulary out."""
+
+    kernels = TORCH
+    has_cache = True  # whether `states` can go on from a cache
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width)
+        if config.positions == "learned":
+            self.positions = Embedding(config.context + config.position_offset, config.width)
+        self.layers = nn.ModuleList(Block(config, number) for number in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
+        self._tables: Rotation | None = None
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens int64 [B, T] -> logits [B, T, V], in the dtype of the weights.
+
+        `positions` (int64 [T]) defaults to 0 .. T-1. Rows that are shorter than T are padded on the right: under a
+        causal mask nothing to the left of the padding can see it.
+        """
+        return self.logits(self.hidden(tokens, positions))
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        """The normed output of the last layer, [B, T, D]; `logits` of it are the model's.
+
+        `wanted` (int64 [B, W]) names the positions in 0 .. T-1 whose output will be read: the result is then
+        [B, W, D]. Every layer but the last needs all positions, because later layers read keys and values made from
+        them; in the last layer nothing reads the others, and they are not computed.
+        """
+        return self.states(tokens, positions, wanted)[0]
+
+    def states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        wanted: Tensor | None = None,
+        mask: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        cached: Behind | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
+
+        The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `mask` ([B, T, T], 0 where
+        a query may look and -inf where not) replaces the causal one, and positions may differ by row ([B, T]): a tree
+        of guesses has several tokens for one position. With `cached` the tokens stand behind what a cache holds, at
+        `positions`, and its masks count.
+        """
+        T = tokens.shape[1]
+        x = self.embedding(tokens)
+        rotation = None
+        if self.config.positions == "learned":
+            at = torch.arange(T, device=tokens.device) if positions is None else positions
+            x = x + self.positions(at + self.config.position_offset)
+        else:
+            rotation = self.rotation(T, x) if positions is None else self.rotation_of(positions, x)
+        every, last = (
+            self.masks(self.mask(T, x) if mask is None else mask, wanted)
+            if cached is None
+            else (cached, cached.only(wanted))
+        )
+        asked = None if wanted is None else (torch.arange(len(tokens), device=tokens.device)[:, None], wanted)
+        tapped = []
+        for number, layer in enumerate(self.layers):
+            if number < len(self.layers) - 1:
+                x = layer(x, rotation, every)
+                if number in taps:
+                    tapped.append(x if asked is None else x[asked])
+            else:
+                x = layer(x, rotation, last, asked)
+                if number in taps:
+                    tapped.append(x)
+        hidden: Tensor = self.norm(x)
+        return hidden, torch.cat(tapped, -1) if tapped else None
+
+    def masks(self, mask: Tensor, wanted: Tensor | None) -> tuple[Within, Within]:
+        """A mask [T, T] or [B, T, T] as attention takes it, for all positions, and for W."""
+        every = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        if wanted is None:
+            return Within(every), Within(every)
+        rows = mask[wanted] if mask.ndim == 2 else mask[torch.arange(len(mask), device=mask.device)[:, None], wanted]
+        return Within(every), Within(rows[:, None])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V]."""
+        return self.kernels.linear(self.head, hidden)
+
+    def rotation(self, length: int, like: Tensor) -> Rotation:
+        """The tables for positions 0 .. T-1, from a store that grows when a longer sequence comes."""
+        if self._tables is None or len(self._tables[0]) < length or self._tables[0].dtype != like.dtype:
+            longest = max(256, 1 << (length - 1).bit_length())
+            self._tables = self.rotation_at(torch.arange(longest, device=like.device), like)
+        return self._tables[0][:length], self._tables[1][:length]
+
+    def rotation_of(self, positions: Tensor, like: Tensor) -> Rotation:
+        """The rows of those tables for positions [T] or [B, T]: [T, 1, head_dim] or [B, T, 1, head_dim]."""
+        cos, sin = self.rotation(int(positions.max()) + 1, like)
+        return cos[positions], sin[positions]
+
+    def rotation_at(self, positions: Tensor, like: Tensor) -> Rotation:
+        """The tables that `rotate` wants for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
+        inverse, scale = frequencies(self.config.rope, self.config.head_dim)
+        angles = positions.float()[..., None, None] * inverse.to(positions.device)
+        return rotation_tables(angles, scale, like.dtype)
+
+    def mask(self, length: int, like: Tensor) -> Tensor:
+        """[T, T]: 0 where query (row) may see key (column), -inf where not."""
+        blocked = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
+        mask = blocked.triu(1)  # the future
+        if self.config.window is not None:
+            mask += blocked.tril(-self.config.window)  # what slid out of the window
+        return mask

@@ -1,0 +1,273 @@
+"""Acceptance policies: which draft tokens may stand.
+
+Lossless: the output follows the target's distribution exactly, whatever the draft is.
+- Rejection (Leviathan et al. 2023; Chen et al. 2023): the rule of verify.py, the one that accepts most.
+- OwnChoice, as `longest_prefix`: the target draws its own token at every position, with the noise of plain sampling; a
+  draft token stands while it is the same. Output equals plain sampling token for token.
+- OwnChoice, as `coupled`: the same, and the drafter draws with that very noise too, so the two choose alike as often as
+  one shared Gumbel vector allows (Daliri et al. 2025, drafter-invariant speculative decoding; Kolmogorov couplings).
+
+Lossy: a token stands if the target finds it good enough; what follows is drawn from the target. The text is then no
+longer a sample of the target's distribution, and how far away it is, is a number (see README).
+- ConfThreshold: the target's probability of the token is at least tau.
+- TopkAgree: the token is among the target's k most likely.
+- Typical (Cai et al. 2024, Medusa): its probability is at least min(epsilon, delta * exp(-entropy)).
+They judge by the probabilities that are sampled from, and at temperature 0 by the softmax of the raw logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.philox import Purpose
+
+from .drafting import Draft
+from .kernels import TORCH
+from .tree import Tree
+from .verify import Certain, Decisions, Verdict
+
+PolicyName = Literal["rejection", "coupled", "longest_prefix", "conf_threshold", "topk_agree", "typical"]
+LOSSLESS = ("rejection", "coupled", "longest_prefix")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the target said after each of R texts and their draft tokens, by column as in Target; [R, K+1, V] each."""
+
+    probs: Tensor  # the distributions that are sampled from
+    opinion: Tensor  # what the lossy policies judge by: the same, or at temperature 0 the softmax of the raw logits
+
+
+class AcceptancePolicy(Protocol):
+    @property
+    def lossless(self) -> bool: ...
+
+    @property
+    def draft_noise(self) -> Purpose:
+        """Of the random numbers that a drafter draws its tokens with."""
+        ...
+
+    @property
+    def draws_children(self) -> bool:
+        """Whether the children in a tree of fixed shape are to be drawn; else they are the drafter's favourites."""
+        ...
+
+    def judge(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    ) -> Verdict:
+        """For R chains: how many tokens stand, and what follows. samples, positions as for verify()."""
+        ...
+
+    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+        """For one tree ([1, N+1, V]): the way down that stands, and the token that follows it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Path:
+    nodes: list[int]  # from the text downwards
+    next_token: int
+
+
+class Rejection:
+    """Accept with probability min(1, target / draft); on rejection draw from the residual."""
+
+    lossless = True
+    draft_noise = Purpose.DRAFT
+    draws_children = True
+    kernels = TORCH
+
+    def judge(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    ) -> Verdict:
+        return self.kernels.verify_sample(
+            draft.tokens, draft.probs, judged.probs, widths, samples, positions, decisions
+        )
+
+    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+        """Drawn children: recursive rejection. Chosen ones: the target's own draw, which accepts as much."""
+        if tree.probs is None:
+            return own_descent(tree, judged.probs[0], sample, position, decisions)
+        return recursive_rejection(tree, judged.probs[0], sample, position, decisions)
+
+
+@dataclass(frozen=True)
+class OwnChoice:
+    """A draft token stands while the target, with the noise of plain sampling, draws the same one."""
+
+    shared_noise: bool  # whether the drafter draws with that noise as well
+    lossless: ClassVar = True
+    kernels: ClassVar = TORCH
+
+    @property
+    def draws_children(self) -> bool:
+        return self.shared_noise
+
+    @property
+    def draft_noise(self) -> Purpose:
+        return Purpose.SAMPLE if self.shared_noise else Purpose.DRAFT
+
+    def judge(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    ) -> Verdict:
+        R, K = draft.tokens.shape
+        ratios = judged.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
+        if isinstance(decisions, Certain):
+            choices = judged.probs.argmax(-1)
+            accepted = self.kernels.verify_prefix(draft.tokens, choices, widths)
+            return Verdict(accepted, choices.gather(1, accepted[:, None])[:, 0], ratios)
+        accepted, own = torch.zeros_like(widths), torch.zeros_like(widths)
+        active = torch.arange(R, device=widths.device)  # rows whose draft has stood so far
+        for column in range(K + 1):
+            at = positions[active] + column
+            own[active] = decisions.draw(judged.probs[active, column], samples[active], at, Purpose.SAMPLE)
+            if column == K:
+                break
+            active = active[(own[active] == draft.tokens[active, column]) & (column < widths[active])]
+            accepted[active] += 1
+            if not len(active):
+                break
+        return Verdict(accepted, own, ratios)
+
+    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+        return own_descent(tree, judged.probs[0], sample, position, decisions)
+
+
+class Lossy:
+    """Common to all policies that let good enough tokens stand; each says in `good` which are."""
+
+    lossless = False
+    draft_noise = Purpose.DRAFT
+    draws_children = False
+
+    def good(self, opinion: Tensor) -> Tensor:
+        """bool [..., V]: which tokens may stand under opinions [..., V]."""
+        raise NotImplementedError
+
+    def judge(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    ) -> Verdict:
+        R, K = draft.tokens.shape
+        good = self.good(judged.opinion[:, :K]).gather(-1, draft.tokens[..., None])[..., 0]  # [R, K]
+        stands = good & (torch.arange(K, device=widths.device) < widths[:, None])
+        accepted = stands.long().cumprod(dim=1).sum(dim=1)
+        following = judged.probs[torch.arange(R, device=widths.device), accepted]
+        next_tokens = decisions.draw(following, samples, positions + accepted, Purpose.SAMPLE)
+        return Verdict(accepted, next_tokens, good.to(judged.probs.dtype))
+
+    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+        """At every node on to the first child that is good enough."""
+        good = self.good(judged.opinion[0])  # [N+1, V]
+        nodes: list[int] = []
+        node = -1
+        while fitting := [child for child in tree.children(node) if bool(good[node + 1, tree.tokens[child]])]:
+            node = fitting[0]
+            nodes.append(node)
+        return Path(nodes, draw_one(judged.probs[0, node + 1], sample, position + len(nodes), decisions))
+
+
+@dataclass(frozen=True)
+class ConfThreshold(Lossy):
+    tau: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau <= 1:
+            raise UserError(f"tau must be in (0, 1], a probability under the target, got {self.tau}")
+
+    def good(self, opinion: Tensor) -> Tensor:
+        return opinion >= self.tau
+
+
+@dataclass(frozen=True)
+class TopkAgree(Lossy):
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"agree_k must be at least 1, a number of the target's most likely tokens, got {self.k}")
+
+    def good(self, opinion: Tensor) -> Tensor:
+        return opinion >= opinion.topk(min(self.k, opinion.shape[-1])).values[..., -1:]
+
+
+@dataclass(frozen=True)
+class Typical(Lossy):
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon <= 1 or not 0 < self.delta <= 1:
+            raise UserError(f"epsilon and delta must be in (0, 1], got {self.epsilon} and {self.delta}")
+
+    def good(self, opinion: Tensor) -> Tensor:
+        entropy = -torch.xlogy(opinion, opinion).sum(-1, keepdim=True)
+        return opinion >= (self.delta * (-entropy).exp()).clamp(max=self.epsilon)
+
+
+def make_policy(
+    name: PolicyName, tau: float = 0.3, agree_k: int = 3, epsilon: float = 0.09, delta: float = 0.3
+) -> AcceptancePolicy:
+    """The policy of this name; it takes of the parameters those that are its own."""
+    if name == "rejection":
+        return Rejection()
+    if name in ("coupled", "longest_prefix"):
+        return OwnChoice(shared_noise=name == "coupled")
+    if name == "conf_threshold":
+        return ConfThreshold(tau)
+    return TopkAgree(agree_k) if name == "topk_agree" else Typical(epsilon, delta)
+
+
+def draw_one(probs: Tensor, sample: int, position: int, decisions: Decisions, purpose: Purpose = Purpose.SAMPLE) -> int:
+    keys = torch.tensor([[sample], [position]], device=probs.device)
+    return int(decisions.draw(probs[None], keys[0], keys[1], purpose))
+
+
+def own_descent(tree: Tree, probs: Tensor, sample: int, position: int, decisions: Decisions) -> Path:
+    """The target draws its own token at every node ([N+1, V]), as plain sampling would, and follows it where it can."""
+    nodes: list[int] = []
+    node = -1
+    while True:
+        token = draw_one(probs[node + 1], sample, position + len(nodes), decisions)
+        following = [child for child in tree.children(node) if tree.tokens[child] == token]
+        if not following:
+            return Path(nodes, token)
+        node = following[0]
+        nodes.append(node)
+
+
+def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, decisions: Decisions) -> Path:
+    """Children that were drawn without replacement, tried in that order (Chen et al. 2024, Sequoia, Algorithm 2).
+
+    A child x stands with probability min(1, target(x) / draft(x)). If it falls, the target becomes its residual
+    max(0, target - draft), normalised, and the draft loses x and is normalised: that is the law of the next draw.
+    """
+    assert tree.probs is not None, "these children were not drawn"
+    nodes: list[int] = []
+    node = -1
+    samples = torch.tensor([sample], device=probs.device)
+    while True:
+        target, draft = probs[node + 1], tree.probs[node + 1].to(probs.device)
+        at, stood = position + len(nodes), None
+        for trial, child in enumerate(tree.children(node)):
+            token = tree.tokens[child]
+            ratio = (target[token] / draft[token]).clamp(max=1).view(1, 1)
+            if bool(decisions.decide(ratio, samples, torch.full_like(ratio, at, dtype=torch.long), trial)):
+                stood = child
+                break
+            residual = (target - draft).clamp(min=0)
+            mass = residual.sum()
+            target = residual / mass if mass > 0 else target  # rounding may leave nothing, as in verify()
+            draft = draft.clone()
+            draft[token] = 0
+            left = draft.sum()
+            draft = draft / left if left > 0 else draft
+        if stood is None:
+            purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE
+            return Path(nodes, draw_one(target, sample, at, decisions, purpose))
+        node = stood
+        nodes.append(node)

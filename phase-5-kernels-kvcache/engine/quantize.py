@@ -1,0 +1,238 @@
+"""Weight-only quantisation: matrices are kept as small whole numbers with scales, and activations stay as they are.
+
+A group of weights shares a scale; int8: all weights of an output feature, int4: 32, 64 or 128 neighbouring input
+features of one. A weight is (level - zero) * scale, with 255 levels or 16 of them. Here the matrix is written out anew
+for every product, in plain torch: that saves memory and costs time, and is the reference that faster kernels must agree
+with. (Without a cache a forward has many rows and is bound by arithmetic; bytes decide once a token costs one row.)
+
+python generate.py --quant int4 --prompt "import "
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+from .model import Linear, Transformer
+from .packing import PackedLinear
+
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are stored."""
+
+    name: Literal["int8", "int4"]
+    group: int = 64  # of int4: input features that share a scale
+    asymmetric: bool = False  # of int4: a zero point per group; else it is the middle of the levels
+
+    def __str__(self) -> str:
+        zero = ", asymmetric" if self.asymmetric else ""
+        return self.name if self.name == "int8" else f"int4 in groups of {self.group}{zero}"
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The lowest and the highest."""
+        return (-127, 127) if self.name == "int8" else (0, 15)
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.name == "int4" and self.asymmetric
+
+    def grouped(self, weight: Tensor, where: str = "a matrix") -> Tensor:
+        """[out, in] -> float32 [out, groups, group]. UserError names the matrix whose width no group divides."""
+        width = weight.shape[1]
+        size = width if self.name == "int8" else self.group
+        if width % size:
+            fitting = [str(group) for group in GROUPS if width % group == 0]
+            instead = f"groups of {' or '.join(fitting)}, or int8" if fitting else "int8"
+            raise UserError(f"{where} has {width} input features, and groups of {size} do not divide them: {instead}")
+        return weight.detach().float().reshape(len(weight), -1, size)
+
+
+class Grid(NamedTuple):
+    """The values that a group's weights may take: (level - zero) * scale. Both [out, groups, 1], float16."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def levels(self, weights: Tensor, format: Format) -> Tensor:
+        """The nearest level of each weight [out, groups, group], in float32."""
+        return torch.round(weights / self.scale.float() + self.zero.float()).clamp_(*format.levels)
+
+    def values(self, levels: Tensor) -> Tensor:
+        return (levels.float() - self.zero.float()) * self.scale.float()
+
+
+class Rounded(NamedTuple):
+    """A quantised matrix before it is packed."""
+
+    grid: Grid
+    levels: Tensor  # [out, groups, group], whole numbers in float32
+    factor: Tensor | None = None  # [in], float16: what activations are multiplied with first
+
+
+def whole_range(weights: Tensor, format: Format, clip: Tensor | float = 1.0) -> Grid:
+    """The grid over a group's weights [out, groups, group], or over a share of their range, `clip`, about zero.
+
+    Symmetric int4 has levels -8 .. 7 about its zero. Its step is the largest weight / 7.5, so the largest is rounded by
+    half a step on either side, as any weight may be.
+    """
+    if format.has_zeros:
+        low, high = weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
+        scale = usable((high - low) * clip / 15)
+        return Grid(scale, (-low * clip / scale.float()).half())
+    steps, zero = (7.5, 8) if format.name == "int4" else (127, 0)
+    scale = usable(weights.abs().amax(-1, keepdim=True) * clip / steps)
+    return Grid(scale, torch.full_like(scale, zero))
+
+
+def usable(scale: Tensor) -> Tensor:
+    """In float16, as it is stored; where nothing but zeros shares it, 1."""
+    half = scale.half()
+    return torch.where(half == 0, 1, half)
+
+
+def rtn(weight: Tensor, format: Format) -> Rounded:
+    """Round to nearest: the grid covers all weights, and every weight takes its nearest value."""
+    grouped = format.grouped(weight)
+    grid = whole_range(grouped, format)
+    return Rounded(grid, grid.levels(grouped, format))
+
+
+def pack(levels: Tensor) -> Tensor:
+    """Levels 0 .. 15, [..., group] -> uint8 [..., group / 2]: the group's first half in the low four bits."""
+    low, high = levels.to(torch.uint8).chunk(2, -1)
+    return low | high << 4
+
+
+def unpack(packed: Tensor) -> Tensor:
+    return torch.cat((packed & 15, packed >> 4), -1)
+
+
+class QuantLinear(nn.Module):
+    """A Linear whose matrix is stored in a Format. Scales and zeros are float16, whatever it computes in."""
+
+    values: Tensor  # int8: [out, in]; int4: uint8 [out, groups, group / 2]
+    scales: Tensor  # [out, groups]
+    zeros: Tensor | None  # [out, groups]
+    factor: Tensor | None  # [in]
+
+    def __init__(self, shape: tuple[int, int], format: Format, bias: bool, factor: bool, device: torch.device) -> None:
+        """`shape` is (out, in). Memory is reserved and not filled."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.format = format
+        groups = 1 if format.name == "int8" else self.in_features // format.group
+        packed = (groups, format.group // 2) if format.name == "int4" else (self.in_features,)
+        kind = torch.uint8 if format.name == "int4" else torch.int8
+
+        def reserve(*size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.float16, device=device)
+
+        self.register_buffer("values", torch.empty(self.out_features, *packed, dtype=kind, device=device))
+        self.register_buffer("scales", reserve(self.out_features, groups))
+        self.register_buffer("zeros", reserve(self.out_features, groups) if format.has_zeros else None)
+        self.register_buffer("factor", reserve(self.in_features) if factor else None)
+        self.bias = nn.Parameter(torch.empty(self.out_features, device=device), requires_grad=False) if bias else None
+
+    @staticmethod
+    def of(rounded: Rounded, format: Format, bias: nn.Parameter | None) -> QuantLinear:
+        grid, levels, factor = rounded
+        shape = len(levels), levels[0].numel()
+        linear = QuantLinear(shape, format, False, factor is not None, levels.device)
+        linear.values.copy_(pack(levels) if format.name == "int4" else levels.flatten(1))
+        linear.scales.copy_(grid.scale[..., 0])
+        if linear.zeros is not None:
+            linear.zeros.copy_(grid.zero[..., 0])
+        linear.factor, linear.bias = factor, bias
+        return linear
+
+    def matrix(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows start .. stop written out, [rows, in]; the factor of the activations is not in them."""
+        rows = slice(start, stop)
+        levels = self.values[rows]
+        if self.format.name == "int8":
+            return (levels * self.scales[rows].float()).to(dtype)
+        zeros = 8.0 if self.zeros is None else self.zeros[rows, :, None].float()
+        return ((unpack(levels) - zeros) * self.scales[rows, :, None].float()).flatten(1).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """What takes the place of Linear's matrix: float32 [out, in], with all that the activations meet."""
+        matrix = self.matrix(torch.float32)
+        return matrix if self.factor is None else matrix * self.factor.float()
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
+        if self.factor is not None:
+            x = x * self.factor.to(x.dtype)
+        return F.linear(x, self.matrix(x.dtype, start, stop), None if self.bias is None else self.bias[start:stop])
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Of the values, and of all that belongs to them: scales, zeros, factor."""
+        others = [tensor.nbytes for tensor in (self.scales, self.zeros, self.factor) if tensor is not None]
+        return self.values.nbytes, sum(others)
+
+
+def linear_names(model: Transformer, head: bool) -> list[str]:
+    """The matrices to quantise: all in the layers, and the output matrix if asked. UserError if some already are."""
+    modules = [(f"layers.{name}", module) for name, module in model.layers.named_modules()] + [("head", model.head)]
+    for _, module in modules:
+        if isinstance(module, QuantLinear):
+            raise UserError(f"the model's matrices are quantised already, {module.format}; leave out --quant")
+    return [name for name, module in modules if isinstance(module, Linear) and (head or name != "head")]
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, module)
+
+
+Rounding = Callable[[Tensor, Format], Rounded]
+
+
+def quantize_linear(model: Transformer, name: str, format: Format, rounding: Rounding = rtn) -> None:
+    """Replace the Linear of this name. UserError names it where its width or its weights do not allow that."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, Linear)
+    weight = linear.weight.detach()
+    format.grouped(weight[:1], name)
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{name} holds weights that are no finite numbers, and cannot be quantised")
+    replace(model, name, QuantLinear.of(rounding(weight, format), format, linear.bias))
+
+
+def quantize_model(model: Transformer, format: Format, head: bool = False) -> None:
+    """Round the matrices to nearest, one after the other, so that never two of them exist in both forms.
+
+    A head that is tied to the embedding gets a matrix of its own; the embedding stays as it is.
+    """
+    for name in linear_names(model, head):
+        quantize_linear(model, name, format)
+
+
+def stored_bytes(model: Transformer, head: bool = False) -> tuple[int, int]:
+    """Bytes of the linear layers' matrices, and of their scales; without biases."""
+    values = others = 0
+    for name, module in linears(model):
+        if name == "head" and not head:
+            continue
+        mine, its_others = module.weight_bytes
+        values, others = values + mine, others + its_others
+    return values, others
+
+
+def linears(model: Transformer) -> Iterator[tuple[str, Linear | QuantLinear | PackedLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | QuantLinear | PackedLinear):
+            yield name, module

@@ -1,0 +1,131 @@
+"""Quantised checkpoints: a folder in Hugging Face layout whose matrices are the packed ones of quantize.py.
+
+`config.json` says in `quantization_config` how to read them. The tensors have the names that they have in the engine:
+`layers.0.ffn.down.values`, `.scales`, `.zeros`, `.factor`; all others are as the source had them, in its dtype.
+
+python quantize.py --model stdlib-10m --quant int4 --out runs/int4
+python generate.py --model runs/int4 --prompt "import "
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.checkpoint import Checkpoint
+from common.errors import UserError
+
+from .config import ModelConfig
+from .model import Transformer
+from .quantize import GROUPS, Format, QuantLinear, linear_names, replace
+
+KEY = "quantization_config"
+METHOD = "llm-inference-lab"  # what `quant_method` says: others have layouts of their own
+BESIDE = ("*.json", "*.txt", "*.model")  # the tokenizer's files, generation_config.json, lab.json
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    return KEY in checkpoint.config
+
+
+def save_quantized(
+    folder: Path, source: Checkpoint, model: Transformer, format: Format, dtype: torch.dtype, about: dict[str, object]
+) -> None:
+    """Write a quantised model; what is not quantised goes in `dtype`. `about` joins what config.json says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in BESIDE:
+        for file in source.folder.glob(pattern):
+            if file.name != "config.json" and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+    packed = packed_names(model)
+    tensors = {
+        name: (tensor if name in packed else tensor.to(dtype)).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "head.weight" or not model.config.tied
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    parts = {"head": isinstance(model.head, QuantLinear), "factor": any(name.endswith(".factor") for name in packed)}
+    config = {**source.config, KEY: {"quant_method": METHOD, **vars(format), **parts, **about}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_quantized(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """The model of a quantised checkpoint. UserError, naming the tensor, for what is missing, unknown or corrupt."""
+    model = Transformer(config)
+    about = checkpoint.config[KEY]
+    format = read_format(checkpoint.name, about)
+    for name in linear_names(model, bool(about.get("head"))):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        format.grouped(linear.weight[:1], f"{checkpoint.name}: {name}")
+        shape = linear.out_features, linear.in_features
+        replace(model, name, QuantLinear(shape, format, linear.bias is not None, bool(about.get("factor")), device))
+    expected = model.state_dict()
+    if config.tied:
+        expected.pop("head.weight", None)
+    packed = packed_names(model)
+    for name, stored in checkpoint.tensors():
+        place = expected.pop(name, None)
+        if place is None:
+            raise UserError(f"{checkpoint.name}: tensor {name} is not one of a {config.family} model in {format}")
+        if place.shape != stored.shape:
+            raise UserError(
+                f"{checkpoint.name}: tensor {name} has shape {list(stored.shape)}, config.json asks for "
+                f"{list(place.shape)}"
+            )
+        if name in packed:
+            _check_packed(checkpoint.name, name, stored, place.dtype)
+        owner, _, attribute = name.rpartition(".")
+        tensor = stored.to(device=device, dtype=place.dtype if name in packed else dtype, copy=True)
+        setattr(
+            model.get_submodule(owner),
+            attribute,
+            tensor if name in packed else nn.Parameter(tensor, requires_grad=False),
+        )
+    if expected:
+        raise UserError(f"{checkpoint.name}: tensor {sorted(expected)[0]} is missing; quantise the model again")
+    if config.tied and not isinstance(model.head, QuantLinear):
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def packed_names(model: Transformer) -> set[str]:
+    """The tensors that quantised matrices consist of."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    return {f"{name}.{part}" for name, linear in linears for part, _ in linear.named_buffers()}
+
+
+def read_format(name: str, about: Any) -> Format:
+    if not isinstance(about, dict) or about.get("quant_method") != METHOD:
+        method = about.get("quant_method") if isinstance(about, dict) else about
+        raise UserError(
+            f"{name} is quantised by {method!r}, which is not read here: take the model as it was before, with --quant"
+        )
+    kind, group, asymmetric = about.get("name"), about.get("group"), about.get("asymmetric")
+    if kind not in ("int8", "int4") or group not in GROUPS or not isinstance(asymmetric, bool):
+        raise UserError(
+            f"{name}: {KEY} of config.json has name {kind!r}, group {group!r}, asymmetric {asymmetric!r}; "
+            f"expected int8 or int4, one of {', '.join(map(str, GROUPS))}, true or false"
+        )
+    return Format(kind, group, asymmetric)
+
+
+def _check_packed(checkpoint: str, name: str, stored: Tensor, dtype: torch.dtype) -> None:
+    """A wrong number in a scale spoils a whole group, and nothing would say so."""
+    if stored.dtype != dtype:
+        raise UserError(f"{checkpoint}: tensor {name} holds {stored.dtype}, config.json asks for {dtype}")
+    if not stored.is_floating_point():
+        return
+    good = torch.isfinite(stored) if name.endswith(".zeros") else torch.isfinite(stored) & (stored > 0)
+    if not bool(good.all()):
+        number = int((~good).sum())
+        wanted = "finite" if name.endswith(".zeros") else "finite and above 0"
+        raise UserError(f"{checkpoint}: {number} of tensor {name} are not {wanted}; copy or quantise the model again")

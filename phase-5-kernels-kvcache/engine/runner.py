@@ -1,0 +1,231 @@
+"""How a model is run over texts that grow: computing all of each text every time, or only what is new of it.
+
+The loops ask a runner, and do not know which it is. `owner` names a text from step to step (a loop's sequences do).
+
+    runner = make_runner(loaded.model, KVOptions(), rows=1, tokens=300)
+    runner.logits(["a text"], [loaded.tokenizer.encode("import ")])
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.device import synchronize
+
+from .attending import Behind, seen
+from .config import ModelConfig
+from .context import window_start
+from .kv_cache import CacheShape, KVOptions, make_cache
+from .kv_cache.ring import SPARE
+from .kv_cache.texts import Row, Texts
+from .model import Transformer
+from .target import Target, next_logits, target_forward
+from .tree import Tree
+
+NO_DRAFT = Tree([], [])
+Owners = list[Hashable]
+
+
+class Runner(Protocol):
+    model: Transformer
+    prefill_ms: float  # spent so far on what texts began with
+
+    def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
+        """What follows each text, [R, V]."""
+        ...
+
+    def step(
+        self,
+        owners: Owners,
+        texts: list[list[int]],
+        drafts: list[Tree],
+        known: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Target:
+        """One forward over texts and drafts. `known` and `taps` as in target_forward."""
+        ...
+
+    def keep(self, owner: Hashable, nodes: list[int]) -> None:
+        """Of the last step's draft for this text, these nodes stand: they need not be computed again."""
+        ...
+
+    def release(self, owner: Hashable) -> None:
+        """The text is finished."""
+        ...
+
+
+class WholeRunner:
+    """`--kv off`: every forward computes the whole of every text."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.prefill_ms = model, 0.0
+
+    def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
+        return next_logits(self.model, texts)
+
+    def step(
+        self,
+        owners: Owners,
+        texts: list[list[int]],
+        drafts: list[Tree],
+        known: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Target:
+        return target_forward(self.model, texts, drafts, known, taps)
+
+    def keep(self, owner: Hashable, nodes: list[int]) -> None:
+        """Nothing is kept."""
+
+    def release(self, owner: Hashable) -> None:
+        """Nothing was kept."""
+
+
+class CachedRunner:
+    """What a text has besides its last token is prefilled in chunks; then every step computes one token and a draft.
+
+    Up to `together` new tokens go along with a step instead: a draft model's text is a token behind after a draft that
+    stood as a whole.
+    """
+
+    def __init__(self, model: Transformer, texts: Texts, chunk: int = 512, together: int = 16) -> None:
+        self.model, self.texts, self.chunk, self.together = model, texts, chunk, together
+        self.prefill_ms = 0.0
+
+    def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
+        return self.step(owners, texts, [NO_DRAFT] * len(texts)).logits[:, 0]
+
+    @torch.inference_mode()
+    def step(
+        self,
+        owners: Owners,
+        texts: list[list[int]],
+        drafts: list[Tree],
+        known: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Target:
+        works = [
+            self._begin(owner, text, draft, None if known is None else known[at], taps)
+            for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
+        ]
+        hidden, outputs = self._forward(works, taps)
+        states = [torch.cat((*w.states, of_row[w.skip : w.count])) for w, of_row in zip(works, outputs, strict=True)]
+        for work in works:
+            self.texts.appended(work.row, work.new, work.draft.tokens)
+        K = max(len(draft.tokens) for draft in drafts)
+        read = [[min(len(work.new) - 1 + j, work.count - 1) for j in range(K + 1)] for work in works]
+        if read != [list(range(hidden.shape[1]))]:  # of a single text all positions may be read as they stand
+            device = hidden.device
+            hidden = hidden[torch.arange(len(works), device=device)[:, None], torch.tensor(read, device=device)]
+        logits = self.model.logits(hidden)
+        return Target(logits, None if known is None else states, [list(range(len(of_row))) for of_row in states])
+
+    def _begin(self, owner: Hashable, text: list[int], draft: Tree, known: int | None, taps: tuple[int, ...]) -> Work:
+        """Prefill what a step does not take along, and say what is left to do."""
+        start = window_start(len(text) + draft.depth, self.model.config.context)
+        window = text[start:]
+        row = self.texts.begin(owner, window)
+        first = len(window) if known is None else min(max(known - start, 0), len(window) - 1)
+        states: list[Tensor] = []
+        if len(window) - len(row.held) > self.together:
+            began = time.perf_counter()
+            while len(row.held) < len(window) - 1:
+                held = len(row.held)
+                work = Work(row, window[held : min(held + self.chunk, len(window) - 1)], NO_DRAFT, first)
+                _, outputs = self._forward([work], taps, last=first >= held + len(work.new))
+                if first < held + len(work.new):
+                    states.append(outputs[0, work.skip :])
+                self.texts.appended(row, work.new, [])
+            synchronize(self.model.embedding.weight.device)
+            self.prefill_ms += (time.perf_counter() - began) * 1e3
+        return Work(row, window[len(row.held) :], draft, first, states)
+
+    def _forward(self, works: list[Work], taps: tuple[int, ...], last: bool = False) -> tuple[Tensor, Tensor]:
+        """Hidden states [R, T, D] of new tokens and drafts, and with the tapped layers beside them [R, T, F].
+
+        With `last` of the last position alone: for a prefill, of which nothing is read.
+        """
+        weight, cache, window = self.model.embedding.weight, self.texts.cache, self.model.config.window
+        T = max(work.count for work in works)
+        tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
+        places = [work.positions + [0] * (T - work.count) for work in works]
+        for work in works:
+            cache.make_room(work.row.number, work.count)
+        positions = torch.tensor(places, device=weight.device)
+        masks = []
+        for work, at in zip(works, positions, strict=True):
+            number, ancestors = work.row.number, None if work.draft.is_chain else work.ancestors().to(weight.device)
+            mask = seen(at[: work.count], cache.first(number), cache.length(number), ancestors, window, weight.dtype)
+            if mask is not None and work.count < T:
+                mask = F.pad(mask, (0, 0, 0, T - work.count))
+            masks.append(mask)
+        behind = Behind(cache, [work.row.number for work in works], [work.count for work in works], masks)
+        wanted = torch.tensor([[T - 1]], device=weight.device) if last else None
+        hidden, tapped = self.model.states(
+            torch.tensor(tokens, device=weight.device), positions, wanted, taps=taps, cached=behind
+        )
+        return hidden, hidden if tapped is None else torch.cat((hidden, tapped), -1)
+
+    def keep(self, owner: Hashable, nodes: list[int]) -> None:
+        self.texts.keep(owner, nodes)
+
+    def release(self, owner: Hashable) -> None:
+        self.texts.release(owner)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward is to do for one text."""
+
+    row: Row
+    new: list[int]  # of its tokens, those that come behind what the row holds
+    draft: Tree
+    first: int  # position in the window from which on states are asked for; past the text where none are
+    states: list[Tensor] = field(default_factory=list)  # those that a prefill gave
+
+    @cached_property
+    def count(self) -> int:
+        return len(self.new) + len(self.draft.tokens)
+
+    @property
+    def skip(self) -> int:
+        return max(0, self.first - len(self.row.held))
+
+    @property
+    def positions(self) -> list[int]:
+        """In the window; nodes of one level share theirs."""
+        start, end = len(self.row.held), len(self.row.held) + len(self.new)
+        return [*range(start, end), *(end - 1 + depth for depth in self.draft.depths)]
+
+    def ancestors(self) -> Tensor:
+        """bool [count, count]: which of the new tokens each of them sees."""
+        text = len(self.new)
+        related = torch.ones(self.count, self.count, dtype=torch.bool).tril()
+        related[text:, text:] = self.draft.ancestors()
+        return related
+
+
+DRAFT_ROOM = 64  # nodes of the largest tree
+
+
+def cache_shape(config: ModelConfig) -> CacheShape:
+    return CacheShape(config.layers, config.kv_heads, config.head_dim)
+
+
+def make_runner(model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
+    """A runner for so many texts of at most so many tokens, output included. UserError where the cache cannot be."""
+    if options.kind == "off" or not model.has_cache:
+        return WholeRunner(model)
+    config, weight = model.config, model.embedding.weight
+    room = min(tokens, config.context) + DRAFT_ROOM
+    cache = make_cache(options, cache_shape(config), rows, room, weight.dtype, weight.device, config.window)
+    if options.kind == "ring":  # takes few tokens at a time
+        return CachedRunner(model, Texts(cache, rows), chunk=SPARE, together=1)
+    return CachedRunner(model, Texts(cache, rows))

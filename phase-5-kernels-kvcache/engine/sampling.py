@@ -1,0 +1,152 @@
+"""From logits to the distribution that is sampled, and from that to a token.
+
+The order is fixed, and the same as in transformers: repetition penalty, presence and frequency penalty, temperature,
+top-k, top-p, min-p. Whatever the model's dtype, probabilities are float32.
+
+Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p plus Gumbel noise is a draw from p. The
+noise is a function of (seed, sample, position, purpose) and the token's id alone (common/philox.py), so a request
+gives the same tokens alone, in a batch, or interrupted and started again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common import philox
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen, and when to stop. Temperature 0 is greedy: the most likely token, always.
+
+    Penalties (all off by default):
+    - repetition (Keskar et al. 2019, CTRL): the logit of every token in prompt or output is divided by it where
+      positive, multiplied where negative.
+    - presence, frequency (OpenAI's API): subtracted from the logit of a token in the output, once, and once for every
+      time it occurred there. The prompt does not count.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the smallest set of tokens that holds this much probability; 1: all
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one; 0: all
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        def need(good: bool, name: str, rule: str) -> None:
+            if not good:
+                raise UserError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+        need(0 <= self.temperature < float("inf"), "temperature", "a number of at least 0 (0 is greedy)")
+        need(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
+        need(0 < self.top_p <= 1, "top_p", "in (0, 1] (1 keeps all tokens)")
+        need(0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 keeps all tokens)")
+        need(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
+        need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
+        need(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "above 0 (1 is off)")
+        need(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        need(all(self.stop), "stop", "strings that are not empty")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+class Randomness(Protocol):
+    """Where all randomness of a decoding loop enters. Tests replace it to walk every possible outcome."""
+
+    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
+        """One token per row from probs [R, V]; samples and positions int64 [R]; returns int64 [R]."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyedRandomness:
+    """Gumbel-max with the keyed noise of common/philox.py."""
+
+    seed: int
+
+    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
+        noise = philox.gumbel(self.seed, samples, positions, purpose, probs.shape[-1])
+        return (probs.log() + noise).argmax(-1)
+
+
+def penalise(logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]], outputs: Rows[Rows[int]]) -> Tensor:
+    """Apply the three penalties to logits [R, V]; row r follows prompts[r] and the output so far, outputs[r]."""
+    logits = logits.clone()
+    for row, prompt, output in zip(logits, prompts, outputs, strict=True):
+        if params.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*prompt, *output}), device=logits.device)
+            values = row[seen]
+            scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            row[seen] = scaled
+        if output and (params.presence_penalty or params.frequency_penalty):
+            counts = Counter(output)
+            tokens = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), device=logits.device, dtype=row.dtype)
+            row[tokens] -= params.presence_penalty + params.frequency_penalty * times
+    return logits
+
+
+def probabilities(
+    logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]] = (), outputs: Rows[Rows[int]] = ()
+) -> Tensor:
+    """The distribution that is sampled: logits [R, V] -> probabilities [R, V], float32 (float64 stays).
+
+    prompts and outputs are read only where a penalty is on. At temperature 0 the result is one-hot.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if params.penalised:
+        logits = penalise(logits, params, prompts, outputs)
+    if params.greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(params.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if params.top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        dropped[..., -1] = False  # the most likely token always stays
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+    probs = logits.softmax(-1)
+    if params.min_p > 0:
+        unlikely = probs < params.min_p * probs.amax(-1, keepdim=True)
+        probs = logits.masked_fill(unlikely, float("-inf")).softmax(-1)
+    return probs
+
+
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    randomness: Randomness,
+    samples: Rows[int],
+    positions: Rows[int],
+    prompts: Rows[Rows[int]],
+    outputs: Rows[Rows[int]],
+) -> list[int]:
+    """The next token of every row: the most likely one at temperature 0, else a draw keyed by sample and position."""
+    if params.greedy:
+        best = penalise(logits.float(), params, prompts, outputs) if params.penalised else logits
+        return best.argmax(-1).tolist()
+    probs = probabilities(logits, params, prompts, outputs)
+    keys = torch.tensor([samples, positions], device=logits.device)
+    return randomness.draw(probs, keys[0], keys[1], philox.Purpose.SAMPLE).tolist()

@@ -1,0 +1,89 @@
+"""One request while it is decoded: its tokens, and the rules by which it ends.
+
+Every decoding loop, plain or speculative, hands its tokens to `Sequence.append` one at a time, so that end of text,
+stop strings and the token limit cut the output at the same place whatever loop produced it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common.errors import UserError
+from common.tokenizer import IncrementalDecoder, Tokenizer
+
+from .sampling import SamplingParams
+
+FinishReason = Literal["length", "eos", "stop"]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a text besides its length: ids (taken from the model), strings (which need the tokenizer)."""
+
+    eos_ids: tuple[int, ...] = ()
+    tokenizer: Tokenizer | None = None
+
+
+class Sequence:
+    """Prompt and output of one request. `tokens` is the output; a token that ends the text is part of it."""
+
+    def __init__(self, prompt: list[int], params: SamplingParams, ending: Ending, sample: int = 0) -> None:
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token of text to continue")
+        if params.stop and ending.tokenizer is None:
+            raise UserError("stop strings need the tokenizer")
+        self.prompt, self.params, self.sample = prompt, params, sample
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.text = ""  # what the output says so far, up to where a stop string cut it
+        self._eos = () if params.ignore_eos else ending.eos_ids
+        self._decoder = IncrementalDecoder(ending.tokenizer) if ending.tokenizer else None
+        self._released = 0  # how many characters `take_text` has handed out
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output together."""
+        return len(self.prompt) + len(self.tokens)
+
+    def append(self, token: int) -> bool:
+        """Take one token; True while more are wanted. After the end nothing is taken."""
+        if self.finish_reason is not None:
+            return False
+        self.tokens.append(token)
+        if self._decoder is not None:
+            self.text += self._decoder.push(token)
+        if token in self._eos:
+            self._finish("eos")
+        elif self._cut_at_stop_string():
+            self._finish("stop")
+        elif len(self.tokens) >= self.params.max_new_tokens:
+            self._finish("length")
+        return self.finish_reason is None
+
+    def take_text(self) -> str:
+        """Text that has become certain since the last call: what may begin a stop string is held back."""
+        end = len(self.text)
+        if self.finish_reason is None:
+            end -= max((_overlap(self.text, stop) for stop in self.params.stop), default=0)
+        taken = self.text[self._released : end]
+        self._released = max(self._released, end)
+        return taken
+
+    def _finish(self, reason: FinishReason) -> None:
+        if reason != "stop" and self._decoder is not None:
+            self.text += self._decoder.flush()
+            if self._cut_at_stop_string():
+                reason = "stop"
+        self.finish_reason = reason
+
+    def _cut_at_stop_string(self) -> bool:
+        found = [at for at in (self.text.find(stop) for stop in self.params.stop) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

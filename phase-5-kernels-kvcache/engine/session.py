@@ -1,0 +1,237 @@
+"""A loaded model and the options to run it with: what the command line, the demo and the benches all call.
+
+session = Session(Options(max_tokens=16))
+print(session.complete(["import "])[0].text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import cast
+
+import torch
+
+from common.checkpoint import open_checkpoint
+from common.device import available_memory, memory, resolve_device
+from common.errors import UserError
+
+from .beam import beam_search
+from .compile import Compiler
+from .config import ModelConfig
+from .controllers import Costs
+from .cost import forward_bytes
+from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
+from .drafters.heads import Heads, find_heads, load_heads
+from .drafting import Brancher
+from .generate import Clock, Generation, decode, finish
+from .load import LoadedModel, load
+from .model import Transformer
+from .options import Options, QuantName
+from .packing import pack_matrices
+from .pair import check_pair, load_fake, resolve_draft
+from .precision import Precision, computing, each_within, resolve_precision
+from .profiler import stage
+from .quantize import Format
+from .runner import CachedRunner, Runner, make_runner
+from .sampling import KeyedRandomness
+from .sequence import Sequence
+from .speculative import Step, StepStats, speculative_decode
+from .tokenizer_cache import TokenizerCache
+from .tree_shapes import TYPICAL, best_shape
+from .verify import Certain, Decisions, KeyedDecisions
+
+
+class Session:
+    """Loads what the options name. UserError where that cannot be had."""
+
+    def __init__(self, options: Options) -> None:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.options = options
+        self.params = options.sampling_params()
+        self.precision: dict[str, Precision] = {}  # of each model that was loaded here
+        self.loaded = self._load(options.model, options.quant)
+        self.encoder = TokenizerCache(self.loaded.tokenizer)
+        self.policy = options.acceptance_policy()
+        name = resolve_draft(options.draft, self.loaded)
+        self.draft = self._load(name, options.draft_quant) if name and options.drafter == "model" else None
+        kind = options.drafter
+        self.heads: Heads | None = None
+        if (kind == "medusa" or kind == "eagle") and options.draft != "none":
+            self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
+        if self.draft:
+            check_pair(self.loaded, self.draft)
+        self.runner: Runner | None = None  # of the target, in the last run
+        self.costs = Costs()  # of time, by which `--controller cost` goes
+        self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
+        self.compiler = Compiler() if options.compile else None
+        if self.compiler:
+            drafting = self.draft.model if self.draft else self.heads
+            self.compiler.compile(self.loaded.model, *([drafting] if drafting else []))
+            self.compiler.warm_up(self._warm_up)
+        else:
+            for module in (self.loaded.model, self.draft.model if self.draft else None, self.heads):
+                if module is not None:
+                    pack_matrices(module)
+
+    def _load(self, name: str, quant: QuantName) -> LoadedModel:
+        if name.partition(":")[0] == "fake":
+            if quant != "none":
+                raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
+            return load_fake(name)
+        device = resolve_device(self.options.device)
+        self.precision[name] = resolve_precision(
+            self.options.dtype, self.options.amp, device, lambda: ModelConfig.from_hf(open_checkpoint(name).config)
+        )
+        format = None
+        if quant != "none":
+            format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
+        return load(name, self.precision[name].dtype, device, format, self.options.quant_head)
+
+    def sequences(self, texts: list[str]) -> list[Sequence]:
+        """One sequence for every sample of every prompt. UserError if one forward over all would not fit in memory."""
+        stage("tokenize")
+        prompts = self.encoder.encode(texts)
+        self._check_memory(prompts)
+        return [
+            Sequence(prompt, self.params, self.loaded.ending, sample)
+            for prompt in prompts
+            for sample in range(self.options.n)
+        ]
+
+    def _check_memory(self, prompts: list[list[int]]) -> None:
+        """All completions share one forward; better to say now that it is too large than to be killed midway."""
+        config, weight = self.loaded.config, self.loaded.model.embedding.weight
+        rows = len(prompts) * self.options.n * self.options.beams
+        length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
+        needed, free = forward_bytes(config, rows, length, weight.itemsize), available_memory(weight.device)
+        if needed > free:
+            raise UserError(
+                f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
+                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
+            )
+
+    def _warm_up(self) -> None:
+        """A few tokens behind prompts of several lengths, so that all is compiled before anything is timed."""
+        params = dataclasses.replace(self.params, max_new_tokens=16, stop=(), ignore_eos=True)
+        for length in (33, 8, 1):  # torch makes a graph of its own for what is 1
+            for _ in self.run([Sequence([0] * length, params, self.loaded.ending)], Clock()):
+                pass
+        self.steps.clear()
+
+    @property
+    def compiled_graphs(self) -> int:
+        return self.compiler.graphs if self.compiler else 0
+
+    @property
+    def speculative(self) -> bool:
+        """Whether anything drafts: a model, or a drafter that needs none."""
+        return self.options.draft != "none" and (self.draft is not None or self.options.drafter != "model")
+
+    @property
+    def draft_name(self) -> str | None:
+        if not self.speculative:
+            return None
+        return self.draft.checkpoint.name if self.draft else self.options.drafter
+
+    def header(self) -> dict[str, object]:
+        """What a recording begins with."""
+        return {
+            "model": self.loaded.checkpoint.name,
+            "draft": self.draft_name,
+            "settings": self.options.model_dump(mode="json", by_alias=True),
+        }
+
+    def computing(self) -> AbstractContextManager[object]:
+        """What `--amp` puts around every forward."""
+        return computing(self.options.amp, self.loaded.model.embedding.weight.device)
+
+    def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
+        """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None."""
+        yield from each_within(self.computing, self._decode(sequences, clock))
+
+    def _decode(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
+        if self.options.beams > 1:
+            yield from self._search(sequences, clock)
+            return
+        if self.speculative:
+            yield from self._speculate(sequences, clock)
+            return
+        runner = self.runner = self._runner(self.loaded.model, sequences)
+        for active in decode(runner, sequences, self.params, KeyedRandomness(self.params.seed)):
+            for sequence in active:
+                clock.mark(sequence)
+            yield None
+
+    def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
+        decisions = Certain() if self.params.greedy else KeyedDecisions(self.params.seed)
+        runner = self.runner = self._runner(self.loaded.model, sequences)
+        draft = self._runner(self.draft.model, sequences) if self.draft else None
+        noise = self.policy.draft_noise
+        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
+        if self.options.tree != "off":
+            drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
+        controller = partial(self.options.make_controller, self.costs)
+        for step in speculative_decode(runner, drafter, sequences, self.params, self.policy, controller, decisions):
+            for sequence, stats in zip(step.sequences, step.stats, strict=True):
+                clock.mark(sequence)
+                if self.options.metrics_detailed:
+                    stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
+                self.steps[sequence].append(stats)
+            yield step
+
+    def remembered(self) -> dict[str, object]:
+        """What the target's cache was, and what it took."""
+        found: dict[str, object] = {"kind": self.options.kv, "dtype": self.options.kv_dtype}
+        if isinstance(self.runner, CachedRunner):
+            texts = self.runner.texts
+            found |= {"mib": texts.cache.nbytes() / 2**20, "positions": texts.positions}
+            found["prefill_ms"] = self.runner.prefill_ms
+        return found
+
+    def _runner(self, model: Transformer, sequences: list[Sequence]) -> Runner:
+        """With room for these sequences and their output."""
+        longest = max(len(sequence.prompt) for sequence in sequences) + self.params.max_new_tokens
+        return make_runner(model, self.options.kv_options(), len(sequences), longest)
+
+    def _tree_drafter(self, drafter: Brancher, decisions: Decisions) -> TreeDrafter:
+        if self.options.tree == "dynamic":
+            return DynamicTreeDrafter(drafter, self.params, self.options.tree_nodes)
+        shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
+        policy = self.policy
+        return StaticTreeDrafter(drafter, self.params, shape, decisions, policy.draft_noise, policy.draws_children)
+
+    def tree_acceptance(self) -> list[list[float]]:
+        """By depth and rank: as measured for the model's own drafters, else a typical one."""
+        file = self.loaded.checkpoint.folder / "tree_acceptance.json"
+        measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        table: list[list[float]] = measured.get(self.options.drafter, TYPICAL)
+        return table
+
+    def _search(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:
+        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        for sequence in sequences:
+            best = beam_search(
+                self.loaded.model,
+                sequence.prompt,
+                self.params,
+                self.loaded.ending,
+                self.options.beams,
+                self.options.length_penalty,
+            )
+            for token in best.tokens:
+                sequence.append(token)
+            clock.mark(sequence, best.forwards)
+            yield None
+
+    def complete(self, texts: list[str]) -> list[Generation]:
+        """All completions, in the order of the prompts."""
+        sequences, clock = self.sequences(texts), Clock()
+        for _ in self.run(sequences, clock):
+            pass
+        return [finish(sequence, clock.stats(sequence)) for sequence in sequences]

@@ -1,0 +1,63 @@
+"""A tree of guesses: several continuations of one text, checked by one target forward.
+
+A chain is the tree in which every node has one child. Nodes are numbered so that parents come before their children;
+among the children of one node, the first drawn comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """tokens[i] follows tokens[parents[i]], or the text itself where parents[i] is -1.
+
+    `probs` [N+1, V] are the distributions that the children were drawn from without replacement: row 0 for the children
+    of the text, row 1 + i for those of node i. None where the children were chosen, not drawn.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    probs: Tensor | None = None
+
+    @staticmethod
+    def chain(tokens: list[int]) -> Tree:
+        return Tree(tokens, list(range(-1, len(tokens) - 1)))
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.parents) - 1))
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Of every node: 1 for a child of the text."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    @property
+    def depth(self) -> int:
+        return max(self.depths, default=0)
+
+    def children(self, node: int) -> list[int]:
+        """The children of a node (of the text: -1), in the order in which they were drawn."""
+        return [child for child, parent in enumerate(self.parents) if parent == node]
+
+    def line(self, node: int) -> list[int]:
+        """The tokens from the text down to this node, its own included."""
+        above = self.line(self.parents[node]) if self.parents[node] >= 0 else []
+        return [*above, self.tokens[node]]
+
+    def ancestors(self) -> Tensor:
+        """bool [N, N]: whether node (row) descends from, or is, node (column)."""
+        related = torch.eye(len(self.parents), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                related[node] |= related[parent]
+        return related

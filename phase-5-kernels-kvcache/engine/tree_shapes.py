@@ -1,0 +1,65 @@
+"""The best fixed shape for a tree of guesses, from measured acceptance by depth and rank (Sequoia, Chen et al. 2024).
+
+Let a[d][r] be the chance that, once the walk has come to a node of depth d, it goes on to that node's child of rank r.
+The chance that a given node is part of the accepted path is the product of these along its branch, whatever other nodes
+the tree has; the expected number of accepted tokens is their sum. So the best tree of n nodes is the n nodes of largest
+product: a node's product is at most its parent's and its earlier sibling's, so that choice is a tree by itself. Sequoia
+finds the same by dynamic programming over subtrees; here a heap does.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from .tree import Tree
+
+# For drafters whose acceptance nobody has measured: six levels of eight ranks, each rank a third of the one before it.
+TYPICAL = [[0.65 * 3.0**-rank for rank in range(8)] for _ in range(6)]
+
+
+def acceptance_by_rank(steps: list[tuple[Tree, list[int]]], levels: int, ranks: int) -> list[list[float]]:
+    """a[d][r] from trees and the paths (node numbers) that stood in them; 0 where nothing was tried."""
+    tried = [[0] * ranks for _ in range(levels)]
+    stood = [[0] * ranks for _ in range(levels)]
+    for tree, nodes in steps:
+        for depth, (above, node) in enumerate(zip([-1, *nodes], [*nodes, None], strict=True)):
+            if depth < levels:
+                for rank, child in enumerate(tree.children(above)[:ranks]):
+                    tried[depth][rank] += 1
+                    stood[depth][rank] += child == node
+    return [[s / t if t else 0.0 for s, t in zip(*row, strict=True)] for row in zip(stood, tried, strict=True)]
+
+
+def best_shape(acceptance: list[list[float]], nodes: int) -> list[int]:
+    """The parents of the best tree with at most this many nodes, level by level, siblings by rank.
+
+    `acceptance[d][r]` as above; its lengths limit the tree's depth and breadth. Ranks of less chance than their
+    successors are treated as equal to them, so that the order in which children are tried stays that of the drafter.
+    """
+    falling = [[max(row[r:]) for r in range(len(row))] for row in acceptance]
+    kept: list[tuple[int, ...]] = []  # a node as the ranks on the way to it
+    waiting: list[tuple[float, tuple[int, ...]]] = [(-falling[0][0], (0,))] if falling and falling[0] else []
+    while waiting and len(kept) < nodes:
+        value, ranks = heapq.heappop(waiting)
+        if value == 0:
+            break
+        kept.append(ranks)
+        depth = len(ranks)
+        if ranks[-1] + 1 < len(falling[depth - 1]):
+            sibling = (*ranks[:-1], ranks[-1] + 1)
+            heapq.heappush(waiting, (value / falling[depth - 1][ranks[-1]] * falling[depth - 1][sibling[-1]], sibling))
+        if depth < len(falling) and falling[depth]:
+            heapq.heappush(waiting, (value * falling[depth][0], (*ranks, 0)))
+    kept.sort(key=lambda ranks: (len(ranks), ranks))
+    place = {ranks: i for i, ranks in enumerate(kept)}
+    return [place.get(ranks[:-1], -1) for ranks in kept]
+
+
+def expected_tokens(acceptance: list[list[float]], shape: list[int]) -> float:
+    """Tokens per target forward that this shape promises: 1, and the chance of every node."""
+    tree = Tree([0] * len(shape), shape)
+    chances: list[float] = []
+    for node, (parent, depth) in enumerate(zip(shape, tree.depths, strict=True)):
+        rank = tree.children(parent).index(node)
+        chances.append(acceptance[depth - 1][rank] * (chances[parent] if parent >= 0 else 1.0))
+    return 1 + sum(chances)

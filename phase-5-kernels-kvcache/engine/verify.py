@@ -1,0 +1,129 @@
+"""The acceptance rule of speculative sampling, alone: which draft tokens stand, and which token follows them.
+
+Leviathan et al. 2023 (Algorithm 1) and Chen et al. 2023 (Algorithm 2). From left to right, draft token x stands with
+probability min(1, target_probs[x] / draft_probs[x]). The first that falls is replaced by a draw from the residual,
+max(0, target_probs - draft_probs) normalised; if all stand, a bonus token is drawn from the target's last distribution.
+What comes out follows the target's distribution exactly, whatever the draft is:
+
+    P(x) = draft(x) min(1, target(x) / draft(x))  +  P(rejected) residual(x)  =  min(draft, target)(x)
+           + (1 - sum min(draft, target)) max(0, target - draft)(x) / sum max(0, target - draft)  =  target(x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common import philox
+from common.philox import Purpose
+
+from .sampling import KeyedRandomness, Randomness
+
+
+class Decisions(Randomness, Protocol):
+    """Where the randomness of verification enters. Tests replace it to walk every possible outcome."""
+
+    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+        """True with the given probability [R, K], each at its own position (int64 [R, K]); samples int64 [R].
+
+        In a tree several tokens are tried at one position; `trial` numbers them.
+        """
+        ...
+
+    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        """`count` different tokens per row of probs [R, V], drawn without replacement, in order; int64 [R, count]."""
+        ...
+
+
+class KeyedDecisions(KeyedRandomness):
+    """The keyed noise of common/philox.py: one uniform per sample, position and purpose."""
+
+    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        """Gumbel-max for plain sampling; for drafts and residuals one uniform and the inverse distribution function."""
+        if purpose == Purpose.SAMPLE:
+            return super().draw(probs, samples, positions, purpose)
+        uniform = philox.uniforms(self.seed, samples, positions, purpose, 1).double()  # [R, 1]
+        cumulative = probs.double().cumsum(-1)
+        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+        return tokens.clamp(max=probs.shape[-1] - 1)
+
+    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        """The largest of log p plus Gumbel noise are a draw without replacement, in order (Kool et al. 2019)."""
+        noise = philox.gumbel(self.seed, samples, positions, purpose, probs.shape[-1])
+        return (probs.log() + noise).topk(count).indices
+
+    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+        rows, columns = probability.shape
+        each = samples[:, None].expand(rows, columns).reshape(-1)
+        uniform = philox.uniforms(self.seed, each, positions.reshape(-1), Purpose.ACCEPT, trial + 1)[:, trial]
+        return uniform.view(rows, columns).to(probability.dtype) < probability
+
+
+class Certain:
+    """Temperature 0: distributions are one-hot, so nothing is left to chance."""
+
+    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        return probs.argmax(-1)
+
+    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        return probs.topk(count).indices
+
+    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+        return probability > 0.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """For each of R rows: how many draft tokens stand, and the token that follows them."""
+
+    accepted: Tensor  # int64 [R]
+    next_tokens: Tensor  # int64 [R]
+    ratios: Tensor  # [R, K] the probability with which each draft token was to stand
+
+
+def verify(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    target_probs: Tensor,
+    widths: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    decisions: Decisions,
+) -> Verdict:
+    """Apply the rule to R rows at once, in float32 or better.
+
+    draft_tokens int64 [R, K]; draft_probs [R, K, V], None for one-hot; target_probs [R, K+1, V]; widths int64 [R], how
+    many of a row's K tokens count; samples, positions int64 [R], the latter of the first draft token.
+    """
+    R, K = draft_tokens.shape
+    rows, columns = torch.arange(R, device=widths.device), torch.arange(K, device=widths.device)
+    target_of = target_probs[:, :K].gather(-1, draft_tokens[..., None])[..., 0]  # [R, K]
+    if draft_probs is None:
+        ratios = target_of
+    else:
+        ratios = (target_of / draft_probs.gather(-1, draft_tokens[..., None])[..., 0]).clamp(max=1)
+    stands = decisions.decide(ratios, samples, positions[:, None] + columns) & (columns < widths[:, None])
+    accepted = stands.long().cumprod(dim=1).sum(dim=1)  # up to the first that falls
+
+    following = target_probs[rows, accepted]  # [R, V]
+    rejected = accepted < widths
+    next_tokens = torch.empty_like(accepted)
+    if bool((~rejected).any()):
+        full = rows[~rejected]
+        at = positions[full] + accepted[full]
+        next_tokens[full] = decisions.draw(following[full], samples[full], at, Purpose.SAMPLE)
+    if bool(rejected.any()):
+        cut = rows[rejected]
+        fell = accepted[cut]
+        if draft_probs is None:
+            residual = following[cut].scatter(-1, draft_tokens[cut, fell][:, None], 0.0)
+        else:
+            residual = (following[cut] - draft_probs[cut, fell]).clamp(min=0)
+        mass = residual.sum(-1, keepdim=True)
+        # Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
+        residual = torch.where(mass > 0, residual / mass, following[cut])
+        next_tokens[cut] = decisions.draw(residual, samples[cut], positions[cut] + fell, Purpose.RESIDUAL)
+    return Verdict(accepted, next_tokens, ratios)

@@ -1,0 +1,226 @@
+"""The cache in every loop: after every step it holds what a fresh prefill of the text would give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import phase4
+import phase5
+from common.errors import UserError
+from common.prompts import load_prompts
+from phase5.drafters import make_drafter
+from phase5.drafters.eagle import EagleDrafter, Lookahead
+from phase5.kv_cache import KVOptions, storage
+from phase5.runner import NO_DRAFT, CachedRunner, WholeRunner, make_runner
+
+CPU = torch.device("cpu")
+KINDS = ["dynamic", "static", "paged"]
+DRAFTING: dict[str, dict[str, Any]] = {
+    "plain": {"draft": "none"},
+    "model": {"k": 4},
+    "model, static tree": {"k": 3, "tree": "static", "tree_nodes": 8},
+    "model, dynamic tree": {"k": 3, "tree": "dynamic", "tree_nodes": 8},
+    "ngram": {"drafter": "ngram", "k": 4},
+    "extrapolate": {"drafter": "extrapolate", "k": 2},
+    "medusa": {"drafter": "medusa", "k": 4},
+    "medusa, static tree": {"drafter": "medusa", "k": 3, "tree": "static", "tree_nodes": 8},
+    "eagle": {"drafter": "eagle", "k": 4},
+    "eagle, static tree": {"drafter": "eagle", "k": 3, "tree": "static", "tree_nodes": 8},
+    "eagle, dynamic tree": {"drafter": "eagle", "k": 3, "tree": "dynamic", "tree_nodes": 8},
+}
+# How far a stored number may be from a fresh one: rounding differs with the number of tokens computed together, and in
+# int8 by half a step of the scale besides, in every layer before.
+WITHIN = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.02, "int8": 0.15}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written holds what would be noticed."""
+
+    def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype, device=device)
+
+    monkeypatch.setattr(storage, "reserve", reserve)
+
+
+def texts(count: int) -> list[str]:
+    return [prompt.text for prompt in load_prompts("code", "test")[:count]]
+
+
+def session(**options: Any) -> Any:
+    return phase5.Session(phase5.Options(**{"dtype": "float32", "max_tokens": 20, "device": "cpu", **options}))
+
+
+class Watched:
+    """Runners as a session makes them, kept so that their caches can be looked into."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runners: list[CachedRunner] = []
+
+        def make(*arguments: Any) -> Any:
+            self.runners.append(make_runner(*arguments))  # type: ignore[arg-type]
+            return self.runners[-1]
+
+        monkeypatch.setattr("phase5.session.make_runner", make)
+
+
+def difference(runner: CachedRunner) -> float:
+    """The largest difference of what any row holds from a prefill of the same tokens."""
+    worst, options = 0.0, KVOptions("static")
+    for row in runner.texts.rows.values():
+        if not row.held:
+            continue
+        fresh = make_runner(runner.model, options, 1, len(row.held) + 1)
+        assert isinstance(fresh, CachedRunner)
+        fresh.together = 1
+        fresh._begin("fresh", [*row.held, 0], NO_DRAFT, None, ())
+        for layer in range(runner.model.config.layers):
+            here = runner.texts.cache.read(layer, row.number, 0)
+            for mine, other in zip(here, fresh.texts.cache.read(layer, 0, 0), strict=True):
+                worst = max(worst, float((mine.float() - other.float()).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", list(DRAFTING))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_step_leaves_what_a_prefill_gives(
+    how: str, kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts of different lengths in one batch, for the target's cache and the draft's."""
+    watched = Watched(monkeypatch)
+    made = session(kv=kind, temperature=temperature, max_tokens=12, **DRAFTING[how])
+    sequences = made.sequences(texts(2))
+    for _ in made.run(sequences, phase5.Clock()):
+        for runner in watched.runners:
+            assert difference(runner) < WITHIN["float32"]
+    assert len(watched.runners) == (2 if how.startswith("model") else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "auto"), ("float32", "float16"), ("float32", "int8")])
+def test_narrow_caches_stay_near(dtype: str, kv_dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    made = session(kv=kind, dtype=dtype, kv_dtype=kv_dtype, tree="static", tree_nodes=6)
+    for _ in made.run(made.sequences(texts(1)), phase5.Clock()):
+        assert difference(watched.runners[0]) < WITHIN[dtype if kv_dtype == "auto" else kv_dtype]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", list(DRAFTING))
+def test_tokens_and_steps_are_those_without_a_cache(how: str, kind: str) -> None:
+    found = {}
+    for kv in ("off", kind):
+        made = session(kv=kv, **DRAFTING[how])
+        done = made.complete(texts(3))
+        found[kv] = [(each.tokens, each.stats.steps) for each in done]
+    assert found[kind] == found["off"]
+
+
+@pytest.mark.parametrize("how", [how for how in DRAFTING if how != "plain"])
+def test_the_target_computes_the_prompt_and_every_draft_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prompt - 1 positions are prefilled; each step computes one token and its draft."""
+    watched = Watched(monkeypatch)
+    made = session(**DRAFTING[how])
+    sequences = made.sequences(texts(1))
+    drafted = [len(step.trees[0].tokens) for step in made.run(sequences, phase5.Clock())]
+    assert watched.runners[0].texts.positions == len(sequences[0].prompt) - 1 + sum(n + 1 for n in drafted)
+
+
+def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    made = session(kv="paged", n=4, temperature=1.0, draft="none", max_tokens=4)
+    sequences = made.sequences(texts(1))
+    for _ in made.run(sequences, phase5.Clock()):
+        pass
+    length, cache = len(sequences[0].prompt), watched.runners[0].texts.cache
+    assert len({tuple(s.tokens) for s in sequences}) > 1
+    assert isinstance(cache, phase5.kv_cache.PagedCache)
+    assert watched.runners[0].texts.positions < 2 * length
+    shared = [page for page, users in enumerate(cache.users) if users == 4]
+    assert len(shared) == (length - 1) // 16
+
+
+def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callable[..., Path]) -> None:
+    folder = str(make_checkpoint("llama", max_position_embeddings=64))
+    options = {"model": folder, "max_tokens": 100, "draft": folder, "k": 3}
+    assert (
+        session(**options).complete(["import "])[0].tokens
+        == session(kv="off", **options).complete(["import "])[0].tokens
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
+def test_other_families(family: str, make_checkpoint: Callable[..., Path]) -> None:
+    folder = str(make_checkpoint(family))
+    prompts = ["import os", "def function(left, right):\n    return"]
+    expected = [each.tokens for each in session(model=folder, kv="off", draft="none").complete(prompts)]
+    for kind in (*KINDS, *(["ring"] if family == "mistral" else [])):
+        for options in ({"draft": "none"}, {"draft": folder, "k": 3}):
+            assert [e.tokens for e in session(model=folder, kv=kind, **options).complete(prompts)] == expected, kind
+
+
+def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Callable[..., Path]) -> None:
+    model = phase5.load(str(make_checkpoint("llama")), torch.float32, CPU).model
+    runner, whole = make_runner(model, KVOptions(), 2, 64), WholeRunner(model)
+    assert isinstance(runner, CachedRunner)
+    for text in ([5, 6, 7, 8], [5, 6, 7, 8, 9], [5, 6, 10], [11], [5, 6, 10, 12]):
+        torch.testing.assert_close(runner.logits(["a"], [text]), whole.logits(["a"], [text]), atol=1e-5, rtol=1e-4)
+    assert runner.texts.positions == 4 + 1 + 1 + 1 + 4
+    runner.logits(["b"], [[5, 6, 10, 13]])  # begins as the other does
+    assert runner.texts.positions == 11 + 1
+
+
+def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its cache holds of the text is what a layer fed with all inputs at once holds."""
+    made = session(drafter="eagle", max_tokens=24, tree="dynamic", k=3, tree_nodes=8)
+    drafters: list[EagleDrafter] = []
+
+    def make(*arguments: Any) -> EagleDrafter:
+        made = make_drafter(*arguments)
+        assert isinstance(made, EagleDrafter)
+        drafters.append(made)
+        return made
+
+    monkeypatch.setattr("phase5.session.make_drafter", make)
+    sequences = made.sequences(texts(1))
+    for step in made.run(sequences, phase5.Clock()):
+        if step.trees[0].tokens and sequences[0].finish_reason is None:
+            drafter = drafters[0]
+            layer, inputs = drafter._layers[sequences[0]], drafter.memory.get(sequences[0])
+            assert inputs is not None
+            fresh = Lookahead(drafter.head, drafter.target, 512)
+            fresh.begin(inputs[: layer.confirmed], 0)
+            layer.cache.truncate(0, layer.confirmed)
+            for mine, other in zip(layer.cache.read(0, 0, 0), fresh.cache.read(0, 0, 0), strict=True):
+                torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="--kv ring forgets"):
+        session(kv="ring", draft="none").complete(["import "])
+    with pytest.raises(UserError, match=r"holds 4 tokens per text, and \d+ are needed: give a larger --kv-slots"):
+        session(kv_slots=4, draft="none").complete(texts(1))
+    with pytest.raises(UserError, match="out of pages"):
+        session(kv="paged", kv_pages=1, draft="none").complete(texts(1))
+
+
+def test_appending_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "0")
+    assert phase5.Options().kv_options().kind == "off"
+    monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "1")
+    assert phase5.Options().kv_options().kind == "static"
+
+
+def test_plain_and_cached_write_what_phase_4_writes() -> None:
+    before = phase4.Session(phase4.Options(dtype="float32", max_tokens=20, device="cpu", draft="none")).complete(
+        texts(3)
+    )
+    for kind in KINDS:
+        assert [e.tokens for e in session(kv=kind, draft="none").complete(texts(3))] == [e.tokens for e in before]

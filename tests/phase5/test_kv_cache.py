@@ -1,0 +1,199 @@
+"""Caches alone: whatever is appended, kept, cut back and forked, a row reads as a plain list would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.errors import UserError
+from phase5.kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache, storage
+
+CPU = torch.device("cpu")
+SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=4)
+WINDOW = 24
+KINDS = ["dynamic", "static", "ring", "paged"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written holds what would be noticed."""
+
+    def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype, device=device)
+
+    monkeypatch.setattr(storage, "reserve", reserve)
+
+
+def cache_of(kind: str, rows: int = 3, tokens: int = 96, format: str = "auto", pages: int = 0) -> KVCache:
+    options = KVOptions(kind, format, pages=pages)  # type: ignore[arg-type]
+    return make_cache(options, SHAPE, rows, tokens, torch.float32, CPU, WINDOW)
+
+
+def entries(tokens: list[int], layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [n, kv_heads, head_dim] that say whose they are."""
+    at = torch.tensor(tokens, dtype=torch.float32)[:, None, None]
+    keys = at + torch.arange(8).view(2, 4) / 8 + layer / 2
+    return keys, -keys
+
+
+def append(cache: KVCache, row: int, tokens: list[int]) -> None:
+    cache.make_room(row, len(tokens))
+    for layer in range(SHAPE.layers):
+        cache.append(layer, row, *entries(tokens, layer))
+
+
+def check(cache: KVCache, row: int, held: list[int], new: list[int] = [], within: float = 0.0) -> None:  # noqa: B006
+    assert cache.length(row) == len(held)
+    first = cache.first(row)
+    assert first <= max(0, len(held) + len(new) - WINDOW)
+    for layer in range(SHAPE.layers):
+        for found, wanted in zip(cache.read(layer, row, len(new)), entries((held + new)[first:], layer), strict=True):
+            torch.testing.assert_close(found, wanted.transpose(0, 1), atol=within, rtol=within)
+
+
+Action = tuple[str, int, int, int]
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "append", "append", "truncate", "fork"]),
+        st.integers(0, 2),
+        st.integers(0, 16),
+        st.integers(0, 2**16 - 1),
+    ),
+    max_size=24,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(actions=ACTIONS)
+def test_a_cache_is_a_list(kind: str, actions: list[Action]) -> None:
+    """Append up to 16 tokens and keep some of them; cut back; let another row go on from there."""
+    cache, rows, number = cache_of(kind), [list[int]() for _ in range(3)], 0
+    for what, row, size, chosen in actions:
+        held = rows[row]
+        if what == "append":
+            if len(held) + size > 96:
+                continue
+            new = list(range(number + 1, number + 1 + size))
+            number += size
+            append(cache, row, new)
+            check(cache, row, held, new)
+            kept = [at for at in range(size) if chosen >> at & 1]
+            cache.keep(row, kept)
+            held += [new[at] for at in kept]
+        elif what == "truncate":
+            length = max(0, len(held) - size % 5)
+            if kind == "ring" and length and length - WINDOW + 1 < cache.first(row):
+                with pytest.raises(ValueError, match="overwritten"):
+                    cache.truncate(row, length)
+                continue
+            cache.truncate(row, length)
+            del held[length:]
+        else:
+            into = (row + 1) % 3
+            cache.fork(row, into)
+            rows[into] = list(held)
+        for at, tokens in enumerate(rows):
+            check(cache, at, tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_is_within_half_a_step_of_its_scale(kind: str) -> None:
+    cache = cache_of(kind, format="int8")
+    tokens = list(range(1, 17))
+    append(cache, 0, tokens)
+    cache.keep(0, list(range(16)))
+    for layer in range(SHAPE.layers):
+        for found, wanted in zip(cache.read(layer, 0, 0), entries(tokens, layer), strict=True):
+            wanted = wanted.transpose(0, 1)
+            step = wanted.abs().amax(-1, keepdim=True) / 127
+            assert bool(((found - wanted).abs() <= 0.51 * step + wanted.abs() * 2**-10).all())
+
+
+def test_static_bytes_are_those_of_the_formula() -> None:
+    for format, size, scale in (("float32", 4, 0), ("float16", 2, 0), ("int8", 1, 2)):
+        cache = cache_of("static", rows=3, tokens=96, format=format)
+        assert cache.nbytes() == 3 * 96 * SHAPE.bytes_per_token(size, scale)
+
+
+def test_a_full_static_cache_says_how_much_is_needed() -> None:
+    cache = make_cache(KVOptions("static", slots=10), SHAPE, 1, 96, torch.float32, CPU, None)
+    append(cache, 0, list(range(8)))
+    cache.keep(0, list(range(8)))
+    with pytest.raises(UserError, match=r"holds 10 tokens per text, and 11 are needed: give a larger --kv-slots"):
+        cache.make_room(0, 3)
+    check(cache, 0, list(range(8)))
+
+
+def test_a_row_that_gets_no_page_harms_no_other() -> None:
+    cache = cache_of("paged", pages=3)
+    append(cache, 0, list(range(20)))
+    cache.keep(0, list(range(20)))
+    append(cache, 1, list(range(50, 60)))
+    cache.keep(1, list(range(10)))
+    with pytest.raises(OutOfPages, match=r"1 of 16 tokens are needed and 0 of 3 are free"):
+        cache.make_room(1, 7)
+    check(cache, 0, list(range(20)))
+    check(cache, 1, list(range(50, 60)))
+    cache.truncate(0, 3)
+    append(cache, 1, list(range(60, 67)))
+    check(cache, 1, list(range(50, 60)), list(range(60, 67)))
+
+
+def test_forked_rows_share_pages_until_one_writes() -> None:
+    cache = cache_of("paged", pages=4)
+    append(cache, 0, list(range(20)))
+    cache.keep(0, list(range(20)))
+    cache.fork(0, 1)
+    append(cache, 1, [77])  # copies the second page, which is shared
+    cache.keep(1, [0])
+    append(cache, 0, [88])
+    cache.keep(0, [0])
+    check(cache, 0, [*range(20), 88])
+    check(cache, 1, [*range(20), 77])
+    append(cache, 2, list(range(3)))  # three pages are taken in all
+
+
+def test_a_ring_stays_as_large_as_it_is() -> None:
+    cache = cache_of("ring")
+    size, held = cache.nbytes(), list[int]()
+    for step in range(2500):
+        new = list(range(step * 8, step * 8 + 8))
+        append(cache, 0, new)
+        cache.keep(0, list(range(8)))
+        held += new
+    assert len(held) == 20000
+    assert cache.nbytes() == size
+    check(cache, 0, held)
+
+
+def test_rolling_back_allocates_nothing_of_the_caches_size() -> None:
+    cache = cache_of("static", tokens=4096)
+    append(cache, 0, list(range(16)))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        cache.keep(0, [0, 1, 5, 9])
+        cache.truncate(0, 2)
+    largest = max((event.cpu_memory_usage for event in profile.events()), default=0)
+    assert largest < 4096
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_can_be_cut_back_to_more_than_there_is(kind: str) -> None:
+    cache = cache_of(kind)
+    append(cache, 0, [1, 2])
+    cache.keep(0, [0, 1])
+    with pytest.raises(ValueError, match="cannot truncate a row of 2 tokens to 3"):
+        cache.truncate(0, 3)
+
+
+def test_ring_is_for_models_with_window_attention() -> None:
+    make: Callable[[], KVCache] = lambda: make_cache(KVOptions("ring"), SHAPE, 1, 96, torch.float32, CPU, None)  # noqa: E731
+    with pytest.raises(
+        UserError, match="--kv ring forgets what lies behind the window, and this model was not trained"
+    ):
+        make()
