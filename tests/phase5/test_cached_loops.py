@@ -112,7 +112,7 @@ def test_narrow_caches_stay_near(dtype: str, kv_dtype: str, kind: str, monkeypat
         assert difference(watched.runners[0]) < WITHIN[dtype if kv_dtype == "auto" else kv_dtype]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["static", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dynamic", "paged"))])
 @pytest.mark.parametrize("how", list(DRAFTING))
 def test_tokens_and_steps_are_those_without_a_cache(how: str, kind: str) -> None:
     found = {}
