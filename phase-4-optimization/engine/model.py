@@ -79,7 +79,7 @@ def at_wanted(table: Tensor, wanted: Wanted) -> Tensor:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019); the statistics are float32 in every dtype.
 
-    One pass over x for its length and one for each product. On a CPU torch's own is written as nine operations.
+    Three passes over x: its length and two products. On a CPU torch's own takes four: a power, its sum, the products.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParam
         outputs=[sequence.tokens for sequence in sequences],
     )
     for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.append(token)
+        if not sequence.append(token):
+            runner.release(sequence)
 
 
 def decode(

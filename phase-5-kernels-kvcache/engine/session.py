@@ -186,13 +186,19 @@ class Session:
             yield step
 
     def remembered(self) -> dict[str, object]:
-        """What the target's cache was, and what it took."""
-        found: dict[str, object] = {"kind": self.options.kv, "dtype": self.options.kv_dtype}
-        if isinstance(self.runner, CachedRunner):
-            texts = self.runner.texts
-            found |= {"mib": texts.cache.nbytes() / 2**20, "positions": texts.positions}
-            found["prefill_ms"] = self.runner.prefill_ms
-        return found
+        """What the target's cache was, and what it took; or why there was none."""
+        if not isinstance(self.runner, CachedRunner):
+            reasons = {"--kv off": self.options.kv == "off", "beam search computes whole texts": self.options.beams > 1}
+            why = next((why for why, holds in reasons.items() if holds), "the model has nothing to remember")
+            return {"kind": "off", "why": why}
+        texts = self.runner.texts
+        return {
+            "kind": self.options.kv,
+            "dtype": self.options.kv_dtype,
+            "mib": texts.cache.nbytes() / 2**20,
+            "positions": texts.positions,
+            "prefill_ms": self.runner.prefill_ms,
+        }
 
     def _runner(self, model: Transformer, sequences: list[Sequence]) -> Runner:
         """With room for these sequences and their output."""

@@ -184,6 +184,7 @@ def speculative_step(
         for sequence, tree, path in zip(sequences, trees, paths, strict=True):
             for token in [*(tree.tokens[node] for node in path.nodes), path.next_token]:
                 if not sequence.append(token):
+                    runner.release(sequence)
                     break
         if known is not None:
             states = [target.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]

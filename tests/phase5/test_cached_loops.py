@@ -137,14 +137,23 @@ def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) ->
     watched = Watched(monkeypatch)
     made = session(kv="paged", n=4, temperature=1.0, draft="none", max_tokens=4)
     sequences = made.sequences(texts(1))
+    length = len(sequences[0].prompt)
     for _ in made.run(sequences, phase5.Clock()):
-        pass
-    length, cache = len(sequences[0].prompt), watched.runners[0].texts.cache
+        cache = watched.runners[0].texts.cache
+        assert isinstance(cache, phase5.kv_cache.PagedCache)
+        if sequences[0].finish_reason is None:
+            assert cache.users.count(4) == (length - 1) // 16
     assert len({tuple(s.tokens) for s in sequences}) > 1
-    assert isinstance(cache, phase5.kv_cache.PagedCache)
     assert watched.runners[0].texts.positions < 2 * length
-    shared = [page for page, users in enumerate(cache.users) if users == 4]
-    assert len(shared) == (length - 1) // 16
+    assert len(cache.free) == len(cache.users)  # all is given back at the end
+
+
+def test_a_cache_that_is_not_there_is_said() -> None:
+    for options, why in (({"kv": "off"}, "--kv off"), ({"beams": 2}, "beam search"), ({"model": "fake"}, "nothing to")):
+        made = session(draft="none", max_tokens=3, **options)
+        made.complete(["x y"])
+        assert made.remembered()["kind"] == "off"
+        assert why in made.remembered()["why"]
 
 
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callable[..., Path]) -> None:

@@ -51,4 +51,7 @@ class ModelDrafter:
         return sequence.length
 
     def observe(self, outcome: Outcome) -> None:
-        """What stands is in the texts of the next step."""
+        """What stands is in the texts of the next step; what is finished needs no cache."""
+        for sequence in outcome.sequences:
+            if sequence.finish_reason is not None:
+                self.runner.release(sequence)

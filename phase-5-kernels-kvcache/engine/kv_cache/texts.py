@@ -76,10 +76,11 @@ class Texts:
             row.text, row.draft = [], []
 
     def release(self, owner: Hashable) -> None:
-        """The text is finished: its row is free for another."""
-        row = self.rows.pop(owner)
-        self.cache.truncate(row.number, 0)
-        self.free.append(row.number)
+        """The text is finished: its row, if it had one, is free for another."""
+        if owner in self.rows:
+            row = self.rows.pop(owner)
+            self.cache.truncate(row.number, 0)
+            self.free.append(row.number)
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
