@@ -97,19 +97,10 @@ def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int)
     negative seed is one too. Word i is word i % 4 of the block with counter (i // 4, position, sample, purpose) and
     key (low, high half of the seed): asking for more words never changes the first ones.
     """
-    if position.ndim != 1 or sample.shape != position.shape:
-        raise ValueError(
-            f"sample and position must both be [B]; they are {list(sample.shape)} and {list(position.shape)}"
-        )
-    if count < 0:
-        raise ValueError(f"count must be at least 0, got {count}")
+    if _few(sample, position, count):
+        found = _words_one_by_one(seed, sample, position, purpose, count)
+        return torch.tensor(found, dtype=torch.int64).view(len(position), count)
     blocks = (count + 3) // 4
-    if position.device.type == "cpu" and len(position) * blocks <= FEW:
-        rows = [
-            [word for block in range(blocks) for word in _encrypt_one((block, p, s, int(purpose)), seed)][:count]
-            for p, s in zip(position.tolist(), sample.tolist(), strict=True)
-        ]
-        return torch.tensor(rows, dtype=torch.int64).view(len(position), count)
     counter = torch.empty(4, len(position), blocks, dtype=torch.int64, device=position.device)
     counter[0] = torch.arange(blocks, device=position.device)
     counter[1] = position[:, None]
@@ -119,6 +110,27 @@ def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int)
     return _encrypt(counter[0::2], counter[1::2], key).flatten(1)[:, :count]
 
 
+def _few(sample: Tensor, position: Tensor, count: int) -> bool:
+    """Whether plain Python has encrypted these blocks sooner than torch starts. ValueError for other shapes."""
+    if position.ndim != 1 or sample.shape != position.shape:
+        raise ValueError(
+            f"sample and position must both be [B]; they are {list(sample.shape)} and {list(position.shape)}"
+        )
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
+    return position.device.type == "cpu" and len(position) * ((count + 3) // 4) <= FEW
+
+
+def _words_one_by_one(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> list[int]:
+    """The words of all rows, one behind the other."""
+    rows, blocks = zip(position.tolist(), sample.tolist(), strict=True), range((count + 3) // 4)
+    return [
+        word
+        for p, s in rows
+        for word in [w for block in blocks for w in _encrypt_one((block, p, s, int(purpose)), seed)][:count]
+    ]
+
+
 def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
     """Uniform numbers in the open interval (0, 1): float32 [B, count], the same bits on every device.
 
@@ -126,6 +138,9 @@ def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: i
     most 24 significant bits, as many as a float32 holds, and scaling by a power of two is exact; so nothing is
     rounded, and neither 0 nor 1 can occur. Arguments as for `words`.
     """
+    if _few(sample, position, count):
+        exact = [((word >> 9) + 0.5) * 2.0**-23 for word in _words_one_by_one(seed, sample, position, purpose, count)]
+        return torch.tensor(exact, dtype=torch.float32).view(len(position), count)
     upper = words(seed, sample, position, purpose, count) >> 9
     return upper.to(torch.float32).add_(0.5).mul_(2.0**-23)
 

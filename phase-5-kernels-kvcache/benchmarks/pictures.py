@@ -18,20 +18,25 @@ def draw(lab: Lab, folder: Path) -> None:
 
 
 def lengths(lab: Lab, file: Path) -> None:
-    """One more token behind a text of n: what it takes, and what the cache takes."""
+    """One more token behind a text of n: what it takes with and without a cache, and what the cache takes."""
     rows = lab.rows("length")
-    with figure(file, 1, 2, (11, 4.2), f"one more token behind a text{lab.mark}") as (time, memory):
-        for name in dict.fromkeys(row["cache"] for row in rows):
-            mine = [row for row in rows if row["cache"] == name]
-            at = [row["length"] for row in mine]
-            time.plot(at, [row["token_ms"] for row in mine], "o-", label=name)
-            if name != "off":
-                memory.plot(at, [row["cache_mib"] for row in mine], "o-", label=name)
-        time.set_ylabel("ms")
-        memory.set_ylabel("MiB of cache")
-        for axes in (time, memory):
-            axes.set_xlabel("tokens in the text")
-            axes.legend(fontsize="small")
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    with figure(file, len(shapes), 2, (5.6, 4.0), f"one more token behind a text{lab.mark}") as panels:
+        for shape, (time, memory) in zip(shapes, zip(panels[::2], panels[1::2], strict=True), strict=True):
+            of_shape = [row for row in rows if row["shape"] == shape]
+            for name in dict.fromkeys(row["cache"] for row in of_shape):
+                mine = [row for row in of_shape if row["cache"] == name]
+                at = [row["length"] for row in mine]
+                time.plot(at, [row["token_ms"] for row in mine], "o-", label=name)
+                if name != "off":
+                    memory.plot(at, [row["cache_mib"] for row in mine], "o-", label=name)
+            time.set_yscale("log")
+            time.set_ylabel("ms (logarithmic)")
+            memory.set_ylabel("MiB of cache")
+            for axes in (time, memory):
+                axes.set_title(shape, fontsize="medium")
+                axes.set_xlabel("tokens in the text")
+                axes.legend(fontsize="small")
 
 
 def verification(lab: Lab, file: Path) -> None:

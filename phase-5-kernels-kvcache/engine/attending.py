@@ -6,7 +6,9 @@ A layer hands over its queries, and the keys and values of the new tokens; it do
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from .kernels import TORCH, Kernels
 from .kv_cache import KVCache
+
+FEW = 64  # tokens of a step, at most: those of a large tree
 
 
 class Attending(Protocol):
@@ -60,20 +64,36 @@ class Behind:
 
 
 def seen(
-    positions: Tensor, first: int, held: int, ancestors: Tensor | None, window: int | None, dtype: torch.dtype
+    positions: Sequence[int], first: int, held: int, ancestors: Tensor | None, window: int | None, like: Tensor
 ) -> Tensor | None:
     """The mask [W, n] of a row that holds tokens first .. held - 1 of its text, with T new tokens behind them.
 
     Queries and new tokens are the same T = W at first; `ancestors` bool [T, T] says which of the new each sees, in
-    order where None. positions int64 [T] are theirs. None where every query sees everything.
+    order where None. None where every query sees everything.
     """
     T = len(positions)
-    if T == 1 and (window is None or held + 1 - first <= window):
-        return None
+    if window is not None and max(positions) - first < window:
+        window = None  # nothing has slid out of it
+    if ancestors is None and window is None and T <= FEW:
+        return None if T == 1 else in_order(T, held - first, like)
     if ancestors is None:
-        ancestors = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+        ancestors = torch.ones(T, T, dtype=torch.bool, device=like.device).tril()
     open_ = torch.cat((ancestors.new_ones(T, held - first), ancestors), 1)
     if window is not None:
-        at = torch.cat((torch.arange(first, held, device=positions.device), positions))
-        open_ = open_ & (positions[:, None] - at < window)
-    return torch.zeros_like(open_, dtype=dtype).masked_fill_(~open_, float("-inf"))
+        new = torch.tensor(positions, device=like.device)
+        at = torch.cat((torch.arange(first, held, device=like.device), new))
+        open_ = open_ & (new[:, None] - at < window)
+    return torch.zeros_like(open_, dtype=like.dtype).masked_fill_(~open_, float("-inf"))
+
+
+def in_order(T: int, before: int, like: Tensor) -> Tensor:
+    """The mask [T, before + T] of a few tokens that see all before them, and each other in order: part of a table."""
+    columns = max(256, 1 << before.bit_length())
+    return staircase(columns, like.dtype, like.device)[:T, columns - before : columns + T]
+
+
+@lru_cache(maxsize=8)
+def staircase(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[FEW, columns + FEW]: zeros, and behind them -inf where a later token stands."""
+    later = torch.full((FEW, FEW), float("-inf"), dtype=dtype, device=device).triu(1)
+    return torch.cat((later.new_zeros(FEW, columns), later), 1)

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median_low
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
 from common.errors import UserError
+
+from .prices import Prices, usual
 
 if TYPE_CHECKING:
     from .speculative import StepStats
@@ -133,19 +134,6 @@ class ConfidenceController:
         """Each draft is judged by itself."""
 
 
-def _recent() -> deque[float]:
-    return deque(maxlen=5)
-
-
-@dataclass
-class Costs:
-    """What drafting and verifying took in the last few steps: of the machine and the models, not of a text."""
-
-    draft_ms: deque[float] = field(default_factory=_recent)  # of one draft token
-    position_ms: deque[float] = field(default_factory=_recent)  # of the target, per text or draft token
-    fixed_ms: deque[float] = field(default_factory=_recent)  # of the rule, per step that drafted
-
-
 @dataclass
 class CostController:
     """The K with the most expected tokens per second; 0 where no K beats plain decoding.
@@ -153,11 +141,9 @@ class CostController:
     Expected tokens: 1 + s_1 + ... + s_K, where s_j is the product of the chances a_1 .. a_j that the draft's i-th token
     stands once those before it do. Each a_i is a weighted count of what was seen, older steps counting less; a_1 starts
     from `prior`, each other leans on the one before it, and is that one where nothing was tried yet. Expected time: K
-    draft tokens, and a target forward over text and draft, which costs as much as `overhead` positions before it has
-    computed any (generate.py, `of_similar_length`); what a draft token and a position of the target cost are medians of
-    the last few steps, for the first forward of a process, or a stalled one, is many times slower. While nothing is
-    known of costs drafts are short, and so is a text's first. While it declines it looks again after `retry` steps,
-    then after twice as many, and so on, with a single token.
+    draft tokens, and a target forward with them, at the prices of the last few steps (prices.py). While prices are not
+    known drafts are short, and so is a text's first. While it declines it looks again after `retry` steps, then after
+    twice as many, and so on, for a few steps: the first finds the draft's weights far away.
     """
 
     bounds: Bounds
@@ -166,15 +152,16 @@ class CostController:
     lean: float = 4.0  # of a position on the one before it, in steps seen
     decay: float = 0.95  # of the weight of what was seen, per step
     retry: int = 16
+    look: int = 2  # draft tokens of the first step that looks again, and steps behind it
     first_k: int = 3
-    overhead: int = 64  # of a target forward, in positions
     accepted: int = 0  # of the last draft
     tried: list[float] = field(default_factory=list)
     stood: list[float] = field(default_factory=list)
-    costs: Costs = field(default_factory=Costs)  # may be known from texts before
+    prices: Prices = field(default_factory=Prices)  # may be known from texts before
     drafts: int = 0  # of this text
-    length: int = 0
+    plain: int = 0  # positions that the target computes in a step without a draft
     declined: int = 0
+    looking: int = 0
     wait: int = 0
 
     def __post_init__(self) -> None:
@@ -183,9 +170,13 @@ class CostController:
         self.tried, self.stood = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
 
     def next_k(self) -> int:
-        known = len(self.costs.draft_ms) >= 2
-        if not known or not self.length:
+        if not self.prices.known or not self.plain:
             return self.bounds.clip(self.accepted + 1 if self.drafts else self.first_k)
+        if self.prices.wants_plain:
+            return 0
+        if self.looking:
+            self.looking -= 1
+            return self.bounds.clip(self.accepted + 1)
         if 0 < self.declined < self.wait:  # nothing new was seen since it declined
             self.declined += 1
             return 0
@@ -196,21 +187,21 @@ class CostController:
         self.declined += 1
         if self.declined <= self.wait:
             return 0
-        self.declined, self.wait = 0, 2 * self.wait
-        return self.bounds.low
+        self.declined, self.wait, self.looking = 0, 2 * self.wait, self.look
+        return self.bounds.clip(self.look)
 
     def best(self) -> int:
         """0, or the K within the bounds, that promises most tokens per millisecond at the present length."""
-        draft, position, fixed = map(median_low, (self.costs.draft_ms, self.costs.position_ms, self.costs.fixed_ms))
-        plain = (self.length + self.overhead) * position
-        best, most = 0, 1 / plain
+        prices = self.prices
+        draft, fixed = usual(prices.draft_ms), usual(prices.fixed_ms)
+        best, most = 0, 1 / prices.verify_ms(0, self.plain)
         chance, tokens, survives = self.stood[0] / self.tried[0], 1.0, 1.0
         for k in range(1, self.bounds.high + 1):
             if k > 1:
                 chance = (self.stood[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
             survives *= chance
             tokens += survives
-            cost = plain + k * (position + draft) + fixed
+            cost = prices.verify_ms(k, self.plain) + k * draft + fixed
             if k >= self.bounds.low and tokens / cost > most:
                 best, most = k, tokens / cost
         return best
@@ -219,8 +210,8 @@ class CostController:
         return False
 
     def observe(self, step: StepStats) -> None:
-        self.length = step.length + step.emitted
-        self.costs.position_ms.append(step.verify_ms / (self.overhead + step.length + step.proposed))
+        self.prices.observe(step)
+        self.plain = step.plain
         for at in range(self.bounds.high):
             if at or self.tried[at] > 1:  # of the first token, what is known never counts less than one look
                 self.tried[at] *= self.decay
@@ -229,8 +220,6 @@ class CostController:
             return
         self.accepted = step.accepted
         self.drafts += 1
-        self.costs.draft_ms.append(step.draft_ms / step.depth)
-        self.costs.fixed_ms.append(step.accept_ms)
         for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first that fell was looked at too
             self.tried[at] += 1
             self.stood[at] += at < step.accepted
@@ -243,9 +232,9 @@ def make_controller(
     max_k: int = 8,
     target_acceptance: float = 0.7,
     confidence: float = 0.4,
-    costs: Costs | None = None,
+    prices: Prices | None = None,
 ) -> KController:
-    """A fresh controller of this name, for one sequence. `cost` may know from other sequences what things cost."""
+    """A fresh controller of this name, for one sequence. `cost` may know prices from other sequences."""
     if name == "fixed":
         return FixedController(k)
     bounds = Bounds(min_k, max_k)
@@ -253,4 +242,4 @@ def make_controller(
         return AdaptiveController(k, bounds, target_acceptance)
     if name == "confidence":
         return ConfidenceController(bounds, confidence)
-    return CostController(bounds, costs=costs or Costs())
+    return CostController(bounds, prices=prices or Prices())

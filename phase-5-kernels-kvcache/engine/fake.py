@@ -58,7 +58,7 @@ class FakeModel(Transformer):
     def states(
         self,
         tokens: Tensor,
-        positions: Tensor | None = None,
+        positions: Tensor | range | None = None,
         wanted: Tensor | None = None,
         mask: Tensor | None = None,
         taps: tuple[int, ...] = (),

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .kv_cache import KVOptions
 from .model import Transformer
 from .profiler import stage
@@ -85,7 +87,16 @@ def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParam
     stage("verify")
     logits = runner.logits(list(sequences), [sequence.prompt + sequence.tokens for sequence in sequences])
     stage("sample")
-    tokens = runner.model.kernels.sample(
+    for sequence, token in zip(sequences, sample(runner, logits, sequences, params, randomness), strict=True):
+        if not sequence.append(token):
+            runner.release(sequence)
+
+
+def sample(
+    runner: Runner, logits: Tensor, sequences: list[Sequence], params: SamplingParams, randomness: Randomness
+) -> list[int]:
+    """The token that follows each sequence, by logits [R, V]."""
+    return runner.model.kernels.sample(
         logits,
         params,
         randomness,
@@ -94,9 +105,6 @@ def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParam
         prompts=[sequence.prompt for sequence in sequences],
         outputs=[sequence.tokens for sequence in sequences],
     )
-    for sequence, token in zip(sequences, tokens, strict=True):
-        if not sequence.append(token):
-            runner.release(sequence)
 
 
 def decode(

@@ -22,6 +22,9 @@ Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or
 Wanted = tuple[Tensor, Tensor]  # row numbers [B, 1] and positions [B, W]: x[wanted] is [B, W, D]
 
 
+FEW = 16  # tokens of a step: what starting an operation costs counts, not what it computes
+
+
 def plus(x: Tensor, other: Tensor) -> Tensor:
     """x + other, in x's memory where no gradient is asked for: see kernels/reference.py."""
     return x + other if torch.is_grad_enabled() else x.add_(other)
@@ -106,10 +109,10 @@ class Attention(nn.Module):
         heads, kv, d = config.heads, config.kv_heads, config.head_dim
         if wanted is None:
             made = linear(self.qkv, x).view(B, T, heads + 2 * kv, d)
-            query, key, value = made.split((heads, kv, kv), 2)
+            asking, value = made[:, :, : heads + kv], made[:, :, heads + kv :]
             if rotation is not None and not config.qk_norm:  # both at once
-                query, key = rope(made[:, :, : heads + kv], *rotation).split((heads, kv), 2)
-                rotation = None
+                asking, rotation = rope(asking, *rotation), None
+            query, key = asking[:, :, :heads], asking[:, :, heads:]
         else:
             first = heads * d
             query = linear(self.qkv, x[wanted], 0, first).view(B, -1, heads, d)
@@ -130,13 +133,15 @@ def halves(kernels: Kernels, linear: nn.Module, x: Tensor) -> tuple[Tensor, Tens
     """Both halves of what a layer makes of x: one product, or one for each where that is faster.
 
     In float32 a CPU spends nearly all of it on arithmetic: two products cost what one costs, and each leaves its half
-    in memory without gaps, which the next operation reads faster.
+    in memory without gaps, which the next operation reads faster. The halves of a few tokens are small anyway.
     """
-    if isinstance(linear, Linear) and x.device.type == "cpu" and linear.weight.dtype == torch.float32:
+    many = x.shape[1] > FEW
+    if many and isinstance(linear, Linear) and x.device.type == "cpu" and linear.weight.dtype == torch.float32:
         half = linear.out_features // 2
         return kernels.linear(linear, x, 0, half), kernels.linear(linear, x, half, 2 * half)
-    first, second = kernels.linear(linear, x).chunk(2, -1)
-    return first, second
+    both = kernels.linear(linear, x)
+    half = both.shape[-1] // 2
+    return both[..., :half], both[..., half:]
 
 
 class FeedForward(nn.Module):
@@ -227,7 +232,7 @@ class Transformer(nn.Module):
     def states(
         self,
         tokens: Tensor,
-        positions: Tensor | None = None,
+        positions: Tensor | range | None = None,
         wanted: Tensor | None = None,
         mask: Tensor | None = None,
         taps: tuple[int, ...] = (),
@@ -237,17 +242,18 @@ class Transformer(nn.Module):
 
         The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `mask` ([B, T, T], 0 where
         a query may look and -inf where not) replaces the causal one, and positions may differ by row ([B, T]): a tree
-        of guesses has several tokens for one position. With `cached` the tokens stand behind what a cache holds, at
-        `positions`, and its masks count.
+        of guesses has several tokens for one position. A range is for all rows. With `cached` the tokens stand behind
+        what a cache holds, at `positions`, and its masks count.
         """
         T = tokens.shape[1]
-        x = self.embedding(tokens)
-        rotation = None
-        if self.config.positions == "learned":
-            at = torch.arange(T, device=tokens.device) if positions is None else positions
-            x = x + self.positions(at + self.config.position_offset)
+        x, rotation, at = self.embedding(tokens), None, range(T) if positions is None else positions
+        if self.config.positions == "rope":
+            rotation = self.rotation_of(at, x)
+        elif isinstance(at, range):
+            first = at.start + self.config.position_offset
+            x = x + self.positions.weight[first : first + T]
         else:
-            rotation = self.rotation(T, x) if positions is None else self.rotation_of(positions, x)
+            x = x + self.positions(at + self.config.position_offset)
         every, last = (
             self.masks(self.mask(T, x) if mask is None else mask, wanted)
             if cached is None
@@ -279,16 +285,18 @@ class Transformer(nn.Module):
         """hidden [..., D] -> logits [..., V]."""
         return self.kernels.linear(self.head, hidden)
 
-    def rotation(self, length: int, like: Tensor) -> Rotation:
-        """The tables for positions 0 .. T-1, from a store that grows when a longer sequence comes."""
-        if self._tables is None or len(self._tables[0]) < length or self._tables[0].dtype != like.dtype:
-            longest = max(256, 1 << (length - 1).bit_length())
-            self._tables = self.rotation_at(torch.arange(longest, device=like.device), like)
-        return self._tables[0][:length], self._tables[1][:length]
+    def rotation_of(self, positions: Tensor | range, like: Tensor) -> Rotation:
+        """cos and signed sin [T, 1, head_dim] at positions [T], or [B, T, 1, head_dim] at positions [B, T].
 
-    def rotation_of(self, positions: Tensor, like: Tensor) -> Rotation:
-        """The rows of those tables for positions [T] or [B, T]: [T, 1, head_dim] or [B, T, 1, head_dim]."""
-        cos, sin = self.rotation(int(positions.max()) + 1, like)
+        They are parts of tables, which grow when a longer sequence comes.
+        """
+        end = positions.stop if isinstance(positions, range) else int(positions.max()) + 1
+        if self._tables is None or len(self._tables[0]) < end or self._tables[0].dtype != like.dtype:
+            longest = max(256, 1 << (end - 1).bit_length())
+            self._tables = self.rotation_at(torch.arange(longest, device=like.device), like)
+        cos, sin = self._tables
+        if isinstance(positions, range):
+            return cos[positions.start : end], sin[positions.start : end]
         return cos[positions], sin[positions]
 
     def rotation_at(self, positions: Tensor, like: Tensor) -> Rotation:

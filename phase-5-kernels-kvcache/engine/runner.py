@@ -37,6 +37,11 @@ Owners = list[Hashable]
 class Runner(Protocol):
     model: Transformer
     prefill_ms: float  # spent so far on what texts began with
+    computed: list[int]  # positions of each text that the last step put through the model
+
+    def plain(self, length: int) -> int:
+        """Positions that a step without a draft computes for a text of this length."""
+        ...
 
     def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
         """What follows each text, [R, V]."""
@@ -67,8 +72,13 @@ class WholeRunner:
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.prefill_ms = model, 0.0
+        self.computed: list[int] = []
+
+    def plain(self, length: int) -> int:
+        return length - window_start(length, self.model.config.context)
 
     def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
+        self.computed = [self.plain(len(text)) for text in texts]
         return next_logits(self.model, texts)
 
     def step(
@@ -79,6 +89,10 @@ class WholeRunner:
         known: list[int] | None = None,
         taps: tuple[int, ...] = (),
     ) -> Target:
+        self.computed = [
+            self.plain(len(text) + draft.depth) - draft.depth + len(draft.tokens)
+            for text, draft in zip(texts, drafts, strict=True)
+        ]
         return target_forward(self.model, texts, drafts, known, taps)
 
     def keep(self, owner: Hashable, nodes: list[int]) -> None:
@@ -98,6 +112,10 @@ class CachedRunner:
     def __init__(self, model: Transformer, texts: Texts, chunk: int = 512, together: int = 16) -> None:
         self.model, self.texts, self.chunk, self.together = model, texts, chunk, together
         self.prefill_ms = 0.0
+        self.computed: list[int] = []
+
+    def plain(self, length: int) -> int:
+        return 1
 
     def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
         return self.step(owners, texts, [NO_DRAFT] * len(texts)).logits[:, 0]
@@ -116,16 +134,20 @@ class CachedRunner:
             for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
         ]
         hidden, outputs = self._forward(works, taps)
-        states = [torch.cat((*w.states, of_row[w.skip : w.count])) for w, of_row in zip(works, outputs, strict=True)]
+        self.computed = [work.prefilled + work.count for work in works]
+        states = None
+        if known is not None:
+            each = zip(works, outputs, strict=True)
+            states = [torch.cat((*work.states, of_row[work.skip : work.count])) for work, of_row in each]
         for work in works:
             self.texts.appended(work.row, work.new, work.draft.tokens)
         K = max(len(draft.tokens) for draft in drafts)
-        read = [[min(len(work.new) - 1 + j, work.count - 1) for j in range(K + 1)] for work in works]
-        if read != [list(range(hidden.shape[1]))]:  # of a single text all positions may be read as they stand
+        if len(works) > 1 or hidden.shape[1] > K + 1:  # of a single text all positions may be read as they stand
+            read = [[min(len(work.new) - 1 + j, work.count - 1) for j in range(K + 1)] for work in works]
             device = hidden.device
             hidden = hidden[torch.arange(len(works), device=device)[:, None], torch.tensor(read, device=device)]
-        logits = self.model.logits(hidden)
-        return Target(logits, None if known is None else states, [list(range(len(of_row))) for of_row in states])
+        columns = [] if states is None else [list(range(len(of_row))) for of_row in states]
+        return Target(self.model.logits(hidden), states, columns)
 
     def _begin(self, owner: Hashable, text: list[int], draft: Tree, known: int | None, taps: tuple[int, ...]) -> Work:
         """Prefill what a step does not take along, and say what is left to do."""
@@ -134,6 +156,7 @@ class CachedRunner:
         row = self.texts.begin(owner, window)
         first = len(window) if known is None else min(max(known - start, 0), len(window) - 1)
         states: list[Tensor] = []
+        before = len(row.held)
         if len(window) - len(row.held) > self.together:
             began = time.perf_counter()
             while len(row.held) < len(window) - 1:
@@ -145,7 +168,7 @@ class CachedRunner:
                 self.texts.appended(row, work.new, [])
             synchronize(self.model.embedding.weight.device)
             self.prefill_ms += (time.perf_counter() - began) * 1e3
-        return Work(row, window[len(row.held) :], draft, first, states)
+        return Work(row, window[len(row.held) :], draft, first, states, len(row.held) - before)
 
     def _forward(self, works: list[Work], taps: tuple[int, ...], last: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden states [R, T, D] of new tokens and drafts, and with the tapped layers beside them [R, T, F].
@@ -154,20 +177,21 @@ class CachedRunner:
         """
         weight, cache, window = self.model.embedding.weight, self.texts.cache, self.model.config.window
         T = max(work.count for work in works)
-        tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
-        places = [work.positions + [0] * (T - work.count) for work in works]
-        for work in works:
-            cache.make_room(work.row.number, work.count)
-        positions = torch.tensor(places, device=weight.device)
         masks = []
-        for work, at in zip(works, positions, strict=True):
+        for work in works:
             number, ancestors = work.row.number, None if work.draft.is_chain else work.ancestors().to(weight.device)
-            mask = seen(at[: work.count], cache.first(number), cache.length(number), ancestors, window, weight.dtype)
-            if mask is not None and work.count < T:
+            cache.make_room(number, work.count)
+            mask = seen(work.positions, cache.first(number), cache.length(number), ancestors, window, weight)
+            if work.count < T and mask is not None:
                 mask = F.pad(mask, (0, 0, 0, T - work.count))
             masks.append(mask)
         behind = Behind(cache, [work.row.number for work in works], [work.count for work in works], masks)
         wanted = torch.tensor([[T - 1]], device=weight.device) if last else None
+        tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
+        positions: Tensor | range = range(len(works[0].row.held), len(works[0].row.held) + T)
+        if len(works) > 1 or not works[0].draft.is_chain:
+            places = [[*work.positions, *[0] * (T - work.count)] for work in works]
+            positions = torch.tensor(places, device=weight.device)
         hidden, tapped = self.model.states(
             torch.tensor(tokens, device=weight.device), positions, wanted, taps=taps, cached=behind
         )
@@ -189,6 +213,7 @@ class Work:
     draft: Tree
     first: int  # position in the window from which on states are asked for; past the text where none are
     states: list[Tensor] = field(default_factory=list)  # those that a prefill gave
+    prefilled: int = 0  # positions
 
     @cached_property
     def count(self) -> int:
@@ -198,7 +223,7 @@ class Work:
     def skip(self) -> int:
         return max(0, self.first - len(self.row.held))
 
-    @property
+    @cached_property
     def positions(self) -> list[int]:
         """In the window; nodes of one level share theirs."""
         start, end = len(self.row.held), len(self.row.held) + len(self.new)

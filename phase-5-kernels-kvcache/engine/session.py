@@ -23,7 +23,6 @@ from common.errors import UserError
 from .beam import beam_search
 from .compile import Compiler
 from .config import ModelConfig
-from .controllers import Costs
 from .cost import forward_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
@@ -35,6 +34,7 @@ from .options import Options, QuantName
 from .packing import pack_matrices
 from .pair import check_pair, load_fake, resolve_draft
 from .precision import Precision, computing, each_within, resolve_precision
+from .prices import Prices
 from .profiler import stage
 from .quantize import Format
 from .runner import CachedRunner, Runner, make_runner
@@ -67,7 +67,7 @@ class Session:
         if self.draft:
             check_pair(self.loaded, self.draft)
         self.runner: Runner | None = None  # of the target, in the last run
-        self.costs = Costs()  # of time, by which `--controller cost` goes
+        self.prices = Prices()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
         self.compiler = Compiler() if options.compile else None
         if self.compiler:
@@ -176,7 +176,7 @@ class Session:
         drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
         if self.options.tree != "off":
             drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
-        controller = partial(self.options.make_controller, self.costs)
+        controller = partial(self.options.make_controller, self.prices)
         for step in speculative_decode(runner, drafter, sequences, self.params, self.policy, controller, decisions):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)

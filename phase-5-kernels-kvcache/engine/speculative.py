@@ -21,7 +21,7 @@ from common.device import synchronize
 from .context import window_start
 from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
-from .generate import decode_step
+from .generate import decode_step, sample
 from .policies import AcceptancePolicy, Judged, Path, Rejection
 from .profiler import stage
 from .runner import Runner
@@ -45,6 +45,8 @@ class StepStats:
     accepted: int  # those that stood
     emitted: int  # tokens that the sequence gained
     length: int  # of the sequence before the step
+    computed: int  # positions that the target computed: what it had not seen of the text, and the draft
+    plain: int  # of them, those that every step has to; the rest are a prefill, or the draft
     draft_ms: float
     verify_ms: float
     accept_ms: float
@@ -129,7 +131,11 @@ def plain_step(
     decode_step(runner, sequences, params, decisions)
     verify_ms = (time.perf_counter() - began) * 1e3
     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
-    stats = [StepStats(0, 0, 0, 0, 1, length, 0.0, verify_ms, 0.0) for length in lengths]
+    counts = zip(lengths, runner.computed, strict=True)
+    stats = [
+        StepStats(0, 0, 0, 0, 1, length, computed, runner.plain(length), 0.0, verify_ms, 0.0)
+        for length, computed in counts
+    ]
     for controller, of_sequence in zip(controllers, stats, strict=True):
         controller.observe(of_sequence)
     draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
@@ -176,7 +182,11 @@ def speculative_step(
         synchronize(device)
         verified = time.perf_counter()
         stage("accept")
-        judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
+        if any(tree.tokens for tree in trees):
+            judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
+        else:  # the forward was for its states
+            tokens = sample(runner, target.logits[:, 0], sequences, params, decisions)
+            paths = [Path([], token) for token in tokens]
         deciding = time.perf_counter()
         for sequence, path in zip(sequences, paths, strict=True):
             runner.keep(sequence, path.nodes)
@@ -204,6 +214,8 @@ def speculative_step(
                 accepted=min(len(path.nodes), emitted),
                 emitted=emitted,
                 length=lengths[row],
+                computed=runner.computed[row],
+                plain=runner.plain(lengths[row]),
                 draft_ms=(drafted - began) * 1e3,
                 verify_ms=(verified - drafted) * 1e3,
                 accept_ms=(done - verified - kept) * 1e3,

@@ -202,7 +202,7 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
     for step in made.run(sequences, phase5.Clock()):
         if step.trees[0].tokens and sequences[0].finish_reason is None:
             drafter = drafters[0]
-            layer, inputs = drafter._layers[sequences[0]], drafter.memory.get(sequences[0])
+            layer, inputs = drafter._layers[sequences[0]], drafter.inputs(sequences[0], drafter.head.shape.reach)
             assert inputs is not None
             fresh = Lookahead(drafter.head, drafter.target, 512)
             fresh.begin(inputs[: layer.confirmed], 0)

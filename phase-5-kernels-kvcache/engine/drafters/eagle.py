@@ -142,8 +142,8 @@ class Lookahead:
     def begin(self, inputs: Tensor, end: int) -> Tensor:
         """The feature [1, D] that is predicted behind the sequence's new inputs [n, D], which end at a position."""
         self.cache.truncate(0, self.confirmed)
-        places = torch.arange(self.confirmed, self.confirmed + len(inputs), device=self.device)
-        mask = seen(places, 0, self.confirmed, None, self.head.shape.reach, inputs.dtype)
+        places = range(self.confirmed, self.confirmed + len(inputs))
+        mask = seen(places, 0, self.confirmed, None, self.head.shape.reach, inputs)
         last = torch.tensor([[len(inputs) - 1]], device=self.device)
         self.predicted = self._predict(inputs, places, mask, last)
         self.confirmed, self.end = self.confirmed + len(inputs), end
@@ -163,18 +163,19 @@ class Lookahead:
         inputs = self.head.inputs(self.target.embedding(tokens), read)
 
         lines = self.lines[before:]
-        places = torch.tensor([self.confirmed - 1 + len(line) for line in lines], device=self.device)
+        places = [self.confirmed - 1 + len(line) for line in lines]
         mask = None
         if self.confirmed > self.head.shape.reach or any(len(line) < len(self.lines) for line in lines):
             mask = inputs.new_full((len(nodes), self.confirmed + len(self.lines)), float("-inf"))
-            for row, place, line in zip(mask, places.tolist(), lines, strict=True):
+            for row, place, line in zip(mask, places, lines, strict=True):
                 row[max(0, place - self.head.shape.reach + 1) : self.confirmed] = 0
                 row[[self.confirmed + guess for guess in line]] = 0
-        added = self._predict(inputs, places, mask, None)
+        at = range(places[0], places[0] + 1) if len(nodes) == 1 else torch.tensor(places, device=self.device)
+        added = self._predict(inputs, at, mask, None)
         self.predicted = torch.cat((self.predicted, added))
         return added
 
-    def _predict(self, inputs: Tensor, places: Tensor, mask: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def _predict(self, inputs: Tensor, places: Tensor | range, mask: Tensor | None, wanted: Tensor | None) -> Tensor:
         """[n, D] behind inputs [n, D] at these places, or behind those wanted alone; they stay in the cache."""
         rotation = None
         if self.head.config.positions == "rope":
@@ -203,7 +204,7 @@ class EagleDrafter:
         self.target, self.head, self.cached = target, head, cached
         self.params, self.decisions, self.noise = params, decisions, noise
         self.taps: tuple[int, ...] | None = head.taps
-        self.memory = StateMemory(keep=head.shape.reach)  # of the layer's inputs, which are made from the states
+        self.memory = StateMemory(keep=head.shape.reach)
         self._layers: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
@@ -217,8 +218,8 @@ class EagleDrafter:
         return chains.draft()
 
     def ready(self, sequence: Sequence) -> bool:
-        inputs = self.memory.get(sequence)
-        return inputs is not None and len(inputs) > 0
+        states = self.memory.get(sequence, last=1)
+        return states is not None and len(states) > 0
 
     @torch.inference_mode()
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
@@ -228,30 +229,28 @@ class EagleDrafter:
         return self.target.logits(self._layers[sequence].extend(tree, nodes))
 
     def _begin(self, sequence: Sequence) -> Tensor:
-        inputs, end = self.memory.get(sequence), sequence.length - 1
-        assert inputs is not None, "the first step of a sequence has nothing to draft from"
-        layer = self._layers.get(sequence)
-        new = len(inputs) if layer is None else end - layer.end
-        if layer is None or not self.cached or new > len(inputs) or not layer.has_room(new):
+        end, layer = sequence.length - 1, self._layers.get(sequence)
+        new = self.head.shape.reach if layer is None else end - layer.end
+        if layer is None or not self.cached or new > self.head.shape.reach or not layer.has_room(new):
             longest = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.config.context)
             capacity = max(longest, 2 * self.head.shape.reach) + DRAFT_ROOM
             layer = self._layers[sequence] = Lookahead(self.head, self.target, capacity)
-            new = len(inputs)
-        return layer.begin(inputs[len(inputs) - new :], end) if new else layer.predicted[:1]
+            new = self.head.shape.reach
+        if not new:
+            return layer.predicted[:1]
+        return layer.begin(self.inputs(sequence, new), end)
+
+    def inputs(self, sequence: Sequence, last: int) -> Tensor:
+        """What the layer is fed for the last so many positions whose next token is known, [n, D]."""
+        states = self.memory.get(sequence, last)
+        assert states is not None, "the first step of a sequence has nothing to draft from"
+        following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]  # drawn from those states
+        embedded = self.target.embedding(torch.tensor(following, device=states.device))
+        return self.head.inputs(embedded, self.head.read(states))
 
     def known(self, sequence: Sequence) -> int:
         return self.memory.known(sequence)
 
-    @torch.inference_mode()
     def observe(self, outcome: Outcome) -> None:
-        """States become inputs once the token that followed each is known."""
-        assert outcome.states is not None, "the loop was not asked for states"
-        going = [
-            (s, states) for s, states in zip(outcome.sequences, outcome.states, strict=True) if not s.finish_reason
-        ]
-        inputs = []
-        for sequence, states in going:
-            following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]
-            embedded = self.target.embedding(torch.tensor(following, dtype=torch.long, device=states.device))
-            inputs.append(self.head.inputs(embedded, self.head.read(states)))
-        self.memory.observe(Outcome([sequence for sequence, _ in going], outcome.accepted, inputs))
+        """Their states are kept; what the layer makes of them waits until a draft begins."""
+        self.memory.observe(outcome)

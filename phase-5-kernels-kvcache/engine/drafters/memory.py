@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,16 +21,18 @@ class StateMemory:
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
-        self._kept: WeakKeyDictionary[Sequence, tuple[int, Tensor]] = WeakKeyDictionary()  # end position, states
+        self._kept: WeakKeyDictionary[Sequence, Kept] = WeakKeyDictionary()
 
-    def get(self, sequence: Sequence) -> Tensor | None:
-        """The states up to the last position but one; None where they are not known."""
-        end, states = self._kept.get(sequence, (0, None))
-        return states if end == sequence.length - 1 else None
+    def get(self, sequence: Sequence, last: int | None = None) -> Tensor | None:
+        """The states up to the last position but one, or the last so many of them; None where they are not known."""
+        kept = self._kept.get(sequence)
+        if kept is None or kept.end != sequence.length - 1:
+            return None
+        return kept.last(self.keep if last is None else last)
 
     def known(self, sequence: Sequence) -> int:
         """From which position on states are missing."""
-        return self._kept[sequence][0] if sequence in self._kept else max(0, sequence.length - self.keep)
+        return self._kept[sequence].end if sequence in self._kept else max(0, sequence.length - self.keep)
 
     def forget(self, sequence: Sequence) -> None:
         self._kept.pop(sequence, None)
@@ -37,5 +40,25 @@ class StateMemory:
     def observe(self, outcome: Outcome) -> None:
         assert outcome.states is not None, "the loop was not asked for states"
         for sequence, states in zip(outcome.sequences, outcome.states, strict=True):
-            _, before = self._kept.get(sequence, (0, states[:0]))
-            self._kept[sequence] = (sequence.length - 1, torch.cat((before, states))[-self.keep :])
+            kept = self._kept.setdefault(sequence, Kept())
+            kept.end = sequence.length - 1
+            kept.parts.append(states)
+            if len(kept.parts) > self.keep:
+                kept.parts = [kept.last(self.keep)]
+
+
+@dataclass
+class Kept:
+    """Of one sequence: put together only when somebody reads it, for most steps nobody does."""
+
+    end: int = 0  # position behind the last
+    parts: list[Tensor] = field(default_factory=list)
+
+    def last(self, count: int) -> Tensor:
+        """[n, F], n at most `count`."""
+        first, found = len(self.parts), 0
+        while first > 0 and found < count:
+            first -= 1
+            found += len(self.parts[first])
+        read = self.parts[first:]
+        return (read[0] if len(read) == 1 else torch.cat(read))[max(0, found - count) :]

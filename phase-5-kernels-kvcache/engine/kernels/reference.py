@@ -5,6 +5,8 @@ python bench.py --only caches
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,9 +34,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Three passes over x: its length and two products. On a CPU torch's own takes four: a power, its sum, the products.
     """
-    wide = x.float()
+    if torch.is_grad_enabled():
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    wide = x if x.dtype == torch.float32 else x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return times(wide * torch.rsqrt(length * length / x.shape[-1] + eps), weight).to(x.dtype)
+    scale = torch.addcmul(constant(eps, x.device), length, length, value=1 / x.shape[-1]).rsqrt_()
+    normed = (wide * scale).mul_(weight)
+    return normed if x.dtype == torch.float32 else normed.to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, device: torch.device) -> Tensor:
+    """A number where operations take tensors: making one costs what adding it costs."""
+    return torch.tensor(value, device=device)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,8 +59,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], keys: Tensor, values: Tensor) -> None:
     """Write the first counts[r] of keys and values [R, T, kv_heads, head_dim] behind row rows[r] of the cache."""
+    whole = keys.shape[1]
     for at, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        cache.append(layer, row, keys[at, :count], values[at, :count])
+        if count == whole:
+            cache.append(layer, row, keys[at], values[at])
+        else:
+            cache.append(layer, row, keys[at, :count], values[at, :count])
 
 
 def decode_attention(
@@ -59,17 +75,22 @@ def decode_attention(
     masks[r] [W, n] is 0 where a query may look and -inf where not; None where every query sees all. Nothing is read
     that was never written, whatever lies there.
     """
-    mixed = []
-    for of_row, row, count, mask in zip(query, rows, counts, masks, strict=True):
-        keys, values = cache.read(layer, row, count)
-        grouped = keys.shape[0] < of_row.shape[1]
-        mixed.append(
-            F.scaled_dot_product_attention(
-                of_row.transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=grouped
-            )
-        )
-    together = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-    return together.transpose(1, 2)
+    mixed = [
+        attend(query[at], *cache.read(layer, row, count), mask)
+        for at, (row, count, mask) in enumerate(zip(rows, counts, masks, strict=True))
+    ]
+    return mixed[0][None] if len(mixed) == 1 else torch.stack(mixed)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """One row: query [W, H, head_dim] over keys and values [kv_heads, n, head_dim] -> [W, H, head_dim]."""
+    (W, H, d), kv = query.shape, len(keys)
+    if W == 1 and mask is None:  # query heads that share a key head are so many queries of it
+        return F.scaled_dot_product_attention(query.view(1, kv, H // kv, d), keys[None], values[None]).view(1, H, d)
+    whole = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=kv < H
+    )
+    return whole[0].transpose(0, 1)
 
 
 def verify_prefix(draft_tokens: Tensor, choices: Tensor, widths: Tensor) -> Tensor:

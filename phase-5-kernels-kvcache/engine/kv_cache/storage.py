@@ -30,7 +30,7 @@ class Storage:
     def write(self, place: Any, x: Tensor) -> None:
         """x to the place that an index names: the slice values[place] has its shape."""
         if self.scales is None:
-            self.values[place] = x.to(self.values.dtype)
+            self.values[place] = x if x.dtype == self.values.dtype else x.to(self.values.dtype)
             return
         scales = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=2**-24).half()
         self.scales[place] = scales

@@ -37,9 +37,9 @@ class Texts:
             self._borrow(row, window)
         row = self.rows[owner]
         self.settle(row, [])
-        shared = common_prefix(row.held, window[:-1])
-        if shared < len(row.held):
-            self._truncate(row, shared)
+        held = len(row.held)
+        if held >= len(window) or row.held != window[:held]:
+            self._truncate(row, common_prefix(row.held, window[:-1]))
         return row
 
     def _truncate(self, row: Row, length: int) -> None:

@@ -1,0 +1,83 @@
+"""What a step costs by the clock, and the K that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from phase5 import Bounds, CostController, StepStats
+from phase5.prices import Prices
+
+pytestmark = pytest.mark.about("engine/prices.py", "Prices", "usual")
+
+
+def step(k: int, verify: float, draft: float = 0.5, accepted: int = 0, computed: int | None = None) -> StepStats:
+    """Of a text in a cache: a forward computes one token and the draft."""
+    return StepStats(
+        k=k,
+        proposed=k,
+        depth=k,
+        accepted=accepted,
+        emitted=accepted + 1,
+        length=100,
+        computed=1 + k if computed is None else computed,
+        plain=1,
+        draft_ms=k * draft,
+        verify_ms=verify,
+        accept_ms=0.1,
+    )
+
+
+def told(*steps: StepStats) -> Prices:
+    prices = Prices()
+    for each in steps:
+        prices.observe(each)
+    return prices
+
+
+def test_what_was_tried_is_known_and_what_lies_between_is_on_a_line() -> None:
+    prices = told(step(0, 2.0), step(2, 3.0), step(6, 4.0))
+    assert prices.verify_ms(0, 1) == pytest.approx(2.0)
+    assert prices.verify_ms(2, 1) == pytest.approx(3.0)
+    assert prices.verify_ms(4, 1) == pytest.approx(3.5)
+    assert prices.verify_ms(8, 1) == pytest.approx(4 + 2 / 3)
+
+
+def test_fewer_tokens_never_cost_more() -> None:
+    prices = told(step(0, 2.0), step(1, 9.0), step(4, 3.0))
+    assert prices.verify_ms(1, 1) == pytest.approx(3.0)
+
+
+def test_a_stalled_forward_and_a_prefill_teach_nothing() -> None:
+    prices = told(*[step(3, 3.0)] * 6, step(3, 300.0), step(3, 50.0, computed=200))
+    assert prices.verify_ms(3, 1) == pytest.approx(3.0)
+
+
+def test_without_a_cache_a_longer_text_costs_more() -> None:
+    whole = [dataclasses.replace(step(0, 10.0), computed=36, plain=36) for _ in range(3)]
+    assert told(*whole).verify_ms(0, 136) == pytest.approx(20.0)
+
+
+def test_a_plain_step_is_wanted_until_it_is_known_and_again_after_a_while() -> None:
+    prices = told(step(0, 2.0), step(0, 2.0))
+    assert not prices.wants_plain
+    for _ in range(65):
+        prices.observe(step(2, 3.0))
+    assert prices.wants_plain
+
+
+@pytest.mark.parametrize(
+    ("verify", "draft", "chosen"),
+    [
+        (lambda k: 2.0, 0.01, 8),  # verifying and drafting are nearly free
+        (lambda k: 2.0 * (1 + k), 0.01, 0),  # a draft token costs what a token costs
+        (lambda k: 2.0 if k < 4 else 9.0, 0.05, 3),  # a cliff behind three
+    ],
+)
+def test_the_controller_goes_by_what_verifying_costs(verify: object, draft: float, chosen: int) -> None:
+    assert callable(verify)
+    controller = CostController(Bounds(1, 8))
+    for _ in range(4):
+        for k in range(9):
+            controller.observe(step(k, verify(k), draft, accepted=max(0, k - 1) if k < 8 else 8))
+    assert controller.best() == chosen
