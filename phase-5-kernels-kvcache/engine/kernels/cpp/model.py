@@ -227,12 +227,12 @@ class CppModel:
 
     def view(self, cache: StaticCache) -> Any:
         """The cache as the kernels see it; made anew where its memory is another."""
+        if (reason := self.why_not_cache(cache)) is not None:
+            raise UserError(reason)
         pointers = (cache.keys[0].values.data_ptr(), cache.values[-1].values.data_ptr())
         known = self._views.get(cache)
         if known is not None and known[0] == pointers:
             return known[1]
-        if (reason := self.why_not_cache(cache)) is not None:
-            raise UserError(reason)
 
         def addresses(tensors: list[Tensor]) -> list[int]:
             for tensor in tensors:

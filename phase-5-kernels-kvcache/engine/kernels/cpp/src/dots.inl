@@ -47,7 +47,7 @@ struct Tiling;
 template <>
 struct Tiling<false> {
     static constexpr int TOKENS = 8;
-    static constexpr int panels(int m) { return m <= 2 ? 4 : m <= 6 ? 2 : 1; }
+    static constexpr int panels(int m) { return m == 1 ? 8 : m <= 3 ? 4 : m <= 6 ? 2 : 1; }
     static constexpr int registers(int) { return 2; }
 };
 template <>
@@ -78,10 +78,12 @@ template <Kind KIND, bool WIDE, int M, int P, int R>
 struct Tile {
     static constexpr int N = P * R;
 
-    LAB_INLINE void add_up(const Matrix& w, const Acts& x, int token, int panel, int first, Floats (&acc)[M][N]) {
+    LAB_INLINE void add_up(
+        const Matrix& w, const Acts& x, int token, int panel, int apart, int first, Floats (&acc)[M][N]
+    ) {
         const uint8_t* base[P];
         const uint8_t* row[M];
-        LAB_EACH(p, P) base[p] = w.data + (panel + p) * w.panel_bytes() + first * row_bytes(KIND) / PANEL_REGISTERS;
+        LAB_EACH(p, P) base[p] = w.data + (panel + p * apart) * w.panel_bytes() + first * row_bytes(KIND) / PANEL_REGISTERS;
         LAB_EACH(m, M) row[m] = x.data + (token + m) * x.stride;
         const int steps = w.padded / together(KIND);
         constexpr int LANE_ROW = row_bytes(KIND) / PANEL_REGISTERS;  // bytes of one register's weights
@@ -122,13 +124,13 @@ struct Tile {
             }
 #endif
         } else {
-            add_up_levels(w, x, token, panel, first, base, row, acc);
+            add_up_levels(w, x, token, panel, apart, first, base, row, acc);
         }
     }
 
     // Groups of whole numbers are summed up exactly, and then as floats. WIDE: the levels meet float activations.
     LAB_INLINE void add_up_levels(
-        const Matrix& w, const Acts& x, int token, int panel, int first, const uint8_t* (&base)[P],
+        const Matrix& w, const Acts& x, int token, int panel, int apart, int first, const uint8_t* (&base)[P],
         const uint8_t* (&row)[M], Floats (&acc)[M][N]
     ) {
         constexpr int LANE_ROW = row_bytes(KIND) / PANEL_REGISTERS;
@@ -170,7 +172,7 @@ struct Tile {
             LAB_EACH(p, P) LAB_EACH(r, R) {
                 Floats scale{}, zero = all(8.0f);
                 if constexpr (KIND == Kind::i4) {
-                    const size_t group = size_t(panel + p) * weight_groups + g * w.group / w.scale_group;
+                    const size_t group = size_t(panel + p * apart) * weight_groups + g * w.group / w.scale_group;
                     const size_t at = group * PANEL + (first + r) * LANES;
                     scale = load(w.halves + at, Kind::f16);
                     if (w.zeros != nullptr) zero = load(w.zeros + at, Kind::f16);
@@ -192,12 +194,13 @@ struct Tile {
     }
 
     static void run(
-        const Matrix& w, const Acts& x, int token, int panel, int first, float* out, size_t stride, int limit, bool add
+        const Matrix& w, const Acts& x, int token, int panel, int apart, int first, float* out, size_t stride, int limit,
+        bool add
     ) {
         Floats acc[M][N];
-        add_up(w, x, token, panel, first, acc);
+        add_up(w, x, token, panel, apart, first, acc);
         LAB_EACH(p, P) LAB_EACH(r, R) {
-            const int at = (panel + p) * PANEL + (first + r) * LANES;
+            const int at = (panel + p * apart) * PANEL + (first + r) * LANES;
             LAB_EACH(m, M) {
                 Floats y = acc[m][p * R + r];
                 if constexpr (KIND == Kind::i8) y = y * load(w.scales + at);
@@ -215,19 +218,18 @@ struct Tile {
     }
 };
 
-template <Kind KIND, bool WIDE, int M>
+// Panels begin .. end - 1, P at a time. Those that go together lie far apart: so each of P streams through memory is as
+// long as it can be, which is what the processor's prefetchers follow best.
+template <Kind KIND, bool WIDE, int M, int P>
 static void panels_of(
     const Matrix& w, const Acts& x, int token, int begin, int end, float* out, size_t stride, int limit, bool add
 ) {
-    using Tiles = Tiling<KIND == Kind::i8 || KIND == Kind::i4>;
-    constexpr int P = Tiles::panels(M), R = Tiles::registers(M);
-    int panel = begin;
-    for (; panel + P <= end; panel += P)
+    constexpr int R = Tiling<KIND == Kind::i8 || KIND == Kind::i4>::registers(M);
+    const int apart = (end - begin) / P;
+    for (int panel = begin; panel < begin + apart; ++panel)
         for (int first = 0; first < PANEL_REGISTERS; first += R)
-            Tile<KIND, WIDE, M, P, R>::run(w, x, token, panel, first, out, stride, limit, add);
-    for (; panel < end; ++panel)
-        for (int first = 0; first < PANEL_REGISTERS; first += R)
-            Tile<KIND, WIDE, M, 1, R>::run(w, x, token, panel, first, out, stride, limit, add);
+            Tile<KIND, WIDE, M, P, R>::run(w, x, token, panel, apart, first, out, stride, limit, add);
+    if constexpr (P > 1) panels_of<KIND, WIDE, M, P / 2>(w, x, token, begin + apart * P, end, out, stride, limit, add);
 }
 
 // Weights that are read once for all groups of tokens: few enough panels that they stay in the nearest caches.
@@ -245,20 +247,20 @@ static void multiply_as(
         for (int g = 0; g < groups; ++g) {
             const int token = count * g / groups, m = count * (g + 1) / groups - token;
             switch (m) {
-                case 1: panels_of<KIND, WIDE, 1>(w, x, token, from, to, out, stride, limit, add); break;
-                case 2: panels_of<KIND, WIDE, 2>(w, x, token, from, to, out, stride, limit, add); break;
-                case 3: panels_of<KIND, WIDE, 3>(w, x, token, from, to, out, stride, limit, add); break;
-                case 4: panels_of<KIND, WIDE, 4>(w, x, token, from, to, out, stride, limit, add); break;
+                case 1: panels_of<KIND, WIDE, 1, Tiles::panels(1)>(w, x, token, from, to, out, stride, limit, add); break;
+                case 2: panels_of<KIND, WIDE, 2, Tiles::panels(2)>(w, x, token, from, to, out, stride, limit, add); break;
+                case 3: panels_of<KIND, WIDE, 3, Tiles::panels(3)>(w, x, token, from, to, out, stride, limit, add); break;
+                case 4: panels_of<KIND, WIDE, 4, Tiles::panels(4)>(w, x, token, from, to, out, stride, limit, add); break;
 #if defined(__AVX512F__)
-                case 5: panels_of<KIND, WIDE, 5>(w, x, token, from, to, out, stride, limit, add); break;
-                case 6: panels_of<KIND, WIDE, 6>(w, x, token, from, to, out, stride, limit, add); break;
+                case 5: panels_of<KIND, WIDE, 5, Tiles::panels(5)>(w, x, token, from, to, out, stride, limit, add); break;
+                case 6: panels_of<KIND, WIDE, 6, Tiles::panels(6)>(w, x, token, from, to, out, stride, limit, add); break;
                 case 7:
                     if constexpr (Tiles::TOKENS > 6)
-                        panels_of<KIND, WIDE, 7>(w, x, token, from, to, out, stride, limit, add);
+                        panels_of<KIND, WIDE, 7, Tiles::panels(7)>(w, x, token, from, to, out, stride, limit, add);
                     break;
                 case 8:
                     if constexpr (Tiles::TOKENS > 6)
-                        panels_of<KIND, WIDE, 8>(w, x, token, from, to, out, stride, limit, add);
+                        panels_of<KIND, WIDE, 8, Tiles::panels(8)>(w, x, token, from, to, out, stride, limit, add);
                     break;
 #endif
             }

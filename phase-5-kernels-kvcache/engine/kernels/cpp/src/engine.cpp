@@ -123,11 +123,6 @@ void Engine::check(const View& view, const Request& request) const {
     need(request.positions.size() == count, "tokens and positions differ in number");
     need(request.rows.size() == request.counts.size() && request.rows.size() == request.held.size(), "rows and counts differ in number");
     need(request.parents.empty() || request.parents.size() == count, "tokens and parents differ in number");
-    const int places = model.rope ? model.rotations : model.positions.rows - model.position_offset;
-    for (size_t m = 0; m < count; ++m) {
-        need(request.tokens[m] >= 0 && request.tokens[m] < model.vocab, "a token is not in the vocabulary");
-        need(request.positions[m] >= 0 && request.positions[m] < places, "a position is past the model's");
-    }
     size_t total = 0;
     for (size_t r = 0; r < request.rows.size(); ++r) {
         need(request.rows[r] >= 0 && request.rows[r] < cache.rows, "no such row in the cache");
@@ -139,6 +134,11 @@ void Engine::check(const View& view, const Request& request) const {
         total += size_t(request.counts[r]);
     }
     need(total == count, "the rows' counts are not the number of tokens");
+    const int places = model.rope ? model.rotations : model.positions.rows - model.position_offset;
+    for (size_t m = 0; m < count; ++m) {
+        need(request.tokens[m] >= 0 && request.tokens[m] < model.vocab, "a token is not in the vocabulary");
+        need(request.positions[m] >= 0 && request.positions[m] < places, "a position is past the model's");
+    }
     for (size_t w = 0; w < request.wanted.size(); ++w) {
         need(request.wanted[w] >= 0 && size_t(request.wanted[w]) < count, "a wanted token is not there");
         need(w == 0 || request.wanted[w] > request.wanted[w - 1], "wanted tokens must be ascending");
