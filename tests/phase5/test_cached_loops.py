@@ -54,7 +54,8 @@ def texts(count: int) -> list[str]:
 
 
 def session(**options: Any) -> Any:
-    return phase5.Session(phase5.Options(**{"dtype": "float32", "max_tokens": 20, "device": "cpu", **options}))
+    chosen = {"dtype": "float32", "max_tokens": 20, "device": "cpu", "kernels": "torch", **options}
+    return phase5.Session(phase5.Options(**chosen))
 
 
 class Watched:
@@ -67,7 +68,7 @@ class Watched:
             self.runners.append(make_runner(*arguments))  # type: ignore[arg-type]
             return self.runners[-1]
 
-        monkeypatch.setattr("phase5.session.make_runner", make)
+        monkeypatch.setattr("phase5.backends.make_runner", make)
 
 
 def difference(runner: CachedRunner) -> float:

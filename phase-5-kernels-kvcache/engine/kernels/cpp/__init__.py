@@ -9,11 +9,28 @@ What runs on which processor is chosen when the library is loaded: SPECDEC_CPU_I
 
 from __future__ import annotations
 
-from .library import chosen_isa, default_threads, library, why_not
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import library as _library
+from .library import chosen_isa, default_threads, library
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
 
+OPS: dict[str, Callable[..., Any]] = {"sample": sample, "verify_sample": verify_sample}
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing in C++ can run on this device here, or None. Nothing is compiled to find out."""
+    if device.type != "cpu":
+        return f"the C++ kernels run on the CPU, and the device is {device.type}"
+    return _library.why_not()
+
+
 __all__ = [
+    "OPS",
     "CppModel",
     "Stepped",
     "chosen_isa",
