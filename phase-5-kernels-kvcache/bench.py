@@ -1,7 +1,8 @@
 """What must be remembered so that a token costs one token, and what that gives: speed, memory, the price of verifying.
 
-Four sections (`--only`): end to end against phase 4 and transformers, one more token behind texts of many lengths, what
-m verified tokens cost against one, and what a cache in fewer bits costs in perplexity.
+Five sections (`--only`). With torch's operations: end to end against phase 4 and transformers, one more token behind
+texts of many lengths, what m verified tokens cost against one, and what a cache in fewer bits costs in perplexity. With
+steps in C++: plain decoding and speculation in every number format, on a small model and on a large one.
 
     python bench.py --quick
     python bench.py --output results --only speed
@@ -14,6 +15,7 @@ import sys
 from typing import get_args
 
 import torch
+from benchmarks.fast import FAST, measure_fast
 from benchmarks.lengths import LENGTHS, measure_lengths
 from benchmarks.pictures import draw
 from benchmarks.quality import QUALITY, measure_quality
@@ -31,12 +33,14 @@ SECTIONS: dict[Section, Measure] = {
     "lengths": measure_lengths,
     "verification": measure_verification,
     "quality": measure_quality,
+    "fast": measure_fast,
 }
 TITLES = {  # kind of row -> title of its table
     "speed": "End to end",
     "length": "One more token behind a text",
     "verification": "What verification costs",
     "quality": "Perplexity by the cache's format",
+    "fast": "Steps in C++",
 }
 
 
@@ -50,7 +54,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     checkpoint = open_checkpoint(options.model)
     where = environment(device, options.dtype, torch.get_num_threads(), {checkpoint.name: checkpoint.content_hash()})
-    definitions = SPEED | LENGTHS | VERIFICATION | QUALITY
+    definitions = SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
     with Results(options.output, definitions, where, options.resume) as results:
         lab = Lab(options, results, device)
         for section in options.only or get_args(Section):

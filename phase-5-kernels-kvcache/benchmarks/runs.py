@@ -18,7 +18,7 @@ from common.device import dtype_name
 from common.harness import Bench
 from common.prompts import Half, load_prompts
 
-Section = Literal["speed", "lengths", "verification", "quality"]
+Section = Literal["speed", "lengths", "verification", "quality", "fast"]
 
 
 class Options(BenchOptions):
@@ -83,6 +83,7 @@ class Lab(Bench):
             "max_tokens": self.options.max_tokens,
             "device": self.device.type,
             "dtype": dtype_name(torch.float32),
+            **({"kernels": "torch"} if of is engine else {}),
             **wanted,
         }
         return of.Session(of.Options(**chosen))
