@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def kernels(interpreted: None) -> Kernels:
 
 
 @pytest.fixture
-def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A session whose target and policy run on Triton; what drafts stays on torch, which changes no token."""
 
     def behind(*arguments: Any, **more: Any) -> Any:
@@ -54,7 +54,7 @@ def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> I
         registry.use(made.policy, kernels)
         return made
 
-    yield make
+    return make
 
 
 def tokens(session: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:

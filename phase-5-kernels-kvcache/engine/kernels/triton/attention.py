@@ -108,23 +108,26 @@ def _parts(query, keys, values, key_scales, value_scales, rows, tables, lo, end,
 
 
 @triton.jit
-def _join(mixed, tops, sums, out, D, parts, WIDTH: tl.constexpr):
-    """One query head: its parts, one after the other."""
-    of_query, d = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    top = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((WIDTH,), tl.float32)
+def _join(mixed, tops, sums, out, count, D, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Query heads, each by itself: its parts, one after the other."""
+    of_query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d, real = tl.arange(0, WIDTH), of_query < count
+    inside = real[:, None] & (d < D)[None, :]
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
     for part in range(parts):
         at = of_query * parts + part
-        its = tl.load(tops + at + tl.arange(0, 1))
+        its = tl.load(tops + at, mask=real, other=float("-inf"))
         higher = tl.maximum(top, its)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         mine, theirs = tl.exp2(top - finite), tl.exp2(its - finite)
-        total = total * mine + tl.load(sums + at + tl.arange(0, 1)) * theirs
-        acc = acc * mine + tl.load(mixed + at * D + d, mask=d < D, other=0.0) * theirs
+        total = total * mine + tl.load(sums + at, mask=real, other=0.0) * theirs
+        of_part = tl.load(mixed + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        acc = acc * mine[:, None] + of_part * theirs[:, None]
         top = higher
-    found = acc / tl.where(total > 0.0, total, 1.0)  # a query that sees nothing gives zeros
-    tl.store(out + of_query * D + d, found.to(out.dtype.element_ty), mask=d < D)
+    found = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # a query that sees nothing gives zeros
+    tl.store(out + of_query[:, None] * D + d[None, :], found.to(out.dtype.element_ty), mask=inside)
 
 
 def check_query(op: str, query: Tensor, cache: KVCache, rows: list[int], counts: list[int]) -> None:
@@ -207,5 +210,7 @@ def _run(query: Tensor, layer: Layer, places: Places, sight: Sight, part: int) -
         PAGED=places.paged, INT8=layer.int8, LINES=lines is not None, TILE=TILE, BLOCK=BLOCK, PART=part,
         WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
-    launch(_join, (R * W * H,), mixed, tops, sums, out, D, parts, WIDTH=power(D, 16))
+    joined = 16 if INTERPRETED else 1  # on a card the more programs the better
+    sizes = {"ROWS": joined, "WIDTH": power(D, 16)}
+    launch(_join, (triton.cdiv(R * W * H, joined),), mixed, tops, sums, out, R * W * H, D, parts, **sizes)
     return out

@@ -90,8 +90,8 @@ def _run(query: Tensor, layer: Layer, places: Places, sight: Sight) -> Tensor:
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]
     out = torch.empty(R, W, H, D, dtype=query.dtype, device=query.device)
     launch(
-        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, places.rows, places.tables, sight.lo, sight.end, out,
-        W, H, H // HK, D, *query.stride()[:3], places.slots, places.tables.shape[1], *tensors[0].stride()[:3],
+        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, places.rows, places.tables, sight.lo, sight.end,
+        out, W, H, H // HK, D, *query.stride()[:3], places.slots, places.tables.shape[1], *tensors[0].stride()[:3],
         math.log2(math.e) / math.sqrt(D),
         PAGED=places.paged, INT8=layer.int8, TILE=QUERIES, BLOCK=KEYS, WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
