@@ -17,7 +17,6 @@ from common.philox import Purpose
 from ...sampling import KeyedRandomness
 from ...verify import Certain, Decisions, Verdict
 from .noise import chance, gumbel, keyed
-from .prefix import highest
 from .support import launch, on_device, power, require, same_shape
 
 BLOCK = 2048
@@ -162,6 +161,3 @@ def verify_sample(
         DRAFT=draft_probs is not None, CERTAIN=seed is None, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
     return Verdict(accepted, following, ratios)
-
-
-__all__ = ["drawn", "highest", "seed_of", "verify_sample"]
