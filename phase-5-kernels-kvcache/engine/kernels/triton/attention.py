@@ -184,7 +184,8 @@ def _run(query: Tensor, layer: Layer, places: Places, sight: Sight, part: int) -
         sight.lo if base is None else base, sight.lo if lines is None else lines, mixed, tops, sums,
         W, H, G, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
         1 if lines is None else lines.shape[2], parts, math.log2(math.e) / math.sqrt(D),
-        PAGED=places.tables is not None, INT8=layer.scales[0] is not None, LINES=lines is not None, TILE=TILE, BLOCK=BLOCK, PART=part,
+        PAGED=places.tables is not None, INT8=layer.scales[0] is not None, LINES=lines is not None,
+        TILE=TILE, BLOCK=BLOCK, PART=part,
         WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
     joined = 16 if INTERPRETED else 1  # on a card the more programs the better

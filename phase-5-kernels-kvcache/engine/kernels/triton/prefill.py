@@ -84,6 +84,7 @@ def _run(query: Tensor, layer: Layer, places: Places, sight: Sight) -> Tensor:
         _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, places.rows, tables, sight.lo, sight.end,
         out, W, H, H // HK, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
         math.log2(math.e) / math.sqrt(D),
-        PAGED=places.tables is not None, INT8=layer.scales[0] is not None, TILE=QUERIES, BLOCK=KEYS, WIDTH=power(D, 16), WIDE=INTERPRETED,
+        PAGED=places.tables is not None, INT8=layer.scales[0] is not None,
+        TILE=QUERIES, BLOCK=KEYS, WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
     return out

@@ -121,6 +121,7 @@ def rope_append(
         places.rows, places.starts, places.counts, tables, T, H, HK, D,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides,
         slots, width, *tensors[0].stride()[:3],
-        PAGED=places.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(H), KV_HEADS=power(HK), BLOCK=power(D),
+        PAGED=places.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(H),
+        KV_HEADS=power(HK), BLOCK=power(D),
     )  # fmt: skip
     return out
