@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 import phase5
-from phase5 import attending
 from phase5.kernels import TORCH, Kernels, registry
 
 PROMPTS = ["import os", "def f(left, right):\n    return", "class A:", "x"]
@@ -38,23 +36,9 @@ def kernels(interpreted: None) -> Kernels:
 
 
 @pytest.fixture
-def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A session whose target and policy run on Triton; what drafts stays on torch, which changes no token."""
-
-    def behind(*arguments: Any, **more: Any) -> Any:
-        return dataclasses.replace(attending.Behind(*arguments, **more), kernels=kernels)
-
-    monkeypatch.setattr("phase5.runner.Behind", behind)
-    monkeypatch.setattr("phase5.session.pack_matrices", lambda module: None)
-
-    def make(**options: Any) -> Any:
-        asked = {"model": folder, "max_tokens": 8, "device": "cpu", "draft": "none", "quant_head": False, **options}
-        made = phase5.Session(phase5.Options(**asked))
-        registry.use(made.loaded.model, kernels)
-        registry.use(made.policy, kernels)
-        return made
-
-    return make
+def session(kernels: Kernels, folder: str, session_on: Callable[..., Any]) -> Callable[..., Any]:
+    """A session on Triton."""
+    return lambda **options: session_on(kernels, **{"model": folder, "device": "cpu", **options})
 
 
 def tokens(session: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:

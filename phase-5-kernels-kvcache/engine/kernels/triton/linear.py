@@ -173,9 +173,9 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
 
 def blocks(matrix: Matrix, columns: int) -> tuple[int, int, int, int]:
     """(outputs, inputs of a tile, parts, inputs of a part): functions of the matrix alone, not of the rows."""
-    wide = {4: 64, 2: 128, 1: 256}[matrix.values.element_size()]
+    wide = {4: 128, 2: 256, 1: 256}[matrix.values.element_size()]
     block_k = min(128 if matrix.kind == "int4" else wide, power(matrix.inputs, 32))
-    block_n = 16 if columns < 16 * BUSY else 32
+    block_n = 32 if columns >= 32 * BUSY or matrix.kind == "int4" else 16
     if INTERPRETED:  # which takes as long for a large tile as for a small one
         block_n = 128
     parts = 1
@@ -213,7 +213,7 @@ def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gat
         matrix.values.stride(0), matrix.values.stride(-1), inner,
         KIND=matrix.kind, GROUP=matrix.group, ZEROS=matrix.zeros is not None, FACTOR=matrix.factor is not None,
         BIAS=matrix.bias is not None, GATED=gated, SPLIT=parts, TILE_M=tile, BLOCK_N=block_n, BLOCK_K=block_k,
-        WIDE=INTERPRETED,
+        WIDE=INTERPRETED, num_warps=4, num_stages=4,
     )  # fmt: skip
     if parts > 1:
         launch(

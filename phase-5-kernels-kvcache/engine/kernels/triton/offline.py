@@ -55,7 +55,8 @@ class Launch(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    aligned: tuple[int, ...] = ()  # which arguments are multiples of 16, by number: loads are wider then
+    options: dict[str, int]  # warps and stages
+    aligned: tuple[int, ...]  # which arguments are multiples of 16, by number: loads are wider then
 
     @property
     def name(self) -> str:
@@ -78,11 +79,13 @@ def recording() -> Iterator[dict[str, Launch]]:
     found: dict[str, Launch] = {}
 
     def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        constants = {name: value for name, value in constants.items() if name not in options}
         signature = dict(zip(kernel.arg_names, map(kind_of, arguments), strict=False))
         signature |= dict.fromkeys(constants, "constexpr")
         constants = {**constants, "WIDE": False} if "WIDE" in constants else constants
         aligned = tuple(number for number, argument in enumerate(arguments) if is_aligned(argument))
-        launch = Launch(kernel, signature, constants, aligned)
+        launch = Launch(kernel, signature, constants, options, aligned)
         found.setdefault(f"{launch} {sorted(signature.items())} {aligned}", launch)
 
     token = RECORDER.set(note)
@@ -153,13 +156,13 @@ def layers(outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[nn.Module]
         yield QuantLinear((outputs, inputs), format, False, False, check.CPU)
 
 
-def compiled(launch: Launch, arch: int, warps: int = 4) -> Compiled:
+def compiled(launch: Launch, arch: int) -> Compiled:
     """UserError, with the compiler's message, where it cannot be compiled for an architecture such as 90."""
     target = GPUTarget("cuda", arch, 32)
     try:
         attributes = {(number,): [["tt.divisibility", 16]] for number in launch.aligned}
         source = ASTSource(launch.kernel, launch.signature, dict(launch.constants), attributes)
-        made = triton.compile(source, target=target, options={"num_warps": warps})
+        made = triton.compile(source, target=target, options=launch.options)
     except Exception as problem:
         raise UserError(f"{launch} cannot be compiled for sm_{arch}: {problem.__cause__ or problem}") from problem
     report = assembled(made.asm["ptx"], arch)
