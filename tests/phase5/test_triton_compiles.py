@@ -31,7 +31,6 @@ for launch in offline.launches(tuple(getattr(torch, d) for d in dtypes), tuple(o
     found.append([launch.name, str(launch), made.registers, made.spilled, made.shared])
 print(json.dumps(found))
 """
-DECODING = ["linear", "decode_attention", "rms_norm", "rope_append"]
 
 
 def compile_all(arch: int, dtypes: list[str], ops: list[str], cache: Path) -> list[list[Any]]:
@@ -55,12 +54,14 @@ def compile_all(arch: int, dtypes: list[str], ops: list[str], cache: Path) -> li
 def test_all_compile(arch: int, tmp_path: Path) -> None:
     found = compile_all(arch, ["bfloat16", "float16", "float32"], [], tmp_path)
     assert len({name for name, *_ in found}) >= 12
-    spilled = {str(launch): bytes_ for name, launch, _, bytes_, _ in found if bytes_ and name in ("linear", "parts")}
+    large = [each for each in found if "WIDTH 128" in each[1] or "BLOCK_K 256" in each[1] or "BLOCK_K 128" in each[1]]
+    spilled = {launch: bytes_ for name, launch, _, bytes_, _ in large if bytes_ and name in ("linear", "parts")}
+    assert len(large) > 8
     assert not spilled
 
 
 def test_those_of_a_step_compile(tmp_path: Path) -> None:
     """For one card, in bfloat16; the rest is slow."""
-    found = compile_all(90, ["bfloat16"], ["rms_norm", "decode_attention"], tmp_path)
-    assert {"norm", "parts", "join"} <= {name for name, *_ in found}
-    assert not any(spilled for _, _, _, spilled, _ in found)
+    found = compile_all(90, [], ["linear", "decode_attention"], tmp_path)
+    assert {"linear", "parts", "join"} == {name for name, *_ in found} - {"add_up"}
+    assert not {launch: spilled for _, launch, _, spilled, _ in found if spilled}

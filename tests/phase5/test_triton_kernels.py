@@ -56,7 +56,8 @@ if importlib.util.find_spec("triton"):
         tl.store(many + r * BLOCK + tl.arange(0, BLOCK), noise.gumbel(keys + 4 * r, 0, position, 0, BLOCK))
 
 
-SLOWER = ("decode_attention", "flash_prefill", "kv_append", "sample")  # all of their cases take long in numpy
+# All of their cases take long in numpy.
+SLOWER = ("linear", "gated_linear", "kv_append", "rope_append", "decode_attention", "flash_prefill", "sample")
 
 
 @pytest.fixture(scope="module")

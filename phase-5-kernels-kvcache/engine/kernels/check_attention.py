@@ -35,7 +35,8 @@ def settings(full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Setting]:
     for dtype in dtypes:
         for kind in ("static", "paged", "ring", "dynamic"):
             yield Setting(kind, dtype, dtype, 6, 2, 8)
-            yield Setting(kind, torch.int8, dtype, 4, 4, 16)
+            if full or kind in ("static", "paged"):
+                yield Setting(kind, torch.int8, dtype, 4, 4, 16)
         yield Setting("static", torch.float16, dtype, 5, 1, 12)
         if full:
             for kind in ("static", "paged"):

@@ -32,7 +32,7 @@ from ...model import Linear
 from ...quantize import Format, QuantLinear
 from ...sampling import KeyedRandomness, SamplingParams
 from .. import check
-from ..check_attention import Setting
+from ..check_attention import Setting, related
 from ..check_attention import asked as asked_of
 from . import OPS
 from .support import INTERPRETED, RECORDER
@@ -122,7 +122,7 @@ def launches(dtypes: tuple[torch.dtype, ...] = check.DTYPES, ops: tuple[str, ...
 
 
 def real(ops: tuple[str, ...] = ()) -> list[Launch]:
-    """Those of a step of a large model, Llama-3.1-8B in bfloat16: 16 tokens behind 1,000."""
+    """Those of a step of a large model, Llama-3.1-8B in bfloat16: 16 tokens behind 1,000, and a tree."""
     asked, dtype = ops or tuple(OPS), torch.bfloat16
     with recording() as found, torch.inference_mode():
         x = torch.zeros(16, 4096, dtype=dtype)
@@ -137,8 +137,10 @@ def real(ops: tuple[str, ...] = ()) -> list[Launch]:
             of = Setting("paged", stored, dtype, 32, 8, 128)
             for op in ("decode_attention", "flash_prefill"):
                 if op in asked:
-                    cache, *rest = asked_of(check.CPU, of, [1000], torch.ones(16, 16, dtype=torch.bool).tril())
-                    OPS[op](rest[0], cache, 1, *rest[1:])
+                    chain = torch.ones(16, 16, dtype=torch.bool).tril()
+                    for ancestors in (chain, related([-1, 0, 0, 1])):
+                        cache, *rest = asked_of(check.CPU, of, [1000], ancestors)
+                        OPS[op](rest[0], cache, 1, *rest[1:])
         if "verify_greedy" in asked:
             OPS["verify_greedy"](torch.zeros(1, 1).long(), torch.zeros(1, 2, 128256, dtype=dtype), torch.ones(1).long())
         if "sample" in asked:
