@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def sample_verdicts(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
     yield Case("nothing left to chance", certain)
 
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"top_k": 1},
     {"top_k": 7},

@@ -4,7 +4,7 @@ Into an int8 cache it quantises on the way: scale = max |x| / 127 over a head's 
 kv_cache/storage.py does. A row's tokens behind its count are padding and are not written.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton

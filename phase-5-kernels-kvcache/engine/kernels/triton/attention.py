@@ -6,7 +6,7 @@ fixed positions, a query is always one of 16, and what it does not see adds an e
 how many queries there are, nor on what else is in the cache. In a tree every query's program walks that query's line.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import math

@@ -8,7 +8,7 @@ added up in order, so that all of the card is busy.
 Weights: float32, bfloat16, float16, or int8 and int4 as quantize.py stores them, widened in registers.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -148,6 +148,7 @@ class Matrix(NamedTuple):
 
 def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix:
     """UserError for a layer whose matrix is kept in a way that the kernels do not read."""
+    kind: str
     if isinstance(layer, QuantLinear):
         kind, values, group = layer.format.name, layer.values, layer.format.group
         scales, zeros, factor, inputs = layer.scales, layer.zeros, layer.factor, layer.in_features

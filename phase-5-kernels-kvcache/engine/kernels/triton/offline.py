@@ -79,7 +79,7 @@ def recording() -> Iterator[dict[str, Launch]]:
     found: dict[str, Launch] = {}
 
     def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        options: dict[str, int] = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
         constants = {name: value for name, value in constants.items() if name not in options}
         signature = dict(zip(kernel.arg_names, map(kind_of, arguments), strict=False))
         signature |= dict.fromkeys(constants, "constexpr")
@@ -180,8 +180,9 @@ def assembled(ptx: str, arch: int) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary, "kernel.ptx")
         source.write_text(ptx, encoding="utf-8")
-        command = [program, "-v", f"--gpu-name=sm_{arch}{SM_SUFFIX.get(arch, '')}", source, "-o", "/dev/null"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [str(program), "-v", f"--gpu-name=sm_{arch}{SM_SUFFIX.get(arch, '')}", str(source), "-o", "/dev/null"]
+        report: str = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return report
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@
 see is a range; queries with lines of their own, as in a tree, go to `decode_attention`.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import math

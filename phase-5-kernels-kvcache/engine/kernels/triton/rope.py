@@ -1,6 +1,6 @@
 """`rope`, and `rope_append`: the turn of queries and keys, and the way of keys and values into the cache in one go."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import torch

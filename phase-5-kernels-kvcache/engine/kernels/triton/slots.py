@@ -1,6 +1,6 @@
 """../places.py inside a kernel: from a position of a row to where its keys and values lie."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton

@@ -4,7 +4,7 @@ It walks the draft until a token falls, then draws what follows: from the target
 the residual by one uniform and the inverse distribution function, added up in float64 as there.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import torch
@@ -97,7 +97,7 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             most, place = tl.max(p, 0), tl.argmax(p, 0)
             best = tl.where(most > top, first + place, best)
             top = tl.maximum(most, top)
-        tl.store(following + r, best.to(tl.int64))
+        tl.store(following + r, tl.cast(best, tl.int64))
     elif rejected:
         if whole:
             for first in range(0, V, BLOCK):
