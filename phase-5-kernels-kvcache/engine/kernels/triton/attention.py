@@ -58,7 +58,7 @@ def soften(found, visible, top):
     return tl.exp2(found - finite[:, None]), higher, tl.exp2(top - finite)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "line_width", "parts"])  # one program for 1 query and for 16
 def _parts(query, keys, values, key_scales, value_scales, rows, tables, lo, end, base, lines, mixed, tops, sums,
            W, H, G, D, q_row, q_token, q_head, slots, table_width, s_place, s_head, s_slot, line_width, parts, scale,
            PAGED: tl.constexpr, INT8: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
