@@ -11,7 +11,7 @@ import torch
 from common.prompts import load_prompts
 from phase5.kernels import registry
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
@@ -19,7 +19,7 @@ KINDS = {
     "int4": {"dtype": "bfloat16", "quant": "int4"},
     "int8 cache": {"dtype": "bfloat16", "kv_dtype": "int8"},
 }
-HOW = {"chain": {"k": 5}, "tree": {"k": 4, "tree": "static", "tree_nodes": 12}}
+HOW: dict[str, dict[str, Any]] = {"chain": {"k": 5}, "tree": {"k": 4, "tree": "static", "tree_nodes": 12}}
 TOGETHER = 10  # prompts of a batch
 
 

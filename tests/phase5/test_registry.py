@@ -23,7 +23,7 @@ CPU, CARD = torch.device("cpu"), torch.device("cuda")
 PHASE = Path(phase5.__file__).resolve().parents[1]
 
 
-def nothing(*arguments: Any) -> None:
+def nothing(*arguments: Any) -> Any:
     """Stands for a kernel."""
 
 
@@ -66,7 +66,7 @@ def test_auto_takes_the_first_that_has_the_op(
     kernels, report = registry.choose("auto", CARD, book=book)
     expected = {"linear": "cuda", "rope": "triton", "rms_norm": "cpp", "sample": "torch"}
     assert {op: report["ops"][op] for op in expected} == expected
-    assert kernels.linear is nothing
+    assert kernels.linear == nothing
     assert kernels.sample is TORCH.sample
     assert report["why_not"]["cuda"]["rope"] == "has no such kernel"
     assert "cuda (linear)" in registry.describe(report)
@@ -127,19 +127,19 @@ def test_plain_torch_can_be_forced(backends: dict[str, Any], monkeypatch: pytest
     with pytest.raises(UserError, match="SPECDEC_FORCE_PY=1"):
         registry.choose("cpp", CPU)
     monkeypatch.setenv("SPECDEC_FORCE_PY", "0")
-    assert registry.choose("cpp", CPU).kernels.linear is nothing
+    assert registry.choose("cpp", CPU).kernels.linear == nothing
 
 
 def test_a_model_and_a_policy_use_what_was_chosen(make_checkpoint: Any) -> None:
     model = phase5.load(str(make_checkpoint("qwen3")), torch.float32, CPU).model
-    kernels = TORCH._replace(linear=nothing)  # type: ignore[arg-type]
+    kernels = TORCH._replace(linear=nothing)
     policies = Rejection(), OwnChoice(shared_noise=False)
     for target in (model, *policies):
         registry.use(target, kernels)
         registry.use(target, kernels)  # twice is once
-    using = [module for module in model.modules() if hasattr(type(module), "kernels")]
+    using: list[Any] = [module for module in model.modules() if hasattr(type(module), "kernels")]
     assert len(using) > 8
-    assert all(each.kernels is kernels for each in (*using, *policies))
+    assert all(each.kernels is kernels for each in [*using, *policies])
     assert Rejection().kernels is TORCH
 
 

@@ -13,7 +13,7 @@ import phase5
 from phase5.kernels import TORCH, Kernels, registry
 
 PROMPTS = ["import os", "def f(x):\n", "class A:", "x"]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},

@@ -1,5 +1,6 @@
 """Every Triton kernel, interpreted on the CPU, against its reference; and wrong kernels, which must be found out."""
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 import importlib.util
