@@ -93,8 +93,9 @@ def test_without_a_card_nothing_is_listed() -> None:
         pytest.skip("there is a card")
     with pytest.raises(UserError, match="this machine has none"):
         ledger.main(["--write"])
-    with pytest.raises(UserError, match="expected nothing, or --write"):
+    with pytest.raises(UserError, match="expected nothing, --write or --list"):
         ledger.main(["--force"])
+    assert ledger.main(["--list"]) == 0
 
 
 def test_the_list_is_written_in_order(tmp_path: Path) -> None:
