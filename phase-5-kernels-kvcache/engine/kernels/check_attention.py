@@ -198,6 +198,8 @@ def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
 
                 yield Case(f"{of}, {name}{', window' if window else ''}", run, of.computed)
 
+        if not full and (of.kind, of.stored == torch.int8) not in (("static", False), ("paged", True), ("ring", False)):
+            continue
         if of.kind == "dynamic":
             continue
 
