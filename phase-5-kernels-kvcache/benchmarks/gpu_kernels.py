@@ -248,7 +248,7 @@ def measure_gpu_kernels(lab: Lab) -> None:
 
 
 def usable(device: torch.device) -> list[str]:
-    reasons = {backend: registry.why_not(backend, device) for backend in ("triton", "cuda")}  # type: ignore[arg-type]
+    reasons = {backend: registry.why_not(backend, device) for backend in ("triton", "cuda")}
     if device.type != "cuda" or all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise UserError(f"kernels for a card cannot be timed here ({why}); --dry-run walks the grid")

@@ -87,6 +87,16 @@ def test_auto_takes_no_kernel_that_no_card_has_seen(
     assert "warning: triton kernels that were not checked" in registry.describe(asked)
 
 
+def test_auto_interprets_nothing(backends: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for cards can be run on a CPU for tests; that is no way to compute."""
+    backends.update(triton=backend("linear"))
+    book = listed(tmp_path, monkeypatch, ("triton", "linear"))
+    report = registry.choose("auto", CPU, book=book).report
+    assert report["ops"]["linear"] == "torch"
+    assert report["why_not"]["triton"].startswith("is for graphics cards")
+    assert registry.choose("triton", CPU, book=book).report["ops"]["linear"] == "triton"
+
+
 def test_what_was_asked_for_runs_or_is_an_error(backends: dict[str, Any]) -> None:
     backends.update(cpp=backend(*Kernels._fields), cuda=backend("linear", why_not="there is no nvcc"))
     assert set(registry.choose("cpp", CPU).report["ops"].values()) == {"cpp"}

@@ -103,6 +103,8 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, b
         if backend == "torch" or asked not in ("auto", backend):
             continue
         reason = why_not(backend, device)
+        if reason is None and asked == "auto" and backend in FOR_CARDS and device.type != "cuda":
+            reason = f"is for graphics cards; on {device.type} it runs only slowly, and where it is asked for by name"
         if reason is not None:
             if asked != "auto":
                 raise UserError(f"--kernels {asked} cannot run here: {reason}; auto takes what can")
