@@ -33,6 +33,49 @@ def interpreted() -> None:
 
 
 @pytest.fixture
+def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel reads or writes outside of the memory of the tensors that it was given; what is masked does not count.
+
+    Off a card this would go unnoticed, or end the process.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    memory: list[tuple[int, int]] = []
+    launch, access = interpreter.GridExecutor.__call__, interpreter._interpreter
+
+    def noting(self: Any, *arguments: Any, **more: Any) -> Any:
+        stores = [each.untyped_storage() for each in arguments if isinstance(each, torch.Tensor)]
+        memory[:] = [(store.data_ptr(), store.data_ptr() + store.nbytes()) for store in stores]
+        return launch(self, *arguments, **more)
+
+    class Guard:
+        """Looks at every address on its way to the interpreter."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(access, name)
+
+        def look(self, what: str, addresses: Any, mask: Any) -> None:
+            meant = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].astype(np.uint64)
+            inside = np.zeros(meant.shape, bool)
+            for begin, end in memory:
+                inside |= (meant >= begin) & (meant < end)
+            if not inside.all():
+                raise IndexError(f"{(~inside).sum()} of {meant.size} {what} lie outside of all tensors")
+
+        def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
+            self.look("reads", addresses, mask)
+            return access.load(addresses, mask, other, dtype)
+
+        def store(self, addresses: Any, values: Any, mask: Any) -> Any:
+            self.look("writes", addresses, mask)
+            return access.store(addresses, values, mask)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noting)
+    monkeypatch.setattr(interpreter, "_interpreter", Guard())
+
+
+@pytest.fixture
 def session_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`session_on(kernels, **options)`: a session whose target and policy run on these kernels.
 

@@ -125,9 +125,10 @@ def _add_up(parts, scales, bias, out, M, N, INT8: tl.constexpr, BIAS: tl.constex
     inside = (m < M)[:, None] & (n < N)[None, :]
     place = m[:, None].to(tl.int64) * N + n[None, :]
     acc = tl.zeros((TILE_M, BLOCK_N), tl.float32)
+    source = parts + place
     for _ in tl.static_range(SPLIT):
-        acc += tl.load(parts + place, mask=inside, other=0.0)
-        place += M * N
+        acc += tl.load(source, mask=inside, other=0.0)
+        source += M * N
     acc = _finish(acc, n, N, scales, bias, INT8, BIAS)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
 
