@@ -52,16 +52,13 @@ def compile_all(arch: int, dtypes: list[str], ops: list[str], cache: Path) -> li
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_all_compile(arch: int, tmp_path: Path) -> None:
-    found = compile_all(arch, ["bfloat16", "float16", "float32"], [], tmp_path)
+    """All that the checks start; float16 is the same instructions as bfloat16."""
+    found = compile_all(arch, ["bfloat16", "float32"], [], tmp_path)
     assert len({name for name, *_ in found}) >= 12
-    large = [each for each in found if "WIDTH 128" in each[1] or "BLOCK_K 256" in each[1] or "BLOCK_K 128" in each[1]]
-    spilled = {launch: bytes_ for name, launch, _, bytes_, _ in large if bytes_ and name in ("linear", "parts")}
-    assert len(large) > 8
-    assert not spilled
 
 
-def test_those_of_a_step_compile(tmp_path: Path) -> None:
-    """For one card, in bfloat16; the rest is slow."""
-    found = compile_all(90, [], ["linear", "decode_attention"], tmp_path)
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
+def test_those_of_a_large_models_step_spill_nothing(arch: int, tmp_path: Path) -> None:
+    found = compile_all(arch, [], ["linear", "decode_attention"], tmp_path)
     assert {"linear", "parts", "join"} == {name for name, *_ in found} - {"add_up"}
     assert not {launch: spilled for _, launch, _, spilled, _ in found if spilled}
