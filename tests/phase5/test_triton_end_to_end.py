@@ -52,7 +52,7 @@ def tokens(session: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:
     return [each.tokens for each in session.complete(prompts)]
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=slow) if k == "int8 cache" else k for k in KINDS])
 def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session: Any, tiny: str) -> None:
     plain = tokens(session(model=tiny, **KINDS[kind]))
     drafting = session(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind])
