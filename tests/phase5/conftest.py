@@ -1,14 +1,17 @@
-"""Triton decides when it is imported whether kernels are interpreted, and other tests may import it first.
+"""How kernels are built, interpreted and watched in these tests.
 
-So that is asked for before any test of this folder is collected, where there is no card. Where there is one the same
-checks run on it (tests marked gpu), and nothing is interpreted.
+Triton decides when it is imported whether kernels are interpreted, and other tests may import it first. So that is
+asked for before any test of this folder is collected, where there is no card. Where there is one the same checks run on
+it (tests marked gpu), and nothing is interpreted. Compiled kernels are kept between test runs: their names are hashes of
+all that is in them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,19 @@ from phase5.kernels import Kernels, registry
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+KEPT = os.environ.get("SPECDEC_BUILD_DIR") or str(
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-inference-lab" / "kernels"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_kernels(own_cache: None) -> Iterator[None]:
+    """Where they are for the user, too; the rest of the user's cache stays out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECDEC_BUILD_DIR", KEPT)
+        yield
 
 
 @pytest.fixture(scope="session")
