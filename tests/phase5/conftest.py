@@ -2,8 +2,8 @@
 
 Triton decides when it is imported whether kernels are interpreted, and other tests may import it first. So that is
 asked for before any test of this folder is collected, where there is no card. Where there is one the same checks run on
-it (tests marked gpu), and nothing is interpreted. Compiled kernels are kept between test runs: their names are hashes of
-all that is in them.
+it (tests marked gpu), and nothing is interpreted. Compiled kernels are kept between test runs: their names are hashes
+of all that is in them.
 """
 
 from __future__ import annotations
