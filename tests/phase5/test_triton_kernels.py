@@ -1,5 +1,6 @@
 """Every Triton kernel, interpreted on the CPU, against its reference; and wrong kernels, which must be found out."""
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 import importlib.util
@@ -38,6 +39,11 @@ if importlib.util.find_spec("triton"):
             tl.store(out + at, tl.dot(x, y))
 
     @triton.jit
+    def reach(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
+
+    @triton.jit
     def known_answer(out):  # type: ignore[no-untyped-def]
         """Counter and key all ones, from Random123's known-answer tests."""
         full = tl.full((1,), 0xFFFFFFFF, tl.uint32)
@@ -56,7 +62,8 @@ if importlib.util.find_spec("triton"):
         tl.store(many + r * BLOCK + tl.arange(0, BLOCK), noise.gumbel(keys + 4 * r, 0, position, 0, BLOCK))
 
 
-SLOWER = ("decode_attention", "flash_prefill", "kv_append", "sample")  # all of their cases take long in numpy
+# All of their cases take long in numpy.
+SLOWER = ("linear", "gated_linear", "kv_append", "rope_append", "decode_attention", "flash_prefill", "sample")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +84,12 @@ def test_there_is_a_kernel_for_every_op(ops: dict[str, Callable[..., Any]]) -> N
 @pytest.mark.parametrize(
     "op", [pytest.param(op, marks=pytest.mark.slow) if op in SLOWER else op for op in Kernels._fields]
 )
-def test_interpreted_it_is_right(op: str, ops: dict[str, Callable[..., Any]]) -> None:
+def test_interpreted_it_is_right(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
     assert len(check.check(op, ops[op], CPU, full=False)) >= 5
 
 
 @pytest.mark.parametrize("op", SLOWER)
-def test_interpreted_it_is_right_in_16_bits(op: str, ops: dict[str, Callable[..., Any]]) -> None:
+def test_interpreted_it_is_right_in_16_bits(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
     assert len(check.check(op, ops[op], CPU, full=False, dtypes=(torch.bfloat16,))) >= 5
 
 
@@ -104,6 +111,13 @@ def test_on_a_card_it_is_right(op: str, backend: Any) -> None:
 def test_the_reference_passes_its_own_checks(op: str) -> None:
     """But for the bits: torch's products may add up in another order for more rows."""
     assert check.check(op, getattr(TORCH, op), CPU, full=False, invariance=False)
+
+
+def test_a_kernel_that_leaves_its_tensors_is_caught(guarded: None) -> None:
+    """But masked accesses may point anywhere."""
+    reach[(1,)](torch.zeros(8), torch.zeros(8), 8, BLOCK=16)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="1 of 9 writes lie outside"):
+        reach[(1,)](torch.zeros(9), torch.zeros(8), 9, BLOCK=16)
 
 
 def short_tail(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -237,7 +251,7 @@ def test_wrong_arguments_are_named(
 def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: dict[str, Callable[..., Any]]) -> None:
     cache = StaticCache(CacheShape(1, 1, 8), 1, 4, torch.float32, torch.float32, CPU)
     x = torch.zeros(1, 5, 1, 8)
-    with pytest.raises(UserError, match="row 0 of the cache is to hold 5 tokens; expected at most 4"):
+    with pytest.raises(UserError, match="row 0 of the cache is to hold 5 tokens; it has room for 4"):
         ops["kv_append"](cache, 0, [0], [5], x, x)
 
 

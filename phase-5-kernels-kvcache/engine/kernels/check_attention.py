@@ -35,7 +35,8 @@ def settings(full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Setting]:
     for dtype in dtypes:
         for kind in ("static", "paged", "ring", "dynamic"):
             yield Setting(kind, dtype, dtype, 6, 2, 8)
-            yield Setting(kind, torch.int8, dtype, 4, 4, 16)
+            if full or kind in ("static", "paged"):
+                yield Setting(kind, torch.int8, dtype, 4, 4, 16)
         yield Setting("static", torch.float16, dtype, 5, 1, 12)
         if full:
             for kind in ("static", "paged"):
@@ -188,7 +189,7 @@ def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
             ]
         for name, lengths, ancestors in steps:
             for window in (None, WINDOW):
-                if of.kind == "ring" and window is None or (window and of.kind == "paged" and not full):
+                if (of.kind == "ring" and window is None) or (window and of.kind == "paged" and not full):
                     continue
 
                 def run(function: Function, of=of, lengths=lengths, ancestors=ancestors, window=window) -> list[Tensor]:  # type: ignore[no-untyped-def]
@@ -197,6 +198,8 @@ def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
 
                 yield Case(f"{of}, {name}{', window' if window else ''}", run, of.computed)
 
+        if not full and (of.kind, of.stored == torch.int8) not in (("static", False), ("paged", True), ("ring", False)):
+            continue
         if of.kind == "dynamic":
             continue
 
@@ -238,6 +241,8 @@ def prefill_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, .
         for lengths, W in (([0], 1), ([3, 40], 16), *([([0, 70], 130), ([300], 512)] if full else [([5], 70)])):
             for window in (None, WINDOW):
                 if of.kind == "ring" and (W > 16 or window is None):
+                    continue
+                if window and of.kind in ("paged", "dynamic") and not full:
                     continue
 
                 def run(function: Function, of=of, lengths=lengths, W=W, window=window) -> list[Tensor]:  # type: ignore[no-untyped-def]

@@ -52,10 +52,10 @@ def gaps(x: Tensor) -> Tensor:
 
 def layers(device: torch.device, full: bool, dtype: torch.dtype, even: bool) -> Iterator[tuple[str, nn.Module, int]]:
     """Name, layer and number of inputs."""
-    sizes = [(5, 1), (123, 48), (33, 123), *([(1, 5), (250, 1600), (4096, 4096)] if full else [])]
+    sizes = [(5, 1), (123, 48), (33, 123), (20, 1100), *([(1, 5), (250, 1600), (4096, 4096)] if full else [])]
     for outputs, inputs in sizes:
         outputs += outputs % 2 if even else 0
-        bias = outputs % 2 == 0 or outputs == 33
+        bias = outputs % 2 == 0 or outputs == 33  # 1,100 inputs are enough to be split
         name = f"{outputs} x {inputs}{', bias' if bias else ''}"
         yield name, plain(device, dtype, outputs, inputs, bias), inputs
     for number, format in enumerate(FORMATS):

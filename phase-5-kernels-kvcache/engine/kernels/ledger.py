@@ -84,11 +84,16 @@ def record(backend: str, op: str, device: str, checks: list[str], book: Path | N
 
 
 def main(arguments: list[str]) -> int:
-    """Check every kernel that can run on the card here; with --write, list those that pass."""
+    """Check every kernel that can run on the card here; --write lists those that pass, --list only says which are."""
     from . import check, registry
 
-    if arguments not in ([], ["--write"]):
-        raise UserError("expected nothing, or --write")
+    if arguments not in ([], ["--write"], ["--list"]):
+        raise UserError("expected nothing, --write or --list")
+    if arguments == ["--list"]:
+        for known in read().values():
+            now = fingerprint(known["backend"], known["op"]) in read()
+            print(f"{known['backend']} {known['op']}: {known['device']}{'' if now else ', another version of it'}")
+        return 0
     if not torch.cuda.is_available():
         raise UserError("the checks that are listed are made on a graphics card, and this machine has none")
     device, failed = torch.device("cuda"), 0

@@ -103,6 +103,8 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, b
         if backend == "torch" or asked not in ("auto", backend):
             continue
         reason = why_not(backend, device)
+        if reason is None and asked == "auto" and backend in FOR_CARDS and device.type != "cuda":
+            reason = f"is for graphics cards; on {device.type} it runs only slowly, and where it is asked for by name"
         if reason is not None:
             if asked != "auto":
                 raise UserError(f"--kernels {asked} cannot run here: {reason}; auto takes what can")
@@ -177,7 +179,7 @@ def describe(report: Report) -> str:
 
 
 def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
-    """For `lab doctor`: of every backend its name, what there is of it (None: it cannot run), and what it is or lacks."""
+    """For `lab doctor`: of every backend its name, what there is of it (None: it cannot run), what it is or lacks."""
     found: list[tuple[str, str | None, str]] = []
     for backend in BACKENDS[:-1]:
         reason = why_not(backend, device)

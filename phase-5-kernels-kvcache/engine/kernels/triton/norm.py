@@ -1,6 +1,6 @@
 """`rms_norm`, and the same with the addition before it: one program per row, so a row's bits are its own."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import torch

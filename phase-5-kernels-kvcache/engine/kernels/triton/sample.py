@@ -5,7 +5,7 @@ float32 numbers, 32 times, each time counting (top-k) or adding up (top-p) what 
 the edge of top-p the ones with the lowest ids go first, as in a stable sort.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
@@ -122,7 +122,7 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
         here, place = tl.max(noisy, 0), tl.argmax(noisy, 0)
         best = tl.where(here > most, first + place, best)
         most = tl.maximum(here, most)
-    tl.store(out + r, best.to(tl.int64))
+    tl.store(out + r, tl.cast(best, tl.int64))
 
 
 def sample(

@@ -1,5 +1,6 @@
 """What the kernels share: checks of their arguments, and a product that is right in the interpreter too."""
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 from collections.abc import Callable

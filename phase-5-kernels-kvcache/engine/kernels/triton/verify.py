@@ -4,7 +4,7 @@ It walks the draft until a token falls, then draws what follows: from the target
 the residual by one uniform and the inverse distribution function, added up in float64 as there.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import torch
@@ -17,7 +17,6 @@ from common.philox import Purpose
 from ...sampling import KeyedRandomness
 from ...verify import Certain, Decisions, Verdict
 from .noise import chance, gumbel, keyed
-from .prefix import highest
 from .support import launch, on_device, power, require, same_shape
 
 BLOCK = 2048
@@ -45,7 +44,7 @@ def remaining(target, draft, token, first, V, DRAFT: tl.constexpr, BLOCK: tl.con
     """A block of max(0, target - draft), in float64 of what float32 gives; a draft without probabilities is one-hot."""
     at = first + tl.arange(0, BLOCK)
     p = tl.load(target + at, mask=at < V, other=0.0)
-    if DRAFT:
+    if DRAFT:  # noqa: SIM108
         p = tl.maximum(p - tl.load(draft + at, mask=at < V, other=0.0), 0.0)
     else:
         p = tl.where(at == token, 0.0, p)
@@ -68,7 +67,7 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             ratio = tl.div_rn(ratio, tl.load(draft + (r * K + k) * V + token))
             ratio = tl.where(ratio > 1.0, 1.0, ratio)
         tl.store(ratios + r * K + k, ratio)
-        if CERTAIN:
+        if CERTAIN:  # noqa: SIM108
             stands = ratio > 0.5
         else:
             stands = chance(mine, position + k, ACCEPT) < ratio
@@ -98,7 +97,7 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             most, place = tl.max(p, 0), tl.argmax(p, 0)
             best = tl.where(most > top, first + place, best)
             top = tl.maximum(most, top)
-        tl.store(following + r, best.to(tl.int64))
+        tl.store(following + r, tl.cast(best, tl.int64))
     elif rejected:
         if whole:
             for first in range(0, V, BLOCK):
@@ -162,6 +161,3 @@ def verify_sample(
         DRAFT=draft_probs is not None, CERTAIN=seed is None, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
     return Verdict(accepted, following, ratios)
-
-
-__all__ = ["drawn", "highest", "seed_of", "verify_sample"]

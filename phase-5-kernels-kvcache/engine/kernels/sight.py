@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+
 from .places import Places
-from .support import require
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def sight_of(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sig
 
 
 def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
-    require(op, len(masks) == len(places.rows_asked), f"{len(masks)} masks", f"{len(places.rows_asked)}, one per row")
+    if len(masks) != len(places.rows_asked):
+        raise UserError(f"{op}: {len(masks)} masks; expected {len(places.rows_asked)}, one per row")
     lo, end, trees = [], [], dict[int, Tensor]()
     for row, (mask, first, stop) in enumerate(zip(masks, places.first, places.ends, strict=True)):
         if mask is None:
@@ -52,7 +54,8 @@ def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
             end.append([stop] * W)
             continue
         wanted = (W, stop - first)
-        require(op, mask.shape == wanted, f"the mask of row {row} has shape {list(mask.shape)}", str(list(wanted)))
+        if mask.shape != wanted:
+            raise UserError(f"{op}: the mask of row {row} has shape {list(mask.shape)}; expected {list(wanted)}")
         open_ = mask == 0
         columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         last = (open_ * columns).amax(1)  # behind the last that is seen; 0 where none is
@@ -93,3 +96,10 @@ def _lines(
 def _first_hole(visible: list[bool], begin: int) -> int:
     """The first column from `begin` on that is not seen."""
     return next((at for at in range(begin, len(visible)) if not visible[at]), len(visible))
+
+
+def sight_row(sight: Sight, r: int) -> Sight:
+    """Of one row alone."""
+    base = None if sight.base is None else sight.base[r : r + 1]
+    lines = None if sight.lines is None else sight.lines[r : r + 1]
+    return Sight(sight.lo[r : r + 1], sight.end[r : r + 1], sight.furthest, base, lines)
