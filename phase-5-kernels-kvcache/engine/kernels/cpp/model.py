@@ -39,9 +39,11 @@ class CppModel:
     """The same function as `model`, with `weights` in the given format.
 
     weights: of the matrices; those that are quantised already stay as they are. head: of the output matrix; by default
-    as `weights`, and int8 with int4. exact_activations: activations stay float32 where they would be rounded: to
-    bfloat16 with bfloat16 weights (AVX-512 alone), to int8 by groups of 64 with int8 and int4. release: take each
-    matrix out of the torch model as soon as it is packed; the model then only holds its embedding and its head.
+    as `weights`, and int8 with int4. exact_activations: True keeps activations in float32; False rounds them, to
+    bfloat16 beside bfloat16 weights (where the processor has that dot product) and to int8 by groups of 64 beside int8
+    and int4. By default they are rounded beside int8 and int4 alone: the dot product of bfloat16 gives no more products
+    per second than float32 arithmetic on the processors it was measured on. release: take each matrix out of the torch
+    model as soon as it is packed; the model then only holds its embedding and its head.
 
     The bits of a token's logits do not depend on how many tokens a step has, nor on the threads. UserError names what
     the kernels do not take.
@@ -54,7 +56,7 @@ class CppModel:
         threads: int | None = None,
         *,
         head: Weights | None = None,
-        exact_activations: bool = False,
+        exact_activations: bool | None = None,
         release: bool = False,
     ) -> None:
         if (reason := why_not_model(model)) is not None:
@@ -96,7 +98,7 @@ class CppModel:
         if self.exact_activations or self.weights in ("float32", "float16"):
             return "float32"
         if self.weights == "bfloat16":
-            return "bfloat16" if self._engine.narrow_bf16 else "float32"
+            return "bfloat16" if self.exact_activations is False and self._engine.narrow_bf16 else "float32"
         return "int8"
 
     def new_cache(self, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> StaticCache:

@@ -37,7 +37,8 @@ class Plan:
     format: Weights
     pair: bool  # gate and up
 
-    def shape(self, wide: bool) -> Any:
+    def shape(self, exact: bool | None) -> Any:
+        """`exact`: whether activations stay float32; None: where that costs nothing, with weights of 16 or 32 bits."""
         quantised = self.module if isinstance(self.module, QuantLinear) else None
         group = 0
         if self.format == "int4":
@@ -46,7 +47,7 @@ class Plan:
             kind=KINDS[self.format],
             outputs=self.module.out_features,
             inputs=self.module.in_features,
-            wide=wide,
+            wide=self.format == "bfloat16" if exact is None else exact,
             pair=self.pair,
             scale_group=group,
             zeros=quantised is not None and quantised.zeros is not None,
@@ -99,9 +100,9 @@ def plans(model: Transformer, weights: Weights, head: Weights) -> Iterator[Plan]
     yield plan(-1, "head", model.head, head)
 
 
-def pack(plan: Plan, arena: Any, wide: bool) -> Any:
+def pack(plan: Plan, arena: Any, exact: bool | None) -> Any:
     """The matrix in panels, in the arena's memory."""
-    packed = library().Packed(arena, plan.shape(wide))
+    packed = library().Packed(arena, plan.shape(exact))
     module = plan.module
     if isinstance(module, QuantLinear):
         fill_levels(packed, 0, module)
