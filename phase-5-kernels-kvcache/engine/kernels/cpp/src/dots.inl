@@ -71,8 +71,6 @@ struct Tiling<true> {
 };
 #endif
 
-constexpr int AHEAD = 4096;  // bytes
-
 #define LAB_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 
 // One tile: M tokens, P panels, R registers of each from `first` on. acc[m][p * R + r] goes to the outputs.
@@ -95,7 +93,6 @@ struct Tile {
             for (int k = 0; k < steps; ++k) {
                 LAB_EACH(p, P) LAB_EACH(r, R) {
                     const uint8_t* at = base[p] + size_t(k) * row_bytes(KIND) + r * LANE_ROW;
-                    if (r == 0) __builtin_prefetch(at + AHEAD, 0, 3);
                     Floats weights;
                     if constexpr (KIND == Kind::f32) weights = load((const float*)at);
                     else weights = load((const uint16_t*)at, Kind::f16);
