@@ -319,7 +319,7 @@ def test_what_cannot_be_is_named(folders: Callable[[str], Path], monkeypatch: py
     with pytest.raises(ValueError, match="must come before it"):
         fast.step(cache, [[1, 2]], parents=[[1, -1]], positions=[[0, 1]])
     with pytest.raises(ValueError, match="no such row"):
-        fast._engine.step(fast.view(cache), [1], [0], [4], [1], [0], [], [0], [], 0, 0, 0)
+        fast._engine.step(fast.view(cache), [1], [0], [4], [1], [0], [], [0], [], 0, 0, 0, 0)
     with pytest.raises(ValueError, match="tapped layer is not there"):
         fast.step(cache, [[1]], taps=(9,))
     monkeypatch.setenv("SPECDEC_CPU_ISA", "mmx")

@@ -9,11 +9,13 @@ What runs on which processor is chosen when the library is loaded: SPECDEC_CPU_I
 
 from __future__ import annotations
 
+from .eagle import CppEagle
 from .library import chosen_isa, default_threads, library, why_not
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
 
 __all__ = [
+    "CppEagle",
     "CppModel",
     "Stepped",
     "chosen_isa",

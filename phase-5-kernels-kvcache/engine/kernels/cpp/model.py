@@ -24,7 +24,7 @@ from ...rope import frequencies
 from ...sampling import SamplingParams
 from .library import checked_threads, chosen_isa, library
 from .ops import sampling_of
-from .weights import KIND_OF, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
+from .weights import KIND_OF, Plan, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
 
 
 class Stepped(NamedTuple):
@@ -61,17 +61,28 @@ class CppModel:
     ) -> None:
         if (reason := why_not_model(model)) is not None:
             raise UserError(reason)
+        self._prepare(model, weights, threads, head, exact_activations, release)
+
+    def _prepare(
+        self,
+        model: Any,  # a Transformer, or what has the same parts
+        weights: Weights,
+        threads: int | None,
+        head: Weights | None,
+        exact_activations: bool | None,
+        release: bool,
+    ) -> None:
         self.config, self.weights = model.config, weights
         self.exact_activations = exact_activations
         self.isa = chosen_isa()
         self._engine = library().Engine(describe(model.config), checked_threads(threads), self.isa)
         self._tables = self._take_tables(model)
         head = head or ("int8" if weights == "int4" else weights)
-        every = list(plans(model, weights, head))
+        every = [*plans(model, weights, head), *self._more(model, weights)]
         self.weight_bytes = sum(plan.shape(exact_activations).bytes for plan in every)
         arena = library().Arena(self.weight_bytes + 64 * len(every))
         for plan in every:
-            self._engine.set_matrix(plan.layer, plan.which, pack(plan, arena, exact_activations))
+            self._set(plan, pack(plan, arena, exact_activations))
             if release:
                 release_matrix(plan)
         set_vectors(self._engine, model)
@@ -79,7 +90,14 @@ class CppModel:
         self._engine.finish()
         self._views: WeakKeyDictionary[StaticCache, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
 
-    def _take_tables(self, model: Transformer) -> list[Tensor]:
+    def _more(self, model: Any, weights: Weights) -> list[Plan]:
+        """Matrices besides those of every Transformer."""
+        return []
+
+    def _set(self, plan: Plan, packed: Any) -> None:
+        self._engine.set_matrix(plan.layer, plan.which, packed)
+
+    def _take_tables(self, model: Any) -> list[Tensor]:
         """Embeddings are read where they lie; they are kept from being freed."""
         tables = [model.embedding.weight.detach().contiguous()]
         if model.config.positions == "learned":
@@ -129,13 +147,15 @@ class CppModel:
         taps: tuple[int, ...] = (),
         logits: bool = True,
         hidden: bool = False,
+        inputs: Tensor | None = None,
     ) -> Stepped:
         """One forward over new tokens of some rows; their keys and values are written behind the rows' lengths.
 
         tokens[r] are those of row rows[r] (0, 1, ... by default). parents[r][i] is the number, within the row's tokens,
         of the one that token i follows, -1 for the row's last held token: a tree; by default each follows the one
         before it. positions default to what that gives. wanted are numbers in the rows' tokens one behind the other,
-        ascending; by default the last token of each row. What stands is for the caller to say: `cache.keep`.
+        ascending; by default the last token of each row. inputs [T, D] enter the first layer in place of the tokens'
+        embeddings. What stands is for the caller to say: `cache.keep`.
         UserError where the cache is none that the kernels take, ValueError for numbers that cannot be.
         """
         if rows is None:
@@ -150,6 +170,10 @@ class CppModel:
             ends = [sum(counts[: at + 1]) for at in range(len(counts))]
             wanted = [end - 1 for end, count in zip(ends, counts, strict=True) if count]
         W, D = len(wanted), self.config.width
+        if inputs is not None:
+            inputs = inputs.float().contiguous()
+            if inputs.shape != (sum(counts), D):
+                raise ValueError(f"inputs must be [{sum(counts)}, {D}], and are {list(inputs.shape)}")
         out_hidden = torch.empty(W, D) if hidden else None
         out_logits = torch.empty(W, self.config.vocab_size) if logits else None
         out_tapped = torch.empty(W, len(taps) * D) if taps else None
@@ -166,6 +190,7 @@ class CppModel:
             0 if out_hidden is None else out_hidden.data_ptr(),
             0 if out_logits is None else out_logits.data_ptr(),
             0 if out_tapped is None else out_tapped.data_ptr(),
+            0 if inputs is None else inputs.data_ptr(),
         )
         return Stepped(out_hidden, out_logits, out_tapped)
 

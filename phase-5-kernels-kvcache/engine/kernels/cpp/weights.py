@@ -33,7 +33,7 @@ class Plan:
 
     layer: int
     which: str  # qkv, output, up, down, head
-    module: Linear | QuantLinear
+    module: nn.Linear | QuantLinear
     format: Weights
     pair: bool  # gate and up
 
@@ -79,9 +79,9 @@ def why_not_model(model: nn.Module) -> str | None:
     return None
 
 
-def plans(model: Transformer, weights: Weights, head: Weights) -> Iterator[Plan]:
+def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
     def plan(layer: int, which: str, module: nn.Module, wanted: Weights, pair: bool = False) -> Plan:
-        assert isinstance(module, Linear | QuantLinear)
+        assert isinstance(module, nn.Linear | QuantLinear)
         if isinstance(module, QuantLinear):
             wanted = module.format.name
         elif wanted == "int4" and module.in_features % 32:
@@ -152,26 +152,27 @@ def describe(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def set_vectors(engine: Any, model: Transformer) -> None:
+def set_vector(engine: Any, layer: int, name: str, values: Tensor | None) -> None:
+    if values is not None:
+        wide = values.detach().float().contiguous()
+        engine.set_vector(layer, name, wide.data_ptr(), wide.numel())
+
+
+def set_norm(engine: Any, layer: int, name: str, norm: nn.Module) -> None:
+    assert isinstance(norm.weight, Tensor)
+    set_vector(engine, layer, f"{name}.weight", norm.weight)
+    set_vector(engine, layer, f"{name}.bias", getattr(norm, "bias", None))
+
+
+def set_vectors(engine: Any, model: Any) -> None:
     """Norms, which are copied as float32."""
-
-    def put(layer: int, name: str, values: Tensor | None) -> None:
-        if values is not None:
-            wide = values.detach().float().contiguous()
-            engine.set_vector(layer, name, wide.data_ptr(), wide.numel())
-
-    def put_norm(layer: int, name: str, norm: nn.Module) -> None:
-        assert isinstance(norm.weight, Tensor)
-        put(layer, f"{name}.weight", norm.weight)
-        put(layer, f"{name}.bias", getattr(norm, "bias", None))
-
     for number, layer in enumerate(model.layers):
-        put_norm(number, "attention_norm", layer.attention_norm)
-        put_norm(number, "ffn_norm", layer.ffn_norm)
+        set_norm(engine, number, "attention_norm", layer.attention_norm)
+        set_norm(engine, number, "ffn_norm", layer.ffn_norm)
         if model.config.qk_norm:
-            put(number, "query_norm", layer.attention.query_norm.weight)
-            put(number, "key_norm", layer.attention.key_norm.weight)
-    put_norm(-1, "norm", model.norm)
+            set_vector(engine, number, "query_norm", layer.attention.query_norm.weight)
+            set_vector(engine, number, "key_norm", layer.attention.key_norm.weight)
+    set_norm(engine, -1, "norm", model.norm)
 
 
 Release = Callable[[Plan], None]

@@ -4,6 +4,9 @@
 #include <chrono>
 #include <stdexcept>
 
+#define SIMD_NAME plain_code
+#include "simd.h"
+
 namespace lab {
 
 void View::bind() {
@@ -37,6 +40,10 @@ void Engine::set_vector(int layer, const std::string& which, std::vector<float> 
     const float* data = vectors_.back().data();
     if (which == "norm.weight") model.norm.weight = data;
     else if (which == "norm.bias") model.norm.bias = data;
+    else if (which == "token_norm.weight") token_norm_.weight = data;
+    else if (which == "token_norm.bias") token_norm_.bias = data;
+    else if (which == "state_norm.weight") state_norm_.weight = data;
+    else if (which == "state_norm.bias") state_norm_.bias = data;
     else {
         Layer& to = layers_.at(size_t(layer));
         if (which == "attention_norm.weight") to.attention_norm.weight = data;
@@ -70,8 +77,10 @@ void Engine::finish() {
             norm->eps = model.norm_eps;
             norm->rms = norm->bias == nullptr;
         }
-    model.norm.eps = model.norm_eps;
-    model.norm.rms = model.norm.bias == nullptr;
+    for (Norm* norm : {&model.norm, &token_norm_, &state_norm_}) {
+        norm->eps = model.norm_eps;
+        norm->rms = norm->bias == nullptr;
+    }
     int widest = std::max({model.width, model.ffn_padded(), model.heads * model.head_dim});
     size_t acts = 0;
     for (const auto& packed : matrices_) {
@@ -189,6 +198,11 @@ void Engine::step(const View& view, const Request& request) {
         block_.tokens = tokens_.data() + from;
         block_.count = int(std::min(count - from, size_t(MAX_BLOCK)));
         block_.wanted = 0;
+        block_.embedded = request.inputs != nullptr;
+        if (block_.embedded) {
+            const size_t width = size_t(model.width);
+            std::copy_n(request.inputs + from * width, size_t(block_.count) * width, block_.x);
+        }
         for (int i = 0; i < block_.count; ++i) block_.wanted += block_.tokens[i].wanted >= 0;
         pool_.run([](void* with, int thread) {
             auto* engine = static_cast<Engine*>(with);
@@ -225,6 +239,43 @@ void go_on(Request& request, int token) {
 
 }  // namespace
 
+// A token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
+int Engine::draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose) {
+    if (how.temperature == 0) return isa->largest(of_token, model.vocab);
+    probabilities(*isa, of_token, model.vocab, how);
+    if (purpose == SAMPLE)
+        return draw_gumbel(*isa, of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), SAMPLE);
+    return draw_inverse(of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), purpose);
+}
+
+std::vector<int> Engine::continue_chain(
+    const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
+    const float* logits, float* probs
+) {
+    if (join_ == nullptr) throw std::invalid_argument("this model continues no features");
+    const size_t width = size_t(model.width), vocab = size_t(model.vocab);
+    std::vector<float> state(feature, feature + width), pair(2 * width), input(width), embedded(width);
+    std::vector<int> drawn;
+    std::copy_n(logits, vocab, probs);
+    for (int i = 0; i < count; ++i) {
+        float* of_token = probs + size_t(i) * vocab;
+        if (i > 0) {
+            embed(drawn.back(), embedded.data());
+            isa->normalise(token_norm_, embedded.data(), model.width, pair.data());
+            isa->normalise(state_norm_, state.data(), model.width, pair.data() + width);
+            product(*join_, pair.data(), 1, input.data());
+            Request request;
+            const int place = text.held + i - 1;
+            request.tokens = {drawn.back()}, request.positions = {place};
+            request.rows = {text.row}, request.counts = {1}, request.held = {place}, request.wanted = {0};
+            request.inputs = input.data(), request.hidden = state.data(), request.logits = of_token;
+            step(view, request);
+        }
+        drawn.push_back(draw(of_token, how, text.sample, text.position + i, purpose));
+    }
+    return drawn;
+}
+
 std::vector<int> Engine::draft(
     const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs
 ) {
@@ -234,14 +285,7 @@ std::vector<int> Engine::draft(
         float* of_token = probs + size_t(i) * size_t(model.vocab);
         request.logits = of_token;
         step(view, request);
-        int token;
-        if (how.temperature == 0) token = isa->largest(of_token, model.vocab);
-        else {
-            const uint32_t at = uint32_t(text.position + i), sample = uint32_t(text.sample);
-            probabilities(*isa, of_token, model.vocab, how);
-            token = purpose == SAMPLE ? draw_gumbel(*isa, of_token, model.vocab, how.seed, sample, at, SAMPLE)
-                                      : draw_inverse(of_token, model.vocab, how.seed, sample, at, purpose);
-        }
+        const int token = draw(of_token, how, text.sample, text.position + i, purpose);
         drawn.push_back(token);
         go_on(request, token);
     }
@@ -262,6 +306,17 @@ std::vector<int> Engine::generate(
         go_on(request, token);
     }
     return made;
+}
+
+void Engine::embed(int token, float* to) const {
+    const size_t width = size_t(model.width), at = size_t(token) * width;
+    if (model.embedding.kind == Kind::f32) {
+        std::copy_n(static_cast<const float*>(model.embedding.data) + at, width, to);
+        return;
+    }
+    const auto* from = static_cast<const uint16_t*>(model.embedding.data) + at;
+    for (size_t k = 0; k < width; ++k)
+        to[k] = model.embedding.kind == Kind::bf16 ? plain_code::float_of_bf16(from[k]) : plain_code::float_of_half(from[k]);
 }
 
 void Engine::product(const Packed& packed, const float* x, int count, float* out) {

@@ -18,6 +18,7 @@ struct Isa {
     int (*largest)(const float* x, int count);  // the first of the largest
     // The argmax of scale * x[i] + Gumbel noise of word i under the counter (., position, sample, purpose).
     int (*gumbel)(const float* x, int count, float scale, const uint32_t key[2], const uint32_t counter[3], float* best);
+    void (*normalise)(const Norm&, const float* x, int width, float* to);
     double (*read)(const float* from, size_t count);  // a sum: for measuring how fast memory is read
 };
 

@@ -48,7 +48,7 @@ const Isa ISA_OBJECT = {
     false,
 #endif
     SIMD_NAME::LANES, SIMD_NAME::step, SIMD_NAME::one_product, SIMD_NAME::exponentials, SIMD_NAME::first_largest,
-    SIMD_NAME::gumbel_largest, SIMD_NAME::read_all,
+    SIMD_NAME::gumbel_largest, SIMD_NAME::normalise, SIMD_NAME::read_all,
 };
 
 }  // namespace lab
