@@ -13,10 +13,12 @@ from .eagle import CppEagle
 from .library import chosen_isa, default_threads, library, why_not
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
+from .transformer import CppTransformer
 
 __all__ = [
     "CppEagle",
     "CppModel",
+    "CppTransformer",
     "Stepped",
     "chosen_isa",
     "default_threads",

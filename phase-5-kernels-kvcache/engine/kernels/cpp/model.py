@@ -96,6 +96,8 @@ class CppModel:
 
     def _set(self, plan: Plan, packed: Any) -> None:
         self._engine.set_matrix(plan.layer, plan.which, packed)
+        if plan.which == "head":
+            self._head = packed
 
     def _take_tables(self, model: Any) -> list[Tensor]:
         """Embeddings are read where they lie; they are kept from being freed."""
@@ -193,6 +195,13 @@ class CppModel:
             0 if inputs is None else inputs.data_ptr(),
         )
         return Stepped(out_hidden, out_logits, out_tapped)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D], as `step` gives it -> logits [..., V]: the bits that `step` gives."""
+        rows = hidden.detach().float().contiguous().view(-1, self.config.width)
+        logits = torch.empty(len(rows), self.config.vocab_size)
+        self._engine.product(self._head, rows.data_ptr(), len(rows), logits.data_ptr())
+        return logits.view(*hidden.shape[:-1], self.config.vocab_size)
 
     def draft_chain(
         self,

@@ -89,6 +89,7 @@ void Engine::finish() {
         const size_t groups = size_t(w.padded / std::max(1, w.group));
         acts = std::max(acts, size_t(w.padded) * 4 + groups * 8);
     }
+    acts_floats_ = MAX_BLOCK * acts / 4 + 64;
     const size_t rows = MAX_BLOCK;
     const Layer& first = layers_.front();
     block_.x = memory(rows * size_t(model.width));
@@ -98,7 +99,7 @@ void Engine::finish() {
     block_.inner = memory(rows * size_t(model.ffn_padded()));
     for (int thread = 0; thread < pool_.size(); ++thread) {
         normed_.push_back(memory(rows * size_t(widest)));
-        acts_.push_back(reinterpret_cast<uint8_t*>(memory(rows * acts / 4 + 64)));
+        acts_.push_back(reinterpret_cast<uint8_t*>(memory(acts_floats_)));
     }
     block_.normed = normed_.data();
     block_.acts = acts_.data();
@@ -323,16 +324,17 @@ void Engine::product(const Packed& packed, const float* x, int count, float* out
     const Matrix& w = packed.matrix;
     const size_t groups = size_t(w.padded / std::max(1, w.group));
     const size_t spare = size_t(MAX_BLOCK) * size_t(w.padded), acts = spare + size_t(MAX_BLOCK) * groups * 2;
-    std::vector<float> memory(size_t(pool_.size()) * (spare + acts));
+    // A finished model's own memory will do for its own matrices; others need some for the time of the call.
+    const bool own = block_.widest >= w.padded && acts_floats_ >= acts;
+    std::vector<float> memory(own ? 0 : size_t(pool_.size()) * (spare + acts));
     struct With { Engine* engine; const Matrix* w; const float* x; int count; float* out; int limit; float* memory; size_t spare, each; };
-    With with{this, &w, x, count, out, packed.shape.outputs, memory.data(), spare, spare + acts};
+    With with{this, &w, x, count, out, packed.shape.outputs, own ? nullptr : memory.data(), spare, spare + acts};
     pool_.run([](void* given, int thread) {
         const auto& with = *static_cast<With*>(given);
-        float* mine = with.memory + size_t(thread) * with.each;
-        with.engine->isa->product(
-            *with.w, with.x, with.count, with.out, with.limit, mine, reinterpret_cast<uint8_t*>(mine + with.spare),
-            thread, with.engine->pool_.size()
-        );
+        Engine& engine = *with.engine;
+        float* mine = with.memory == nullptr ? engine.normed_[size_t(thread)] : with.memory + size_t(thread) * with.each;
+        uint8_t* acts = with.memory == nullptr ? engine.acts_[size_t(thread)] : reinterpret_cast<uint8_t*>(mine + with.spare);
+        engine.isa->product(*with.w, with.x, with.count, with.out, with.limit, mine, acts, thread, engine.pool_.size());
     }, &with);
 }
 

@@ -91,6 +91,7 @@ private:
     std::vector<Token> tokens_;
     std::vector<int> lines_;
     Block block_;
+    size_t acts_floats_ = 0;
     int capacity_ = 0;
     Pool pool_;
 };

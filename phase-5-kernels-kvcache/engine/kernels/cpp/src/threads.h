@@ -38,12 +38,16 @@ public:
             return;
         }
         for (int spins = 0; meeting_.load(std::memory_order_acquire) == meeting; ++spins) {
-            if (spins < SPINS) relax();
-            else sched_yield();
+            if (spins < SPINS) {
+                if (spins > EAGER) relax();
+            } else {
+                sched_yield();
+            }
         }
     }
 
 private:
+    static constexpr int EAGER = 100;   // a pause alone takes some ten nanoseconds, as long as most meetings
     static constexpr int SPINS = 1000;  // some tens of microseconds: longer than any thread is late by itself
     const int threads_;
     alignas(64) std::atomic<int> arrived_{0};
