@@ -181,6 +181,24 @@ def test_a_whole_generation_is_that_of_single_steps(
     assert ended == made[: made.index(made[7]) + 1]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
+    """The embedded draft, 4,096 tokens: the noise of one is drawn by whoever has its share."""
+    model = load("stdlib-1m", torch.float32, torch.device("cpu")).model
+    assert isinstance(model, Transformer)
+    params = SamplingParams(temperature=0.9, seed=8)
+    fast = cpp.CppModel(model, "bfloat16", threads)
+    made = fast.generate_plain(fast.new_cache(1, 80), 0, [5, 6, 7], 60, params)
+    cache, new, text = fast.new_cache(1, 80), [5, 6, 7], [5, 6, 7]
+    for token in made:
+        logits = fast.step(cache, [new]).logits
+        assert logits is not None
+        cache.keep(0, list(range(len(new))))
+        assert cpp.sample(logits, params, KeyedRandomness(8), [0], [len(text)], [[]], [[]]) == [token]
+        text.append(token)
+        new = [token]
+
+
 def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppModel]) -> None:
     _, fast = models
     with pytest.raises(UserError, match="penalties need the whole text"):

@@ -293,6 +293,30 @@ std::vector<int> Engine::draft(
     return drawn;
 }
 
+// The next token of plain decoding from the logits in one_. Noise for a whole vocabulary is worth sharing out.
+int Engine::choose_plain(const Sampling& how, int sample, int position) {
+    constexpr int WORDS = 64;  // a thread's share begins at a multiple
+    const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_.size() == 1 || model.vocab < 16 * WORDS;
+    if (alone) return choose(*isa, one_.data(), model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
+    struct With { Engine* engine; float scale; uint32_t key[2], counter[3]; std::vector<std::pair<float, int>> best; };
+    With with{
+        this, float(1 / how.temperature), {uint32_t(how.seed), uint32_t(how.seed >> 32)},
+        {uint32_t(position), uint32_t(sample), SAMPLE}, std::vector<std::pair<float, int>>(size_t(pool_.size()))
+    };
+    pool_.run([](void* given, int thread) {
+        auto& with = *static_cast<With*>(given);
+        const Engine& engine = *with.engine;
+        const int vocab = engine.model.vocab, units = (vocab + WORDS - 1) / WORDS, threads = engine.pool_.size();
+        const int begin = units * thread / threads * WORDS, end = std::min(vocab, units * (thread + 1) / threads * WORDS);
+        auto& [value, at] = with.best[size_t(thread)];
+        at = engine.isa->gumbel(engine.one_.data(), begin, end, with.scale, with.key, with.counter, &value);
+    }, &with);
+    auto best = with.best.front();
+    for (const auto& other : with.best)
+        if (other.first > best.first) best = other;
+    return best.second;
+}
+
 std::vector<int> Engine::generate(
     const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends
 ) {
@@ -300,8 +324,7 @@ std::vector<int> Engine::generate(
     Request request = following(text, one_.data());
     for (int i = 0; i < count; ++i) {
         step(view, request);
-        const int token =
-            choose(*isa, one_.data(), model.vocab, how, uint32_t(text.sample), uint32_t(text.position + i), spare_.data());
+        const int token = choose_plain(how, text.sample, text.position + i);
         made.push_back(token);
         if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
         go_on(request, token);

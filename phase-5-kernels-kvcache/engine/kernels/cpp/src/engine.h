@@ -73,6 +73,7 @@ public:
     int threads() const { return pool_.size(); }
 
 private:
+    int choose_plain(const Sampling& how, int sample, int position);
     int draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose);
     void embed(int token, float* to) const;
     void fit(int capacity);
