@@ -79,7 +79,9 @@ class Rung:
         self._kept: list[Any] = []
         self._step = self._build().ladder_step
         layers = (_Layer * config.layers)()
-        for to, layer in zip(layers, model.layers, strict=True):
+        blocks: list[Any] = list(model.layers)
+        norm: Any = model.norm
+        for to, layer in zip(layers, blocks, strict=True):
             matrices = (layer.attention.qkv, layer.attention.output, layer.ffn.gate_up, layer.ffn.down)
             for name, linear in zip(("qkv", "output", "gate_up", "down"), matrices, strict=True):
                 setattr(to, name, self._address(linear.weight, kind.weights))
@@ -93,7 +95,7 @@ class Rung:
         self._keys, self._values = held, held.clone()
         self._ladder = _Ladder(
             config.layers, config.width, config.heads, config.kv_heads, config.head_dim, config.ffn_width,
-            config.vocab_size, capacity, threads, config.norm_eps, layers, self._address(model.norm.weight),
+            config.vocab_size, capacity, threads, config.norm_eps, layers, self._address(norm.weight),
             self._address(model.embedding.weight), self._address(model.head.weight, kind.weights),
             self._address(angles.cos() * scale), self._address(angles.sin() * scale), self._address(self._keys),
             self._address(self._values), self._address(scratch),
