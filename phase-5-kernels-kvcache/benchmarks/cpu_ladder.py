@@ -26,6 +26,7 @@ from common.options import parse_options, run_main
 from engine import SamplingParams, load
 from engine.kernels.cpp import CppModel, default_threads, why_not
 from engine.kernels.cpp.ladder import RUNGS, Rung
+from engine.kernels.cpp.weights import Weights
 from engine.model import Transformer
 
 DEFINITIONS = {
@@ -38,7 +39,7 @@ DEFINITIONS = {
 CHECKED = 12  # tokens whose logits are compared with the torch model before a rung is timed
 # Weights and activations of 8 bits of mantissa; relative to the largest logit.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 3e-2}
-FUSED = ("float32", "bfloat16", "float16", "int8", "int4")
+FUSED: tuple[Weights, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 FUSED_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-3, "int8": 0.1, "int4": 0.6}
 LEVELS = {"L2": 2**20, "L3": 24 * 2**20, "DRAM": 2**29}  # bytes that all threads read together
 
@@ -83,14 +84,14 @@ def run(
         steppers[kind.title] = stepper(rung, expected[-1], tokens)
         rows.append({"rung": kind.title, "weight_mb": rung.weight_bytes / 1e6})
     machine: CppModel | None = None
-    for weights in FUSED:
-        fused = CppModel(target, weights, threads)
+    for format in FUSED:
+        fused = CppModel(target, format, threads)
         machine = machine or fused
         cache = fused.new_cache(1, CHECKED + tokens + 1)
         logits = fused.step(cache, [text], wanted=range(CHECKED)).logits
         assert logits is not None
-        title = f"fused step, {weights}"
-        refuse(title, logits, expected, FUSED_BOUNDS[weights])
+        title = f"fused step, {format}"
+        refuse(title, logits, expected, FUSED_BOUNDS[format])
         cache.keep(0, list(range(CHECKED)))
         steppers[title] = fused_stepper(fused, cache, int(logits[-1].argmax()), tokens)
         rows.append({"rung": title, "weight_mb": fused.weight_bytes / 1e6})

@@ -47,7 +47,7 @@ DEFINITIONS = {
 }
 BOUNDS = {"f32": 1e-3, "f16": 5e-3, "q8_0": 0.1, "float32": 1e-4, "float16": 1e-3, "bfloat16": 3e-2, "int8": 0.1}
 RANDOM = "random-100m"
-RANDOM_SHAPE = {
+RANDOM_SHAPE: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 12, "vocab_size": 32_000, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -228,7 +228,8 @@ def generating(model: Any, prompt: list[int], tokens: int, options: dict[str, An
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
             use_cache=True, pad_token_id=0, **options,
         )  # fmt: skip
-        return (time.perf_counter() - began) / (output.shape[1] - ids.shape[1])
+        made: int = output.shape[1] - ids.shape[1]
+        return (time.perf_counter() - began) / made
 
     return decode
 
