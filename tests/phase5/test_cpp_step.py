@@ -350,3 +350,17 @@ def test_other_caches_and_models_are_refused(folders: Callable[[str], Path]) -> 
     object.__setattr__(odd.layers[0].ffn.down, "in_features", 50)
     with pytest.raises(UserError, match="groups of 32 or 64"):
         cpp.CppModel(odd, "int4", 1)
+
+
+def test_a_fork_is_noticed(folders: Callable[[str], Path]) -> None:
+    """Threads stay behind in the parent: the child is told, and ends."""
+    fast = cpp.CppModel(loaded(folders("llama")), "float32", 2)
+    fast.step(fast.new_cache(1, 8), [[1]])
+    child = os.fork()
+    if child == 0:
+        try:
+            fast.step(fast.new_cache(1, 8), [[1]])
+        except RuntimeError as error:
+            os._exit(7 if "make it after a fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -39,7 +39,8 @@ class CppModel:
     """The same function as `model`, with `weights` in the given format.
 
     weights: of the matrices; those that are quantised already stay as they are. head: of the output matrix; by default
-    as `weights`, and int8 with int4. exact_activations: True keeps activations in float32; False rounds them, to
+    as `weights`, and int8 with int4, whose groups are of 64, or of 32 where 64 do
+    not divide a width. exact_activations: True keeps activations in float32; False rounds them, to
     bfloat16 beside bfloat16 weights (where the processor has that dot product) and to int8 by groups of 64 beside int8
     and int4. By default they are rounded beside int8 and int4 alone: the dot product of bfloat16 gives no more products
     per second than float32 arithmetic on the processors it was measured on. release: take each matrix out of the torch

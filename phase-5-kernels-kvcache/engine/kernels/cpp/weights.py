@@ -85,9 +85,9 @@ def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
         if isinstance(module, QuantLinear):
             wanted = module.format.name
         elif wanted == "int4" and module.in_features % 32:
+            name = which if layer < 0 else f"layers.{layer}.{which}"
             raise UserError(
-                f"layers.{layer}.{which} has {module.in_features} input features, and groups of 32 or 64 do not divide "
-                "them: use int8"
+                f"{name} has {module.in_features} input features, and groups of 32 or 64 do not divide them: use int8"
             )
         return Plan(layer, which, module, wanted, pair)
 

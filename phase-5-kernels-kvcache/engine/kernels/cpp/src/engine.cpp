@@ -157,6 +157,7 @@ void Engine::check(const View& view, const Request& request) const {
 }
 
 void Engine::step(const View& view, const Request& request) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     check(view, request);
     fit(view.cache.capacity);
     const size_t count = request.tokens.size();
@@ -253,6 +254,7 @@ std::vector<int> Engine::continue_chain(
     const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
     const float* logits, float* probs
 ) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     if (join_ == nullptr) throw std::invalid_argument("this model continues no features");
     const size_t width = size_t(model.width), vocab = size_t(model.vocab);
     std::vector<float> state(feature, feature + width), pair(2 * width), input(width), embedded(width);
@@ -280,6 +282,7 @@ std::vector<int> Engine::continue_chain(
 std::vector<int> Engine::draft(
     const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs
 ) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     std::vector<int> drawn;
     Request request = following(text, nullptr);
     for (int i = 0; i < count; ++i) {
@@ -320,6 +323,7 @@ int Engine::choose_plain(const Sampling& how, int sample, int position) {
 std::vector<int> Engine::generate(
     const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends
 ) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     std::vector<int> made;
     Request request = following(text, one_.data());
     for (int i = 0; i < count; ++i) {
@@ -344,6 +348,7 @@ void Engine::embed(int token, float* to) const {
 }
 
 void Engine::product(const Packed& packed, const float* x, int count, float* out) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     const Matrix& w = packed.matrix;
     const size_t groups = size_t(w.padded / std::max(1, w.group));
     const size_t spare = size_t(MAX_BLOCK) * size_t(w.padded), acts = spare + size_t(MAX_BLOCK) * groups * 2;
@@ -362,6 +367,7 @@ void Engine::product(const Packed& packed, const float* x, int count, float* out
 }
 
 double Engine::read_speed(const float* from, size_t count, int repeats) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     struct With { Engine* engine; const float* from; size_t count; int repeats; std::vector<double> sums; };
     With with{this, from, count, repeats, std::vector<double>(size_t(pool_.size()) * 8)};
     const auto began = std::chrono::steady_clock::now();

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -92,6 +93,7 @@ private:
     std::vector<Token> tokens_;
     std::vector<int> lines_;
     Block block_;
+    std::recursive_mutex mutex_;  // one caller at a time: Python lets others run meanwhile
     size_t acts_floats_ = 0;
     int capacity_ = 0;
     Pool pool_;

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 #include <sched.h>
+#include <unistd.h>
 
 namespace lab {
 
@@ -54,7 +55,8 @@ private:
     alignas(64) std::atomic<uint32_t> meeting_{0};
 };
 
-// run(f) calls f(0 .. n - 1) on n threads, the caller's among them, and returns when all are done.
+// run(f) calls f(0 .. n - 1) on n threads, the caller's among them, and returns when all are done. Threads do not
+// survive a fork: in the child, run throws.
 class Pool {
 public:
     explicit Pool(int threads);
@@ -72,6 +74,7 @@ private:
     void work(int thread);
 
     const int size_;
+    const pid_t owner_;
     std::vector<std::thread> workers_;
     Job job_ = nullptr;
     void* with_ = nullptr;
