@@ -38,13 +38,14 @@ class Stepped(NamedTuple):
 class CppModel:
     """The same function as `model`, with `weights` in the given format.
 
-    weights: of the matrices; those that are quantised already stay as they are. head: of the output matrix; by default
-    as `weights`, and int8 with int4, whose groups are of 64, or of 32 where 64 do
-    not divide a width. exact_activations: True keeps activations in float32; False rounds them, to
-    bfloat16 beside bfloat16 weights (where the processor has that dot product) and to int8 by groups of 64 beside int8
-    and int4. By default they are rounded beside int8 and int4 alone: the dot product of bfloat16 gives no more products
-    per second than float32 arithmetic on the processors it was measured on. release: take each matrix out of the torch
-    model as soon as it is packed; the model then only holds its embedding and its head.
+    weights: of the matrices; those that are quantised already stay as they are. int4 has groups of 64, or of 32 where
+    64 do not divide a width. head: of the output matrix; by default as `weights`, and int8 with int4. release: take
+    each matrix out of the torch model as soon as it is packed; the model then only holds its embedding and its head.
+
+    exact_activations: True keeps activations in float32; False rounds them, to bfloat16 beside bfloat16 weights (where
+    the processor has that dot product) and to int8 by groups of 64 beside int8 and int4. By default they are rounded
+    beside int8 and int4 alone: the dot product of bfloat16 gives no more products per second than float32 arithmetic on
+    the processors it was measured on.
 
     The bits of a token's logits do not depend on how many tokens a step has, nor on the threads. UserError names what
     the kernels do not take.
