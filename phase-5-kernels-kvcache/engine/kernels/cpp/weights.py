@@ -5,7 +5,7 @@ Matrices that are quantised already keep their levels; others are rounded to nea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from ...config import ModelConfig
 from ...model import Linear, Transformer
 from ...packing import PackedLinear
 from ...quantize import Format, QuantLinear, rtn
+from ...weights import give_back_freed
 from .library import library
 
 Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -175,10 +176,8 @@ def set_vectors(engine: Any, model: Any) -> None:
     set_norm(engine, -1, "norm", model.norm)
 
 
-Release = Callable[[Plan], None]
-
-
 def release_matrix(plan: Plan) -> None:
     """Give back what a torch module holds, once it is packed: it cannot compute any more."""
     if isinstance(plan.module, Linear) and plan.which != "head":
         plan.module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        give_back_freed()
