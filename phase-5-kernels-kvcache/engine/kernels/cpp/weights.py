@@ -25,7 +25,7 @@ Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 KIND_OF = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-ROWS = 512  # of a matrix that are rounded at a time
+ROWS = 128  # of a matrix that are rounded at a time
 
 
 @dataclass(frozen=True)
