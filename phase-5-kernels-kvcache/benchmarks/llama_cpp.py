@@ -1,6 +1,6 @@
 """llama.cpp as a peer: the same weights as a GGUF file, run through its C API.
 
-Needs llama-cpp-python and gguf (pip install 'llm-inference-lab[peers]'). What is timed is llama_decode in a loop, at the
+Needs llama-cpp-python and gguf (the extra `peers`). What is timed is llama_decode in a loop, at the
 thread count that is fastest here; tokens are chosen in Python by numpy's argmax, outside of what is timed.
 """
 

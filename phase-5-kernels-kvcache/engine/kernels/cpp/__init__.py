@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import library as _library
+from .eagle import CppEagle
 from .library import chosen_isa, default_threads, library
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
@@ -31,6 +32,7 @@ def why_not(device: torch.device) -> str | None:
 
 __all__ = [
     "OPS",
+    "CppEagle",
     "CppModel",
     "Stepped",
     "chosen_isa",

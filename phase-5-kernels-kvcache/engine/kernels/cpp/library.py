@@ -75,6 +75,7 @@ def library() -> Any:
         compiler=compiler,
         flags=[*FLAGS, *EXACT, *QUIET, *build.python_flags(), f"-DEXTENSION_NAME={name}", *extra],
         own_flags=OWN_FLAGS if is_x86() else {},
+        link_flags=["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [],
     )
 
 

@@ -24,7 +24,7 @@ from ...rope import frequencies
 from ...sampling import SamplingParams
 from .library import checked_threads, chosen_isa, library
 from .ops import sampling_of
-from .weights import KIND_OF, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
+from .weights import KIND_OF, Plan, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
 
 
 class Stepped(NamedTuple):
@@ -38,10 +38,14 @@ class Stepped(NamedTuple):
 class CppModel:
     """The same function as `model`, with `weights` in the given format.
 
-    weights: of the matrices; those that are quantised already stay as they are. head: of the output matrix; by default
-    as `weights`, and int8 with int4. exact_activations: activations stay float32 where they would be rounded: to
-    bfloat16 with bfloat16 weights (AVX-512 alone), to int8 by groups of 64 with int8 and int4. release: take each
-    matrix out of the torch model as soon as it is packed; the model then only holds its embedding and its head.
+    weights: of the matrices; those that are quantised already stay as they are. int4 has groups of 64, or of 32 where
+    64 do not divide a width. head: of the output matrix; by default as `weights`, and int8 with int4. release: take
+    each matrix out of the torch model as soon as it is packed; the model then only holds its embedding and its head.
+
+    exact_activations: True keeps activations in float32; False rounds them, to bfloat16 beside bfloat16 weights (where
+    the processor has that dot product) and to int8 by groups of 64 beside int8 and int4. By default they are rounded
+    beside int8 and int4 alone: the dot product of bfloat16 gives no more products per second than float32 arithmetic on
+    the processors it was measured on.
 
     The bits of a token's logits do not depend on how many tokens a step has, nor on the threads. UserError names what
     the kernels do not take.
@@ -54,22 +58,33 @@ class CppModel:
         threads: int | None = None,
         *,
         head: Weights | None = None,
-        exact_activations: bool = False,
+        exact_activations: bool | None = None,
         release: bool = False,
     ) -> None:
         if (reason := why_not_model(model)) is not None:
             raise UserError(reason)
+        self._prepare(model, weights, threads, head, exact_activations, release)
+
+    def _prepare(
+        self,
+        model: Any,  # a Transformer, or what has the same parts
+        weights: Weights,
+        threads: int | None,
+        head: Weights | None,
+        exact_activations: bool | None,
+        release: bool,
+    ) -> None:
         self.config, self.weights = model.config, weights
         self.exact_activations = exact_activations
         self.isa = chosen_isa()
         self._engine = library().Engine(describe(model.config), checked_threads(threads), self.isa)
         self._tables = self._take_tables(model)
         head = head or ("int8" if weights == "int4" else weights)
-        every = list(plans(model, weights, head))
+        every = [*plans(model, weights, head), *self._more(model, weights)]
         self.weight_bytes = sum(plan.shape(exact_activations).bytes for plan in every)
         arena = library().Arena(self.weight_bytes + 64 * len(every))
         for plan in every:
-            self._engine.set_matrix(plan.layer, plan.which, pack(plan, arena, exact_activations))
+            self._set(plan, pack(plan, arena, exact_activations))
             if release:
                 release_matrix(plan)
         set_vectors(self._engine, model)
@@ -77,7 +92,16 @@ class CppModel:
         self._engine.finish()
         self._views: WeakKeyDictionary[StaticCache, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
 
-    def _take_tables(self, model: Transformer) -> list[Tensor]:
+    def _more(self, model: Any, weights: Weights) -> list[Plan]:
+        """Matrices besides those of every Transformer."""
+        return []
+
+    def _set(self, plan: Plan, packed: Any) -> None:
+        self._engine.set_matrix(plan.layer, plan.which, packed)
+        if plan.which == "head":
+            self._head = packed
+
+    def _take_tables(self, model: Any) -> list[Tensor]:
         """Embeddings are read where they lie; they are kept from being freed."""
         tables = [model.embedding.weight.detach().contiguous()]
         if model.config.positions == "learned":
@@ -96,7 +120,7 @@ class CppModel:
         if self.exact_activations or self.weights in ("float32", "float16"):
             return "float32"
         if self.weights == "bfloat16":
-            return "bfloat16" if self._engine.narrow_bf16 else "float32"
+            return "bfloat16" if self.exact_activations is False and self._engine.narrow_bf16 else "float32"
         return "int8"
 
     def new_cache(self, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> StaticCache:
@@ -127,13 +151,15 @@ class CppModel:
         taps: tuple[int, ...] = (),
         logits: bool = True,
         hidden: bool = False,
+        inputs: Tensor | None = None,
     ) -> Stepped:
         """One forward over new tokens of some rows; their keys and values are written behind the rows' lengths.
 
         tokens[r] are those of row rows[r] (0, 1, ... by default). parents[r][i] is the number, within the row's tokens,
         of the one that token i follows, -1 for the row's last held token: a tree; by default each follows the one
         before it. positions default to what that gives. wanted are numbers in the rows' tokens one behind the other,
-        ascending; by default the last token of each row. What stands is for the caller to say: `cache.keep`.
+        ascending; by default the last token of each row. inputs [T, D] enter the first layer in place of the tokens'
+        embeddings. What stands is for the caller to say: `cache.keep`.
         UserError where the cache is none that the kernels take, ValueError for numbers that cannot be.
         """
         if rows is None:
@@ -148,6 +174,10 @@ class CppModel:
             ends = [sum(counts[: at + 1]) for at in range(len(counts))]
             wanted = [end - 1 for end, count in zip(ends, counts, strict=True) if count]
         W, D = len(wanted), self.config.width
+        if inputs is not None:
+            inputs = inputs.float().contiguous()
+            if inputs.shape != (sum(counts), D):
+                raise ValueError(f"inputs must be [{sum(counts)}, {D}], and are {list(inputs.shape)}")
         out_hidden = torch.empty(W, D) if hidden else None
         out_logits = torch.empty(W, self.config.vocab_size) if logits else None
         out_tapped = torch.empty(W, len(taps) * D) if taps else None
@@ -164,8 +194,16 @@ class CppModel:
             0 if out_hidden is None else out_hidden.data_ptr(),
             0 if out_logits is None else out_logits.data_ptr(),
             0 if out_tapped is None else out_tapped.data_ptr(),
+            0 if inputs is None else inputs.data_ptr(),
         )
         return Stepped(out_hidden, out_logits, out_tapped)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D], as `step` gives it -> logits [..., V]: the bits that `step` gives."""
+        rows = hidden.detach().float().contiguous().view(-1, self.config.width)
+        logits = torch.empty(len(rows), self.config.vocab_size)
+        self._engine.product(self._head, rows.data_ptr(), len(rows), logits.data_ptr())
+        return logits.view(*hidden.shape[:-1], self.config.vocab_size)
 
     def draft_chain(
         self,

@@ -63,7 +63,7 @@ def verify_sample(
     positions: Tensor,
     decisions: Decisions,
 ) -> Verdict:
-    """The rule of engine/verify.py; decisions that are neither keyed nor certain are the caller's own: torch decides."""
+    """The rule of engine/verify.py; decisions neither keyed nor certain are the caller's own: torch decides."""
     keyed = isinstance(decisions, KeyedRandomness)
     if target_probs.dtype == torch.float64 or not (keyed or isinstance(decisions, Certain)):
         return verify(draft_tokens, draft_probs, target_probs, widths, samples, positions, decisions)

@@ -5,7 +5,7 @@ Matrices that are quantised already keep their levels; others are rounded to nea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +18,14 @@ from ...config import ModelConfig
 from ...model import Linear, Transformer
 from ...packing import PackedLinear
 from ...quantize import Format, QuantLinear, rtn
+from ...weights import give_back_freed
 from .library import library
 
 Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 KIND_OF = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-ROWS = 512  # of a matrix that are rounded at a time
+ROWS = 128  # of a matrix that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Plan:
 
     layer: int
     which: str  # qkv, output, up, down, head
-    module: Linear | QuantLinear
+    module: nn.Linear | QuantLinear
     format: Weights
     pair: bool  # gate and up
 
-    def shape(self, wide: bool) -> Any:
+    def shape(self, exact: bool | None) -> Any:
+        """`exact`: whether activations stay float32; None: where that costs nothing, with weights of 16 or 32 bits."""
         quantised = self.module if isinstance(self.module, QuantLinear) else None
         group = 0
         if self.format == "int4":
@@ -46,7 +48,7 @@ class Plan:
             kind=KINDS[self.format],
             outputs=self.module.out_features,
             inputs=self.module.in_features,
-            wide=wide,
+            wide=self.format == "bfloat16" if exact is None else exact,
             pair=self.pair,
             scale_group=group,
             zeros=quantised is not None and quantised.zeros is not None,
@@ -78,15 +80,15 @@ def why_not_model(model: nn.Module) -> str | None:
     return None
 
 
-def plans(model: Transformer, weights: Weights, head: Weights) -> Iterator[Plan]:
+def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
     def plan(layer: int, which: str, module: nn.Module, wanted: Weights, pair: bool = False) -> Plan:
-        assert isinstance(module, Linear | QuantLinear)
+        assert isinstance(module, nn.Linear | QuantLinear)
         if isinstance(module, QuantLinear):
             wanted = module.format.name
         elif wanted == "int4" and module.in_features % 32:
+            name = which if layer < 0 else f"layers.{layer}.{which}"
             raise UserError(
-                f"layers.{layer}.{which} has {module.in_features} input features, and groups of 32 or 64 do not divide "
-                "them: use int8"
+                f"{name} has {module.in_features} input features, and groups of 32 or 64 do not divide them: use int8"
             )
         return Plan(layer, which, module, wanted, pair)
 
@@ -99,9 +101,9 @@ def plans(model: Transformer, weights: Weights, head: Weights) -> Iterator[Plan]
     yield plan(-1, "head", model.head, head)
 
 
-def pack(plan: Plan, arena: Any, wide: bool) -> Any:
+def pack(plan: Plan, arena: Any, exact: bool | None) -> Any:
     """The matrix in panels, in the arena's memory."""
-    packed = library().Packed(arena, plan.shape(wide))
+    packed = library().Packed(arena, plan.shape(exact))
     module = plan.module
     if isinstance(module, QuantLinear):
         fill_levels(packed, 0, module)
@@ -151,32 +153,31 @@ def describe(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def set_vectors(engine: Any, model: Transformer) -> None:
+def set_vector(engine: Any, layer: int, name: str, values: Tensor | None) -> None:
+    if values is not None:
+        wide = values.detach().float().contiguous()
+        engine.set_vector(layer, name, wide.data_ptr(), wide.numel())
+
+
+def set_norm(engine: Any, layer: int, name: str, norm: nn.Module) -> None:
+    assert isinstance(norm.weight, Tensor)
+    set_vector(engine, layer, f"{name}.weight", norm.weight)
+    set_vector(engine, layer, f"{name}.bias", getattr(norm, "bias", None))
+
+
+def set_vectors(engine: Any, model: Any) -> None:
     """Norms, which are copied as float32."""
-
-    def put(layer: int, name: str, values: Tensor | None) -> None:
-        if values is not None:
-            wide = values.detach().float().contiguous()
-            engine.set_vector(layer, name, wide.data_ptr(), wide.numel())
-
-    def put_norm(layer: int, name: str, norm: nn.Module) -> None:
-        assert isinstance(norm.weight, Tensor)
-        put(layer, f"{name}.weight", norm.weight)
-        put(layer, f"{name}.bias", getattr(norm, "bias", None))
-
     for number, layer in enumerate(model.layers):
-        put_norm(number, "attention_norm", layer.attention_norm)
-        put_norm(number, "ffn_norm", layer.ffn_norm)
+        set_norm(engine, number, "attention_norm", layer.attention_norm)
+        set_norm(engine, number, "ffn_norm", layer.ffn_norm)
         if model.config.qk_norm:
-            put(number, "query_norm", layer.attention.query_norm.weight)
-            put(number, "key_norm", layer.attention.key_norm.weight)
-    put_norm(-1, "norm", model.norm)
-
-
-Release = Callable[[Plan], None]
+            set_vector(engine, number, "query_norm", layer.attention.query_norm.weight)
+            set_vector(engine, number, "key_norm", layer.attention.key_norm.weight)
+    set_norm(engine, -1, "norm", model.norm)
 
 
 def release_matrix(plan: Plan) -> None:
     """Give back what a torch module holds, once it is packed: it cannot compute any more."""
     if isinstance(plan.module, Linear) and plan.which != "head":
         plan.module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        give_back_freed()

@@ -109,14 +109,21 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
         .def("set_table", [](Engine& e, const std::string& which, uintptr_t data, int kind, int rows) {
             (which == "embedding" ? e.model.embedding : e.model.positions) = {pointer<void>(data), kind_of(kind), rows};
         })
+        .def("set_join", &Engine::set_join)
+        .def("continue_chain", [](Engine& e, const View& view, int row, int held, int sample, int position, int count,
+                                  const Sampling& how, uint32_t purpose, uintptr_t feature, uintptr_t logits, uintptr_t probs) {
+            py::gil_scoped_release release;
+            return e.continue_chain(view, {row, held, {}, sample, position}, count, how, purpose, pointer<float>(feature),
+                                    pointer<float>(logits), pointer<float>(probs));
+        })
         .def("finish", &Engine::finish)
         .def("step", [](Engine& e, const View& view, std::vector<int> tokens, std::vector<int> positions,
                         std::vector<int> rows, std::vector<int> counts, std::vector<int> held, std::vector<int> parents,
-                        std::vector<int> wanted, std::vector<int> taps, uintptr_t hidden, uintptr_t logits, uintptr_t tapped) {
+                        std::vector<int> wanted, std::vector<int> taps, uintptr_t hidden, uintptr_t logits, uintptr_t tapped, uintptr_t inputs) {
             py::gil_scoped_release release;
             e.step(view, {std::move(tokens), std::move(positions), std::move(rows), std::move(counts), std::move(held),
-                          std::move(parents), std::move(wanted), std::move(taps), pointer<float>(hidden),
-                          pointer<float>(logits), pointer<float>(tapped)});
+                          std::move(parents), std::move(wanted), std::move(taps), pointer<float>(inputs),
+                          pointer<float>(hidden), pointer<float>(logits), pointer<float>(tapped)});
         })
         .def("draft", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample, int position,
                          int count, const Sampling& how, uint32_t purpose, uintptr_t probs) {

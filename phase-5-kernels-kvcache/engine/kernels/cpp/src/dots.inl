@@ -71,6 +71,9 @@ struct Tiling<true> {
 };
 #endif
 
+constexpr int AHEAD = 2048;  // bytes of each stream that are asked for before they are needed
+constexpr int FETCHED = 4;   // with more tokens arithmetic takes longer than reading
+
 #define LAB_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 
 // One tile: M tokens, P panels, R registers of each from `first` on. acc[m][p * R + r] goes to the outputs.
@@ -85,46 +88,55 @@ struct Tile {
         const uint8_t* row[M];
         LAB_EACH(p, P) base[p] = w.data + (panel + p * apart) * w.panel_bytes() + first * row_bytes(KIND) / PANEL_REGISTERS;
         LAB_EACH(m, M) row[m] = x.data + (token + m) * x.stride;
-        const int steps = w.padded / together(KIND);
-        constexpr int LANE_ROW = row_bytes(KIND) / PANEL_REGISTERS;  // bytes of one register's weights
         LAB_EACH(m, M) LAB_EACH(n, N) acc[m][n] = Floats{};
+        if constexpr (KIND == Kind::i8 || KIND == Kind::i4) add_up_levels(w, x, token, panel, apart, first, base, row, acc);
+        else
+            each_row(0, w.padded / together(KIND), base, [&](int p, int k, const uint8_t* weights) __attribute__((always_inline)) {
+                add_row_of(p, k, weights, row, acc);
+            });
+    }
 
-        if constexpr (KIND == Kind::f32 || KIND == Kind::f16) {
-            for (int k = 0; k < steps; ++k) {
-                LAB_EACH(p, P) LAB_EACH(r, R) {
-                    const uint8_t* at = base[p] + size_t(k) * row_bytes(KIND) + r * LANE_ROW;
-                    Floats weights;
-                    if constexpr (KIND == Kind::f32) weights = load((const float*)at);
-                    else weights = load((const uint16_t*)at, Kind::f16);
-                    LAB_EACH(m, M) acc[m][p * R + r] = fma(weights, all(((const float*)row[m])[k]), acc[m][p * R + r]);
-                }
+    // Rows begin .. end - 1 of all P panels, a few of one panel after the other: whole lines of the cache, several in
+    // a row, are what the prefetchers wake up for; and what comes next of this stream is asked for beforehand.
+    template <class Row>
+    LAB_INLINE void each_row(int begin, int end, const uint8_t* (&base)[P], Row row) {
+        constexpr int BYTES = row_bytes(KIND), UNROLL = 256 / BYTES;
+        int k = begin;
+        for (; k + UNROLL <= end; k += UNROLL)
+            LAB_EACH(p, P) {
+                const uint8_t* at = base[p] + size_t(k) * BYTES;
+                LAB_EACH(line, 256 / 64) if (M <= FETCHED) __builtin_prefetch(at + AHEAD + 64 * line, 0, 3);
+                LAB_EACH(u, UNROLL) row(p, k + u, at + u * BYTES);
             }
-        } else if constexpr (KIND == Kind::bf16 && WIDE) {
-            for (int k = 0; k < steps; ++k) {
-                LAB_EACH(p, P) LAB_EACH(r, R) {
-                    const Ints pairs = load_ints(base[p] + size_t(k) * row_bytes(KIND) + r * LANE_ROW);
-                    const Floats even = (Floats)(pairs << 16), odd = (Floats)(pairs & int32_t(0xffff0000));
-                    LAB_EACH(m, M) {
-                        const float* two = (const float*)row[m] + 2 * k;
-                        acc[m][p * R + r] = fma(even, all(two[0]), acc[m][p * R + r]);
-                        acc[m][p * R + r] = fma(odd, all(two[1]), acc[m][p * R + r]);
-                    }
+        for (; k < end; ++k) LAB_EACH(p, P) row(p, k, base[p] + size_t(k) * BYTES);
+    }
+
+    LAB_INLINE void add_row_of(int p, int k, const uint8_t* weights, const uint8_t* (&row)[M], Floats (&acc)[M][N]) {
+        constexpr int LANE_ROW = row_bytes(KIND) / PANEL_REGISTERS;  // bytes of one register's weights
+        LAB_EACH(r, R) {
+            const uint8_t* at = weights + r * LANE_ROW;
+            if constexpr (KIND == Kind::f32 || KIND == Kind::f16) {
+                Floats wide;
+                if constexpr (KIND == Kind::f32) wide = load((const float*)at);
+                else wide = load((const uint16_t*)at, Kind::f16);
+                LAB_EACH(m, M) acc[m][p * R + r] = fma(wide, all(((const float*)row[m])[k]), acc[m][p * R + r]);
+            } else if constexpr (WIDE) {
+                const Ints pairs = load_ints(at);
+                const Floats even = (Floats)(pairs << 16), odd = (Floats)(pairs & int32_t(0xffff0000));
+                LAB_EACH(m, M) {
+                    const float* two = (const float*)row[m] + 2 * k;
+                    acc[m][p * R + r] = fma(even, all(two[0]), acc[m][p * R + r]);
+                    acc[m][p * R + r] = fma(odd, all(two[1]), acc[m][p * R + r]);
                 }
-            }
-        } else if constexpr (KIND == Kind::bf16) {
+            } else {
 #if defined(__AVX512BF16__)
-            for (int k = 0; k < steps; ++k) {
-                __m512bh two[M];
-                LAB_EACH(m, M) two[m] = (__m512bh)_mm512_set1_epi32(load_as<int32_t>(row[m] + 4 * k));
-                LAB_EACH(p, P) LAB_EACH(r, R) {
-                    const auto pairs = (__m512bh)_mm512_loadu_si512(base[p] + size_t(k) * row_bytes(KIND) + r * LANE_ROW);
-                    LAB_EACH(m, M) acc[m][p * R + r] =
-                        (Floats)_mm512_dpbf16_ps((__m512)acc[m][p * R + r], pairs, two[m]);
+                const auto pairs = (__m512bh)_mm512_loadu_si512(at);
+                LAB_EACH(m, M) {
+                    const auto two = (__m512bh)_mm512_set1_epi32(load_as<int32_t>(row[m] + 4 * k));
+                    acc[m][p * R + r] = (Floats)_mm512_dpbf16_ps((__m512)acc[m][p * R + r], pairs, two);
                 }
-            }
 #endif
-        } else {
-            add_up_levels(w, x, token, panel, apart, first, base, row, acc);
+            }
         }
     }
 
@@ -144,9 +156,9 @@ struct Tile {
                 if constexpr (WIDE) part[m][n] = Floats{};
                 else whole[m][n] = all(KIND == Kind::i8 ? -128 * x.sums[(token + m) * x.groups + g] : 0);
             }
-            for (int k = g * steps; k < (g + 1) * steps; ++k) {
-                LAB_EACH(p, P) LAB_EACH(r, R) {
-                    const Ints raw = load_ints(base[p] + size_t(k) * row_bytes(KIND) + r * LANE_ROW);
+            each_row(g * steps, (g + 1) * steps, base, [&](int p, int k, const uint8_t* at) __attribute__((always_inline)) {
+                LAB_EACH(r, R) {
+                    const Ints raw = load_ints(at + r * LANE_ROW);
                     if constexpr (WIDE) {
                         LAB_EACH(i, STEP) {
                             Ints level;
@@ -168,7 +180,7 @@ struct Tile {
                         }
                     }
                 }
-            }
+            });
             LAB_EACH(p, P) LAB_EACH(r, R) {
                 Floats scale{}, zero = all(8.0f);
                 if constexpr (KIND == Kind::i4) {

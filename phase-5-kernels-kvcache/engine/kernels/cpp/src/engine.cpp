@@ -4,6 +4,9 @@
 #include <chrono>
 #include <stdexcept>
 
+#define SIMD_NAME plain_code
+#include "simd.h"
+
 namespace lab {
 
 void View::bind() {
@@ -37,6 +40,10 @@ void Engine::set_vector(int layer, const std::string& which, std::vector<float> 
     const float* data = vectors_.back().data();
     if (which == "norm.weight") model.norm.weight = data;
     else if (which == "norm.bias") model.norm.bias = data;
+    else if (which == "token_norm.weight") token_norm_.weight = data;
+    else if (which == "token_norm.bias") token_norm_.bias = data;
+    else if (which == "state_norm.weight") state_norm_.weight = data;
+    else if (which == "state_norm.bias") state_norm_.bias = data;
     else {
         Layer& to = layers_.at(size_t(layer));
         if (which == "attention_norm.weight") to.attention_norm.weight = data;
@@ -70,8 +77,10 @@ void Engine::finish() {
             norm->eps = model.norm_eps;
             norm->rms = norm->bias == nullptr;
         }
-    model.norm.eps = model.norm_eps;
-    model.norm.rms = model.norm.bias == nullptr;
+    for (Norm* norm : {&model.norm, &token_norm_, &state_norm_}) {
+        norm->eps = model.norm_eps;
+        norm->rms = norm->bias == nullptr;
+    }
     int widest = std::max({model.width, model.ffn_padded(), model.heads * model.head_dim});
     size_t acts = 0;
     for (const auto& packed : matrices_) {
@@ -80,6 +89,7 @@ void Engine::finish() {
         const size_t groups = size_t(w.padded / std::max(1, w.group));
         acts = std::max(acts, size_t(w.padded) * 4 + groups * 8);
     }
+    acts_floats_ = MAX_BLOCK * acts / 4 + 64;
     const size_t rows = MAX_BLOCK;
     const Layer& first = layers_.front();
     block_.x = memory(rows * size_t(model.width));
@@ -89,7 +99,7 @@ void Engine::finish() {
     block_.inner = memory(rows * size_t(model.ffn_padded()));
     for (int thread = 0; thread < pool_.size(); ++thread) {
         normed_.push_back(memory(rows * size_t(widest)));
-        acts_.push_back(reinterpret_cast<uint8_t*>(memory(rows * acts / 4 + 64)));
+        acts_.push_back(reinterpret_cast<uint8_t*>(memory(acts_floats_)));
     }
     block_.normed = normed_.data();
     block_.acts = acts_.data();
@@ -147,6 +157,7 @@ void Engine::check(const View& view, const Request& request) const {
 }
 
 void Engine::step(const View& view, const Request& request) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     check(view, request);
     fit(view.cache.capacity);
     const size_t count = request.tokens.size();
@@ -189,6 +200,11 @@ void Engine::step(const View& view, const Request& request) {
         block_.tokens = tokens_.data() + from;
         block_.count = int(std::min(count - from, size_t(MAX_BLOCK)));
         block_.wanted = 0;
+        block_.embedded = request.inputs != nullptr;
+        if (block_.embedded) {
+            const size_t width = size_t(model.width);
+            std::copy_n(request.inputs + from * width, size_t(block_.count) * width, block_.x);
+        }
         for (int i = 0; i < block_.count; ++i) block_.wanted += block_.tokens[i].wanted >= 0;
         pool_.run([](void* with, int thread) {
             auto* engine = static_cast<Engine*>(with);
@@ -225,38 +241,94 @@ void go_on(Request& request, int token) {
 
 }  // namespace
 
+// A token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
+int Engine::draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose) {
+    if (how.temperature == 0) return isa->largest(of_token, model.vocab);
+    probabilities(*isa, of_token, model.vocab, how);
+    if (purpose == SAMPLE)
+        return draw_gumbel(*isa, of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), SAMPLE);
+    return draw_inverse(of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), purpose);
+}
+
+std::vector<int> Engine::continue_chain(
+    const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
+    const float* logits, float* probs
+) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    if (join_ == nullptr) throw std::invalid_argument("this model continues no features");
+    const size_t width = size_t(model.width), vocab = size_t(model.vocab);
+    std::vector<float> state(feature, feature + width), pair(2 * width), input(width), embedded(width);
+    std::vector<int> drawn;
+    std::copy_n(logits, vocab, probs);
+    for (int i = 0; i < count; ++i) {
+        float* of_token = probs + size_t(i) * vocab;
+        if (i > 0) {
+            embed(drawn.back(), embedded.data());
+            isa->normalise(token_norm_, embedded.data(), model.width, pair.data());
+            isa->normalise(state_norm_, state.data(), model.width, pair.data() + width);
+            product(*join_, pair.data(), 1, input.data());
+            Request request;
+            const int place = text.held + i - 1;
+            request.tokens = {drawn.back()}, request.positions = {place};
+            request.rows = {text.row}, request.counts = {1}, request.held = {place}, request.wanted = {0};
+            request.inputs = input.data(), request.hidden = state.data(), request.logits = of_token;
+            step(view, request);
+        }
+        drawn.push_back(draw(of_token, how, text.sample, text.position + i, purpose));
+    }
+    return drawn;
+}
+
 std::vector<int> Engine::draft(
     const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs
 ) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     std::vector<int> drawn;
     Request request = following(text, nullptr);
     for (int i = 0; i < count; ++i) {
         float* of_token = probs + size_t(i) * size_t(model.vocab);
         request.logits = of_token;
         step(view, request);
-        int token;
-        if (how.temperature == 0) token = isa->largest(of_token, model.vocab);
-        else {
-            const uint32_t at = uint32_t(text.position + i), sample = uint32_t(text.sample);
-            probabilities(*isa, of_token, model.vocab, how);
-            token = purpose == SAMPLE ? draw_gumbel(*isa, of_token, model.vocab, how.seed, sample, at, SAMPLE)
-                                      : draw_inverse(of_token, model.vocab, how.seed, sample, at, purpose);
-        }
+        const int token = draw(of_token, how, text.sample, text.position + i, purpose);
         drawn.push_back(token);
         go_on(request, token);
     }
     return drawn;
 }
 
+// The next token of plain decoding from the logits in one_. Noise for a whole vocabulary is worth sharing out.
+int Engine::choose_plain(const Sampling& how, int sample, int position) {
+    constexpr int WORDS = 64;  // a thread's share begins at a multiple
+    const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_.size() == 1 || model.vocab < 16 * WORDS;
+    if (alone) return choose(*isa, one_.data(), model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
+    struct With { Engine* engine; float scale; uint32_t key[2], counter[3]; std::vector<std::pair<float, int>> best; };
+    With with{
+        this, float(1 / how.temperature), {uint32_t(how.seed), uint32_t(how.seed >> 32)},
+        {uint32_t(position), uint32_t(sample), SAMPLE}, std::vector<std::pair<float, int>>(size_t(pool_.size()))
+    };
+    pool_.run([](void* given, int thread) {
+        auto& with = *static_cast<With*>(given);
+        const Engine& engine = *with.engine;
+        const int vocab = engine.model.vocab, units = (vocab + WORDS - 1) / WORDS, threads = engine.pool_.size();
+        const int begin = units * thread / threads * WORDS, end = std::min(vocab, units * (thread + 1) / threads * WORDS);
+        auto& [value, at] = with.best[size_t(thread)];
+        at = engine.isa->gumbel(engine.one_.data(), begin, end, with.scale, with.key, with.counter, &value);
+    }, &with);
+    auto best = with.best.front();
+    for (const auto& other : with.best)
+        if (other.first > best.first) best = other;
+    return best.second;
+}
+
 std::vector<int> Engine::generate(
     const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends
 ) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     std::vector<int> made;
     Request request = following(text, one_.data());
     for (int i = 0; i < count; ++i) {
         step(view, request);
-        const int token =
-            choose(*isa, one_.data(), model.vocab, how, uint32_t(text.sample), uint32_t(text.position + i), spare_.data());
+        const int token = choose_plain(how, text.sample, text.position + i);
         made.push_back(token);
         if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
         go_on(request, token);
@@ -264,24 +336,38 @@ std::vector<int> Engine::generate(
     return made;
 }
 
+void Engine::embed(int token, float* to) const {
+    const size_t width = size_t(model.width), at = size_t(token) * width;
+    if (model.embedding.kind == Kind::f32) {
+        std::copy_n(static_cast<const float*>(model.embedding.data) + at, width, to);
+        return;
+    }
+    const auto* from = static_cast<const uint16_t*>(model.embedding.data) + at;
+    for (size_t k = 0; k < width; ++k)
+        to[k] = model.embedding.kind == Kind::bf16 ? plain_code::float_of_bf16(from[k]) : plain_code::float_of_half(from[k]);
+}
+
 void Engine::product(const Packed& packed, const float* x, int count, float* out) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     const Matrix& w = packed.matrix;
     const size_t groups = size_t(w.padded / std::max(1, w.group));
     const size_t spare = size_t(MAX_BLOCK) * size_t(w.padded), acts = spare + size_t(MAX_BLOCK) * groups * 2;
-    std::vector<float> memory(size_t(pool_.size()) * (spare + acts));
+    // A finished model's own memory will do for its own matrices; others need some for the time of the call.
+    const bool own = block_.widest >= w.padded && acts_floats_ >= acts;
+    std::vector<float> memory(own ? 0 : size_t(pool_.size()) * (spare + acts));
     struct With { Engine* engine; const Matrix* w; const float* x; int count; float* out; int limit; float* memory; size_t spare, each; };
-    With with{this, &w, x, count, out, packed.shape.outputs, memory.data(), spare, spare + acts};
+    With with{this, &w, x, count, out, packed.shape.outputs, own ? nullptr : memory.data(), spare, spare + acts};
     pool_.run([](void* given, int thread) {
         const auto& with = *static_cast<With*>(given);
-        float* mine = with.memory + size_t(thread) * with.each;
-        with.engine->isa->product(
-            *with.w, with.x, with.count, with.out, with.limit, mine, reinterpret_cast<uint8_t*>(mine + with.spare),
-            thread, with.engine->pool_.size()
-        );
+        Engine& engine = *with.engine;
+        float* mine = with.memory == nullptr ? engine.normed_[size_t(thread)] : with.memory + size_t(thread) * with.each;
+        uint8_t* acts = with.memory == nullptr ? engine.acts_[size_t(thread)] : reinterpret_cast<uint8_t*>(mine + with.spare);
+        engine.isa->product(*with.w, with.x, with.count, with.out, with.limit, mine, acts, thread, engine.pool_.size());
     }, &with);
 }
 
 double Engine::read_speed(const float* from, size_t count, int repeats) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     struct With { Engine* engine; const float* from; size_t count; int repeats; std::vector<double> sums; };
     With with{this, from, count, repeats, std::vector<double>(size_t(pool_.size()) * 8)};
     const auto began = std::chrono::steady_clock::now();

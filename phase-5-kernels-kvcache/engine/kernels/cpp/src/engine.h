@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@ struct Request {
     std::vector<int> parents;             // empty: each row's tokens follow one another
     std::vector<int> wanted;              // ascending
     std::vector<int> taps;
+    const float* inputs = nullptr;  // [tokens, width] in place of the tokens' embeddings
     float* hidden = nullptr;
     float* logits = nullptr;
     float* tapped = nullptr;
@@ -55,6 +57,14 @@ public:
     // Plain decoding until `count` tokens or one of `ends`.
     std::vector<int> generate(const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends);
 
+    // A layer that continues a target's features (EAGLE): `count` tokens behind a text whose last predicted feature
+    // [width] and its logits [vocab] are given; `held` inputs are in the layer's cache. Otherwise as draft().
+    std::vector<int> continue_chain(
+        const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
+        const float* logits, float* probs
+    );
+    void set_join(std::shared_ptr<Packed> join) { join_ = std::move(join); }
+
     // One matrix alone: x [count, inputs] -> out [count, outputs of the model's shape].
     void product(const Packed& packed, const float* x, int count, float* out);
     double read_speed(const float* from, size_t count, int repeats);  // bytes per second, all threads
@@ -64,12 +74,17 @@ public:
     int threads() const { return pool_.size(); }
 
 private:
+    int choose_plain(const Sampling& how, int sample, int position);
+    int draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose);
+    void embed(int token, float* to) const;
     void fit(int capacity);
     void check(const View& view, const Request& request) const;
     float* memory(size_t floats);
 
     std::vector<Layer> layers_;
     std::vector<std::shared_ptr<Packed>> matrices_;
+    std::shared_ptr<Packed> join_;     // EAGLE: [embedding, feature] -> input
+    Norm token_norm_, state_norm_;
     std::vector<std::vector<float>> vectors_;
     std::vector<float> cos_, sin_, spare_, one_;
     std::vector<std::unique_ptr<float[]>> owned_, scores_owned_;
@@ -78,6 +93,8 @@ private:
     std::vector<Token> tokens_;
     std::vector<int> lines_;
     Block block_;
+    std::recursive_mutex mutex_;  // one caller at a time: Python lets others run meanwhile
+    size_t acts_floats_ = 0;
     int capacity_ = 0;
     Pool pool_;
 };

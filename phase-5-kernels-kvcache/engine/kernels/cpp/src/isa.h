@@ -16,8 +16,10 @@ struct Isa {
     // x[i] = exp(x[i] - most), and their sum.
     double (*exponentials)(float* x, int count, float most);
     int (*largest)(const float* x, int count);  // the first of the largest
-    // The argmax of scale * x[i] + Gumbel noise of word i under the counter (., position, sample, purpose).
-    int (*gumbel)(const float* x, int count, float scale, const uint32_t key[2], const uint32_t counter[3], float* best);
+    // The argmax over begin .. end - 1 of scale * x[i] + Gumbel noise of word i under the counter (., position, sample,
+    // purpose); begin is a multiple of 64.
+    int (*gumbel)(const float* x, int begin, int end, float scale, const uint32_t key[2], const uint32_t counter[3], float* best);
+    void (*normalise)(const Norm&, const float* x, int width, float* to);
     double (*read)(const float* from, size_t count);  // a sum: for measuring how fast memory is read
 };
 

@@ -27,11 +27,14 @@ static void one_product(
     }
 }
 
+// Eight streams side by side, each as long as it can be: as the products read their panels.
 static double read_all(const float* from, size_t count) {
-    Floats acc[8] = {};
-    for (size_t i = 0; i + 8 * LANES <= count; i += 8 * LANES)
-        LAB_EACH(n, 8) acc[n] = acc[n] + load(from + i + n * LANES);
-    for (int n = 1; n < 8; ++n) acc[0] = acc[0] + acc[n];
+    constexpr size_t STREAMS = 8;
+    const size_t length = count / STREAMS / LANES * LANES;
+    Floats acc[STREAMS] = {};
+    for (size_t i = 0; i < length; i += LANES)
+        LAB_EACH(n, 8) acc[n] = acc[n] + load(from + n * length + i);
+    for (size_t n = 1; n < STREAMS; ++n) acc[0] = acc[0] + acc[n];
     return sum(acc[0]);
 }
 
@@ -45,7 +48,7 @@ const Isa ISA_OBJECT = {
     false,
 #endif
     SIMD_NAME::LANES, SIMD_NAME::step, SIMD_NAME::one_product, SIMD_NAME::exponentials, SIMD_NAME::first_largest,
-    SIMD_NAME::gumbel_largest, SIMD_NAME::read_all,
+    SIMD_NAME::gumbel_largest, SIMD_NAME::normalise, SIMD_NAME::read_all,
 };
 
 }  // namespace lab

@@ -61,15 +61,15 @@ LAB_INLINE Floats gumbel_of(Words words) {
     return -logarithm(-logarithm(uniform));
 }
 
-// Argmax of scale * x[i] + noise[i]; the first of equals.
+// Argmax of scale * x[i] + noise[i] over begin .. end - 1; the first of equals.
 static int gumbel_largest(
-    const float* x, int count, float scale, const uint32_t key[2], const uint32_t counter[3], float* best_value
+    const float* x, int begin, int end, float scale, const uint32_t key[2], const uint32_t counter[3], float* best_value
 ) {
     float best = -__builtin_inff();
-    int at = 0;
+    int at = begin;
     Words block;
     for (int i = 0; i < LANES; ++i) block[i] = uint32_t(i);
-    for (int from = 0; from < count; from += 4 * LANES) {
+    for (int from = begin; from < end; from += 4 * LANES) {
         Words words[4];
         philox(block + uint32_t(from / 4), counter, key, words);
         // Word i belongs to token from + 4 * lane + i: turned round by way of memory.
@@ -78,7 +78,7 @@ static int gumbel_largest(
         float value[4 * LANES];
         for (int lane = 0; lane < LANES; ++lane)
             for (int i = 0; i < 4; ++i) value[4 * lane + i] = noise[i][lane];
-        const int here = count - from < 4 * LANES ? count - from : 4 * LANES;
+        const int here = end - from < 4 * LANES ? end - from : 4 * LANES;
         if (here < 4 * LANES) {
             for (int i = 0; i < here; ++i) value[i] += scale * x[from + i];
             for (int i = 0; i < here; ++i)

@@ -84,7 +84,7 @@ int draw_gumbel(
     for (int i = 0; i < vocab; ++i) logs[size_t(i)] = probs[i] > 0 ? std::log(probs[i]) : NEVER;
     const uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)}, counter[3] = {position, sample, purpose};
     float best;
-    return isa.gumbel(logs.data(), vocab, 1, key, counter, &best);
+    return isa.gumbel(logs.data(), 0, vocab, 1, key, counter, &best);
 }
 
 int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose) {
@@ -111,7 +111,7 @@ int choose(
     // argmax(log p + noise) = argmax(logit / temperature + noise): what all tokens share does not matter.
     const uint32_t key[2] = {uint32_t(how.seed), uint32_t(how.seed >> 32)}, counter[3] = {position, sample, SAMPLE};
     float best;
-    return isa.gumbel(logits, vocab, float(1 / how.temperature), key, counter, &best);
+    return isa.gumbel(logits, 0, vocab, float(1 / how.temperature), key, counter, &best);
 }
 
 Stood verify(

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <chrono>
+#include <stdexcept>
 
 namespace lab {
 
@@ -10,11 +11,15 @@ constexpr auto PATIENCE = std::chrono::microseconds(200);
 constexpr int BETWEEN_LOOKS = 64;  // at the clock
 }  // namespace
 
-Pool::Pool(int threads) : barrier(threads), size_(threads) {
+Pool::Pool(int threads) : barrier(threads), size_(threads), owner_(getpid()) {
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
 }
 
 Pool::~Pool() {
+    if (getpid() != owner_) {
+        for (std::thread& worker : workers_) worker.detach();
+        return;
+    }
     ending_ = true;
     run([](void*, int) {}, nullptr);
     for (std::thread& worker : workers_) worker.join();
@@ -22,6 +27,7 @@ Pool::~Pool() {
 
 void Pool::run(Job job, void* with) {
     if (size_ == 1) return job(with, 0);
+    if (getpid() != owner_) throw std::runtime_error("the model's threads are in another process: make it after a fork");
     job_ = job;
     with_ = with;
     busy_.store(size_ - 1, std::memory_order_relaxed);

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 #include <sched.h>
+#include <unistd.h>
 
 namespace lab {
 
@@ -38,19 +39,24 @@ public:
             return;
         }
         for (int spins = 0; meeting_.load(std::memory_order_acquire) == meeting; ++spins) {
-            if (spins < SPINS) relax();
-            else sched_yield();
+            if (spins < SPINS) {
+                if (spins > EAGER) relax();
+            } else {
+                sched_yield();
+            }
         }
     }
 
 private:
+    static constexpr int EAGER = 100;   // a pause alone takes some ten nanoseconds, as long as most meetings
     static constexpr int SPINS = 1000;  // some tens of microseconds: longer than any thread is late by itself
     const int threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> meeting_{0};
 };
 
-// run(f) calls f(0 .. n - 1) on n threads, the caller's among them, and returns when all are done.
+// run(f) calls f(0 .. n - 1) on n threads, the caller's among them, and returns when all are done. Threads do not
+// survive a fork: in the child, run throws.
 class Pool {
 public:
     explicit Pool(int threads);
@@ -68,6 +74,7 @@ private:
     void work(int thread);
 
     const int size_;
+    const pid_t owner_;
     std::vector<std::thread> workers_;
     Job job_ = nullptr;
     void* with_ = nullptr;
