@@ -1,0 +1,41 @@
+// Where a token lies in a cache, the same for every kind of cache: keys of a layer are [places, kv_heads, slots, D].
+//
+//     static, ring   place = row,              slot = p modulo slots (a static cache has a slot for every position)
+//     paged          place = table[p / slots], slot = p modulo slots
+#pragma once
+
+#include "device.cuh"
+
+struct Places {
+    const int* rows;    // [R] row of the cache, of every row of the forward
+    const int* tables;  // [R, width] pages, or null
+    int64_t slots;
+    int width;
+    int64_t s_place, s_head, s_slot;  // strides in elements
+
+    // Of the first head's features of a position.
+    __device__ __forceinline__ int64_t offset(int r, int64_t position) const {
+        int64_t slot = position % slots;
+        int64_t place = tables ? tables[int64_t(r) * width + position / slots] : rows[r];
+        return place * s_place + slot * s_slot;
+    }
+};
+
+// Write features lane, lane + 32, ... of one head, held by a warp, to an offset of a layer's keys or values; int8 is
+// rounded to nearest, ties to even, with scale = max |x| / 127, as kv_cache/storage.py does. x(i) is feature i.
+template <class Stored, class X>
+__device__ __forceinline__ void put(const X& x, Stored* cache, f16* scales, int64_t at, int D) {
+    int lane = threadIdx.x % 32;
+    if constexpr (std::is_same_v<Stored, int8_t>) {
+        float most = 0;
+        for (int i = lane; i < D; i += 32) most = fmaxf(most, fabsf(x(i)));
+        most = warp_max(most);
+        f16 scale = from_float<f16>(fmaxf(divide(most, 127.0f), 5.9604644775390625e-08f));
+        float divisor = to_float(scale);
+        for (int i = lane; i < D; i += 32)
+            cache[at + i] = int8_t(fminf(fmaxf(round_even(divide(x(i), divisor)), -127.0f), 127.0f));
+        if (lane == 0) scales[at / D] = scale;
+    } else {
+        for (int i = lane; i < D; i += 32) cache[at + i] = from_float<Stored>(x(i));
+    }
+}
