@@ -1,23 +1,25 @@
 // Where a token lies in a cache, the same for every kind of cache: keys of a layer are [places, kv_heads, slots, D].
 //
-//     static, ring   place = row,              slot = p modulo slots (a static cache has a slot for every position)
-//     paged          place = table[p / slots], slot = p modulo slots
+//     static, ring   place = row,              slot = p, or of a ring p modulo slots
+//     paged          place = table[p / page],  slot = p modulo page
 #pragma once
 
 #include "device.cuh"
 
 struct Places {
     const int* rows;    // [R] row of the cache, of every row of the forward
-    const int* tables;  // [R, width] pages, or null
-    int64_t slots;
-    int width;
+    const int* tables;  // [R, width] pages of 1 << shift positions, or null
+    int width, shift;
+    unsigned wrap;                    // slots of a ring, or 0
     int64_t s_place, s_head, s_slot;  // strides in elements
 
-    // Of the first head's features of a position.
-    __device__ __forceinline__ int64_t offset(int r, int64_t position) const {
-        int64_t slot = position % slots;
-        int64_t place = tables ? tables[int64_t(r) * width + position / slots] : rows[r];
-        return place * s_place + slot * s_slot;
+    // Of the first head's features of a position. A division is slow: where none is needed, none is done.
+    __device__ __forceinline__ int64_t offset(int r, unsigned position) const {
+        if (tables) {
+            int64_t page = tables[int64_t(r) * width + (position >> shift)];
+            return page * s_place + (position & ((1u << shift) - 1)) * s_slot;
+        }
+        return rows[r] * s_place + (wrap ? position % wrap : position) * s_slot;
     }
 };
 

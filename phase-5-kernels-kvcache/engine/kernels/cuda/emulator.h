@@ -6,6 +6,7 @@
 // Shared memory is filled with NaN before every block: nothing may be read that was not written.
 #pragma once
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <type_traits>
 #include <ucontext.h>
@@ -24,6 +26,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+
+using std::max;
+using std::min;
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -149,6 +154,8 @@ inline void run_block(int threads) {
 }
 
 template <class Body> void run(dim3 grid, dim3 block, const Body& body) {
+    static std::mutex one;
+    std::lock_guard<std::mutex> lock(one);
     blockDim = block;
     gridDim = grid;
     machine.argument = const_cast<Body*>(&body);

@@ -31,19 +31,18 @@ __device__ __forceinline__ void load(Loaded<T, BITS>& to, const linear_kernel::C
     } else {
         using Stored = std::conditional_t<BITS == 8, int8_t, T>;
         const Stored* row = static_cast<const Stored*>(call.values) + n * K;
-        bool whole = (K * sizeof(Stored)) % 16 == 0 && unit * EACH + EACH <= K;
-        if (whole && sizeof(Stored) * EACH >= 16) {
-            constexpr int WORDS = sizeof(Stored) * EACH / 16 ? sizeof(Stored) * EACH / 16 : 1;
-            alignas(16) Stored each[EACH];
+        if constexpr (sizeof(Stored) * EACH >= 16)
+            if (K * sizeof(Stored) % 16 == 0 && unit * EACH + EACH <= K) {
+                alignas(16) Stored each[EACH];
 #pragma unroll
-            for (int i = 0; i < WORDS; i++)
-                reinterpret_cast<uint4*>(each)[i] = reinterpret_cast<const uint4*>(row + unit * EACH)[i];
+                for (int i = 0; i < int(sizeof each / 16); i++)
+                    reinterpret_cast<uint4*>(each)[i] = reinterpret_cast<const uint4*>(row + unit * EACH)[i];
 #pragma unroll
-            for (int i = 0; i < EACH; i++) to.w[i] = to_float(each[i]);
-        } else {
+                for (int i = 0; i < EACH; i++) to.w[i] = to_float(each[i]);
+                return;
+            }
 #pragma unroll
-            for (int i = 0; i < EACH; i++) to.w[i] = unit * EACH + i < K ? to_float(row[unit * EACH + i]) : 0.0f;
-        }
+        for (int i = 0; i < EACH; i++) to.w[i] = unit * EACH + i < K ? to_float(row[unit * EACH + i]) : 0.0f;
     }
 }
 

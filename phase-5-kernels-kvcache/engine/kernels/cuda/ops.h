@@ -14,7 +14,7 @@ void rope(int format, int64_t x, int64_t cos, int64_t sin, int64_t out, int R, i
 // strides: query, key, value (row, token, head each), tables (row, token), cache (place, head, slot)
 void rope_append(int format, int stored, int64_t query, int64_t key, int64_t value, int64_t cos, int64_t sin, int64_t out,
                  int64_t keys, int64_t values, int64_t key_scales, int64_t value_scales, int64_t rows, int64_t starts,
-                 int64_t counts, int64_t tables, int64_t slots, int width, const std::vector<int64_t>& strides, int R,
+                 int64_t counts, int64_t tables, int width, int shift, int64_t wrap, const std::vector<int64_t>& strides, int R,
                  int T, int H, int HK, int D, bool turn, int64_t stream);
 
 // A matrix as quantize.py stores it; bits 16 or 32 for one in x's format, 8, 4. Addresses are 0 for what is not there.
@@ -36,8 +36,8 @@ void linear_rows(int format, int64_t x, int64_t x_stride, int M, const Matrix& m
 struct Attention {
     int format, stored;
     int64_t query, keys, values, key_scales, value_scales, rows, tables, lo, end, base, lines, out;
-    int R, W, H, HK, D, width, line_width;
-    int64_t slots, s_place, s_head, s_slot, q_row, q_token, q_head;
+    int R, W, H, HK, D, width, shift, line_width;
+    int64_t wrap, s_place, s_head, s_slot, q_row, q_token, q_head;
 };
 
 // mixed float32 [R, W, H, parts, D], tops and sums [R, W, H, parts]: what the parts of `part` positions give.

@@ -65,10 +65,10 @@ void rope(int format, int64_t x, int64_t cos, int64_t sin, int64_t out, int R, i
 
 void rope_append(int format, int stored, int64_t query, int64_t key, int64_t value, int64_t cos, int64_t sin, int64_t out,
                  int64_t keys, int64_t values, int64_t key_scales, int64_t value_scales, int64_t rows, int64_t starts,
-                 int64_t counts, int64_t tables, int64_t slots, int width, const std::vector<int64_t>& strides, int R,
+                 int64_t counts, int64_t tables, int width, int shift, int64_t wrap, const std::vector<int64_t>& strides, int R,
                  int T_, int H, int HK, int D, bool turn, int64_t stream) {
-    Places places{at_address<const int>(rows), at_address<const int>(tables), slots, width, strides[11], strides[12],
-                  strides[13]};
+    Places places{at_address<const int>(rows), at_address<const int>(tables), width, shift, unsigned(wrap),
+                  strides[11], strides[12], strides[13]};
     with_float(format, [&](auto zero) {
         using T = decltype(zero);
         Strided<T> q{at_address<const T>(query), strides[0], strides[1], strides[2]};
