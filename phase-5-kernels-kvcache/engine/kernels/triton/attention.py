@@ -29,7 +29,7 @@ TILE, BLOCK, PART = 16, 64, 256  # query heads of a program, keys at a time, pos
 def scores_of(q, keys, key_scales, at, live, d, D, scale, INT8: tl.constexpr, WIDE: tl.constexpr):
     """q [rows, features] times the keys at some offsets, in the logarithm to base 2: float32 [rows, keys]."""
     k = tl.load(keys + at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
-    if INT8:
+    if k.dtype != q.dtype:
         k = k.to(tl.float32).to(q.dtype)
     found = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE) * scale
     if INT8:
@@ -43,8 +43,9 @@ def mix(acc, weights, kind: tl.constexpr, values, value_scales, at, live, d, D, 
     v = tl.load(values + at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
     if INT8:
         weights *= tl.load(value_scales + at // D, mask=live, other=0.0).to(tl.float32)[None, :]
-        v = v.to(tl.float32)
-    return dot(weights.to(kind), v.to(kind), acc, WIDE)
+    if v.dtype != kind:
+        v = v.to(tl.float32).to(kind)
+    return dot(weights.to(kind), v, acc, WIDE)
 
 
 @triton.jit

@@ -111,7 +111,8 @@ def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, inner,
             up = _product(x, w, scales, zeros, factor, second, m, 2 * N, M, k_from, k_to, K, x_stride,
                           KIND, GROUP, ZEROS, FACTOR, TILE_M, BLOCK_N, BLOCK_K, WIDE)  # fmt: skip
             up = _finish(up, second, 2 * N, scales, bias, KIND == "int8", BIAS)
-            acc = acc / (1.0 + tl.exp(-acc)) * up
+            small = tl.exp(-tl.abs(acc))  # never overflows
+            acc = acc * tl.where(acc < 0.0, small, 1.0) / (1.0 + small) * up
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from common.device import dtype_name
 from common.errors import UserError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
+RECORDER: ContextVar[Callable[..., None] | None] = ContextVar("recorder", default=None)  # see offline.py
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,7 +44,7 @@ def on_device(op: str, **tensors: Tensor | None) -> None:
     first = next(iter(devices.values()))
     for name, device in devices.items():
         require(op, device == first, f"{name} is on {device}", f"{first}, as {next(iter(devices))}")
-    able = first.type == "cuda" or INTERPRETED
+    able = first.type == "cuda" or INTERPRETED or RECORDER.get() is not None
     require(op, able, f"{next(iter(devices))} is on {first}", "a CUDA device (or TRITON_INTERPRET=1)")
 
 
@@ -70,5 +73,8 @@ def power(n: int, least: int = 1) -> int:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a kernel, unless there is nothing to do."""
-    if all(grid):
+    recorder = RECORDER.get()
+    if recorder is not None:
+        recorder(kernel, arguments, constants)
+    elif all(grid):
         kernel[grid](*arguments, **constants)
