@@ -82,18 +82,23 @@ def nvcc_flags(arch: str) -> list[str]:
 
 
 @lru_cache
-def _build(emulate: bool, arch: str) -> ModuleType:
-    name = build.extension_name("cuda_emulated" if emulate else "cuda")
+def _build(part: str, sources: tuple[str, ...], emulate: bool, arch: str) -> ModuleType:
+    name = build.extension_name(f"{part}_emulated" if emulate else part)
     flags = [f"-DMODULE={name}", *build.python_flags()]
-    sources = [FOLDER / source for source in SOURCES]
+    files = [FOLDER / source for source in sources]
     if emulate:
-        kernels = {source: ["-x", "c++"] for source in SOURCES if source.endswith(".cu")}
-        return build.build_and_load(name, sources, compiler="g++", flags=[*GXX, *flags], own_flags=kernels)
-    return build.build_and_load(name, sources, compiler="nvcc", flags=[*nvcc_flags(arch), *flags])
+        kernels = {file.name: ["-x", "c++"] for file in files if file.suffix == ".cu"}
+        return build.build_and_load(name, files, compiler="g++", flags=[*GXX, *flags], own_flags=kernels)
+    return build.build_and_load(name, files, compiler="nvcc", flags=[*nvcc_flags(arch), *flags])
+
+
+def build_library(part: str, sources: tuple[str, ...], device: torch.device) -> ModuleType:
+    """For a device on which the kernels can run (see why_not). BuildError with the compiler's message."""
+    if device.type == "cpu":
+        return _build(part, sources, True, "")
+    return _build(part, sources, False, architecture(device))
 
 
 def library(device: torch.device) -> ModuleType:
-    """For a device on which the kernels can run (see why_not). BuildError with the compiler's message."""
-    if device.type == "cpu":
-        return _build(True, "")
-    return _build(False, architecture(device))
+    """That of all ops."""
+    return build_library("cuda", SOURCES, device)
