@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 
 @pytest.fixture
-def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A session whose target and policy run on CUDA kernels; what drafts stays on torch, which changes no token."""
 
     def behind(*arguments: Any, **more: Any) -> Any:
@@ -55,7 +55,7 @@ def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> I
         registry.use(made.policy, kernels)
         return made
 
-    yield make
+    return make
 
 
 def tokens(session: Any) -> list[list[int]]:

@@ -208,17 +208,18 @@ def test_a_query_that_sees_nothing_gives_zeros(ops: Ops) -> None:
     mask[1, 3] = 0
     for op in ("decode_attention", "flash_prefill"):
         found = ops[op](query, cache, 1, rows, counts, [mask])
-        assert not found[:, 0].any() and found[:, 1].any()
+        assert not found[:, 0].any()
+        assert found[:, 1].any()
 
 
 def test_without_emulation_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPECDEC_CUDA_EMULATE", raising=False)
     reason = library.why_not(CPU)
-    assert reason is not None and "needs a card of NVIDIA, and this is cpu" in reason
+    assert "needs a card of NVIDIA, and this is cpu" in str(reason)
     monkeypatch.setenv("SPECDEC_CUDA_EMULATE", "1")
     monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
     reason = library.why_not(CPU)
-    assert reason is not None and "SPECDEC_FORCE_PY" in reason
+    assert "SPECDEC_FORCE_PY" in str(reason)
 
 
 # What the emulator itself must notice, each a program of its own.
@@ -242,11 +243,14 @@ int main() {
 }
 """
 WRONG = {
-    "a barrier that half of the threads reach": ("if (threadIdx.x < 32) __syncthreads(); else __syncwarp(); __syncthreads();"
-        " if (threadIdx.x < 32) __syncthreads(); out[threadIdx.x] = 1;", "wait at different barriers"),
+    "a barrier that half of the threads reach": (
+        "if (threadIdx.x < 32) __syncthreads(); else __syncwarp(); __syncthreads(); "
+        "if (threadIdx.x < 32) __syncthreads(); out[threadIdx.x] = 1;",
+        "wait at different barriers",
+    ),
     "memory that nobody wrote": ("out[threadIdx.x] = space[threadIdx.x];", "nan"),
     "a missing barrier": ("space[threadIdx.x] = threadIdx.x; out[threadIdx.x] = space[63 - threadIdx.x];", "nan"),
-}  # fmt: skip
+}
 RIGHT = "space[threadIdx.x] = threadIdx.x; __syncthreads(); out[threadIdx.x] = warp_sum(space[63 - threadIdx.x]);"
 
 
@@ -312,6 +316,8 @@ def test_whole_numbers_and_scales_of_an_int8_cache_are_the_references(ops: Ops) 
             storage.values.fill_(99)
         keys = check.poisoned(CPU, torch.bfloat16, 1, 9, 3, 40, seed=3)
         append(cache, 0, [0], [9], keys, keys * 0)  # zeros too
-        made.append([part for s in (cache.keys[0], cache.values[0]) for part in (s.values, s.scales) if part is not None])
+        made.append(
+            [part for s in (cache.keys[0], cache.values[0]) for part in (s.values, s.scales) if part is not None]
+        )
     for mine, other in zip(*made, strict=True):
         assert torch.equal(mine, other)

@@ -50,7 +50,9 @@ def read_report(text: str) -> list[Used]:
 
 def no_spills(used: list[Used]) -> None:
     assert used
-    assert not [each for each in used if each.spilled or each.stack], "a kernel goes through memory for what it computes"
+    assert not [each for each in used if each.spilled or each.stack], (
+        "a kernel goes through memory for what it computes"
+    )
 
 
 def test_a_report_with_spills_is_read() -> None:

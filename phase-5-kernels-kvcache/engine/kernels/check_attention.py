@@ -188,7 +188,7 @@ def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
             ]
         for name, lengths, ancestors in steps:
             for window in (None, WINDOW):
-                if of.kind == "ring" and window is None or (window and of.kind == "paged" and not full):
+                if (of.kind == "ring" and window is None) or (window and of.kind == "paged" and not full):
                     continue
 
                 def run(function: Function, of=of, lengths=lengths, ancestors=ancestors, window=window) -> list[Tensor]:  # type: ignore[no-untyped-def]

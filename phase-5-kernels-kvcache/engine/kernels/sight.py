@@ -18,7 +18,6 @@ from common.errors import UserError
 from .places import Places
 
 
-
 @dataclass(frozen=True)
 class Sight:
     """For R rows of W queries: query w of row r sees the positions lo .. end - 1, int32 [R, W] each.

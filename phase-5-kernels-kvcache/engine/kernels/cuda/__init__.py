@@ -12,7 +12,16 @@ import torch
 
 _SHARED = ("device.cuh", "ops.h", "bindings.cpp", "support.py", "library.py")
 _CACHE = ("cache.cuh", "rope.py", *_SHARED)
-_LINEAR = ("linear.py", "linear.cuh", "linear_16.cu", "linear_8.cu", "linear_4.cu", "linear_rows.cu", "weights.cuh", "mma.cuh")
+_LINEAR = (
+    "linear.py",
+    "linear.cuh",
+    "linear_16.cu",
+    "linear_8.cu",
+    "linear_4.cu",
+    "linear_rows.cu",
+    "weights.cuh",
+    "mma.cuh",
+)
 _ATTEND = ("attention.py", "attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh")
 SOURCES = {  # of every op, the files that make its kernel: what the ledger hashes
     "linear": (*_LINEAR, *_SHARED),

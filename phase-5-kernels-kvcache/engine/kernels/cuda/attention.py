@@ -76,9 +76,8 @@ def _run(op: str, query: Tensor, layer: Layer, places: Places, sight: Sight, par
     library = on_device(op, query=query, cache=keys)
     (R, W, H, D), HK = query.shape, keys.shape[1]
     out = torch.empty(R, W, H, D, dtype=query.dtype, device=query.device)
-    tensors = (
-        query, keys, values, *layer.scales, places.rows, places.tables, sight.lo, sight.end, sight.base, sight.lines, out,
-    )  # fmt: skip
+    of_cache, seen = (keys, values, *layer.scales), (sight.lo, sight.end, sight.base, sight.lines)
+    tensors = (query, *of_cache, places.rows, places.tables, *seen, out)
     width = 0 if places.tables is None else places.tables.shape[1]
     line = 0 if sight.lines is None else sight.lines.shape[2]
     call = [

@@ -65,7 +65,9 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
     return Matrix(bits, values[cut], parts[0], parts[1], factor, own_bias, stop - start, int(layer.in_features), group)
 
 
-def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gated: bool, padded: bool = True) -> Tensor:
+def _run(
+    op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gated: bool, padded: bool = True
+) -> Tensor:
     matrix = matrix_of(op, layer, start, stop)
     floating(op, x=x, bias=matrix.bias)
     require(op, x.shape[-1] == matrix.inputs, f"x has {x.shape[-1]} features", str(matrix.inputs))

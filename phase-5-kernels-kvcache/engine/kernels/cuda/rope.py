@@ -114,6 +114,7 @@ def _append(
         FORMATS[key.dtype], FORMATS[keys.values.dtype], address(query), address(key), address(value), address(cos),
         address(sin), address(out), address(keys.values), address(values.values), address(keys.scales),
         address(values.scales), address(places.rows), address(places.starts), address(places.counts),
-        address(places.tables), width, SHIFT, places.wrap, all_strides, R, T, H, HK, D, turn is not None, stream_of(key),
+        address(places.tables), width, SHIFT, places.wrap, all_strides, R, T, H, HK, D, turn is not None,
+        stream_of(key),
     )  # fmt: skip
     return out

@@ -20,7 +20,9 @@ def choices_of(op: str, scores: Tensor) -> Tensor:
     rows = rows_of(scores)
     out = torch.empty(scores.shape[:-1], dtype=torch.int64, device=scores.device)
     stream = stream_of(scores)
-    library.choices(FORMATS[scores.dtype], address(rows), rows.stride(0), len(rows), rows.shape[1], address(out), stream)
+    library.choices(
+        FORMATS[scores.dtype], address(rows), rows.stride(0), len(rows), rows.shape[1], address(out), stream
+    )
     return out
 
 

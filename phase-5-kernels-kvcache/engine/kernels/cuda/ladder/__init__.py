@@ -1,4 +1,4 @@
-"""Two ladders: `linear` and `decode_attention` from the first idea to one that keeps the memory bus busy, a file a rung.
+"""Two ladders: `linear` and `decode_attention` from the first idea to one that keeps the bus busy, a file each.
 
 Each is checked against plain torch before it is timed (bench.py --ladder, on a card). Everything is bfloat16, one row.
 
