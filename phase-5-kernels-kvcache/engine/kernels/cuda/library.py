@@ -99,6 +99,7 @@ def build_library(part: str, sources: tuple[str, ...], device: torch.device) -> 
     return _build(part, sources, False, architecture(device))
 
 
+@lru_cache
 def library(device: torch.device) -> ModuleType:
     """That of all ops."""
     return build_library("cuda", SOURCES, device)

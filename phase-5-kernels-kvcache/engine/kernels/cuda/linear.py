@@ -1,4 +1,8 @@
-"""`linear` and `gated_linear`: see linear.cuh, and weights.cuh for how matrices are stored."""
+"""`linear` and `gated_linear`: see linear.cuh, and weights.cuh for how matrices are stored.
+
+Up to 64 rows, as many as a step of decoding or a tree of guesses has, a row's bits do not depend on the others. More are
+a prefill: there arithmetic decides, not the way through memory, and the product is torch's own.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ from torch import Tensor, nn
 
 from ...model import Linear
 from ...quantize import QuantLinear
+from .. import fused, reference
 from .support import FORMATS, address, floating, of_dtype, on_device, require, rows_of, stream_of
 
 BUSY = 264  # blocks of 16 outputs that keep a large card busy: two for each of its 132 multiprocessors
 MOST_PARTS = 8
+MANY = 64  # rows; more are torch's
 
 
 class Matrix(NamedTuple):
@@ -76,8 +82,11 @@ def _run(
     require(op, not gated or matrix.outputs % 2 == 0, f"there are {matrix.outputs} outputs", "two halves")
     library = on_device(op, x=x, weight=matrix.values, bias=matrix.bias)
     rows, columns = rows_of(x), matrix.outputs // 2 if gated else matrix.outputs
-    out = x.new_empty(*x.shape[:-1], columns)
     M = len(rows)
+    if M > MANY:
+        whole = fused.gated_linear(layer, x) if gated else reference.linear(layer, x, start, start + matrix.outputs)
+        return whole.contiguous()
+    out = x.new_empty(*x.shape[:-1], columns)
     if x.dtype == torch.float32 or not padded:
         library.linear_rows(
             FORMATS[x.dtype], address(rows), rows.stride(0), M, matrix.numbers(), gated, address(out), stream_of(x)

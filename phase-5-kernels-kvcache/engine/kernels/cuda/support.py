@@ -30,6 +30,9 @@ def on_device(op: str, **tensors: Tensor | None) -> ModuleType:
         require(op, device == first, f"{name} is on {device}", f"{first}, as {next(iter(devices))}")
     able = first.type == "cuda" or (first.type == "cpu" and emulated())
     require(op, able, f"{next(iter(devices))} is on {first}", "a CUDA device")
+    if first.type == "cuda":
+        now = torch.cuda.current_device()
+        require(op, first.index in (None, now), f"the tensors are on {first}", f"the current device, cuda:{now}")
     return library(first)
 
 
