@@ -69,7 +69,7 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         with pytest.raises(UserError, match=message):
             ladder.linear(rung, *tensors)
     keys = numbers(device, 2, 9, 64, seed=1)
-    with pytest.raises(UserError, match="10 tokens of 9; expected at least 1, and no more"):
+    with pytest.raises(UserError, match="10 tokens of 9; expected at least 1"):
         ladder.attention(1, numbers(device, 4, 64, seed=2), keys, keys, 10)
 
 
@@ -95,7 +95,7 @@ def test_the_benches_walk_their_grids(tmp_path: Path, monkeypatch: pytest.Monkey
 
     wet = Lab(Options(), results, CPU)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="cannot run here: .*--dry-run walks their grid"):
+        with pytest.raises(UserError, match=r"cannot run here: .*--dry-run walks their grid"):
             gpu_ladder.measure_gpu_ladder(wet)
         with pytest.raises(UserError, match="need a card, and this is cpu"):
             gpu_peers.measure_gpu_peers(wet)

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     float* mixed = reinterpret_cast<float*>(memory);  // [WARPS, 16, F + 4]
     float* tops = mixed + WARPS * 16 * (F + 4);       // [WARPS, 16]
     float* sums = tops + WARPS * 16;
+    __shared__ int64_t queries[16];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, D = call.D;
     Tile tile = tile_of(call, blockIdx.x, blockIdx.z, 16);
     Places places = places_of(call);
@@ -33,52 +34,55 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
 
     Rows<T, F> rows;
     rows.reset();
-    int earliest = 0x7fffffff, furthest = 0;  // of all 16
-    for (int i = 0; i < 16; i++) {
-        if (!tile.real(i)) break;
-        int64_t at = int64_t(tile.r) * call.W + tile.w(i);
-        earliest = min(earliest, at_address<const int>(call.lo)[at]);
-        furthest = max(furthest, at_address<const int>(call.end)[at]);
+    // Lane i finds out about row i; the lanes that have it ask.
+    int row = lane % 16, w = tile.w(row);
+    bool real = tile.real(row);
+    int64_t query = (int64_t(tile.r) * call.W + w) * call.H + tile.h * tile.G + tile.g(row);
+    int begin = real ? at_address<const int>(call.lo)[int64_t(tile.r) * call.W + w] : 0x7fffffff;
+    int stop = real ? at_address<const int>(call.end)[int64_t(tile.r) * call.W + w] : 0;
+    if (warp == 0 && lane < 16) queries[row] = real ? query : -1;
+    int64_t place = tile.r * call.q_row + w * call.q_token + (tile.h * tile.G + tile.g(row)) * call.q_head;
+    int earliest = begin, furthest = stop;  // of all 16
+    for (int by = 8; by; by /= 2) {
+        earliest = min(earliest, __shfl_xor_sync(~0u, earliest, by));
+        furthest = max(furthest, __shfl_xor_sync(~0u, furthest, by));
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        int row = g + 8 * i;
-        bool real = tile.real(row);
-        int64_t at = int64_t(tile.r) * call.W + tile.w(row);
-        rows.begin[i] = real ? at_address<const int>(call.lo)[at] : 0x7fffffff;
-        rows.stop[i] = real ? at_address<const int>(call.end)[at] : 0;
-        const T* query = at_address<const T>(call.query) + tile.r * call.q_row + tile.w(row) * call.q_token +
-                         (tile.h * tile.G + tile.g(row)) * call.q_head;
-        rows.template load<ALIGNED>(i, query, real, D);
+        rows.begin[i] = __shfl_sync(~0u, begin, g + 8 * i);
+        rows.stop[i] = __shfl_sync(~0u, stop, g + 8 * i);
+        int64_t its = __shfl_sync(~0u, place, g + 8 * i);
+        bool there = __shfl_sync(~0u, int(real), g + 8 * i);
+        rows.template load<ALIGNED>(i, at_address<const T>(call.query) + its, there, D);
     }
 
     int here = blockIdx.y * to.part, end = min(here + to.part, furthest);
     for (int p0 = here + 16 * warp; p0 < end; p0 += 16 * WARPS) {
         if (p0 + 16 <= earliest) continue;
         // Of what no row sees nothing is read: nobody may have written it.
-        auto place = [&](int number) -> int64_t {
+        auto head_at = [&](int number) -> int64_t {
             int p = p0 + number;
             return p < earliest || p >= furthest ? -1
-                                                 : places.offset(tile.r, token_of(call, tile, p)) + tile.h * call.s_head;
+                                                 : places.number(tile.r, token_of(call, tile, p), tile.h);
         };
-        int64_t of_keys[2] = {place(g), place(8 + g)};
-        int64_t of_values[4] = {place(2 * t), place(2 * t + 1), place(2 * t + 8), place(2 * t + 9)};
+        int64_t of_keys[2] = {head_at(g), head_at(8 + g)};
+        int64_t of_values[4] = {head_at(2 * t), head_at(2 * t + 1), head_at(2 * t + 8), head_at(2 * t + 9)};
         uint4 k[2][F / 32], v[4][F / 64];  // all of it on its way before the first is needed
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
             for (int c = 0; c < F / 32; c++)
-                k[j][c] = of_keys[j] < 0 ? uint4{0, 0, 0, 0} : eight<T, Stored, ALIGNED>(keys + of_keys[j], c * 32 + t * 8, D);
+                k[j][c] = of_keys[j] < 0 ? uint4{0, 0, 0, 0} : eight<T, Stored, ALIGNED>(keys + of_keys[j] * D, c * 32 + t * 8, D);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int c = 0; c < F / 64; c++)
                 v[i][c] = of_values[i] < 0 ? uint4{0, 0, 0, 0}
-                                           : eight<T, Stored, ALIGNED>(values + of_values[i], c * 64 + g * 8, D);
+                                           : eight<T, Stored, ALIGNED>(values + of_values[i] * D, c * 64 + g * 8, D);
         auto scale_of = [&](const f16* scales, int j, int e) {
             if (!std::is_same_v<Stored, int8_t>) return 1.0f;
             int64_t at = of_values[2 * j + e];
-            return at < 0 ? 0.0f : to_float(scales[at / D]);
+            return at < 0 ? 0.0f : to_float(scales[at]);
         };
         rows.attend(p0, to.scale, [&](int j, int c) { return k[j][c]; }, [&](int i, int c) { return v[i][c]; },
                     [&](int j, int e) { return scale_of(key_scales, j, e); },
@@ -95,7 +99,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     __syncthreads();
     for (int e = threadIdx.x; e < 16 * F; e += WARPS * 32) {
         int row = e / F, f = e % F;
-        if (!tile.real(row) || f >= D) continue;
+        int64_t query = queries[row];
+        if (query < 0 || f >= D) continue;
         Joined joined;
         float acc = 0;
 #pragma unroll
@@ -103,7 +108,6 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
             joined.add(tops[w * 16 + row], sums[w * 16 + row]);
             acc = acc * joined.mine + mixed[(w * 16 + row) * (F + 4) + f] * joined.theirs;
         }
-        int64_t query = (int64_t(tile.r) * call.W + tile.w(row)) * call.H + tile.h * tile.G + tile.g(row);
         if (to.parts == 1) {
             at_address<T>(call.out)[query * D + f] = from_float<T>(joined.total > 0 ? acc / joined.total : 0.0f);
             continue;
@@ -138,7 +142,7 @@ template <class T, class Stored, int F, bool ALIGNED> void start(const Attention
 
 template <class T, class Stored> void run(const Attention& call, const Parts& to, int64_t stream) {
     bool aligned = call.D % 8 == 0 && call.query % 16 == 0 && call.keys % 16 == 0 && call.values % 16 == 0 &&
-                   (call.q_row | call.q_token | call.q_head | call.s_place | call.s_head | call.s_slot) % 8 == 0;
+                   (call.q_row | call.q_token | call.q_head) % 8 == 0;
     !aligned        ? start<T, Stored, 128, false>(call, to, stream)
     : call.D <= 64 ? start<T, Stored, 64, true>(call, to, stream)
                    : start<T, Stored, 128, true>(call, to, stream);

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...kv_cache import DynamicCache, KVCache
 from ..places import Layer, Places, in_row, layer_of, places_of, row_of
 from ..sight import Sight, sight_of, sight_row
-from .rope import SHIFT
+from .rope import SHIFT, strides_of
 from .support import FORMATS, address, dense, floating, on_device, require, stream_of
 
 PART = 256  # positions of a block
@@ -82,7 +82,7 @@ def _run(op: str, query: Tensor, layer: Layer, places: Places, sight: Sight, par
     line = 0 if sight.lines is None else sight.lines.shape[2]
     call = [
         FORMATS[query.dtype], FORMATS[keys.dtype], *map(address, tensors), R, W, H, HK, D, width, SHIFT, line,
-        places.wrap, *keys.stride()[:3], *query.stride()[:3],
+        places.wrap, *strides_of(op, keys), *query.stride()[:3],
     ]  # fmt: skip
     tiles = keys.dtype in (query.dtype, torch.int8) and query.dtype != torch.float32 and D <= ON_CORES
     if part is None and sight.lines is None and tiles:

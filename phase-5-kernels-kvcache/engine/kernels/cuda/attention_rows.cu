@@ -27,14 +27,14 @@ by_rows(Attention call, float* mixed, float* tops, float* sums, int part, int pa
         if (p0 + 32 <= begin) continue;
         int p = p0 + lane;
         bool seen = p >= begin && p < end;
-        int64_t at = seen ? places.offset(r, token_of(call, tile, p)) + tile.h * call.s_head : 0;
+        int64_t at = seen ? places.number(r, token_of(call, tile, p), tile.h) : 0;
         float score = NEVER, value_scale = 1;
         if (seen) {
             float sum = 0;
-            for (int i = 0; i < D; i++) sum = fmaf(query[i], to_float(keys[at + i]), sum);
+            for (int i = 0; i < D; i++) sum = fmaf(query[i], to_float(keys[at * D + i]), sum);
             if (std::is_same_v<Stored, int8_t>) {
-                sum *= to_float(at_address<const f16>(call.key_scales)[at / D]);
-                value_scale = to_float(at_address<const f16>(call.value_scales)[at / D]);
+                sum *= to_float(at_address<const f16>(call.key_scales)[at]);
+                value_scale = to_float(at_address<const f16>(call.value_scales)[at]);
             }
             score = sum * scale;
         }
@@ -51,7 +51,7 @@ by_rows(Attention call, float* mixed, float* tops, float* sums, int part, int pa
             if (!__shfl_sync(~0u, int(seen), key)) continue;
 #pragma unroll
             for (int e = 0; e < EACH; e++)
-                if (e * 32 + lane < D) acc[e] = fmaf(mine, to_float(values[its + e * 32 + lane]), acc[e]);
+                if (e * 32 + lane < D) acc[e] = fmaf(mine, to_float(values[its * D + e * 32 + lane]), acc[e]);
         }
     }
     int64_t at = number * parts + blockIdx.y;

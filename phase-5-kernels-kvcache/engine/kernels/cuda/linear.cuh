@@ -21,7 +21,7 @@ template <class T> struct Call {
     Grid grid;
     const f16* factor;
     const void* bias;
-    int bias_format, group;
+    int bias_format, shift;  // of 4 bits: a group has 1 << shift inputs
     int64_t columns, K, inner;  // outputs (of the gated: pairs), inputs, chunks of a part
     float* sums;                // of the parts, or null
     T* out;
@@ -91,19 +91,24 @@ __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> cal
             for (int c = 0; c < TOGETHER; c++) {
                 int64_t chunk = run + part + c, unit = chunk * 4 + t;
                 if (chunk >= last) break;
-                uint32_t words[HALVES][2][2 * W::STEPS];
+                bool inside = unit * W::INPUTS < K;
+                Group group[HALVES][2];
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        W::expand(raw[c][half][i], call.grid, row[half][i], unit, K, call.group, words[half][i]);
-                bool inside = unit * W::INPUTS < K;
+                    for (int i = 0; i < 2; i++) group[half][i] = W::group(call.grid, row[half][i], unit, K, call.shift);
 #pragma unroll
-                for (int tile = 0; tile < NT; tile++) {
-                    int64_t m = m0 + tile * 8 + g;
+                for (int p = 0; p < W::PIECES; p++) {
+                    uint32_t words[HALVES][2][4];
 #pragma unroll
-                    for (int p = 0; p < W::STEPS / 2; p++) {
-                        int64_t k = W::piece(unit, p, call.group);
+                    for (int half = 0; half < HALVES; half++)
+#pragma unroll
+                        for (int i = 0; i < 2; i++)
+                            W::expand(raw[c][half][i], p, call.grid.zeros, group[half][i], words[half][i]);
+                    int64_t k = W::piece(unit, p, call.shift);
+#pragma unroll
+                    for (int tile = 0; tile < NT; tile++) {
+                        int64_t m = m0 + tile * 8 + g;
                         uint4 x{0, 0, 0, 0};
                         if (m < call.M && inside)
                             x = times_factor<T>(load8<ALIGNED>(call.x + m * call.x_stride, k, K), call.factor, k, K);
@@ -112,9 +117,8 @@ __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> cal
                         for (int s = 0; s < 2; s++)
 #pragma unroll
                             for (int half = 0; half < HALVES; half++) {
-                                int w = 2 * (2 * p + s);
-                                uint32_t a[4] = {words[half][0][w], words[half][1][w], words[half][0][w + 1],
-                                                 words[half][1][w + 1]};
+                                uint32_t a[4] = {words[half][0][2 * s], words[half][1][2 * s], words[half][0][2 * s + 1],
+                                                 words[half][1][2 * s + 1]};
                                 mma<T>(acc[half][tile], a, both[s]);
                             }
                     }
@@ -165,6 +169,12 @@ void start(const Call<T>& call, int parts, int64_t stream) {
     launch(linear<T, BITS, NT, HALVES, ALIGNED>, grid, WARPS * 32, shared, stream, call);
 }
 
+inline int log_2(int group) {
+    int shift = 0;
+    while (2 << shift <= group) shift++;
+    return shift;
+}
+
 template <class T, int BITS>
 void run(int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, int parts, int64_t sums, int64_t out,
          int64_t stream) {
@@ -173,7 +183,7 @@ void run(int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, i
     Grid grid{at_address<const f16>(matrix.scales), at_address<const f16>(matrix.zeros)};
     Call<T> call{at_address<const T>(x), x_stride, M, at_address<const void>(matrix.values), grid,
                  at_address<const f16>(matrix.factor), at_address<const void>(matrix.bias), matrix.bias_format,
-                 matrix.group, gated ? matrix.N / 2 : matrix.N, matrix.K, blocks_of(blocks_of(chunks, parts), RUN) * RUN,
+                 log_2(matrix.group), gated ? matrix.N / 2 : matrix.N, matrix.K, blocks_of(blocks_of(chunks, parts), RUN) * RUN,
                  parts > 1 ? at_address<float>(sums) : nullptr, at_address<T>(out)};
     if (!M || !call.columns) return;
     bool aligned = x % 16 == 0 && x_stride % 8 == 0 && matrix.values % 16 == 0 && matrix.K % W::INPUTS == 0;

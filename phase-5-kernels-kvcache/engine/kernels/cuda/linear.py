@@ -1,6 +1,6 @@
 """`linear` and `gated_linear`: see linear.cuh, and weights.cuh for how matrices are stored.
 
-Up to 64 rows, as many as a step of decoding or a tree of guesses has, a row's bits do not depend on the others. More are
+Up to 64 rows, as many as a step or a tree of guesses has, a row's bits do not depend on the others. More are
 a prefill: there arithmetic decides, not the way through memory, and the product is torch's own.
 """
 

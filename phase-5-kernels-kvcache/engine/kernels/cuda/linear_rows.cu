@@ -18,9 +18,9 @@ __device__ __forceinline__ void load(Loaded<T, BITS>& to, const linear_kernel::C
     int64_t K = call.K;
     to.k[0] = unit * EACH, to.k[1] = unit * EACH + 4;
     if constexpr (BITS == 4) {
-        to.k[0] = first_of_int4(unit, 4, call.group);
-        to.k[1] = to.k[0] + call.group / 2;
-        int64_t at = n * (K / call.group) + unit * EACH / call.group;
+        to.k[0] = first_of_int4(unit, 4, call.shift);
+        to.k[1] = to.k[0] + (1 << (call.shift - 1));
+        int64_t at = n * (K >> call.shift) + (unit * EACH >> call.shift);
         float scale = to_float(call.grid.scales[at]), zero = call.grid.zeros ? to_float(call.grid.zeros[at]) : 8.0f;
         uint32_t word = *reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(call.values) + n * (K / 2) + unit * 4);
 #pragma unroll
@@ -89,7 +89,7 @@ void run(int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, i
     Grid grid{at_address<const f16>(matrix.scales), at_address<const f16>(matrix.zeros)};
     linear_kernel::Call<T> call{at_address<const T>(x), x_stride, M, at_address<const void>(matrix.values), grid,
                                 at_address<const f16>(matrix.factor), at_address<const void>(matrix.bias),
-                                matrix.bias_format, matrix.group, gated ? matrix.N / 2 : matrix.N, matrix.K, 0, nullptr,
+                                matrix.bias_format, linear_kernel::log_2(matrix.group), gated ? matrix.N / 2 : matrix.N, matrix.K, 0, nullptr,
                                 at_address<T>(out)};
     auto one = gated ? by_rows<T, BITS, 1, 2> : by_rows<T, BITS, 1, 1>;
     auto four = gated ? by_rows<T, BITS, 4, 2> : by_rows<T, BITS, 4, 1>;

@@ -51,14 +51,14 @@ __global__ void __launch_bounds__(WARPS * 32, 2) prefill(Attention call, float s
         for (int e = threadIdx.x; e < KEYS * (F / 8); e += WARPS * 32) {
             int key = e / (F / 8), f = e % (F / 8) * 8, p = p0 + key;
             bool live = p >= earliest && p < furthest;
-            int64_t at = live ? places.offset(r, p) + h * call.s_head : 0;
+            int64_t at = live ? places.number(r, p, h) : 0;
             uint4 none{0, 0, 0, 0};
-            *reinterpret_cast<uint4*>(k_tile + key * K_LINE + f) = live ? eight<T, Stored, ALIGNED>(keys + at, f, D) : none;
-            *reinterpret_cast<uint4*>(v_tile + key * V_LINE + f) = live ? eight<T, Stored, ALIGNED>(values + at, f, D) : none;
+            *reinterpret_cast<uint4*>(k_tile + key * K_LINE + f) = live ? eight<T, Stored, ALIGNED>(keys + at * D, f, D) : none;
+            *reinterpret_cast<uint4*>(v_tile + key * V_LINE + f) = live ? eight<T, Stored, ALIGNED>(values + at * D, f, D) : none;
             if (f == 0) {
                 bool scaled = live && std::is_same_v<Stored, int8_t>;
-                k_scale[key] = scaled ? to_float(at_address<const f16>(call.key_scales)[at / D]) : 1.0f;
-                v_scale[key] = scaled ? to_float(at_address<const f16>(call.value_scales)[at / D]) : 1.0f;
+                k_scale[key] = scaled ? to_float(at_address<const f16>(call.key_scales)[at]) : 1.0f;
+                v_scale[key] = scaled ? to_float(at_address<const f16>(call.value_scales)[at]) : 1.0f;
             }
         }
         __syncthreads();
@@ -89,7 +89,7 @@ template <class T, class Stored, int F, bool ALIGNED> void start(const Attention
 
 template <class T, class Stored> void run(const Attention& call, int64_t stream) {
     bool aligned = call.D % 8 == 0 && call.query % 16 == 0 && call.keys % 16 == 0 && call.values % 16 == 0 &&
-                   (call.q_row | call.q_token | call.q_head | call.s_place | call.s_head | call.s_slot) % 8 == 0;
+                   (call.q_row | call.q_token | call.q_head) % 8 == 0;
     !aligned        ? start<T, Stored, 128, false>(call, stream)
     : call.D <= 64 ? start<T, Stored, 64, true>(call, stream)
                    : start<T, Stored, 128, true>(call, stream);

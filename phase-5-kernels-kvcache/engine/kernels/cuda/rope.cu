@@ -40,7 +40,7 @@ append(Strided<T> query, Strided<T> key, Strided<T> value, const T* cos, const T
     h -= H;
     if (h >= 2 * HK || t >= counts[r]) return;  // tokens behind a row's count are padding
     int of = h % HK;
-    int64_t at = places.offset(r, starts[r] + t) + of * places.s_head;
+    int64_t at = places.number(r, starts[r] + t, of);
     if (h >= HK) {
         const T* x = value.at(r, t, of);
         put([&](int i) { return to_float(x[i]); }, values, value_scales, at, D);

@@ -30,6 +30,14 @@ def tables_of(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return cos.contiguous(), sin.contiguous(), T * D if cos.ndim == 4 and len(cos) == B > 1 else 0, D
 
 
+def strides_of(op: str, values: Tensor) -> list[int]:
+    """Of keys or values [places, kv_heads, slots, D], counted in heads: by place, head and slot."""
+    D = values.shape[-1]
+    good = values.stride(-1) == 1 and all(stride % D == 0 for stride in values.stride()[:3])
+    require(op, good, f"the cache has strides {values.stride()}", f"heads of {D} features without gaps")
+    return [stride // D for stride in values.stride()[:3]]
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, T, H, head_dim] turned to its positions; the tables [T, 1, head_dim] or [B, T, 1, head_dim]."""
     floating("rope", x=x)
@@ -108,7 +116,7 @@ def _append(
         *key.stride()[:3],
         *value.stride()[:3],
         *strides,
-        *keys.values.stride()[:3],
+        *strides_of(op, keys.values),
     ]
     library.rope_append(
         FORMATS[key.dtype], FORMATS[keys.values.dtype], address(query), address(key), address(value), address(cos),

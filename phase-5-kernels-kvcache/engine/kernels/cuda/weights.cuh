@@ -32,78 +32,86 @@ template <bool ALIGNED> __device__ __forceinline__ uint4 load16(const uint8_t* r
     return uint4{words[0], words[1], words[2], words[3]};
 }
 
+// What the weights of a unit share; of 4 bits: the scale as two numbers of T, or with zeros as float32, and 8 - zero.
+struct Group {
+    uint32_t first, second;
+};
+
 template <int BITS, class T> struct Weights;
 
-// INPUTS: of a unit, which is what a lane loads at once. STEPS: products of 16 inputs that a quad's four units make;
-// words 2s and 2s + 1 of `expand` belong to step s, and so do words 2 (s % 2) and the next of x's piece s / 2.
+// INPUTS: of a unit, which is what a lane loads at once. A quad's four units make PIECES times two products of 16
+// inputs; `expand` gives the operands of piece p, two words for each of the two, and x's eight numbers for them begin at
+// input piece(unit, p).
 template <class T> struct Weights<16, T> {
-    static constexpr int INPUTS = 8, STEPS = 2;
+    static constexpr int INPUTS = 8, PIECES = 1;
     template <bool ALIGNED>
     static __device__ __forceinline__ uint4 load(const void* values, int64_t n, int64_t unit, int64_t K) {
         return load8<ALIGNED>(static_cast<const T*>(values) + n * K, unit * INPUTS, K);
     }
     static __device__ __forceinline__ int64_t piece(int64_t unit, int, int) { return unit * INPUTS; }
-    static __device__ __forceinline__ void expand(uint4 raw, const Grid&, int64_t, int64_t, int64_t, int,
-                                                  uint32_t (&words)[2 * STEPS]) {
+    static __device__ __forceinline__ Group group(const Grid&, int64_t, int64_t, int64_t, int) { return {0, 0}; }
+    static __device__ __forceinline__ void expand(uint4 raw, int, bool, const Group&, uint32_t (&words)[4]) {
         words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
     }
 };
 
 template <class T> struct Weights<8, T> {
-    static constexpr int INPUTS = 16, STEPS = 4;
+    static constexpr int INPUTS = 16, PIECES = 2;
     template <bool ALIGNED>
     static __device__ __forceinline__ uint4 load(const void* values, int64_t n, int64_t unit, int64_t K) {
         return load16<ALIGNED>(static_cast<const uint8_t*>(values) + n * K, unit * INPUTS, K);
     }
     static __device__ __forceinline__ int64_t piece(int64_t unit, int p, int) { return unit * INPUTS + 8 * p; }
-    static __device__ __forceinline__ void expand(uint4 raw, const Grid&, int64_t, int64_t, int64_t, int,
-                                                  uint32_t (&words)[2 * STEPS]) {
-        widen_int8<T>(raw.x, words[0], words[1]);
-        widen_int8<T>(raw.y, words[2], words[3]);
-        widen_int8<T>(raw.z, words[4], words[5]);
-        widen_int8<T>(raw.w, words[6], words[7]);
+    static __device__ __forceinline__ Group group(const Grid&, int64_t, int64_t, int64_t, int) { return {0, 0}; }
+    static __device__ __forceinline__ void expand(uint4 raw, int p, bool, const Group&, uint32_t (&words)[4]) {
+        widen_int8<T>(p ? raw.z : raw.x, words[0], words[1]);
+        widen_int8<T>(p ? raw.w : raw.y, words[2], words[3]);
     }
 };
 
 // The inputs of a unit of 4 bits: from `first` on in its low halves, from first + group / 2 on in the high ones.
-__device__ __forceinline__ int64_t first_of_int4(int64_t unit, int bytes, int group) {
+// A group has 1 << shift of them: a division would take longer than what it is for.
+__device__ __forceinline__ int64_t first_of_int4(int64_t unit, int bytes, int shift) {
     int64_t byte = unit * bytes;
-    int half = group / 2;
-    return byte / half * group + byte % half;
+    return (byte >> (shift - 1) << shift) + (byte & ((1 << (shift - 1)) - 1));
 }
 
 template <class T> struct Weights<4, T> {
-    static constexpr int INPUTS = 32, STEPS = 8;
+    static constexpr int INPUTS = 32, PIECES = 4;
     template <bool ALIGNED>
     static __device__ __forceinline__ uint4 load(const void* values, int64_t n, int64_t unit, int64_t K) {
         return load16<ALIGNED>(static_cast<const uint8_t*>(values) + n * (K / 2), unit * 16, K / 2);
     }
-    static __device__ __forceinline__ int64_t piece(int64_t unit, int p, int group) {
-        return first_of_int4(unit, 16, group) + p / 2 * (group / 2) + 8 * (p % 2);
+    static __device__ __forceinline__ int64_t piece(int64_t unit, int p, int shift) {
+        return first_of_int4(unit, 16, shift) + (p / 2 << (shift - 1)) + 8 * (p % 2);
     }
-    static __device__ __forceinline__ void expand(uint4 raw, const Grid& grid, int64_t n, int64_t unit, int64_t K,
-                                                  int group, uint32_t (&words)[2 * STEPS]) {
+    static __device__ __forceinline__ Group group(const Grid& grid, int64_t n, int64_t unit, int64_t K, int shift) {
+        if (unit * INPUTS >= K) return {0, 0};
+        int64_t at = n * (K >> shift) + (unit * INPUTS >> shift);
+        float scale = to_float(grid.scales[at]);
+        if (grid.zeros) return {as_bits(scale), as_bits(8.0f - to_float(grid.zeros[at]))};
+        Group made;
+        split<T>(scale, made.first, made.second);
+        return made;
+    }
+    static __device__ __forceinline__ void expand(uint4 raw, int p, bool zeros, const Group& group, uint32_t (&words)[4]) {
         constexpr uint32_t MAGIC = std::is_same_v<T, f16> ? 0x64646464u : 0x43434343u;   // 1024 or 128, and a level
         constexpr uint32_t MIDDLE = std::is_same_v<T, f16> ? 0x64086408u : 0x43084308u;  // and 8
-        int64_t at = n * (K / group) + unit * INPUTS / group;
-        bool inside = unit * INPUTS < K;
-        float scale = inside ? to_float(grid.scales[at]) : 0.0f;
-        uint32_t high, low;
-        split<T>(scale, high, low);
-        uint32_t raws[4] = {raw.x, raw.y, raw.z, raw.w};
-        float shift = grid.zeros && inside ? 8.0f - to_float(grid.zeros[at]) : 0.0f;
+        uint32_t both[2] = {p % 2 ? raw.z : raw.x, p % 2 ? raw.w : raw.y};
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            uint32_t levels = (s < 4 ? raws[s % 4] : raws[s % 4] >> 4) & 0x0f0f0f0fu;
+        for (int s = 0; s < 2; s++) {
+            uint32_t levels = (p / 2 ? both[s] >> 4 : both[s]) & 0x0f0f0f0fu;
 #pragma unroll
             for (int pair = 0; pair < 2; pair++) {
                 uint32_t q = sub2<T>(choose_bytes(levels, MAGIC, pair ? 0x4342 : 0x4140), MIDDLE);  // level - 8, exact
-                if (grid.zeros)
+                if (zeros) {
+                    float scale = bits_as<float>(group.first), shift = bits_as<float>(group.second);
                     q = pack<T>((low_of<T>(q) + shift) * scale, (high_of<T>(q) + shift) * scale);
-                else if (std::is_same_v<T, f16>)
-                    q = mul2<T>(q, high);
-                else
-                    q = fma2<T>(q, high, mul2<T>(q, low));
+                } else if (std::is_same_v<T, f16>) {
+                    q = mul2<T>(q, group.first);
+                } else {
+                    q = fma2<T>(q, group.first, mul2<T>(q, group.second));
+                }
                 words[2 * s + pair] = q;
             }
         }
