@@ -6,6 +6,7 @@ Every rung is checked against torch before it is timed. It runs on a card alone;
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from common.benchmark import WrongResult, median
 from common.errors import UserError
 from common.figures import figure
 from engine.kernels import registry
-from engine.kernels.cuda import ladder
+from engine.kernels.cuda import attention, ladder, linear
 from engine.kernels.cuda.ladder import RUNGS
 from engine.kv_cache import CacheShape, StaticCache
 from engine.model import Linear
@@ -27,7 +28,8 @@ from .gpu_timing import copies_for, copy_bandwidth, record, seconds_each
 from .runs import Lab
 
 GPU_LADDER = {
-    "rung": "1 to 5: a file of engine/kernels/cuda/ladder; engine: the op that the engine runs",
+    "rung": "1 to 5: a file of engine/kernels/cuda/ladder; free: the engine's op without the promise that a token's "
+    "bits do not depend on how many are computed; engine: with it",
     "us": "microseconds of one call, median of the rounds; inputs come from memory, launches are replayed as a graph",
     "gb_per_s": "bytes that must be read (the matrix; keys and values, once) / time",
     "percent_of_copy": "of what torch's copy of 1 GiB reaches on the same card in the same run, read and written",
@@ -35,6 +37,7 @@ GPU_LADDER = {
 LINEAR = {"Llama-3.1-8B gate and up": (28672, 4096), "Llama-3.1-8B down": (4096, 14336), "gpt2-xl up": (6400, 1600)}
 # Query heads, key heads, features of a head, tokens.
 ATTENTION = {"Llama-3.1-8B": (32, 8, 128, 8192), "gpt2-xl": (25, 25, 64, 1024)}
+ENGINE = {"free": "the engine's, bits as they come", "engine": "what the engine runs"}
 WITHIN = 2e-2  # of the largest number, in bfloat16
 Calls = dict[str, list[Callable[[], Tensor]]]  # by rung, one for each copy of the inputs
 
@@ -62,7 +65,7 @@ def measure_gpu_ladder(lab: Lab) -> None:
     for case in cases():
         if lab.done(kind="gpu_ladder", op=case.op, shape=case.shape, rung="engine"):
             continue
-        names = [*map(str, RUNGS), "engine"]
+        names = [*map(str, RUNGS), *ENGINE]
         times = {name: [1e-3] for name in names} if dry else timed(case, lab.device)
         for name in names:
             seconds = median(times[name])
@@ -71,7 +74,7 @@ def measure_gpu_ladder(lab: Lab) -> None:
                 op=case.op,
                 shape=case.shape,
                 rung=name,
-                what=RUNGS[int(name)] if name.isdigit() else "what the engine runs",
+                what=RUNGS[int(name)] if name.isdigit() else ENGINE[name],
                 us=seconds * 1e6,
                 gb_per_s=case.nbytes / seconds / 1e9,
                 percent_of_copy=100 * case.nbytes / seconds / bandwidth,
@@ -111,6 +114,7 @@ def linear_calls(case: Case, device: torch.device, copies: int) -> tuple[Calls, 
         str(rung): [partial(ladder.linear, rung, layer.weight, x, bias) for layer in layers] for rung in RUNGS
     }
     engine = registry.functions("linear", device)["cuda"]
+    calls["free"] = [partial(linear.unconstrained, layer, x[None]) for layer in layers]
     calls["engine"] = [partial(engine, layer, x[None]) for layer in layers]
     return calls, F.linear(x.float(), layers[0].weight.float(), bias.float())
 
@@ -130,8 +134,10 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
         str(rung): [partial(ladder.attention, rung, query, keys, values, n) for keys, values in pairs] for rung in RUNGS
     }
     engine = registry.functions("decode_attention", device)["cuda"]
-    # Lists of each call's own: by them the op knows that nothing has changed since, and copies nothing to the card.
-    calls["engine"] = [partial(engine, query[None, None], cache, 0, [0], [1], [None]) for cache in caches]
+    # The op copies to the card where a cache's tokens lie, and keeps it with the cache until another call comes. A graph
+    # reads that memory again: so every call has a cache and lists of its own, over the same keys and values.
+    for name, function in (("free", attention.unconstrained), ("engine", engine)):
+        calls[name] = [partial(function, query[None, None], copy(cache), 0, [0], [1], [None]) for cache in caches]
     first_keys, first_values = (part.float()[None] for part in pairs[0])
     wanted = F.scaled_dot_product_attention(query.float()[None, :, None], first_keys, first_values, enable_gqa=H > HK)
     return calls, wanted

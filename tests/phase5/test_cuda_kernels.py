@@ -23,7 +23,7 @@ from phase5 import KeyedDecisions, KeyedRandomness, SamplingParams
 from phase5.kernels import TORCH, Kernels, build, check, registry
 from phase5.kernels.check_attention import Setting, asked
 from phase5.kernels.check_layers import FORMATS, plain, quantised
-from phase5.kernels.cuda import library
+from phase5.kernels.cuda import attention, library
 from phase5.kv_cache import CacheShape, StaticCache
 from phase5.packing import PackedLinear
 
@@ -108,6 +108,7 @@ def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
     of = Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64)
     cache, query, rows, counts, masks = asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
     wanted = TORCH.decode_attention(query, cache, 1, rows, counts, masks)
+    check.near("free", attention.unconstrained(query, cache, 1, rows, counts, masks), wanted, torch.bfloat16)
     for part in (64, 256, 1024):
         found = ops["decode_attention"](query, cache, 1, rows, counts, masks, part=part)
         check.near(f"parts of {part}", found, wanted, torch.bfloat16)

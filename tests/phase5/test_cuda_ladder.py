@@ -89,7 +89,7 @@ def test_the_benches_walk_their_grids(tmp_path: Path, monkeypatch: pytest.Monkey
     rows: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "results.jsonl").open(encoding="utf-8")]
     assert all(row["synthetic"] for row in rows)
     of_ladder = [row for row in rows if row["kind"] == "gpu_ladder"]
-    assert len(of_ladder) == 6 * len(gpu_ladder.cases())
+    assert len(of_ladder) == 7 * len(gpu_ladder.cases())
     assert {row["model"] for row in rows if row["kind"] == "gpu_peers"} >= {"gpt2-xl", "Llama-3.1-8B", "stdlib-10m"}
     assert (tmp_path / "ladder.png").stat().st_size > 1000
 

@@ -90,7 +90,7 @@ def test_the_rungs_compile(source: str, tmp_path: Path) -> None:
 def test_every_file_belongs_to_an_op() -> None:
     """So that the ledger forgets a check when any file that went into the kernel changes."""
     files = {path.name for path in library.FOLDER.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py")}
-    named = {name for names in SOURCES.values() for name in names}
+    named = {name for names in SOURCES.values() for name in names if not name.startswith("../")}
     assert files - named == {"emulator.h", "__init__.py"}
     assert named <= files
     for names in SOURCES.values():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _SHARED = ("device.cuh", "ops.h", "bindings.cpp", "support.py", "library.py")
-_CACHE = ("cache.cuh", "rope.py", *_SHARED)
+_CACHE = ("cache.cuh", "rope.py", "../places.py", *_SHARED)
 _LINEAR = (
     "linear.py",
     "linear.cuh",
@@ -22,7 +22,7 @@ _LINEAR = (
     "weights.cuh",
     "mma.cuh",
 )
-_ATTEND = ("attention.py", "attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh")
+_ATTEND = ("attention.py", "../sight.py", "attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh")
 SOURCES = {  # of every op, the files that make its kernel: what the ledger hashes
     "linear": (*_LINEAR, *_SHARED),
     "gated_linear": (*_LINEAR, *_SHARED),

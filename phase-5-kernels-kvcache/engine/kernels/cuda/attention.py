@@ -14,6 +14,7 @@ from .support import FORMATS, address, dense, floating, on_device, require, stre
 PART = 256  # positions of a block
 WIDEST = 256  # features of a head
 ON_CORES = 128
+BUSY = 264  # blocks that keep a large card busy: two for each of its 132 multiprocessors
 
 
 def check_query(op: str, query: Tensor, cache: KVCache, rows: list[int], counts: list[int]) -> None:
@@ -46,6 +47,18 @@ def flash_prefill(
 ) -> Tensor:
     """As decode_attention, for many queries. Those of a tree, and float32, are decode_attention's."""
     return _attend("flash_prefill", query, cache, layer, rows, counts, masks, None)
+
+
+def unconstrained(
+    query: Tensor, cache: KVCache, layer: int, rows: list[int], counts: list[int], masks: list[Tensor | None]
+) -> Tensor:
+    """`decode_attention` in parts that fill the card, whatever bits that gives: what fixed parts are priced against."""
+    R, W, H, _ = query.shape
+    heads = cache.shape.kv_heads
+    longest = max([1, *(cache.length(row) + count for row, count in zip(rows, counts, strict=True))])
+    blocks = max(1, BUSY // max(1, R * heads * -(-W * (H // heads) // 16)))
+    part = -(-longest // (64 * blocks)) * 64
+    return decode_attention(query, cache, layer, rows, counts, masks, part)
 
 
 def _attend(
