@@ -134,8 +134,8 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
         str(rung): [partial(ladder.attention, rung, query, keys, values, n) for keys, values in pairs] for rung in RUNGS
     }
     engine = registry.functions("decode_attention", device)["cuda"]
-    # The op copies to the card where a cache's tokens lie, and keeps it with the cache until another call comes. A graph
-    # reads that memory again: so every call has a cache and lists of its own, over the same keys and values.
+    # The op copies to the card where a cache's tokens lie, and keeps that with the cache until another call comes. A
+    # graph reads it again: so every call has a cache and lists of its own, over the same keys and values.
     for name, function in (("free", attention.unconstrained), ("engine", engine)):
         calls[name] = [partial(function, query[None, None], copy(cache), 0, [0], [1], [None]) for cache in caches]
     first_keys, first_values = (part.float()[None] for part in pairs[0])

@@ -262,7 +262,7 @@ def run_program(folder: Path, body: str) -> str:
         pytest.skip("there is no g++ to emulate CUDA with")
     source = folder / "program.cpp"
     source.write_text(PROGRAM % body, encoding="utf-8")
-    flags = ["-std=c++17", "-O1", "-DEMULATED", "-mf16c", f"-I{library.FOLDER}"]
+    flags = ["-std=c++17", "-O1", "-DEMULATED", *library.HALF, f"-I{library.FOLDER}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(folder / "program")], check=True)
     return subprocess.run([str(folder / "program")], check=True, capture_output=True, text=True).stdout
 

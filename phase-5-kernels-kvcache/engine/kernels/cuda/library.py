@@ -9,8 +9,10 @@ CPU with a fiber for every CUDA thread (emulator.h): slow, and meant for tests.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +42,8 @@ SOURCES = (
 )
 # What can be exact is: a division is rounded, and numbers too small to be normal are kept.
 NVCC = ("-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi")
-GXX = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DEMULATED", "-mf16c", "-U_FORTIFY_SOURCE", "-Wno-psabi")
+GXX = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DEMULATED", "-U_FORTIFY_SOURCE", "-Wno-psabi")
+HALF = ("-mf16c",) if platform.machine() == "x86_64" else ()  # float16 in hardware
 
 
 def emulated() -> bool:
@@ -54,6 +57,8 @@ def why_not(device: torch.device) -> str | None:
     if reason is not None:
         return reason
     if device.type == "cpu" and emulated():
+        if not sys.platform.startswith("linux"):
+            return f"threads of CUDA are emulated on Linux alone, and this is {sys.platform}"
         return None if shutil.which("g++") else "there is no g++ on the PATH to emulate CUDA with"
     if device.type != "cuda":
         return f"CUDA needs a card of NVIDIA, and this is {device.type}"
@@ -88,7 +93,7 @@ def _build(part: str, sources: tuple[str, ...], emulate: bool, arch: str) -> Mod
     files = [FOLDER / source for source in sources]
     if emulate:
         kernels = {file.name: ["-x", "c++"] for file in files if file.suffix == ".cu"}
-        return build.build_and_load(name, files, compiler="g++", flags=[*GXX, *flags], own_flags=kernels)
+        return build.build_and_load(name, files, compiler="g++", flags=[*GXX, *HALF, *flags], own_flags=kernels)
     return build.build_and_load(name, files, compiler="nvcc", flags=[*nvcc_flags(arch), *flags])
 
 
