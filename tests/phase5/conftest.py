@@ -6,10 +6,17 @@ checks run on it (tests marked gpu), and nothing is interpreted.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+
+import phase5
+from phase5 import attending
+from phase5.kernels import Kernels, registry
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,3 +30,24 @@ def interpreted() -> None:
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if not triton.knobs.runtime.interpret:
         pytest.skip("triton was imported before TRITON_INTERPRET=1 could be set")
+
+
+@pytest.fixture
+def session_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`session_on(kernels, **options)`: a session whose target and policy run on these kernels.
+
+    What drafts stays on torch but for its attention; that changes no token.
+    """
+
+    def make(kernels: Kernels, **options: Any) -> Any:
+        def behind(*arguments: Any, **more: Any) -> Any:
+            return dataclasses.replace(attending.Behind(*arguments, **more), kernels=kernels)
+
+        monkeypatch.setattr("phase5.runner.Behind", behind)
+        monkeypatch.setattr("phase5.session.pack_matrices", lambda module: None)
+        made = phase5.Session(phase5.Options(**{"max_tokens": 8, "draft": "none", **options}))
+        registry.use(made.loaded.model, kernels)
+        registry.use(made.policy, kernels)
+        return made
+
+    return make

@@ -237,7 +237,7 @@ def test_wrong_arguments_are_named(
 def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: dict[str, Callable[..., Any]]) -> None:
     cache = StaticCache(CacheShape(1, 1, 8), 1, 4, torch.float32, torch.float32, CPU)
     x = torch.zeros(1, 5, 1, 8)
-    with pytest.raises(UserError, match="row 0 of the cache is to hold 5 tokens; expected at most 4"):
+    with pytest.raises(UserError, match="row 0 of the cache is to hold 5 tokens; it has room for 4"):
         ops["kv_append"](cache, 0, [0], [5], x, x)
 
 

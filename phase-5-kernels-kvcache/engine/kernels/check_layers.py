@@ -139,7 +139,13 @@ def tables(device: torch.device, dtype: torch.dtype, *shape: int) -> tuple[Tenso
 
 def rope_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype in dtypes:
-        for B, T, H, D in ((1, 1, 1, 2), (2, 3, 5, 8), (1, 16, 6, 48), (0, 1, 2, 4), *([(2, 40, 32, 128)] if full else [])):
+        for B, T, H, D in (
+            (1, 1, 1, 2),
+            (2, 3, 5, 8),
+            (1, 16, 6, 48),
+            (0, 1, 2, 4),
+            *([(2, 40, 32, 128)] if full else []),
+        ):
             for by_row in (False, True):
 
                 def run(function: Function, size=(B, T, H, D), by_row=by_row, dtype=dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]

@@ -130,7 +130,11 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
             for number, wanted in enumerate(FILTERS):
                 # Of equal logits at its edge torch's top-p drops whichever its sort puts first, so there are none here;
                 # in 16 bits a large vocabulary cannot do without.
-                if V > 1000 and (dtype != torch.float32 or number not in (0, 6, 8)) and not (full and "top_p" not in wanted):
+                if (
+                    V > 1000
+                    and (dtype != torch.float32 or number not in (0, 6, 8))
+                    and not (full and "top_p" not in wanted)
+                ):
                     continue
 
                 def run(function: Function, V=V, wanted=wanted, dtype=dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]

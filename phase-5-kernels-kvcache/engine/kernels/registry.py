@@ -139,7 +139,9 @@ def _offered(
         elif refuses is not None and dtype is not None and (reason := refuses(op, dtype)) is not None:
             reasons[op] = reason
         elif asked == "auto" and backend in FOR_CARDS and ledger.entry(backend, op, book) is None:
-            reasons[op] = f"not checked on a card in this version of its source; --kernels {backend} runs it all the same"
+            reasons[op] = (
+                f"not checked on a card in this version of its source; --kernels {backend} runs it all the same"
+            )
     return {op: function for op, function in ops.items() if op not in reasons}, reasons
 
 
@@ -175,7 +177,7 @@ def describe(report: Report) -> str:
 
 
 def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
-    """For `lab doctor`: of every backend its name, what there is of it (None: it cannot run), and what it is or lacks."""
+    """For `lab doctor`: of every backend its name, what there is of it (None: it cannot run), what it is or lacks."""
     found: list[tuple[str, str | None, str]] = []
     for backend in BACKENDS[:-1]:
         reason = why_not(backend, device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _SHARED = ("support.py",)
-_PLACES = ("places.py", "support.py")
+_PLACES = ("slots.py", "../places.py", *_SHARED)
 SOURCES = {  # of every op, the files that make its kernel: what the ledger hashes
     "linear": ("linear.py", *_SHARED),
     "gated_linear": ("linear.py", *_SHARED),
@@ -22,12 +22,12 @@ SOURCES = {  # of every op, the files that make its kernel: what the ledger hash
     "rope": ("rope.py", "append.py", *_PLACES),
     "kv_append": ("append.py", *_PLACES),
     "rope_append": ("rope.py", "append.py", *_PLACES),
-    "decode_attention": ("attention.py", "sight.py", *_PLACES),
-    "flash_prefill": ("prefill.py", "attention.py", "sight.py", *_PLACES),
+    "decode_attention": ("attention.py", "append.py", "../sight.py", *_PLACES),
+    "flash_prefill": ("prefill.py", "attention.py", "append.py", "../sight.py", *_PLACES),
     "verify_prefix": ("prefix.py", *_SHARED),
     "verify_greedy": ("prefix.py", *_SHARED),
-    "verify_sample": ("verify.py", "noise.py", "prefix.py", *_SHARED),
-    "sample": ("sample.py", "noise.py", "prefix.py", *_SHARED),
+    "verify_sample": ("verify.py", "noise.py", *_SHARED),
+    "sample": ("sample.py", "verify.py", "noise.py", "prefix.py", *_SHARED),
 }
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
 from .. import reference
-from .places import layer_of, offset, places_of
+from ..places import layer_of, places_of
+from .slots import offset, tensors_of, ways
 from .support import floating, launch, on_device, power, require, same_shape
 
 
@@ -86,10 +87,10 @@ def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], ke
     keys, values = dense(keys), dense(values)
     R, T, HK, D = keys.shape
     places, of_layer = places_of("kv_append", cache, rows, counts, keys.device), layer_of(cache, layer)
-    tensors = of_layer.tensors()
+    tensors, (tables, slots, width) = tensors_of(of_layer), ways(places)
     on_device("kv_append", keys=keys, cache=tensors[0])
     launch(
-        _append, (T, R), keys, values, *tensors, places.rows, places.starts, places.counts, places.tables,
-        HK, D, *keys.stride()[:3], *values.stride()[:3], places.slots, places.tables.shape[1], *tensors[0].stride()[:3],
-        PAGED=places.paged, INT8=of_layer.int8, HEADS=power(HK), BLOCK=power(D),
+        _append, (T, R), keys, values, *tensors, places.rows, places.starts, places.counts, tables,
+        HK, D, *keys.stride()[:3], *values.stride()[:3], slots, width, *tensors[0].stride()[:3],
+        PAGED=places.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(HK), BLOCK=power(D),
     )  # fmt: skip

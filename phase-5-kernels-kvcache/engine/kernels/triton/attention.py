@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
+from ..places import Layer, Places, in_row, layer_of, places_of, row_of
+from ..sight import Sight, sight_of, sight_row
 from .append import dense
-from .places import Layer, Places, layer_of, offset, places_of
-from .sight import Sight, sight_of
+from .slots import offset, tensors_of, ways
 from .support import INTERPRETED, dot, floating, launch, on_device, power, require
 
 TILE, BLOCK, PART = 16, 64, 256  # query heads of a program, keys at a time, positions of a program
@@ -108,23 +109,26 @@ def _parts(query, keys, values, key_scales, value_scales, rows, tables, lo, end,
 
 
 @triton.jit
-def _join(mixed, tops, sums, out, D, parts, WIDTH: tl.constexpr):
-    """One query head: its parts, one after the other."""
-    of_query, d = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    top = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((WIDTH,), tl.float32)
+def _join(mixed, tops, sums, out, count, D, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Query heads, each by itself: its parts, one after the other."""
+    of_query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d, real = tl.arange(0, WIDTH), of_query < count
+    inside = real[:, None] & (d < D)[None, :]
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
     for part in range(parts):
         at = of_query * parts + part
-        its = tl.load(tops + at + tl.arange(0, 1))
+        its = tl.load(tops + at, mask=real, other=float("-inf"))
         higher = tl.maximum(top, its)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         mine, theirs = tl.exp2(top - finite), tl.exp2(its - finite)
-        total = total * mine + tl.load(sums + at + tl.arange(0, 1)) * theirs
-        acc = acc * mine + tl.load(mixed + at * D + d, mask=d < D, other=0.0) * theirs
+        total = total * mine + tl.load(sums + at, mask=real, other=0.0) * theirs
+        of_part = tl.load(mixed + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        acc = acc * mine[:, None] + of_part * theirs[:, None]
         top = higher
-    found = acc / tl.where(total > 0.0, total, 1.0)  # a query that sees nothing gives zeros
-    tl.store(out + of_query * D + d, found.to(out.dtype.element_ty), mask=d < D)
+    found = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # a query that sees nothing gives zeros
+    tl.store(out + of_query[:, None] * D + d[None, :], found.to(out.dtype.element_ty), mask=inside)
 
 
 def check_query(op: str, query: Tensor, cache: KVCache, rows: list[int], counts: list[int]) -> None:
@@ -134,15 +138,6 @@ def check_query(op: str, query: Tensor, cache: KVCache, rows: list[int], counts:
     require(op, shape.head_dim == D, f"a head of query has {D} features", f"{shape.head_dim}, as the cache")
     require(op, H % shape.kv_heads == 0, f"{H} query heads over {shape.kv_heads} of keys", "a multiple")
     require(op, len(rows) == len(counts) == R, f"{len(rows)} rows and {len(counts)} counts", f"{R} of both")
-
-
-def one_by_one(cache: DynamicCache, layer: int, row: int) -> Layer:
-    """A row's own tensors [kv_heads, n, head_dim] as those of a cache of one place."""
-
-    def placed(storage):
-        return storage._with(lambda tensor: tensor[None])
-
-    return Layer(placed(cache.keys[layer][row]), placed(cache.values[layer][row]))
 
 
 def decode_attention(
@@ -169,28 +164,13 @@ def decode_attention(
         return _run(query, layer_of(cache, layer), places, sight, part)
     out = []
     for r in range(len(rows)):
-        alone = sight_row(sight, r)
-        whole = one_by_one(cache, layer, rows[r])
-        own = places_in_row(places, whole, query.device)
-        out.append(_run(query[r : r + 1], whole, own, alone, part))
+        own = row_of(cache, layer, rows[r])
+        out.append(_run(query[r : r + 1], own, in_row(query.device), sight_row(sight, r), part))
     return torch.cat(out) if out else torch.empty_like(query)
 
 
-def sight_row(sight: Sight, r: int) -> Sight:
-    base = None if sight.base is None else sight.base[r : r + 1]
-    lines = None if sight.lines is None else sight.lines[r : r + 1]
-    return Sight(sight.lo[r : r + 1], sight.end[r : r + 1], sight.furthest, base, lines)
-
-
-def places_in_row(places: Places, whole: Layer, device: torch.device) -> Places:
-    """Of a dynamic cache's row: place 0, and as many slots as there are tokens."""
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    slots = max(1, whole.keys.values.shape[2])
-    return Places([0], [], [], [], zero, zero, zero, places.tables[:1], False, slots)
-
-
 def _run(query: Tensor, layer: Layer, places: Places, sight: Sight, part: int) -> Tensor:
-    tensors = layer.tensors()
+    tensors, (tables, slots, width) = tensors_of(layer), ways(places)
     on_device("decode_attention", query=query, cache=tensors[0])
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]
     G, parts = H // HK, max(1, triton.cdiv(sight.furthest, part))
@@ -200,12 +180,15 @@ def _run(query: Tensor, layer: Layer, places: Places, sight: Sight, part: int) -
     lines, base = sight.lines, sight.base
     tiles = triton.cdiv(W * G, TILE) if lines is None else W * triton.cdiv(G, TILE)
     launch(
-        _parts, (tiles, parts, R * HK), query, *tensors, places.rows, places.tables, sight.lo, sight.end,
+        _parts, (tiles, parts, R * HK), query, *tensors, places.rows, tables, sight.lo, sight.end,
         sight.lo if base is None else base, sight.lo if lines is None else lines, mixed, tops, sums,
-        W, H, G, D, *query.stride()[:3], places.slots, places.tables.shape[1], *tensors[0].stride()[:3],
+        W, H, G, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
         1 if lines is None else lines.shape[2], parts, math.log2(math.e) / math.sqrt(D),
-        PAGED=places.paged, INT8=layer.int8, LINES=lines is not None, TILE=TILE, BLOCK=BLOCK, PART=part,
+        PAGED=places.tables is not None, INT8=layer.scales[0] is not None, LINES=lines is not None,
+        TILE=TILE, BLOCK=BLOCK, PART=part,
         WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
-    launch(_join, (R * W * H,), mixed, tops, sums, out, D, parts, WIDTH=power(D, 16))
+    joined = 16 if INTERPRETED else 1  # on a card the more programs the better
+    sizes = {"ROWS": joined, "WIDTH": power(D, 16)}
+    launch(_join, (triton.cdiv(R * W * H, joined),), mixed, tops, sums, out, R * W * H, D, parts, **sizes)
     return out

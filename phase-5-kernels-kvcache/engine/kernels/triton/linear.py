@@ -27,7 +27,7 @@ BUSY = 256  # programs that keep a large card busy
 
 
 @triton.jit
-def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
+def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride, w_stride, k_stride,
              KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, FACTOR: tl.constexpr,
              TILE_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Sums of x[m] * w[n] over the inputs k_from .. k_to, float32 [TILE_M, BLOCK_N]; of int8 without the scales."""
@@ -37,7 +37,7 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
     if KIND == "int4":
         HALF: tl.constexpr = GROUP // 2
         BYTES: tl.constexpr = BLOCK_K // 2
-        lines = w + n[None, :].to(tl.int64) * (K // 2)
+        lines = w + n[None, :].to(tl.int64) * w_stride
         for k in range(k_from, k_to, BLOCK_K):
             byte = k // 2 + tl.arange(0, BYTES)
             group = byte // HALF
@@ -59,7 +59,7 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
                 level = (packed >> (4 * half)) & 15
                 acc = dot(part, ((level.to(tl.float32) - zero) * scale).to(kind), acc, WIDE)
     else:
-        lines = w + n[None, :].to(tl.int64) * K
+        lines = w + n[None, :].to(tl.int64) * w_stride
         for k in range(k_from, k_to, BLOCK_K):
             at = k + tl.arange(0, BLOCK_K)
             good = at < k_to
@@ -67,7 +67,7 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
             if FACTOR:
                 turned = tl.load(factor + at, mask=good, other=0.0).to(kind).to(tl.float32)
                 part = (part.to(tl.float32) * turned[None, :]).to(kind)
-            weights = tl.load(lines + at[:, None], mask=good[:, None] & (n < N)[None, :], other=0)
+            weights = tl.load(lines + at[:, None] * k_stride, mask=good[:, None] & (n < N)[None, :], other=0)
             if TILE_M == 1:  # what a kernel does that need not give the same bits for 16 rows
                 wide = weights.to(tl.float32) * tl.trans(part).to(tl.float32)
                 acc += tl.sum(wide, 0)[None, :]
@@ -88,7 +88,7 @@ def _finish(acc, n, N, scales, bias, INT8: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])  # one program for 1 row and for 16
-def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, inner,
+def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, w_stride, k_stride, inner,
             KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
             GATED: tl.constexpr, SPLIT: tl.constexpr, TILE_M: tl.constexpr, BLOCK_N: tl.constexpr,
             BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
@@ -98,7 +98,7 @@ def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, inner,
     part = tl.program_id(2)
     k_from = part * inner
     k_to = tl.minimum(k_from + inner, K)
-    acc = _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
+    acc = _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride, w_stride, k_stride,
                    KIND, GROUP, ZEROS, FACTOR, TILE_M, BLOCK_N, BLOCK_K, WIDE)  # fmt: skip
     inside = (m < M)[:, None] & (n < N)[None, :]
     place = m[:, None].to(tl.int64) * N + n[None, :]
@@ -108,8 +108,8 @@ def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, inner,
         acc = _finish(acc, n, N, scales, bias, KIND == "int8", BIAS)
         if GATED:
             second = tl.where(n < N, n + N, 2 * N)
-            up = _product(x, w, scales, zeros, factor, second, m, 2 * N, M, k_from, k_to, K, x_stride,
-                          KIND, GROUP, ZEROS, FACTOR, TILE_M, BLOCK_N, BLOCK_K, WIDE)  # fmt: skip
+            up = _product(x, w, scales, zeros, factor, second, m, 2 * N, M, k_from, k_to, K, x_stride, w_stride,
+                          k_stride, KIND, GROUP, ZEROS, FACTOR, TILE_M, BLOCK_N, BLOCK_K, WIDE)  # fmt: skip
             up = _finish(up, second, 2 * N, scales, bias, KIND == "int8", BIAS)
             small = tl.exp(-tl.abs(acc))  # never overflows
             acc = acc * tl.where(acc < 0.0, small, 1.0) / (1.0 + small) * up
@@ -162,7 +162,8 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
     stop = total if stop is None else stop
     require(op, 0 <= start <= stop <= total, f"outputs {start} .. {stop} are asked for", f"some of 0 .. {total}")
     cut = slice(start, stop)
-    require(op, values.is_contiguous(), "the matrix has gaps in memory", "rows that follow each other")
+    good = kind != "int4" or values.is_contiguous()
+    require(op, good, "the int4 matrix has gaps in memory", "bytes that follow each other")
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     parts = [None if tensor is None else tensor[cut] for tensor in (scales, zeros)]
     return Matrix(
@@ -172,9 +173,11 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
 
 def blocks(matrix: Matrix, columns: int) -> tuple[int, int, int, int]:
     """(outputs, inputs of a tile, parts, inputs of a part): functions of the matrix alone, not of the rows."""
-    wide = {4: 64, 2: 128, 1: 256}[matrix.values.element_size()]
-    block_k = min(max(wide, 2 * matrix.group if matrix.kind == "int4" else 0), power(matrix.inputs, 32))
-    block_n = 16 if columns < 16 * BUSY else 32
+    wide = {4: 128, 2: 256, 1: 256}[matrix.values.element_size()]
+    block_k = min(128 if matrix.kind == "int4" else wide, power(matrix.inputs, 32))
+    block_n = 32 if columns >= 32 * BUSY or matrix.kind == "int4" else 16
+    if INTERPRETED:  # which takes as long for a large tile as for a small one
+        block_n = 128
     parts = 1
     while triton.cdiv(columns, block_n) * parts < BUSY and matrix.inputs >= 4 * parts * block_k and parts < 8:
         parts *= 2
@@ -206,10 +209,11 @@ def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gat
     bias = none if matrix.bias is None else matrix.bias
     launch(
         _linear, (triton.cdiv(columns, block_n), triton.cdiv(M, tile), parts),
-        rows, matrix.values, scales, zeros, factor, bias, sums, M, columns, K, rows.stride(0), inner,
+        rows, matrix.values, scales, zeros, factor, bias, sums, M, columns, K, rows.stride(0),
+        matrix.values.stride(0), matrix.values.stride(-1), inner,
         KIND=matrix.kind, GROUP=matrix.group, ZEROS=matrix.zeros is not None, FACTOR=matrix.factor is not None,
         BIAS=matrix.bias is not None, GATED=gated, SPLIT=parts, TILE_M=tile, BLOCK_N=block_n, BLOCK_K=block_k,
-        WIDE=INTERPRETED,
+        WIDE=INTERPRETED, num_warps=4, num_stages=4,
     )  # fmt: skip
     if parts > 1:
         launch(

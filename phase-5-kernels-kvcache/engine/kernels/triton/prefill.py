@@ -15,19 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
+from ..places import Layer, Places, in_row, layer_of, places_of, row_of
+from ..sight import Sight, sight_of, sight_row
 from .append import dense
-from .attention import (
-    check_query,
-    decode_attention,
-    mix,
-    one_by_one,
-    places_in_row,
-    scores_of,
-    sight_row,
-    soften,
-)
-from .places import Layer, Places, layer_of, offset, places_of
-from .sight import Sight, sight_of
+from .attention import check_query, decode_attention, mix, scores_of, soften
+from .slots import offset, tensors_of, ways
 from .support import INTERPRETED, launch, on_device, power
 
 QUERIES, KEYS = 64, 64
@@ -78,21 +70,21 @@ def flash_prefill(
         return _run(query, layer_of(cache, layer), places, sight)
     out = []
     for r in range(len(rows)):
-        whole = one_by_one(cache, layer, rows[r])
-        own = places_in_row(places, whole, query.device)
-        out.append(_run(query[r : r + 1], whole, own, sight_row(sight, r)))
+        own = row_of(cache, layer, rows[r])
+        out.append(_run(query[r : r + 1], own, in_row(query.device), sight_row(sight, r)))
     return torch.cat(out) if out else torch.empty_like(query)
 
 
 def _run(query: Tensor, layer: Layer, places: Places, sight: Sight) -> Tensor:
-    tensors = layer.tensors()
+    tensors, (tables, slots, width) = tensors_of(layer), ways(places)
     on_device("flash_prefill", query=query, cache=tensors[0])
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]
     out = torch.empty(R, W, H, D, dtype=query.dtype, device=query.device)
     launch(
-        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, places.rows, places.tables, sight.lo, sight.end, out,
-        W, H, H // HK, D, *query.stride()[:3], places.slots, places.tables.shape[1], *tensors[0].stride()[:3],
+        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, places.rows, tables, sight.lo, sight.end,
+        out, W, H, H // HK, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
         math.log2(math.e) / math.sqrt(D),
-        PAGED=places.paged, INT8=layer.int8, TILE=QUERIES, BLOCK=KEYS, WIDTH=power(D, 16), WIDE=INTERPRETED,
+        PAGED=places.tables is not None, INT8=layer.scales[0] is not None,
+        TILE=QUERIES, BLOCK=KEYS, WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
     return out

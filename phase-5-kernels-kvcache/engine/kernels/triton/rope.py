@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
 from .. import reference
+from ..places import layer_of, places_of
 from .append import check_new, dense, put
-from .places import layer_of, offset, places_of
+from .slots import offset, tensors_of, ways
 from .support import floating, launch, on_device, power, require, same_shape
 
 
@@ -113,13 +114,14 @@ def rope_append(
     (R, T, H, D), HK = query.shape, key.shape[2]
     cos, sin, *strides = tables_of(op, query, cos, sin)
     places, of_layer = places_of(op, cache, rows, counts, key.device), layer_of(cache, layer)
-    tensors = of_layer.tensors()
+    tensors, (tables, slots, width) = tensors_of(of_layer), ways(places)
     out = torch.empty(R, T, H, D, dtype=query.dtype, device=query.device)
     launch(
         _rope_append, (T, R), query, key, value, cos, sin, out, *tensors,
-        places.rows, places.starts, places.counts, places.tables, T, H, HK, D,
+        places.rows, places.starts, places.counts, tables, T, H, HK, D,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides,
-        places.slots, places.tables.shape[1], *tensors[0].stride()[:3],
-        PAGED=places.paged, INT8=of_layer.int8, HEADS=power(H), KV_HEADS=power(HK), BLOCK=power(D),
+        slots, width, *tensors[0].stride()[:3],
+        PAGED=places.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(H),
+        KV_HEADS=power(HK), BLOCK=power(D),
     )  # fmt: skip
     return out

@@ -17,7 +17,6 @@ from common.philox import Purpose
 from ...sampling import KeyedRandomness
 from ...verify import Certain, Decisions, Verdict
 from .noise import chance, gumbel, keyed
-from .prefix import highest
 from .support import launch, on_device, power, require, same_shape
 
 BLOCK = 2048
@@ -45,7 +44,7 @@ def remaining(target, draft, token, first, V, DRAFT: tl.constexpr, BLOCK: tl.con
     """A block of max(0, target - draft), in float64 of what float32 gives; a draft without probabilities is one-hot."""
     at = first + tl.arange(0, BLOCK)
     p = tl.load(target + at, mask=at < V, other=0.0)
-    if DRAFT:
+    if DRAFT:  # noqa: SIM108
         p = tl.maximum(p - tl.load(draft + at, mask=at < V, other=0.0), 0.0)
     else:
         p = tl.where(at == token, 0.0, p)
@@ -68,7 +67,7 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             ratio = tl.div_rn(ratio, tl.load(draft + (r * K + k) * V + token))
             ratio = tl.where(ratio > 1.0, 1.0, ratio)
         tl.store(ratios + r * K + k, ratio)
-        if CERTAIN:
+        if CERTAIN:  # noqa: SIM108
             stands = ratio > 0.5
         else:
             stands = chance(mine, position + k, ACCEPT) < ratio
@@ -162,6 +161,3 @@ def verify_sample(
         DRAFT=draft_probs is not None, CERTAIN=seed is None, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
     return Verdict(accepted, following, ratios)
-
-
-__all__ = ["drawn", "highest", "seed_of", "verify_sample"]
