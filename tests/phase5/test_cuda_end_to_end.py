@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ import pytest
 import torch
 from cuda_emulation import emulate
 
-import phase5
-from phase5 import attending
 from phase5.kernels import Kernels, registry
 
 PROMPTS = ["import os", "def f(left, right):\n    return", "class A:", "x"]
@@ -39,23 +37,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 
 @pytest.fixture
-def session(kernels: Kernels, folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A session whose target and policy run on CUDA kernels; what drafts stays on torch, which changes no token."""
-
-    def behind(*arguments: Any, **more: Any) -> Any:
-        return dataclasses.replace(attending.Behind(*arguments, **more), kernels=kernels)
-
-    monkeypatch.setattr("phase5.runner.Behind", behind)
-    monkeypatch.setattr("phase5.session.pack_matrices", lambda module: None)
-
-    def make(**options: Any) -> Any:
-        asked = {"model": folder, "max_tokens": 8, "device": "cpu", "draft": "none", "quant_head": False, **options}
-        made = phase5.Session(phase5.Options(**asked))
-        registry.use(made.loaded.model, kernels)
-        registry.use(made.policy, kernels)
-        return made
-
-    return make
+def session(kernels: Kernels, folder: str, session_on: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(session_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
 
 
 def tokens(session: Any) -> list[list[int]]:
