@@ -58,7 +58,9 @@ template <class T> __device__ __forceinline__ uint4 times_factor(uint4 x, const 
 template <class T, int BITS, int NT, int HALVES, bool ALIGNED>
 __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> call) {
     using W = Weights<BITS, T>;
-    constexpr int TOKENS = 8 * NT, TOGETHER = NT > 2 ? 1 : HALVES == 2 || BITS == 4 ? 2 : 4;
+    constexpr int TOKENS = 8 * NT;
+    // Chunks whose weights are on their way at once; what fits into registers.
+    constexpr int TOGETHER = NT > 2 || (HALVES == 2 && BITS == 4) ? 1 : HALVES == 2 || BITS == 4 ? 2 : 4;
     DYNAMIC_SHARED(memory);
     float* space = reinterpret_cast<float*>(memory);  // [HALVES, WARPS, TOKENS, 16]
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
