@@ -83,7 +83,7 @@ def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_up_to_64_rows_have_the_same_bits_and_more_are_torchs(dtype: torch.dtype, ops: Ops) -> None:
+def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype: torch.dtype, ops: Ops) -> None:
     for layer in (plain(CPU, dtype, 48, 160, True), quantised(CPU, FORMATS[0], 48, 160, True)):
         for rows in (33, 64, 65):
             x = check.poisoned(CPU, dtype, rows, 160)
@@ -91,6 +91,8 @@ def test_up_to_64_rows_have_the_same_bits_and_more_are_torchs(dtype: torch.dtype
             check.near(f"{rows} rows", together, TORCH.linear(layer, x), dtype)
             if rows <= 64:
                 check.same_bits(f"{rows} rows", ops["linear"](layer, x[rows - 1 :]), together[rows - 1 :])
+        x = check.poisoned(CPU, dtype, 7, 13, 160)  # texts and their tokens: more than 64 rows, but not of one text
+        check.same_bits("7 texts", ops["linear"](layer, x[6:, 12:].clone()), ops["linear"](layer, x)[6:, 12:])
 
 
 def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) -> None:

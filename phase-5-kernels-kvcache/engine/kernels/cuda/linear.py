@@ -1,7 +1,8 @@
 """`linear` and `gated_linear`: see linear.cuh, and weights.cuh for how matrices are stored.
 
-Up to 64 rows, as many as a step or a tree of guesses has, a row's bits do not depend on the others. More are
-a prefill: there arithmetic decides, not the way through memory, and the product is torch's own.
+A row's bits do not depend on the others, of its own text or of other texts. But where a text comes with more than 64
+tokens, more than any step or tree of guesses has, it is a prefill: there arithmetic decides, not the way through
+memory, and the product is torch's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .support import FORMATS, address, floating, of_dtype, on_device, require, r
 
 BUSY = 264  # blocks of 16 outputs that keep a large card busy: two for each of its 132 multiprocessors
 MOST_PARTS = 8
-MANY = 64  # rows; more are torch's
+MANY = 64  # tokens of a text; more are torch's
 
 
 class Matrix(NamedTuple):
@@ -83,7 +84,7 @@ def _run(
     library = on_device(op, x=x, weight=matrix.values, bias=matrix.bias)
     rows, columns = rows_of(x), matrix.outputs // 2 if gated else matrix.outputs
     M = len(rows)
-    if M > MANY:
+    if x.ndim > 1 and x.shape[-2] > MANY:
         whole = fused.gated_linear(layer, x) if gated else reference.linear(layer, x, start, start + matrix.outputs)
         return whole.contiguous()
     out = x.new_empty(*x.shape[:-1], columns)
