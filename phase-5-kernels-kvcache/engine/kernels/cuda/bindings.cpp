@@ -43,6 +43,7 @@ PYBIND11_MODULE(MODULE, m) {
              int64_t stream) { decode_attention(attention_from(call), part, parts, mixed, tops, sums, stream); }, free);
     m.def("flash_prefill",
           [](const std::vector<int64_t>& call, int64_t stream) { flash_prefill(attention_from(call), stream); }, free);
+    m.def("choice_parts", &choice_parts);
     m.def("choices", &choices, free);
     m.def("prefix", &prefix, free);
     m.def("verify_sample", &verify_sample, free);

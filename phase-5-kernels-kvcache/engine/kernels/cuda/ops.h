@@ -45,7 +45,10 @@ void decode_attention(const Attention& call, int part, int parts, int64_t mixed,
                       int64_t stream);
 void flash_prefill(const Attention& call, int64_t stream);
 
-void choices(int format, int64_t scores, int64_t stride, int64_t rows, int64_t V, int64_t out, int64_t stream);
+// `found`: 8 bytes for every row and each of choice_parts(V)
+int choice_parts(int64_t V);
+void choices(int format, int64_t scores, int64_t stride, int64_t rows, int64_t V, int64_t found, int64_t out,
+             int64_t stream);
 void prefix(int64_t draft, int64_t choices, int64_t widths, int64_t accepted, int64_t following, int R, int K,
             int64_t stream);
 // keys int64 [R, 4]: sample, low and high half of the seed, position

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int THREADS = 512, BINS = 256;
+constexpr int THREADS = 1024, BINS = 256;
 using Count = unsigned long long;
 
 template <class T> struct Row {
@@ -43,6 +43,7 @@ __device__ uint32_t select(const Row<T>& row, uint32_t least, Count limit, Count
         __syncthreads();
         for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
         __syncthreads();
+#pragma unroll 4
         for (int at = threadIdx.x; at < row.V; at += THREADS) {
             float x = row(at);
             uint32_t whole = ordered(x);
@@ -85,6 +86,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Row<T> row{logits + r * stride, temperature, V, 0};
     float top = -INFINITY;
+#pragma unroll 8
     for (int at = threadIdx.x; at < V; at += THREADS) top = fmaxf(top, row(at));
     row.top = block_max(top, floats);
 
@@ -100,6 +102,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
         if (threadIdx.x == 0) all = 0;
         __syncthreads();
         Count mine = 0;
+#pragma unroll 4
         for (int at = threadIdx.x; at < V; at += THREADS) {
             float x = row(at);
             if (ordered(x) >= least) mine += row.mass(x);
@@ -114,6 +117,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
         if (threadIdx.x == 0) all = 0;
         __syncthreads();
         mine = 0;
+#pragma unroll 8
         for (int at = threadIdx.x; at < V; at += THREADS) mine += ordered(row(at)) == edge;
         atomicAdd(&all, mine);
         __syncthreads();

@@ -19,9 +19,10 @@ def choices_of(op: str, scores: Tensor) -> Tensor:
     require(op, scores.shape[-1] > 0, "there are no scores", "a vocabulary")
     rows = rows_of(scores)
     out = torch.empty(scores.shape[:-1], dtype=torch.int64, device=scores.device)
-    stream = stream_of(scores)
+    R, V = rows.shape
+    found = torch.empty(R * library.choice_parts(V), dtype=torch.int64, device=scores.device)
     library.choices(
-        FORMATS[scores.dtype], address(rows), rows.stride(0), len(rows), rows.shape[1], address(out), stream
+        FORMATS[rows.dtype], address(rows), rows.stride(0), R, V, address(found), address(out), stream_of(scores)
     )
     return out
 
