@@ -7,6 +7,7 @@ checks run on it (tests marked gpu), and nothing is interpreted.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import phase5
 from phase5 import attending
 from phase5.kernels import Kernels, registry
+from phase5.kernels.cuda import library
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -51,3 +53,19 @@ def session_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def emulate() -> Callable[[pytest.MonkeyPatch], None]:
+    """`emulate(patch)`: CUDA kernels, built by g++, run on the CPU as long as the patch lasts. Or skips, and says why."""
+
+    def begin(patch: pytest.MonkeyPatch) -> None:
+        if importlib.util.find_spec("pybind11") is None:
+            pytest.skip("pybind11 is not installed")
+        patch.setenv("SPECDEC_CUDA_EMULATE", "1")
+        reason = library.why_not(library.CPU)
+        if reason is not None:
+            pytest.skip(reason)
+        library.library(library.CPU)
+
+    return begin

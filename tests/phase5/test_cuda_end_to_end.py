@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import emulate
 
 from phase5.kernels import Kernels, registry
 
@@ -31,7 +30,7 @@ def folder(make_checkpoint: Callable[..., Path]) -> str:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+def kernels(emulate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> Kernels:
     emulate(monkeypatch)
     return registry.choose("cuda", torch.device("cpu")).kernels
 

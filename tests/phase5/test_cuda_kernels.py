@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_emulation import emulate
 from torch import Tensor
 
 from common import philox
@@ -33,7 +32,7 @@ Ops = dict[str, Callable[..., Any]]
 
 
 @pytest.fixture(scope="module")
-def ops() -> Iterator[Ops]:
+def ops(emulate: Callable[[pytest.MonkeyPatch], None]) -> Iterator[Ops]:
     with pytest.MonkeyPatch.context() as patch:
         emulate(patch)
         yield registry.operations("cuda")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulation import emulate
 from torch import Tensor
 
 from common.errors import UserError
@@ -22,7 +21,7 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("on a card", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+def device(request: pytest.FixtureRequest, emulate: Callable[[pytest.MonkeyPatch], None]) -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "emulated":
             emulate(patch)
