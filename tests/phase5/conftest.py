@@ -57,7 +57,7 @@ def session_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def emulate() -> Callable[[pytest.MonkeyPatch], None]:
-    """`emulate(patch)`: CUDA kernels, built by g++, run on the CPU as long as the patch lasts. Or skips, and says why."""
+    """`emulate(patch)`: CUDA kernels built by g++ run on the CPU while the patch lasts. Or skips, and says why."""
 
     def begin(patch: pytest.MonkeyPatch) -> None:
         if importlib.util.find_spec("pybind11") is None:
