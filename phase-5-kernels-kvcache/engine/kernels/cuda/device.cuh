@@ -57,6 +57,8 @@ template <> inline bf16 from_float(float x) {
 }
 template <> inline f16 from_float(float x) { return {bits_as<uint16_t>(_Float16(x))}; }
 inline float divide(float a, float b) { return a / b; }
+inline float multiply(float a, float b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
 inline float power_of_2(float x) { return std::exp2(x); }
 inline float round_even(float x) { return std::nearbyint(x); }
 inline uint32_t as_bits(float x) { return bits_as<uint32_t>(x); }
@@ -66,6 +68,9 @@ template <> __device__ __forceinline__ float to_float(f16 x) { return __half2flo
 template <> __device__ __forceinline__ bf16 from_float(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ f16 from_float(float x) { return __float2half_rn(x); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+// Never joined to one operation, which a compiler may do in one kernel and not in its twin for more rows.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
 __device__ __forceinline__ float round_even(float x) { return rintf(x); }
 __device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }

@@ -35,12 +35,12 @@ __device__ __forceinline__ float any_float(const void* numbers, int format, int6
 
 // A sum, and what is still to be done with it.
 template <class T, int BITS> __device__ __forceinline__ float finished(const Call<T>& call, float sum, int64_t n) {
-    if (BITS == 8) sum *= to_float(call.grid.scales[n]);
-    if (call.bias) sum += any_float(call.bias, call.bias_format, n);
+    if (BITS == 8) sum = multiply(sum, to_float(call.grid.scales[n]));
+    if (call.bias) sum = add(sum, any_float(call.bias, call.bias_format, n));
     return sum;
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return divide(x, 1.0f + expf(-x)); }
 
 template <class T> __device__ __forceinline__ uint4 times_factor(uint4 x, const f16* factor, int64_t k, int64_t K) {
     if (!factor) return x;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> cal
             continue;
         }
         float y = finished<T, BITS>(call, sum[0], n);
-        if (HALVES == 2) y = silu(y) * finished<T, BITS>(call, sum[HALVES - 1], n + call.columns);
+        if (HALVES == 2) y = multiply(silu(y), finished<T, BITS>(call, sum[HALVES - 1], n + call.columns));
         call.out[m * call.columns + n] = from_float<T>(y);
     }
 }

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(WARPS * 32) by_rows(linear_kernel::Call<T> cal
         if (lane != 0 || m0 + m >= call.M) continue;
         float y = linear_kernel::finished<T, BITS>(call, sum[0], n);
         if (HALVES == 2)
-            y = linear_kernel::silu(y) * linear_kernel::finished<T, BITS>(call, sum[HALVES - 1], n + call.columns);
+            y = multiply(linear_kernel::silu(y), linear_kernel::finished<T, BITS>(call, sum[HALVES - 1], n + call.columns));
         call.out[(m0 + m) * call.columns + n] = from_float<T>(y);
     }
 }
