@@ -78,7 +78,7 @@ def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) ->
     for layer in layers:
         for rows in (1, 5):
             x = check.poisoned(CPU, dtype, rows, int(layer.in_features))
-            check.near(f"{layer}", unconstrained(layer, x), TORCH.linear(layer, x), dtype)
+            check.near(f"{layer}", unconstrained(layer, x), TORCH.linear(layer, x), check.WITHIN[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -87,7 +87,7 @@ def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype:
         for rows in (33, 64, 65):
             x = check.poisoned(CPU, dtype, rows, 160)
             together = ops["linear"](layer, x)
-            check.near(f"{rows} rows", together, TORCH.linear(layer, x), dtype)
+            check.near(f"{rows} rows", together, TORCH.linear(layer, x), check.WITHIN[dtype])
             if rows <= 64:
                 check.same_bits(f"{rows} rows", ops["linear"](layer, x[rows - 1 :]), together[rows - 1 :])
         x = check.poisoned(CPU, dtype, 7, 13, 160)  # texts and their tokens: more than 64 rows, but not of one text
@@ -101,7 +101,7 @@ def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) 
     assert matrix_of("linear", layer, 0, None).parts(32) > 1
     x = check.poisoned(CPU, torch.bfloat16, 16, 4096)
     together = ops["linear"](layer, x)
-    check.near("parts", together, TORCH.linear(layer, x), torch.bfloat16)
+    check.near("parts", together, TORCH.linear(layer, x), check.WITHIN[torch.bfloat16])
     check.same_bits("parts", ops["linear"](layer, x[:1].clone()), together[:1])
 
 
@@ -109,10 +109,12 @@ def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
     of = Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64)
     cache, query, rows, counts, masks = asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
     wanted = TORCH.decode_attention(query, cache, 1, rows, counts, masks)
-    check.near("free", attention.unconstrained(query, cache, 1, rows, counts, masks), wanted, torch.bfloat16)
+    check.near(
+        "free", attention.unconstrained(query, cache, 1, rows, counts, masks), wanted, check.WITHIN[torch.bfloat16]
+    )
     for part in (64, 256, 1024):
         found = ops["decode_attention"](query, cache, 1, rows, counts, masks, part=part)
-        check.near(f"parts of {part}", found, wanted, torch.bfloat16)
+        check.near(f"parts of {part}", found, wanted, check.WITHIN[torch.bfloat16])
     with pytest.raises(UserError, match="parts of 100 positions"):
         ops["decode_attention"](query, cache, 1, rows, counts, masks, part=100)
 
@@ -132,21 +134,21 @@ def test_random_numbers_have_the_same_bits(ops: Ops) -> None:
 
 
 def test_sampling_follows_the_distribution(ops: Ops) -> None:
-    """And the shares of a filtered one: 4,000 draws, against the reference's very tokens."""
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(4000, 7).contiguous()
+    """And filtered ones: 300 draws of each, against the reference's very tokens."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(300, 7).contiguous()
     for filters in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}):
         params = SamplingParams(temperature=1.3, **filters)  # type: ignore[arg-type]
-        arguments = (params, KeyedRandomness(5), list(range(4000)), [9] * 4000, [[]] * 4000, [[]] * 4000)
+        arguments = (params, KeyedRandomness(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
         found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
-        assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 2  # where a logarithm's last bit decides
+        assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where a logarithm's last bit decides
         assert len(set(found)) > 1
 
 
 def test_of_equal_logits_at_the_edge_of_top_p_the_first_go(ops: Ops) -> None:
     for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
-        logits = torch.zeros(200, V)
+        logits = torch.zeros(60, V)
         params = SamplingParams(temperature=1.0, top_p=top_p)
-        arguments = (params, KeyedRandomness(1), list(range(200)), [0] * 200, [[]] * 200, [[]] * 200)
+        arguments = (params, KeyedRandomness(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
         found = ops["sample"](logits, *arguments)
         assert min(found) >= V - round(V * top_p) - 1
         assert len(set(found)) > 3
@@ -246,9 +248,8 @@ int main() {
 }
 """
 WRONG = {
-    "a barrier that half of the threads reach": (
-        "if (threadIdx.x < 32) __syncthreads(); else __syncwarp(); __syncthreads(); "
-        "if (threadIdx.x < 32) __syncthreads(); out[threadIdx.x] = 1;",
+    "barriers that not all of a warp reach": (
+        "if (threadIdx.x % 2) __syncthreads(); else __syncwarp(); out[threadIdx.x] = 1;",
         "wait at different barriers",
     ),
     "memory that nobody wrote": ("out[threadIdx.x] = space[threadIdx.x];", "nan"),
