@@ -39,7 +39,7 @@ def kernels(emulate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.M
 def session(
     kernels: Kernels, folder: str, session_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    # On a CPU the loader lays matrices out as its products like them; on a card, and here, their rows follow each other.
+    # On a CPU the loader lays matrices out as its products like them; on a card, as here, rows follow each other.
     monkeypatch.setattr("phase5.load.reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
     return partial(session_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
 
