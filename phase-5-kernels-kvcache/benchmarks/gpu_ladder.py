@@ -58,7 +58,7 @@ def measure_gpu_ladder(lab: Lab) -> None:
     """UserError where there is no card and nothing was said of a dry run."""
     dry = lab.options.dry_run
     if not dry:
-        reason = registry.why_not("cuda", lab.device)
+        reason = f"this is {lab.device.type}" if lab.device.type != "cuda" else registry.why_not("cuda", lab.device)
         if reason is not None:
             raise UserError(f"the CUDA ladders cannot run here: {reason}; --dry-run walks their grid")
     bandwidth = 1e12 if dry else copy_bandwidth(lab.device)
