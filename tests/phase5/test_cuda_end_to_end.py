@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,8 @@ def session(
     kernels: Kernels, folder: str, session_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     # On a CPU the loader lays matrices out as its products like them; on a card, as here, rows follow each other.
-    monkeypatch.setattr("phase5.load.reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    loader = importlib.import_module("phase5.load")
+    monkeypatch.setattr(loader, "reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
     return partial(session_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
 
 
