@@ -100,24 +100,3 @@ def test_the_benches_walk_their_grids(tmp_path: Path, monkeypatch: pytest.Monkey
             gpu_ladder.measure_gpu_ladder(wet)
         with pytest.raises(UserError, match="need a card, and this is cpu"):
             gpu_peers.measure_gpu_peers(wet)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_the_compiled_loop_of_the_bench_decodes_as_the_engine_does(
-    family: str, make_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Plain here: what torch.compile makes of it is checked before it is timed."""
-    import phase5
-
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "phase-5-kernels-kvcache"))
-    from benchmarks.gpu_peers import CompiledLoop  # type: ignore[import-not-found,unused-ignore]
-
-    folder = str(make_checkpoint(family))
-    session = phase5.Session(phase5.Options(model=folder, dtype="float32", device="cpu", draft="none", max_tokens=12))
-    wanted = session.complete(["import os"])[0].tokens
-    prompt = session.loaded.tokenizer.encode("import os")
-    loop = CompiledLoop(session.loaded.model, len(prompt) + 12, compiled=False)
-    assert loop.generate(prompt, 12)[: len(wanted)] == wanted
-    with pytest.raises(ValueError, match="there is room for"):
-        loop.generate(prompt, 13)
