@@ -63,7 +63,7 @@ def test_a_shape_that_is_none_is_named() -> None:
     from benchmarks.gpu_shapes import shape_folder  # type: ignore[import-not-found,unused-ignore]
 
     with (
-        pytest.raises(UserError, match="no shape 'gpt5'; the shapes are gpt2-xl, Llama-3.1-8B"),
+        pytest.raises(UserError, match=r"no shape .gpt5.; the shapes are gpt2-xl"),
         shape_folder("gpt5", CPU),
     ):
         pass
