@@ -231,15 +231,16 @@ def test_without_emulation_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 PROGRAM = """
 #include "device.cuh"
 #include <cstdio>
-__global__ void kernel(float* out) {
+__global__ void kernel(float* all) {
+    float* out = all + 64 * blockIdx.x;
     DYNAMIC_SHARED(memory);
     float* space = reinterpret_cast<float*>(memory);
 %s
 }
 int main() {
-    float out[64] = {};
+    float out[128] = {};
     try {
-        launch(kernel, dim3(1), 64, 256, 0, out);
+        launch(kernel, dim3(2), 64, 256, 0, out);  // both ways through the threads
     } catch (const std::exception& problem) {
         std::printf("%%s", problem.what());
         return 0;
@@ -254,6 +255,10 @@ WRONG = {
     ),
     "memory that nobody wrote": ("out[threadIdx.x] = space[threadIdx.x];", "nan"),
     "a missing barrier": ("space[threadIdx.x] = threadIdx.x; out[threadIdx.x] = space[63 - threadIdx.x];", "nan"),
+    "one before which the first thread writes": (
+        "if (threadIdx.x == 0) space[0] = 1; out[threadIdx.x] = space[0];",
+        "nan",
+    ),
 }
 RIGHT = "space[threadIdx.x] = threadIdx.x; __syncthreads(); out[threadIdx.x] = warp_sum(space[63 - threadIdx.x]);"
 
@@ -271,7 +276,7 @@ def run_program(folder: Path, body: str) -> str:
 
 def test_the_emulator_runs_what_is_right(tmp_path: Path) -> None:
     first, second = sum(range(32, 64)), sum(range(32))
-    assert run_program(tmp_path, RIGHT).split() == [str(first)] * 32 + [str(second)] * 32
+    assert run_program(tmp_path, RIGHT).split() == ([str(first)] * 32 + [str(second)] * 32) * 2
 
 
 @pytest.mark.parametrize("name", WRONG)

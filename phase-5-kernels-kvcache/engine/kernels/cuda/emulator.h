@@ -2,7 +2,9 @@
 //
 // Blocks run one after the other. Every thread of a block is a fiber of its own (ucontext), which goes on until it waits
 // at a barrier or for the other lanes of its warp; then the next one runs. So barriers, shuffles and the tensor cores'
-// product do what they do on a card, and a barrier that not all threads reach is found: the block can never end.
+// product do what they do on a card, and a barrier that not all threads reach is found: the block can never end. Every
+// other block runs its threads from the last to the first, so that a missing barrier does not go unnoticed because one
+// thread always comes before another.
 // Shared memory is filled with NaN before every block: nothing may be read that was not written.
 #pragma once
 
@@ -76,6 +78,7 @@ struct Machine {
     jmp_buf scheduler;
     void (*body)(void*) = nullptr;
     void* argument = nullptr;
+    unsigned blocks = 0;
     alignas(128) unsigned char shared[SHARED];
 };
 
@@ -139,10 +142,11 @@ inline void run_block(int threads) {
         fiber.started = fiber.done = false;
         fiber.at = nullptr;
     }
+    bool backward = machine.blocks++ % 2;
     for (int left = threads; left;) {
         bool moved = false;
         for (int i = 0; i < threads; i++) {
-            Fiber& fiber = machine.fibers[i];
+            Fiber& fiber = machine.fibers[backward ? threads - 1 - i : i];
             if (fiber.done || (fiber.at && fiber.at->generation == fiber.generation)) continue;
             fiber.at = nullptr;
             moved = true;
