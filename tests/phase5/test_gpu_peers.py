@@ -13,14 +13,14 @@ from common.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {
-    "gpt2-xl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024},
+    "gpt2-xl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 4096},
     "Llama-3.1-8B": {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 1024,
+        "vocab_size": 4096,
     },
 }
 
