@@ -18,8 +18,8 @@ from .runs import Lab, Variant
 
 FAST = {
     "format": "of the weights; with the kernels of engine/kernels/cpp",
-    "over_plain": "plain decoding's wall time per token over this one's, taking turns; median of the paired rounds with "
-    "its bootstrap 95% interval",
+    "over_plain": "plain decoding's wall time per token over this one's, taking turns; median of the paired rounds "
+    "with its bootstrap 95% interval",
     "equal": "texts whose tokens are those of plain decoding (of `cost, coupled` and of temperature 0)",
 }
 FORMATS: dict[str, dict[str, str]] = {

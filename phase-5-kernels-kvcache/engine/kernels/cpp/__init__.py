@@ -23,9 +23,9 @@ from .ops import sample, verify_sample
 OPS: dict[str, Callable[..., Any]] = {"sample": sample, "verify_sample": verify_sample}
 
 
-def why_not(device: torch.device) -> str | None:
+def why_not(device: torch.device | None = None) -> str | None:
     """Why nothing in C++ can run on this device here, or None. Nothing is compiled to find out."""
-    if device.type != "cpu":
+    if device is not None and device.type != "cpu":
         return f"the C++ kernels run on the CPU, and the device is {device.type}"
     return _library.why_not()
 
