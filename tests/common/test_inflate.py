@@ -17,7 +17,8 @@ from phase5 import load
 def logits(folder: Path, tokens: list[int]) -> torch.Tensor:
     model = load(str(folder), torch.float32, torch.device("cpu")).model
     with torch.inference_mode():
-        return model(torch.tensor([tokens]))[0]
+        found: torch.Tensor = model(torch.tensor([tokens]))[0]
+        return found
 
 
 @pytest.mark.parametrize("tied", [True, False])

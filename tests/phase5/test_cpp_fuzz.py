@@ -113,8 +113,8 @@ def step_case(seed: int) -> None:
         for at, parent in enumerate(parents):
             if parent >= 0:
                 ancestors[at] |= ancestors[parent]
-        positions = torch.tensor(cpp.model.places(held, parents))
-        mask = seen(positions, 0, held, ancestors, config.window, torch.float32)
+        places = cpp.model.places(held, parents)
+        positions, mask = torch.tensor(places), seen(places, 0, held, ancestors, config.window, torch.empty(0))
         with torch.inference_mode():
             behind = Behind(theirs, [row], [count], [mask])
             expected = model.logits(model.states(torch.tensor([tokens]), positions[None], cached=behind)[0])[0]

@@ -14,7 +14,8 @@ from common.errors import UserError
 from phase5 import load
 from phase5.attending import Behind, seen
 from phase5.kernels import cpp
-from phase5.kv_cache import StaticCache
+from phase5.kernels.cpp.weights import Weights
+from phase5.kv_cache import CacheShape, StaticCache
 from phase5.model import Transformer
 from phase5.quantize import Format, quantize_model
 from phase5.tree import Tree
@@ -77,7 +78,7 @@ def torch_step(
         ancestors = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
         ancestors[text:, text:] = tree.ancestors()
     positions = torch.tensor(places)
-    mask = seen(positions, 0, held, ancestors, model.config.window, torch.float32)
+    mask = seen(places, 0, held, ancestors, model.config.window, torch.empty(0))
     behind = Behind(cache, [0], [len(tokens)], [mask])
     with torch.inference_mode():
         hidden, _ = model.states(torch.tensor([tokens]), positions[None], cached=behind)
@@ -103,7 +104,7 @@ def close(got: Tensor, expected: Tensor, bound: float) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weights", FORMATS)
-def test_a_step_is_the_models(family: str, weights: cpp.model.Weights, folders: Callable[[str], Path]) -> None:
+def test_a_step_is_the_models(family: str, weights: Weights, folders: Callable[[str], Path]) -> None:
     """Prefill, decode, taps and hidden states, with activations as they are: only the order of sums differs."""
     model = loaded(folders(family))
     rounded(model, weights)
@@ -124,7 +125,7 @@ def test_a_step_is_the_models(family: str, weights: cpp.model.Weights, folders: 
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
-def test_rounded_activations_stay_near(weights: cpp.model.Weights, folders: Callable[[str], Path]) -> None:
+def test_rounded_activations_stay_near(weights: Weights, folders: Callable[[str], Path]) -> None:
     """bfloat16 has 8 bits of mantissa, int8 a scale per 64 activations: the tiny models' logits move by percents."""
     model = loaded(folders("llama"))
     rounded(model, weights)
@@ -160,7 +161,7 @@ def test_every_cache(kind: torch.dtype, family: str, folders: Callable[[str], Pa
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
 def test_every_instruction_set(
-    isa: str, weights: cpp.model.Weights, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    isa: str, weights: Weights, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has(isa):
         pytest.skip(f"this processor lacks {isa}")
@@ -178,7 +179,7 @@ def test_every_instruction_set(
         assert torch.equal(whole, one_by_one(fast, tokens))
 
 
-def cache_arguments(model: Transformer) -> tuple[object, int, int, torch.dtype, torch.dtype, torch.device]:
+def cache_arguments(model: Transformer) -> tuple[CacheShape, int, int, torch.dtype, torch.dtype, torch.device]:
     from phase5.runner import cache_shape
 
     return cache_shape(model.config), 1, 64, torch.float32, torch.float32, torch.device("cpu")
@@ -199,7 +200,7 @@ def one_by_one(fast: cpp.CppModel, tokens: list[int], kind: torch.dtype = torch.
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("kind", CACHES, ids=str)
 def test_the_same_bits_for_any_number_of_tokens_and_threads(
-    weights: cpp.model.Weights, kind: torch.dtype, folders: Callable[[str], Path]
+    weights: Weights, kind: torch.dtype, folders: Callable[[str], Path]
 ) -> None:
     model = loaded(folders("llama"))
     tokens = tokens_of(40)
@@ -347,7 +348,11 @@ def test_other_caches_and_models_are_refused(folders: Callable[[str], Path]) -> 
     with pytest.raises(UserError, match="static cache"):
         fast.view(other)  # type: ignore[arg-type]
     odd = loaded(folders("opt"))
-    object.__setattr__(odd.layers[0].ffn.down, "in_features", 50)
+    object.__setattr__(
+        odd.layers[0].ffn.down,  # type: ignore[union-attr]
+        "in_features",
+        50,
+    )
     with pytest.raises(UserError, match="groups of 32 or 64"):
         cpp.CppModel(odd, "int4", 1)
 

@@ -73,7 +73,7 @@ def test_emulated_it_is_right_at_large_sizes(op: str, ops: Ops) -> None:
 def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) -> None:
     from phase5.kernels.cuda.linear import unconstrained
 
-    layers = [plain(CPU, dtype, 123, 48, True), plain(CPU, dtype, 33, 123, False)]
+    layers: list[Any] = [plain(CPU, dtype, 123, 48, True), plain(CPU, dtype, 33, 123, False)]
     layers += [quantised(CPU, format, 33, 256, False, factor=True) for format in FORMATS]
     for layer in layers:
         for rows in (1, 5):
@@ -137,8 +137,8 @@ def test_sampling_follows_the_distribution(ops: Ops) -> None:
     """And filtered ones: 300 draws of each, against the reference's very tokens."""
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(300, 7).contiguous()
     for filters in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}):
-        params = SamplingParams(temperature=1.3, **filters)  # type: ignore[arg-type]
-        arguments = (params, KeyedRandomness(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
+        params = SamplingParams(temperature=1.3, **filters)
+        arguments: Any = (params, KeyedRandomness(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
         found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
         assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where a logarithm's last bit decides
         assert len(set(found)) > 1
@@ -148,7 +148,7 @@ def test_of_equal_logits_at_the_edge_of_top_p_the_first_go(ops: Ops) -> None:
     for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
         logits = torch.zeros(60, V)
         params = SamplingParams(temperature=1.0, top_p=top_p)
-        arguments = (params, KeyedRandomness(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
+        arguments: Any = (params, KeyedRandomness(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
         found = ops["sample"](logits, *arguments)
         assert min(found) >= V - round(V * top_p) - 1
         assert len(set(found)) > 3
