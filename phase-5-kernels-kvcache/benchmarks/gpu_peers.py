@@ -169,7 +169,9 @@ def real_decoders(lab: Lab, path: str, count: int, drafts: bool) -> tuple[dict[s
     decoders: dict[str, Any] = {"compiled loop": loop.generate}
 
     def ours(**options: Any) -> Callable[[list[int], int], list[int]]:
-        session = lab.session(model=path, dtype="bfloat16", max_tokens=count, temperature=0.0, **options)
+        session = lab.session(
+            model=path, kernels="auto", dtype="bfloat16", max_tokens=count, temperature=0.0, **options
+        )
         session.params = dataclasses.replace(session.params, ignore_eos=True)
         return Ours("ours", session, [PROMPT]).decode
 

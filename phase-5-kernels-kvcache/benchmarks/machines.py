@@ -69,6 +69,4 @@ def measure_kernels(lab: Lab) -> None:
     if on_card(lab) or lab.options.dry_run:
         measure_gpu_kernels(lab)
     elif "kernels" in lab.options.only:
-        raise UserError(
-            "kernels for graphics cards are timed on one, and this is a CPU; --dry-run walks their grid"
-        )
+        raise UserError("kernels for graphics cards are timed on one, and this is a CPU; --dry-run walks their grid")

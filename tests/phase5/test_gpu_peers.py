@@ -36,7 +36,9 @@ def test_the_compiled_loop_decodes_as_the_engine_does(family: str, compiled: boo
     from benchmarks.gpu_peers import CompiledLoop  # type: ignore[import-not-found,unused-ignore]
 
     folder = str(make_checkpoint(family))
-    session = phase5.Session(phase5.Options(model=folder, dtype="float32", device="cpu", draft="none", max_tokens=12))
+    session = phase5.Session(
+        phase5.Options(model=folder, dtype="float32", device="cpu", draft="none", kernels="torch", max_tokens=12)
+    )
     wanted = session.complete(["import os"])[0].tokens
     prompt = session.loaded.tokenizer.encode("import os")
     loop = CompiledLoop(session.loaded.model, len(prompt) + 12, compiled=compiled)
@@ -51,7 +53,9 @@ def test_a_shape_with_random_weights_loads_in_both(shape: str) -> None:
     from benchmarks.gpu_shapes import shape_folder  # type: ignore[import-not-found,unused-ignore]
 
     with shape_folder(shape, CPU, torch.float32, **SMALL[shape]) as folder:
-        options = phase5.Options(model=str(folder), dtype="float32", device="cpu", draft="none", max_tokens=8)
+        options = phase5.Options(
+            model=str(folder), dtype="float32", device="cpu", draft="none", kernels="torch", max_tokens=8
+        )
         session = phase5.Session(options)
         wanted = session.complete(["import os"])[0].tokens
         found = StaticPeer(folder, torch.float32, CPU).decode(session.loaded.tokenizer.encode("import os"), 8)
