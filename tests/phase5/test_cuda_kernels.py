@@ -308,7 +308,8 @@ def test_a_wrong_kernel_is_found_out(
     (folder / file).write_text(text.replace(right, wrong), encoding="utf-8")
     monkeypatch.setattr(library, "FOLDER", folder)
     monkeypatch.setenv("SPECDEC_BUILD_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "extension_name", lambda part: f"wrong_{part}")
+    number = MUTATIONS.index(mutation)  # pybind11 loads a module of one name once
+    monkeypatch.setattr(build, "extension_name", lambda part: f"wrong_{number}_{part}")
     wrong_library = library._build.__wrapped__("cuda", library.SOURCES, True, "")
     for module in ("attention", "linear", "tokens"):
         monkeypatch.setattr(f"phase5.kernels.cuda.{module}.on_device", lambda *_, **__: wrong_library)
