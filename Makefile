@@ -37,7 +37,7 @@ diff: $(STAMP)  ## how phase N differs from the one before: make diff N=2
 
 test: lint  ## lab drift, ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
-	$(BIN)/pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-all: lint  ## every test, the slow ones too; those for a graphics card where there is one
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb

@@ -1,7 +1,9 @@
 """What must be remembered so that a token costs one token, and what that gives: speed, memory, the price of verifying.
 
-Four sections (`--only`): end to end against phase 4 and transformers, one more token behind texts of many lengths, what
-m verified tokens cost against one, and what a cache in fewer bits costs in perplexity.
+Eight sections (`--only`). With torch's operations: end to end against phase 4 and transformers, one more token behind
+texts of many lengths, what m verified tokens cost against one, and what a cache in fewer bits costs in perplexity. With
+steps in C++: plain decoding and speculation in every number format, on a small model and on a large one. And kernels
+against what the machine allows, rung by rung (`--ladder`), against other engines (`--peers`), and one by one on a card.
 
     python bench.py --quick
     python bench.py --output results --only speed
@@ -14,7 +16,9 @@ import sys
 from typing import get_args
 
 import torch
+from benchmarks.fast import FAST, measure_fast
 from benchmarks.lengths import LENGTHS, measure_lengths
+from benchmarks.machines import MACHINES, measure_kernels, measure_ladder, measure_peers
 from benchmarks.pictures import draw
 from benchmarks.quality import QUALITY, measure_quality
 from benchmarks.runs import Lab, Measure, Options, Section
@@ -31,12 +35,20 @@ SECTIONS: dict[Section, Measure] = {
     "lengths": measure_lengths,
     "verification": measure_verification,
     "quality": measure_quality,
+    "fast": measure_fast,
+    "ladder": measure_ladder,
+    "peers": measure_peers,
+    "kernels": measure_kernels,
 }
 TITLES = {  # kind of row -> title of its table
     "speed": "End to end",
     "length": "One more token behind a text",
     "verification": "What verification costs",
     "quality": "Perplexity by the cache's format",
+    "fast": "Steps in C++",
+    "gpu_kernel": "Kernels on a card",
+    "gpu_ladder": "Ladders on a card",
+    "gpu_peers": "Peers on a card",
 }
 
 
@@ -46,14 +58,18 @@ def main(arguments: list[str]) -> int:
     if options.quick:
         options.repeats, options.prompts, options.max_tokens = 2, 1, min(options.max_tokens, 32)
         options.tokens = min(options.tokens, 1024)
+    wanted: list[Section] = [*options.only]
+    wanted += ["ladder"] if options.ladder else []
+    wanted += ["peers"] if options.peers else []
+    wanted = wanted or list(get_args(Section))
     if options.threads:
         torch.set_num_threads(options.threads)
     checkpoint = open_checkpoint(options.model)
     where = environment(device, options.dtype, torch.get_num_threads(), {checkpoint.name: checkpoint.content_hash()})
-    definitions = SPEED | LENGTHS | VERIFICATION | QUALITY
+    definitions = SPEED | LENGTHS | VERIFICATION | QUALITY | FAST | MACHINES
     with Results(options.output, definitions, where, options.resume) as results:
         lab = Lab(options, results, device)
-        for section in options.only or get_args(Section):
+        for section in wanted:
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)

@@ -18,7 +18,7 @@ from common.device import dtype_name
 from common.harness import Bench
 from common.prompts import Half, load_prompts
 
-Section = Literal["speed", "lengths", "verification", "quality"]
+Section = Literal["speed", "lengths", "verification", "quality", "fast", "ladder", "peers", "kernels"]
 
 
 class Options(BenchOptions):
@@ -27,6 +27,8 @@ class Options(BenchOptions):
     prompts: int = Field(4, ge=1, le=25, description="prompts that are timed")
     max_tokens: int = Field(256, ge=8, description="new tokens per prompt")
     only: list[Section] = Field([], description="measure this section alone; repeatable")
+    ladder: bool = Field(False, description="the same as --only ladder")
+    peers: bool = Field(False, description="the same as --only peers")
     tokens: int = Field(50_000, ge=512, description="of quality: held-out tokens")
 
 
@@ -83,6 +85,7 @@ class Lab(Bench):
             "max_tokens": self.options.max_tokens,
             "device": self.device.type,
             "dtype": dtype_name(torch.float32),
+            **({"kernels": "torch"} if of is engine else {}),
             **wanted,
         }
         return of.Session(of.Options(**chosen))

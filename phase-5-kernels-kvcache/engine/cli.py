@@ -85,6 +85,7 @@ def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[st
         "precision": {name: each.as_json() for name, each in session.precision.items()},
         "completions": completions,
         "kv": session.remembered(),
+        "kernels": session.backends.report,
         "tokenizer_cache": dataclasses.asdict(session.encoder.stats),
         "compile": session.compiler.as_json() if session.compiler else None,
     }

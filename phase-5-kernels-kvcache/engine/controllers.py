@@ -35,6 +35,11 @@ ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 class KController(Protocol):
     """One per sequence: what it has learned of one text does not leak into another."""
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether `stop` may ever say yes."""
+        ...
+
     def next_k(self) -> int:
         """How many tokens to draft at most; 0 declines."""
         ...
@@ -65,6 +70,10 @@ class Bounds:
 class FixedController:
     k: int
 
+    @property
+    def ends_early(self) -> bool:
+        return False
+
     def next_k(self) -> int:
         return self.k
 
@@ -90,6 +99,10 @@ class AdaptiveController:
         if not 0 < self.target_acceptance < 1:
             raise UserError(f"target_acceptance must be between 0 and 1, got {self.target_acceptance}")
         self.k, self.recent = self.bounds.clip(self.k), deque(maxlen=self.window)
+
+    @property
+    def ends_early(self) -> bool:
+        return False
 
     def next_k(self) -> int:
         return self.k
@@ -119,6 +132,10 @@ class ConfidenceController:
     def __post_init__(self) -> None:
         if not 0 <= self.confidence <= 1:
             raise UserError(f"confidence must be in [0, 1], a probability under the draft, got {self.confidence}")
+
+    @property
+    def ends_early(self) -> bool:
+        return True
 
     def next_k(self) -> int:
         self.drafted = 0
@@ -168,6 +185,10 @@ class CostController:
         self.wait = self.retry
         later = [0.0] * (self.bounds.high - 1)
         self.tried, self.stood = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
+
+    @property
+    def ends_early(self) -> bool:
+        return False
 
     def next_k(self) -> int:
         if not self.prices.known or not self.plain:

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.philox import Purpose
+
 from .kv_cache import KVOptions
 from .model import Transformer
 from .profiler import stage
-from .runner import Runner, make_runner
+from .runner import Drawing, Runner, make_runner
 from .sampling import KeyedRandomness, Randomness, SamplingParams
 from .sequence import Ending, FinishReason, Sequence
+
+AT_ONCE = 8  # tokens that a runner may draw in one call; what lies behind the text's end is dropped
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,24 @@ def decode(
     """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own."""
     randomness = randomness or KeyedRandomness(params.seed)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
+        if len(active) == 1 and (tokens := several(runner, active[0], params, randomness)):
+            for token in tokens:
+                if active[0].finish_reason is None and not active[0].append(token):
+                    runner.release(active[0])
+                yield active
+            continue
         decode_step(runner, active, params, randomness)
         yield active
+
+
+def several(runner: Runner, sequence: Sequence, params: SamplingParams, randomness: Randomness) -> list[int]:
+    """The next few tokens in one call; none where the runner cannot, or for the first, which somebody waits for."""
+    count = min(AT_ONCE, params.max_new_tokens - len(sequence.tokens))
+    if not sequence.tokens or count < 2:
+        return []
+    how = Drawing(params, randomness, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False)
+    drawn = runner.draw(sequence, sequence.prompt + sequence.tokens, count, how)
+    return [] if drawn is None else drawn[0]
 
 
 def finish(sequence: Sequence, stats: Stats) -> Generation:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .controllers import ControllerName, KController, make_controller
+from .kernels.registry import Asked
 from .kv_cache import Format, Kind, KVOptions
 from .kv_cache.ring import SPARE
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
@@ -87,6 +88,7 @@ class Options(BaseSettings):
     quant_asymmetric: bool = Field(default=False, description="of int4: a zero point per group as well")
     quant_head: bool = Field(default=False, description="quantise the output matrix too")
     compile: bool = Field(default=False, description="torch.compile the models")
+    kernels: Asked = Field(default="auto", description="who computes; auto: what is fastest and checked for the device")
     kv: Kind = Field(default="static", description="how keys and values are remembered; off: not at all")
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")
     kv_slots: int = Field(default=0, ge=0, description="of static: tokens per text; 0: as many as the request can need")

@@ -12,26 +12,40 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import synchronize
+from common.philox import Purpose
 
 from .attending import Behind, seen
 from .config import ModelConfig
 from .context import window_start
-from .kv_cache import CacheShape, KVOptions, make_cache
+from .kv_cache import CacheShape, KVCache, KVOptions, make_cache
 from .kv_cache.ring import SPARE
 from .kv_cache.texts import Row, Texts
 from .model import Transformer
+from .sampling import Randomness, SamplingParams
 from .target import Target, next_logits, target_forward
 from .tree import Tree
 
 NO_DRAFT = Tree([], [])
 Owners = list[Hashable]
+Drawn = tuple[list[int], Tensor | None]  # tokens, and what they were drawn from
+
+
+class Drawing(NamedTuple):
+    """From what tokens are drawn, and with which random numbers: of a sample, from a position on, for a purpose."""
+
+    params: SamplingParams
+    source: Randomness
+    sample: int
+    position: int
+    purpose: Purpose
+    probs: bool = True  # whether the distributions are wanted
 
 
 class Runner(Protocol):
@@ -60,6 +74,15 @@ class Runner(Protocol):
 
     def keep(self, owner: Hashable, nodes: list[int]) -> None:
         """Of the last step's draft for this text, these nodes stand: they need not be computed again."""
+        ...
+
+    def draw(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing
+    ) -> tuple[list[int], Tensor | None] | None:
+        """Several tokens one after the other in one call, and what they were drawn from [count, V], where it is asked.
+
+        None where this runner cannot: its logits are to be asked for token by token.
+        """
         ...
 
     def release(self, owner: Hashable) -> None:
@@ -98,6 +121,11 @@ class WholeRunner:
     def keep(self, owner: Hashable, nodes: list[int]) -> None:
         """Nothing is kept."""
 
+    def draw(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing
+    ) -> tuple[list[int], Tensor | None] | None:
+        return None
+
     def release(self, owner: Hashable) -> None:
         """Nothing was kept."""
 
@@ -133,21 +161,28 @@ class CachedRunner:
             self._begin(owner, text, draft, None if known is None else known[at], taps)
             for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
         ]
-        hidden, outputs = self._forward(works, taps)
+        logits, states = self._verify(works, known is not None, taps)
         self.computed = [work.prefilled + work.count for work in works]
-        states = None
-        if known is not None:
-            each = zip(works, outputs, strict=True)
-            states = [torch.cat((*work.states, of_row[work.skip : work.count])) for work, of_row in each]
         for work in works:
             self.texts.appended(work.row, work.new, work.draft.tokens)
-        K = max(len(draft.tokens) for draft in drafts)
+        columns = [] if states is None else [list(range(len(of_row))) for of_row in states]
+        return Target(logits, states, columns)
+
+    def _verify(
+        self, works: list[Work], wants_states: bool, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Logits [R, K+1, V] behind each text and each of its draft tokens; and the states that are asked for."""
+        hidden, outputs = self._forward(works, taps)
+        states = None
+        if wants_states:
+            each = zip(works, outputs, strict=True)
+            states = [torch.cat((*work.states, of_row[work.skip : work.count])) for work, of_row in each]
+        K = max(len(work.draft.tokens) for work in works)
         if len(works) > 1 or hidden.shape[1] > K + 1:  # of a single text all positions may be read as they stand
             read = [[min(len(work.new) - 1 + j, work.count - 1) for j in range(K + 1)] for work in works]
             device = hidden.device
             hidden = hidden[torch.arange(len(works), device=device)[:, None], torch.tensor(read, device=device)]
-        columns = [] if states is None else [list(range(len(of_row))) for of_row in states]
-        return Target(self.model.logits(hidden), states, columns)
+        return self.model.logits(hidden), states
 
     def _begin(self, owner: Hashable, text: list[int], draft: Tree, known: int | None, taps: tuple[int, ...]) -> Work:
         """Prefill what a step does not take along, and say what is left to do."""
@@ -162,13 +197,16 @@ class CachedRunner:
             while len(row.held) < len(window) - 1:
                 held = len(row.held)
                 work = Work(row, window[held : min(held + self.chunk, len(window) - 1)], NO_DRAFT, first)
-                _, outputs = self._forward([work], taps, last=first >= held + len(work.new))
-                if first < held + len(work.new):
-                    states.append(outputs[0, work.skip :])
+                states += self._prefill(work, first < held + len(work.new), taps)
                 self.texts.appended(row, work.new, [])
             synchronize(self.model.embedding.weight.device)
             self.prefill_ms += (time.perf_counter() - began) * 1e3
         return Work(row, window[len(row.held) :], draft, first, states, len(row.held) - before)
+
+    def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
+        """Put a chunk of a text through the model; the states [n, F] that are asked for, if any."""
+        _, outputs = self._forward([work], taps, last=not wants_states)
+        return [outputs[0, work.skip :]] if wants_states else []
 
     def _forward(self, works: list[Work], taps: tuple[int, ...], last: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden states [R, T, D] of new tokens and drafts, and with the tapped layers beside them [R, T, F].
@@ -200,6 +238,11 @@ class CachedRunner:
     def keep(self, owner: Hashable, nodes: list[int]) -> None:
         self.texts.keep(owner, nodes)
 
+    def draw(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing
+    ) -> tuple[list[int], Tensor | None] | None:
+        return None
+
     def release(self, owner: Hashable) -> None:
         self.texts.release(owner)
 
@@ -229,6 +272,12 @@ class Work:
         start, end = len(self.row.held), len(self.row.held) + len(self.new)
         return [*range(start, end), *(end - 1 + depth for depth in self.draft.depths)]
 
+    @property
+    def parents(self) -> list[int]:
+        """Of every new token and node: the number of the one that it follows; -1: what the row holds."""
+        text = len(self.new)
+        return [*range(-1, text - 1), *(text + parent if parent >= 0 else text - 1 for parent in self.draft.parents)]
+
     def ancestors(self) -> Tensor:
         """bool [count, count]: which of the new tokens each of them sees."""
         text = len(self.new)
@@ -244,13 +293,18 @@ def cache_shape(config: ModelConfig) -> CacheShape:
     return CacheShape(config.layers, config.kv_heads, config.head_dim)
 
 
+def room(model: Transformer, options: KVOptions, rows: int, tokens: int, computed: torch.dtype) -> KVCache:
+    """An empty cache for so many texts of at most so many tokens, output included. UserError where it cannot be."""
+    config, weight = model.config, model.embedding.weight
+    longest = min(tokens, config.context) + DRAFT_ROOM
+    return make_cache(options, cache_shape(config), rows, longest, computed, weight.device, config.window)
+
+
 def make_runner(model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
     """A runner for so many texts of at most so many tokens, output included. UserError where the cache cannot be."""
     if options.kind == "off" or not model.has_cache:
         return WholeRunner(model)
-    config, weight = model.config, model.embedding.weight
-    room = min(tokens, config.context) + DRAFT_ROOM
-    cache = make_cache(options, cache_shape(config), rows, room, weight.dtype, weight.device, config.window)
+    texts = Texts(room(model, options, rows, tokens, model.embedding.weight.dtype), rows)
     if options.kind == "ring":  # takes few tokens at a time
-        return CachedRunner(model, Texts(cache, rows), chunk=SPARE, together=1)
-    return CachedRunner(model, Texts(cache, rows))
+        return CachedRunner(model, texts, chunk=SPARE, together=1)
+    return CachedRunner(model, texts)

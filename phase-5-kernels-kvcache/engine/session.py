@@ -20,6 +20,7 @@ from common.checkpoint import open_checkpoint
 from common.device import available_memory, memory, resolve_device
 from common.errors import UserError
 
+from .backends import Backends
 from .beam import beam_search
 from .compile import Compiler
 from .config import ModelConfig
@@ -37,7 +38,7 @@ from .precision import Precision, computing, each_within, resolve_precision
 from .prices import Prices
 from .profiler import stage
 from .quantize import Format
-from .runner import CachedRunner, Runner, make_runner
+from .runner import CachedRunner, Runner
 from .sampling import KeyedRandomness
 from .sequence import Sequence
 from .speculative import Step, StepStats, speculative_decode
@@ -69,14 +70,18 @@ class Session:
         self.runner: Runner | None = None  # of the target, in the last run
         self.prices = Prices()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
+        weight = self.loaded.model.embedding.weight
+        self.backends = Backends(options, weight.device, weight.dtype)
+        drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
+        models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
+        self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
         self.compiler = Compiler() if options.compile else None
         if self.compiler:
-            drafting = self.draft.model if self.draft else self.heads
-            self.compiler.compile(self.loaded.model, *([drafting] if drafting else []))
+            self.compiler.compile(self.loaded.model, *drafting)
             self.compiler.warm_up(self._warm_up)
         else:
-            for module in (self.loaded.model, self.draft.model if self.draft else None, self.heads):
-                if module is not None:
+            for module in (self.loaded.model, *drafting):
+                if module not in self.backends.fast:
                     pack_matrices(module)
 
     def _load(self, name: str, quant: QuantName) -> LoadedModel:
@@ -203,7 +208,7 @@ class Session:
     def _runner(self, model: Transformer, sequences: list[Sequence]) -> Runner:
         """With room for these sequences and their output."""
         longest = max(len(sequence.prompt) for sequence in sequences) + self.params.max_new_tokens
-        return make_runner(model, self.options.kv_options(), len(sequences), longest)
+        return self.backends.runner(model, self.options.kv_options(), len(sequences), longest)
 
     def _tree_drafter(self, drafter: Brancher, decisions: Decisions) -> TreeDrafter:
         if self.options.tree == "dynamic":

@@ -162,7 +162,10 @@ def speculative_step(
     ]
     if not any(asked) and drafter.taps is None:
         return plain_step(runner, drafter, sequences, params, controllers, decisions)
-    draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
+    draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
+    if any(asked):
+        early = any(controller.ends_early for controller in controllers)
+        draft = drafter.propose(sequences, asked, (lambda row, probs: controllers[row].stop(probs)) if early else None)
     synchronize(device)
     drafted = time.perf_counter()
     stage("verify")

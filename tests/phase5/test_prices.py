@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from phase5 import Bounds, CostController, StepStats
 from phase5.prices import Prices
 

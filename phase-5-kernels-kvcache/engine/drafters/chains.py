@@ -52,6 +52,11 @@ class ChainBuilder:
         self.probs[row].append(probs[0])
         return True
 
+    def take(self, row: int, tokens: list[int], probs: Tensor | None) -> None:
+        """The whole chain of a row, drawn elsewhere, from probs [n, V]; None at temperature 0."""
+        self.tokens[row] = tokens
+        self.probs[row] = [] if probs is None else list(probs)
+
     def draft(self) -> Draft:
         """All rows side by side; shorter ones are padded with token 0, whose probability is never read."""
         longest = max(map(len, self.tokens))
@@ -60,6 +65,8 @@ class ChainBuilder:
         widths = [len(row) for row in self.tokens]
         if self.params.greedy or not longest:
             return Draft(tokens, None, widths)
+        if len(self.probs) == 1:
+            return Draft(tokens, torch.stack(self.probs[0])[None], widths)
         filler = torch.ones_like(next(row[0] for row in self.probs if row))
         probs = [torch.stack([*row, *[filler] * (longest - len(row))]) for row in self.probs]
         return Draft(tokens, torch.stack(probs), widths)

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
-from ..runner import Runner
+from ..runner import Drawing, Runner
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
@@ -32,6 +32,13 @@ class ModelDrafter:
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        if stop is None:
+            for row in chains.open():
+                sequence = sequences[row]
+                how = Drawing(self.params, self.decisions, sequence.sample, sequence.length, self.noise)
+                drawn = self.runner.draw(sequence, sequence.prompt + sequence.tokens, widths[row], how)
+                if drawn is not None:
+                    chains.take(row, *drawn)
         while rows := chains.open():
             texts = [sequences[row].prompt + chains.output(row) for row in rows]
             logits = self.runner.logits([sequences[row] for row in rows], texts)

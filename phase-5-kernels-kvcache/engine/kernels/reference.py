@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     wide = x if x.dtype == torch.float32 else x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.addcmul(constant(eps, x.device), length, length, value=1 / x.shape[-1]).rsqrt_()
+    scale = torch.addcmul(constant(eps, x.device), length, length, value=1 / max(1, x.shape[-1])).rsqrt_()
     normed = (wide * scale).mul_(weight)
     return normed if x.dtype == torch.float32 else normed.to(x.dtype)
 

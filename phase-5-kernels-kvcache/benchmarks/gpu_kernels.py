@@ -1,0 +1,328 @@
+"""Every op of the GPU backends at two models' shapes: GB/s, and percent of what a copy reaches on the same card.
+
+What decoding costs is bytes: so each op is held against the bytes that it must read and write. And what the same bits
+for 1 and 16 rows cost, against the kernel that need not give them. A kernel is checked before it is timed. It runs on a
+card alone; `--dry-run` walks the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.benchmark import WrongResult, median
+from common.errors import UserError
+from engine.kernels import TORCH, check, registry
+from engine.kv_cache import CacheShape, PagedCache, StaticCache
+from engine.model import Linear
+from engine.quantize import Format, QuantLinear
+from engine.sampling import KeyedRandomness, SamplingParams
+from engine.verify import KeyedDecisions
+
+from .gpu_timing import copies_for, copy_bandwidth, record, seconds_each
+from .runs import Lab
+
+GPU_KERNELS = {
+    "rows": "tokens that are computed together",
+    "us": "microseconds of one call, median of the rounds; inputs come from memory, launches are replayed as a graph",
+    "gb_per_s": "bytes that must be read and written, each once / time",
+    "percent_of_copy": "of what torch's copy of 1 GiB reaches on the same card in the same run, read and written",
+    "over_free": "the time of the kernel whose bits do not depend on the rows / of the one that is free to add up "
+    "in any order, both on one row",
+}
+BYTES = {torch.bfloat16: 2, torch.int8: 1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of a model."""
+
+    name: str
+    width: int
+    ffn: int
+    gated: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tokens: int  # of the text that attention looks back on
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+SHAPES = (
+    Shape("gpt2-xl", 1600, 6400, False, 25, 25, 64, 50257, 1000),
+    Shape("Llama-3.1-8B", 4096, 14336, True, 32, 8, 128, 128256, 8192),
+)
+ROWS = (1, 5, 16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on a shape. `make(device, copies)` gives for every copy of the inputs what the function is called with."""
+
+    shape: str
+    op: str
+    what: str
+    rows: int
+    nbytes: int
+    make: Callable[[torch.device, int], list[tuple[Any, ...]]]
+    free: str | None = None  # where there is one: the op's counterpart that is not bound to an order
+
+
+def cases() -> Iterator[Case]:
+    for shape in SHAPES:
+        for rows in ROWS:
+            yield from products(shape, rows)
+            yield from attention(shape, rows)
+            yield from small(shape, rows)
+        yield from choosing(shape)
+
+
+def products(shape: Shape, rows: int) -> Iterator[Case]:
+    sizes = {"qkv": (shape.qkv, shape.width), "down": (shape.width, shape.ffn), "head": (shape.vocabulary, shape.width)}
+    if not shape.gated:
+        sizes["up"] = (shape.ffn, shape.width)
+    for name, (outputs, inputs) in sizes.items():
+        for kind, bits in (("bfloat16", 16.0), ("int8", 8 + 16 / inputs), ("int4", 4 + 16 / 64)):
+            if name == "head" and kind != "bfloat16":
+                continue
+            nbytes = int(outputs * inputs * bits / 8) + 2 * rows * (inputs + outputs)
+            make = partial(make_products, outputs, inputs, kind, rows)
+            free = "linear" if kind == "bfloat16" and rows == 1 else None
+            yield Case(shape.name, "linear", f"{name}, {kind}", rows, nbytes, make, free)
+    if shape.gated:
+        nbytes = 4 * shape.ffn * shape.width + 2 * rows * (shape.width + shape.ffn)
+        make = partial(make_products, 2 * shape.ffn, shape.width, "bfloat16", rows)
+        yield Case(shape.name, "gated_linear", "gate and up, bfloat16", rows, nbytes, make)
+
+
+def make_products(
+    outputs: int, inputs: int, kind: str, rows: int, device: torch.device, copies: int
+) -> list[tuple[nn.Module, Tensor]]:
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=device)
+    made: list[tuple[nn.Module, Tensor]] = []
+    for _ in range(copies):
+        if kind == "bfloat16":
+            plain = Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
+            plain.weight.normal_(std=inputs**-0.5)
+            made.append((plain, x))
+            continue
+        format = Format("int8") if kind == "int8" else Format("int4", 64)
+        layer = QuantLinear((outputs, inputs), format, False, False, device)
+        layer.values.random_(*((-127, 128) if kind == "int8" else (0, 256)))
+        layer.scales.fill_(inputs**-0.5 / (64 if kind == "int8" else 4))
+        made.append((layer, x))
+    return made
+
+
+def attention(shape: Shape, rows: int) -> Iterator[Case]:
+    for kind, stored in (("static", torch.bfloat16), ("static", torch.int8), ("paged", torch.bfloat16)):
+        per_token = 2 * shape.kv_heads * (shape.head_dim * BYTES[stored] + (2 if stored == torch.int8 else 0))
+        nbytes = shape.tokens * per_token + 4 * rows * shape.heads * shape.head_dim
+        make = partial(make_attention, shape, kind, stored, rows)
+        what = f"{kind}, {str(stored).removeprefix('torch.')}, {shape.tokens} tokens"
+        free = "decode_attention" if rows == 1 and stored == torch.bfloat16 else None
+        yield Case(shape.name, "decode_attention", what, rows, nbytes, make, free)
+
+
+def make_attention(
+    shape: Shape, kind: str, stored: torch.dtype, rows: int, device: torch.device, copies: int
+) -> list[tuple[Any, ...]]:
+    of, how = CacheShape(1, shape.kv_heads, shape.head_dim), (stored, torch.bfloat16, device)
+    query = torch.randn(1, rows, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device)
+    mask = None
+    if rows > 1:
+        mask = torch.zeros(rows, shape.tokens, dtype=torch.bfloat16, device=device)
+        mask[:, -rows:] = torch.full((rows, rows), float("-inf"), device=device).triu(1)
+    made: list[tuple[Any, ...]] = []
+    for _ in range(copies):
+        cache: StaticCache | PagedCache
+        if kind == "static":
+            cache = StaticCache(of, 1, shape.tokens, *how)
+        else:
+            cache = PagedCache(of, 1, -(-shape.tokens // 16), *how)
+        for storage in (cache.keys[0], cache.values[0]):
+            if storage.scales is None:
+                storage.values.normal_()
+            else:
+                storage.values.random_(-127, 128)
+                storage.scales.fill_(1 / 64)
+        cache.make_room(0, shape.tokens)
+        cache.lengths[0] = shape.tokens - rows  # the newest were just appended
+        made.append((query, cache, 0, [0], [rows], [mask]))
+    return made
+
+
+def small(shape: Shape, rows: int) -> Iterator[Case]:
+    """What is over before it has begun: for these the launch counts, and their share of a step."""
+    nbytes = 4 * rows * shape.width
+    yield Case(shape.name, "rms_norm", "a layer's width", rows, nbytes, partial(make_norm, shape, rows))
+    heads = shape.heads + shape.kv_heads
+    nbytes = 4 * rows * heads * shape.head_dim
+    yield Case(shape.name, "rope", "queries and keys", rows, nbytes, partial(make_rope, shape, rows))
+
+
+def make_norm(shape: Shape, rows: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
+    weight = torch.ones(shape.width, dtype=torch.bfloat16, device=device)
+    return [
+        (torch.randn(1, rows, shape.width, dtype=torch.bfloat16, device=device), weight, 1e-5) for _ in range(copies)
+    ]
+
+
+def make_rope(shape: Shape, rows: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
+    size = (1, rows, shape.heads + shape.kv_heads, shape.head_dim)
+    table = torch.randn(rows, 1, shape.head_dim, dtype=torch.bfloat16, device=device)
+    return [(torch.randn(size, dtype=torch.bfloat16, device=device), table, table) for _ in range(copies)]
+
+
+def choosing(shape: Shape) -> Iterator[Case]:
+    """What ends a step: of K draft tokens, over the whole vocabulary."""
+    K, V = 4, shape.vocabulary
+    yield Case(shape.name, "verify_greedy", f"{K} tokens", K + 1, 2 * (K + 1) * V, partial(make_greedy, K, V))
+    nbytes = 4 * (2 * K + 1) * V  # every probability once; which are read depends on what is drawn
+    yield Case(shape.name, "verify_sample", f"{K} tokens", K + 1, nbytes, partial(make_verdict, K, V))
+    for name, params in {
+        "no filter": SamplingParams(temperature=1.0),
+        "top-k 50, top-p 0.9": SamplingParams(temperature=1.0, top_k=50, top_p=0.9),
+    }.items():
+        yield Case(shape.name, "sample", name, 1, 2 * V, partial(make_sample, params, V))
+
+
+def make_greedy(K: int, V: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
+    made = []
+    for _ in range(copies):
+        scores = torch.randn(1, K + 1, V, dtype=torch.bfloat16, device=device)
+        made.append((scores.argmax(-1)[:, :K], scores, torch.tensor([K], device=device)))
+    return made
+
+
+def make_verdict(K: int, V: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
+    made = []
+    for _ in range(copies):
+        target, draft = (torch.randn(1, n, V, device=device).softmax(-1) for n in (K + 1, K))
+        keys = [torch.tensor([value], device=device) for value in (K, 0, 100)]
+        made.append((draft.argmax(-1), draft, target, *keys, KeyedDecisions(0)))
+    return made
+
+
+def make_sample(params: SamplingParams, V: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
+    logits = [torch.randn(1, V, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+    return [(each, params, KeyedRandomness(0), [0], [100], [[]], [[]]) for each in logits]
+
+
+def measure_gpu_kernels(lab: Lab) -> None:
+    """UserError where there is no card and nothing was said of a dry run."""
+    dry = lab.options.dry_run
+    backends = ["triton", "cuda"] if dry else usable(lab.device)
+    bandwidth = 1e12 if dry else copy_bandwidth(lab.device)
+    if not lab.done(kind="gpu_copy"):
+        lab.add(kind="gpu_copy", gb_per_s=bandwidth / 1e9)
+    for case in cases():
+        row = {"shape": case.shape, "op": case.op, "what": case.what, "rows": case.rows}
+        if lab.done(kind="gpu_kernel", **row):
+            continue
+        names = [*backends, *([f"{b}, free" for b in backends] if case.free else [])]
+        times = {name: [1e-3, 1e-3] for name in names} if dry else timed(case, backends, lab.device)
+        for backend in backends:
+            if backend not in times:  # has no such kernel
+                continue
+            seconds = median(times[backend])
+            free = times.get(f"{backend}, free")
+            lab.add(
+                kind="gpu_kernel",
+                **row,
+                backend=backend,
+                us=seconds * 1e6,
+                gb_per_s=case.nbytes / seconds / 1e9,
+                percent_of_copy=100 * case.nbytes / seconds / bandwidth,
+                **(lab.ratio("over_free", times[backend], free) if free else {}),
+            )
+
+
+def usable(device: torch.device) -> list[str]:
+    reasons = {backend: registry.why_not(backend, device) for backend in ("triton", "cuda")}
+    if device.type != "cuda" or all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        raise UserError(f"kernels for a card cannot be timed here ({why}); --dry-run walks the grid")
+    return [backend for backend, reason in reasons.items() if reason is None]
+
+
+@torch.inference_mode()
+def timed(case: Case, backends: list[str], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a call by backend. WrongResult for one that is wrong."""
+    arguments = case.make(device, copies_for(case.nbytes))
+    calls: dict[str, list[Callable[[], object]]] = {}
+    for backend in backends:
+        function = registry.functions(case.op, device).get(backend)
+        if function is None:
+            continue
+        refuse_if_off(case, backend, function, arguments[0])
+        calls[backend] = [partial(function, *each) for each in arguments]
+        free = without_order(backend, case.free)
+        if free is not None:
+            calls[f"{backend}, free"] = [partial(free, *each) for each in arguments]
+    if case.op == "sample":  # tokens go to the host, which no graph records
+        return {name: alone(each, device) for name, each in calls.items()}
+    graphs = {name: record(each) for name, each in calls.items()}
+    return seconds_each(graphs, len(arguments))
+
+
+def without_order(backend: str, op: str | None) -> Callable[..., Any] | None:
+    """The kernel that need not give the same bits for 1 and 16 rows; None where a backend has none."""
+    if op is None or backend != "triton":
+        return None
+    from engine.kernels.triton import attention, linear
+
+    if op == "linear":
+        return linear.unconstrained
+    return partial(attention.decode_attention, part=128)  # parts for one query, of which there are more
+
+
+def alone(calls: list[Callable[[], object]], device: torch.device, rounds: int = 20) -> list[float]:
+    """Seconds of a call, launch and answer included."""
+    import time
+
+    for call in calls:
+        call()
+    found = []
+    for _ in range(rounds):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize(device)
+        found.append((time.perf_counter() - began) / len(calls))
+    return found
+
+
+def refuse_if_off(case: Case, backend: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    where = f"refuses to time what is wrong: {backend} {case.op} at {case.shape}, {case.what}, {case.rows} rows"
+    mine, other = results(function(*fresh(arguments))), results(getattr(TORCH, case.op)(*fresh(arguments)))
+    try:
+        for one, another in zip(mine, other, strict=True):
+            check.near(where, one, another, 2 * check.WITHIN[torch.bfloat16])
+    except check.WrongKernel as problem:
+        raise WrongResult(str(problem)) from None
+
+
+def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The reference may compute in the memory of what it is given."""
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in arguments)
+
+
+def results(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    if isinstance(found, list):
+        return [torch.tensor(found)]
+    if isinstance(found, tuple):
+        return list(found)
+    return [found.accepted, found.next_tokens, found.ratios]

@@ -1,0 +1,106 @@
+"""Who computes: which backend does which op, and whether whole steps run in C++.
+
+Nothing falls back in silence: what runs and why others do not is in `stats["kernels"]`, and asking by name for what
+cannot run is an error.
+
+    python generate.py --kernels torch --prompt "import " --json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+
+from .kernels import Kernels, registry
+from .kernels.build import BuildError
+from .kv_cache import KVOptions
+from .model import Transformer
+from .runner import Runner, make_runner
+
+if TYPE_CHECKING:
+    from .kernels.cpp import CppModel
+    from .kernels.cpp.weights import Weights
+    from .options import Options
+
+FORMATS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Backends:
+    """What `--kernels` chose for a device, and the models whose steps run in C++."""
+
+    def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
+        """UserError for a backend that was asked for by name and cannot run."""
+        self.options = options
+        try:
+            selection = registry.choose(options.kernels, device, dtype)
+        except BuildError as error:  # a compiler that fails; `auto` goes on without what it would have made
+            if options.kernels != "auto":
+                raise
+            print(f"note: {error}", file=sys.stderr)
+            selection = registry.choose("torch", device, dtype)
+            selection.report["why_not"] = {"cpp": str(error)}
+        self.kernels: Kernels = selection.kernels
+        self.report: dict[str, Any] = dict(selection.report)
+        self.fast: dict[nn.Module, CppModel] = {}
+        reason = self._why_no_whole_steps(device)
+        self.whole_steps = reason is None
+        if reason is not None and options.kernels == "cpp":
+            raise UserError(f"--kernels cpp cannot run here: {reason}")
+        self.report["step"] = "cpp" if reason is None else "torch"
+        if reason is not None:
+            self.report["why_no_cpp_step"] = reason
+
+    def _why_no_whole_steps(self, device: torch.device) -> str | None:
+        options = self.options
+        if options.kernels not in ("auto", "cpp"):
+            return f"--kernels {options.kernels}"
+        if (reason := registry.why_not("cpp", device)) is not None:
+            return reason
+        if "cpp" in self.report.get("why_not", {}) and options.kernels == "auto" and self.report["asked"] == "torch":
+            return str(self.report["why_not"]["cpp"])
+        for name, unwanted in (("compile", False), ("amp", False)):
+            if getattr(options, name) != unwanted:
+                return f"--{name} is about torch's operations"
+        if options.beams > 1:
+            return "beam search computes whole texts"
+        if options.kv != "static":
+            return f"the C++ step writes into a static cache, and --kv is {options.kv}"
+        return None
+
+    def take(self, models: Iterable[nn.Module], others: Iterable[object]) -> None:
+        """Let these models compute with the chosen kernels, and those that can in C++; `others` call ops as well."""
+        models = list(models)
+        for each in (*models, *others):
+            registry.use(each, self.kernels)
+        if self.whole_steps:
+            for model in models:
+                self._pack(model)
+
+    def _pack(self, model: nn.Module) -> None:
+        from .kernels.cpp import CppModel
+        from .kernels.cpp.weights import why_not_model
+
+        reason = why_not_model(model)
+        if reason is not None:
+            if self.options.kernels == "cpp":
+                raise UserError(f"--kernels cpp cannot run here: {reason}")
+            self.report.setdefault("why_no_cpp_step", reason)
+            return
+        assert isinstance(model, Transformer)
+        weights = FORMATS[model.embedding.weight.dtype]
+        self.fast[model] = CppModel(model, weights, self.options.threads or None, release=True)
+        self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
+
+    def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
+        """A runner for so many texts of at most so many tokens."""
+        if model in self.fast:
+            from .fast_runner import make_fast_runner
+
+            return make_fast_runner(model, self.fast[model], options, rows, tokens)
+        return make_runner(model, options, rows, tokens)

@@ -1,0 +1,115 @@
+"""A runner whose forwards are one call into C++: all layers of a step, or several tokens drawn one after the other.
+
+What a text is, and what of it the cache still has, is as in runner.py; only who computes is another.
+
+    python generate.py --kernels cpp --prompt "import "
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from common.philox import Purpose
+
+from .kernels.cpp import CppModel
+from .kv_cache import KVOptions, StaticCache
+from .kv_cache.texts import Texts
+from .model import Transformer
+from .runner import NO_DRAFT, CachedRunner, Drawing, Work, room
+from .sampling import KeyedRandomness
+from .verify import Certain
+
+
+class FastRunner(CachedRunner):
+    """Over a static cache, into which the kernels write."""
+
+    def __init__(self, model: Transformer, fast: CppModel, texts: Texts) -> None:
+        super().__init__(model, texts)
+        self.fast = fast
+        assert isinstance(texts.cache, StaticCache)
+        self.cache = texts.cache
+
+    def _verify(
+        self, works: list[Work], wants_states: bool, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        wanted, counts, start = list[int](), list[int](), 0
+        for work in works:
+            self.cache.make_room(work.row.number, work.count)
+            first = work.skip if wants_states else len(work.new) - 1
+            wanted += range(start + first, start + work.count)
+            counts.append(work.count - first)
+            start += work.count
+        done = self.fast.step(
+            self.cache,
+            [work.new + work.draft.tokens for work in works],
+            rows=[work.row.number for work in works],
+            parents=None if all(work.draft.is_chain for work in works) else [work.parents for work in works],
+            wanted=wanted,
+            taps=taps,
+            hidden=wants_states,
+        )
+        assert done.logits is not None
+        K = max(len(work.draft.tokens) for work in works)
+        logits = done.logits
+        if len(works) == 1:
+            logits = logits[-1 - K :][None]
+        else:
+            ends = torch.tensor(counts).cumsum(0).tolist()
+            read = [
+                [min(end - 1 - len(work.draft.tokens) + j, end - 1) for j in range(K + 1)]
+                for work, end in zip(works, ends, strict=True)
+            ]
+            logits = logits[torch.tensor(read)]
+        if not wants_states:
+            return logits, None
+        outputs = self._outputs(done.hidden, done.tapped).split(counts)
+        return logits, [torch.cat((*work.states, mine)) for work, mine in zip(works, outputs, strict=True)]
+
+    def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
+        self.cache.make_room(work.row.number, work.count)
+        done = self.fast.step(
+            self.cache,
+            [work.new],
+            rows=[work.row.number],
+            wanted=range(work.skip, work.count) if wants_states else [],
+            taps=taps if wants_states else (),
+            logits=False,
+            hidden=wants_states,
+        )
+        return [self._outputs(done.hidden, done.tapped)] if wants_states else []
+
+    def _outputs(self, hidden: Tensor | None, tapped: Tensor | None) -> Tensor:
+        """In the format in which the torch model gives them: a drafter's heads read them."""
+        assert hidden is not None
+        whole = hidden if tapped is None else torch.cat((hidden, tapped), -1)
+        return whole.to(self.model.embedding.weight.dtype)
+
+    def draw(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing
+    ) -> tuple[list[int], Tensor | None] | None:
+        params, source = how.params, how.source
+        certain = params.greedy and (isinstance(source, Certain) or how.purpose == Purpose.SAMPLE)
+        keyed = isinstance(source, KeyedRandomness) and source.seed == params.seed
+        if params.penalised or not (certain or keyed) or len(text) + count > self.model.config.context:
+            return None
+        work = self._begin(owner, text, NO_DRAFT, None, ())
+        row, at = work.row.number, how.position
+        self.cache.make_room(row, len(work.new) + count)
+        probs = None
+        if how.probs:
+            drawn, probs = self.fast.draft_chain(
+                self.cache, row, work.new, count, params, sample=how.sample, position=at, noise=how.purpose
+            )
+        else:
+            drawn = self.fast.generate_plain(self.cache, row, work.new, count, params, sample=how.sample, position=at)
+        self.computed = [work.prefilled + len(work.new) + len(drawn) - 1]
+        self.texts.appended(work.row, work.new + drawn[:-1], [])
+        return drawn, None if params.greedy else probs
+
+
+def make_fast_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> FastRunner:
+    """As make_runner. UserError where the kernels do not take such a cache."""
+    return FastRunner(model, fast, Texts(room(model, options, rows, tokens, torch.float32), rows))

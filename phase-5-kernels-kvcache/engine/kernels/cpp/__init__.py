@@ -1,0 +1,44 @@
+"""The C++ backend for CPUs: whole steps of a model in one call, at the speed at which memory gives the weights.
+
+    from engine.kernels.cpp import CppModel
+    fast = CppModel(loaded.model, "bfloat16")
+    fast.step(cache, [tokens]).logits
+
+What runs on which processor is chosen when the library is loaded: SPECDEC_CPU_ISA=avx512|avx2|portable forces one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import library as _library
+from .eagle import CppEagle
+from .library import chosen_isa, default_threads, library
+from .model import CppModel, Stepped
+from .ops import sample, verify_sample
+
+OPS: dict[str, Callable[..., Any]] = {"sample": sample, "verify_sample": verify_sample}
+
+
+def why_not(device: torch.device | None = None) -> str | None:
+    """Why nothing in C++ can run on this device here, or None. Nothing is compiled to find out."""
+    if device is not None and device.type != "cpu":
+        return f"the C++ kernels run on the CPU, and the device is {device.type}"
+    return _library.why_not()
+
+
+__all__ = [
+    "OPS",
+    "CppEagle",
+    "CppModel",
+    "Stepped",
+    "chosen_isa",
+    "default_threads",
+    "library",
+    "sample",
+    "verify_sample",
+    "why_not",
+]

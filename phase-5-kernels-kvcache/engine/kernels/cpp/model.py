@@ -1,0 +1,314 @@
+"""A Transformer that runs in C++: its matrices in panels, and steps over a static cache.
+
+fast = CppModel(load("stdlib-10m", torch.float32, torch.device("cpu")).model, "bfloat16")
+cache = fast.new_cache(rows=1, tokens=300)
+stepped = fast.step(cache, [prompt])       # prefill: logits of the last token
+cache.keep(0, range(len(prompt)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.philox import Purpose
+
+from ...kv_cache import CacheShape, StaticCache
+from ...model import Transformer
+from ...rope import frequencies
+from ...sampling import SamplingParams
+from .library import checked_threads, chosen_isa, library
+from .ops import sampling_of
+from .weights import KIND_OF, Plan, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
+
+
+class Stepped(NamedTuple):
+    """Of the wanted tokens, in order; float32."""
+
+    hidden: Tensor | None  # [W, D] normed output of the last layer
+    logits: Tensor | None  # [W, V]
+    tapped: Tensor | None  # [W, taps * D] outputs of the tapped layers side by side
+
+
+class CppModel:
+    """The same function as `model`, with `weights` in the given format.
+
+    weights: of the matrices; those that are quantised already stay as they are. int4 has groups of 64, or of 32 where
+    64 do not divide a width. head: of the output matrix; by default as `weights`, and int8 with int4. release: take
+    each matrix out of the torch model as soon as it is packed; the model then only holds its embedding and its head.
+
+    exact_activations: True keeps activations in float32; False rounds them, to bfloat16 beside bfloat16 weights (where
+    the processor has that dot product) and to int8 by groups of 64 beside int8 and int4. By default they are rounded
+    beside int8 and int4 alone: the dot product of bfloat16 gives no more products per second than float32 arithmetic on
+    the processors it was measured on.
+
+    The bits of a token's logits do not depend on how many tokens a step has, nor on the threads. UserError names what
+    the kernels do not take.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        weights: Weights = "float32",
+        threads: int | None = None,
+        *,
+        head: Weights | None = None,
+        exact_activations: bool | None = None,
+        release: bool = False,
+    ) -> None:
+        if (reason := why_not_model(model)) is not None:
+            raise UserError(reason)
+        self._prepare(model, weights, threads, head, exact_activations, release)
+
+    def _prepare(
+        self,
+        model: Any,  # a Transformer, or what has the same parts
+        weights: Weights,
+        threads: int | None,
+        head: Weights | None,
+        exact_activations: bool | None,
+        release: bool,
+    ) -> None:
+        self.config, self.weights = model.config, weights
+        self.exact_activations = exact_activations
+        self.isa = chosen_isa()
+        self._engine = library().Engine(describe(model.config), checked_threads(threads), self.isa)
+        self._tables = self._take_tables(model)
+        head = head or ("int8" if weights == "int4" else weights)
+        every = [*plans(model, weights, head), *self._more(model, weights)]
+        self.weight_bytes = sum(plan.shape(exact_activations).bytes for plan in every)
+        arena = library().Arena(self.weight_bytes + 64 * len(every))
+        for plan in every:
+            self._set(plan, pack(plan, arena, exact_activations))
+            if release:
+                release_matrix(plan)
+        set_vectors(self._engine, model)
+        self._rotations = 0
+        self._engine.finish()
+        self._views: WeakKeyDictionary[StaticCache, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+    def _more(self, model: Any, weights: Weights) -> list[Plan]:
+        """Matrices besides those of every Transformer."""
+        return []
+
+    def _set(self, plan: Plan, packed: Any) -> None:
+        self._engine.set_matrix(plan.layer, plan.which, packed)
+        if plan.which == "head":
+            self._head = packed
+
+    def _take_tables(self, model: Any) -> list[Tensor]:
+        """Embeddings are read where they lie; they are kept from being freed."""
+        tables = [model.embedding.weight.detach().contiguous()]
+        if model.config.positions == "learned":
+            tables.append(model.positions.weight.detach().contiguous())
+        for name, table in zip(("embedding", "positions"), tables, strict=False):
+            self._engine.set_table(name, table.data_ptr(), KIND_OF[table.dtype], len(table))
+        return tables
+
+    @property
+    def threads(self) -> int:
+        return int(self._engine.threads)
+
+    @property
+    def activations(self) -> str:
+        """The format in which activations meet the matrices."""
+        if self.exact_activations or self.weights in ("float32", "float16"):
+            return "float32"
+        if self.weights == "bfloat16":
+            return "bfloat16" if self.exact_activations is False and self._engine.narrow_bf16 else "float32"
+        return "int8"
+
+    def new_cache(self, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> StaticCache:
+        """An empty cache for so many rows of at most so many tokens, drafts included."""
+        config = self.config
+        shape = CacheShape(config.layers, config.kv_heads, config.head_dim)
+        return StaticCache(shape, rows, tokens, dtype, torch.float32, torch.device("cpu"))
+
+    def why_not_cache(self, cache: object) -> str | None:
+        """Why the kernels cannot write into this cache, or None."""
+        if not isinstance(cache, StaticCache):
+            return f"the C++ kernels write into a static cache, and this is a {type(cache).__name__}: use --kv static"
+        if cache.keys[0].values.dtype not in KIND_OF:
+            return (
+                f"the C++ kernels take caches of float32, bfloat16, float16 and int8, not {cache.keys[0].values.dtype}"
+            )
+        return None
+
+    def step(
+        self,
+        cache: StaticCache,
+        tokens: Sequence[Sequence[int]],
+        *,
+        rows: Sequence[int] | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
+        parents: Sequence[Sequence[int]] | None = None,
+        wanted: Sequence[int] | None = None,
+        taps: tuple[int, ...] = (),
+        logits: bool = True,
+        hidden: bool = False,
+        inputs: Tensor | None = None,
+    ) -> Stepped:
+        """One forward over new tokens of some rows; their keys and values are written behind the rows' lengths.
+
+        tokens[r] are those of row rows[r] (0, 1, ... by default). parents[r][i] is the number, within the row's tokens,
+        of the one that token i follows, -1 for the row's last held token: a tree; by default each follows the one
+        before it. positions default to what that gives. wanted are numbers in the rows' tokens one behind the other,
+        ascending; by default the last token of each row. inputs [T, D] enter the first layer in place of the tokens'
+        embeddings. What stands is for the caller to say: `cache.keep`.
+        UserError where the cache is none that the kernels take, ValueError for numbers that cannot be.
+        """
+        if rows is None:
+            rows = range(len(tokens))
+        counts = [len(of_row) for of_row in tokens]
+        held = [cache.lengths[row] for row in rows]
+        if positions is None:
+            positions = [
+                places(length, of_row) for length, of_row in zip(held, parents or map(chain, counts), strict=True)
+            ]
+        if wanted is None:
+            ends = [sum(counts[: at + 1]) for at in range(len(counts))]
+            wanted = [end - 1 for end, count in zip(ends, counts, strict=True) if count]
+        W, D = len(wanted), self.config.width
+        if inputs is not None:
+            inputs = inputs.float().contiguous()
+            if inputs.shape != (sum(counts), D):
+                raise ValueError(f"inputs must be [{sum(counts)}, {D}], and are {list(inputs.shape)}")
+        out_hidden = torch.empty(W, D) if hidden else None
+        out_logits = torch.empty(W, self.config.vocab_size) if logits else None
+        out_tapped = torch.empty(W, len(taps) * D) if taps else None
+        self._engine.step(
+            self.view(cache),
+            flat(tokens),
+            flat(positions),
+            list(rows),
+            counts,
+            held,
+            [] if parents is None else flat(parents),
+            list(wanted),
+            list(taps),
+            0 if out_hidden is None else out_hidden.data_ptr(),
+            0 if out_logits is None else out_logits.data_ptr(),
+            0 if out_tapped is None else out_tapped.data_ptr(),
+            0 if inputs is None else inputs.data_ptr(),
+        )
+        return Stepped(out_hidden, out_logits, out_tapped)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D], as `step` gives it -> logits [..., V]: the bits that `step` gives."""
+        rows = hidden.detach().float().contiguous().view(-1, self.config.width)
+        logits = torch.empty(len(rows), self.config.vocab_size)
+        self._engine.product(self._head, rows.data_ptr(), len(rows), logits.data_ptr())
+        return logits.view(*hidden.shape[:-1], self.config.vocab_size)
+
+    def draft_chain(
+        self,
+        cache: StaticCache,
+        row: int,
+        known: Sequence[int],
+        count: int,
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        position: int | None = None,
+        noise: Purpose = Purpose.DRAFT,
+    ) -> tuple[list[int], Tensor]:
+        """`count` tokens, each drawn after the one before, in one call; and the distributions [count, V].
+
+        known: tokens of the text that the row does not hold yet, at least one. position: of the first drawn token, for
+        its random number; by default behind the known ones. They are drawn as drafters/chains.py draws them. The row
+        afterwards has keys and values of the known tokens and of all drawn but the last: `cache.keep` what stands.
+        UserError for penalties, which need the text.
+        """
+        self._check_text(cache, row, known, params)
+        probs = torch.empty(count, self.config.vocab_size)
+        at = cache.lengths[row] + len(known) if position is None else position
+        drawn = self._engine.draft(
+            self.view(cache), row, cache.lengths[row], list(known), sample, at, count, sampling_of(params), int(noise),
+            probs.data_ptr(),
+        )  # fmt: skip
+        return drawn, probs
+
+    def generate_plain(
+        self,
+        cache: StaticCache,
+        row: int,
+        known: Sequence[int],
+        count: int,
+        params: SamplingParams,
+        *,
+        ends: Sequence[int] = (),
+        sample: int = 0,
+        position: int | None = None,
+    ) -> list[int]:
+        """Plain decoding in one call: until `count` tokens, or one of `ends`, which is the last then.
+
+        Arguments as for draft_chain; the noise is that of plain sampling. The row afterwards has keys and values of the
+        known tokens and of all new ones but the last: `cache.keep` them.
+        """
+        self._check_text(cache, row, known, params)
+        at = cache.lengths[row] + len(known) if position is None else position
+        made: list[int] = self._engine.generate(
+            self.view(cache), row, cache.lengths[row], list(known), sample, at, count, sampling_of(params), list(ends)
+        )
+        return made
+
+    def _check_text(self, cache: StaticCache, row: int, known: Sequence[int], params: SamplingParams) -> None:
+        if params.penalised:
+            raise UserError("penalties need the whole text: the C++ kernels draw without them; use --kernels torch")
+        if not known:
+            raise ValueError("the text has no token that the cache does not hold: nothing to go on from")
+
+    def view(self, cache: StaticCache) -> Any:
+        """The cache as the kernels see it; made anew where its memory is another."""
+        if (reason := self.why_not_cache(cache)) is not None:
+            raise UserError(reason)
+        pointers = (cache.keys[0].values.data_ptr(), cache.values[-1].values.data_ptr())
+        known = self._views.get(cache)
+        if known is not None and known[0] == pointers:
+            return known[1]
+
+        def addresses(tensors: list[Tensor]) -> list[int]:
+            for tensor in tensors:
+                assert tensor.is_contiguous()
+            return [tensor.data_ptr() for tensor in tensors]
+
+        scales = [[s.scales for s in of if s.scales is not None] for of in (cache.keys, cache.values)]
+        view = library().View(
+            KIND_OF[cache.keys[0].values.dtype], len(cache.lengths), cache.shape.kv_heads, cache.capacity,
+            cache.shape.head_dim, addresses([s.values for s in cache.keys]),
+            addresses([s.values for s in cache.values]), addresses(scales[0]), addresses(scales[1]),
+        )  # fmt: skip
+        self._views[cache] = (pointers, view)
+        self._rotate_to(cache.capacity)
+        return view
+
+    def _rotate_to(self, places: int) -> None:
+        """Tables of cosines and sines for so many positions, computed as the torch model computes them."""
+        if self.config.positions != "rope" or places <= self._rotations:
+            return
+        inverse, scale = frequencies(self.config.rope, self.config.head_dim)
+        angles = torch.arange(places).float()[:, None] * inverse
+        cos, sin = (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
+        self._engine.set_rotation(cos.data_ptr(), sin.data_ptr(), cos.numel())
+        self._rotations = places
+
+
+def chain(count: int) -> list[int]:
+    return list(range(-1, count - 1))
+
+
+def places(held: int, parents: Sequence[int]) -> list[int]:
+    """Positions of tokens with these parents behind `held` others."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(held if parent < 0 else found[parent] + 1)
+    return found
+
+
+def flat(of_rows: Sequence[Sequence[int]]) -> list[int]:
+    return list(of_rows[0]) if len(of_rows) == 1 else [number for of_row in of_rows for number in of_row]

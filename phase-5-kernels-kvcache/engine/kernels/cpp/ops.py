@@ -1,0 +1,86 @@
+"""Single operations of the loops in C++: the next token, and the rule of acceptance.
+
+Arguments and results are those of engine/sampling.py and engine/verify.py, which say what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...sampling import KeyedRandomness, Randomness, SamplingParams, choose, penalise
+from ...verify import Certain, Decisions, Verdict, verify
+from .library import chosen_isa, library
+
+MASK = 2**64 - 1
+
+
+def sampling_of(params: SamplingParams, seed: int | None = None) -> Any:
+    """`seed` replaces that of the parameters; a negative one is one too."""
+    seed = params.seed if seed is None else seed
+    return library().Sampling(params.temperature, params.top_k, params.top_p, params.min_p, seed & MASK)
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """logits [R, V] -> the distribution that is sampled, without penalties."""
+    probs = logits.detach().float().contiguous().clone()
+    library().probabilities(chosen_isa(), probs.data_ptr(), *probs.shape, sampling_of(params))
+    return probs
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    randomness: Randomness,
+    samples: Sequence[int],
+    positions: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+) -> list[int]:
+    """The next token of every row of logits [R, V]. Randomness that is not keyed is the caller's own: torch draws."""
+    if logits.dtype == torch.float64 or not (params.greedy or isinstance(randomness, KeyedRandomness)):
+        return choose(logits, params, randomness, samples, positions, prompts, outputs)
+    logits = logits.float()
+    if params.penalised:
+        logits = penalise(logits, params, prompts, outputs)
+    logits = logits.contiguous()
+    how = sampling_of(params, randomness.seed if isinstance(randomness, KeyedRandomness) else None)
+    tokens: list[int] = library().choose(
+        chosen_isa(), logits.data_ptr(), logits.shape[-1], how, list(samples), list(positions)
+    )
+    return tokens
+
+
+def verify_sample(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    target_probs: Tensor,
+    widths: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    decisions: Decisions,
+) -> Verdict:
+    """The rule of engine/verify.py; decisions neither keyed nor certain are the caller's own: torch decides."""
+    keyed = isinstance(decisions, KeyedRandomness)
+    if target_probs.dtype == torch.float64 or not (keyed or isinstance(decisions, Certain)):
+        return verify(draft_tokens, draft_probs, target_probs, widths, samples, positions, decisions)
+    seed = decisions.seed & MASK if isinstance(decisions, KeyedRandomness) else 0
+    R, K = draft_tokens.shape
+    drafts, targets = draft_tokens.contiguous(), target_probs.float().contiguous()
+    probs = None if draft_probs is None else draft_probs.float().contiguous()
+    ratios = torch.zeros(R, K)
+    found = []
+    keys = zip(widths.tolist(), samples.tolist(), positions.tolist(), strict=True)
+    for row, (width, sample_, position) in enumerate(keys):
+        at_probs = 0 if probs is None or not width else probs[row].data_ptr()
+        found.append(
+            library().verify(
+                chosen_isa(), drafts[row].data_ptr(), width, at_probs, targets[row].data_ptr(), targets.shape[-1], seed,
+                sample_, position, not keyed, ratios[row].data_ptr(),
+            )
+        )  # fmt: skip
+    accepted, following = torch.tensor(found, dtype=torch.int64).view(R, 2).unbind(1)
+    return Verdict(accepted, following, ratios)

@@ -1,0 +1,169 @@
+// Attention of a few tokens over a static cache. Included by one file per instruction set.
+//
+// Keys are walked by their place in the text, LANES at a time from the first that a query sees: what was held, then the
+// query's own line among the new tokens. Where a key lies makes no difference to any sum. So a token of a draft, of a
+// tree or alone gets the same bits.
+
+namespace lab::SIMD_NAME {
+
+// x to one place of the cache, in its format: the rounding of kv_cache/storage.py.
+template <Kind KIND>
+static void write_place(const float* x, int count, void* to, uint16_t* scale_to) {
+    if constexpr (KIND == Kind::i8) {
+        float peak = 0;
+        for (int i = 0; i < count; ++i) peak = __builtin_fabsf(x[i]) > peak ? __builtin_fabsf(x[i]) : peak;
+        float scale = peak / 127;
+        *scale_to = half_of_float(scale < 5.9604644775390625e-8f ? 5.9604644775390625e-8f : scale);
+        scale = float_of_half(*scale_to);
+        for (int i = 0; i < count; ++i) {
+            float level = __builtin_rintf(x[i] / scale);
+            level = level > 127 ? 127 : level < -127 ? -127 : level;
+            ((int8_t*)to)[i] = int8_t(level);
+        }
+    } else if constexpr (KIND == Kind::f32) {
+        memcpy(to, x, size_t(count) * 4);
+    } else {
+        for (int i = 0; i < count; ++i)
+            ((uint16_t*)to)[i] = KIND == Kind::bf16 ? bf16_of_float(x[i]) : half_of_float(x[i]);
+    }
+}
+
+LAB_INLINE void write_place(Kind kind, const float* x, int count, void* base, uint16_t* scales, size_t place) {
+    const size_t at = place * size_t(count);
+    switch (kind) {
+        case Kind::f32: return write_place<Kind::f32>(x, count, (float*)base + at, nullptr);
+        case Kind::bf16: return write_place<Kind::bf16>(x, count, (uint16_t*)base + at, nullptr);
+        case Kind::f16: return write_place<Kind::f16>(x, count, (uint16_t*)base + at, nullptr);
+        default: return write_place<Kind::i8>(x, count, (int8_t*)base + at, scales + place);
+    }
+}
+
+constexpr int size_of(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2; }
+
+// The values of Q queries, C registers of features from `from` on: sum over keys of probability x value.
+template <Kind KIND, int Q, int C>
+static void mix(
+    const uint8_t* values, const Token& token, int first, int keys, int d, int from, const float* scores,
+    int score_stride, float* out
+) {
+    Floats acc[Q][C];
+    LAB_EACH(q, Q) LAB_EACH(c, C) acc[q][c] = Floats{};
+    const int width = C == 1 && d - from < LANES ? d - from : LANES;
+    for (int j = 0; j < keys; ++j) {
+        const int place = first + j, slot = place < token.held ? place : token.line[place - token.held];
+        const uint8_t* at = values + (size_t(slot) * d + from) * size_of(KIND);
+        LAB_EACH(c, C) {
+            const Floats value = load_any<KIND>(at + c * LANES * size_of(KIND), C == 1 ? width : LANES);
+            LAB_EACH(q, Q) acc[q][c] = fma(value, all(scores[q * score_stride + j]), acc[q][c]);
+        }
+    }
+    LAB_EACH(q, Q) LAB_EACH(c, C) {
+        float lane[LANES];
+        store(lane, acc[q][c]);
+        memcpy(out + size_t(q) * d + from + c * LANES, lane, size_t(C == 1 ? width : LANES) * 4);
+    }
+}
+
+template <Kind KIND, int Q>
+static void mix_all(
+    const uint8_t* values, const Token& token, int first, int keys, int d, const float* scores, int stride, float* out
+) {
+    int from = 0;
+    for (; from + 4 * LANES <= d; from += 4 * LANES)
+        mix<KIND, Q, 4>(values, token, first, keys, d, from, scores, stride, out);
+    for (; from + 2 * LANES <= d; from += 2 * LANES)
+        mix<KIND, Q, 2>(values, token, first, keys, d, from, scores, stride, out);
+    for (; from < d; from += LANES) mix<KIND, Q, 1>(values, token, first, keys, d, from, scores, stride, out);
+}
+
+// `queries` neighbouring heads of one token, which share keys and values: query [queries, d], scaled -> out likewise.
+template <Kind KIND>
+static void attend_as(
+    const Cache& cache, int layer, const Token& token, int kv_head, int window, const float* query, int queries,
+    float* scores, int stride, float* out
+) {
+    const int d = cache.head_dim;
+    const size_t row = cache.at(token.row, kv_head, 0);
+    const auto* keys = (const uint8_t*)cache.keys[layer] + row * d * size_of(KIND);
+    const auto* values = (const uint8_t*)cache.values[layer] + row * d * size_of(KIND);
+    const int seen = token.held + token.line_length;
+    const int first = window > 0 && seen > window ? seen - window : 0;
+    const int count = seen - first;
+
+    for (int block = 0; block < count; block += LANES) {
+        const uint8_t* at[LANES];
+        float scale[LANES];
+        for (int i = 0; i < LANES; ++i) {
+            const int place = first + (block + i < count ? block + i : count - 1);
+            const int slot = place < token.held ? place : token.line[place - token.held];
+            at[i] = keys + size_t(slot) * d * size_of(KIND);
+            if constexpr (KIND == Kind::i8) scale[i] = float_of_half(cache.key_scales[layer][row + slot]);
+        }
+        for (int q = 0; q < queries; ++q) {
+            Floats dots[LANES];
+            LAB_EACH(i, LANES) dots[i] = Floats{};
+            int from = 0;
+            for (; from + LANES <= d; from += LANES) {
+                const Floats asked = load(query + q * d + from);
+                LAB_EACH(i, LANES) dots[i] = fma(load_any<KIND>(at[i] + from * size_of(KIND)), asked, dots[i]);
+            }
+            if (from < d) {
+                const Floats asked = load_any<Kind::f32>(query + q * d + from, d - from);
+                LAB_EACH(i, LANES) dots[i] = fma(load_any<KIND>(at[i] + from * size_of(KIND), d - from), asked, dots[i]);
+            }
+            Floats score = sums(dots);
+            if constexpr (KIND == Kind::i8) score = score * load(scale);
+            store(scores + size_t(q) * stride + block, score);
+        }
+    }
+    for (int q = 0; q < queries; ++q) {
+        float* mine = scores + size_t(q) * stride;
+        for (int i = count; i < round_up(count, LANES); ++i) mine[i] = -__builtin_inff();
+        Floats most = all(-__builtin_inff());
+        for (int i = 0; i < count; i += LANES) most = larger(most, load(mine + i));
+        const Floats peak = all(largest(most));
+        Floats total{};
+        for (int i = 0; i < count; i += LANES) {
+            const Floats score = load(mine + i);
+            Floats weight = exponential(score - peak);
+            if (i + LANES > count) weight = score == all(-__builtin_inff()) ? Floats{} : weight;  // past the last key
+            store(mine + i, weight);
+            total = total + weight;
+        }
+        const Floats share = all(1 / sum(total));
+        for (int i = 0; i < count; i += LANES) store(mine + i, load(mine + i) * share);
+        if constexpr (KIND == Kind::i8) {
+            for (int i = 0; i < count; ++i) {
+                const int place = first + i, slot = place < token.held ? place : token.line[place - token.held];
+                mine[i] *= float_of_half(cache.value_scales[layer][row + slot]);
+            }
+        }
+    }
+    for (int q = 0; q < queries;) {
+        const float* mine = scores + size_t(q) * stride;
+        switch (queries - q) {
+            case 1: mix_all<KIND, 1>(values, token, first, count, d, mine, stride, out + q * d), q += 1; break;
+            case 2: mix_all<KIND, 2>(values, token, first, count, d, mine, stride, out + q * d), q += 2; break;
+            case 3: mix_all<KIND, 3>(values, token, first, count, d, mine, stride, out + q * d), q += 3; break;
+            default: mix_all<KIND, 4>(values, token, first, count, d, mine, stride, out + q * d), q += 4; break;
+        }
+    }
+}
+
+static void attend(
+    const Cache& cache, int layer, const Token& token, int kv_head, int window, const float* query, int queries,
+    float* scores, int stride, float* out
+) {
+    switch (cache.kind) {
+        case Kind::f32:
+            return attend_as<Kind::f32>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+        case Kind::bf16:
+            return attend_as<Kind::bf16>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+        case Kind::f16:
+            return attend_as<Kind::f16>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+        default:
+            return attend_as<Kind::i8>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+    }
+}
+
+}  // namespace lab::SIMD_NAME

@@ -1,0 +1,173 @@
+// What Python sees. Tensors come as addresses; whoever passes one keeps it alive (see ../__init__.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace lab;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+std::vector<float> floats(uintptr_t address, size_t count) {
+    return {pointer<float>(address), pointer<float>(address) + count};
+}
+
+Kind kind_of(int number) {
+    if (number < 0 || number > 4) throw std::invalid_argument("no such number format");
+    return Kind(number);
+}
+
+Shape shape_of(int kind, int outputs, int inputs, bool wide, bool pair, int scale_group, bool zeros, bool factor, bool bias) {
+    return {kind_of(kind), outputs, inputs, wide, pair, scale_group, zeros, factor, bias};
+}
+
+Model model_of(const py::dict& d) {
+    Model m;
+    auto number = [&](const char* name) { return d[name].cast<int>(); };
+    m.layers = number("layers"), m.width = number("width"), m.heads = number("heads"), m.kv_heads = number("kv_heads");
+    m.head_dim = number("head_dim"), m.ffn = number("ffn"), m.vocab = number("vocab"), m.window = number("window");
+    m.position_offset = number("position_offset");
+    m.gated = d["gated"].cast<bool>(), m.rope = d["rope"].cast<bool>();
+    m.activation = Activation(number("activation"));
+    m.norm_eps = d["norm_eps"].cast<float>();
+    return m;
+}
+
+Sampling sampling_of(double temperature, int top_k, double top_p, double min_p, uint64_t seed) {
+    return {temperature, top_k, top_p, min_p, seed};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(EXTENSION_NAME, module) {
+    module.attr("PANEL") = PANEL;
+    module.attr("MAX_BLOCK") = MAX_BLOCK;
+    module.def("has_isa", [](const std::string& name) { return find_isa(name.c_str()) != nullptr; });
+    module.def("best_isa", [] { return std::string(find_isa("")->name); });
+    module.def("uniform", &uniform);
+
+    py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena", py::module_local())
+        .def(py::init<size_t>())
+        .def_property_readonly("used", &Arena::used);
+
+    py::class_<Shape>(module, "Shape", py::module_local())
+        .def(py::init(&shape_of), py::arg("kind"), py::arg("outputs"), py::arg("inputs"), py::arg("wide"), py::arg("pair"),
+             py::arg("scale_group"), py::arg("zeros"), py::arg("factor"), py::arg("bias"))
+        .def_property_readonly("bytes", &Packed::bytes);
+
+    py::class_<Packed, std::shared_ptr<Packed>>(module, "Packed", py::module_local())
+        .def(py::init<std::shared_ptr<Arena>, const Shape&>())
+        .def("fill", [](Packed& p, int first, int count, uintptr_t rows, int kind) {
+            py::gil_scoped_release release;
+            p.fill(first, count, pointer<void>(rows), kind_of(kind));
+        })
+        .def("fill_levels", [](Packed& p, int first, int count, uintptr_t levels, uintptr_t scales, uintptr_t zeros) {
+            py::gil_scoped_release release;
+            p.fill_levels(first, count, pointer<void>(levels), pointer<uint16_t>(scales), pointer<uint16_t>(zeros));
+        })
+        .def("set_bias", [](Packed& p, uintptr_t bias) { p.set_bias(pointer<float>(bias)); })
+        .def("set_factor", [](Packed& p, uintptr_t factor) { p.set_factor(pointer<float>(factor)); });
+
+    py::class_<View>(module, "View", py::module_local())
+        .def(py::init([](int kind, int rows, int kv_heads, int capacity, int head_dim, std::vector<uintptr_t> keys,
+                         std::vector<uintptr_t> values, std::vector<uintptr_t> key_scales, std::vector<uintptr_t> value_scales) {
+            auto view = std::make_unique<View>();
+            view->cache.kind = kind_of(kind);
+            view->cache.rows = rows, view->cache.kv_heads = kv_heads;
+            view->cache.capacity = capacity, view->cache.head_dim = head_dim;
+            for (uintptr_t p : keys) view->keys.push_back(pointer<void>(p));
+            for (uintptr_t p : values) view->values.push_back(pointer<void>(p));
+            for (uintptr_t p : key_scales) view->key_scales.push_back(pointer<uint16_t>(p));
+            for (uintptr_t p : value_scales) view->value_scales.push_back(pointer<uint16_t>(p));
+            view->bind();
+            return view;
+        }));
+
+    py::class_<Sampling>(module, "Sampling", py::module_local())
+        .def(py::init(&sampling_of), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"));
+
+    py::class_<Engine>(module, "Engine", py::module_local())
+        .def(py::init([](const py::dict& config, int threads, const std::string& isa) {
+            const Isa* set = find_isa(isa.c_str());
+            if (set == nullptr) throw std::invalid_argument("no instruction set " + isa);
+            return std::make_unique<Engine>(model_of(config), threads, set);
+        }))
+        .def_property_readonly("isa", [](const Engine& e) { return std::string(e.isa->name); })
+        .def_property_readonly("narrow_bf16", [](const Engine& e) { return e.isa->narrow_bf16; })
+        .def_property_readonly("threads", &Engine::threads)
+        .def("set_matrix", &Engine::set_matrix)
+        .def("set_vector", [](Engine& e, int layer, const std::string& which, uintptr_t values, size_t count) {
+            e.set_vector(layer, which, floats(values, count));
+        })
+        .def("set_rotation", [](Engine& e, uintptr_t cos, uintptr_t sin, size_t count) {
+            e.set_rotation(floats(cos, count), floats(sin, count));
+        })
+        .def("set_table", [](Engine& e, const std::string& which, uintptr_t data, int kind, int rows) {
+            (which == "embedding" ? e.model.embedding : e.model.positions) = {pointer<void>(data), kind_of(kind), rows};
+        })
+        .def("set_join", &Engine::set_join)
+        .def("continue_chain", [](Engine& e, const View& view, int row, int held, int sample, int position, int count,
+                                  const Sampling& how, uint32_t purpose, uintptr_t feature, uintptr_t logits, uintptr_t probs) {
+            py::gil_scoped_release release;
+            return e.continue_chain(view, {row, held, {}, sample, position}, count, how, purpose, pointer<float>(feature),
+                                    pointer<float>(logits), pointer<float>(probs));
+        })
+        .def("finish", &Engine::finish)
+        .def("step", [](Engine& e, const View& view, std::vector<int> tokens, std::vector<int> positions,
+                        std::vector<int> rows, std::vector<int> counts, std::vector<int> held, std::vector<int> parents,
+                        std::vector<int> wanted, std::vector<int> taps, uintptr_t hidden, uintptr_t logits, uintptr_t tapped, uintptr_t inputs) {
+            py::gil_scoped_release release;
+            e.step(view, {std::move(tokens), std::move(positions), std::move(rows), std::move(counts), std::move(held),
+                          std::move(parents), std::move(wanted), std::move(taps), pointer<float>(inputs),
+                          pointer<float>(hidden), pointer<float>(logits), pointer<float>(tapped)});
+        })
+        .def("draft", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample, int position,
+                         int count, const Sampling& how, uint32_t purpose, uintptr_t probs) {
+            py::gil_scoped_release release;
+            return e.draft(view, {row, held, std::move(known), sample, position}, count, how, purpose, pointer<float>(probs));
+        })
+        .def("generate", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample,
+                            int position, int count, const Sampling& how, std::vector<int> ends) {
+            py::gil_scoped_release release;
+            return e.generate(view, {row, held, std::move(known), sample, position}, count, how, ends);
+        })
+        .def("product", [](Engine& e, const Packed& packed, uintptr_t x, int count, uintptr_t out) {
+            py::gil_scoped_release release;
+            e.product(packed, pointer<float>(x), count, pointer<float>(out));
+        })
+        .def("read_speed", [](Engine& e, uintptr_t from, size_t count, int repeats) {
+            py::gil_scoped_release release;
+            return e.read_speed(pointer<float>(from), count, repeats);
+        });
+
+    // Rows of logits or probabilities, [rows, vocab] each.
+    module.def("probabilities", [](const std::string& isa, uintptr_t x, int rows, int vocab, const Sampling& how) {
+        py::gil_scoped_release release;
+        for (int r = 0; r < rows; ++r) probabilities(*find_isa(isa.c_str()), pointer<float>(x) + size_t(r) * vocab, vocab, how);
+    });
+    module.def("choose", [](const std::string& isa, uintptr_t logits, int vocab, const Sampling& how,
+                            std::vector<int64_t> samples, std::vector<int64_t> positions) {
+        py::gil_scoped_release release;
+        std::vector<float> spare(static_cast<size_t>(vocab));
+        std::vector<int> tokens;
+        for (size_t r = 0; r < samples.size(); ++r)
+            tokens.push_back(choose(*find_isa(isa.c_str()), pointer<float>(logits) + r * size_t(vocab), vocab, how,
+                                    uint32_t(samples[r]), uint32_t(positions[r]), spare.data()));
+        return tokens;
+    });
+    module.def("verify", [](const std::string& isa, uintptr_t draft, int count, uintptr_t draft_probs,
+                            uintptr_t target_probs, int vocab, uint64_t seed, int64_t sample, int64_t position,
+                            bool certain, uintptr_t ratios) {
+        py::gil_scoped_release release;
+        std::vector<float> spare(static_cast<size_t>(vocab));
+        const Stood stood = verify(
+            *find_isa(isa.c_str()), pointer<int64_t>(draft), count, pointer<float>(draft_probs), pointer<float>(target_probs),
+            vocab, seed, uint32_t(sample), uint32_t(position), certain, pointer<float>(ratios), spare.data()
+        );
+        return std::make_pair(stood.accepted, stood.next);
+    });
+}

@@ -1,0 +1,384 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+#define SIMD_NAME plain_code
+#include "simd.h"
+
+namespace lab {
+
+void View::bind() {
+    cache.keys = keys.data();
+    cache.values = values.data();
+    cache.key_scales = key_scales.data();
+    cache.value_scales = value_scales.data();
+}
+
+Engine::Engine(const Model& m, int threads, const Isa* set)
+    : model(m), isa(set), layers_(static_cast<size_t>(m.layers)), pool_(threads) {
+    model.layer = layers_.data();
+}
+
+void Engine::set_matrix(int layer, const std::string& which, std::shared_ptr<Packed> packed) {
+    matrices_.push_back(packed);
+    if (which == "head") {
+        model.head = packed->matrix;
+        return;
+    }
+    Layer& to = layers_.at(size_t(layer));
+    if (which == "qkv") to.qkv = packed->matrix;
+    else if (which == "output") to.output = packed->matrix;
+    else if (which == "up") to.up = packed->matrix;
+    else if (which == "down") to.down = packed->matrix;
+    else throw std::invalid_argument("no matrix " + which);
+}
+
+void Engine::set_vector(int layer, const std::string& which, std::vector<float> values) {
+    vectors_.push_back(std::move(values));
+    const float* data = vectors_.back().data();
+    if (which == "norm.weight") model.norm.weight = data;
+    else if (which == "norm.bias") model.norm.bias = data;
+    else if (which == "token_norm.weight") token_norm_.weight = data;
+    else if (which == "token_norm.bias") token_norm_.bias = data;
+    else if (which == "state_norm.weight") state_norm_.weight = data;
+    else if (which == "state_norm.bias") state_norm_.bias = data;
+    else {
+        Layer& to = layers_.at(size_t(layer));
+        if (which == "attention_norm.weight") to.attention_norm.weight = data;
+        else if (which == "attention_norm.bias") to.attention_norm.bias = data;
+        else if (which == "ffn_norm.weight") to.ffn_norm.weight = data;
+        else if (which == "ffn_norm.bias") to.ffn_norm.bias = data;
+        else if (which == "query_norm") to.query_norm = data;
+        else if (which == "key_norm") to.key_norm = data;
+        else throw std::invalid_argument("no vector " + which);
+    }
+}
+
+void Engine::set_rotation(std::vector<float> cos, std::vector<float> sin) {
+    cos_ = std::move(cos);
+    sin_ = std::move(sin);
+    model.cos = cos_.data();
+    model.sin = sin_.data();
+    model.rotations = int(cos_.size() / size_t(std::max(1, model.head_dim / 2)));
+}
+
+float* Engine::memory(size_t floats) {
+    constexpr size_t EXTRA = ALIGNMENT / sizeof(float);
+    owned_.emplace_back(new float[floats + EXTRA]());
+    const size_t at = reinterpret_cast<size_t>(owned_.back().get());
+    return reinterpret_cast<float*>((at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
+void Engine::finish() {
+    for (Layer& layer : layers_)
+        for (Norm* norm : {&layer.attention_norm, &layer.ffn_norm}) {
+            norm->eps = model.norm_eps;
+            norm->rms = norm->bias == nullptr;
+        }
+    for (Norm* norm : {&model.norm, &token_norm_, &state_norm_}) {
+        norm->eps = model.norm_eps;
+        norm->rms = norm->bias == nullptr;
+    }
+    int widest = std::max({model.width, model.ffn_padded(), model.heads * model.head_dim});
+    size_t acts = 0;
+    for (const auto& packed : matrices_) {
+        const Matrix& w = packed->matrix;
+        widest = std::max(widest, w.padded);
+        const size_t groups = size_t(w.padded / std::max(1, w.group));
+        acts = std::max(acts, size_t(w.padded) * 4 + groups * 8);
+    }
+    acts_floats_ = MAX_BLOCK * acts / 4 + 64;
+    const size_t rows = MAX_BLOCK;
+    const Layer& first = layers_.front();
+    block_.x = memory(rows * size_t(model.width));
+    block_.qkv = memory(rows * size_t(first.qkv.outputs));
+    block_.mixed = memory(rows * size_t(model.heads * model.head_dim));
+    block_.up = memory(rows * size_t(first.up.outputs));
+    block_.inner = memory(rows * size_t(model.ffn_padded()));
+    for (int thread = 0; thread < pool_.size(); ++thread) {
+        normed_.push_back(memory(rows * size_t(widest)));
+        acts_.push_back(reinterpret_cast<uint8_t*>(memory(acts_floats_)));
+    }
+    block_.normed = normed_.data();
+    block_.acts = acts_.data();
+    block_.widest = widest;
+    spare_.resize(size_t(model.vocab));
+    one_.resize(size_t(model.vocab));
+}
+
+void Engine::fit(int capacity) {
+    if (capacity <= capacity_) return;
+    capacity_ = capacity;
+    block_.score_stride = round_up(capacity + 64, 16);
+    scores_owned_.clear();
+    scores_.clear();
+    const size_t size = size_t(block_.score_stride) * size_t(model.heads / model.kv_heads);
+    for (int thread = 0; thread < pool_.size(); ++thread) {
+        scores_owned_.emplace_back(new float[size]());
+        scores_.push_back(scores_owned_.back().get());
+    }
+    block_.scores = scores_.data();
+}
+
+void Engine::check(const View& view, const Request& request) const {
+    auto need = [](bool good, const char* what) {
+        if (!good) throw std::invalid_argument(what);
+    };
+    const Cache& cache = view.cache;
+    const size_t count = request.tokens.size();
+    need(cache.kv_heads == model.kv_heads && cache.head_dim == model.head_dim, "the cache has another shape");
+    need(view.keys.size() == size_t(model.layers), "the cache has another number of layers");
+    need(request.positions.size() == count, "tokens and positions differ in number");
+    need(request.rows.size() == request.counts.size() && request.rows.size() == request.held.size(), "rows and counts differ in number");
+    need(request.parents.empty() || request.parents.size() == count, "tokens and parents differ in number");
+    size_t total = 0;
+    for (size_t r = 0; r < request.rows.size(); ++r) {
+        need(request.rows[r] >= 0 && request.rows[r] < cache.rows, "no such row in the cache");
+        need(request.held[r] >= 0 && request.counts[r] >= 0, "a row's length or count is below 0");
+        need(request.held[r] + request.counts[r] <= cache.capacity, "the cache has no room for the tokens");
+        for (int i = 0; i < request.counts[r]; ++i)
+            need(request.parents.empty() || (request.parents[total + size_t(i)] >= -1 && request.parents[total + size_t(i)] < i),
+                 "a token's parent must come before it");
+        total += size_t(request.counts[r]);
+    }
+    need(total == count, "the rows' counts are not the number of tokens");
+    const int places = model.rope ? model.rotations : model.positions.rows - model.position_offset;
+    for (size_t m = 0; m < count; ++m) {
+        need(request.tokens[m] >= 0 && request.tokens[m] < model.vocab, "a token is not in the vocabulary");
+        need(request.positions[m] >= 0 && request.positions[m] < places, "a position is past the model's");
+    }
+    for (size_t w = 0; w < request.wanted.size(); ++w) {
+        need(request.wanted[w] >= 0 && size_t(request.wanted[w]) < count, "a wanted token is not there");
+        need(w == 0 || request.wanted[w] > request.wanted[w - 1], "wanted tokens must be ascending");
+    }
+    for (int tap : request.taps) need(tap >= 0 && tap < model.layers, "a tapped layer is not there");
+}
+
+void Engine::step(const View& view, const Request& request) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    check(view, request);
+    fit(view.cache.capacity);
+    const size_t count = request.tokens.size();
+    tokens_.assign(count, Token{});
+    lines_.clear();
+    if (!request.parents.empty()) {
+        size_t longest = 0;
+        for (int c : request.counts) longest += size_t(c) * size_t(c);
+        lines_.reserve(longest);  // pointers into it must stand
+    }
+    size_t m = 0;
+    for (size_t r = 0; r < request.rows.size(); ++r) {
+        const int held = request.held[r];
+        const size_t first = m;
+        for (int i = 0; i < request.counts[r]; ++i, ++m) {
+            Token& token = tokens_[m];
+            token.id = request.tokens[m];
+            token.position = request.positions[m];
+            token.row = request.rows[r];
+            token.slot = held + i;
+            token.held = held + i + 1;
+            if (request.parents.empty()) continue;
+            const size_t begin = lines_.size();
+            for (int at = i; at >= 0; at = request.parents[first + size_t(at)]) lines_.push_back(held + at);
+            std::reverse(lines_.begin() + long(begin), lines_.end());
+            token.held = held;
+            token.line = lines_.data() + begin;
+            token.line_length = int(lines_.size() - begin);
+        }
+    }
+    for (size_t w = 0; w < request.wanted.size(); ++w) tokens_[size_t(request.wanted[w])].wanted = int(w);
+    block_.model = &model;
+    block_.cache = &view.cache;
+    block_.hidden = request.hidden;
+    block_.logits = request.logits;
+    block_.tapped = request.tapped;
+    block_.taps = request.taps.data();
+    block_.tap_count = int(request.taps.size());
+    for (size_t from = 0; from < count; from += MAX_BLOCK) {
+        block_.tokens = tokens_.data() + from;
+        block_.count = int(std::min(count - from, size_t(MAX_BLOCK)));
+        block_.wanted = 0;
+        block_.embedded = request.inputs != nullptr;
+        if (block_.embedded) {
+            const size_t width = size_t(model.width);
+            std::copy_n(request.inputs + from * width, size_t(block_.count) * width, block_.x);
+        }
+        for (int i = 0; i < block_.count; ++i) block_.wanted += block_.tokens[i].wanted >= 0;
+        pool_.run([](void* with, int thread) {
+            auto* engine = static_cast<Engine*>(with);
+            engine->isa->step(engine->block_, thread, engine->pool_.size(), engine->pool_.barrier);
+        }, this);
+    }
+}
+
+namespace {
+
+// A request for what follows one text: all tokens it has, the last one's logits.
+Request following(const Engine::Text& text, float* logits) {
+    Request request;
+    const int count = int(text.known.size());
+    request.tokens = text.known;
+    for (int i = 0; i < count; ++i) request.positions.push_back(text.held + i);
+    request.rows = {text.row};
+    request.counts = {count};
+    request.held = {text.held};
+    request.wanted = {count - 1};
+    request.logits = logits;
+    return request;
+}
+
+// The same request for the next token.
+void go_on(Request& request, int token) {
+    const int place = request.held[0] + request.counts[0];
+    request.tokens.assign(1, token);
+    request.positions.assign(1, place);
+    request.held[0] = place;
+    request.counts[0] = 1;
+    request.wanted[0] = 0;
+}
+
+}  // namespace
+
+// A token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
+int Engine::draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose) {
+    if (how.temperature == 0) return isa->largest(of_token, model.vocab);
+    probabilities(*isa, of_token, model.vocab, how);
+    if (purpose == SAMPLE)
+        return draw_gumbel(*isa, of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), SAMPLE);
+    return draw_inverse(of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), purpose);
+}
+
+std::vector<int> Engine::continue_chain(
+    const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
+    const float* logits, float* probs
+) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    if (join_ == nullptr) throw std::invalid_argument("this model continues no features");
+    const size_t width = size_t(model.width), vocab = size_t(model.vocab);
+    std::vector<float> state(feature, feature + width), pair(2 * width), input(width), embedded(width);
+    std::vector<int> drawn;
+    std::copy_n(logits, vocab, probs);
+    for (int i = 0; i < count; ++i) {
+        float* of_token = probs + size_t(i) * vocab;
+        if (i > 0) {
+            embed(drawn.back(), embedded.data());
+            isa->normalise(token_norm_, embedded.data(), model.width, pair.data());
+            isa->normalise(state_norm_, state.data(), model.width, pair.data() + width);
+            product(*join_, pair.data(), 1, input.data());
+            Request request;
+            const int place = text.held + i - 1;
+            request.tokens = {drawn.back()}, request.positions = {place};
+            request.rows = {text.row}, request.counts = {1}, request.held = {place}, request.wanted = {0};
+            request.inputs = input.data(), request.hidden = state.data(), request.logits = of_token;
+            step(view, request);
+        }
+        drawn.push_back(draw(of_token, how, text.sample, text.position + i, purpose));
+    }
+    return drawn;
+}
+
+std::vector<int> Engine::draft(
+    const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs
+) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    std::vector<int> drawn;
+    Request request = following(text, nullptr);
+    for (int i = 0; i < count; ++i) {
+        float* of_token = probs + size_t(i) * size_t(model.vocab);
+        request.logits = of_token;
+        step(view, request);
+        const int token = draw(of_token, how, text.sample, text.position + i, purpose);
+        drawn.push_back(token);
+        go_on(request, token);
+    }
+    return drawn;
+}
+
+// The next token of plain decoding from the logits in one_. Noise for a whole vocabulary is worth sharing out.
+int Engine::choose_plain(const Sampling& how, int sample, int position) {
+    constexpr int WORDS = 64;  // a thread's share begins at a multiple
+    const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_.size() == 1 || model.vocab < 16 * WORDS;
+    if (alone) return choose(*isa, one_.data(), model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
+    struct With { Engine* engine; float scale; uint32_t key[2], counter[3]; std::vector<std::pair<float, int>> best; };
+    With with{
+        this, float(1 / how.temperature), {uint32_t(how.seed), uint32_t(how.seed >> 32)},
+        {uint32_t(position), uint32_t(sample), SAMPLE}, std::vector<std::pair<float, int>>(size_t(pool_.size()))
+    };
+    pool_.run([](void* given, int thread) {
+        auto& with = *static_cast<With*>(given);
+        const Engine& engine = *with.engine;
+        const int vocab = engine.model.vocab, units = (vocab + WORDS - 1) / WORDS, threads = engine.pool_.size();
+        const int begin = units * thread / threads * WORDS, end = std::min(vocab, units * (thread + 1) / threads * WORDS);
+        auto& [value, at] = with.best[size_t(thread)];
+        at = engine.isa->gumbel(engine.one_.data(), begin, end, with.scale, with.key, with.counter, &value);
+    }, &with);
+    auto best = with.best.front();
+    for (const auto& other : with.best)
+        if (other.first > best.first) best = other;
+    return best.second;
+}
+
+std::vector<int> Engine::generate(
+    const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends
+) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    std::vector<int> made;
+    Request request = following(text, one_.data());
+    for (int i = 0; i < count; ++i) {
+        step(view, request);
+        const int token = choose_plain(how, text.sample, text.position + i);
+        made.push_back(token);
+        if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
+        go_on(request, token);
+    }
+    return made;
+}
+
+void Engine::embed(int token, float* to) const {
+    const size_t width = size_t(model.width), at = size_t(token) * width;
+    if (model.embedding.kind == Kind::f32) {
+        std::copy_n(static_cast<const float*>(model.embedding.data) + at, width, to);
+        return;
+    }
+    const auto* from = static_cast<const uint16_t*>(model.embedding.data) + at;
+    for (size_t k = 0; k < width; ++k)
+        to[k] = model.embedding.kind == Kind::bf16 ? plain_code::float_of_bf16(from[k]) : plain_code::float_of_half(from[k]);
+}
+
+void Engine::product(const Packed& packed, const float* x, int count, float* out) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    const Matrix& w = packed.matrix;
+    const size_t groups = size_t(w.padded / std::max(1, w.group));
+    const size_t spare = size_t(MAX_BLOCK) * size_t(w.padded), acts = spare + size_t(MAX_BLOCK) * groups * 2;
+    // A finished model's own memory will do for its own matrices; others need some for the time of the call.
+    const bool own = block_.widest >= w.padded && acts_floats_ >= acts;
+    std::vector<float> memory(own ? 0 : size_t(pool_.size()) * (spare + acts));
+    struct With { Engine* engine; const Matrix* w; const float* x; int count; float* out; int limit; float* memory; size_t spare, each; };
+    With with{this, &w, x, count, out, packed.shape.outputs, own ? nullptr : memory.data(), spare, spare + acts};
+    pool_.run([](void* given, int thread) {
+        const auto& with = *static_cast<With*>(given);
+        Engine& engine = *with.engine;
+        float* mine = with.memory == nullptr ? engine.normed_[size_t(thread)] : with.memory + size_t(thread) * with.each;
+        uint8_t* acts = with.memory == nullptr ? engine.acts_[size_t(thread)] : reinterpret_cast<uint8_t*>(mine + with.spare);
+        engine.isa->product(*with.w, with.x, with.count, with.out, with.limit, mine, acts, thread, engine.pool_.size());
+    }, &with);
+}
+
+double Engine::read_speed(const float* from, size_t count, int repeats) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    struct With { Engine* engine; const float* from; size_t count; int repeats; std::vector<double> sums; };
+    With with{this, from, count, repeats, std::vector<double>(size_t(pool_.size()) * 8)};
+    const auto began = std::chrono::steady_clock::now();
+    pool_.run([](void* given, int thread) {
+        auto& with = *static_cast<With*>(given);
+        const size_t n = size_t(with.engine->pool_.size()), t = size_t(thread);
+        const size_t begin = with.count * t / n, end = with.count * (t + 1) / n;
+        for (int i = 0; i < with.repeats; ++i) with.sums[t * 8] += with.engine->isa->read(with.from + begin, end - begin);
+    }, &with);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+    return double(count) * 4 * repeats / took.count();
+}
+
+}  // namespace lab

@@ -1,0 +1,149 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace lab {
+
+namespace {
+
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+void softmax(const Isa& isa, float* x, int count) {
+    const float most = x[isa.largest(x, count)];
+    const float share = float(1 / isa.exponentials(x, count, most));
+    for (int i = 0; i < count; ++i) x[i] *= share;
+}
+
+}  // namespace
+
+float uniform(uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose, uint32_t index) {
+    uint32_t a = index / 4, b = position, c = sample, d = purpose;
+    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t first = uint64_t(a) * 0xD2511F53u, second = uint64_t(c) * 0xCD9E8D57u;
+        a = uint32_t(second >> 32) ^ b ^ low;
+        b = uint32_t(second);
+        c = uint32_t(first >> 32) ^ d ^ high;
+        d = uint32_t(first);
+        low += 0x9E3779B9u;
+        high += 0xBB67AE85u;
+    }
+    const uint32_t words[4] = {a, b, c, d};
+    return (float(words[index % 4] >> 9) + 0.5f) * 1.1920928955078125e-7f;
+}
+
+void probabilities(const Isa& isa, float* x, int vocab, const Sampling& how) {
+    if (how.temperature == 0) {
+        const int best = isa.largest(x, vocab);
+        std::fill(x, x + vocab, 0.0f);
+        x[best] = 1;
+        return;
+    }
+    const float temperature = float(how.temperature);
+    if (temperature != 1)
+        for (int i = 0; i < vocab; ++i) x[i] /= temperature;
+    if (how.top_k > 0 && how.top_k < vocab) {
+        std::vector<float> sorted(x, x + vocab);
+        std::nth_element(sorted.begin(), sorted.begin() + how.top_k - 1, sorted.end(), std::greater<float>());
+        const float smallest = sorted[size_t(how.top_k) - 1];
+        for (int i = 0; i < vocab; ++i)
+            if (x[i] < smallest) x[i] = NEVER;
+    }
+    if (how.top_p < 1) {
+        std::vector<int> order(static_cast<size_t>(vocab));
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [x](int a, int b) { return x[a] < x[b]; });
+        std::vector<float> probs(x, x + vocab);
+        softmax(isa, probs.data(), vocab);
+        const float limit = float(1 - how.top_p);
+        double sum = 0;
+        for (int i = 0; i < vocab - 1; ++i) {  // the most likely token always stays
+            sum += probs[size_t(order[size_t(i)])];
+            if (float(sum) > limit) break;
+            x[order[size_t(i)]] = NEVER;
+        }
+    }
+    if (how.min_p <= 0) return softmax(isa, x, vocab);
+    std::vector<float> logits(x, x + vocab);
+    softmax(isa, x, vocab);
+    const float least = float(how.min_p) * x[isa.largest(x, vocab)];
+    for (int i = 0; i < vocab; ++i)
+        if (x[i] < least) logits[size_t(i)] = NEVER;
+    std::copy(logits.begin(), logits.end(), x);
+    softmax(isa, x, vocab);
+}
+
+int draw_gumbel(
+    const Isa& isa, const float* probs, int vocab, uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose
+) {
+    std::vector<float> logs(static_cast<size_t>(vocab));
+    for (int i = 0; i < vocab; ++i) logs[size_t(i)] = probs[i] > 0 ? std::log(probs[i]) : NEVER;
+    const uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)}, counter[3] = {position, sample, purpose};
+    float best;
+    return isa.gumbel(logs.data(), 0, vocab, 1, key, counter, &best);
+}
+
+int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose) {
+    double total = 0;
+    for (int i = 0; i < vocab; ++i) total += probs[i];
+    const double wanted = double(uniform(seed, sample, position, purpose, 0)) * total;
+    double sum = 0;
+    for (int i = 0; i < vocab; ++i) {
+        sum += probs[i];
+        if (sum > wanted) return i;
+    }
+    return vocab - 1;
+}
+
+int choose(
+    const Isa& isa, const float* logits, int vocab, const Sampling& how, uint32_t sample, uint32_t position, float* spare
+) {
+    if (how.temperature == 0) return isa.largest(logits, vocab);
+    if (how.filtered(vocab)) {
+        std::copy(logits, logits + vocab, spare);
+        probabilities(isa, spare, vocab, how);
+        return draw_gumbel(isa, spare, vocab, how.seed, sample, position, SAMPLE);
+    }
+    // argmax(log p + noise) = argmax(logit / temperature + noise): what all tokens share does not matter.
+    const uint32_t key[2] = {uint32_t(how.seed), uint32_t(how.seed >> 32)}, counter[3] = {position, sample, SAMPLE};
+    float best;
+    return isa.gumbel(logits, 0, vocab, float(1 / how.temperature), key, counter, &best);
+}
+
+Stood verify(
+    const Isa& isa, const int64_t* draft, int count, const float* draft_probs, const float* target_probs, int vocab,
+    uint64_t seed, uint32_t sample, uint32_t position, bool certain, float* ratios, float* spare
+) {
+    int accepted = count;
+    for (int i = 0; i < count; ++i) {
+        const float target = target_probs[size_t(i) * vocab + draft[i]];
+        ratios[i] = target;
+        if (draft_probs != nullptr) ratios[i] = std::min(target / draft_probs[size_t(i) * vocab + draft[i]], 1.0f);
+        const float least = certain ? 0.5f : uniform(seed, sample, position + uint32_t(i), ACCEPT, 0);
+        if (!(least < ratios[i]) && accepted == count) accepted = i;
+    }
+    const float* following = target_probs + size_t(accepted) * vocab;
+    const uint32_t at = position + uint32_t(accepted);
+    if (accepted == count) {
+        if (certain) return {accepted, isa.largest(following, vocab)};
+        return {accepted, draw_gumbel(isa, following, vocab, seed, sample, at, SAMPLE)};
+    }
+    std::copy(following, following + vocab, spare);
+    if (draft_probs == nullptr) spare[draft[accepted]] = 0;
+    else
+        for (int i = 0; i < vocab; ++i) spare[i] = std::max(0.0f, spare[i] - draft_probs[size_t(accepted) * vocab + i]);
+    double mass = 0;
+    for (int i = 0; i < vocab; ++i) mass += spare[i];
+    // Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
+    const float* residual = mass > 0 ? spare : following;
+    if (certain) return {accepted, isa.largest(residual, vocab)};
+    if (mass > 0)
+        for (int i = 0; i < vocab; ++i) spare[i] = float(spare[i] / float(mass));
+    return {accepted, draw_inverse(residual, vocab, seed, sample, at, RESIDUAL)};
+}
+
+}  // namespace lab

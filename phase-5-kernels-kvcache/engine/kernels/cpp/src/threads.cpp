@@ -1,0 +1,71 @@
+#include "threads.h"
+
+#include <chrono>
+#include <stdexcept>
+
+namespace lab {
+
+namespace {
+// How long a thread without work keeps spinning. A decoding loop comes back sooner; whoever went away does not.
+constexpr auto PATIENCE = std::chrono::microseconds(200);
+constexpr int BETWEEN_LOOKS = 64;  // at the clock
+}  // namespace
+
+Pool::Pool(int threads) : barrier(threads), size_(threads), owner_(getpid()) {
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+}
+
+Pool::~Pool() {
+    if (getpid() != owner_) {
+        for (std::thread& worker : workers_) worker.detach();
+        return;
+    }
+    ending_ = true;
+    run([](void*, int) {}, nullptr);
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::run(Job job, void* with) {
+    if (size_ == 1) return job(with, 0);
+    if (getpid() != owner_) throw std::runtime_error("the model's threads are in another process: make it after a fork");
+    job_ = job;
+    with_ = with;
+    busy_.store(size_ - 1, std::memory_order_relaxed);
+    number_.fetch_add(1);  // sequentially consistent, as the sleepers' look at it: one of us sees the other
+    if (asleep_.load() > 0) {
+        std::lock_guard<std::mutex> hold(mutex_);
+        called_.notify_all();
+    }
+    job(with, 0);
+    for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+        if (spins < 1000) relax();
+        else sched_yield();
+    }
+}
+
+void Pool::work(int thread) {
+    uint32_t done = 0;
+    for (;;) {
+        auto until = std::chrono::steady_clock::now() + PATIENCE;
+        for (int spins = 0; number_.load(std::memory_order_acquire) == done;) {
+            relax();
+            if (++spins % BETWEEN_LOOKS != 0) continue;
+            if (std::chrono::steady_clock::now() < until) {
+                if (spins > 16 * BETWEEN_LOOKS) sched_yield();
+                continue;
+            }
+            std::unique_lock<std::mutex> hold(mutex_);
+            asleep_.fetch_add(1);
+            called_.wait(hold, [&] { return number_.load() != done; });
+            asleep_.fetch_sub(1);
+            break;
+        }
+        done += 1;  // every job waits for all threads, so none is missed
+        const bool last = ending_;
+        job_(with_, thread);
+        busy_.fetch_sub(1, std::memory_order_acq_rel);
+        if (last) return;
+    }
+}
+
+}  // namespace lab

@@ -1,0 +1,183 @@
+"""A model's matrices into panels: read from the torch model one after the other, in a few rows at a time.
+
+Matrices that are quantised already keep their levels; others are rounded to nearest, as engine/quantize.py does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+from ...config import ModelConfig
+from ...model import Linear, Transformer
+from ...packing import PackedLinear
+from ...quantize import Format, QuantLinear, rtn
+from ...weights import give_back_freed
+from .library import library
+
+Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+KIND_OF = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+ROWS = 128  # of a matrix that are rounded at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One matrix: where it comes from, where it goes, and in which format."""
+
+    layer: int
+    which: str  # qkv, output, up, down, head
+    module: nn.Linear | QuantLinear
+    format: Weights
+    pair: bool  # gate and up
+
+    def shape(self, exact: bool | None) -> Any:
+        """`exact`: whether activations stay float32; None: where that costs nothing, with weights of 16 or 32 bits."""
+        quantised = self.module if isinstance(self.module, QuantLinear) else None
+        group = 0
+        if self.format == "int4":
+            group = quantised.format.group if quantised is not None else int4_format(self.module.in_features).group
+        return library().Shape(
+            kind=KINDS[self.format],
+            outputs=self.module.out_features,
+            inputs=self.module.in_features,
+            wide=self.format == "bfloat16" if exact is None else exact,
+            pair=self.pair,
+            scale_group=group,
+            zeros=quantised is not None and quantised.zeros is not None,
+            factor=quantised is not None and quantised.factor is not None,
+            bias=self.module.bias is not None,
+        )
+
+
+def int4_format(width: int) -> Format:
+    return Format("int4", 64 if width % 64 == 0 else 32)
+
+
+def why_not_model(model: nn.Module) -> str | None:
+    """What of a model the kernels do not take, or None."""
+    if not isinstance(model, Transformer) or not model.has_cache:
+        return f"the C++ kernels run Transformer checkpoints, and this is a {type(model).__name__}"
+    config = model.config
+    if config.head_dim % 2:
+        return f"the C++ kernels take even head widths, and this model's is {config.head_dim}"
+    if config.heads % config.kv_heads:
+        return f"{config.heads} heads cannot share {config.kv_heads} key-value heads evenly"
+    device = model.embedding.weight.device.type
+    if device != "cpu":
+        return f"the C++ kernels run on the CPU, and this model is on {device}"
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        return "the model's matrices are in oneDNN's blocks already; load it unpacked"
+    if model.embedding.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the embedding is {model.embedding.weight.dtype}; float32, bfloat16 and float16 are taken"
+    return None
+
+
+def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
+    def plan(layer: int, which: str, module: nn.Module, wanted: Weights, pair: bool = False) -> Plan:
+        assert isinstance(module, nn.Linear | QuantLinear)
+        if isinstance(module, QuantLinear):
+            wanted = module.format.name
+        elif wanted == "int4" and module.in_features % 32:
+            name = which if layer < 0 else f"layers.{layer}.{which}"
+            raise UserError(
+                f"{name} has {module.in_features} input features, and groups of 32 or 64 do not divide them: use int8"
+            )
+        return Plan(layer, which, module, wanted, pair)
+
+    for number, layer in enumerate(model.layers):
+        gated = model.config.gated
+        yield plan(number, "qkv", layer.attention.qkv, weights)
+        yield plan(number, "output", layer.attention.output, weights)
+        yield plan(number, "up", layer.ffn.gate_up if gated else layer.ffn.up, weights, gated)
+        yield plan(number, "down", layer.ffn.down, weights)
+    yield plan(-1, "head", model.head, head)
+
+
+def pack(plan: Plan, arena: Any, exact: bool | None) -> Any:
+    """The matrix in panels, in the arena's memory."""
+    packed = library().Packed(arena, plan.shape(exact))
+    module = plan.module
+    if isinstance(module, QuantLinear):
+        fill_levels(packed, 0, module)
+        if module.factor is not None:
+            factor = module.factor.float().contiguous()
+            packed.set_factor(factor.data_ptr())
+    else:
+        weight = module.weight.detach()
+        format = None
+        if plan.format in ("int8", "int4"):
+            format = Format("int8") if plan.format == "int8" else int4_format(module.in_features)
+        for first in range(0, len(weight), ROWS):
+            rows = weight[first : first + ROWS].contiguous()
+            if format is None:
+                packed.fill(first, len(rows), rows.data_ptr(), KIND_OF[rows.dtype])
+            else:
+                fill_levels(packed, first, QuantLinear.of(rtn(rows, format), format, None))
+    if module.bias is not None:
+        bias = module.bias.detach().float().contiguous()
+        packed.set_bias(bias.data_ptr())
+    return packed
+
+
+def fill_levels(packed: Any, first: int, rows: QuantLinear) -> None:
+    levels, scales = rows.values.contiguous(), rows.scales.contiguous()
+    zeros = None if rows.zeros is None else rows.zeros.contiguous()
+    at_zeros = 0 if zeros is None else zeros.data_ptr()
+    packed.fill_levels(first, rows.out_features, levels.data_ptr(), scales.data_ptr(), at_zeros)
+
+
+def describe(config: ModelConfig) -> dict[str, object]:
+    """The numbers that the engine is made with."""
+    return {
+        "layers": config.layers,
+        "width": config.width,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "ffn": config.ffn_width,
+        "vocab": config.vocab_size,
+        "window": config.window or 0,
+        "position_offset": config.position_offset,
+        "gated": config.gated,
+        "rope": config.positions == "rope",
+        "activation": ACTIVATIONS[config.activation],
+        "norm_eps": config.norm_eps,
+    }
+
+
+def set_vector(engine: Any, layer: int, name: str, values: Tensor | None) -> None:
+    if values is not None:
+        wide = values.detach().float().contiguous()
+        engine.set_vector(layer, name, wide.data_ptr(), wide.numel())
+
+
+def set_norm(engine: Any, layer: int, name: str, norm: nn.Module) -> None:
+    assert isinstance(norm.weight, Tensor)
+    set_vector(engine, layer, f"{name}.weight", norm.weight)
+    set_vector(engine, layer, f"{name}.bias", getattr(norm, "bias", None))
+
+
+def set_vectors(engine: Any, model: Any) -> None:
+    """Norms, which are copied as float32."""
+    for number, layer in enumerate(model.layers):
+        set_norm(engine, number, "attention_norm", layer.attention_norm)
+        set_norm(engine, number, "ffn_norm", layer.ffn_norm)
+        if model.config.qk_norm:
+            set_vector(engine, number, "query_norm", layer.attention.query_norm.weight)
+            set_vector(engine, number, "key_norm", layer.attention.key_norm.weight)
+    set_norm(engine, -1, "norm", model.norm)
+
+
+def release_matrix(plan: Plan) -> None:
+    """Give back what a torch module holds, once it is packed: it cannot compute any more."""
+    if isinstance(plan.module, Linear) and plan.which != "head":
+        plan.module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        give_back_freed()

@@ -1,0 +1,45 @@
+// Where a token lies in a cache, the same for every kind of cache: keys of a layer are [places, kv_heads, slots, D].
+//
+//     static, ring   place = row,              slot = p, or of a ring p modulo slots
+//     paged          place = table[p / page],  slot = p modulo page
+#pragma once
+
+#include "device.cuh"
+
+struct Places {
+    const int* rows;    // [R] row of the cache, of every row of the forward
+    const int* tables;  // [R, width] pages of 1 << shift positions, or null
+    int width, shift;
+    unsigned wrap;                    // slots of a ring, or 0
+    int64_t s_place, s_head, s_slot;  // strides in heads of D features
+
+    // Which of the heads in memory a position's is: its features begin D times as far, its int8 scale stands there. A
+    // division is slow: where none is needed, none is done.
+    __device__ __forceinline__ int64_t number(int r, unsigned position, int head) const {
+        if (tables) {
+            int64_t page = tables[int64_t(r) * width + (position >> shift)];
+            return page * s_place + head * s_head + (position & ((1u << shift) - 1)) * s_slot;
+        }
+        return rows[r] * s_place + head * s_head + (wrap ? position % wrap : position) * s_slot;
+    }
+};
+
+// Write features lane, lane + 32, ... of one head, held by a warp, as number `at` of a layer's keys or values;
+// int8 is rounded to nearest, ties to even, with scale = max |x| / 127, as kv_cache/storage.py does. x(i) is feature i.
+template <class Stored, class X>
+__device__ __forceinline__ void put(const X& x, Stored* cache, f16* scales, int64_t at, int D) {
+    int lane = threadIdx.x % 32;
+    cache += at * D;
+    if constexpr (std::is_same_v<Stored, int8_t>) {
+        float most = 0;
+        for (int i = lane; i < D; i += 32) most = fmaxf(most, fabsf(x(i)));
+        most = warp_max(most);
+        f16 scale = from_float<f16>(fmaxf(divide(most, 127.0f), 5.9604644775390625e-08f));
+        float divisor = to_float(scale);
+        for (int i = lane; i < D; i += 32)
+            cache[i] = int8_t(fminf(fmaxf(round_even(divide(x(i), divisor)), -127.0f), 127.0f));
+        if (lane == 0) scales[at] = scale;
+    } else {
+        for (int i = lane; i < D; i += 32) cache[i] = from_float<Stored>(x(i));
+    }
+}

@@ -1,0 +1,192 @@
+// sample: from logits to a token on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
+//
+// A block has a row. Nothing is sorted: where a filter cuts is found by its number's bits, eight at a time, from
+// histograms of what has the bits found so far (radix selection). Masses are whole numbers, exp(x - highest) in units of
+// 2^-40: their sums are the same in any order, so the atomic additions leave nothing to chance. Of equal logits at the
+// edge of top-p those with the lowest ids go first, as in a stable sort.
+#include "choice.cuh"
+#include "ops.h"
+#include "philox.cuh"
+
+namespace {
+
+constexpr int THREADS = 1024, BINS = 256;
+using Count = unsigned long long;
+
+template <class T> struct Row {
+    const T* logits;
+    float temperature;
+    int V;
+    float top;
+
+    // Adding 0 makes -0 the same number as 0.
+    __device__ __forceinline__ float operator()(int at) const { return divide(to_float(logits[at]), temperature) + 0.0f; }
+    __device__ __forceinline__ float weight(float x) const { return expf(x - top); }
+    __device__ __forceinline__ Count mass(float x) const { return Count(double(weight(x)) * 1099511627776.0); }
+};
+
+// float32 as whole numbers of the same order.
+__device__ __forceinline__ uint32_t ordered(float x) {
+    uint32_t bits = as_bits(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Of the numbers `least` .. the largest, walked upwards (or downwards): the one at which the sum of their `worth`s first
+// exceeds (reaches) `limit`, and the sum before it.
+template <bool UP, class T, class Worth>
+__device__ uint32_t select(const Row<T>& row, uint32_t least, Count limit, Count* before, Count* bins, const Worth& worth) {
+    __shared__ uint32_t found_bin;
+    __shared__ Count found_sum;
+    uint32_t prefix = 0;
+    Count sum = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
+        __syncthreads();
+#pragma unroll 4
+        for (int at = threadIdx.x; at < row.V; at += THREADS) {
+            float x = row(at);
+            uint32_t whole = ordered(x);
+            bool same = shift == 24 || whole >> (shift + 8) == prefix >> (shift + 8);
+            if (same && whole >= least) atomicAdd(&bins[whole >> shift & 255], Count(worth(x)));
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int bin = UP ? 0 : 255, last = UP ? 255 : 0, filled = bin;
+            for (;; bin += UP ? 1 : -1) {
+                if (bins[bin]) filled = bin;
+                bool there = UP ? sum + bins[bin] > limit : sum + bins[bin] >= limit;
+                if (there && bins[bin]) break;
+                if (bin == last) {  // rounding: the last that there is
+                    bin = filled;
+                    sum -= bins[bin];
+                    break;
+                }
+                sum += bins[bin];
+            }
+            found_bin = bin, found_sum = sum;
+        }
+        __syncthreads();
+        prefix |= found_bin << shift;
+        sum = found_sum;
+    }
+    *before = sum;
+    return prefix;
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, float temperature, int64_t top_k, double top_p,
+       float min_p) {
+    __shared__ Best bests[THREADS / 32];
+    __shared__ float floats[THREADS / 32];
+    __shared__ Count bins[BINS];
+    __shared__ int ties[THREADS / 32];
+    int64_t r = blockIdx.x;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Row<T> row{logits + r * stride, temperature, V, 0};
+    float top = -INFINITY;
+#pragma unroll 8
+    for (int at = threadIdx.x; at < V; at += THREADS) top = fmaxf(top, row(at));
+    row.top = block_max(top, floats);
+
+    uint32_t least = 0;  // the smallest logit that is kept, by its bits
+    Count sum = 0;
+    if (top_k > 0 && top_k < V) least = select<false>(row, 0, top_k, &sum, bins, [](float) { return 1; });
+    uint32_t edge = least;
+    int gone = 0;  // of the logits at the edge
+    if (top_p < 1) {
+        auto mass = [&](float x) { return row.mass(x); };
+        __shared__ Count all;
+        __syncthreads();
+        if (threadIdx.x == 0) all = 0;
+        __syncthreads();
+        Count mine = 0;
+#pragma unroll 4
+        for (int at = threadIdx.x; at < V; at += THREADS) {
+            float x = row(at);
+            if (ordered(x) >= least) mine += row.mass(x);
+        }
+        atomicAdd(&all, mine);
+        __syncthreads();
+        Count drop = Count((1.0 - top_p) * double(all));
+        edge = select<true>(row, least, drop, &sum, bins, mass);
+        uint32_t bits = edge & 0x80000000u ? edge & 0x7fffffffu : ~edge;
+        Count each = row.mass(bits_as<float>(bits));
+        __syncthreads();
+        if (threadIdx.x == 0) all = 0;
+        __syncthreads();
+        mine = 0;
+#pragma unroll 8
+        for (int at = threadIdx.x; at < V; at += THREADS) mine += ordered(row(at)) == edge;
+        atomicAdd(&all, mine);
+        __syncthreads();
+        Count leave = each && drop > sum ? (drop - sum) / each : 0;
+        gone = int(min(leave, all - 1));  // one always stays
+    }
+
+    // Twice through what is kept, by the same rule: for its mass, and for the draw.
+    float total = 0;
+    Best best = Best::none();
+    for (int pass = 0; pass < 2; pass++) {
+        int passed = 0;
+        float part = 0;
+        for (int first = 0; first < V; first += THREADS * 4) {  // a thread has four tokens, which share a block's noise
+            Words noise{};
+            if (pass) noise = words(keys[r], keys[r].position, SAMPLE, first / 4 + threadIdx.x);
+            float x[4];
+            uint32_t whole[4];
+            int mine = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int at = first + threadIdx.x * 4 + i;
+                x[i] = at < V ? row(at) : -INFINITY;
+                whole[i] = at < V ? ordered(x[i]) : 0;
+                mine += at < V && whole[i] == edge;
+            }
+            int before = 0;  // of the equal ones, how many come earlier
+            if (gone) {
+                int sums = mine;
+                for (int by = 1; by < 32; by *= 2) {
+                    int other = __shfl_up_sync(~0u, sums, by);
+                    if (lane >= by) sums += other;
+                }
+                __syncthreads();
+                if (lane == 31) ties[warp] = sums;
+                __syncthreads();
+                before = passed + sums - mine;
+                for (int w = 0; w < THREADS / 32; w++) {
+                    if (w < warp) before += ties[w];
+                    passed += ties[w];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int at = first + threadIdx.x * 4 + i;
+                if (at >= V) break;
+                bool keep = whole[i] > edge || (whole[i] == edge && before >= gone);
+                before += whole[i] == edge;
+                float weight = row.weight(x[i]);
+                if (!keep || weight < min_p || weight <= 0) continue;
+                if (pass)
+                    best.offer(logf(divide(weight, total)) + gumbel(noise.at[i]), at);
+                else
+                    part += weight;
+            }
+        }
+        if (!pass) total = block_sum(part, floats);
+    }
+    best = block_best(best, bests);
+    if (threadIdx.x == 0) out[r] = best.index < V ? best.index : 0;
+}
+
+}  // namespace
+
+void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V, float temperature,
+            int64_t top_k, double top_p, float min_p, int64_t stream) {
+    with_float(format, [&](auto zero) {
+        using T = decltype(zero);
+        launch(choose<T>, dim3(R), THREADS, 0, stream, at_address<const T>(logits), stride, at_address<const Key>(keys),
+               at_address<int64_t>(out), V, temperature, top_k, top_p, min_p);
+    });
+}

@@ -1,0 +1,139 @@
+"""`verify_prefix`, `verify_greedy`, `verify_sample`, `sample`: see prefix.cu, verify.cu, sample.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from ...sampling import KeyedRandomness, Randomness, SamplingParams, penalise
+from ...verify import Certain, Decisions, Verdict
+from .support import FORMATS, address, floating, of_dtype, on_device, require, rows_of, same_shape, stream_of
+
+
+def choices_of(op: str, scores: Tensor) -> Tensor:
+    """The index of the highest of each row of scores [..., V], of equal ones the first: int64 [...]."""
+    library = on_device(op, scores=scores)
+    floating(op, scores=scores)
+    require(op, scores.shape[-1] > 0, "there are no scores", "a vocabulary")
+    rows = rows_of(scores)
+    out = torch.empty(scores.shape[:-1], dtype=torch.int64, device=scores.device)
+    R, V = rows.shape
+    found = torch.empty(R * library.choice_parts(V), dtype=torch.int64, device=scores.device)
+    library.choices(
+        FORMATS[rows.dtype], address(rows), rows.stride(0), R, V, address(found), address(out), stream_of(scores)
+    )
+    return out
+
+
+def _count(op: str, draft_tokens: Tensor, choices: Tensor, widths: Tensor, following: bool) -> tuple[Tensor, Tensor]:
+    R, K = draft_tokens.shape
+    library = on_device(op, draft_tokens=draft_tokens, choices=choices, widths=widths)
+    same_shape(op, "choices", choices, R, K + 1)
+    same_shape(op, "widths", widths, R)
+    of_dtype(op, torch.int64, draft_tokens=draft_tokens, choices=choices, widths=widths)
+    draft, choices, widths = draft_tokens.contiguous(), choices.contiguous(), widths.contiguous()
+    accepted, found = torch.empty_like(widths), torch.empty_like(widths)
+    next_tokens = address(found) if following else 0
+    library.prefix(
+        address(draft), address(choices), address(widths), address(accepted), next_tokens, R, K, stream_of(widths)
+    )
+    return accepted, found
+
+
+def verify_prefix(draft_tokens: Tensor, choices: Tensor, widths: Tensor) -> Tensor:
+    """How many of draft_tokens [R, K] are the choices [R, K+1] of the target, from the first on: int64 [R]."""
+    return _count("verify_prefix", draft_tokens, choices, widths, following=False)[0]
+
+
+def verify_greedy(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """That for the choices of scores [R, K+1, V], and the choice that follows: both int64 [R]."""
+    return _count("verify_greedy", draft_tokens, choices_of("verify_greedy", scores), widths, following=True)
+
+
+def seed_of(op: str, randomness: object) -> int | None:
+    """The seed of keyed randomness; None where nothing is left to chance."""
+    if isinstance(randomness, Certain):
+        return None
+    kind = type(randomness).__name__
+    require(op, isinstance(randomness, KeyedRandomness), f"randomness of the kind {kind}", "keyed, or Certain")
+    assert isinstance(randomness, KeyedRandomness)
+    return randomness.seed
+
+
+def keyed(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """What the kernels read of every row: int64 [R, 4], (sample, low and high half of the seed, position)."""
+    keys = torch.empty(len(samples), 4, dtype=torch.int64, device=samples.device)
+    keys[:, 0], keys[:, 1] = samples, seed & 0xFFFFFFFF
+    keys[:, 2], keys[:, 3] = (seed >> 32) & 0xFFFFFFFF, positions
+    return keys
+
+
+def verify_sample(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    target_probs: Tensor,
+    widths: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    decisions: Decisions,
+) -> Verdict:
+    """As verify(): draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32
+    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other randomness than keyed or none."""
+    op = "verify_sample"
+    seed = seed_of(op, decisions)
+    (R, K), V = draft_tokens.shape, target_probs.shape[-1]
+    library = on_device(
+        op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths,
+        samples=samples, positions=positions,
+    )  # fmt: skip
+    same_shape(op, "target_probs", target_probs, R, K + 1, V)
+    if draft_probs is not None:
+        same_shape(op, "draft_probs", draft_probs, R, K, V)
+    of_dtype(op, torch.float32, target_probs=target_probs, draft_probs=draft_probs)
+    of_dtype(op, torch.int64, draft_tokens=draft_tokens, widths=widths)
+    tokens, target, wide = draft_tokens.contiguous(), target_probs.contiguous(), widths.contiguous()
+    draft = None if draft_probs is None else draft_probs.contiguous()
+    keys = keyed(samples, positions, seed or 0)
+    accepted, following = torch.empty_like(wide), torch.empty_like(wide)
+    ratios = target.new_empty(R, K)
+    library.verify_sample(
+        address(tokens), address(draft), address(target), address(wide), address(keys), address(accepted),
+        address(following), address(ratios), R, K, V, seed is None, stream_of(target),
+    )  # fmt: skip
+    return Verdict(accepted, following, ratios)
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    randomness: Randomness,
+    samples: Rows[int],
+    positions: Rows[int],
+    prompts: Rows[Rows[int]],
+    outputs: Rows[Rows[int]],
+) -> list[int]:
+    """As choose(): the next token of every row of logits [R, V]. UserError for other randomness than keyed."""
+    op = "sample"
+    library = on_device(op, logits=logits)
+    floating(op, logits=logits)
+    if params.penalised:
+        logits = penalise(logits.float(), params, prompts, outputs)
+    if params.greedy:
+        greedy: list[int] = choices_of(op, logits).tolist()
+        return greedy
+    seed = seed_of(op, randomness)
+    require(op, seed is not None, "a temperature above 0 and no randomness", "keyed randomness")
+    rows = rows_of(logits)
+    R, V = rows.shape
+    require(op, R == 0 or V > 0, "there are no scores", "a vocabulary")
+    pairs = torch.tensor([samples, positions], dtype=torch.int64, device=logits.device).view(2, R)
+    keys = keyed(pairs[0], pairs[1], seed or 0)
+    out = torch.empty(R, dtype=torch.int64, device=logits.device)
+    library.sample(
+        FORMATS[rows.dtype], address(rows), rows.stride(0), address(keys), address(out), R, V, params.temperature,
+        params.top_k, params.top_p, params.min_p, stream_of(logits),
+    )  # fmt: skip
+    tokens: list[int] = out.tolist()
+    return tokens

@@ -1,0 +1,198 @@
+"""Which backend does what: the fastest that is right for the device, or the one that was asked for by name.
+
+Every op has a function per backend. `auto` takes them in the order CUDA, Triton, C++, torch; a kernel for a graphics
+card only if ledger.py lists its source as checked on one. What runs, and why others do not, is told: nothing falls back
+in silence, and asking by name for what cannot run is an error.
+
+    python -c "from engine.kernels.registry import choose; import torch; print(choose('auto', torch.device('cpu'))[1])"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+
+from . import TORCH, Kernels, ledger
+
+Backend = Literal["cuda", "triton", "cpp", "torch"]  # in the order in which `auto` asks
+Asked = Literal["auto", "torch", "triton", "cuda", "cpp"]
+Report = dict[str, Any]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+FOR_CARDS = ("cuda", "triton")
+WHAT = {
+    "cuda": "kernels in CUDA C++",
+    "triton": "kernels in Triton",
+    "cpp": "kernels in C++ for the CPU",
+}
+
+
+class Selection(NamedTuple):
+    """A function for every op; and, as it goes into `stats["kernels"]`, what was chosen and why."""
+
+    kernels: Kernels
+    report: Report
+
+
+def forced() -> bool:
+    """Whether SPECDEC_FORCE_PY asks for plain torch."""
+    return os.environ.get("SPECDEC_FORCE_PY", "0") not in ("", "0")
+
+
+def module_of(backend: Backend) -> ModuleType | None:
+    """The package of a backend, with OPS and why_not(device); None where this engine has none of that name."""
+    spec = importlib.util.find_spec(f".{backend}", __package__)
+    return None if spec is None or spec.origin is None else importlib.import_module(f".{backend}", __package__)
+
+
+def why_not(backend: Backend, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device at all; None if it can. Loads no compiler and builds nothing."""
+    if backend == "torch":
+        return None
+    if forced():
+        return "SPECDEC_FORCE_PY=1 asks for torch alone"
+    module = module_of(backend)
+    if module is None:
+        return "is not part of this engine"
+    reason: str | None = module.why_not(device)
+    return reason
+
+
+def functions(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """What can do an op on a device, by backend. UserError for an op that does not exist."""
+    if op not in Kernels._fields:
+        raise UserError(f"there is no op {op!r}; the ops are {', '.join(Kernels._fields)}")
+    found: dict[str, Callable[..., Any]] = {}
+    for backend in BACKENDS:
+        if backend == "torch":
+            found[backend] = getattr(TORCH, op)
+        elif why_not(backend, device) is None and op in (ops := operations(backend)):
+            found[backend] = ops[op]
+    return found
+
+
+def operations(backend: Backend) -> dict[str, Callable[..., Any]]:
+    """The functions of a backend that can run here, by op; what they need is imported now."""
+    module = module_of(backend)
+    ops: dict[str, Callable[..., Any]] = {} if module is None else module.OPS
+    if unknown := sorted(set(ops) - set(Kernels._fields)):
+        raise ValueError(f"{backend} has ops that nobody asks for: {', '.join(unknown)}")
+    return ops
+
+
+def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, book: Path | None = None) -> Selection:
+    """The functions for a device (and a dtype, if it matters), and the report.
+
+    UserError for an unknown backend, and for one asked by name that cannot run here. `book`: the ledger's file.
+    """
+    if asked not in ("auto", *BACKENDS):
+        raise UserError(f"unknown kernels {asked!r}; use auto, {', '.join(reversed(BACKENDS))}")
+    reasons: dict[str, dict[str, str]] = {}  # of each backend, by op; "" stands for all ops
+    offers: dict[str, dict[str, Callable[..., Any]]] = {}
+    warnings: list[str] = []
+    for backend in BACKENDS[:-1] if asked == "auto" else BACKENDS:
+        if backend == "torch" or asked not in ("auto", backend):
+            continue
+        reason = why_not(backend, device)
+        if reason is None and asked == "auto" and backend in FOR_CARDS and device.type != "cuda":
+            reason = f"is for graphics cards; on {device.type} it runs only slowly, and where it is asked for by name"
+        if reason is not None:
+            if asked != "auto":
+                raise UserError(f"--kernels {asked} cannot run here: {reason}; auto takes what can")
+            reasons[backend] = {"": reason}
+            continue
+        offers[backend], reasons[backend] = _offered(backend, asked, dtype, book)
+    if asked in FOR_CARDS:
+        unlisted = [op for op in offers[asked] if ledger.entry(asked, op, book) is None]
+        if unlisted:
+            warnings.append(
+                f"{asked} kernels that were not checked on a card yet run because they were asked for: "
+                f"{', '.join(unlisted)}; `make gpu` checks and lists them"
+            )
+    ran: dict[str, str] = {}
+    chosen: dict[str, Callable[..., Any]] = {}
+    for op in Kernels._fields:
+        ran[op] = next((backend for backend in offers if op in offers[backend]), "torch")
+        chosen[op] = getattr(TORCH, op) if ran[op] == "torch" else offers[ran[op]][op]
+    report: Report = {"asked": asked, "device": device.type, "ops": ran, "why_not": _brief(reasons)}
+    if warnings:
+        report["warnings"] = warnings
+    return Selection(Kernels(**chosen), report)
+
+
+def _offered(
+    backend: Backend, asked: str, dtype: torch.dtype | None, book: Path | None
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """What a backend that can run would do, and of every other op why it would not."""
+    ops, reasons = operations(backend), dict[str, str]()
+    refuses = getattr(module_of(backend), "why_not_op", None)  # of a backend that takes some dtypes only
+    for op in Kernels._fields:
+        if op not in ops:
+            reasons[op] = "has no such kernel"
+        elif refuses is not None and dtype is not None and (reason := refuses(op, dtype)) is not None:
+            reasons[op] = reason
+        elif asked == "auto" and backend in FOR_CARDS and ledger.entry(backend, op, book) is None:
+            reasons[op] = (
+                f"not checked on a card in this version of its source; --kernels {backend} runs it all the same"
+            )
+    return {op: function for op, function in ops.items() if op not in reasons}, reasons
+
+
+def _brief(reasons: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Of every backend one reason if it is the same for all ops, else one for each."""
+    brief: dict[str, Any] = {}
+    for backend, by_op in reasons.items():
+        if "" in by_op:
+            brief[backend] = by_op[""]
+        elif by_op:
+            same = len(set(by_op.values())) == 1 and len(by_op) == len(Kernels._fields)
+            brief[backend] = next(iter(by_op.values())) if same else by_op
+    return brief
+
+
+def use(target: object, kernels: Kernels) -> None:
+    """Let a model and all in it, or a policy, call these."""
+    for each in target.modules() if isinstance(target, nn.Module) else [target]:
+        if hasattr(type(each), "kernels"):
+            object.__setattr__(each, "kernels", kernels)  # policies are frozen
+
+
+def describe(report: Report) -> str:
+    """A report in a line: which backend does which ops, and the warnings."""
+    by_backend: dict[str, list[str]] = {}
+    for op, backend in report["ops"].items():
+        by_backend.setdefault(backend, []).append(op)
+    if len(by_backend) == 1:
+        said = f"kernels: {next(iter(by_backend))}"
+    else:
+        said = "kernels: " + "; ".join(f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items())
+    return "\n".join([said, *(f"warning: {warning}" for warning in report.get("warnings", []))])
+
+
+def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
+    """For `lab doctor`: of every backend its name, what there is of it (None: it cannot run), what it is or lacks."""
+    found: list[tuple[str, str | None, str]] = []
+    for backend in BACKENDS[:-1]:
+        reason = why_not(backend, device)
+        if reason is not None:
+            found.append((f"kernels {backend}", None, f"{WHAT[backend]}; {reason}"))
+            continue
+        ops = operations(backend)
+        text = f"{len(ops)} of {len(Kernels._fields)} ops"
+        if backend in FOR_CARDS:
+            listed = {op: ledger.entry(backend, op) for op in ops}
+            cards = sorted({entry["device"] for entry in listed.values() if entry is not None})
+            checked = sum(entry is not None for entry in listed.values())
+            text += f", {checked} checked" + (f" on {', '.join(cards)}" if cards else " on a card")
+        found.append((f"kernels {backend}", text, WHAT[backend]))
+    found.append(("kernels torch", f"{len(Kernels._fields)} of {len(Kernels._fields)} ops", "the reference"))
+    return found

@@ -1,0 +1,105 @@
+"""What each query sees, in the form in which the attention kernels walk the keys: by logical position.
+
+A mask [W, n] says which columns (tokens of the row, in the order of memory) a query may look at. Along a chain a query
+sees a range of positions. In a tree it sees a range, and behind that its own ancestors, which lie apart in memory; they
+are listed, so that the j-th key of its line is met at the position that it would have without the other branches. The
+blocks in which keys are added up begin at fixed positions: so a token's sums are the same, in a tree and out of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+from .places import Places
+
+
+@dataclass(frozen=True)
+class Sight:
+    """For R rows of W queries: query w of row r sees the positions lo .. end - 1, int32 [R, W] each.
+
+    With `lines` (int32 [R, W, L]) those from base[r] on stand for the positions lines[r, w, position - base[r]].
+    """
+
+    lo: Tensor
+    end: Tensor
+    furthest: int  # no query sees a position from here on
+    base: Tensor | None = None  # int32 [R]
+    lines: Tensor | None = None
+
+
+def sight_of(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
+    """The last one if it is of the same masks, as from layer to layer."""
+    known = places.sights.get(W)
+    if known is not None and known[0] is masks:
+        found = known[1]
+        assert isinstance(found, Sight)
+        return found
+    made = _make(op, places, masks, W)
+    places.sights[W] = (masks, made)
+    return made
+
+
+def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
+    if len(masks) != len(places.rows_asked):
+        raise UserError(f"{op}: {len(masks)} masks; expected {len(places.rows_asked)}, one per row")
+    lo, end, trees = [], [], dict[int, Tensor]()
+    for row, (mask, first, stop) in enumerate(zip(masks, places.first, places.ends, strict=True)):
+        if mask is None:
+            lo.append([first] * W)
+            end.append([stop] * W)
+            continue
+        wanted = (W, stop - first)
+        if mask.shape != wanted:
+            raise UserError(f"{op}: the mask of row {row} has shape {list(mask.shape)}; expected {list(wanted)}")
+        open_ = mask == 0
+        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        last = (open_ * columns).amax(1)  # behind the last that is seen; 0 where none is
+        count = open_.sum(1)
+        begin = torch.where(count > 0, open_.int().argmax(1), last)
+        begins, lasts, numbers = torch.stack((begin, last, count)).tolist()  # the one time that the host waits
+        if any(stop - start != number for start, stop, number in zip(begins, lasts, numbers, strict=True)):
+            trees[row] = open_
+        lo.append([first + start for start in begins])
+        end.append([first + start + number for start, number in zip(begins, numbers, strict=True)])
+    device = places.rows.device
+    furthest = max((max(of_row, default=0) for of_row in end), default=0)
+    table = torch.tensor([lo, end], dtype=torch.int32, device=device).view(2, len(masks), W)
+    if not trees:
+        return Sight(table[0], table[1], furthest)
+    return Sight(table[0], table[1], furthest, *_lines(places, trees, lo, end, W))
+
+
+def _lines(
+    places: Places, trees: dict[int, Tensor], lo: list[list[int]], end: list[list[int]], W: int
+) -> tuple[Tensor, Tensor]:
+    """base and lines; rows without a tree list nothing, for their base is behind all they see."""
+    base, listed = [max(of_row, default=0) for of_row in end], dict[tuple[int, int], list[int]]()
+    for row, open_ in trees.items():
+        first = places.first[row]
+        holes = [_first_hole(of_query, lo[row][w] - first) for w, of_query in enumerate(open_.tolist())]
+        base[row] = first + min(holes)
+        for w, of_query in enumerate(open_.tolist()):
+            seen = [first + column for column, visible in enumerate(of_query) if visible]
+            listed[row, w] = [0] * max(0, lo[row][w] - base[row]) + [p for p in seen if p >= base[row]]
+    longest = max(len(line) for line in listed.values())
+    lines = [[listed.get((row, w), []) for w in range(W)] for row in range(len(base))]
+    padded = [[line + [0] * (longest - len(line)) for line in of_row] for of_row in lines]
+    device = places.rows.device
+    return torch.tensor(base, dtype=torch.int32, device=device), torch.tensor(padded, dtype=torch.int32, device=device)
+
+
+def _first_hole(visible: list[bool], begin: int) -> int:
+    """The first column from `begin` on that is not seen."""
+    return next((at for at in range(begin, len(visible)) if not visible[at]), len(visible))
+
+
+def sight_row(sight: Sight, r: int) -> Sight:
+    """Of one row alone."""
+    base = None if sight.base is None else sight.base[r : r + 1]
+    lines = None if sight.lines is None else sight.lines[r : r + 1]
+    return Sight(sight.lo[r : r + 1], sight.end[r : r + 1], sight.furthest, base, lines)

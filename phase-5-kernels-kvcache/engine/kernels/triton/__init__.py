@@ -1,0 +1,64 @@
+"""The ops as Triton kernels: Python that Triton compiles for the graphics card when they are first called.
+
+TRITON_INTERPRET=1, set before Triton is imported, runs them on the CPU in numpy: slow, and meant for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_SHARED = ("support.py",)
+_PLACES = ("slots.py", "../places.py", *_SHARED)
+SOURCES = {  # of every op, the files that make its kernel: what the ledger hashes
+    "linear": ("linear.py", *_SHARED),
+    "gated_linear": ("linear.py", *_SHARED),
+    "rms_norm": ("norm.py", *_SHARED),
+    "add_rms_norm": ("norm.py", *_SHARED),
+    "rope": ("rope.py", "append.py", *_PLACES),
+    "kv_append": ("append.py", *_PLACES),
+    "rope_append": ("rope.py", "append.py", *_PLACES),
+    "decode_attention": ("attention.py", "append.py", "../sight.py", *_PLACES),
+    "flash_prefill": ("prefill.py", "attention.py", "append.py", "../sight.py", *_PLACES),
+    "verify_prefix": ("prefix.py", *_SHARED),
+    "verify_greedy": ("prefix.py", *_SHARED),
+    "verify_sample": ("verify.py", "noise.py", *_SHARED),
+    "sample": ("sample.py", "verify.py", "noise.py", "prefix.py", *_SHARED),
+}
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None if they can. Does not import Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"triton needs a CUDA device, and this is {device.type} (TRITON_INTERPRET=1 runs it slowly in numpy)"
+
+
+def __getattr__(name: str) -> Any:
+    """OPS, op -> function: what imports Triton is not imported before somebody asks."""
+    if name != "OPS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import append, attention, linear, norm, prefill, prefix, rope, sample, verify
+
+    ops: dict[str, Callable[..., Any]] = {
+        "linear": linear.linear,
+        "gated_linear": linear.gated_linear,
+        "rms_norm": norm.rms_norm,
+        "add_rms_norm": norm.add_rms_norm,
+        "rope": rope.rope,
+        "kv_append": append.kv_append,
+        "rope_append": rope.rope_append,
+        "decode_attention": attention.decode_attention,
+        "flash_prefill": prefill.flash_prefill,
+        "verify_prefix": prefix.verify_prefix,
+        "verify_greedy": prefix.verify_greedy,
+        "verify_sample": verify.verify_sample,
+        "sample": sample.sample,
+    }
+    return ops

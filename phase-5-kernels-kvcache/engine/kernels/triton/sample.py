@@ -1,0 +1,157 @@
+"""`sample`: from logits to a token on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
+
+What comes back to the host is a token id per row. No sort: where a filter cuts is found by halving the range of
+float32 numbers, 32 times, each time counting (top-k) or adding up (top-p) what lies above or below. Of equal logits at
+the edge of top-p the ones with the lowest ids go first, as in a stable sort.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...sampling import Randomness, SamplingParams, penalise
+from .noise import gumbel, keyed
+from .prefix import choices_of
+from .support import floating, launch, on_device, power, require, rows_of
+from .verify import SAMPLE, seed_of
+
+BLOCK = 4096
+
+
+@triton.jit
+def scaled(logits, first, temperature, V, BLOCK: tl.constexpr):
+    """A block of logits / temperature in float32, -inf past the end; adding 0 makes -0 the same number as 0."""
+    at = first + tl.arange(0, BLOCK)
+    x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    return tl.div_rn(x, tl.zeros((BLOCK,), tl.float32) + temperature) + 0.0
+
+
+@triton.jit
+def ordered(x):
+    """float32 as whole numbers of the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+
+
+@triton.jit
+def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
+            TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """drop = 1 - top_p: the share of the least likely tokens that goes."""
+    r = tl.program_id(0).to(tl.int64)
+    row, mine = logits + r * stride, keys + r * 4
+    top = float("-inf")
+    for first in range(0, V, BLOCK):
+        top = tl.maximum(top, tl.max(scaled(row, first, temperature, V, BLOCK), 0))
+
+    least = tl.full((1,), -2147483648, tl.int64)  # the smallest logit that is kept, as a whole number
+    if TOP_K:
+        above = ordered(tl.zeros((1,), tl.float32) + top) + 1
+        for _ in range(33):
+            middle = (least + above) >> 1
+            count = tl.zeros((1,), tl.int64)
+            for first in range(0, V, BLOCK):
+                at = first + tl.arange(0, BLOCK)
+                x = ordered(scaled(row, first, temperature, V, BLOCK))
+                count += tl.sum(((x >= middle) & (at < V)).to(tl.int64), 0)
+            enough = count >= top_k
+            least = tl.where(enough, middle, least)
+            above = tl.where(enough, above, middle)
+
+    edge, gone = least, tl.zeros((1,), tl.int64)  # of the logits at the edge, so many go
+    if TOP_P:
+        mass = tl.zeros((1,), tl.float32)
+        for first in range(0, V, BLOCK):
+            x = scaled(row, first, temperature, V, BLOCK)
+            mass += tl.sum(tl.where(ordered(x) >= least, tl.exp(x - top), 0.0), 0)
+        low, edge = least - 1, ordered(tl.zeros((1,), tl.float32) + top)  # the mass up to low goes, up to edge stays
+        for _ in range(33):
+            middle = (low + edge) >> 1
+            below = tl.zeros((1,), tl.float32)
+            for first in range(0, V, BLOCK):
+                x = scaled(row, first, temperature, V, BLOCK)
+                whole = ordered(x)
+                below += tl.sum(tl.where((whole >= least) & (whole <= middle), tl.exp(x - top), 0.0), 0)
+            goes = below <= drop * mass
+            low = tl.where(goes & (middle < edge), middle, low)
+            edge = tl.where(goes, edge, middle)
+        below, share, ties = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.int64)
+        for first in range(0, V, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = scaled(row, first, temperature, V, BLOCK)
+            whole = ordered(x)
+            each = tl.exp(x - top)
+            below += tl.sum(tl.where((whole >= least) & (whole < edge), each, 0.0), 0)
+            share = tl.maximum(share, tl.max(tl.where(whole == edge, each, 0.0), 0))
+            ties += tl.sum(((whole == edge) & (at < V)).to(tl.int64), 0)
+        gone = tl.maximum(drop * mass - below, 0.0)
+        gone = tl.floor(gone / tl.where(share > 0.0, share, 1.0)).to(tl.int64)
+        gone = tl.minimum(gone, ties - 1)  # one always stays
+
+    total, passed = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.int64)
+    for first in range(0, V, BLOCK):
+        x = scaled(row, first, temperature, V, BLOCK)
+        whole = ordered(x)
+        tie = (whole == edge).to(tl.int64)
+        keep = (whole > edge) | ((whole == edge) & (passed + tl.cumsum(tie, 0) > gone))
+        passed += tl.sum(tie, 0)
+        each = tl.exp(x - top)
+        if MIN_P:
+            keep = keep & (each >= min_p)
+        total += tl.sum(tl.where(keep, each, 0.0), 0)
+
+    best, most, passed = 0, float("-inf"), tl.zeros((1,), tl.int64)
+    for first in range(0, V, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = scaled(row, first, temperature, V, BLOCK)
+        whole = ordered(x)
+        tie = (whole == edge).to(tl.int64)
+        keep = (whole > edge) | ((whole == edge) & (passed + tl.cumsum(tie, 0) > gone))
+        passed += tl.sum(tie, 0)
+        p = tl.div_rn(tl.exp(x - top), tl.zeros((BLOCK,), tl.float32) + total)
+        if MIN_P:
+            keep = keep & (tl.exp(x - top) >= min_p)
+        keep = keep & (at < V) & (p > 0.0)
+        noisy = tl.log(tl.where(keep, p, 1.0)) + gumbel(mine, first, tl.load(mine + 3), SAMPLE, BLOCK)
+        noisy = tl.where(keep, noisy, float("-inf"))
+        here, place = tl.max(noisy, 0), tl.argmax(noisy, 0)
+        best = tl.where(here > most, first + place, best)
+        most = tl.maximum(here, most)
+    tl.store(out + r, tl.cast(best, tl.int64))
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    randomness: Randomness,
+    samples: Rows[int],
+    positions: Rows[int],
+    prompts: Rows[Rows[int]],
+    outputs: Rows[Rows[int]],
+) -> list[int]:
+    """As choose(): the next token of every row of logits [R, V]. UserError for other randomness than keyed."""
+    op = "sample"
+    on_device(op, logits=logits)
+    if params.penalised:
+        logits = penalise(logits.float(), params, prompts, outputs)
+    if params.greedy:
+        greedy: list[int] = choices_of(op, logits).tolist()
+        return greedy
+    seed = seed_of(op, randomness)
+    require(op, seed is not None, "a temperature above 0 and no randomness", "keyed randomness")
+    floating(op, logits=logits)
+    rows = rows_of(logits)
+    (R, V), pairs = rows.shape, torch.tensor([samples, positions], device=logits.device)
+    out = torch.empty(R, dtype=torch.int64, device=logits.device)
+    launch(
+        _sample, (R,), rows, keyed(pairs[0], pairs[1], seed or 0), out, V, rows.stride(0), float(params.temperature),
+        params.top_k, 1.0 - params.top_p, float(params.min_p),
+        TOP_K=0 < params.top_k < V, TOP_P=params.top_p < 1, MIN_P=params.min_p > 0, BLOCK=max(4, min(BLOCK, power(V))),
+    )  # fmt: skip
+    tokens: list[int] = out.tolist()
+    return tokens

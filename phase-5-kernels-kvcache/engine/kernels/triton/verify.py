@@ -1,0 +1,163 @@
+"""`verify_sample`: the whole rule of ../../verify.py for a row in one program, with the keyed uniforms.
+
+It walks the draft until a token falls, then draws what follows: from the target by Gumbel-max if all stand, else from
+the residual by one uniform and the inverse distribution function, added up in float64 as there.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.philox import Purpose
+
+from ...sampling import KeyedRandomness
+from ...verify import Certain, Decisions, Verdict
+from .noise import chance, gumbel, keyed
+from .support import launch, on_device, power, require, same_shape
+
+BLOCK = 2048
+SAMPLE, ACCEPT, RESIDUAL = (tl.constexpr(int(p)) for p in (Purpose.SAMPLE, Purpose.ACCEPT, Purpose.RESIDUAL))
+
+
+@triton.jit
+def drawn(probs, keys, position, V, BLOCK: tl.constexpr):
+    """argmax of log p plus Gumbel noise: a draw from p, keyed by the position and the token."""
+    top = float("-inf")
+    best = 0
+    for first in range(0, V, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        p = tl.load(probs + at, mask=at < V, other=0.0)
+        noisy = tl.log(tl.where(p > 0.0, p, 1.0)) + gumbel(keys, first, position, SAMPLE, BLOCK)
+        noisy = tl.where(p > 0.0, noisy, float("-inf"))
+        here, place = tl.max(noisy, 0), tl.argmax(noisy, 0)
+        best = tl.where(here > top, first + place, best)
+        top = tl.maximum(here, top)
+    return best
+
+
+@triton.jit
+def remaining(target, draft, token, first, V, DRAFT: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of max(0, target - draft), in float64 of what float32 gives; a draft without probabilities is one-hot."""
+    at = first + tl.arange(0, BLOCK)
+    p = tl.load(target + at, mask=at < V, other=0.0)
+    if DRAFT:  # noqa: SIM108
+        p = tl.maximum(p - tl.load(draft + at, mask=at < V, other=0.0), 0.0)
+    else:
+        p = tl.where(at == token, 0.0, p)
+    return p.to(tl.float64)
+
+
+@triton.jit
+def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K, V,
+            DRAFT: tl.constexpr, CERTAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    width = tl.load(widths + r)
+    mine = keys + r * 4
+    position = tl.load(mine + 3)
+    stood = width * 0
+    standing = width == width
+    for k in range(K):
+        token = tl.load(tokens + r * K + k)
+        ratio = tl.load(target + (r * (K + 1) + k) * V + token)
+        if DRAFT:
+            ratio = tl.div_rn(ratio, tl.load(draft + (r * K + k) * V + token))
+            ratio = tl.where(ratio > 1.0, 1.0, ratio)
+        tl.store(ratios + r * K + k, ratio)
+        if CERTAIN:  # noqa: SIM108
+            stands = ratio > 0.5
+        else:
+            stands = chance(mine, position + k, ACCEPT) < ratio
+        standing = standing & stands & (k < width)
+        stood += standing.to(tl.int64)
+    tl.store(accepted + r, stood)
+    here = target + (r * (K + 1) + stood) * V
+    fell = draft + (r * K + tl.minimum(stood, K - 1)) * V
+    token = tl.load(tokens + r * K + stood, mask=stood < K, other=-1)
+    rejected = stood < width
+
+    mass = tl.zeros((1,), tl.float64)
+    if rejected:
+        for first in range(0, V, BLOCK):
+            mass += tl.sum(remaining(here, fell, token, first, V, DRAFT, BLOCK), 0)
+    # Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty, and the target is
+    # drawn from. A one-hot draft of a token that no position has leaves the target as it is.
+    whole = rejected & (tl.max(mass, 0) <= 0.0)
+    if CERTAIN:
+        best = 0
+        top = float("-inf")
+        for first in range(0, V, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            p = tl.load(here + at, mask=at < V, other=-1.0)
+            if rejected & (whole == 0):
+                p = tl.where(at < V, remaining(here, fell, token, first, V, DRAFT, BLOCK).to(tl.float32), -1.0)
+            most, place = tl.max(p, 0), tl.argmax(p, 0)
+            best = tl.where(most > top, first + place, best)
+            top = tl.maximum(most, top)
+        tl.store(following + r, tl.cast(best, tl.int64))
+    elif rejected:
+        if whole:
+            for first in range(0, V, BLOCK):
+                at = first + tl.arange(0, BLOCK)
+                mass += tl.sum(tl.load(here + at, mask=at < V, other=0.0).to(tl.float64), 0)
+        limit = tl.sum(mass, 0) * chance(mine, position + stood, RESIDUAL).to(tl.float64)
+        before = limit * 0.0
+        below = stood * 0
+        for first in range(0, V, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            if whole:
+                p = tl.load(here + at, mask=at < V, other=0.0).to(tl.float64)
+            else:
+                p = remaining(here, fell, token, first, V, DRAFT, BLOCK)
+            reached = before + tl.cumsum(p, 0)
+            below += tl.sum(((reached <= limit) & (at < V)).to(tl.int64), 0)
+            before += tl.sum(p, 0)
+        tl.store(following + r, tl.minimum(below, V - 1))
+    else:
+        tl.store(following + r, drawn(here, mine, position + stood, V, BLOCK).to(tl.int64))
+
+
+def seed_of(op: str, randomness: object) -> int | None:
+    """The seed of keyed randomness; None where nothing is left to chance."""
+    if isinstance(randomness, Certain):
+        return None
+    kind = type(randomness).__name__
+    require(op, isinstance(randomness, KeyedRandomness), f"randomness of the kind {kind}", "keyed, or Certain")
+    assert isinstance(randomness, KeyedRandomness)
+    return randomness.seed
+
+
+def verify_sample(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    target_probs: Tensor,
+    widths: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    decisions: Decisions,
+) -> Verdict:
+    """As verify(): draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32
+    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other randomness than keyed or none."""
+    op = "verify_sample"
+    seed = seed_of(op, decisions)
+    (R, K), V = draft_tokens.shape, target_probs.shape[-1]
+    on_device(op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths)
+    same_shape(op, "target_probs", target_probs, R, K + 1, V)
+    for name, tensor in (("target_probs", target_probs), ("draft_probs", draft_probs)):
+        wrong = tensor is not None and tensor.dtype != torch.float32
+        require(op, not wrong, f"{name} is not float32", "float32")
+    if draft_probs is not None:
+        same_shape(op, "draft_probs", draft_probs, R, K, V)
+    target = target_probs.contiguous()
+    draft = target if draft_probs is None else draft_probs.contiguous()
+    accepted, following = torch.empty_like(widths), torch.empty_like(widths)
+    ratios = target.new_empty(R, K)
+    launch(
+        _verify, (R,), draft_tokens.contiguous(), draft, target, widths.contiguous(),
+        keyed(samples, positions, seed or 0), accepted, following, ratios, K, V,
+        DRAFT=draft_probs is not None, CERTAIN=seed is None, BLOCK=max(4, min(BLOCK, power(V))),
+    )  # fmt: skip
+    return Verdict(accepted, following, ratios)

@@ -1,0 +1,130 @@
+"""How kernels are built, interpreted and watched in these tests.
+
+Triton decides when it is imported whether kernels are interpreted, and other tests may import it first. So that is
+asked for before any test of this folder is collected, where there is no card. Where there is one the same checks run on
+it (tests marked gpu), and nothing is interpreted. Compiled kernels are kept between test runs: their names are hashes
+of all that is in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import phase5
+from phase5 import attending
+from phase5.kernels import Kernels, registry
+from phase5.kernels.cuda import library
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+KEPT = os.environ.get("SPECDEC_BUILD_DIR") or str(
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-inference-lab" / "kernels"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_kernels(own_cache: None) -> Iterator[None]:
+    """Where they are for the user, too; the rest of the user's cache stays out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECDEC_BUILD_DIR", KEPT)
+        yield
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> None:
+    """Skips, with the reason, where kernels cannot be interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a card: the tests marked gpu run the same checks on it")
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("triton was imported before TRITON_INTERPRET=1 could be set")
+
+
+@pytest.fixture
+def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel reads or writes outside of the memory of the tensors that it was given; what is masked does not count.
+
+    Off a card this would go unnoticed, or end the process.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    memory: list[tuple[int, int]] = []
+    launch, access = interpreter.GridExecutor.__call__, interpreter._interpreter
+
+    def noting(self: Any, *arguments: Any, **more: Any) -> Any:
+        stores = [each.untyped_storage() for each in arguments if isinstance(each, torch.Tensor)]
+        memory[:] = [(store.data_ptr(), store.data_ptr() + store.nbytes()) for store in stores]
+        return launch(self, *arguments, **more)
+
+    class Guard:
+        """Looks at every address on its way to the interpreter."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(access, name)
+
+        def look(self, what: str, addresses: Any, mask: Any) -> None:
+            meant = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].astype(np.uint64)
+            inside = np.zeros(meant.shape, bool)
+            for begin, end in memory:
+                inside |= (meant >= begin) & (meant < end)
+            if not inside.all():
+                raise IndexError(f"{(~inside).sum()} of {meant.size} {what} lie outside of all tensors")
+
+        def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
+            self.look("reads", addresses, mask)
+            return access.load(addresses, mask, other, dtype)
+
+        def store(self, addresses: Any, values: Any, mask: Any) -> Any:
+            self.look("writes", addresses, mask)
+            return access.store(addresses, values, mask)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noting)
+    monkeypatch.setattr(interpreter, "_interpreter", Guard())
+
+
+@pytest.fixture
+def session_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`session_on(kernels, **options)`: a session whose target and policy run on these kernels.
+
+    What drafts stays on torch but for its attention; that changes no token.
+    """
+
+    def make(kernels: Kernels, **options: Any) -> Any:
+        def behind(*arguments: Any, **more: Any) -> Any:
+            return dataclasses.replace(attending.Behind(*arguments, **more), kernels=kernels)
+
+        monkeypatch.setattr("phase5.runner.Behind", behind)
+        monkeypatch.setattr("phase5.session.pack_matrices", lambda module: None)
+        made = phase5.Session(phase5.Options(**{"max_tokens": 8, "draft": "none", "kernels": "torch", **options}))
+        registry.use(made.loaded.model, kernels)
+        registry.use(made.policy, kernels)
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def emulate() -> Callable[[pytest.MonkeyPatch], None]:
+    """`emulate(patch)`: CUDA kernels built by g++ run on the CPU while the patch lasts. Or skips, and says why."""
+
+    def begin(patch: pytest.MonkeyPatch) -> None:
+        if importlib.util.find_spec("pybind11") is None:
+            pytest.skip("pybind11 is not installed")
+        patch.setenv("SPECDEC_CUDA_EMULATE", "1")
+        reason = library.why_not(library.CPU)
+        if reason is not None:
+            pytest.skip(reason)
+        library.library(library.CPU)
+
+    return begin

@@ -1,0 +1,197 @@
+"""The just-in-time builder: what is cached, what is built again, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from phase5.kernels import build
+
+FLAGS = ["-O1", "-fPIC"]
+MODULE = """
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include "answer.h"
+static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(ANSWER); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", "", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit_tiny() { return PyModule_Create(&module); }
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "answer.h").write_text("#define ANSWER 41\n")
+    file = folder / "answer.cpp"
+    file.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+    return file
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    """g++, which notes every call in a file beside it."""
+    script = tmp_path / "counting-g++"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo "$@" >> {tmp_path}/calls\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def calls(compiler: Path) -> int:
+    file = compiler.parent / "calls"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def answer_of(library: Path) -> int:
+    return int(ctypes.CDLL(str(library)).answer())
+
+
+def test_a_library_is_compiled_once(source: Path, compiler: Path, tmp_path: Path) -> None:
+    first = build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=tmp_path / "cache")
+    assert answer_of(first) == 41
+    made = calls(compiler)
+    assert made == 2  # compile, link
+    assert build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=tmp_path / "cache") == first
+    assert calls(compiler) == made
+
+
+def test_a_header_and_a_flag_make_another_library(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = build.build("answer", [source], compiler="g++", flags=FLAGS, cache=cache)
+    (source.parent / "answer.h").write_text("#define ANSWER 42\n")
+    second = build.build("answer", [source], compiler="g++", flags=FLAGS, cache=cache)
+    assert first != second
+    assert answer_of(second) == 42
+    own = build.build("answer", [source], compiler="g++", flags=FLAGS, cache=cache, own_flags={"answer.cpp": ["-O2"]})
+    assert len({first, second, own}) == 3
+
+
+@pytest.mark.parametrize("damage", ["short", "zeros", "no sum"])
+def test_a_damaged_library_is_built_again(damage: str, source: Path, compiler: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    library = build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=cache)
+    whole = library.read_bytes()
+    if damage == "no sum":
+        build.sum_file(library).unlink()
+    else:
+        library.unlink()  # ctypes of another test may have the old file mapped
+        library.write_bytes(whole[: len(whole) // 2] if damage == "short" else bytes(len(whole)))
+    assert build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=cache) == library
+    assert calls(compiler) == 4
+    assert answer_of(library) == 41
+
+
+def test_a_library_that_does_not_load_is_built_again(tmp_path: Path) -> None:
+    (tmp_path / "answer.h").write_text("#define ANSWER 7\n")
+    file = tmp_path / "tiny.cpp"
+    file.write_text(MODULE)
+    flags = [*FLAGS, *build.python_flags()]
+    library = build.build("tiny", [file], compiler="g++", flags=flags, cache=tmp_path / "cache")
+    library.write_bytes(b"no library at all")
+    build.sum_file(library).write_text(build.checksum(library))
+    with pytest.raises(build.BuildError, match="does not load"):
+        build.load(library, "tiny")
+    module = build.build_and_load("tiny", [file], compiler="g++", flags=flags, cache=tmp_path / "cache")
+    assert module.answer() == 7
+
+
+def test_the_compilers_message_is_in_the_error(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.cpp"
+    file.write_text("int answer() { return nonsense; }\n")
+    with pytest.raises(build.BuildError, match=r"failed \(status 1\) on wrong.cpp(.|\n)*nonsense"):
+        build.build("wrong", [file], compiler="g++", flags=FLAGS, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("wrong*.so"))
+    assert not list((tmp_path / "cache").glob("*.building-*"))
+
+
+def test_missing_things_are_named(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(build.BuildError, match="no compiler 'no-such-compiler'"):
+        build.build("answer", [source], compiler="no-such-compiler", flags=FLAGS, cache=tmp_path)
+    with pytest.raises(build.BuildError, match=r"no source file .*absent\.cpp"):
+        build.build("answer", [source.with_name("absent.cpp")], compiler="g++", flags=FLAGS, cache=tmp_path)
+
+
+def test_a_killed_compiler_is_said(source: Path, tmp_path: Path) -> None:
+    script = tmp_path / "dying"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nkill -9 $$\n')
+    script.chmod(0o755)
+    with pytest.raises(build.BuildError, match=r"was killed \(SIGKILL\)"):
+        build.build("answer", [source], compiler=str(script), flags=FLAGS, cache=tmp_path / "cache")
+
+
+def child(source: Path, compiler: Path, cache: Path) -> subprocess.Popen[str]:
+    code = (
+        "import sys; from pathlib import Path; from phase5.kernels import build; print(build.build('answer',"
+        f" [Path({str(source)!r})], compiler={str(compiler)!r}, flags={FLAGS!r}, cache=Path({str(cache)!r})))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_killed_build_leaves_nothing_that_is_loaded(source: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow-g++"
+    started = tmp_path / "started"
+    slow.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n'
+        f'case "$*" in *-c*) ;; *) if [ ! -e {started} ]; then touch {started}; sleep 60; fi;; esac\nexec g++ "$@"\n'
+    )
+    slow.chmod(0o755)
+    cache = tmp_path / "cache"
+    victim = child(source, slow, cache)
+    while not started.exists():
+        time.sleep(0.05)
+        assert victim.poll() is None
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert list(cache.glob("*.building-*"))
+    assert not list(cache.glob("*.so"))
+    library = build.build("answer", [source], compiler=str(slow), flags=FLAGS, cache=cache)
+    assert answer_of(library) == 41
+    assert not list(cache.glob("*.building-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_build_once(source: Path, compiler: Path, tmp_path: Path) -> None:
+    both = [child(source, compiler, tmp_path / "cache") for _ in range(2)]
+    paths = [process.communicate(timeout=120)[0] for process in both]
+    assert paths[0] == paths[1] != ""
+    assert calls(compiler) == 2
+
+
+def test_a_folder_that_cannot_be_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    library = build.build("answer", [source], compiler="g++", flags=FLAGS, cache=in_the_way / "cache")
+    assert answer_of(library) == 41
+    assert "not writable" in capsys.readouterr().err
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+
+
+def test_the_folder_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPECDEC_BUILD_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert build.cache_folder() == tmp_path / "xdg" / "llm-inference-lab" / "kernels"
+    monkeypatch.setenv("SPECDEC_BUILD_DIR", str(tmp_path / "mine"))
+    assert build.cache_folder() == tmp_path / "mine"
+
+
+def test_names_and_force_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.extension_name("cpp", Path("phase-5-kernels-kvcache")) == "phase_5_kernels_kvcache_cpp"
+    assert build.extension_name("cpp") != build.extension_name("cpp", Path("phase-6-gpu-streams-graphs"))
+    monkeypatch.delenv("SPECDEC_FORCE_PY", raising=False)
+    assert build.why_not() is None
+    monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
+    assert "SPECDEC_FORCE_PY" in str(build.why_not())

@@ -1,0 +1,209 @@
+"""Choosing, verifying, drafting and generating in C++: the tokens of the torch path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.philox import Purpose, uniforms
+from phase5 import load
+from phase5.kernels import cpp
+from phase5.kernels.cpp.ops import probabilities as fast_probabilities
+from phase5.model import Transformer
+from phase5.sampling import KeyedRandomness, SamplingParams, choose, probabilities
+from phase5.verify import Certain, KeyedDecisions, verify
+
+pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
+
+WAYS = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0, seed=3),
+    SamplingParams(temperature=0.7, seed=-5),
+    SamplingParams(temperature=1.3, top_k=7, seed=2**40 + 1),
+    SamplingParams(temperature=1.0, top_p=0.8, seed=1),
+    SamplingParams(temperature=1.0, min_p=0.1),
+    SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.02),
+)
+
+
+def logits_of(rows: int, vocab: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_uniforms_are_those_of_philox() -> None:
+    for seed in (0, 7, 2**63 + 5):
+        expected = uniforms(seed, torch.tensor([9]), torch.tensor([31]), Purpose.ACCEPT, 11)[0]
+        got = [cpp.library().uniform(seed, 9, 31, int(Purpose.ACCEPT), index) for index in range(11)]
+        assert got == expected.tolist()
+
+
+@pytest.mark.parametrize("params", WAYS, ids=str)
+@pytest.mark.parametrize("vocab", [5, 123, 4096])
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
+def test_the_same_distribution_and_the_same_token(
+    params: SamplingParams, vocab: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isa:
+        if not cpp.library().has_isa(isa):
+            pytest.skip(f"this processor lacks {isa}")
+        monkeypatch.setenv("SPECDEC_CPU_ISA", isa)
+    logits = logits_of(40, vocab)
+    torch.testing.assert_close(fast_probabilities(logits, params), probabilities(logits, params), rtol=2e-6, atol=1e-7)
+    keys = list(range(40)), [3 * at + 1 for at in range(40)]
+    texts = [[1, 2]] * 40
+    expected = choose(logits, params, KeyedRandomness(params.seed), *keys, texts, texts)
+    assert cpp.sample(logits, params, KeyedRandomness(params.seed), *keys, texts, texts) == expected
+
+
+def test_penalties_and_other_randomness_are_kept() -> None:
+    logits = logits_of(4, 50)
+    params = SamplingParams(temperature=0.8, repetition_penalty=1.5, frequency_penalty=0.5, seed=4)
+    arguments = ([0, 1, 2, 3], [5, 6, 7, 8], [[1, 2], [3], [4], [5]], [[1, 1], [9], [8], [7, 7, 7]])
+    keyed = KeyedRandomness(4)
+    assert cpp.sample(logits, params, keyed, *arguments) == choose(logits, params, keyed, *arguments)
+
+    class Last:
+        def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+            return torch.full((len(probs),), 49)
+
+    assert cpp.sample(logits, SamplingParams(temperature=1.0), Last(), *arguments) == [49] * 4
+
+
+def test_noise_is_distributed_as_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    count = 20_000
+    tokens = cpp.sample(
+        logits.expand(count, 5),
+        SamplingParams(temperature=1.0),
+        KeyedRandomness(0),
+        [0] * count,
+        list(range(count)),
+        [[]] * count,
+        [[]] * count,
+    )
+    frequencies = torch.bincount(torch.tensor(tokens), minlength=5) / count
+    torch.testing.assert_close(frequencies, logits.softmax(-1), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("vocab", [6, 321])
+def test_the_rule_of_acceptance(one_hot: bool, vocab: int) -> None:
+    rows, K = 300, 5
+    draft_probs = (logits_of(rows * K, vocab, 1) / 2).softmax(-1).view(rows, K, vocab)
+    target_probs = (logits_of(rows * (K + 1), vocab, 2) / 2).softmax(-1).view(rows, K + 1, vocab)
+    # Half of each draft distribution is the target's, so that several tokens stand.
+    draft_probs = (draft_probs * 0.3 + target_probs[:, :K] * 0.7).contiguous()
+    keys = torch.arange(rows), torch.arange(rows) * 7
+    tokens = torch.stack([draft_probs[:, k].argmax(-1) for k in range(K)], 1)
+    widths = torch.arange(rows) % (K + 1)
+    arguments = (tokens, None if one_hot else draft_probs, target_probs, widths, *keys)
+    expected = verify(*arguments, KeyedDecisions(11))
+    got = cpp.verify_sample(*arguments, KeyedDecisions(11))
+    assert torch.equal(got.accepted, expected.accepted)
+    assert torch.equal(got.next_tokens, expected.next_tokens)
+    counted = torch.arange(K) < widths[:, None]
+    torch.testing.assert_close(got.ratios[counted], expected.ratios[counted])
+    assert 0 < int(got.accepted.sum()) < int(widths.sum())
+
+
+def test_certain_verification() -> None:
+    target = torch.eye(7)[torch.tensor([[1, 2, 3, 4], [1, 5, 3, 4]])]
+    draft = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    arguments = (draft, None, target, torch.tensor([3, 3]), torch.zeros(2).long(), torch.zeros(2).long(), Certain())
+    got, expected = cpp.verify_sample(*arguments), verify(*arguments)
+    assert got.accepted.tolist() == expected.accepted.tolist() == [3, 1]
+    assert got.next_tokens.tolist() == expected.next_tokens.tolist() == [4, 5]
+
+
+@pytest.fixture(scope="module")
+def models(llama_folder: Path) -> tuple[Transformer, cpp.CppModel]:
+    model = load(str(llama_folder), torch.float32, torch.device("cpu")).model
+    assert isinstance(model, Transformer)
+    return model, cpp.CppModel(model, "float32", 2)
+
+
+@pytest.mark.parametrize("noise", [Purpose.DRAFT, Purpose.SAMPLE])
+@pytest.mark.parametrize("params", WAYS, ids=str)
+def test_a_chain_is_that_of_single_steps(
+    models: tuple[Transformer, cpp.CppModel], params: SamplingParams, noise: Purpose
+) -> None:
+    """The tokens that chains.py would draw from the same logits, and what they were drawn from."""
+    _, fast = models
+    prompt, K = [5, 9, 200, 31], 6
+    cache = fast.new_cache(1, 64)
+    drawn, probs = fast.draft_chain(cache, 0, prompt, K, params, sample=2, position=40, noise=noise)
+    single = fast.new_cache(1, 64)
+    text, decisions = list(prompt), Certain() if params.greedy else KeyedDecisions(params.seed)
+    new = list(prompt)
+    for at in range(K):
+        logits = fast.step(single, [new]).logits
+        single.keep(0, list(range(len(new))))
+        assert logits is not None
+        of_torch = probabilities(logits, params)
+        token = int(decisions.draw(of_torch, torch.tensor([2]), torch.tensor([40 + at]), noise))
+        assert drawn[at] == token
+        if params.greedy:
+            assert torch.equal(probs[at], logits[0])  # the logits: a greedy draft is certain
+        else:
+            torch.testing.assert_close(probs[at], of_torch[0], rtol=2e-6, atol=1e-7)
+        text.append(token)
+        new = [token]
+    cache.keep(0, list(range(len(prompt) + K - 1)))
+    after, expected = fast.step(cache, [[1]]).logits, fast.step(single, [[1]]).logits
+    assert after is not None
+    assert cache.lengths == single.lengths
+    assert expected is not None
+    assert torch.equal(after, expected)
+
+
+@pytest.mark.parametrize("params", WAYS, ids=str)
+def test_a_whole_generation_is_that_of_single_steps(
+    models: tuple[Transformer, cpp.CppModel], params: SamplingParams
+) -> None:
+    _, fast = models
+    prompt = [5, 9, 200, 31]
+    made = fast.generate_plain(fast.new_cache(1, 64), 0, prompt, 40, params, sample=1)
+    single = fast.new_cache(1, 64)
+    new, text = list(prompt), list(prompt)
+    for token in made:
+        logits = fast.step(single, [new]).logits
+        assert logits is not None
+        single.keep(0, list(range(len(new))))
+        [expected] = choose(logits, params, KeyedRandomness(params.seed), [1], [len(text)], [prompt], [[]])
+        assert token == expected
+        text.append(token)
+        new = [token]
+    ended = fast.generate_plain(fast.new_cache(1, 64), 0, prompt, 40, params, sample=1, ends=[made[7]])
+    assert ended == made[: made.index(made[7]) + 1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
+    """The embedded draft, 4,096 tokens: the noise of one is drawn by whoever has its share."""
+    model = load("stdlib-1m", torch.float32, torch.device("cpu")).model
+    assert isinstance(model, Transformer)
+    params = SamplingParams(temperature=0.9, seed=8)
+    fast = cpp.CppModel(model, "bfloat16", threads)
+    made = fast.generate_plain(fast.new_cache(1, 80), 0, [5, 6, 7], 60, params)
+    cache, new, text = fast.new_cache(1, 80), [5, 6, 7], [5, 6, 7]
+    for token in made:
+        logits = fast.step(cache, [new]).logits
+        assert logits is not None
+        cache.keep(0, list(range(len(new))))
+        assert cpp.sample(logits, params, KeyedRandomness(8), [0], [len(text)], [[]], [[]]) == [token]
+        text.append(token)
+        new = [token]
+
+
+def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppModel]) -> None:
+    _, fast = models
+    with pytest.raises(UserError, match="penalties need the whole text"):
+        fast.generate_plain(fast.new_cache(1, 8), 0, [1], 2, SamplingParams(presence_penalty=1))
+    with pytest.raises(ValueError, match="nothing to go on from"):
+        fast.draft_chain(fast.new_cache(1, 8), 0, [], 2, SamplingParams())
+    with pytest.raises(ValueError, match="no room"):
+        fast.generate_plain(fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())

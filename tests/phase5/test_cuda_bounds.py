@@ -1,0 +1,98 @@
+"""No CUDA kernel reads or writes outside of the memory it was given: emulated, between pages that nobody may touch.
+
+A card would say nothing of most such accesses, nor would the checks: what lies there is often harmless.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phase5.kernels import Kernels
+
+# Every tensor that a wrapper hands to the library is moved to pages of its own for the call, so that it ends (begins)
+# where a page begins (ends) that must not be touched: to do so is the end of the process.
+PROGRAM = """
+import ctypes, mmap, sys
+import torch
+from phase5.kernels import check, cuda
+from phase5.kernels.cuda import attention, linear, norm, rope, support, tokens
+
+op, side, wrong = sys.argv[1:]
+libc, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+away = []  # (memory, where in it, the tensor's address, bytes)
+
+def guarded(tensor):
+    if tensor is None:
+        return 0
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    size = span * tensor.element_size()
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    place = base + PAGE + (pages * PAGE - size if side == "behind" else 0)
+    ctypes.memmove(place, tensor.data_ptr(), size)
+    for guard in (base, base + (pages + 1) * PAGE):
+        assert libc.mprotect(guard, PAGE, 0) == 0
+    away.append((memory, place, tensor, size))
+    return place + (tensor.element_size() if wrong == "wrong" else 0)
+
+class Library:
+    def __init__(self, real):
+        self.real = real
+    def __getattr__(self, name):
+        def call(*arguments):
+            result = getattr(self.real, name)(*arguments)
+            for _, place, tensor, size in away:
+                ctypes.memmove(tensor.data_ptr(), place, size)
+            away.clear()
+            return result
+        return call
+
+def on_device(op, **tensors):
+    return Library(support.on_device(op, **tensors))
+
+for module in (attention, linear, norm, rope, tokens):
+    module.address = guarded
+    module.on_device = on_device
+with torch.inference_mode():
+    print(len(check.check(op, cuda.OPS[op], check.CPU, full=False, dtypes=(torch.bfloat16,))), "checks passed")
+"""
+
+
+def run(op: str, side: str, wrong: str = "right") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, op, side, wrong]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def _emulated(emulate: Callable[[pytest.MonkeyPatch], None]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        emulate(patch)
+        patch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), *sys.path]))
+        yield
+
+
+@pytest.mark.usefixtures("_emulated")
+@pytest.mark.parametrize("side", ["behind", pytest.param("before", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "op",
+    [
+        op if op in ("linear", "decode_attention") else pytest.param(op, marks=pytest.mark.slow)
+        for op in Kernels._fields
+    ],
+)
+def test_no_access_outside(op: str, side: str) -> None:
+    done = run(op, side)
+    assert done.returncode == 0, f"the process ended with {done.returncode}: {done.stderr[-2000:]}"
+    assert "checks passed" in done.stdout
+
+
+@pytest.mark.usefixtures("_emulated")
+def test_an_access_outside_is_noticed() -> None:
+    assert run("rms_norm", "behind", "wrong").returncode == -11  # SIGSEGV

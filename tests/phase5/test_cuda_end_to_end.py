@@ -1,0 +1,86 @@
+"""A whole engine on CUDA kernels, emulated: what drafting writes is what plain decoding writes, bit for bit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from phase5.kernels import Kernels, registry
+
+PROMPTS = ["import os", "def f(left, right):\n    return", "class A:", "x"]
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "int8": {"dtype": "bfloat16", "quant": "int8"},
+    "int4": {"dtype": "bfloat16", "quant": "int4", "quant_group": 32},
+    "int8 cache": {"dtype": "bfloat16", "kv_dtype": "int8"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint: Callable[..., Path]) -> str:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return str(make_checkpoint("llama", **wide))
+
+
+@pytest.fixture
+def kernels(emulate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    emulate(monkeypatch)
+    return registry.choose("cuda", torch.device("cpu")).kernels
+
+
+@pytest.fixture
+def session(
+    kernels: Kernels, folder: str, session_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    # On a CPU the loader lays matrices out as its products like them; on a card, as here, rows follow each other.
+    loader = importlib.import_module("phase5.load")
+    monkeypatch.setattr(loader, "reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    return partial(session_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
+
+
+def tokens(session: Any) -> list[list[int]]:
+    return [each.tokens for each in session.complete(PROMPTS)]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session: Any, folder: str) -> None:
+    plain = tokens(session(**KINDS[kind]))
+    drafting = session(draft=folder, draft_quant="int8", k=4, **KINDS[kind])
+    assert tokens(drafting) == plain
+    accepted = sum(stats.accepted for steps in drafting.steps.values() for stats in steps)
+    assert accepted > 8  # otherwise nothing was verified together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["dynamic", "paged"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_in_every_cache(kind: str, kv: str, session: Any, folder: str) -> None:
+    plain = tokens(session(kv=kv, **KINDS[kind]))
+    assert tokens(session(kv=kv, draft=folder, draft_quant="int8", k=6, **KINDS[kind])) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("tree", ["static", "dynamic"])
+def test_trees(kind: str, tree: str, session: Any, folder: str) -> None:
+    plain = tokens(session(**KINDS[kind]))
+    assert tokens(session(draft=folder, draft_quant="int8", k=3, tree=tree, tree_nodes=7, **KINDS[kind])) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
+def test_other_families(family: str, session: Any, make_checkpoint: Callable[..., Path]) -> None:
+    """With a window that slides, norms of queries and keys, biases, learned positions."""
+    other = str(make_checkpoint(family))
+    for kv in ["static", "ring"] if family == "mistral" else ["static"]:
+        plain = tokens(session(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
+        drafting = session(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)
+        assert tokens(drafting) == plain

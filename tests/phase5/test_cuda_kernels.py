@@ -1,0 +1,333 @@
+"""Every CUDA kernel, emulated on the CPU, against its reference; and kernels that are wrong, which must be found out.
+
+On a card the same checks run for all backends: see test_triton_kernels.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common import philox
+from common.errors import UserError
+from phase5 import KeyedDecisions, KeyedRandomness, SamplingParams
+from phase5.kernels import TORCH, Kernels, build, check, registry
+from phase5.kernels.check_attention import Setting, asked
+from phase5.kernels.check_layers import FORMATS, plain, quantised
+from phase5.kernels.cuda import attention, library
+from phase5.kv_cache import CacheShape, StaticCache
+from phase5.packing import PackedLinear
+
+CPU = library.CPU
+SLOWER = ("decode_attention", "flash_prefill")  # all of their cases take seconds
+Ops = dict[str, Callable[..., Any]]
+
+
+@pytest.fixture(scope="module")
+def ops(emulate: Callable[[pytest.MonkeyPatch], None]) -> Iterator[Ops]:
+    with pytest.MonkeyPatch.context() as patch:
+        emulate(patch)
+        yield registry.operations("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def test_there_is_a_kernel_for_every_op(ops: Ops) -> None:
+    assert set(ops) == set(Kernels._fields)
+
+
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.slow) if op in SLOWER else op for op in Kernels._fields]
+)
+def test_emulated_it_is_right(op: str, ops: Ops) -> None:
+    assert len(check.check(op, ops[op], CPU, full=False)) >= 5
+
+
+@pytest.mark.parametrize("op", SLOWER)
+def test_emulated_it_is_right_in_bfloat16(op: str, ops: Ops) -> None:
+    assert len(check.check(op, ops[op], CPU, full=False, dtypes=(torch.bfloat16,))) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", Kernels._fields)
+def test_emulated_it_is_right_at_large_sizes(op: str, ops: Ops) -> None:
+    if op in ("linear", "gated_linear"):
+        assert check.check(op, ops[op], CPU, full=True, dtypes=(torch.bfloat16,))
+    else:
+        assert check.check(op, ops[op], CPU, full=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) -> None:
+    from phase5.kernels.cuda.linear import unconstrained
+
+    layers: list[Any] = [plain(CPU, dtype, 123, 48, True), plain(CPU, dtype, 33, 123, False)]
+    layers += [quantised(CPU, format, 33, 256, False, factor=True) for format in FORMATS]
+    for layer in layers:
+        for rows in (1, 5):
+            x = check.poisoned(CPU, dtype, rows, int(layer.in_features))
+            check.near(f"{layer}", unconstrained(layer, x), TORCH.linear(layer, x), check.WITHIN[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype: torch.dtype, ops: Ops) -> None:
+    for layer in (plain(CPU, dtype, 48, 160, True), quantised(CPU, FORMATS[0], 48, 160, False)):
+        for rows in (33, 64, 65):
+            x = check.poisoned(CPU, dtype, rows, 160)
+            together = ops["linear"](layer, x)
+            check.near(f"{rows} rows", together, TORCH.linear(layer, x), check.WITHIN[dtype])
+            if rows <= 64:
+                check.same_bits(f"{rows} rows", ops["linear"](layer, x[rows - 1 :]), together[rows - 1 :])
+        x = check.poisoned(CPU, dtype, 7, 13, 160)  # texts and their tokens: more than 64 rows, but not of one text
+        check.same_bits("7 texts", ops["linear"](layer, x[6:, 12:].clone()), ops["linear"](layer, x)[6:, 12:])
+
+
+def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) -> None:
+    from phase5.kernels.cuda.linear import matrix_of
+
+    layer = plain(CPU, torch.bfloat16, 32, 4096, True)
+    assert matrix_of("linear", layer, 0, None).parts(32) > 1
+    x = check.poisoned(CPU, torch.bfloat16, 16, 4096)
+    together = ops["linear"](layer, x)
+    check.near("parts", together, TORCH.linear(layer, x), check.WITHIN[torch.bfloat16])
+    check.same_bits("parts", ops["linear"](layer, x[:1].clone()), together[:1])
+
+
+def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
+    of = Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64)
+    cache, query, rows, counts, masks = asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
+    wanted = TORCH.decode_attention(query, cache, 1, rows, counts, masks)
+    check.near(
+        "free", attention.unconstrained(query, cache, 1, rows, counts, masks), wanted, check.WITHIN[torch.bfloat16]
+    )
+    for part in (64, 256, 1024):
+        found = ops["decode_attention"](query, cache, 1, rows, counts, masks, part=part)
+        check.near(f"parts of {part}", found, wanted, check.WITHIN[torch.bfloat16])
+    with pytest.raises(UserError, match="parts of 100 positions"):
+        ops["decode_attention"](query, cache, 1, rows, counts, masks, part=100)
+
+
+def test_random_numbers_have_the_same_bits(ops: Ops) -> None:
+    """A token whose ratio is the very uniform number falls, and with the next larger ratio it stands."""
+    seeds, R = (0, -1, 2**40 + 7), 40
+    samples, positions = torch.arange(R) * 3, torch.arange(R) * 100 + 5
+    for seed in seeds:
+        chance = philox.uniforms(seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0]
+        above = torch.from_numpy(np.nextafter(chance.numpy(), np.float32(2)))
+        for ratio, stands in ((chance, 0), (above, 1)):
+            target = torch.stack((ratio, 1 - ratio), 1)[:, None].expand(R, 2, 2).contiguous()
+            tokens, widths = torch.zeros(R, 1, dtype=torch.long), torch.ones(R, dtype=torch.long)
+            verdict = ops["verify_sample"](tokens, None, target, widths, samples, positions, KeyedDecisions(seed))
+            assert (verdict.accepted == stands).all()
+
+
+def test_sampling_follows_the_distribution(ops: Ops) -> None:
+    """And filtered ones: 300 draws of each, against the reference's very tokens."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(300, 7).contiguous()
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}):
+        params = SamplingParams(temperature=1.3, **filters)
+        arguments: Any = (params, KeyedRandomness(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
+        found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
+        assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where a logarithm's last bit decides
+        assert len(set(found)) > 1
+
+
+def test_of_equal_logits_at_the_edge_of_top_p_the_first_go(ops: Ops) -> None:
+    for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
+        logits = torch.zeros(60, V)
+        params = SamplingParams(temperature=1.0, top_p=top_p)
+        arguments: Any = (params, KeyedRandomness(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
+        found = ops["sample"](logits, *arguments)
+        assert min(found) >= V - round(V * top_p) - 1
+        assert len(set(found)) > 3
+
+
+def test_scores_that_are_no_numbers_are_never_chosen(ops: Ops) -> None:
+    scores = torch.full((1, 1, 300), float("nan"))
+    scores[0, 0, 217] = -5
+    accepted, following = ops["verify_greedy"](torch.zeros(1, 0, dtype=torch.long), scores, torch.zeros(1).long())
+    assert (int(accepted), int(following)) == (0, 217)
+
+
+def call_linear(ops: Ops, **changed: Any) -> None:
+    arguments: dict[str, Any] = {"layer": plain(CPU, torch.bfloat16, 8, 16, True), "x": torch.zeros(1, 16).bfloat16()}
+    ops["linear"](**{**arguments, **changed})
+
+
+def call_norm(ops: Ops, **changed: Any) -> None:
+    ops["rms_norm"](**{"x": torch.zeros(2, 8), "weight": torch.ones(8), "eps": 1e-5, **changed})
+
+
+@pytest.mark.parametrize(
+    ("call", "changed", "message"),
+    [
+        (call_linear, {"x": torch.zeros(1, 16)}, "matrix is torch.bfloat16; expected torch.float32"),
+        (call_linear, {"x": torch.zeros(1, 9).bfloat16()}, "x has 9 features; expected 16"),
+        (call_linear, {"x": torch.zeros(1, 16, dtype=torch.float64)}, "x is float64; expected float32, bfloat16 or"),
+        (call_linear, {"start": 2, "stop": 9}, "outputs 2 .. 9 are asked for; expected some of 0 .. 8"),
+        (call_linear, {"x": torch.zeros(1, 16, device="meta").bfloat16()}, "weight is on cpu; expected meta, as x"),
+        (call_norm, {"weight": torch.ones(7)}, r"weight has shape \[7\]; expected \[8\]"),
+        (call_norm, {"x": torch.zeros(2, 8).half()}, "weight is torch.float32; expected torch.float16"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Callable[..., None], changed: dict[str, Any], message: str, ops: Ops) -> None:
+    with pytest.raises(UserError, match=message):
+        call(ops, **changed)
+
+
+def test_a_layer_in_a_form_of_its_own_is_refused(ops: Ops) -> None:
+    packed = PackedLinear.__new__(PackedLinear)
+    with pytest.raises(UserError, match="a PackedLinear keeps its matrix in a form of its own; expected Linear or"):
+        ops["linear"](packed, torch.zeros(1, 4))
+
+
+def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: Ops) -> None:
+    cache = StaticCache(CacheShape(1, 2, 8), 1, 4, torch.float32, torch.float32, CPU)
+    new = torch.zeros(1, 5, 2, 8)
+    with pytest.raises(UserError, match="is to hold 5 tokens; it has room for 4"):
+        ops["kv_append"](cache, 0, [0], [5], new, new)
+
+
+def test_heads_that_are_too_wide_are_refused(ops: Ops) -> None:
+    cache = StaticCache(CacheShape(1, 1, 512), 1, 4, torch.float32, torch.float32, CPU)
+    with pytest.raises(UserError, match="a head has 512 features; expected at most 256"):
+        ops["decode_attention"](torch.zeros(1, 1, 1, 512), cache, 0, [0], [1], [None])
+
+
+def test_a_query_that_sees_nothing_gives_zeros(ops: Ops) -> None:
+    of = Setting("static", torch.bfloat16, torch.bfloat16, 4, 2, 16)
+    cache, query, rows, counts, _ = asked(CPU, of, [5], torch.ones(2, 2, dtype=torch.bool).tril())
+    mask = torch.full((2, 7), float("-inf"), dtype=torch.bfloat16)
+    mask[1, 3] = 0
+    for op in ("decode_attention", "flash_prefill"):
+        found = ops[op](query, cache, 1, rows, counts, [mask])
+        assert not found[:, 0].any()
+        assert found[:, 1].any()
+
+
+def test_without_emulation_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPECDEC_CUDA_EMULATE", raising=False)
+    reason = library.why_not(CPU)
+    assert "needs a card of NVIDIA, and this is cpu" in str(reason)
+    monkeypatch.setenv("SPECDEC_CUDA_EMULATE", "1")
+    monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
+    reason = library.why_not(CPU)
+    assert "SPECDEC_FORCE_PY" in str(reason)
+
+
+# What the emulator itself must notice, each a program of its own.
+PROGRAM = """
+#include "device.cuh"
+#include <cstdio>
+__global__ void kernel(float* all) {
+    float* out = all + 64 * blockIdx.x;
+    DYNAMIC_SHARED(memory);
+    float* space = reinterpret_cast<float*>(memory);
+%s
+}
+int main() {
+    float out[128] = {};
+    try {
+        launch(kernel, dim3(2), 64, 256, 0, out);  // both ways through the threads
+    } catch (const std::exception& problem) {
+        std::printf("%%s", problem.what());
+        return 0;
+    }
+    for (float x : out) std::printf("%%g ", x);
+}
+"""
+WRONG = {
+    "barriers that not all of a warp reach": (
+        "if (threadIdx.x % 2) __syncthreads(); else __syncwarp(); out[threadIdx.x] = 1;",
+        "wait at different barriers",
+    ),
+    "memory that nobody wrote": ("out[threadIdx.x] = space[threadIdx.x];", "nan"),
+    "a missing barrier": ("space[threadIdx.x] = threadIdx.x; out[threadIdx.x] = space[63 - threadIdx.x];", "nan"),
+    "one before which the first thread writes": (
+        "if (threadIdx.x == 0) space[0] = 1; out[threadIdx.x] = space[0];",
+        "nan",
+    ),
+}
+RIGHT = "space[threadIdx.x] = threadIdx.x; __syncthreads(); out[threadIdx.x] = warp_sum(space[63 - threadIdx.x]);"
+
+
+def run_program(folder: Path, body: str) -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ to emulate CUDA with")
+    source = folder / "program.cpp"
+    source.write_text(PROGRAM % body, encoding="utf-8")
+    flags = ["-std=c++17", "-O1", "-DEMULATED", *library.HALF, f"-I{library.FOLDER}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(folder / "program")], check=True)
+    return subprocess.run([str(folder / "program")], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_emulator_runs_what_is_right(tmp_path: Path) -> None:
+    first, second = sum(range(32, 64)), sum(range(32))
+    assert run_program(tmp_path, RIGHT).split() == ([str(first)] * 32 + [str(second)] * 32) * 2
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_emulator_finds_out(name: str, tmp_path: Path) -> None:
+    body, said = WRONG[name]
+    assert said in run_program(tmp_path, body)
+
+
+# Kernels with a mistake in them, as they could stand in the sources: the checks must not let them pass.
+MUTATIONS = [
+    ("attend.cuh", "p0 + number < stop[i]", "p0 + number < stop[i] - 1", "decode_attention", "attention.cu"),
+    ("attend.cuh", "0x7632 : 0x5410", "0x5410 : 0x7632", "decode_attention", "attention.cu"),
+    ("attention.cu", "call.H + tile.h * tile.G", "call.H + tile.h", "decode_attention", "attention.cu"),
+    ("linear.cuh", "run += WARPS * RUN", "run += WARPS * RUN + 1", "linear", "linear_16.cu"),
+    ("choice.cuh", "its == value && at < index", "its == value && at > index", "verify_greedy", "prefix.cu"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_kernel_is_found_out(
+    mutation: tuple[str, str, str, str, str], ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, right, wrong, op, _ = mutation
+    folder = tmp_path / "cuda"
+    shutil.copytree(library.FOLDER, folder)
+    text = (folder / file).read_text(encoding="utf-8")
+    assert right in text
+    (folder / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    monkeypatch.setattr(library, "FOLDER", folder)
+    monkeypatch.setenv("SPECDEC_BUILD_DIR", str(tmp_path))
+    number = MUTATIONS.index(mutation)  # pybind11 loads a module of one name once
+    monkeypatch.setattr(build, "extension_name", lambda part: f"wrong_{number}_{part}")
+    wrong_library = library._build.__wrapped__("cuda", library.SOURCES, True, "")
+    for module in ("attention", "linear", "tokens"):
+        monkeypatch.setattr(f"phase5.kernels.cuda.{module}.on_device", lambda *_, **__: wrong_library)
+    with pytest.raises(check.WrongKernel):
+        check.check(op, ops[op], CPU, full=op != "verify_greedy", dtypes=(torch.bfloat16,))
+
+
+def test_whole_numbers_and_scales_of_an_int8_cache_are_the_references(ops: Ops) -> None:
+    shape = CacheShape(1, 3, 40)
+    made: list[list[Tensor]] = []
+    for append in (ops["kv_append"], TORCH.kv_append):
+        cache = StaticCache(shape, 1, 9, torch.int8, torch.bfloat16, CPU)
+        for storage in (*cache.keys, *cache.values):
+            storage.values.fill_(99)
+        keys = check.poisoned(CPU, torch.bfloat16, 1, 9, 3, 40, seed=3)
+        append(cache, 0, [0], [9], keys, keys * 0)  # zeros too
+        made.append(
+            [part for s in (cache.keys[0], cache.values[0]) for part in (s.values, s.scales) if part is not None]
+        )
+    for mine, other in zip(*made, strict=True):
+        assert torch.equal(mine, other)

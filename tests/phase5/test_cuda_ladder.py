@@ -1,0 +1,102 @@
+"""Every rung of the CUDA ladders gives what torch gives, emulated or on a card; and their bench, walked through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import UserError
+from phase5.kernels import check, registry
+from phase5.kernels.cuda import ladder
+from phase5.kernels.cuda.ladder import RUNGS
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("on a card", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, emulate: Callable[[pytest.MonkeyPatch], None]) -> Iterator[torch.device]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "emulated":
+            emulate(patch)
+            yield CPU
+        else:
+            reason = registry.why_not("cuda", torch.device("cuda"))
+            if reason is not None:
+                pytest.skip(reason)
+            yield torch.device("cuda", torch.cuda.current_device())
+
+
+def numbers(device: torch.device, *shape: int, seed: int) -> Tensor:
+    """In the midst of NaN, and at an address that 16 bytes divide."""
+    return check.poisoned(device, BF16, *shape, seed=seed)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize(("N", "K"), [(1, 8), (5, 24), (37, 136), (3, 1600)])
+def test_linear(rung: int, N: int, K: int, device: torch.device) -> None:
+    weight, x, bias = numbers(device, N, K, seed=1), numbers(device, K, seed=2), numbers(device, N, seed=3)
+    check.near(f"rung {rung}", ladder.linear(rung, weight, x, bias), F.linear(x, weight, bias), check.WITHIN[BF16])
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize(("H", "HK", "D"), [(1, 1, 64), (5, 5, 64), (8, 2, 128), (8, 1, 64)])
+@pytest.mark.parametrize("n", [1, 5, 123, 300])
+def test_attention(rung: int, H: int, HK: int, D: int, n: int, device: torch.device) -> None:
+    query = numbers(device, H, D, seed=1)
+    keys, values = (torch.full((HK, n + 3, D), float("nan"), dtype=BF16, device=device) for _ in range(2))
+    keys[:, :n], values[:, :n] = numbers(device, HK, n, D, seed=2), numbers(device, HK, n, D, seed=3)
+    wanted = F.scaled_dot_product_attention(
+        query[None, :, None].float(), keys[None, :, :n].float(), values[None, :, :n].float(), enable_gqa=H > HK
+    )
+    check.near(
+        f"rung {rung}", ladder.attention(rung, query, keys, values, n), wanted[0, :, 0].to(BF16), check.WITHIN[BF16]
+    )
+
+
+def test_wrong_arguments_are_named(device: torch.device) -> None:
+    weight, x, bias = numbers(device, 3, 8, seed=1), numbers(device, 8, seed=2), numbers(device, 3, seed=3)
+    for rung, tensors, message in (
+        (6, (weight, x, bias), "rung 6; expected one of 1, 2, 3, 4, 5"),
+        (1, (weight.float(), x, bias), "weight is torch.float32; expected torch.bfloat16"),
+        (1, (weight, x[:7], bias), r"x has shape \[7\]; expected \[8\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ladder.linear(rung, *tensors)
+    keys = numbers(device, 2, 9, 64, seed=1)
+    with pytest.raises(UserError, match="10 tokens of 9; expected at least 1"):
+        ladder.attention(1, numbers(device, 4, 64, seed=2), keys, keys, 10)
+
+
+def test_the_benches_walk_their_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "phase-5-kernels-kvcache"))
+    from benchmarks import gpu_ladder, gpu_peers  # type: ignore[import-not-found,unused-ignore]
+    from benchmarks.runs import Lab, Options  # type: ignore[import-not-found,unused-ignore]
+
+    from common.benchmark import Results
+
+    options = Options(dry_run=True, output=tmp_path)
+    with Results(tmp_path, gpu_ladder.GPU_LADDER | gpu_peers.GPU_PEERS, {}, False) as results:
+        lab = Lab(options, results, CPU)
+        gpu_ladder.measure_gpu_ladder(lab)
+        gpu_peers.measure_gpu_peers(lab)
+        gpu_ladder.draw_gpu_ladder(lab, tmp_path / "ladder.png")
+    rows: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "results.jsonl").open(encoding="utf-8")]
+    assert all(row["synthetic"] for row in rows)
+    of_ladder = [row for row in rows if row["kind"] == "gpu_ladder"]
+    assert len(of_ladder) == 7 * len(gpu_ladder.cases())
+    assert {row["model"] for row in rows if row["kind"] == "gpu_peers"} >= {"gpt2-xl", "Llama-3.1-8B", "stdlib-10m"}
+    assert (tmp_path / "ladder.png").stat().st_size > 1000
+
+    wet = Lab(Options(), results, CPU)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"cannot run here: .*--dry-run walks their grid"):
+            gpu_ladder.measure_gpu_ladder(wet)
+        with pytest.raises(UserError, match="need a card, and this is cpu"):
+            gpu_peers.measure_gpu_peers(wet)

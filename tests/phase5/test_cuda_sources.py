@@ -1,0 +1,111 @@
+"""The CUDA sources compile for the cards that are meant, and the kernels that decoding waits for keep to registers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from common.errors import UserError
+from phase5.kernels import build
+from phase5.kernels.cuda import SOURCES, library
+
+ARCHITECTURES = ("80", "90a", "100")
+DECODING = ("attention.cu", "linear_16.cu")  # what the quick test compiles
+KERNELS = [source for source in library.SOURCES if source.endswith(".cu")]
+RUNGS = sorted(path.name for path in (library.FOLDER / "ladder").glob("*.cu"))
+
+
+class Used(NamedTuple):
+    kernel: str
+    registers: int
+    stack: int
+    spilled: int  # bytes, stores and loads
+
+
+def compile_for(arch: str, source: Path, folder: Path) -> list[Used]:
+    """What ptxas reports of every kernel in a source."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        pytest.skip("there is no nvcc on the PATH")
+    command = [compiler, *library.nvcc_flags(arch), "-Xptxas", "-v", "-c", str(source), "-o", str(folder / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return read_report(done.stderr)
+
+
+def read_report(text: str) -> list[Used]:
+    found = re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
+        r"ptxas info\s+: Used (\d+) registers",
+        text,
+    )
+    return [Used(name, int(used), int(stack), int(out) + int(back)) for name, stack, out, back, used in found]
+
+
+def no_spills(used: list[Used]) -> None:
+    assert used
+    assert not [each for each in used if each.spilled or each.stack], (
+        "a kernel goes through memory for what it computes"
+    )
+
+
+def test_a_report_with_spills_is_read() -> None:
+    """As ptxas writes it."""
+    text = (
+        "ptxas info    : Function properties for _Z4slowPf\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers\n"
+    )
+    assert read_report(text) == [Used("_Z4slowPf", 255, 16, 20)]
+    with pytest.raises(AssertionError, match="goes through memory"):
+        no_spills(read_report(text))
+
+
+@pytest.mark.parametrize("source", DECODING)
+def test_the_decode_kernels_keep_to_registers(source: str, tmp_path: Path) -> None:
+    no_spills(compile_for("90a", library.FOLDER / source, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNELS)
+def test_everything_compiles(source: str, arch: str, tmp_path: Path) -> None:
+    used = compile_for(arch, library.FOLDER / source, tmp_path)
+    if source.startswith(("attention", "linear", "norm", "rope", "prefix", "prefill")):
+        no_spills(used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", RUNGS)
+def test_the_rungs_compile(source: str, tmp_path: Path) -> None:
+    assert compile_for("90a", library.FOLDER / "ladder" / source, tmp_path)
+
+
+def test_every_file_belongs_to_an_op() -> None:
+    """So that the ledger forgets a check when any file that went into the kernel changes."""
+    files = {path.name for path in library.FOLDER.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py")}
+    named = {name for names in SOURCES.values() for name in names if not name.startswith("../")}
+    assert files - named == {"emulator.h", "__init__.py"}
+    assert named <= files
+    for names in SOURCES.values():
+        sources = [library.FOLDER / name for name in names if name.endswith(".cu")]
+        included = {path.name for path in build.with_headers(sources)}
+        assert included - {"emulator.h"} <= set(names)
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100", "120f"])
+def test_another_architecture_can_be_asked_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CUDA_ARCH", arch)
+    assert library.architecture(library.CPU) == arch
+
+
+def test_an_architecture_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CUDA_ARCH", "sm_90; rm")
+    with pytest.raises(UserError, match="names no architecture; use one like 80, 90a or 100"):
+        library.architecture(library.CPU)

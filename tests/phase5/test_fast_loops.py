@@ -1,0 +1,136 @@
+"""Whole loops in C++: the same tokens as in torch, and speculation that equals plain decoding in every format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import phase5
+from common.errors import UserError
+from common.prompts import load_prompts
+from phase5.fast_runner import FastRunner
+from phase5.kernels import registry
+
+pytestmark = [
+    pytest.mark.about("engine/fast_runner.py", "FastRunner"),
+    pytest.mark.about("engine/backends.py", "Backends"),
+    pytest.mark.skipif(
+        registry.why_not("cpp", torch.device("cpu")) is not None,
+        reason=f"no C++ backend here: {registry.why_not('cpp', torch.device('cpu'))}",
+    ),
+]
+DRAFTING: dict[str, dict[str, Any]] = {
+    "plain": {"draft": "none"},
+    "model": {"k": 4},
+    "model, confidence": {"controller": "confidence"},
+    "model, static tree": {"k": 3, "tree": "static", "tree_nodes": 8},
+    "model, dynamic tree": {"k": 3, "tree": "dynamic", "tree_nodes": 8},
+    "ngram": {"drafter": "ngram", "k": 4},
+    "extrapolate": {"drafter": "extrapolate", "k": 2},
+    "medusa": {"drafter": "medusa", "k": 4},
+    "eagle": {"drafter": "eagle", "k": 4},
+    "eagle, static tree": {"drafter": "eagle", "k": 3, "tree": "static", "tree_nodes": 8},
+}
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "int8": {"dtype": "float32", "quant": "int8"},
+    "int4": {"dtype": "float32", "quant": "int4"},
+    "int8 cache": {"dtype": "float32", "kv_dtype": "int8"},
+}
+
+
+def session(**options: Any) -> Any:
+    chosen = {"dtype": "float32", "max_tokens": 24, "device": "cpu", "kernels": "cpp", **options}
+    return phase5.Session(phase5.Options(**chosen))
+
+
+def texts(count: int) -> list[str]:
+    return [prompt.text for prompt in load_prompts("code", "test")[:count]]
+
+
+def written(made: Any, count: int = 2) -> list[list[int]]:
+    return [each.tokens for each in made.complete(texts(count))]
+
+
+@pytest.mark.parametrize("how", list(DRAFTING))
+def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
+    fast, slow = session(**DRAFTING[how]), session(kernels="torch", **DRAFTING[how])
+    found = [[(each.tokens, each.stats.target_forwards) for each in made.complete(texts(3))] for made in (fast, slow)]
+    assert isinstance(fast.runner, FastRunner)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("how", ["model", "model, static tree", "ngram", "eagle"])
+def test_greedy_speculation_equals_plain_decoding_in_every_format(how: str, format: str) -> None:
+    plain = session(draft="none", max_tokens=40, **FORMATS[format])
+    drafted = session(max_tokens=40, **DRAFTING[how], **FORMATS[format])
+    assert written(drafted) == written(plain)
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_coupled_speculation_equals_plain_sampling_in_every_format(format: str) -> None:
+    options = {"temperature": 1.0, "max_tokens": 40, **FORMATS[format]}
+    plain, drafted = session(draft="none", **options), session(policy="coupled", k=4, **options)
+    assert written(drafted) == written(plain)
+    assert any(step.accepted for steps in drafted.steps.values() for step in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_equals_plain_decoding_on_200_prompts(temperature: float, format: str) -> None:
+    options = {"temperature": temperature, "max_tokens": 32, **FORMATS[format]}
+    plain = session(draft="none", **options)
+    drafted = session(controller="cost", policy="coupled" if temperature else "auto", **options)
+    for prompt in load_prompts("code"):
+        assert drafted.complete([prompt.text])[0].tokens == plain.complete([prompt.text])[0].tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("how", ["plain", "model"])
+def test_several_tokens_in_one_call_are_those_of_single_steps(
+    how: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"temperature": temperature, "top_p": 0.95, "top_k": 50, **DRAFTING[how]}
+    together = written(session(**options), 1)
+    monkeypatch.setattr(FastRunner, "draw", lambda *arguments: None)
+    assert written(session(**options), 1) == together
+
+
+def test_batches_and_samples_are_what_each_is_alone() -> None:
+    for options in (DRAFTING["plain"], DRAFTING["model"]):
+        made = session(temperature=1.0, **options)
+        alone = [made.complete([text])[0].tokens for text in texts(3)]
+        assert [each.tokens for each in made.complete(texts(3))] == alone
+
+
+def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) -> None:
+    folder = str(make_checkpoint("llama"))
+    options = {"model": folder, "draft": "none", "max_tokens": 160, "dtype": "float32"}
+    fast, slow = session(**options), session(kernels="torch", **options)
+    assert written(fast, 1) == written(slow, 1)
+
+
+def test_what_computes_is_said() -> None:
+    assert session().backends.report["step"] == "cpp"
+    paged = session(kernels="auto", kv="paged").backends.report
+    assert paged["step"] == "torch"
+    assert "static cache" in paged["why_no_cpp_step"]
+    for options, why in (({"kv": "paged"}, "static cache"), ({"model": "fake"}, "Transformer"), ({"beams": 2}, "beam")):
+        with pytest.raises(UserError, match=why):
+            session(draft="none", **options)
+
+
+def test_without_a_compiler_torch_computes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
+    report = session(kernels="auto").backends.report
+    assert report["step"] == "torch"
+    assert "SPECDEC_FORCE_PY" in json.dumps(report)
+    with pytest.raises(UserError, match="SPECDEC_FORCE_PY"):
+        session(kernels="cpp")

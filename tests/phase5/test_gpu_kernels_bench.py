@@ -1,0 +1,58 @@
+"""The bench of kernels on a card: its grid can be walked without one, and says that nothing was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import phase5
+
+PHASE = Path(phase5.__file__).resolve().parents[1]
+CODE = """
+import json, sys, torch
+from common.benchmark import Results
+from benchmarks.gpu_kernels import GPU_KERNELS, measure_gpu_kernels
+from benchmarks.runs import Lab, Options
+
+options = Options(dry_run=sys.argv[1] == "dry")
+with Results(None, GPU_KERNELS, {}, False) as results:
+    measure_gpu_kernels(Lab(options, results, torch.device("cpu")))
+    print(json.dumps(results.rows))
+"""
+
+
+def run(how: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(PHASE), str(PHASE.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", CODE, how],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=PHASE,
+        check=False,
+    )
+
+
+def test_a_dry_run_walks_the_grid() -> None:
+    done = run("dry")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert all(row["synthetic"] for row in rows)
+    timed = [row for row in rows if row["kind"] == "gpu_kernel"]
+    assert {row["shape"] for row in timed} == {"gpt2-xl", "Llama-3.1-8B"}
+    assert {row["backend"] for row in timed} == {"triton", "cuda"}
+    assert {"linear", "gated_linear", "decode_attention", "sample", "verify_sample"} <= {row["op"] for row in timed}
+    assert any("over_free" in row for row in timed)
+
+
+def test_without_a_card_it_says_so() -> None:
+    done = run("real")
+    if "kernels for a card cannot be timed here" not in done.stderr:
+        assert importlib.util.find_spec("triton")
+        import torch
+
+        assert torch.cuda.is_available(), done.stderr

@@ -1,0 +1,115 @@
+"""A whole engine on Triton kernels, interpreted: what drafting writes is what plain decoding writes, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import phase5
+from phase5.kernels import TORCH, Kernels, registry
+
+PROMPTS = ["import os", "def f(x):\n", "class A:", "x"]
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "int8": {"dtype": "bfloat16", "quant": "int8"},
+    "int4": {"dtype": "bfloat16", "quant": "int4", "quant_group": 32},
+    "int8 cache": {"dtype": "bfloat16", "kv_dtype": "int8"},
+}
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint: Callable[..., Path]) -> str:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return str(make_checkpoint("llama", **wide))
+
+
+@pytest.fixture(scope="module")
+def tiny(make_checkpoint: Callable[..., Path]) -> str:
+    """One layer, one key head: a program of a kernel takes milliseconds here."""
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
+    return str(make_checkpoint("llama", num_hidden_layers=1, **narrow))
+
+
+@pytest.fixture
+def kernels(interpreted: None) -> Kernels:
+    return registry.choose("triton", torch.device("cpu")).kernels
+
+
+@pytest.fixture
+def session(kernels: Kernels, folder: str, session_on: Callable[..., Any]) -> Callable[..., Any]:
+    """A session on Triton."""
+    return lambda **options: session_on(kernels, **{"model": folder, "device": "cpu", **options})
+
+
+def tokens(session: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:
+    return [each.tokens for each in session.complete(prompts)]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=slow) if k == "int8 cache" else k for k in KINDS])
+def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session: Any, tiny: str) -> None:
+    plain = tokens(session(model=tiny, **KINDS[kind]))
+    drafting = session(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind])
+    assert tokens(drafting) == plain
+    accepted = sum(stats.accepted for steps in drafting.steps.values() for stats in steps)
+    assert accepted > 8  # otherwise nothing was verified together
+
+
+@slow
+@pytest.mark.parametrize("kv", ["dynamic", "paged"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_in_every_cache(kind: str, kv: str, session: Any, folder: str) -> None:
+    plain = tokens(session(kv=kv, **KINDS[kind]))
+    assert tokens(session(kv=kv, draft=folder, draft_quant="int8", k=6, **KINDS[kind])) == plain
+
+
+@slow
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "how", [{"tree": "static", "tree_nodes": 7, "k": 3}, {"tree": "dynamic", "tree_nodes": 7, "k": 3}]
+)
+def test_trees(kind: str, how: dict[str, Any], session: Any, folder: str) -> None:
+    plain = tokens(session(**KINDS[kind]))
+    assert tokens(session(draft=folder, draft_quant="int8", **how, **KINDS[kind])) == plain
+
+
+@slow
+@pytest.mark.parametrize("policy", ["coupled", "rejection"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_at_temperature_1(kind: str, policy: str, session: Any, folder: str) -> None:
+    """Coupled drafts change no token; with rejection the kernel decides as the reference does."""
+    options = {"temperature": 1.0, "top_p": 0.95, "policy": policy, "max_tokens": 12, **KINDS[kind]}
+    drafting = session(draft=folder, draft_quant="int8", k=4, **options)
+    found = tokens(drafting)
+    if policy == "coupled":
+        assert found == tokens(session(**options))
+    else:
+        registry.use(drafting.policy, TORCH)
+        drafting.steps.clear()
+        assert found == tokens(drafting)
+
+
+@slow
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
+def test_other_families(family: str, session: Any, make_checkpoint: Callable[..., Path]) -> None:
+    """With a window that slides, norms of queries and keys, biases, learned positions."""
+    other = str(make_checkpoint(family))
+    kinds = ["static", "ring"] if family == "mistral" else ["static"]
+    for kv in kinds:
+        plain = tokens(session(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
+        drafting = session(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)
+        assert tokens(drafting) == plain
+
+
+def test_in_float32_torch_writes_the_same(session: Any, folder: str) -> None:
+    plain = tokens(session(dtype="float32"), PROMPTS[:2])
+    torch_alone = phase5.Session(
+        phase5.Options(model=folder, max_tokens=8, device="cpu", draft="none", dtype="float32", kv="off")
+    )
+    assert tokens(torch_alone, PROMPTS[:2]) == plain

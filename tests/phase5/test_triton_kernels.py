@@ -1,0 +1,277 @@
+"""Every Triton kernel, interpreted on the CPU, against its reference; and wrong kernels, which must be found out."""
+
+# mypy: disable-error-code="untyped-decorator"
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common import philox
+from common.errors import UserError
+from phase5 import KeyedDecisions, KeyedRandomness, SamplingParams
+from phase5.kernels import TORCH, Kernels, check, reference, registry
+from phase5.kernels.check_attention import Setting, asked
+from phase5.kernels.check_layers import plain
+from phase5.kv_cache import CacheShape, StaticCache
+from phase5.model import Linear
+from phase5.packing import PackedLinear
+
+CPU = torch.device("cpu")
+if importlib.util.find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    from phase5.kernels.triton import noise
+    from phase5.kernels.triton.support import dot
+
+    @triton.jit
+    def product(a, b, out, OURS: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        x, y = tl.load(a + at), tl.load(b + at)
+        if OURS:
+            tl.store(out + at, dot(x, y, tl.zeros((16, 16), tl.float32), True))
+        else:
+            tl.store(out + at, tl.dot(x, y))
+
+    @triton.jit
+    def reach(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
+
+    @triton.jit
+    def known_answer(out):  # type: ignore[no-untyped-def]
+        """Counter and key all ones, from Random123's known-answer tests."""
+        full = tl.full((1,), 0xFFFFFFFF, tl.uint32)
+        a, b, c, d = noise.words(full, full, full, full, full, full)
+        at = out + tl.arange(0, 1)
+        tl.store(at, a.to(tl.int64))
+        tl.store(at + 1, b.to(tl.int64))
+        tl.store(at + 2, c.to(tl.int64))
+        tl.store(at + 3, d.to(tl.int64))
+
+    @triton.jit
+    def draws(keys, single, many, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        r = tl.program_id(0)
+        position = tl.load(keys + 4 * r + 3)
+        tl.store(single + r, noise.chance(keys + 4 * r, position, 2))
+        tl.store(many + r * BLOCK + tl.arange(0, BLOCK), noise.gumbel(keys + 4 * r, 0, position, 0, BLOCK))
+
+
+# All of their cases take long in numpy.
+SLOWER = ("linear", "gated_linear", "kv_append", "rope_append", "decode_attention", "flash_prefill", "sample")
+
+
+@pytest.fixture(scope="module")
+def ops(interpreted: None) -> dict[str, Callable[..., Any]]:
+    return registry.operations("triton")
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def test_there_is_a_kernel_for_every_op(ops: dict[str, Callable[..., Any]]) -> None:
+    assert set(ops) == set(Kernels._fields)
+
+
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.slow) if op in SLOWER else op for op in Kernels._fields]
+)
+def test_interpreted_it_is_right(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
+    assert len(check.check(op, ops[op], CPU, full=False)) >= 5
+
+
+@pytest.mark.parametrize("op", SLOWER)
+def test_interpreted_it_is_right_in_16_bits(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
+    assert len(check.check(op, ops[op], CPU, full=False, dtypes=(torch.bfloat16,))) >= 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", registry.FOR_CARDS)
+@pytest.mark.parametrize("op", Kernels._fields)
+def test_on_a_card_it_is_right(op: str, backend: Any) -> None:
+    device = torch.device("cuda")
+    reason = registry.why_not(backend, device)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    function = registry.operations(backend).get(op)
+    if function is None:
+        pytest.skip(f"{backend} has no {op}")
+    assert len(check.check(op, function, device)) >= 5
+
+
+@pytest.mark.parametrize("op", Kernels._fields)
+def test_the_reference_passes_its_own_checks(op: str) -> None:
+    """But for the bits: torch's products may add up in another order for more rows."""
+    assert check.check(op, getattr(TORCH, op), CPU, full=False, invariance=False)
+
+
+def test_a_kernel_that_leaves_its_tensors_is_caught(guarded: None) -> None:
+    """But masked accesses may point anywhere."""
+    reach[(1,)](torch.zeros(8), torch.zeros(8), 8, BLOCK=16)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="1 of 9 writes lie outside"):
+        reach[(1,)](torch.zeros(9), torch.zeros(8), 9, BLOCK=16)
+
+
+def short_tail(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Off by one: the last input of every row is left out."""
+    x = x.clone()
+    x[..., -1:] = 0
+    return reference.linear(layer, x, start, stop)
+
+
+def last_of_equals(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """Of equal scores it takes the last one."""
+    choices = scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
+    accepted = reference.verify_prefix(draft_tokens, choices, widths)
+    return accepted, choices.gather(1, accepted[:, None])[:, 0]
+
+
+def blind_to_the_last(query: Tensor, cache: Any, layer: int, rows: Any, counts: Any, masks: Any) -> Tensor:
+    """Off by one: the newest key is not looked at."""
+    fewer = [None if mask is None else mask[:, :-1] for mask in masks]
+    return reference.decode_attention(query, cache, layer, rows, [count - 1 for count in counts], fewer)
+
+
+def one_too_many(query: Tensor, cache: Any, layer: int, rows: Any, counts: Any, masks: Any) -> Tensor:
+    """Off by one the other way: what lies behind the last key was never written."""
+    more = [None if mask is None else nn.functional.pad(mask, (0, 1)) for mask in masks]
+    return reference.decode_attention(query, cache, layer, rows, [count + 1 for count in counts], more)
+
+
+def writes_padding(cache: Any, layer: int, rows: Any, counts: Any, keys: Tensor, values: Tensor) -> None:
+    reference.kv_append(cache, layer, rows, [keys.shape[1]] * len(counts), keys, values)
+
+
+def another_order_for_more(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Right, but what one row gives depends on how many there are."""
+    whole = reference.linear(layer, x, start, stop)
+    return whole if x.shape[0] == 1 else whole * (1 + 1e-7 * x.shape[0])
+
+
+def other_noise(logits: Tensor, params: Any, randomness: Any, *rest: Any) -> list[int]:
+    return TORCH.sample(logits, params, KeyedRandomness(randomness.seed + 1), *rest)
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "why"),
+    [
+        ("linear", short_tail, "rounding"),
+        ("linear", another_order_for_more, "the bits depend"),
+        ("verify_greedy", last_of_equals, "expected"),
+        ("decode_attention", blind_to_the_last, "rounding"),
+        ("decode_attention", one_too_many, "NaN|rounding"),
+        ("kv_append", writes_padding, "NaN|expected"),
+        ("sample", other_noise, "expected"),
+        ("rms_norm", lambda x, weight, eps: TORCH.rms_norm(x[..., :-1], weight[:-1], eps), "expected"),
+        ("rope", lambda x, cos, sin: TORCH.rope(x, cos, -sin), "rounding"),
+    ],
+)
+def test_a_wrong_kernel_is_found_out(op: str, wrong: Callable[..., Any], why: str) -> None:
+    with pytest.raises(check.WrongKernel, match=why):
+        check.check(op, wrong, CPU, full=False)
+
+
+def test_the_interpreters_product_of_bfloat16_is_wrong_and_ours_is_not(interpreted: None) -> None:
+    """The trap that `dot` steps around; when this fails, the interpreter has been mended, and `dot` can go."""
+    torch.manual_seed(0)
+    for dtype, off in ((torch.bfloat16, 100.0), (torch.float16, None)):
+        a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
+        right, theirs, ours = a.float() @ b.float(), torch.empty(16, 16), torch.empty(16, 16)
+        product[(1,)](a, b, theirs, OURS=False)
+        product[(1,)](a, b, ours, OURS=True)
+        torch.testing.assert_close(ours, right, atol=1e-5, rtol=1e-5)
+        if off is None:
+            torch.testing.assert_close(theirs, right, atol=1e-5, rtol=1e-5)
+        else:
+            assert float((theirs - right).abs().max()) > off * float(right.abs().max())
+
+
+def test_random_numbers_have_the_same_bits(interpreted: None) -> None:
+    out = torch.zeros(4, dtype=torch.int64)
+    known_answer[(1,)](out)
+    assert out.tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    samples, positions = torch.tensor([0, 3, 2**31]), torch.tensor([0, 70000, 2**32 - 1])
+    for seed in (0, -1, 2**63 - 5):
+        single, many = torch.empty(3), torch.empty(3, 64)
+        draws[(3,)](noise.keyed(samples, positions, seed), single, many, BLOCK=64)
+        assert torch.equal(single, philox.uniforms(seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0])
+        torch.testing.assert_close(many, philox.gumbel(seed, samples, positions, 0, 64), atol=1e-6, rtol=1e-6)
+
+
+def test_of_equal_logits_at_the_edge_of_top_p_the_first_go(ops: dict[str, Callable[..., Any]]) -> None:
+    """As in a stable sort: eight equal tokens, of which half the probability keeps the last four."""
+    drawn = set()
+    for position in range(16):
+        params = SamplingParams(temperature=1.0, top_p=0.5)
+        drawn |= set(ops["sample"](torch.zeros(1, 8), params, KeyedRandomness(1), [0], [position], [[]], [[]]))
+    assert drawn == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ops: ops["linear"](Linear(4, 4), torch.zeros(1, 5)), "x has 5 features; expected 4"),
+        (lambda ops: ops["linear"](Linear(4, 4), torch.zeros(1, 4).half()), "expected one dtype"),
+        (lambda ops: ops["linear"](Linear(4, 4), torch.zeros(1, 4), 2, 9), r"outputs 2 .. 9 .* some of 0 .. 4"),
+        (lambda ops: ops["linear"](Linear(4, 4), torch.zeros(1, 4).double()), "float64; expected float32"),
+        (lambda ops: ops["gated_linear"](Linear(4, 3), torch.zeros(1, 4)), "3 outputs; expected two halves"),
+        (lambda ops: ops["rms_norm"](torch.zeros(1, 4), torch.ones(5), 1e-5), r"shape \[5\]; expected \[4\]"),
+        (lambda ops: ops["rope"](torch.zeros(1, 2, 3, 8), torch.ones(3, 1, 8), torch.ones(3, 1, 8)), "cos has shape"),
+        (lambda ops: ops["rms_norm"](torch.zeros(1, 4, device="meta"), torch.ones(4), 1e-5), "weight is on cpu"),
+        (
+            lambda ops: ops["verify_greedy"](torch.zeros(1, 1).long(), torch.zeros(1, 3, 5), torch.ones(1).long()),
+            "expected",
+        ),
+        (
+            lambda ops: ops["verify_greedy"](torch.zeros(1, 1).int(), torch.zeros(1, 2, 5), torch.ones(1).long()),
+            "draft_tokens is torch.int32",
+        ),
+        (
+            lambda ops: ops["sample"](torch.zeros(1, 3), SamplingParams(temperature=1.0), object(), [0], [0], [], []),
+            "randomness of the kind object",
+        ),
+        (lambda ops: ops["linear"](PackedLinear.__new__(PackedLinear), torch.zeros(1, 4)), "a form of its own"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    call: Callable[[Any], Any], message: str, ops: dict[str, Callable[..., Any]]
+) -> None:
+    with pytest.raises(UserError, match=f"triton .*{message}"):
+        call(ops)
+
+
+def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: dict[str, Callable[..., Any]]) -> None:
+    cache = StaticCache(CacheShape(1, 1, 8), 1, 4, torch.float32, torch.float32, CPU)
+    x = torch.zeros(1, 5, 1, 8)
+    with pytest.raises(UserError, match="row 0 of the cache is to hold 5 tokens; it has room for 4"):
+        ops["kv_append"](cache, 0, [0], [5], x, x)
+
+
+def test_a_query_that_sees_nothing_gives_zeros(ops: dict[str, Callable[..., Any]]) -> None:
+    of = Setting("static", torch.float32, torch.float32, 4, 2, 8)
+    cache, query, rows, counts, _ = asked(CPU, of, [20], torch.ones(2, 2, dtype=torch.bool).tril())
+    mask = torch.full((2, 22), float("-inf"))
+    mask[1, 3:9] = 0
+    found = ops["decode_attention"](query, cache, 1, rows, counts, [mask])
+    assert not found[0, 0].any()
+    assert found[0, 1].all()
+
+
+def test_the_unconstrained_product_is_right_too(ops: dict[str, Callable[..., Any]]) -> None:
+    from phase5.kernels.triton.linear import unconstrained
+
+    layer, x = plain(CPU, torch.float32, 33, 123, True), check.poisoned(CPU, torch.float32, 2, 123)
+    torch.testing.assert_close(unconstrained(layer, x), reference.linear(layer, x), atol=1e-4, rtol=1e-5)
+
+
+def test_keyed_decisions_are_keyed_randomness() -> None:
+    """What verify_sample takes its seed from."""
+    assert isinstance(KeyedDecisions(3), KeyedRandomness)
