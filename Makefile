@@ -23,7 +23,7 @@ OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
 GPU_BENCH ?= --repeats 3
 
-.PHONY: help demo diff test test-all gpu lint install clean
+.PHONY: help demo diff test test-all sanitize gpu lint install clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
@@ -43,6 +43,9 @@ test-all: lint  ## every test, the slow ones too; those for a graphics card wher
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
 	$(BIN)/pytest
 
+sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
+	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m engine.kernels.cpp.sanitize
+
 # GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv. A part that fails does not stop
 # the others, so that a card that is there for a short time is used; what each gave and took is in OUT/manifest.json.
 gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its tests, and every phase's bench into OUT
@@ -56,6 +59,8 @@ gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its te
 	}; \
 	part tests env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m pytest -p no:cacheprovider -m gpu \
 	    $$(grep -lr --include='test_*.py' 'mark\.gpu' tests); \
+	$(if $(DRY_RUN),,part ledger env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m phase5.kernels.ledger --write; \
+	cp phase-5-kernels-kvcache/engine/kernels/verified.json "$(RESULTS)/";) \
 	for phase in phase-*; do \
 	    part $$phase env PYTHONPATH=. $$python $$phase/bench.py --device $(if $(DRY_RUN),auto --dry-run,cuda) \
         $(GPU_BENCH) --output "$(RESULTS)/$$phase"; \

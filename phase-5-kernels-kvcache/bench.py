@@ -62,14 +62,14 @@ def main(arguments: list[str]) -> int:
     wanted += ["ladder"] if options.ladder else []
     wanted += ["peers"] if options.peers else []
     wanted = wanted or list(get_args(Section))
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or torch.get_num_threads()
     checkpoint = open_checkpoint(options.model)
-    where = environment(device, options.dtype, torch.get_num_threads(), {checkpoint.name: checkpoint.content_hash()})
+    where = environment(device, options.dtype, threads, {checkpoint.name: checkpoint.content_hash()})
     definitions = SPEED | LENGTHS | VERIFICATION | QUALITY | FAST | MACHINES
     with Results(options.output, definitions, where, options.resume) as results:
         lab = Lab(options, results, device)
         for section in wanted:
+            torch.set_num_threads(threads)  # a session whose steps run in C++ leaves torch one
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)

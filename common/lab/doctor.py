@@ -1,12 +1,13 @@
 """`lab doctor`: what this machine can do, and what each missing thing would enable.
 
-It looks, and neither loads nor changes anything.
+It looks, and neither loads nor changes anything; with --build it compiles the newest phase's kernels.
 
     lab doctor --json
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -17,12 +18,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from common.device import available_devices
 from common.lab.arguments import Parser
+from common.phases import phases
 from common.results import SCHEMA_VERSION, cpu_name
 from common.terminal import print_document, print_table
 
@@ -112,6 +115,26 @@ def _torch_build() -> str:
     return f"built for ROCm {torch.version.hip}" if torch.version.hip else "built without CUDA"
 
 
+def _registry() -> Any | None:
+    """The kernel registry of the newest phase that has one."""
+    for phase in reversed(phases()):
+        try:
+            return importlib.import_module(f"{phase.package}.kernels.registry")
+        except ModuleNotFoundError:
+            continue
+    return None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _kernels() -> list[Finding]:
+    """What could compute here, by backend, and why others could not."""
+    registry = _registry()
+    return [] if registry is None else [Finding(*found) for found in registry.examine(_device())]
+
+
 def examine() -> list[Finding]:
     """Look at this machine; changes nothing and loads no model."""
     cores, hardware_threads = psutil.cpu_count(logical=False), psutil.cpu_count()
@@ -132,6 +155,7 @@ def examine() -> list[Finding]:
         Finding("nvcc", _program(nvcc, r"release [\d.]+"), "the CUDA kernels"),
         Finding("triton", _package("triton"), "the Triton kernels, and torch.compile on a graphics card"),
         Finding("llama-cpp-python", _package("llama-cpp-python"), "llama.cpp as a peer in benchmarks"),
+        *_kernels(),
     ]
 
 
@@ -139,7 +163,11 @@ def run(arguments: list[str]) -> int:
     """The command: a table, or with --json one JSON document. The exit status is 0 whatever is missing."""
     parser = Parser(prog="lab doctor", description="Say what this machine can do.")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--build", action="store_true", help="compile the kernels now, instead of when first needed")
+    options = parser.parse_args(arguments)
+    as_json, registry = options.json, _registry()
+    if options.build and registry is not None:
+        print(f"built: {', '.join(registry.prepare(_device())) or 'nothing can be'}", file=sys.stderr)
     findings = examine()
     if as_json:
         print_document({"schema_version": SCHEMA_VERSION, "findings": [asdict(finding) for finding in findings]})

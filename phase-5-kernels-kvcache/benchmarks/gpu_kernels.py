@@ -277,8 +277,12 @@ def timed(case: Case, backends: list[str], device: torch.device) -> dict[str, li
 
 def without_order(backend: str, op: str | None) -> Callable[..., Any] | None:
     """The kernel that need not give the same bits for 1 and 16 rows; None where a backend has none."""
-    if op is None or backend != "triton":
+    if op is None or backend not in ("triton", "cuda"):
         return None
+    if backend == "cuda":
+        from engine.kernels import cuda
+
+        return cuda.linear.unconstrained if op == "linear" else cuda.attention.unconstrained
     from engine.kernels.triton import attention, linear
 
     if op == "linear":

@@ -60,7 +60,8 @@ class Behind:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.kernels.kv_append(self.cache, layer, self.rows, self.counts, key, value)
-        return self.kernels.decode_attention(query, self.cache, layer, self.rows, self.counts, self.masks)
+        attend = self.kernels.decode_attention if query.shape[1] <= FEW else self.kernels.flash_prefill
+        return attend(query, self.cache, layer, self.rows, self.counts, self.masks)
 
 
 def seen(

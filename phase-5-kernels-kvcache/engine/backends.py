@@ -81,6 +81,8 @@ class Backends:
         if self.whole_steps:
             for model in models:
                 self._pack(model)
+        if self.fast:
+            torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait in the kernels' way
 
     def _pack(self, model: nn.Module) -> None:
         from .kernels.cpp import CppModel

@@ -149,6 +149,10 @@ class Options(BaseSettings):
                 "--amp casts float32 weights for every product, and --quant leaves none to cast: choose one; "
                 "quantised weights with bfloat16 activations: --quant int8 --dtype bfloat16"
             )
+        if self.kernels not in ("auto", "torch") and (self.amp or self.compile):
+            raise ValueError(
+                f"--kernels {self.kernels} has products of its own: leave out --amp and --compile, or the kernels"
+            )
         if self.draft_quant != "none" and (self.drafter != "model" or self.draft == "none"):
             raise ValueError(
                 f"--draft-quant {self.draft_quant} quantises the draft model, and none drafts: it goes with "

@@ -223,7 +223,8 @@ class CachedRunner:
             if work.count < T and mask is not None:
                 mask = F.pad(mask, (0, 0, 0, T - work.count))
             masks.append(mask)
-        behind = Behind(cache, [work.row.number for work in works], [work.count for work in works], masks)
+        rows, counts = [work.row.number for work in works], [work.count for work in works]
+        behind = Behind(cache, rows, counts, masks, self.model.kernels)
         wanted = torch.tensor([[T - 1]], device=weight.device) if last else None
         tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
         positions: Tensor | range = range(len(works[0].row.held), len(works[0].row.held) + T)

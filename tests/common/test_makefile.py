@@ -135,12 +135,13 @@ def test_gpu_runs_tests_benches_and_manifest(lab: Path, monkeypatch: pytest.Monk
     assert run.returncode == 0, run.stderr
     assert calls == [
         "-m pytest -p no:cacheprovider -m gpu tests/test_card.py",
+        "-m phase5.kernels.ledger --write",
         "phase-1-one/bench.py --device cuda --repeats 3 --output out/phase-1-one",
         "phase-2-two/bench.py --device cuda --repeats 3 --output out/phase-2-two",
         "-m common.gpu_manifest out",
     ]
     parts = [line.split("\t") for line in (lab / "out/parts.tsv").read_text().splitlines()]
-    assert [part[:2] for part in parts] == [["tests", "0"], ["phase-1-one", "0"], ["phase-2-two", "0"]]
+    assert [part[:2] for part in parts] == [["tests", "0"], ["ledger", "0"], ["phase-1-one", "0"], ["phase-2-two", "0"]]
 
 
 def test_gpu_goes_on_after_a_failure_and_then_fails(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,7 @@ def test_gpu_goes_on_after_a_failure_and_then_fails(lab: Path, monkeypatch: pyte
     (lab / "phase-3-three").mkdir()
     run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out")
     assert run.returncode != 0
-    assert [call.split("/")[0] for call in calls[2:]] == ["phase-2-two", "phase-3-three", "-m common.gpu_manifest out"]
+    assert [call.split("/")[0] for call in calls[3:]] == ["phase-2-two", "phase-3-three", "-m common.gpu_manifest out"]
     assert "phase-2-two\t3\t" in (lab / "out/parts.tsv").read_text()
 
 

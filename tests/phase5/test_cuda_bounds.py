@@ -61,7 +61,7 @@ for module in (attention, linear, norm, rope, tokens):
     module.address = guarded
     module.on_device = on_device
 with torch.inference_mode():
-    print(len(check.check(op, cuda.OPS[op], check.CPU, full=False, dtypes=(torch.bfloat16,))), "checks passed")
+    print(len(check.check(op, cuda.ops()[op], check.CPU, full=False, dtypes=(torch.bfloat16,))), "checks passed")
 """
 
 

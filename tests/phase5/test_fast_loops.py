@@ -15,8 +15,6 @@ from phase5.fast_runner import FastRunner
 from phase5.kernels import registry
 
 pytestmark = [
-    pytest.mark.about("engine/fast_runner.py", "FastRunner"),
-    pytest.mark.about("engine/backends.py", "Backends"),
     pytest.mark.skipif(
         registry.why_not("cpp", torch.device("cpu")) is not None,
         reason=f"no C++ backend here: {registry.why_not('cpp', torch.device('cpu'))}",

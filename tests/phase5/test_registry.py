@@ -37,7 +37,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace | Non
 
 
 def backend(*ops: str, why_not: str | None = None, **more: Any) -> SimpleNamespace:
-    return SimpleNamespace(OPS=dict.fromkeys(ops, nothing), why_not=lambda device: why_not, **more)
+    return SimpleNamespace(ops=lambda: dict.fromkeys(ops, nothing), why_not=lambda device: why_not, **more)
 
 
 def listed(folder: Path, monkeypatch: pytest.MonkeyPatch, *kernels: tuple[str, str]) -> Path:

@@ -180,7 +180,7 @@ class Lookahead:
         rotation = None
         if self.head.config.positions == "rope":
             rotation = self.target.rotation_of(places, inputs)
-        behind = Behind(self.cache, [0], [len(inputs)], [mask])
+        behind = Behind(self.cache, [0], [len(inputs)], [mask], self.target.kernels)
         asked = None if wanted is None else (torch.zeros_like(wanted), wanted)
         predicted: Tensor = self.head(inputs[None], rotation, behind.only(wanted), asked)
         self.cache.keep(0, list(range(len(inputs))))

@@ -49,7 +49,7 @@ def forced() -> bool:
 
 
 def module_of(backend: Backend) -> ModuleType | None:
-    """The package of a backend, with OPS and why_not(device); None where this engine has none of that name."""
+    """The package of a backend, with ops() and why_not(device); None where this engine has none of that name."""
     spec = importlib.util.find_spec(f".{backend}", __package__)
     return None if spec is None or spec.origin is None else importlib.import_module(f".{backend}", __package__)
 
@@ -83,7 +83,7 @@ def functions(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
 def operations(backend: Backend) -> dict[str, Callable[..., Any]]:
     """The functions of a backend that can run here, by op; what they need is imported now."""
     module = module_of(backend)
-    ops: dict[str, Callable[..., Any]] = {} if module is None else module.OPS
+    ops: dict[str, Callable[..., Any]] = {} if module is None else module.ops()
     if unknown := sorted(set(ops) - set(Kernels._fields)):
         raise ValueError(f"{backend} has ops that nobody asks for: {', '.join(unknown)}")
     return ops
@@ -196,3 +196,14 @@ def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
         found.append((f"kernels {backend}", text, WHAT[backend]))
     found.append(("kernels torch", f"{len(Kernels._fields)} of {len(Kernels._fields)} ops", "the reference"))
     return found
+
+
+def prepare(device: torch.device) -> list[str]:
+    """Compile now what would be compiled when it is first needed; the backends that were. BuildError if one fails."""
+    ready: list[str] = []
+    for backend in BACKENDS:
+        build = getattr(module_of(backend), "prepare", None) if backend != "torch" else None
+        if build is not None and why_not(backend, device) is None:
+            build(device)
+            ready.append(backend)
+    return ready

@@ -73,7 +73,7 @@ class RingCache:
     def truncate(self, row: int, length: int) -> None:
         """Not further back than the window still reaches from there."""
         check_truncation(length, self.lengths[row])
-        if length and length - (self.slots - SPARE) + 1 < self.first(row):
+        if length and max(0, length - (self.slots - SPARE) + 1) < self.first(row):
             raise ValueError(f"cannot truncate to {length}: what the window shows from there is overwritten")
         self.lengths[row] = length
         if length == 0:

@@ -20,7 +20,10 @@ from .library import chosen_isa, default_threads, library
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
 
-OPS: dict[str, Callable[..., Any]] = {"sample": sample, "verify_sample": verify_sample}
+
+def ops() -> dict[str, Callable[..., Any]]:
+    """op -> function."""
+    return {"sample": sample, "verify_sample": verify_sample}
 
 
 def why_not(device: torch.device | None = None) -> str | None:
@@ -30,14 +33,20 @@ def why_not(device: torch.device | None = None) -> str | None:
     return _library.why_not()
 
 
+def prepare(device: torch.device) -> None:
+    """Compile the library, where it is not there yet."""
+    library()
+
+
 __all__ = [
-    "OPS",
     "CppEagle",
     "CppModel",
     "Stepped",
     "chosen_isa",
     "default_threads",
     "library",
+    "ops",
+    "prepare",
     "sample",
     "verify_sample",
     "why_not",

@@ -47,13 +47,19 @@ def why_not(device: torch.device) -> str | None:
     return library.why_not(device)
 
 
-def __getattr__(name: str) -> Any:
-    """OPS, op -> function."""
-    if name != "OPS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def prepare(device: torch.device) -> None:
+    """Compile the kernels, and the ladder's, where they are not there yet."""
+    from . import ladder, library
+
+    library.library(device)
+    library.build_library("cuda_ladder", ladder.SOURCES, device)
+
+
+def ops() -> dict[str, Callable[..., Any]]:
+    """op -> function; what it imports is not imported before somebody asks."""
     from . import attention, linear, norm, rope, tokens
 
-    ops: dict[str, Callable[..., Any]] = {
+    return {
         "linear": linear.linear,
         "gated_linear": linear.gated_linear,
         "rms_norm": norm.rms_norm,
@@ -68,4 +74,3 @@ def __getattr__(name: str) -> Any:
         "verify_sample": tokens.verify_sample,
         "sample": tokens.sample,
     }
-    return ops

@@ -40,13 +40,11 @@ def why_not(device: torch.device) -> str | None:
     return f"triton needs a CUDA device, and this is {device.type} (TRITON_INTERPRET=1 runs it slowly in numpy)"
 
 
-def __getattr__(name: str) -> Any:
-    """OPS, op -> function: what imports Triton is not imported before somebody asks."""
-    if name != "OPS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def ops() -> dict[str, Callable[..., Any]]:
+    """op -> function; what it imports is not imported before somebody asks."""
     from . import append, attention, linear, norm, prefill, prefix, rope, sample, verify
 
-    ops: dict[str, Callable[..., Any]] = {
+    return {
         "linear": linear.linear,
         "gated_linear": linear.gated_linear,
         "rms_norm": norm.rms_norm,
@@ -61,4 +59,3 @@ def __getattr__(name: str) -> Any:
         "verify_sample": verify.verify_sample,
         "sample": sample.sample,
     }
-    return ops

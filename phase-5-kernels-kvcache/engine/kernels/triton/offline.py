@@ -34,7 +34,7 @@ from ...sampling import KeyedRandomness, SamplingParams
 from .. import check
 from ..check_attention import Setting, related
 from ..check_attention import asked as asked_of
-from . import OPS
+from . import ops as all_ops
 from .support import INTERPRETED, RECORDER
 
 NAMES = {
@@ -113,7 +113,7 @@ def is_aligned(argument: Any) -> bool:
 def launches(dtypes: tuple[torch.dtype, ...] = check.DTYPES, ops: tuple[str, ...] = ()) -> list[Launch]:
     """Those of the checks of all ops, or of some."""
     with recording() as found, torch.inference_mode():
-        for op, function in OPS.items():
+        for op, function in all_ops().items():
             if not ops or op in ops:
                 for case in check.cases(op, check.CPU, full=False, dtypes=dtypes):
                     if not case.invariance:
@@ -123,16 +123,16 @@ def launches(dtypes: tuple[torch.dtype, ...] = check.DTYPES, ops: tuple[str, ...
 
 def real(ops: tuple[str, ...] = ()) -> list[Launch]:
     """Those of a step of a large model, Llama-3.1-8B in bfloat16: 16 tokens behind 1,000, and a tree."""
-    asked, dtype = ops or tuple(OPS), torch.bfloat16
+    asked, dtype = ops or tuple(all_ops()), torch.bfloat16
     with recording() as found, torch.inference_mode():
         x = torch.zeros(16, 4096, dtype=dtype)
         for op in ("linear", "gated_linear"):
             for layer in layers(4096, 4096, dtype) if op in asked else []:
-                OPS[op](layer, x)
+                all_ops()[op](layer, x)
         if "rms_norm" in asked:
-            OPS["rms_norm"](x, x[0], 1e-5)
+            all_ops()["rms_norm"](x, x[0], 1e-5)
         if "add_rms_norm" in asked:
-            OPS["add_rms_norm"](x, x, x[0], 1e-5)
+            all_ops()["add_rms_norm"](x, x, x[0], 1e-5)
         for stored in (dtype, torch.int8):
             of = Setting("paged", stored, dtype, 32, 8, 128)
             for op in ("decode_attention", "flash_prefill"):
@@ -140,12 +140,14 @@ def real(ops: tuple[str, ...] = ()) -> list[Launch]:
                     chain = torch.ones(16, 16, dtype=torch.bool).tril()
                     for ancestors in (chain, related([-1, 0, 0, 1])):
                         cache, *rest = asked_of(check.CPU, of, [1000], ancestors)
-                        OPS[op](rest[0], cache, 1, *rest[1:])
+                        all_ops()[op](rest[0], cache, 1, *rest[1:])
         if "verify_greedy" in asked:
-            OPS["verify_greedy"](torch.zeros(1, 1).long(), torch.zeros(1, 2, 128256, dtype=dtype), torch.ones(1).long())
+            all_ops()["verify_greedy"](
+                torch.zeros(1, 1).long(), torch.zeros(1, 2, 128256, dtype=dtype), torch.ones(1).long()
+            )
         if "sample" in asked:
             params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
-            OPS["sample"](torch.zeros(1, 128256, dtype=dtype), params, KeyedRandomness(0), [0], [0], [[]], [[]])
+            all_ops()["sample"](torch.zeros(1, 128256, dtype=dtype), params, KeyedRandomness(0), [0], [0], [[]], [[]])
     return list(found.values())
 
 
