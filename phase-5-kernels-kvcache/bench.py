@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     threads = options.threads or torch.get_num_threads()
     checkpoint = open_checkpoint(options.model)
     where = environment(device, options.dtype, threads, {checkpoint.name: checkpoint.content_hash()})
-    definitions = SPEED | LENGTHS | VERIFICATION | QUALITY | FAST | MACHINES
+    definitions = MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
     with Results(options.output, definitions, where, options.resume) as results:
         lab = Lab(options, results, device)
         for section in wanted:
