@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +54,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 VOCABULARY = 320
+
+# Triton decides when it is first imported whether kernels are interpreted, and much imports it (torch.compile does).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("lab", deadline=None)  # a loaded machine is no failure
 settings.load_profile("lab")
@@ -125,3 +131,24 @@ def phase(request: pytest.FixtureRequest) -> Phase:
 def engine(phase: Phase) -> ModuleType:
     """The engine package of the phase at hand."""
     return importlib.import_module(phase.package)
+
+
+@pytest.fixture
+def bench_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], ModuleType]]:
+    """`bench_part(3, "distance")` imports that file of phase 3's benchmarks/ as its bench.py does.
+
+    There both are called by names that every phase has, so nothing of it stays for the next test.
+    """
+
+    def forget() -> dict[str, ModuleType]:
+        named = [name for name in sys.modules if name.partition(".")[0] in ("benchmarks", "engine")]
+        return {name: sys.modules.pop(name) for name in named}
+
+    def load(number: int, name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(next(phase.folder for phase in phases() if phase.number == number))
+        return importlib.import_module(f"benchmarks.{name}")
+
+    before = forget()
+    yield load
+    forget()
+    sys.modules.update(before)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,18 +44,9 @@ def rows_of(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`part("distance")` imports that file of benchmarks/ as bench.py does; afterwards all is as it was."""
-    before = dict(sys.modules)
-    monkeypatch.syspath_prepend(FOLDER)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.{name}")
-
-    yield load
-    for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] in ("benchmarks", "engine"):
-            del sys.modules[name]
+def part(bench_part: Callable[[int, str], ModuleType]) -> Callable[[str], ModuleType]:
+    """`part("distance")` imports that file of benchmarks/."""
+    return lambda name: bench_part(3, name)
 
 
 def test_a_dry_run_walks_the_whole_grid_and_goes_on_where_it_ended(tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -47,14 +46,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/memory.py, imported as bench.py does; afterwards all is as it was."""
-    before = dict(sys.modules)
-    monkeypatch.syspath_prepend(FOLDER)
-    yield importlib.import_module("benchmarks.memory")
-    for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] in ("benchmarks", "engine"):
-            del sys.modules[name]
+def bench(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
+    """benchmarks/memory.py of the phase."""
+    return bench_part(4, "memory")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep freed memory resident as they please")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import Tensor
 
 import phase4
 from common.device import memory
-from common.phases import phases
 from common.prompts import load_prompts
 from phase4.quantize import stored_bytes
 
@@ -88,14 +85,9 @@ def test_the_card_holds_the_weights_once(dtype: str, size: int) -> None:
 
 
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/shapes.py, imported as bench.py does; afterwards all is as it was."""
-    before = dict(sys.modules)
-    monkeypatch.syspath_prepend(next(phase.folder for phase in phases() if phase.number == 4))
-    yield importlib.import_module("benchmarks.shapes")
-    for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] in ("benchmarks", "engine"):
-            del sys.modules[name]
+def shapes(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
+    """benchmarks/shapes.py of the phase."""
+    return bench_part(4, "shapes")
 
 
 @pytest.mark.parametrize("shape", ["gpt2-xl", "llama-3.1-8b"])

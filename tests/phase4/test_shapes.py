@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,20 +12,14 @@ import torch
 
 from common.benchmark import BenchOptions, Results
 from common.harness import Bench
-from common.phases import phases
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/shapes.py, imported as bench.py does; afterwards all is as it was."""
-    before = dict(sys.modules)
-    monkeypatch.syspath_prepend(next(phase.folder for phase in phases() if phase.number == 4))
-    yield importlib.import_module("benchmarks.shapes")
-    for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] in ("benchmarks", "engine"):
-            del sys.modules[name]
+def shapes(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
+    """benchmarks/shapes.py of the phase."""
+    return bench_part(4, "shapes")
 
 
 def lab(device: torch.device = CPU, **options: bool) -> Bench:

@@ -1,9 +1,8 @@
 """How kernels are built, interpreted and watched in these tests.
 
-Triton decides when it is imported whether kernels are interpreted, and other tests may import it first. So that is
-asked for before any test of this folder is collected, where there is no card. Where there is one the same checks run on
-it (tests marked gpu), and nothing is interpreted. Compiled kernels are kept between test runs: their names are hashes
-of all that is in them.
+Where there is no card Triton's kernels are interpreted (tests/conftest.py asks for that, before anything can import
+Triton). Where there is one the same checks run on it (tests marked gpu), and nothing is interpreted. Compiled kernels
+are kept between test runs: their names are hashes of all that is in them.
 """
 
 from __future__ import annotations
@@ -22,10 +21,6 @@ import phase5
 from phase5 import attending
 from phase5.kernels import Kernels, registry
 from phase5.kernels.cuda import library
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 KEPT = os.environ.get("SPECDEC_BUILD_DIR") or str(
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-inference-lab" / "kernels"

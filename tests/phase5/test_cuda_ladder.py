@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.benchmark import Results
 from common.errors import UserError
 from phase5.kernels import check, registry
 from phase5.kernels.cuda import ladder
@@ -74,16 +76,11 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         ladder.attention(1, numbers(device, 4, 64, seed=2), keys, keys, 10)
 
 
-def test_the_benches_walk_their_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "phase-5-kernels-kvcache"))
-    from benchmarks import gpu_ladder, gpu_peers  # type: ignore[import-not-found,unused-ignore]
-    from benchmarks.runs import Lab, Options  # type: ignore[import-not-found,unused-ignore]
-
-    from common.benchmark import Results
-
-    options = Options(dry_run=True, output=tmp_path)
+def test_the_benches_walk_their_grids(tmp_path: Path, bench_part: Callable[[int, str], ModuleType]) -> None:
+    gpu_ladder, gpu_peers, runs = (bench_part(5, name) for name in ("gpu_ladder", "gpu_peers", "runs"))
+    options = runs.Options(dry_run=True, output=tmp_path)
     with Results(tmp_path, gpu_ladder.GPU_LADDER | gpu_peers.GPU_PEERS, {}, False) as results:
-        lab = Lab(options, results, CPU)
+        lab = runs.Lab(options, results, CPU)
         gpu_ladder.measure_gpu_ladder(lab)
         gpu_peers.measure_gpu_peers(lab)
         gpu_ladder.draw_gpu_ladder(lab, tmp_path / "ladder.png")
@@ -94,7 +91,7 @@ def test_the_benches_walk_their_grids(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {row["model"] for row in rows if row["kind"] == "gpu_peers"} >= {"gpt2-xl", "Llama-3.1-8B", "stdlib-10m"}
     assert (tmp_path / "ladder.png").stat().st_size > 1000
 
-    wet = Lab(Options(), results, CPU)
+    wet = runs.Lab(runs.Options(), results, CPU)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"cannot run here: .*--dry-run walks their grid"):
             gpu_ladder.measure_gpu_ladder(wet)

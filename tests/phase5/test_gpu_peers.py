@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import phase5
 from common.errors import UserError
 
 CPU = torch.device("cpu")
+Part = Callable[[int, str], ModuleType]
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2-xl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 4096},
     "Llama-3.1-8B": {
@@ -25,49 +27,43 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "phase-5-kernels-kvcache"))
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_the_compiled_loop_decodes_as_the_engine_does(family: str, compiled: bool, make_checkpoint: Any) -> None:
-    from benchmarks.gpu_peers import CompiledLoop  # type: ignore[import-not-found,unused-ignore]
-
+def test_the_compiled_loop_decodes_as_the_engine_does(
+    family: str, compiled: bool, make_checkpoint: Any, bench_part: Part
+) -> None:
     folder = str(make_checkpoint(family))
     session = phase5.Session(
         phase5.Options(model=folder, dtype="float32", device="cpu", draft="none", kernels="torch", max_tokens=12)
     )
     wanted = session.complete(["import os"])[0].tokens
     prompt = session.loaded.tokenizer.encode("import os")
-    loop = CompiledLoop(session.loaded.model, len(prompt) + 12, compiled=compiled)
+    loop = bench_part(5, "gpu_peers").CompiledLoop(session.loaded.model, len(prompt) + 12, compiled=compiled)
     assert loop.generate(prompt, 12)[: len(wanted)] == wanted
     with pytest.raises(ValueError, match="there is room for"):
         loop.generate(prompt, 13)
 
 
 @pytest.mark.parametrize("shape", SMALL)
-def test_a_shape_with_random_weights_loads_in_both(shape: str) -> None:
-    from benchmarks.gpu_peers import StaticPeer  # type: ignore[import-not-found,unused-ignore]
-    from benchmarks.gpu_shapes import shape_folder  # type: ignore[import-not-found,unused-ignore]
-
-    with shape_folder(shape, CPU, torch.float32, **SMALL[shape]) as folder:
+def test_a_shape_with_random_weights_loads_in_both(shape: str, bench_part: Part) -> None:
+    with bench_part(5, "gpu_shapes").shape_folder(shape, CPU, torch.float32, **SMALL[shape]) as folder:
         options = phase5.Options(
             model=str(folder), dtype="float32", device="cpu", draft="none", kernels="torch", max_tokens=8
         )
         session = phase5.Session(options)
         wanted = session.complete(["import os"])[0].tokens
-        found = StaticPeer(folder, torch.float32, CPU).decode(session.loaded.tokenizer.encode("import os"), 8)
+        found = (
+            bench_part(5, "gpu_peers")
+            .StaticPeer(folder, torch.float32, CPU)
+            .decode(session.loaded.tokenizer.encode("import os"), 8)
+        )
     assert len(found) == 8
     assert found[: len(wanted)] == wanted
 
 
-def test_a_shape_that_is_none_is_named() -> None:
-    from benchmarks.gpu_shapes import shape_folder  # type: ignore[import-not-found,unused-ignore]
-
+def test_a_shape_that_is_none_is_named(bench_part: Part) -> None:
     with (
         pytest.raises(UserError, match=r"no shape .gpt5.; the shapes are gpt2-xl"),
-        shape_folder("gpt5", CPU),
+        bench_part(5, "gpu_shapes").shape_folder("gpt5", CPU),
     ):
         pass
