@@ -80,18 +80,29 @@ def test_a_run_is_written_and_its_ranges_leave_no_gap(
     for counted in ("proposed", "accepted"):
         assert sum(row[counted] for step in steps for row in step["sequences"]) == completion["stats"][counted]
 
-    trace = read_trace(folder / "trace.json")
-    assert trace.steps == 3
-    assert (
-        sum(trace.ranges[name] for name in ranges) >= 0.75 * trace.wall_ms
-    )  # beginning a range takes time, and so may others
-    for name in ranges:  # what the trace and the clock say of the same steps
-        clocked = sum(step[name] for step in steps if step["traced"])
-        assert trace.ranges[name] == pytest.approx(clocked, rel=0.3, abs=0.3)
+    assert read_trace(folder / "trace.json").steps == 3
     table = (folder / "operators.csv").read_text().splitlines()
     assert table[0] == "range,operator,calls,cpu_ms,device_ms"
     assert any(line.startswith("verify,aten::") for line in table)
     assert "aten::" in (folder / "operators.txt").read_text()
+
+
+def test_the_trace_and_the_clock_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """At the third try at the latest: what interrupts a step of half a millisecond is in one and not in the other."""
+    tries = []
+    for number in (1, 2, 3):
+        status, _, _ = run(capsys, "--draft", "fake:0.7", "--profile", tmp_path, "--profile-steps", 3)
+        assert status == 0
+        folder = tmp_path / f"run-{number}"
+        steps, trace = steps_of(folder)["steps"], read_trace(folder / "trace.json")
+        ranges = ("draft", "verify", "accept")
+        clocked = [sum(step[name] for step in steps if step["traced"]) for name in ranges]
+        traced = [trace.ranges[name] for name in ranges]
+        tries.append((clocked, traced, trace.wall_ms))
+        # Beginning a range takes time too, and so may others.
+        if traced == pytest.approx(clocked, rel=0.3, abs=0.3) and sum(traced) >= 0.75 * trace.wall_ms:
+            return
+    pytest.fail(f"clocked, traced, wall: {tries}")
 
 
 def test_the_steps_are_the_wall_time_of_decoding(tmp_path: Path) -> None:
