@@ -18,7 +18,7 @@ from .kernels.cpp import CppModel
 from .kv_cache import KVOptions, StaticCache
 from .kv_cache.texts import Texts
 from .model import Transformer
-from .runner import NO_DRAFT, CachedRunner, Drawing, Work, room
+from .runner import NO_DRAFT, CachedRunner, Drawing, Runner, Speculated, Work, room
 from .sampling import KeyedRandomness
 from .verify import Certain
 
@@ -90,11 +90,9 @@ class FastRunner(CachedRunner):
     def draw(
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
-        params, source = how.params, how.source
-        certain = params.greedy and (isinstance(source, Certain) or how.purpose == Purpose.SAMPLE)
-        keyed = isinstance(source, KeyedRandomness) and source.seed == params.seed
-        if params.penalised or not (certain or keyed) or len(text) + count > self.model.config.context:
+        if not self._can_draw(how) or len(text) + count > self.model.config.context:
             return None
+        params = how.params
         work = self._begin(owner, text, NO_DRAFT, None, ())
         row, at = work.row.number, how.position
         self.cache.make_room(row, len(work.new) + count)
@@ -108,6 +106,43 @@ class FastRunner(CachedRunner):
         self.computed = [work.prefilled + len(work.new) + len(drawn) - 1]
         self.texts.appended(work.row, work.new + drawn[:-1], [])
         return drawn, None if params.greedy else probs
+
+    def _can_draw(self, how: Drawing) -> bool:
+        params, source = how.params, how.source
+        certain = params.greedy and (isinstance(source, Certain) or how.purpose == Purpose.SAMPLE)
+        keyed = isinstance(source, KeyedRandomness) and source.seed == params.seed
+        return (certain or keyed) and not params.penalised
+
+    def speculate(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
+    ) -> Speculated | None:
+        if not isinstance(drafter, FastRunner) or not self._can_draw(how):
+            return None
+        if len(text) + count > min(self.model.config.context, drafter.model.config.context):
+            return None
+        mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
+        self.cache.make_room(mine.row.number, len(mine.new) + count)
+        drafter.cache.make_room(its.row.number, len(its.new) + count)
+        done = self.fast.speculate(
+            self.cache,
+            mine.row.number,
+            mine.new,
+            drafter.fast,
+            drafter.cache,
+            its.row.number,
+            its.new,
+            count,
+            how.params,
+            own=own_choice,
+            sample=how.sample,
+            position=how.position,
+            noise=how.purpose,
+        )
+        self.computed = [mine.prefilled + len(mine.new) + count]
+        self.texts.appended(mine.row, mine.new, done.draft)
+        self.texts.keep(owner, list(range(done.accepted)))
+        drafter.texts.appended(its.row, its.new + done.draft[:-1], [])
+        return done
 
 
 def make_fast_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> FastRunner:

@@ -48,6 +48,20 @@ class Drawing(NamedTuple):
     probs: bool = True  # whether the distributions are wanted
 
 
+class Speculated(NamedTuple):
+    """A step of one text that was drafted, verified and accepted in one call. Times in milliseconds."""
+
+    tokens: Tensor  # int64 [1, K] the draft
+    draft_probs: Tensor | None  # [1, K, V] what each was drawn from; None where it was certain
+    target_probs: Tensor  # [1, K+1, V] what is sampled from behind the text and each of them
+    ratios: Tensor  # [1, K] the probability with which each was to stand
+    draft: list[int]
+    accepted: int  # of the draft, the tokens that stood
+    next_token: int
+    draft_ms: float
+    verify_ms: float
+
+
 class Runner(Protocol):
     model: Transformer
     prefill_ms: float  # spent so far on what texts began with
@@ -82,6 +96,15 @@ class Runner(Protocol):
         """Several tokens one after the other in one call, and what they were drawn from [count, V], where it is asked.
 
         None where this runner cannot: its logits are to be asked for token by token.
+        """
+        ...
+
+    def speculate(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
+    ) -> Speculated | None:
+        """A whole step in one call: the drafter's model draws `count` tokens, this one says which of them stand.
+
+        By rejection, or by its own choice (policies.py). None where this runner cannot.
         """
         ...
 
@@ -124,6 +147,11 @@ class WholeRunner:
     def draw(
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
+        return None
+
+    def speculate(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
+    ) -> Speculated | None:
         return None
 
     def release(self, owner: Hashable) -> None:
@@ -242,6 +270,11 @@ class CachedRunner:
     def draw(
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
+        return None
+
+    def speculate(
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
+    ) -> Speculated | None:
         return None
 
     def release(self, owner: Hashable) -> None:

@@ -13,23 +13,26 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from common.device import synchronize
 
 from .context import window_start
 from .controllers import FixedController, KController
+from .drafters.model import ModelDrafter
 from .drafting import Draft, Drafter, Outcome
 from .generate import decode_step, sample
-from .policies import AcceptancePolicy, Judged, Path, Rejection
+from .policies import AcceptancePolicy, Judged, OwnChoice, Path, Rejection
 from .profiler import stage
-from .runner import Runner
+from .runner import Drawing, Runner
 from .sampling import SamplingParams, probabilities
 from .sequence import Sequence
 from .target import Target
 from .tree import Tree
-from .verify import Certain, Decisions, KeyedDecisions, Verdict
+from .verify import Certain, Decisions, KeyedDecisions
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Step:
     draft: Draft
     trees: list[Tree]  # the same, a tree for every sequence: a chain is one
     judged: Judged | None  # what the target said, [R, K+1, V]; None where nothing was drafted
-    verdict: Verdict | None  # of chains
+    ratios: Tensor | None  # of chains, [R, K]: the probability with which each draft token was to stand
     paths: list[Path]  # the draft tokens that stood, and what followed
     stats: list[StepStats]
 
@@ -88,7 +91,7 @@ def judge(
     sequences: list[Sequence],
     params: SamplingParams,
     decisions: Decisions,
-) -> tuple[Judged, Verdict | None, list[Path]]:
+) -> tuple[Judged, Tensor | None, list[Path]]:
     """Which draft tokens stand, by the policy, and what follows them."""
     logits = target.logits
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
@@ -114,7 +117,55 @@ def judge(
     widths, samples, positions = torch.tensor(keys, device=logits.device)
     verdict = policy.judge(draft, judged, widths, samples, positions, decisions)
     stood = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
-    return judged, verdict, [Path(list(range(accepted)), following) for accepted, following in stood]
+    return judged, verdict.ratios, [Path(list(range(accepted)), following) for accepted, following in stood]
+
+
+class StepTimes(NamedTuple):
+    """Of the parts of a step, in seconds."""
+
+    draft: float
+    verify: float
+    accept: float
+    keep: float
+
+
+def step_stats(
+    runner: Runner,
+    row: int,
+    sequence: Sequence,
+    asked: int,
+    start: int,
+    length: int,
+    tree: Tree,
+    path: Path,
+    times: StepTimes,
+) -> StepStats:
+    """start, length: the sequence's output and its whole length before the step."""
+    emitted = len(sequence.tokens) - start
+    # Where the text ended inside the accepted part, what lies past its end was never looked at.
+    reach = emitted if emitted <= len(path.nodes) else tree.depth
+    return StepStats(
+        k=asked,
+        proposed=sum(depth <= reach for depth in tree.depths),
+        depth=reach,
+        accepted=min(len(path.nodes), emitted),
+        emitted=emitted,
+        length=length,
+        computed=runner.computed[row],
+        plain=runner.plain(length),
+        draft_ms=times.draft * 1e3,
+        verify_ms=times.verify * 1e3,
+        accept_ms=times.accept * 1e3,
+        kv_ms=times.keep * 1e3,
+    )
+
+
+def take(runner: Runner, sequence: Sequence, tokens: list[int]) -> None:
+    """The sequence gains these tokens, up to where it ends."""
+    for token in tokens:
+        if not sequence.append(token):
+            runner.release(sequence)
+            return
 
 
 def plain_step(
@@ -143,6 +194,39 @@ def plain_step(
     return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats)
 
 
+def step_in_one_call(
+    runner: Runner,
+    drafter: Drafter,
+    sequence: Sequence,
+    asked: int,
+    params: SamplingParams,
+    policy: AcceptancePolicy,
+    controller: KController,
+    decisions: Decisions,
+) -> Step | None:
+    """A step of one sequence, drafted, verified and accepted where its models run; None where they cannot."""
+    own_choice = isinstance(policy, OwnChoice)
+    if not isinstance(drafter, ModelDrafter) or controller.ends_early or not (own_choice or type(policy) is Rejection):
+        return None
+    began = time.perf_counter()
+    start, length = len(sequence.tokens), sequence.length
+    how = Drawing(params, decisions, sequence.sample, length, policy.draft_noise)
+    done = runner.speculate(sequence, sequence.prompt + sequence.tokens, asked, how, drafter.runner, own_choice)
+    if done is None:
+        return None
+    stage("accept")
+    take(runner, sequence, [*done.draft[: done.accepted], done.next_token])
+    drafter.observe(Outcome([sequence], [done.accepted], None))
+    tree, path = Tree.chain(done.draft), Path(list(range(done.accepted)), done.next_token)
+    draft = Draft(done.tokens, done.draft_probs, [asked])
+    judged = Judged(done.target_probs, done.target_probs)
+    spent = (done.draft_ms + done.verify_ms) / 1e3
+    times = StepTimes(done.draft_ms / 1e3, done.verify_ms / 1e3, time.perf_counter() - began - spent, 0.0)
+    stats = step_stats(runner, 0, sequence, asked, start, length, tree, path, times)
+    controller.observe(stats)
+    return Step([sequence], [start], draft, [tree], judged, done.ratios, [path], [stats])
+
+
 def speculative_step(
     runner: Runner,
     drafter: Drafter,
@@ -162,6 +246,10 @@ def speculative_step(
     ]
     if not any(asked) and drafter.taps is None:
         return plain_step(runner, drafter, sequences, params, controllers, decisions)
+    if len(sequences) == 1 and asked[0]:
+        step = step_in_one_call(runner, drafter, sequences[0], asked[0], params, policy, controllers[0], decisions)
+        if step is not None:
+            return step
     draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
     if any(asked):
         early = any(controller.ends_early for controller in controllers)
@@ -174,7 +262,7 @@ def speculative_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     known = None if drafter.taps is None else [drafter.known(sequence) for sequence in sequences]
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    judged, verdict, states, kept = None, None, None, 0.0
+    judged, ratios, states, kept = None, None, None, 0.0
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
         decode_step(runner, sequences, params, decisions)
         verified = time.perf_counter()
@@ -186,7 +274,7 @@ def speculative_step(
         verified = time.perf_counter()
         stage("accept")
         if any(tree.tokens for tree in trees):
-            judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
+            judged, ratios, paths = judge(policy, draft, trees, target, sequences, params, decisions)
         else:  # the forward was for its states
             tokens = sample(runner, target.logits[:, 0], sequences, params, decisions)
             paths = [Path([], token) for token in tokens]
@@ -195,38 +283,20 @@ def speculative_step(
             runner.keep(sequence, path.nodes)
         kept = time.perf_counter() - deciding
         for sequence, tree, path in zip(sequences, trees, paths, strict=True):
-            for token in [*(tree.tokens[node] for node in path.nodes), path.next_token]:
-                if not sequence.append(token):
-                    runner.release(sequence)
-                    break
+            take(runner, sequence, [*(tree.tokens[node] for node in path.nodes), path.next_token])
         if known is not None:
             states = [target.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
     drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
     done = time.perf_counter()
 
-    stats = []
-    for row, (sequence, tree, path) in enumerate(zip(sequences, trees, paths, strict=True)):
-        emitted = len(sequence.tokens) - starts[row]
-        # Where the text ended inside the accepted part, what lies past its end was never looked at.
-        reach = emitted if emitted <= len(path.nodes) else tree.depth
-        stats.append(
-            StepStats(
-                k=asked[row],
-                proposed=sum(depth <= reach for depth in tree.depths),
-                depth=reach,
-                accepted=min(len(path.nodes), emitted),
-                emitted=emitted,
-                length=lengths[row],
-                computed=runner.computed[row],
-                plain=runner.plain(lengths[row]),
-                draft_ms=(drafted - began) * 1e3,
-                verify_ms=(verified - drafted) * 1e3,
-                accept_ms=(done - verified - kept) * 1e3,
-                kv_ms=kept * 1e3,
-            )
-        )
-        controllers[row].observe(stats[-1])
-    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats)
+    times = StepTimes(drafted - began, verified - drafted, done - verified - kept, kept)
+    stats = [
+        step_stats(runner, row, sequence, asked[row], starts[row], lengths[row], trees[row], paths[row], times)
+        for row, sequence in enumerate(sequences)
+    ]
+    for controller, of_sequence in zip(controllers, stats, strict=True):
+        controller.observe(of_sequence)
+    return Step(sequences, starts, draft, trees, judged, ratios, paths, stats)
 
 
 def speculative_decode(

@@ -21,7 +21,7 @@ from .. import build
 
 ISAS = ("avx512", "avx2", "portable")
 UNUSUAL = ("avx512-plain",)  # AVX-512 without the bf16 and VNNI instructions: for tests on processors that have them
-SOURCES = ("bindings", "engine", "sampling", "pack", "threads", "isa")
+SOURCES = ("bindings", "engine", "speculate", "sampling", "pack", "threads", "isa")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
 EXACT = ["-ffp-contract=off"]  # a sum's bits must not depend on which loop the compiler fused
 QUIET = ["-w"]

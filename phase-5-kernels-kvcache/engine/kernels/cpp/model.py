@@ -21,6 +21,7 @@ from common.philox import Purpose
 from ...kv_cache import CacheShape, StaticCache
 from ...model import Transformer
 from ...rope import frequencies
+from ...runner import Speculated
 from ...sampling import SamplingParams
 from .library import checked_threads, chosen_isa, library
 from .ops import sampling_of
@@ -90,7 +91,7 @@ class CppModel:
         set_vectors(self._engine, model)
         self._rotations = 0
         self._engine.finish()
-        self._views: WeakKeyDictionary[StaticCache, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
+        self._views: WeakKeyDictionary[StaticCache, Any] = WeakKeyDictionary()
 
     def _more(self, model: Any, weights: Weights) -> list[Plan]:
         """Matrices besides those of every Transformer."""
@@ -257,6 +258,43 @@ class CppModel:
         )
         return made
 
+    def speculate(
+        self,
+        cache: StaticCache,
+        row: int,
+        known: Sequence[int],
+        drafter: CppModel,
+        its_cache: StaticCache,
+        its_row: int,
+        its_known: Sequence[int],
+        count: int,
+        params: SamplingParams,
+        *,
+        own: bool,
+        sample: int,
+        position: int,
+        noise: Purpose = Purpose.DRAFT,
+    ) -> Speculated:
+        """One step of speculative decoding in one call: `drafter` draws `count` tokens, this model verifies them.
+
+        known, its_known: tokens of the text that each model's row does not hold yet, at least one. own: a draft token
+        stands while this model draws the same one, with the noise of plain sampling; otherwise by rejection (Leviathan
+        et al. 2023). The row afterwards has keys and values of the known tokens and of the whole draft, the drafter's
+        of all but its last token: `cache.keep` what stands. UserError for penalties.
+        """
+        self._check_text(cache, row, known, params)
+        drafter._check_text(its_cache, its_row, its_known, params)
+        vocab = self.config.vocab_size
+        draft_probs, target_probs = torch.empty(1, count, vocab), torch.empty(1, count + 1, vocab)
+        tokens, ratios = torch.empty(1, count, dtype=torch.long), torch.empty(1, count)
+        done = library().speculate(
+            self._engine, self.view(cache), row, cache.lengths[row], known,
+            drafter._engine, drafter.view(its_cache), its_row, its_cache.lengths[its_row], its_known,
+            sample, position, count, sampling_of(params), own, int(noise),
+            tokens.data_ptr(), draft_probs.data_ptr(), target_probs.data_ptr(), ratios.data_ptr(),
+        )  # fmt: skip
+        return Speculated(tokens, None if params.greedy else draft_probs, target_probs, ratios, *done)
+
     def _check_text(self, cache: StaticCache, row: int, known: Sequence[int], params: SamplingParams) -> None:
         if params.penalised:
             raise UserError("penalties need the whole text: the C++ kernels draw without them; use --kernels torch")
@@ -264,13 +302,11 @@ class CppModel:
             raise ValueError("the text has no token that the cache does not hold: nothing to go on from")
 
     def view(self, cache: StaticCache) -> Any:
-        """The cache as the kernels see it; made anew where its memory is another."""
+        """The cache as the kernels see it. Its memory stays where it is as long as it lives."""
+        if (known := self._views.get(cache)) is not None:
+            return known
         if (reason := self.why_not_cache(cache)) is not None:
             raise UserError(reason)
-        pointers = (cache.keys[0].values.data_ptr(), cache.values[-1].values.data_ptr())
-        known = self._views.get(cache)
-        if known is not None and known[0] == pointers:
-            return known[1]
 
         def addresses(tensors: list[Tensor]) -> list[int]:
             for tensor in tensors:
@@ -283,7 +319,7 @@ class CppModel:
             cache.shape.head_dim, addresses([s.values for s in cache.keys]),
             addresses([s.values for s in cache.values]), addresses(scales[0]), addresses(scales[1]),
         )  # fmt: skip
-        self._views[cache] = (pointers, view)
+        self._views[cache] = view
         self._rotate_to(cache.capacity)
         return view
 

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "engine.h"
+#include "speculate.h"
 
 namespace py = pybind11;
 using namespace lab;
@@ -143,6 +143,20 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
             py::gil_scoped_release release;
             return e.read_speed(pointer<float>(from), count, repeats);
         });
+
+    // Of a text, each model has its own row, and its own number of tokens in it.
+    module.def("speculate", [](Engine& target, const View& seen, int row, int held, std::vector<int> known, Engine& drafter,
+                               const View& drafting, int its_row, int its_held, std::vector<int> its_known, int sample,
+                               int position, int count, const Sampling& how, bool own, uint32_t purpose, uintptr_t tokens,
+                               uintptr_t draft_probs, uintptr_t target_probs, uintptr_t ratios) {
+        py::gil_scoped_release release;
+        Speculated done = speculate(
+            target, seen, {row, held, std::move(known), sample, position}, drafter, drafting,
+            {its_row, its_held, std::move(its_known), sample, position}, {count, how, own, purpose},
+            pointer<int64_t>(tokens), pointer<float>(draft_probs), pointer<float>(target_probs), pointer<float>(ratios)
+        );
+        return std::make_tuple(std::move(done.draft), done.accepted, done.next, done.draft_ms, done.verify_ms);
+    });
 
     // Rows of logits or probabilities, [rows, vocab] each.
     module.def("probabilities", [](const std::string& isa, uintptr_t x, int rows, int vocab, const Sampling& how) {

@@ -17,7 +17,7 @@ void View::bind() {
 }
 
 Engine::Engine(const Model& m, int threads, const Isa* set)
-    : model(m), isa(set), layers_(static_cast<size_t>(m.layers)), pool_(threads) {
+    : model(m), isa(set), layers_(static_cast<size_t>(m.layers)), pool_(Pool::of(threads)) {
     model.layer = layers_.data();
 }
 
@@ -97,7 +97,7 @@ void Engine::finish() {
     block_.mixed = memory(rows * size_t(model.heads * model.head_dim));
     block_.up = memory(rows * size_t(first.up.outputs));
     block_.inner = memory(rows * size_t(model.ffn_padded()));
-    for (int thread = 0; thread < pool_.size(); ++thread) {
+    for (int thread = 0; thread < pool_->size(); ++thread) {
         normed_.push_back(memory(rows * size_t(widest)));
         acts_.push_back(reinterpret_cast<uint8_t*>(memory(acts_floats_)));
     }
@@ -115,7 +115,7 @@ void Engine::fit(int capacity) {
     scores_owned_.clear();
     scores_.clear();
     const size_t size = size_t(block_.score_stride) * size_t(model.heads / model.kv_heads);
-    for (int thread = 0; thread < pool_.size(); ++thread) {
+    for (int thread = 0; thread < pool_->size(); ++thread) {
         scores_owned_.emplace_back(new float[size]());
         scores_.push_back(scores_owned_.back().get());
     }
@@ -206,17 +206,14 @@ void Engine::step(const View& view, const Request& request) {
             std::copy_n(request.inputs + from * width, size_t(block_.count) * width, block_.x);
         }
         for (int i = 0; i < block_.count; ++i) block_.wanted += block_.tokens[i].wanted >= 0;
-        pool_.run([](void* with, int thread) {
+        pool_->run([](void* with, int thread) {
             auto* engine = static_cast<Engine*>(with);
-            engine->isa->step(engine->block_, thread, engine->pool_.size(), engine->pool_.barrier);
+            engine->isa->step(engine->block_, thread, engine->pool_->size(), engine->pool_->barrier);
         }, this);
     }
 }
 
-namespace {
-
-// A request for what follows one text: all tokens it has, the last one's logits.
-Request following(const Engine::Text& text, float* logits) {
+Request Engine::following(const Text& text, float* logits) {
     Request request;
     const int count = int(text.known.size());
     request.tokens = text.known;
@@ -228,6 +225,8 @@ Request following(const Engine::Text& text, float* logits) {
     request.logits = logits;
     return request;
 }
+
+namespace {
 
 // The same request for the next token.
 void go_on(Request& request, int token) {
@@ -244,9 +243,12 @@ void go_on(Request& request, int token) {
 // A token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
 int Engine::draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose) {
     if (how.temperature == 0) return isa->largest(of_token, model.vocab);
+    if (purpose == SAMPLE) {
+        const int token = choose_plain(of_token, how, sample, position);
+        probabilities(*isa, of_token, model.vocab, how);
+        return token;
+    }
     probabilities(*isa, of_token, model.vocab, how);
-    if (purpose == SAMPLE)
-        return draw_gumbel(*isa, of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), SAMPLE);
     return draw_inverse(of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), purpose);
 }
 
@@ -296,28 +298,41 @@ std::vector<int> Engine::draft(
     return drawn;
 }
 
-// The next token of plain decoding from the logits in one_. Noise for a whole vocabulary is worth sharing out.
-int Engine::choose_plain(const Sampling& how, int sample, int position) {
+// Noise for a whole vocabulary is worth sharing out.
+int Engine::choose_plain(const float* logits, const Sampling& how, int sample, int position) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
     constexpr int WORDS = 64;  // a thread's share begins at a multiple
-    const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_.size() == 1 || model.vocab < 16 * WORDS;
-    if (alone) return choose(*isa, one_.data(), model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
-    struct With { Engine* engine; float scale; uint32_t key[2], counter[3]; std::vector<std::pair<float, int>> best; };
+    const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_->size() == 1 || model.vocab < 16 * WORDS;
+    if (alone) return choose(*isa, logits, model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
+    struct With { Engine* engine; const float* logits; float scale; uint32_t key[2], counter[3]; std::vector<std::pair<float, int>> best; };
     With with{
-        this, float(1 / how.temperature), {uint32_t(how.seed), uint32_t(how.seed >> 32)},
-        {uint32_t(position), uint32_t(sample), SAMPLE}, std::vector<std::pair<float, int>>(size_t(pool_.size()))
+        this, logits, float(1 / how.temperature), {uint32_t(how.seed), uint32_t(how.seed >> 32)},
+        {uint32_t(position), uint32_t(sample), SAMPLE}, std::vector<std::pair<float, int>>(size_t(pool_->size()))
     };
-    pool_.run([](void* given, int thread) {
+    pool_->run([](void* given, int thread) {
         auto& with = *static_cast<With*>(given);
         const Engine& engine = *with.engine;
-        const int vocab = engine.model.vocab, units = (vocab + WORDS - 1) / WORDS, threads = engine.pool_.size();
+        const int vocab = engine.model.vocab, units = (vocab + WORDS - 1) / WORDS, threads = engine.pool_->size();
         const int begin = units * thread / threads * WORDS, end = std::min(vocab, units * (thread + 1) / threads * WORDS);
         auto& [value, at] = with.best[size_t(thread)];
-        at = engine.isa->gumbel(engine.one_.data(), begin, end, with.scale, with.key, with.counter, &value);
+        at = engine.isa->gumbel(with.logits, begin, end, with.scale, with.key, with.counter, &value);
     }, &with);
     auto best = with.best.front();
     for (const auto& other : with.best)
         if (other.first > best.first) best = other;
     return best.second;
+}
+
+void Engine::to_probabilities(float* rows, int count, const Sampling& how) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    struct With { Engine* engine; float* rows; int count; const Sampling* how; };
+    With with{this, rows, count, &how};
+    pool_->run([](void* given, int thread) {
+        const auto& with = *static_cast<With*>(given);
+        const int vocab = with.engine->model.vocab;
+        for (int row = thread; row < with.count; row += with.engine->pool_->size())
+            probabilities(*with.engine->isa, with.rows + size_t(row) * size_t(vocab), vocab, *with.how);
+    }, &with);
 }
 
 std::vector<int> Engine::generate(
@@ -328,7 +343,7 @@ std::vector<int> Engine::generate(
     Request request = following(text, one_.data());
     for (int i = 0; i < count; ++i) {
         step(view, request);
-        const int token = choose_plain(how, text.sample, text.position + i);
+        const int token = choose_plain(one_.data(), how, text.sample, text.position + i);
         made.push_back(token);
         if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
         go_on(request, token);
@@ -354,26 +369,26 @@ void Engine::product(const Packed& packed, const float* x, int count, float* out
     const size_t spare = size_t(MAX_BLOCK) * size_t(w.padded), acts = spare + size_t(MAX_BLOCK) * groups * 2;
     // A finished model's own memory will do for its own matrices; others need some for the time of the call.
     const bool own = block_.widest >= w.padded && acts_floats_ >= acts;
-    std::vector<float> memory(own ? 0 : size_t(pool_.size()) * (spare + acts));
+    std::vector<float> memory(own ? 0 : size_t(pool_->size()) * (spare + acts));
     struct With { Engine* engine; const Matrix* w; const float* x; int count; float* out; int limit; float* memory; size_t spare, each; };
     With with{this, &w, x, count, out, packed.shape.outputs, own ? nullptr : memory.data(), spare, spare + acts};
-    pool_.run([](void* given, int thread) {
+    pool_->run([](void* given, int thread) {
         const auto& with = *static_cast<With*>(given);
         Engine& engine = *with.engine;
         float* mine = with.memory == nullptr ? engine.normed_[size_t(thread)] : with.memory + size_t(thread) * with.each;
         uint8_t* acts = with.memory == nullptr ? engine.acts_[size_t(thread)] : reinterpret_cast<uint8_t*>(mine + with.spare);
-        engine.isa->product(*with.w, with.x, with.count, with.out, with.limit, mine, acts, thread, engine.pool_.size());
+        engine.isa->product(*with.w, with.x, with.count, with.out, with.limit, mine, acts, thread, engine.pool_->size());
     }, &with);
 }
 
 double Engine::read_speed(const float* from, size_t count, int repeats) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
     struct With { Engine* engine; const float* from; size_t count; int repeats; std::vector<double> sums; };
-    With with{this, from, count, repeats, std::vector<double>(size_t(pool_.size()) * 8)};
+    With with{this, from, count, repeats, std::vector<double>(size_t(pool_->size()) * 8)};
     const auto began = std::chrono::steady_clock::now();
-    pool_.run([](void* given, int thread) {
+    pool_->run([](void* given, int thread) {
         auto& with = *static_cast<With*>(given);
-        const size_t n = size_t(with.engine->pool_.size()), t = size_t(thread);
+        const size_t n = size_t(with.engine->pool_->size()), t = size_t(thread);
         const size_t begin = with.count * t / n, end = with.count * (t + 1) / n;
         for (int i = 0; i < with.repeats; ++i) with.sums[t * 8] += with.engine->isa->read(with.from + begin, end - begin);
     }, &with);

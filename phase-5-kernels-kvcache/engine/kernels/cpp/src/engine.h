@@ -52,6 +52,13 @@ public:
         std::vector<int> known;  // tokens that the cache does not hold yet; at least one
         int sample, position;    // of the next token, for the keyed noise
     };
+    // A request for what follows a text: all tokens it has, the last one's logits.
+    static Request following(const Text& text, float* logits);
+    // The next token of plain decoding, from its logits [vocab].
+    int choose_plain(const float* logits, const Sampling& how, int sample, int position);
+    // Rows [count, vocab] of logits become what is sampled from.
+    void to_probabilities(float* rows, int count, const Sampling& how);
+
     // `count` tokens, each drawn with one uniform number; probs [count, vocab] is what each was drawn from.
     std::vector<int> draft(const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs);
     // Plain decoding until `count` tokens or one of `ends`.
@@ -71,10 +78,9 @@ public:
 
     Model model;
     const Isa* isa;
-    int threads() const { return pool_.size(); }
+    int threads() const { return pool_->size(); }
 
 private:
-    int choose_plain(const Sampling& how, int sample, int position);
     int draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose);
     void embed(int token, float* to) const;
     void fit(int capacity);
@@ -96,7 +102,7 @@ private:
     std::recursive_mutex mutex_;  // one caller at a time: Python lets others run meanwhile
     size_t acts_floats_ = 0;
     int capacity_ = 0;
-    Pool pool_;
+    std::shared_ptr<Pool> pool_;
 };
 
 }  // namespace lab

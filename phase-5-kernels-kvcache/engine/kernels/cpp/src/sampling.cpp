@@ -88,15 +88,28 @@ int draw_gumbel(
 }
 
 int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose) {
+    // By sums of blocks: a sum of all, one after the other, waits for every addition.
+    constexpr int BLOCK = 32;
+    std::vector<double> sums;
     double total = 0;
-    for (int i = 0; i < vocab; ++i) total += probs[i];
+    for (int from = 0; from < vocab; from += BLOCK) {
+        double lanes[8] = {};
+        const int until = std::min(vocab, from + BLOCK);
+        for (int i = from; i < until; ++i) lanes[(i - from) % 8] += probs[i];
+        sums.push_back(((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7])));
+        total += sums.back();
+    }
     const double wanted = double(uniform(seed, sample, position, purpose, 0)) * total;
     double sum = 0;
-    for (int i = 0; i < vocab; ++i) {
+    size_t block = 0;
+    while (block + 1 < sums.size() && sum + sums[block] <= wanted) sum += sums[block++];
+    int last = vocab - 1;  // where rounding leaves nothing: a token that can be drawn
+    for (int i = int(block) * BLOCK; i < vocab; ++i) {
+        if (probs[i] > 0) last = i;
         sum += probs[i];
         if (sum > wanted) return i;
     }
-    return vocab - 1;
+    return last;
 }
 
 int choose(
@@ -114,36 +127,52 @@ int choose(
     return isa.gumbel(logits, 0, vocab, float(1 / how.temperature), key, counter, &best);
 }
 
+int stand(
+    const int64_t* draft, int count, const float* draft_probs, const float* target_probs, int vocab, uint64_t seed,
+    uint32_t sample, uint32_t position, bool certain, float* ratios
+) {
+    int accepted = count;
+    for (int i = 0; i < count; ++i) {
+        const float target = target_probs[size_t(i) * size_t(vocab) + size_t(draft[i])];
+        ratios[i] = target;
+        if (draft_probs != nullptr)
+            ratios[i] = std::min(target / draft_probs[size_t(i) * size_t(vocab) + size_t(draft[i])], 1.0f);
+        const float least = certain ? 0.5f : uniform(seed, sample, position + uint32_t(i), ACCEPT, 0);
+        if (!(least < ratios[i]) && accepted == count) accepted = i;
+    }
+    return accepted;
+}
+
+int draw_residual(
+    const Isa& isa, const float* target, const float* draft, int64_t fallen, int vocab, uint64_t seed, uint32_t sample,
+    uint32_t position, bool certain, float* spare
+) {
+    std::copy(target, target + vocab, spare);
+    if (draft == nullptr) spare[fallen] = 0;
+    else
+        for (int i = 0; i < vocab; ++i) spare[i] = std::max(0.0f, spare[i] - draft[i]);
+    double mass = 0;
+    for (int i = 0; i < vocab; ++i) mass += spare[i];
+    // Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
+    const float* residual = mass > 0 ? spare : target;
+    if (certain) return isa.largest(residual, vocab);
+    return draw_inverse(residual, vocab, seed, sample, position, RESIDUAL);
+}
+
 Stood verify(
     const Isa& isa, const int64_t* draft, int count, const float* draft_probs, const float* target_probs, int vocab,
     uint64_t seed, uint32_t sample, uint32_t position, bool certain, float* ratios, float* spare
 ) {
-    int accepted = count;
-    for (int i = 0; i < count; ++i) {
-        const float target = target_probs[size_t(i) * vocab + draft[i]];
-        ratios[i] = target;
-        if (draft_probs != nullptr) ratios[i] = std::min(target / draft_probs[size_t(i) * vocab + draft[i]], 1.0f);
-        const float least = certain ? 0.5f : uniform(seed, sample, position + uint32_t(i), ACCEPT, 0);
-        if (!(least < ratios[i]) && accepted == count) accepted = i;
-    }
-    const float* following = target_probs + size_t(accepted) * vocab;
+    const int accepted = stand(draft, count, draft_probs, target_probs, vocab, seed, sample, position, certain, ratios);
+    const size_t row = size_t(accepted) * size_t(vocab);
+    const float* following = target_probs + row;
     const uint32_t at = position + uint32_t(accepted);
-    if (accepted == count) {
-        if (certain) return {accepted, isa.largest(following, vocab)};
-        return {accepted, draw_gumbel(isa, following, vocab, seed, sample, at, SAMPLE)};
+    if (accepted < count) {
+        const float* own = draft_probs == nullptr ? nullptr : draft_probs + row;
+        return {accepted, draw_residual(isa, following, own, draft[accepted], vocab, seed, sample, at, certain, spare)};
     }
-    std::copy(following, following + vocab, spare);
-    if (draft_probs == nullptr) spare[draft[accepted]] = 0;
-    else
-        for (int i = 0; i < vocab; ++i) spare[i] = std::max(0.0f, spare[i] - draft_probs[size_t(accepted) * vocab + i]);
-    double mass = 0;
-    for (int i = 0; i < vocab; ++i) mass += spare[i];
-    // Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
-    const float* residual = mass > 0 ? spare : following;
-    if (certain) return {accepted, isa.largest(residual, vocab)};
-    if (mass > 0)
-        for (int i = 0; i < vocab; ++i) spare[i] = float(spare[i] / float(mass));
-    return {accepted, draw_inverse(residual, vocab, seed, sample, at, RESIDUAL)};
+    if (certain) return {accepted, isa.largest(following, vocab)};
+    return {accepted, draw_gumbel(isa, following, vocab, seed, sample, at, SAMPLE)};
 }
 
 }  // namespace lab

@@ -33,6 +33,19 @@ int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, 
 // The next token of plain decoding from logits; `spare` [vocab] is written only where probabilities are needed.
 int choose(const Isa& isa, const float* logits, int vocab, const Sampling& how, uint32_t sample, uint32_t position, float* spare);
 
+// Of a draft, how many tokens stand by rejection; ratios [count] is written: the probability with which each was to.
+int stand(
+    const int64_t* draft, int count, const float* draft_probs, const float* target_probs, int vocab, uint64_t seed,
+    uint32_t sample, uint32_t position, bool certain, float* ratios
+);
+
+// What follows in place of `fallen`, the first that fell: from max(0, target - draft), both [vocab]; `draft` null for
+// one-hot. spare [vocab] is written.
+int draw_residual(
+    const Isa& isa, const float* target, const float* draft, int64_t fallen, int vocab, uint64_t seed, uint32_t sample,
+    uint32_t position, bool certain, float* spare
+);
+
 struct Stood {
     int accepted, next;
 };

@@ -1,15 +1,25 @@
 #include "threads.h"
 
 #include <chrono>
+#include <map>
 #include <stdexcept>
 
 namespace lab {
 
 namespace {
 // How long a thread without work keeps spinning. A decoding loop comes back sooner; whoever went away does not.
-constexpr auto PATIENCE = std::chrono::microseconds(200);
+constexpr auto PATIENCE = std::chrono::microseconds(1000);
 constexpr int BETWEEN_LOOKS = 64;  // at the clock
 }  // namespace
+
+std::shared_ptr<Pool> Pool::of(int threads) {
+    static std::mutex mutex;
+    static std::map<int, std::weak_ptr<Pool>> pools;
+    const std::lock_guard<std::mutex> hold(mutex);
+    std::shared_ptr<Pool> pool = pools[threads].lock();
+    if (pool == nullptr || pool->owner_ != getpid()) pools[threads] = pool = std::make_shared<Pool>(threads);
+    return pool;
+}
 
 Pool::Pool(int threads) : barrier(threads), size_(threads), owner_(getpid()) {
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
@@ -28,6 +38,7 @@ Pool::~Pool() {
 void Pool::run(Job job, void* with) {
     if (size_ == 1) return job(with, 0);
     if (getpid() != owner_) throw std::runtime_error("the model's threads are in another process: make it after a fork");
+    const std::lock_guard<std::mutex> turn(turn_);
     job_ = job;
     with_ = with;
     busy_.store(size_ - 1, std::memory_order_relaxed);

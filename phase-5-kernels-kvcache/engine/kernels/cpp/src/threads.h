@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -57,8 +58,13 @@ private:
 
 // run(f) calls f(0 .. n - 1) on n threads, the caller's among them, and returns when all are done. Threads do not
 // survive a fork: in the child, run throws.
+//
+// All models of a process that want as many threads share one pool: a draft and its target take turns, and the threads
+// of one that has just stopped would spin where those of the other are to run.
 class Pool {
 public:
+    static std::shared_ptr<Pool> of(int threads);
+
     explicit Pool(int threads);
     ~Pool();
     Pool(const Pool&) = delete;
@@ -76,6 +82,7 @@ private:
     const int size_;
     const pid_t owner_;
     std::vector<std::thread> workers_;
+    std::mutex turn_;  // of whoever calls run
     Job job_ = nullptr;
     void* with_ = nullptr;
     bool ending_ = false;

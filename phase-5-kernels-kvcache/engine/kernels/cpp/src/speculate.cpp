@@ -1,0 +1,73 @@
+#include "speculate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+namespace lab {
+
+namespace {
+
+double ms_since(std::chrono::steady_clock::time_point& last) {
+    const auto now = std::chrono::steady_clock::now();
+    const std::chrono::duration<double, std::milli> took = now - last;
+    last = now;
+    return took.count();
+}
+
+}  // namespace
+
+Speculated speculate(
+    Engine& target, const View& seen, const Engine::Text& text, Engine& drafter, const View& drafting,
+    const Engine::Text& behind, const Speculation& what, int64_t* tokens, float* draft_probs, float* target_probs, float* ratios
+) {
+    if (what.count < 1) throw std::invalid_argument("a draft has at least one token");
+    if (target.model.vocab != drafter.model.vocab) throw std::invalid_argument("the models have different vocabularies");
+    const size_t vocab = size_t(target.model.vocab), count = size_t(what.count);
+    auto last = std::chrono::steady_clock::now();
+    Speculated done{};
+    done.draft = drafter.draft(drafting, behind, what.count, what.how, what.purpose, draft_probs);
+    std::copy(done.draft.begin(), done.draft.end(), tokens);
+    done.draft_ms = ms_since(last);
+
+    Request request = Engine::following(text, target_probs);
+    const int held = request.held[0] + request.counts[0];
+    for (size_t i = 0; i < count; ++i) {
+        request.tokens.push_back(done.draft[i]);
+        request.positions.push_back(held + int(i));
+        request.wanted.push_back(request.counts[0] + int(i));
+    }
+    request.counts[0] += what.count;
+    target.step(seen, request);
+    done.verify_ms = ms_since(last);
+
+    // The target's own tokens are drawn from logits, as in plain decoding: its bits, not those of a detour.
+    const bool greedy = what.how.temperature == 0;
+    auto own = [&](int i) { return target.choose_plain(target_probs + size_t(i) * vocab, what.how, text.sample, text.position + i); };
+    if (what.own || greedy) {
+        while (done.next = own(done.accepted), done.accepted < what.count && done.next == done.draft[size_t(done.accepted)])
+            done.accepted += 1;
+        target.to_probabilities(target_probs, what.count + 1, what.how);
+        for (size_t i = 0; i < count; ++i) ratios[i] = target_probs[i * vocab + size_t(done.draft[i])];
+    } else {
+        const float* last_row = target_probs + count * vocab;
+        const std::vector<float> bonus(last_row, last_row + vocab);
+        target.to_probabilities(target_probs, what.count + 1, what.how);
+        const uint32_t sample = uint32_t(text.sample), position = uint32_t(text.position);
+        const int V = int(vocab);
+        done.accepted = stand(tokens, what.count, draft_probs, target_probs, V, what.how.seed, sample, position, false, ratios);
+        if (done.accepted == what.count) {
+            done.next = target.choose_plain(bonus.data(), what.how, text.sample, text.position + what.count);
+        } else {
+            std::vector<float> residual(vocab);
+            const size_t row = size_t(done.accepted);
+            done.next = draw_residual(
+                *target.isa, target_probs + row * vocab, draft_probs + row * vocab, tokens[row], V, what.how.seed, sample,
+                position + uint32_t(done.accepted), false, residual.data()
+            );
+        }
+    }
+    return done;
+}
+
+}  // namespace lab
