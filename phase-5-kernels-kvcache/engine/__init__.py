@@ -35,7 +35,8 @@ from .runner import CachedRunner, Runner, WholeRunner, make_runner
 from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
 from .session import Session
-from .speculative import Step, StepStats, speculative_decode
+from .speculative import speculative_decode
+from .steps import Step, StepStats
 from .target import Target, next_logits, target_forward
 from .tree import Tree
 from .tree_shapes import acceptance_by_rank, best_shape, expected_tokens

@@ -27,7 +27,9 @@ from common.errors import UserError
 from .prices import Prices, usual
 
 if TYPE_CHECKING:
-    from .speculative import StepStats
+    from .steps import StepStats
+
+AHEAD = 4  # steps that are decided together
 
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
@@ -42,6 +44,11 @@ class KController(Protocol):
 
     def next_k(self) -> int:
         """How many tokens to draft at most; 0 declines."""
+        ...
+
+    @property
+    def holds(self) -> int:
+        """For how many steps that answer stands, where a runner can make several in one call."""
         ...
 
     def stop(self, draft_probs: Tensor) -> bool:
@@ -77,6 +84,10 @@ class FixedController:
     def next_k(self) -> int:
         return self.k
 
+    @property
+    def holds(self) -> int:
+        return AHEAD
+
     def stop(self, draft_probs: Tensor) -> bool:
         return False
 
@@ -106,6 +117,10 @@ class AdaptiveController:
 
     def next_k(self) -> int:
         return self.k
+
+    @property
+    def holds(self) -> int:
+        return 1
 
     def stop(self, draft_probs: Tensor) -> bool:
         return False
@@ -140,6 +155,10 @@ class ConfidenceController:
     def next_k(self) -> int:
         self.drafted = 0
         return self.bounds.high
+
+    @property
+    def holds(self) -> int:
+        return 1
 
     def stop(self, draft_probs: Tensor) -> bool:
         if self.drafted >= self.bounds.low and float(draft_probs.max()) < self.confidence:
@@ -180,6 +199,7 @@ class CostController:
     declined: int = 0
     looking: int = 0
     wait: int = 0
+    declining: bool = False  # whether the last answer was 0 because no K would pay
 
     def __post_init__(self) -> None:
         self.wait = self.retry
@@ -191,6 +211,7 @@ class CostController:
         return False
 
     def next_k(self) -> int:
+        self.declining = False
         if not self.prices.known or not self.plain:
             return self.bounds.clip(self.accepted + 1 if self.drafts else self.first_k)
         if self.prices.wants_plain:
@@ -198,18 +219,23 @@ class CostController:
         if self.looking:
             self.looking -= 1
             return self.bounds.clip(self.accepted + 1)
-        if 0 < self.declined < self.wait:  # nothing new was seen since it declined
-            self.declined += 1
-            return 0
-        k = self.best()
-        if k > 0:
-            self.declined, self.wait = 0, self.retry
-            return k
-        self.declined += 1
-        if self.declined <= self.wait:
-            return 0
-        self.declined, self.wait, self.looking = 0, 2 * self.wait, self.look
-        return self.bounds.clip(self.look)
+        if self.declined >= self.wait:
+            self.declined, self.wait, self.looking = 0, 2 * self.wait, self.look
+            return self.bounds.clip(self.look)
+        if not self.declined:  # otherwise nothing new was seen since it declined
+            k = self.best()
+            if k > 0:
+                self.wait = self.retry
+                return k
+        self.declining = True
+        return 0
+
+    @property
+    def holds(self) -> int:
+        if self.declining:
+            return self.wait - self.declined
+        settled = self.prices.known and self.plain and self.drafts > 1 and not self.looking
+        return AHEAD if settled else 1
 
     def best(self) -> int:
         """0, or the K within the bounds, that promises most tokens per millisecond at the present length."""
@@ -233,6 +259,7 @@ class CostController:
     def observe(self, step: StepStats) -> None:
         self.prices.observe(step)
         self.plain = step.plain
+        self.declined += self.declining
         for at in range(self.bounds.high):
             if at or self.tried[at] > 1:  # of the first token, what is known never counts less than one look
                 self.tried[at] *= self.decay

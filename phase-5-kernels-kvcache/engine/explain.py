@@ -16,7 +16,7 @@ from common.benchmark import interleave, median, print_table, seconds
 
 from .runner import Runner
 from .sequence import Sequence
-from .speculative import StepStats
+from .steps import StepStats
 
 
 def survival(steps: list[StepStats], k: int) -> list[float]:

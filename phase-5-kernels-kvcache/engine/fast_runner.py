@@ -114,15 +114,15 @@ class FastRunner(CachedRunner):
         return (certain or keyed) and not params.penalised
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
-    ) -> Speculated | None:
-        if not isinstance(drafter, FastRunner) or not self._can_draw(how):
-            return None
-        if len(text) + count > min(self.model.config.context, drafter.model.config.context):
-            return None
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+    ) -> list[Speculated]:
+        most = steps * (count + 1) - 1  # tokens past the text that are computed
+        context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
+        if not isinstance(drafter, FastRunner) or not self._can_draw(how) or len(text) + most > context:
+            return []
         mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
-        self.cache.make_room(mine.row.number, len(mine.new) + count)
-        drafter.cache.make_room(its.row.number, len(its.new) + count)
+        self.cache.make_room(mine.row.number, len(mine.new) + most)
+        drafter.cache.make_room(its.row.number, len(its.new) + most)
         done = self.fast.speculate(
             self.cache,
             mine.row.number,
@@ -137,11 +137,14 @@ class FastRunner(CachedRunner):
             sample=how.sample,
             position=how.position,
             noise=how.purpose,
+            steps=steps,
         )
-        self.computed = [mine.prefilled + len(mine.new) + count]
-        self.texts.appended(mine.row, mine.new, done.draft)
-        self.texts.keep(owner, list(range(done.accepted)))
-        drafter.texts.appended(its.row, its.new + done.draft[:-1], [])
+        self.computed = [mine.prefilled + done[0].computed]
+        gained = [token for each in done for token in (*each.draft[: each.accepted], each.next_token)]
+        last = done[-1]
+        self.texts.appended(mine.row, mine.new + gained[:-1], [])
+        drafter.texts.appended(its.row, its.new + gained[: -2 if last.accepted == count else -1], [])
+        self.texts.positions += sum(count - each.accepted for each in done)  # guesses that fell
         return done
 
 

@@ -127,9 +127,11 @@ def decode(
         yield active
 
 
-def several(runner: Runner, sequence: Sequence, params: SamplingParams, randomness: Randomness) -> list[int]:
+def several(
+    runner: Runner, sequence: Sequence, params: SamplingParams, randomness: Randomness, count: int = AT_ONCE
+) -> list[int]:
     """The next few tokens in one call; none where the runner cannot, or for the first, which somebody waits for."""
-    count = min(AT_ONCE, params.max_new_tokens - len(sequence.tokens))
+    count = min(count, params.max_new_tokens - len(sequence.tokens))
     if not sequence.tokens or count < 2:
         return []
     how = Drawing(params, randomness, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False)

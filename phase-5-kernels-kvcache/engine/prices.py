@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .speculative import StepStats
+    from .steps import StepStats
 
 START = 64  # positions whose computing takes as long as starting a forward does, until something else was measured
 STALE = 64  # steps after which what a plain step took is measured again

@@ -17,7 +17,7 @@ import torch
 from common import philox
 from common.errors import UserError
 
-from .speculative import Step
+from .steps import Step
 
 
 class Recorder:

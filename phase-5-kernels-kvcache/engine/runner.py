@@ -49,7 +49,7 @@ class Drawing(NamedTuple):
 
 
 class Speculated(NamedTuple):
-    """A step of one text that was drafted, verified and accepted in one call. Times in milliseconds."""
+    """A step of one text that was drafted, verified and accepted in one call, or one of several."""
 
     tokens: Tensor  # int64 [1, K] the draft
     draft_probs: Tensor | None  # [1, K, V] what each was drawn from; None where it was certain
@@ -58,8 +58,10 @@ class Speculated(NamedTuple):
     draft: list[int]
     accepted: int  # of the draft, the tokens that stood
     next_token: int
+    computed: int  # tokens that the target computed, without a prefill
     draft_ms: float
     verify_ms: float
+    accept_ms: float
 
 
 class Runner(Protocol):
@@ -100,11 +102,12 @@ class Runner(Protocol):
         ...
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
-    ) -> Speculated | None:
-        """A whole step in one call: the drafter's model draws `count` tokens, this one says which of them stand.
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+    ) -> list[Speculated]:
+        """Whole steps in one call: the drafter's model draws `count` tokens, this one says which of them stand.
 
-        By rejection, or by its own choice (policies.py). None where this runner cannot.
+        By rejection, or by its own choice (policies.py). [] where this runner cannot. The caller takes them all, or
+        the text ends within.
         """
         ...
 
@@ -150,9 +153,9 @@ class WholeRunner:
         return None
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
-    ) -> Speculated | None:
-        return None
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+    ) -> list[Speculated]:
+        return []
 
     def release(self, owner: Hashable) -> None:
         """Nothing was kept."""
@@ -273,9 +276,9 @@ class CachedRunner:
         return None
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool
-    ) -> Speculated | None:
-        return None
+        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+    ) -> list[Speculated]:
+        return []
 
     def release(self, owner: Hashable) -> None:
         self.texts.release(owner)

@@ -41,7 +41,8 @@ from .quantize import Format
 from .runner import CachedRunner, Runner
 from .sampling import KeyedRandomness
 from .sequence import Sequence
-from .speculative import Step, StepStats, speculative_decode
+from .speculative import speculative_decode
+from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import TYPICAL, best_shape
 from .verify import Certain, Decisions, KeyedDecisions

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,53 +20,18 @@ from common.device import synchronize
 
 from .context import window_start
 from .controllers import FixedController, KController
-from .drafters.model import ModelDrafter
 from .drafting import Draft, Drafter, Outcome
 from .generate import decode_step, sample
-from .policies import AcceptancePolicy, Judged, OwnChoice, Path, Rejection
+from .policies import AcceptancePolicy, Judged, Path, Rejection
 from .profiler import stage
-from .runner import Drawing, Runner
+from .runner import Runner
 from .sampling import SamplingParams, probabilities
 from .sequence import Sequence
+from .steps import Step, StepStats, StepTimes, step_stats, take
 from .target import Target
+from .together import drafted_steps, plain_steps
 from .tree import Tree
 from .verify import Certain, Decisions, KeyedDecisions
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What one step did for one sequence. Times are of the whole step, which a batch shares, in milliseconds.
-
-    Draft tokens past an EOS, a stop string or the token limit count as neither proposed nor accepted.
-    """
-
-    k: int  # draft tokens asked for; of a tree, levels
-    proposed: int  # draft tokens that the target looked at
-    depth: int  # of them, those in one chain; of a tree, its levels
-    accepted: int  # those that stood
-    emitted: int  # tokens that the sequence gained
-    length: int  # of the sequence before the step
-    computed: int  # positions that the target computed: what it had not seen of the text, and the draft
-    plain: int  # of them, those that every step has to; the rest are a prefill, or the draft
-    draft_ms: float
-    verify_ms: float
-    accept_ms: float
-    kv_ms: float = 0.0  # moving what stood to its place in the cache
-    rss_mib: float | None = None  # of the process after the step, where it was asked for
-
-
-@dataclass(frozen=True)
-class Step:
-    """One round of the loop, with all that was decided in it."""
-
-    sequences: list[Sequence]
-    starts: list[int]  # output length of each sequence before the step
-    draft: Draft
-    trees: list[Tree]  # the same, a tree for every sequence: a chain is one
-    judged: Judged | None  # what the target said, [R, K+1, V]; None where nothing was drafted
-    ratios: Tensor | None  # of chains, [R, K]: the probability with which each draft token was to stand
-    paths: list[Path]  # the draft tokens that stood, and what followed
-    stats: list[StepStats]
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -120,54 +83,6 @@ def judge(
     return judged, verdict.ratios, [Path(list(range(accepted)), following) for accepted, following in stood]
 
 
-class StepTimes(NamedTuple):
-    """Of the parts of a step, in seconds."""
-
-    draft: float
-    verify: float
-    accept: float
-    keep: float
-
-
-def step_stats(
-    runner: Runner,
-    row: int,
-    sequence: Sequence,
-    asked: int,
-    start: int,
-    length: int,
-    tree: Tree,
-    path: Path,
-    times: StepTimes,
-) -> StepStats:
-    """start, length: the sequence's output and its whole length before the step."""
-    emitted = len(sequence.tokens) - start
-    # Where the text ended inside the accepted part, what lies past its end was never looked at.
-    reach = emitted if emitted <= len(path.nodes) else tree.depth
-    return StepStats(
-        k=asked,
-        proposed=sum(depth <= reach for depth in tree.depths),
-        depth=reach,
-        accepted=min(len(path.nodes), emitted),
-        emitted=emitted,
-        length=length,
-        computed=runner.computed[row],
-        plain=runner.plain(length),
-        draft_ms=times.draft * 1e3,
-        verify_ms=times.verify * 1e3,
-        accept_ms=times.accept * 1e3,
-        kv_ms=times.keep * 1e3,
-    )
-
-
-def take(runner: Runner, sequence: Sequence, tokens: list[int]) -> None:
-    """The sequence gains these tokens, up to where it ends."""
-    for token in tokens:
-        if not sequence.append(token):
-            runner.release(sequence)
-            return
-
-
 def plain_step(
     runner: Runner,
     drafter: Drafter,
@@ -194,62 +109,20 @@ def plain_step(
     return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats)
 
 
-def step_in_one_call(
-    runner: Runner,
-    drafter: Drafter,
-    sequence: Sequence,
-    asked: int,
-    params: SamplingParams,
-    policy: AcceptancePolicy,
-    controller: KController,
-    decisions: Decisions,
-) -> Step | None:
-    """A step of one sequence, drafted, verified and accepted where its models run; None where they cannot."""
-    own_choice = isinstance(policy, OwnChoice)
-    if not isinstance(drafter, ModelDrafter) or controller.ends_early or not (own_choice or type(policy) is Rejection):
-        return None
-    began = time.perf_counter()
-    start, length = len(sequence.tokens), sequence.length
-    how = Drawing(params, decisions, sequence.sample, length, policy.draft_noise)
-    done = runner.speculate(sequence, sequence.prompt + sequence.tokens, asked, how, drafter.runner, own_choice)
-    if done is None:
-        return None
-    stage("accept")
-    take(runner, sequence, [*done.draft[: done.accepted], done.next_token])
-    drafter.observe(Outcome([sequence], [done.accepted], None))
-    tree, path = Tree.chain(done.draft), Path(list(range(done.accepted)), done.next_token)
-    draft = Draft(done.tokens, done.draft_probs, [asked])
-    judged = Judged(done.target_probs, done.target_probs)
-    spent = (done.draft_ms + done.verify_ms) / 1e3
-    times = StepTimes(done.draft_ms / 1e3, done.verify_ms / 1e3, time.perf_counter() - began - spent, 0.0)
-    stats = step_stats(runner, 0, sequence, asked, start, length, tree, path, times)
-    controller.observe(stats)
-    return Step([sequence], [start], draft, [tree], judged, done.ratios, [path], [stats])
-
-
 def speculative_step(
     runner: Runner,
     drafter: Drafter,
     sequences: list[Sequence],
+    asked: list[int],
     params: SamplingParams,
     policy: AcceptancePolicy,
     controllers: list[KController],
     decisions: Decisions,
 ) -> Step:
     """Draft, verify, accept, for every given sequence at once; each takes its tokens and may end."""
-    device, context = runner.model.embedding.weight.device, runner.model.config.context
+    device = runner.model.embedding.weight.device
     stage("draft")
     began = time.perf_counter()
-    asked = [
-        block_width(sequence, controller.next_k(), context)
-        for sequence, controller in zip(sequences, controllers, strict=True)
-    ]
-    if not any(asked) and drafter.taps is None:
-        return plain_step(runner, drafter, sequences, params, controllers, decisions)
-    if len(sequences) == 1 and asked[0]:
-        step = step_in_one_call(runner, drafter, sequences[0], asked[0], params, policy, controllers[0], decisions)
-        if step is not None:
-            return step
     draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
     if any(asked):
         early = any(controller.ends_early for controller in controllers)
@@ -290,13 +163,46 @@ def speculative_step(
     done = time.perf_counter()
 
     times = StepTimes(drafted - began, verified - drafted, done - verified - kept, kept)
-    stats = [
-        step_stats(runner, row, sequence, asked[row], starts[row], lengths[row], trees[row], paths[row], times)
-        for row, sequence in enumerate(sequences)
-    ]
+    stats = []
+    for row, sequence in enumerate(sequences):
+        computed, plain = runner.computed[row], runner.plain(lengths[row])
+        of_row = (asked[row], starts[row], lengths[row], trees[row], paths[row])
+        stats.append(step_stats(sequence, *of_row, computed, plain, times))
     for controller, of_sequence in zip(controllers, stats, strict=True):
         controller.observe(of_sequence)
     return Step(sequences, starts, draft, trees, judged, ratios, paths, stats)
+
+
+def next_steps(
+    runner: Runner,
+    drafter: Drafter,
+    sequences: list[Sequence],
+    params: SamplingParams,
+    policy: AcceptancePolicy,
+    controllers: list[KController],
+    decisions: Decisions,
+) -> Iterator[Step]:
+    """The next step of all sequences; of a single one as many as can be made in one call."""
+    context = runner.model.config.context
+    asked = [
+        block_width(sequence, controller.next_k(), context)
+        for sequence, controller in zip(sequences, controllers, strict=True)
+    ]
+    plain = not any(asked) and drafter.taps is None
+    made = 0
+    if len(sequences) == 1 and (plain or asked[0]):
+        one, controller = sequences[0], controllers[0]
+        for step in (
+            plain_steps(runner, drafter, one, params, controller, decisions)
+            if plain
+            else drafted_steps(runner, drafter, one, asked[0], params, policy, controller, decisions)
+        ):
+            made += 1
+            yield step
+    if not made and plain:
+        yield plain_step(runner, drafter, sequences, params, controllers, decisions)
+    elif not made:
+        yield speculative_step(runner, drafter, sequences, asked, params, policy, controllers, decisions)
 
 
 def speculative_decode(
@@ -318,4 +224,4 @@ def speculative_decode(
     controllers = {sequence: make() for sequence in sequences}
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
-        yield speculative_step(runner, drafter, active, params, policy, mine, decisions)
+        yield from next_steps(runner, drafter, active, params, policy, mine, decisions)

@@ -274,26 +274,33 @@ class CppModel:
         sample: int,
         position: int,
         noise: Purpose = Purpose.DRAFT,
-    ) -> Speculated:
-        """One step of speculative decoding in one call: `drafter` draws `count` tokens, this model verifies them.
+        steps: int = 1,
+    ) -> list[Speculated]:
+        """Steps of speculative decoding in one call: `drafter` draws `count` tokens, this model verifies them.
 
         known, its_known: tokens of the text that each model's row does not hold yet, at least one. own: a draft token
         stands while this model draws the same one, with the noise of plain sampling; otherwise by rejection (Leviathan
-        et al. 2023). The row afterwards has keys and values of the known tokens and of the whole draft, the drafter's
-        of all but its last token: `cache.keep` what stands. UserError for penalties.
+        et al. 2023). The row afterwards has keys and values of the known tokens and of all that the text gained but its
+        last token; the drafter's row too, but for the last token of a draft that stood as a whole: `cache.keep` them.
+        UserError for penalties.
         """
         self._check_text(cache, row, known, params)
         drafter._check_text(its_cache, its_row, its_known, params)
         vocab = self.config.vocab_size
-        draft_probs, target_probs = torch.empty(1, count, vocab), torch.empty(1, count + 1, vocab)
-        tokens, ratios = torch.empty(1, count, dtype=torch.long), torch.empty(1, count)
+        draft_probs, target_probs = torch.empty(steps, 1, count, vocab), torch.empty(steps, 1, count + 1, vocab)
+        tokens, ratios = torch.empty(steps, 1, count, dtype=torch.long), torch.empty(steps, 1, count)
         done = library().speculate(
             self._engine, self.view(cache), row, cache.lengths[row], known,
             drafter._engine, drafter.view(its_cache), its_row, its_cache.lengths[its_row], its_known,
-            sample, position, count, sampling_of(params), own, int(noise),
+            sample, position, count, sampling_of(params), own, int(noise), steps,
             tokens.data_ptr(), draft_probs.data_ptr(), target_probs.data_ptr(), ratios.data_ptr(),
         )  # fmt: skip
-        return Speculated(tokens, None if params.greedy else draft_probs, target_probs, ratios, *done)
+        drafted = [None] * steps if params.greedy else draft_probs.unbind()
+        tensors = zip(tokens.unbind(), drafted, target_probs.unbind(), ratios.unbind(), strict=True)
+        return [
+            Speculated(*of_step, s.draft, s.accepted, s.next, s.computed, s.draft_ms, s.verify_ms, s.accept_ms)
+            for of_step, s in zip(tensors, done, strict=True)
+        ]
 
     def _check_text(self, cache: StaticCache, row: int, known: Sequence[int], params: SamplingParams) -> None:
         if params.penalised:

@@ -144,18 +144,25 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
             return e.read_speed(pointer<float>(from), count, repeats);
         });
 
+    py::class_<Speculated>(module, "Speculated", py::module_local())
+        .def_readonly("draft", &Speculated::draft)
+        .def_readonly("accepted", &Speculated::accepted)
+        .def_readonly("next", &Speculated::next)
+        .def_readonly("computed", &Speculated::computed)
+        .def_readonly("draft_ms", &Speculated::draft_ms)
+        .def_readonly("verify_ms", &Speculated::verify_ms)
+        .def_readonly("accept_ms", &Speculated::accept_ms);
     // Of a text, each model has its own row, and its own number of tokens in it.
     module.def("speculate", [](Engine& target, const View& seen, int row, int held, std::vector<int> known, Engine& drafter,
                                const View& drafting, int its_row, int its_held, std::vector<int> its_known, int sample,
-                               int position, int count, const Sampling& how, bool own, uint32_t purpose, uintptr_t tokens,
+                               int position, int count, const Sampling& how, bool own, uint32_t purpose, int steps, uintptr_t tokens,
                                uintptr_t draft_probs, uintptr_t target_probs, uintptr_t ratios) {
         py::gil_scoped_release release;
-        Speculated done = speculate(
+        return speculate(
             target, seen, {row, held, std::move(known), sample, position}, drafter, drafting,
-            {its_row, its_held, std::move(its_known), sample, position}, {count, how, own, purpose},
+            {its_row, its_held, std::move(its_known), sample, position}, {count, how, own, purpose, steps},
             pointer<int64_t>(tokens), pointer<float>(draft_probs), pointer<float>(target_probs), pointer<float>(ratios)
         );
-        return std::make_tuple(std::move(done.draft), done.accepted, done.next, done.draft_ms, done.verify_ms);
     });
 
     // Rows of logits or probabilities, [rows, vocab] each.

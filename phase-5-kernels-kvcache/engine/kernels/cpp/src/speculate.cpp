@@ -15,14 +15,17 @@ double ms_since(std::chrono::steady_clock::time_point& last) {
     return took.count();
 }
 
-}  // namespace
+// The text gains `tokens`, of which a model's row has the first `held`.
+void advance(Engine::Text& text, const std::vector<int>& tokens, int held) {
+    text.held += int(text.known.size()) + held;
+    text.known.assign(tokens.begin() + held, tokens.end());
+    text.position += int(tokens.size());
+}
 
-Speculated speculate(
+Speculated one(
     Engine& target, const View& seen, const Engine::Text& text, Engine& drafter, const View& drafting,
     const Engine::Text& behind, const Speculation& what, int64_t* tokens, float* draft_probs, float* target_probs, float* ratios
 ) {
-    if (what.count < 1) throw std::invalid_argument("a draft has at least one token");
-    if (target.model.vocab != drafter.model.vocab) throw std::invalid_argument("the models have different vocabularies");
     const size_t vocab = size_t(target.model.vocab), count = size_t(what.count);
     auto last = std::chrono::steady_clock::now();
     Speculated done{};
@@ -38,6 +41,7 @@ Speculated speculate(
         request.wanted.push_back(request.counts[0] + int(i));
     }
     request.counts[0] += what.count;
+    done.computed = request.counts[0];
     target.step(seen, request);
     done.verify_ms = ms_since(last);
 
@@ -67,7 +71,30 @@ Speculated speculate(
             );
         }
     }
+    done.accept_ms = ms_since(last);
     return done;
+}
+
+}  // namespace
+
+std::vector<Speculated> speculate(
+    Engine& target, const View& seen, Engine::Text text, Engine& drafter, const View& drafting, Engine::Text behind,
+    const Speculation& what, int64_t* tokens, float* draft_probs, float* target_probs, float* ratios
+) {
+    if (what.count < 1 || what.steps < 1) throw std::invalid_argument("a draft has at least one token, and there is at least one step");
+    if (target.model.vocab != drafter.model.vocab) throw std::invalid_argument("the models have different vocabularies");
+    const size_t vocab = size_t(target.model.vocab), count = size_t(what.count);
+    std::vector<Speculated> steps;
+    for (int step = 0; step < what.steps; ++step) {
+        steps.push_back(one(target, seen, text, drafter, drafting, behind, what, tokens, draft_probs, target_probs, ratios));
+        const Speculated& done = steps.back();
+        std::vector<int> gained(done.draft.begin(), done.draft.begin() + done.accepted);
+        gained.push_back(done.next);
+        advance(text, gained, done.accepted);
+        advance(behind, gained, std::min(done.accepted, what.count - 1));
+        tokens += count, ratios += count, draft_probs += count * vocab, target_probs += (count + 1) * vocab;
+    }
+    return steps;
 }
 
 }  // namespace lab
