@@ -53,7 +53,7 @@ struct Tiling<false> {
 template <>
 struct Tiling<true> {
     static constexpr int TOKENS = 6;
-    static constexpr int panels(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
+    static constexpr int panels(int m) { return m == 1 ? 4 : m <= 6 ? 2 : 1; }
     static constexpr int registers(int) { return 2; }
 };
 #else
@@ -72,7 +72,6 @@ struct Tiling<true> {
 #endif
 
 constexpr int AHEAD = 2048;  // bytes of each stream that are asked for before they are needed
-constexpr int FETCHED = 4;   // with more tokens arithmetic takes longer than reading
 
 #define LAB_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 
@@ -105,7 +104,7 @@ struct Tile {
         for (; k + UNROLL <= end; k += UNROLL)
             LAB_EACH(p, P) {
                 const uint8_t* at = base[p] + size_t(k) * BYTES;
-                LAB_EACH(line, 256 / 64) if (M <= FETCHED) __builtin_prefetch(at + AHEAD + 64 * line, 0, 3);
+                LAB_EACH(line, 256 / 64) __builtin_prefetch(at + AHEAD + 64 * line, 0, 3);
                 LAB_EACH(u, UNROLL) row(p, k + u, at + u * BYTES);
             }
         for (; k < end; ++k) LAB_EACH(p, P) row(p, k, base[p] + size_t(k) * BYTES);
