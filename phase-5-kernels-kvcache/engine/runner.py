@@ -33,6 +33,8 @@ from .target import Target, next_logits, target_forward
 from .tree import Tree
 
 NO_DRAFT = Tree([], [])
+DRAFT_ROOM = 64  # nodes of the largest tree
+CHUNK = 512  # tokens of a long text that are prefilled in one forward
 Owners = list[Hashable]
 Drawn = tuple[list[int], Tensor | None]  # tokens, and what they were drawn from
 
@@ -137,7 +139,7 @@ class CachedRunner:
     stood as a whole.
     """
 
-    def __init__(self, model: Transformer, texts: Texts, chunk: int = 512, together: int = 16) -> None:
+    def __init__(self, model: Transformer, texts: Texts, chunk: int = CHUNK, together: int = 16) -> None:
         self.model, self.texts, self.chunk, self.together = model, texts, chunk, together
         self.prefill_ms = 0.0
         self.computed: list[int] = []
@@ -285,9 +287,6 @@ class Work:
         related = torch.ones(self.count, self.count, dtype=torch.bool).tril()
         related[text:, text:] = self.draft.ancestors()
         return related
-
-
-DRAFT_ROOM = 64  # nodes of the largest tree
 
 
 def cache_shape(config: ModelConfig) -> CacheShape:

@@ -178,6 +178,7 @@ def test_other_families(family: str, make_checkpoint: Callable[..., Path]) -> No
             assert [e.tokens for e in session(model=folder, kv=kind, **options).complete(prompts)] == expected, kind
 
 
+@pytest.mark.about("engine/kv_cache/texts.py, Texts.begin")
 def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Callable[..., Path]) -> None:
     model = phase5.load(str(make_checkpoint("llama")), torch.float32, CPU).model
     runner, whole = make_runner(model, KVOptions(), 2, 64), WholeRunner(model)
@@ -223,6 +224,7 @@ def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
         session(kv="paged", kv_pages=1, draft="none").complete(texts(1))
 
 
+@pytest.mark.no_exercise
 def test_appending_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "0")
     assert phase5.Options().kv_options().kind == "off"
