@@ -24,7 +24,7 @@ from common.philox import Purpose
 from .attending import Behind, seen
 from .config import ModelConfig
 from .context import window_start
-from .kv_cache import CacheShape, KVCache, KVOptions, make_cache
+from .kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache
 from .kv_cache.ring import SPARE
 from .kv_cache.texts import Row, Texts
 from .model import Transformer
@@ -159,11 +159,15 @@ class CachedRunner:
         known: list[int] | None = None,
         taps: tuple[int, ...] = (),
     ) -> Target:
-        works = [
-            self._begin(owner, text, draft, None if known is None else known[at], taps)
-            for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
-        ]
-        logits, states = self._verify(works, known is not None, taps)
+        try:
+            works = [
+                self._begin(owner, text, draft, None if known is None else known[at], taps)
+                for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
+            ]
+            logits, states = self._verify(works, known is not None, taps)
+        except OutOfPages as error:
+            error.owner = self.texts.owner(error.row)
+            raise
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
             self.texts.appended(work.row, work.new, work.draft.tokens)

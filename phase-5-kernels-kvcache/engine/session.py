@@ -29,7 +29,7 @@ from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_d
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
 from .generate import Clock, Generation, decode, finish
-from .kv_cache import needed_bytes
+from .kv_cache import PAGE, needed_bytes
 from .load import LoadedModel, load
 from .model import Transformer
 from .options import Options, QuantName
@@ -103,12 +103,32 @@ class Session:
         """One sequence for every sample of every prompt. UserError if all at once would not fit in memory."""
         stage("tokenize")
         prompts = self.encoder.encode(texts)
+        self._check_slots(prompts)
         self._check_memory(prompts)
         return [
             Sequence(prompt, self.params, self.loaded.ending, sample)
             for prompt in prompts
             for sample in range(self.options.n)
         ]
+
+    def _check_slots(self, prompts: list[list[int]]) -> None:
+        """Now, and not midway. Slots are as many for every text; of pages, what serves the shortest may be enough."""
+        options, config = self.options, self.loaded.config
+        if options.kv == "off" or options.beams > 1 or not self.loaded.model.has_cache:
+            return
+        tree = options.tree_nodes if self.speculative and options.tree != "off" else 0
+        lengths = [min(len(prompt) + self.params.max_new_tokens, config.context) + tree for prompt in prompts]
+        what = "prompt, new tokens and a tree" if tree else "prompt and new tokens"
+        if 0 < options.kv_slots < max(lengths):
+            raise UserError(
+                f"the KV cache holds {options.kv_slots} tokens per text, and {max(lengths)} are needed ({what}): give "
+                "a larger --kv-slots, or 0 for as many as the request can need"
+            )
+        if 0 < options.kv_pages < (pages := -(-min(lengths) // PAGE)):
+            raise UserError(
+                f"out of pages: there are {options.kv_pages} of {PAGE} tokens, and {pages} are needed ({what}): give "
+                "more --kv-pages, or 0 for as many as the request can need"
+            )
 
     def _check_memory(self, prompts: list[list[int]]) -> None:
         """All completions are decoded together; better to say now that it is too much than to be killed midway."""

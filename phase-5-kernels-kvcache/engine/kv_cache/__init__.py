@@ -28,6 +28,7 @@ Kind = Literal["off", "dynamic", "static", "ring", "paged"]
 Format = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 __all__ = [
+    "PAGE",
     "CacheShape",
     "DynamicCache",
     "KVCache",
