@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import phase5
 from phase5.kv_cache import KVOptions
-from phase5.runner import CachedRunner, WholeRunner, make_runner
+from phase5.runner import CachedRunner, WholeRunner, cache_shape, make_runner
 
 TOKENS = 20_000
 WARM = 2_000  # tokens, after which nothing is new to the process
@@ -32,7 +33,13 @@ def test_twenty_thousand_tokens_at_constant_memory(
 ) -> None:
     """Sampled, because greedy text of random weights repeats itself; compared with runners that forget nothing."""
     folder = make_checkpoint("mistral", max_position_embeddings=32_768, num_hidden_layers=4)
-    options = {"model": str(folder), "kv": "ring", "kernels": "torch", "draft": "none", "temperature": 1.0}
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "kv": "ring",
+        "kernels": "torch",
+        "draft": "none",
+        "temperature": 1.0,
+    }
     made = phase5.Session(phase5.Options(max_tokens=TOKENS, dtype="float32", device="cpu", **options))
     made.params = dataclasses.replace(made.params, ignore_eos=True)
     seen: dict[int, tuple[list[int], Tensor]] = {}
@@ -53,8 +60,7 @@ def test_twenty_thousand_tokens_at_constant_memory(
         if len(sequences[0].tokens) == WARM:
             memory = resident()
     assert resident() - memory < GROWTH
-    shape = made.runner.texts.cache.shape
-    assert sizes == {(8 + 16) * shape.bytes_per_token(4)}
+    assert sizes == {(8 + 16) * cache_shape(made.loaded.config).bytes_per_token(4)}
     assert len(sequences[0].tokens) == TOKENS
     assert len(set(sequences[0].tokens)) > 100
 

@@ -34,7 +34,8 @@ def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
 def some_fell(made: Any) -> bool:
     """Whether of what was drafted some stood and some fell: else equality would say little."""
     steps = [step for steps in made.steps.values() for step in steps]
-    return 0 < sum(step.accepted for step in steps) < sum(step.proposed for step in steps)
+    accepted, proposed = sum(step.accepted for step in steps), sum(step.proposed for step in steps)
+    return bool(0 < accepted < proposed)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,8 @@ def test_a_model_with_window_attention(how: str, kind: str, windowed: tuple[str,
         "all stands": {"draft": folder, "k": 4},
         "ngram": {"drafter": "ngram", "k": 4},
     }
-    made = phase5.Session(phase5.Options(model=folder, kernels="torch", kv=kind, **drafting[how], **COMMON))
+    options: dict[str, Any] = {"model": folder, "kernels": "torch", "kv": kind, **drafting[how], **COMMON}
+    made = phase5.Session(phase5.Options(**options))
     assert differing(written(made, SHORT), expected) == []
     assert some_fell(made) == (how == "ngram")
 
