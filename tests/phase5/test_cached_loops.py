@@ -261,6 +261,18 @@ def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.no_exercise
+def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole square of all texts without a cache; with one of the cache, and of a chunk of one text."""
+    monkeypatch.setattr("phase5.session.available_memory", lambda device: 100 * 2**20)
+    few = {"draft": "none", "max_tokens": 900, "n": 8, "temperature": 1.0}
+    assert len(session(kv="static", **few).sequences(["x"])) == 8
+    for wrong in ({"kv": "off"}, {"n": 40}, {"kv": "paged", "n": 40}):
+        with pytest.raises(UserError, match=r"completions of up to 9\d\d tokens need about \d+\.\d GiB at once"):
+            session(**{**few, **wrong}).sequences(["x"])
+    assert session(kv_dtype="int8", **few)._needed_bytes(8, 900) < session(**few)._needed_bytes(8, 900) * 0.6
+
+
+@pytest.mark.no_exercise
 def test_appending_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "0")
     assert phase5.Options().kv_options().kind == "off"
