@@ -8,7 +8,8 @@ hint at functions, in its section `## Exercise`, one list item each:
     - engine/record.py: a hint for a whole file
 
 The order of the hints is the order in which to write. A hint for a function of a changed file makes it part of the
-exercise; so phase 1, which adds nothing to anything, can have one too.
+exercise; so phase 1, which adds nothing to anything, can have one too. Of a phase whose list of changes has parts, an
+item `- part cache: words` makes that part alone the exercise: what the others add is given.
 
     python -c "from common.lab.exercise import *; from common.phases import phases; print(exercise(phases(), 2).stubs)"
 """
@@ -20,13 +21,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from common.errors import UserError
 from common.lab.snapshots import BENCH, OWN, difference, files, find_phase, read_list
 from common.lab.stubs import Stub, stub, stubs_in
 from common.phases import Phase
 
 HINT = re.compile(r"^- (engine/[^\s,:]+\.py(?:, [\w.]+)?): (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
+PART = re.compile(r"^- part ([\w-]+): ", re.MULTILINE)
 LEFT_OUT = tuple(name for name in OWN if name not in BENCH)  # one copy, the shipped one, is enough
-COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".metal", ".mm"}
+COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl", ".metal", ".mm"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Exercise:
     stubs: list[Stub]  # in the order in which to write them
     words: dict[str, str]  # what the README's list says of each file
     changed: list[str]  # files that the phase changes, given whole or nearly so
-    absent: list[str]  # sources in other languages that the phase adds, and that are not given
+    absent: list[str]  # sources in other languages that the phase adds, and that are to be written
+    off: list[str]  # likewise, of parts that are no exercise: not there, or they would compute what is to be written
     hints: dict[str, str]  # `engine/a.py, f` or `engine/a.py` -> words
 
     def hint(self, stub: Stub) -> str | None:
@@ -51,10 +55,18 @@ class Exercise:
         return {file: (self.phase.folder / file).read_text(encoding="utf-8") for file in self.sources}
 
 
+def _section(readme: str) -> str:
+    return readme.partition("\n## Exercise\n")[2].partition("\n## ")[0]
+
+
 def parse_hints(readme: str) -> dict[str, str]:
     """The hints of a README's section `## Exercise`."""
-    section = readme.partition("\n## Exercise\n")[2].partition("\n## ")[0]
-    return {key: " ".join(words.split()) for key, words in HINT.findall(section)}
+    return {key: " ".join(words.split()) for key, words in HINT.findall(_section(readme))}
+
+
+def parse_parts(readme: str) -> set[str]:
+    """The parts that a README's section `## Exercise` names; none where everything is the exercise."""
+    return set(PART.findall(_section(readme)))
 
 
 def _matching(hints: dict[str, str], stub: Stub) -> str | None:
@@ -67,8 +79,13 @@ def exercise(found: list[Phase], number: int) -> Exercise:
     """The exercise of one of the found phases; it may have no stubs. Raises UserError for a phase that is not there."""
     phase = find_phase(found, number)
     at = found.index(phase)
-    listed = {change.path: change.words for change in read_list(phase).changes}
-    hints = parse_hints((phase.folder / "README.md").read_text(encoding="utf-8"))
+    changes = read_list(phase).changes
+    listed = {change.path: change.words for change in changes}
+    readme = (phase.folder / "README.md").read_text(encoding="utf-8")
+    hints, parts = parse_hints(readme), parse_parts(readme)
+    if unknown := parts - {change.part for change in changes}:
+        raise UserError(f"{phase.folder.name}/README.md: the exercise is of no part {', '.join(sorted(unknown))}")
+    given = {change.path for change in changes if parts and change.part not in parts}
     paths = [path for path in files(phase.folder) if path.split("/")[0] not in LEFT_OUT]
     signs = difference(found[at - 1].folder, phase.folder) if at else {path: "~" for path in paths}
     sources = {
@@ -76,9 +93,10 @@ def exercise(found: list[Phase], number: int) -> Exercise:
         for path in paths
         if path.startswith("engine/") and path.endswith(".py")
     }
-    added = {path for path in sources if signs.get(path) == "+"}
+    added = {path for path in sources if signs.get(path) == "+" and path not in given}
     hinted = {function for path in sources for function in _functions(path, sources[path], hints)}
     sources = stub(sources, added | hinted)
+    compiled = [path for path in paths if signs.get(path) == "+" and Path(path).suffix in COMPILED]
     order, ranks = list(hints), list(listed)
 
     def place(stub: Stub) -> tuple[int, int]:
@@ -92,7 +110,8 @@ def exercise(found: list[Phase], number: int) -> Exercise:
         stubs=sorted((s for path, text in sources.items() for s in stubs_in(path, text)), key=place),
         words=listed,
         changed=[path for path in paths if signs.get(path) == "~"] if at else [],
-        absent=[path for path in paths if signs.get(path) == "+" and Path(path).suffix in COMPILED],
+        absent=[path for path in compiled if path not in given],
+        off=[path for path in compiled if path in given],
         hints=hints,
     )
 
@@ -106,5 +125,6 @@ def _functions(path: str, text: str, hints: dict[str, str]) -> list[str]:
 def exercise_files(work: Exercise) -> dict[str, bytes]:
     """Everything that the folder holds but its own guide: path -> content."""
     shipped = work.phase.folder
-    paths = [p for p in files(shipped) if p.split("/")[0] not in LEFT_OUT and p not in work.absent]
+    without = {*work.absent, *work.off}
+    paths = [p for p in files(shipped) if p.split("/")[0] not in LEFT_OUT and p not in without]
     return {p: work.sources[p].encode() if p in work.sources else (shipped / p).read_bytes() for p in paths}

@@ -64,6 +64,13 @@ def guide(work: Exercise, argument: str) -> str:
             f"What the phase changes in files that were there is plumbing, and given: {names}.",
             "",
         ]
+    if work.off:
+        suffixes = ", ".join(sorted({f"`{Path(file).suffix}`" for file in work.off}))
+        given += [
+            f"So is what the phase adds in its other parts, but for sources that are compiled ({suffixes}): they would "
+            "compute what you are to write. Here torch computes.",
+            "",
+        ]
     return GUIDE.format(
         number=work.phase.number,
         name=work.phase.name,

@@ -74,6 +74,7 @@ def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[st
             "text": sequence.text,
             "finish_reason": sequence.finish_reason or "interrupted",
             "stats": completion_stats(session, sequence, clock) if sequence.tokens else {},
+            **({"error": sequence.refusal} if sequence.refusal else {}),
         }
         for sequence in sequences
     ]
@@ -192,4 +193,7 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     elif options.metrics_detailed:
         print(session.encoder.stats, file=sys.stderr)
     print(summary(session, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
-    return 130 if interrupted else 0
+    refused = [(number, each.refusal) for number, each in enumerate(sequences, 1) if each.refusal]
+    for number, why in refused:
+        print(f"error: completion {number} was refused: {why}", file=sys.stderr)
+    return 130 if interrupted else 2 if refused else 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from .kv_cache import KVOptions
+from .kv_cache import KVOptions, OutOfPages
 from .model import Transformer
 from .profiler import stage
 from .runner import Drawing, Runner, make_runner
@@ -73,14 +73,14 @@ class Clock:
         marks.forwards += forwards
 
     def stats(self, sequence: Sequence) -> Stats:
-        marks = self._marks[sequence]
+        marks = self._marks.get(sequence, _Marks(first=0.0))  # one that was refused may have no token
         return Stats(
             prompt_tokens=len(sequence.prompt),
             new_tokens=len(sequence.tokens),
             ttft_ms=marks.first * 1e3,
             total_ms=marks.last * 1e3,
             tpot_ms=(marks.last - marks.first) / max(1, len(sequence.tokens) - 1) * 1e3,
-            tokens_per_s=len(sequence.tokens) / marks.last,
+            tokens_per_s=len(sequence.tokens) / marks.last if sequence.tokens else 0.0,
             steps=marks.steps,
             target_forwards=marks.forwards,
         )
@@ -123,8 +123,22 @@ def decode(
                     runner.release(active[0])
                 yield active
             continue
-        decode_step(runner, active, params, randomness)
+        try:
+            decode_step(runner, active, params, randomness)
+        except OutOfPages as error:
+            refuse(runner, sequences, error)
+            continue
         yield active
+
+
+def refuse(runner: Runner, sequences: list[Sequence], error: OutOfPages) -> Sequence:
+    """The request that found no page is refused and gives its pages back; the others go on. Raises if it is alone."""
+    if len(sequences) == 1:
+        raise error
+    assert isinstance(error.owner, Sequence)
+    error.owner.refuse(str(error))
+    runner.release(error.owner)
+    return error.owner
 
 
 def several(

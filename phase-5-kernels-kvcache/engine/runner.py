@@ -24,7 +24,7 @@ from common.philox import Purpose
 from .attending import Behind, seen
 from .config import ModelConfig
 from .context import window_start
-from .kv_cache import CacheShape, KVCache, KVOptions, make_cache
+from .kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache
 from .kv_cache.ring import SPARE
 from .kv_cache.texts import Row, Texts
 from .model import Transformer
@@ -33,6 +33,8 @@ from .target import Target, next_logits, target_forward
 from .tree import Tree
 
 NO_DRAFT = Tree([], [])
+DRAFT_ROOM = 64  # nodes of the largest tree
+CHUNK = 512  # tokens of a long text that are prefilled in one forward
 Owners = list[Hashable]
 Drawn = tuple[list[int], Tensor | None]  # tokens, and what they were drawn from
 
@@ -168,7 +170,7 @@ class CachedRunner:
     stood as a whole.
     """
 
-    def __init__(self, model: Transformer, texts: Texts, chunk: int = 512, together: int = 16) -> None:
+    def __init__(self, model: Transformer, texts: Texts, chunk: int = CHUNK, together: int = 16) -> None:
         self.model, self.texts, self.chunk, self.together = model, texts, chunk, together
         self.prefill_ms = 0.0
         self.computed: list[int] = []
@@ -188,11 +190,15 @@ class CachedRunner:
         known: list[int] | None = None,
         taps: tuple[int, ...] = (),
     ) -> Target:
-        works = [
-            self._begin(owner, text, draft, None if known is None else known[at], taps)
-            for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
-        ]
-        logits, states = self._verify(works, known is not None, taps)
+        try:
+            works = [
+                self._begin(owner, text, draft, None if known is None else known[at], taps)
+                for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
+            ]
+            logits, states = self._verify(works, known is not None, taps)
+        except OutOfPages as error:
+            error.owner = self.texts.owner(error.row)
+            raise
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
             self.texts.appended(work.row, work.new, work.draft.tokens)
@@ -321,9 +327,6 @@ class Work:
         related = torch.ones(self.count, self.count, dtype=torch.bool).tril()
         related[text:, text:] = self.draft.ancestors()
         return related
-
-
-DRAFT_ROOM = 64  # nodes of the largest tree
 
 
 def cache_shape(config: ModelConfig) -> CacheShape:

@@ -14,7 +14,7 @@ from common.tokenizer import IncrementalDecoder, Tokenizer
 
 from .sampling import SamplingParams
 
-FinishReason = Literal["length", "eos", "stop"]
+FinishReason = Literal["length", "eos", "stop", "refused"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Sequence:
         self.prompt, self.params, self.sample = prompt, params, sample
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.refusal = ""  # why it was refused
         self.text = ""  # what the output says so far, up to where a stop string cut it
         self._eos = () if params.ignore_eos else ending.eos_ids
         self._decoder = IncrementalDecoder(ending.tokenizer) if ending.tokenizer else None
@@ -60,6 +61,11 @@ class Sequence:
         elif len(self.tokens) >= self.params.max_new_tokens:
             self._finish("length")
         return self.finish_reason is None
+
+    def refuse(self, why: str) -> None:
+        """What it has stays, and no more comes."""
+        self.refusal = why
+        self._finish("refused")
 
     def take_text(self) -> str:
         """Text that has become certain since the last call: what may begin a stop string is held back."""

@@ -29,6 +29,7 @@ from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_d
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
 from .generate import Clock, Generation, decode, finish
+from .kv_cache import PAGE, needed_bytes
 from .load import LoadedModel, load
 from .model import Transformer
 from .options import Options, QuantName
@@ -38,7 +39,7 @@ from .precision import Precision, computing, each_within, resolve_precision
 from .prices import Prices
 from .profiler import stage
 from .quantize import Format
-from .runner import CachedRunner, Runner
+from .runner import CHUNK, DRAFT_ROOM, CachedRunner, Runner, cache_shape
 from .sampling import KeyedRandomness
 from .sequence import Sequence
 from .speculative import speculative_decode
@@ -100,9 +101,10 @@ class Session:
         return load(name, self.precision[name].dtype, device, format, self.options.quant_head)
 
     def sequences(self, texts: list[str]) -> list[Sequence]:
-        """One sequence for every sample of every prompt. UserError if one forward over all would not fit in memory."""
+        """One sequence for every sample of every prompt. UserError if all at once would not fit in memory."""
         stage("tokenize")
         prompts = self.encoder.encode(texts)
+        self._check_slots(prompts)
         self._check_memory(prompts)
         return [
             Sequence(prompt, self.params, self.loaded.ending, sample)
@@ -110,17 +112,44 @@ class Session:
             for sample in range(self.options.n)
         ]
 
+    def _check_slots(self, prompts: list[list[int]]) -> None:
+        """Now, and not midway. Slots are as many for every text; of pages, what serves the shortest may be enough."""
+        options, config = self.options, self.loaded.config
+        if options.kv == "off" or options.beams > 1 or not self.loaded.model.has_cache:
+            return
+        tree = options.tree_nodes if self.speculative and options.tree != "off" else 0
+        lengths = [min(len(prompt) + self.params.max_new_tokens, config.context) + tree for prompt in prompts]
+        what = "prompt, new tokens and a tree" if tree else "prompt and new tokens"
+        if 0 < options.kv_slots < max(lengths):
+            raise UserError(
+                f"the KV cache holds {options.kv_slots} tokens per text, and {max(lengths)} are needed ({what}): give "
+                "a larger --kv-slots, or 0 for as many as the request can need"
+            )
+        if 0 < options.kv_pages < (pages := -(-min(lengths) // PAGE)):
+            raise UserError(
+                f"out of pages: there are {options.kv_pages} of {PAGE} tokens, and {pages} are needed ({what}): give "
+                "more --kv-pages, or 0 for as many as the request can need"
+            )
+
     def _check_memory(self, prompts: list[list[int]]) -> None:
-        """All completions share one forward; better to say now that it is too large than to be killed midway."""
-        config, weight = self.loaded.config, self.loaded.model.embedding.weight
+        """All completions are decoded together; better to say now that it is too much than to be killed midway."""
         rows = len(prompts) * self.options.n * self.options.beams
-        length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
-        needed, free = forward_bytes(config, rows, length, weight.itemsize), available_memory(weight.device)
+        length = min(max(map(len, prompts)) + self.params.max_new_tokens, self.loaded.config.context)
+        needed, free = self._needed_bytes(rows, length), available_memory(self.loaded.model.embedding.weight.device)
         if needed > free:
             raise UserError(
-                f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
+                f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB at once, and "
                 f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
             )
+
+    def _needed_bytes(self, rows: int, length: int) -> int:
+        """Without a cache, of one forward over all; with one, of the cache, of a chunk of a prompt and of a step."""
+        config, weight, kv = self.loaded.config, self.loaded.model.embedding.weight, self.options.kv_options()
+        if kv.kind == "off" or self.options.beams > 1 or not self.loaded.model.has_cache:
+            return forward_bytes(config, rows, length, weight.itemsize)
+        cache = needed_bytes(kv, cache_shape(config), rows, length + DRAFT_ROOM, weight.dtype, config.window)
+        chunk = forward_bytes(config, 1, length, weight.itemsize) * min(CHUNK, length) // length
+        return cache + chunk + forward_bytes(config, rows, 1, weight.itemsize)
 
     def _warm_up(self) -> None:
         """A few tokens behind prompts of several lengths, so that all is compiled before anything is timed."""

@@ -21,7 +21,8 @@ from common.device import synchronize
 from .context import window_start
 from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
-from .generate import decode_step, sample
+from .generate import decode_step, refuse, sample
+from .kv_cache import OutOfPages
 from .policies import AcceptancePolicy, Judged, Path, Rejection
 from .profiler import stage
 from .runner import Runner
@@ -224,4 +225,9 @@ def speculative_decode(
     controllers = {sequence: make() for sequence in sequences}
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
-        yield from next_steps(runner, drafter, active, params, policy, mine, decisions)
+        try:
+            yield from next_steps(runner, drafter, active, params, policy, mine, decisions)
+        except OutOfPages as error:  # of the target's cache or the draft's
+            refused = refuse(runner, sequences, error)
+            if drafter.taps is None:  # a drafter that reads states keeps none of the others'
+                drafter.observe(Outcome([refused], [0], None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import phase4
 import phase5
 from common.errors import UserError
 from common.prompts import load_prompts
+from phase5.cli import main
 from phase5.drafters import make_drafter
 from phase5.drafters.eagle import EagleDrafter, Lookahead
 from phase5.kv_cache import KVOptions, storage
@@ -151,6 +153,33 @@ def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) ->
     assert len(caches[-1].free) == len(caches[-1].users)  # all is given back at the end
 
 
+@pytest.mark.parametrize("how", ["plain", "model", "ngram", "eagle, static tree"])
+def test_a_request_that_finds_no_page_is_refused_and_the_others_go_on(how: str) -> None:
+    """What it has so far stays, and is what it would have been."""
+    options = {"kv": "paged", "max_tokens": 36, **DRAFTING[how]}  # three pages for a short prompt
+    long, short = "x = 1\n" * 50, ["import os", "class Stack:"]
+    for prompts, pages, begun in (([short[0], long, short[1]], 8, False), (short, 3, True)):
+        whole, done = (session(**options, **more).complete(prompts) for more in ({}, {"kv_pages": pages}))
+        refused = [each for each in done if each.finish_reason == "refused"]
+        assert len(refused) == 1
+        assert bool(refused[0].tokens) == begun
+        for each, other in zip(done, whole, strict=True):
+            assert other.tokens[: len(each.tokens)] == each.tokens
+            assert each is refused[0] or (each.tokens, each.text) == (other.tokens, other.text)
+
+
+def test_the_command_line_tells_of_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--prompt", "import os", "--prompt", "class Stack:", "--max-tokens", "36", "--json"]
+    assert main([*wanted, "--kv", "paged", "--kv-pages", "3", "--draft", "none", "--dtype", "float32"]) == 2
+    out, err = capsys.readouterr()
+    completions = json.loads(out)["completions"]
+    at = next(at for at, each in enumerate(completions) if each["finish_reason"] == "refused")
+    assert completions[1 - at]["finish_reason"] == "length"
+    assert len(completions[1 - at]["tokens"]) == 36
+    assert completions[at]["error"].startswith("out of pages: 1 of 16 tokens are needed")
+    assert f"error: completion {at + 1} was refused: out of pages" in err.splitlines()[-1]
+
+
 def test_a_cache_that_is_not_there_is_said() -> None:
     for options, why in (({"kv": "off"}, "--kv off"), ({"beams": 2}, "beam search"), ({"model": "fake"}, "nothing to")):
         made = session(draft="none", max_tokens=3, **options)
@@ -178,6 +207,7 @@ def test_other_families(family: str, make_checkpoint: Callable[..., Path]) -> No
             assert [e.tokens for e in session(model=folder, kv=kind, **options).complete(prompts)] == expected, kind
 
 
+@pytest.mark.about("engine/kv_cache/texts.py, Texts.begin")
 def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Callable[..., Path]) -> None:
     model = phase5.load(str(make_checkpoint("llama")), torch.float32, CPU).model
     runner, whole = make_runner(model, KVOptions(), 2, 64), WholeRunner(model)
@@ -217,12 +247,32 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="--kv ring forgets"):
         session(kv="ring", draft="none").complete(["import "])
-    with pytest.raises(UserError, match=r"holds 4 tokens per text, and \d+ are needed: give a larger --kv-slots"):
-        session(kv_slots=4, draft="none").complete(texts(1))
-    with pytest.raises(UserError, match="out of pages"):
-        session(kv="paged", kv_pages=1, draft="none").complete(texts(1))
+    made = session(kv_slots=30, draft="none")
+    needed = len(made.encoder.encode(texts(1))[0]) + 20
+    with pytest.raises(UserError, match=rf"holds 30 tokens per text, and {needed} are needed .*a larger --kv-slots"):
+        made.complete(texts(1))
+    for drafting, more in (({"draft": "none"}, 0), (DRAFTING["model"], 0), (DRAFTING["eagle, static tree"], 8)):
+        with pytest.raises(UserError, match=f"and {needed + more} are needed"):
+            session(kv_slots=needed + more - 1, **drafting).complete(texts(1))
+        assert len(session(kv_slots=needed + more, **drafting).complete(texts(1))[0].tokens) == 20
+    pages = -(-needed // 16)
+    with pytest.raises(UserError, match=f"out of pages: there are {pages - 1} of 16 tokens, and {pages} are needed"):
+        session(kv="paged", kv_pages=pages - 1, draft="none").complete(texts(1))
 
 
+@pytest.mark.no_exercise
+def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole square of all texts without a cache; with one of the cache, and of a chunk of one text."""
+    monkeypatch.setattr("phase5.session.available_memory", lambda device: 100 * 2**20)
+    few = {"draft": "none", "max_tokens": 900, "n": 8, "temperature": 1.0}
+    assert len(session(kv="static", **few).sequences(["x"])) == 8
+    for wrong in ({"kv": "off"}, {"n": 40}, {"kv": "paged", "n": 40}):
+        with pytest.raises(UserError, match=r"completions of up to 9\d\d tokens need about \d+\.\d GiB at once"):
+            session(**{**few, **wrong}).sequences(["x"])
+    assert session(kv_dtype="int8", **few)._needed_bytes(8, 900) < session(**few)._needed_bytes(8, 900) * 0.6
+
+
+@pytest.mark.no_exercise
 def test_appending_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "0")
     assert phase5.Options().kv_options().kind == "off"

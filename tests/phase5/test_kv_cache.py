@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import UserError
-from phase5.kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache, storage
+from phase5.kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache, needed_bytes, storage
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=4)
 WINDOW = 24
-KINDS = ["dynamic", "static", "ring", "paged"]
+KINDS = [
+    pytest.param("static", marks=pytest.mark.about("engine/kv_cache/static.py, StaticCache.append")),
+    pytest.param("dynamic", marks=pytest.mark.about("engine/kv_cache/dynamic.py, DynamicCache.append")),
+    pytest.param("ring", marks=pytest.mark.about("engine/kv_cache/ring.py, RingCache.append")),
+    pytest.param("paged", marks=pytest.mark.about("engine/kv_cache/paged.py, PagedCache.append")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +120,23 @@ def test_int8_is_within_half_a_step_of_its_scale(kind: str) -> None:
             assert bool(((found - wanted).abs() <= 0.51 * step + wanted.abs() * 2**-10).all())
 
 
+@pytest.mark.about("engine/kv_cache/protocol.py, CacheShape.bytes_per_token")
 def test_static_bytes_are_those_of_the_formula() -> None:
     for format, size, scale in (("float32", 4, 0), ("float16", 2, 0), ("int8", 1, 2)):
         cache = cache_of("static", rows=3, tokens=96, format=format)
         assert cache.nbytes() == 3 * 96 * SHAPE.bytes_per_token(size, scale)
 
 
+@pytest.mark.parametrize("kind", ["static", "ring", "paged"])
+def test_what_a_cache_will_take_is_known_before(kind: str) -> None:
+    for format in ("auto", "float16", "int8"):
+        for more in ({}, {"slots": 30} if kind == "static" else {"pages": 9} if kind == "paged" else {}):
+            options = KVOptions(kind, format, **more)  # type: ignore[arg-type]
+            cache = make_cache(options, SHAPE, 3, 90, torch.float32, CPU, WINDOW)
+            assert needed_bytes(options, SHAPE, 3, 90, torch.float32, WINDOW) == cache.nbytes()
+
+
+@pytest.mark.about("engine/kv_cache/static.py, StaticCache.make_room")
 def test_a_full_static_cache_says_how_much_is_needed() -> None:
     cache = make_cache(KVOptions("static", slots=10), SHAPE, 1, 96, torch.float32, CPU, None)
     append(cache, 0, list(range(8)))
@@ -130,6 +146,7 @@ def test_a_full_static_cache_says_how_much_is_needed() -> None:
     check(cache, 0, list(range(8)))
 
 
+@pytest.mark.about("engine/kv_cache/paged.py, PagedCache.make_room")
 def test_a_row_that_gets_no_page_harms_no_other() -> None:
     cache = cache_of("paged", pages=3)
     append(cache, 0, list(range(20)))
@@ -145,6 +162,7 @@ def test_a_row_that_gets_no_page_harms_no_other() -> None:
     check(cache, 1, list(range(50, 60)), list(range(60, 67)))
 
 
+@pytest.mark.about("engine/kv_cache/paged.py, PagedCache.fork")
 def test_forked_rows_share_pages_until_one_writes() -> None:
     cache = cache_of("paged", pages=4)
     append(cache, 0, list(range(20)))
@@ -159,6 +177,7 @@ def test_forked_rows_share_pages_until_one_writes() -> None:
     append(cache, 2, list(range(3)))  # three pages are taken in all
 
 
+@pytest.mark.about("engine/kv_cache/ring.py, RingCache.append")
 def test_a_ring_stays_as_large_as_it_is() -> None:
     cache = cache_of("ring")
     size, held = cache.nbytes(), list[int]()
@@ -172,6 +191,7 @@ def test_a_ring_stays_as_large_as_it_is() -> None:
     check(cache, 0, held)
 
 
+@pytest.mark.about("engine/kv_cache/static.py, StaticCache.truncate")
 def test_rolling_back_allocates_nothing_of_the_caches_size() -> None:
     cache = cache_of("static", tokens=4096)
     append(cache, 0, list(range(16)))
@@ -191,6 +211,7 @@ def test_nothing_can_be_cut_back_to_more_than_there_is(kind: str) -> None:
         cache.truncate(0, 3)
 
 
+@pytest.mark.about("engine/kv_cache/__init__.py, make_cache")
 def test_ring_is_for_models_with_window_attention() -> None:
     make: Callable[[], KVCache] = lambda: make_cache(KVOptions("ring"), SHAPE, 1, 96, torch.float32, CPU, None)  # noqa: E731
     with pytest.raises(

@@ -9,6 +9,8 @@ import pytest
 from phase5 import Bounds, CostController, StepStats
 from phase5.prices import Prices
 
+pytestmark = pytest.mark.about("engine/prices.py, Prices.observe")
+
 
 def step(k: int, verify: float, draft: float = 0.5, accepted: int = 0, computed: int | None = None) -> StepStats:
     """Of a text in a cache: a forward computes one token and the draft."""

@@ -350,3 +350,33 @@ def test_a_hint_makes_a_function_of_a_given_file_an_exercise(course: Path) -> No
     work = start.start(phases(course), 1, course / "first")
     assert list(map(str, work.stubs)) == ["engine/core.py, base"]
     assert "raise NotImplementedError" in (course / "first/engine/core.py").read_text()
+
+
+def test_a_part_alone_may_be_the_exercise(course: Path) -> None:
+    """What another part adds is given, but for what is compiled: it would compute what is to be written."""
+    parts = """# Two
+
+## What changed since phase 1
+
+    part small: doubling
+    + engine/new.py       doubling
+    ~ engine/__init__.py  exports
+    part large: quickly
+    + engine/fast.py      calls it
+    + engine/fast.inl     in C++
+
+## Exercise
+
+- part small: doubling
+"""
+    (course / "phase-2-two/README.md").write_text(parts)
+    (course / "phase-2-two/engine/fast.py").write_text("def fast() -> int:\n    return 4\n")
+    (course / "phase-2-two/engine/fast.inl").write_text("int fast() { return 4; }\n")
+    work = start.start(phases(course), 2, course / "mine")
+    assert {stub.file for stub in work.stubs} == {"engine/new.py"}
+    assert "return 4" in (course / "mine/engine/fast.py").read_text()
+    assert not (course / "mine/engine/fast.inl").exists()
+    assert "`.inl`" in (course / "mine/EXERCISE.md").read_text()
+    (course / "phase-2-two/README.md").write_text(parts.replace("- part small", "- part tiny"))
+    with pytest.raises(UserError, match=r"phase-2-two/README\.md: the exercise is of no part tiny"):
+        start.start(phases(course), 2, course / "other")

@@ -21,13 +21,14 @@ from common.errors import UserError
 from .dynamic import DynamicCache
 from .paged import PAGE, OutOfPages, PagedCache
 from .protocol import CacheShape, KVCache
-from .ring import RingCache
+from .ring import SPARE, RingCache
 from .static import StaticCache
 
 Kind = Literal["off", "dynamic", "static", "ring", "paged"]
 Format = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 __all__ = [
+    "PAGE",
     "CacheShape",
     "DynamicCache",
     "KVCache",
@@ -37,6 +38,7 @@ __all__ = [
     "RingCache",
     "StaticCache",
     "make_cache",
+    "needed_bytes",
 ]
 
 
@@ -60,7 +62,7 @@ def make_cache(
     window: int | None,
 ) -> KVCache:
     """An empty cache for so many rows of at most so many tokens, drafts included. `computed`: what attention reads."""
-    dtype = computed if options.format == "auto" else torch.int8 if options.format == "int8" else DTYPES[options.format]
+    dtype = stored(options, computed)
     if options.kind == "dynamic":
         return DynamicCache(shape, rows, dtype, computed, device)
     if options.kind == "ring":
@@ -73,3 +75,21 @@ def make_cache(
     if options.kind == "paged":
         return PagedCache(shape, rows, options.pages or rows * -(-tokens // PAGE), dtype, computed, device)
     return StaticCache(shape, rows, options.slots or tokens, dtype, computed, device)
+
+
+def stored(options: KVOptions, computed: torch.dtype) -> torch.dtype:
+    """The format that a cache keeps."""
+    return computed if options.format == "auto" else torch.int8 if options.format == "int8" else DTYPES[options.format]
+
+
+def needed_bytes(
+    options: KVOptions, shape: CacheShape, rows: int, tokens: int, computed: torch.dtype, window: int | None
+) -> int:
+    """What such a cache takes once all rows are as long as they get; nothing is taken to find out."""
+    dtype = stored(options, computed)
+    per_token = shape.bytes_per_token(dtype.itemsize, 2 if dtype == torch.int8 else 0)
+    if options.kind == "paged":
+        return (options.pages or rows * -(-tokens // PAGE)) * PAGE * per_token
+    if options.kind == "ring" and window is not None:
+        return rows * (window + SPARE) * per_token
+    return rows * (options.slots or tokens) * per_token

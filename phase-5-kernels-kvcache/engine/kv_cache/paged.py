@@ -6,6 +6,8 @@ copies it (copy-on-write), so a prompt's samples hold the prompt once. Pages com
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ PAGE = 16
 
 class OutOfPages(UserError):
     """This row cannot grow; all rows are as they were."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+        self.owner: Hashable = None  # whose text it is; a runner knows
 
 
 class PagedCache:
@@ -58,7 +65,8 @@ class PagedCache:
         if lacking > len(self.free):
             raise OutOfPages(
                 f"out of pages: {lacking} of {PAGE} tokens are needed and {len(self.free)} of {len(self.users)} are "
-                "free; give more --kv-pages, fewer prompts at a time, or a smaller --n or --max-tokens"
+                "free; give more --kv-pages, fewer prompts at a time, or a smaller --n or --max-tokens",
+                row,
             )
         for at in shared:
             mine = self._take()

@@ -75,6 +75,10 @@ class Texts:
             row.held += row.text + [row.draft[node] for node in nodes]
             row.text, row.draft = [], []
 
+    def owner(self, number: int) -> Hashable:
+        """Whose text lies in a row of the cache."""
+        return next(owner for owner, row in self.rows.items() if row.number == number)
+
     def release(self, owner: Hashable) -> None:
         """The text is finished: its row, if it had one, is free for another."""
         if owner in self.rows:

@@ -19,6 +19,7 @@ from common.errors import UserError
 
 from .. import build
 
+SOURCE = Path(__file__).resolve().parent / "src"
 ISAS = ("avx512", "avx2", "portable")
 UNUSUAL = ("avx512-plain",)  # AVX-512 without the bf16 and VNNI instructions: for tests on processors that have them
 SOURCES = ("bindings", "engine", "speculate", "sampling", "pack", "threads", "isa")
@@ -47,6 +48,8 @@ def why_not() -> str | None:
     """Why the C++ backend cannot be had on this machine, or None. Nothing is compiled to find out."""
     if (reason := build.why_not()) is not None:
         return reason
+    if not SOURCE.is_dir():
+        return "the sources in C++ are not here"  # as in the folder of an exercise
     if sys.platform not in ("linux", "darwin"):
         return f"the C++ kernels are written for Linux and macOS, and this is {sys.platform}"
     if find_compiler() is None:
@@ -65,13 +68,12 @@ def library() -> Any:
         raise UserError(f"--kernels cpp cannot run: {reason}")
     compiler = find_compiler()
     assert compiler is not None
-    folder = Path(__file__).resolve().parent / "src"
     names = [*SOURCES, "isa_portable", *(["isa_avx2", "isa_avx512", "isa_avx512_dot"] if is_x86() else [])]
     extra = os.environ.get("SPECDEC_CXXFLAGS", "").split()  # sanitizers, for instance
     name = build.extension_name("cpp")
     return build.build_and_load(
         name,
-        [folder / f"{file}.cpp" for file in sorted(names, key=lambda file: not file.startswith("isa_"))],
+        [SOURCE / f"{file}.cpp" for file in sorted(names, key=lambda file: not file.startswith("isa_"))],
         compiler=compiler,
         flags=[*FLAGS, *EXACT, *QUIET, *build.python_flags(), f"-DEXTENSION_NAME={name}", *extra],
         own_flags=OWN_FLAGS if is_x86() else {},

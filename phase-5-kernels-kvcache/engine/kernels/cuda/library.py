@@ -56,6 +56,8 @@ def why_not(device: torch.device) -> str | None:
     reason = build.why_not()
     if reason is not None:
         return reason
+    if not (FOLDER / SOURCES[0]).is_file():
+        return "the sources in CUDA are not here"  # as in the folder of an exercise
     if device.type == "cpu" and emulated():
         if not sys.platform.startswith("linux"):
             return f"threads of CUDA are emulated on Linux alone, and this is {sys.platform}"

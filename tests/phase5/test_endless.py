@@ -1,0 +1,73 @@
+"""20,000 tokens in a ring: memory stays what it was, and the last token sees what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+import phase5
+from phase5.kv_cache import KVOptions
+from phase5.runner import CachedRunner, WholeRunner, cache_shape, make_runner
+
+TOKENS = 20_000
+WARM = 2_000  # tokens, after which nothing is new to the process
+GROWTH = 16  # MiB; keys and values of the tokens behind WARM would take 18
+LOOKED_AT = (100, 3_000, 10_001, TOKENS)  # tokens of the text
+
+pytestmark = [pytest.mark.slow, pytest.mark.no_exercise]
+
+
+def resident() -> float:
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def test_twenty_thousand_tokens_at_constant_memory(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled, because greedy text of random weights repeats itself; compared with runners that forget nothing."""
+    folder = make_checkpoint("mistral", max_position_embeddings=32_768, num_hidden_layers=4)
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "kv": "ring",
+        "kernels": "torch",
+        "draft": "none",
+        "temperature": 1.0,
+    }
+    made = phase5.Session(phase5.Options(max_tokens=TOKENS, dtype="float32", device="cpu", **options))
+    made.params = dataclasses.replace(made.params, ignore_eos=True)
+    seen: dict[int, tuple[list[int], Tensor]] = {}
+    logits = CachedRunner.logits
+
+    def watched(self: CachedRunner, owners: list[object], texts: list[list[int]]) -> Tensor:
+        found = logits(self, owners, texts)
+        if len(texts[0]) in LOOKED_AT:
+            seen[len(texts[0])] = (list(texts[0]), found.clone())
+        return found
+
+    monkeypatch.setattr(CachedRunner, "logits", watched)
+    sequences = made.sequences(["import os\n"])
+    sizes, memory = set(), 0.0
+    for _ in made.run(sequences, phase5.Clock()):
+        assert isinstance(made.runner, CachedRunner)
+        sizes.add(made.runner.texts.cache.nbytes())
+        if len(sequences[0].tokens) == WARM:
+            memory = resident()
+    assert resident() - memory < GROWTH
+    assert sizes == {(8 + 16) * cache_shape(made.loaded.config).bytes_per_token(4)}
+    assert len(sequences[0].tokens) == TOKENS
+    assert len(set(sequences[0].tokens)) > 100
+
+    model = made.loaded.model
+    whole, static = WholeRunner(model), make_runner(model, KVOptions("static"), 1, TOKENS + 1)
+    for length in LOOKED_AT:
+        text, found = seen[length]
+        torch.testing.assert_close(found, static.logits(["text"], [text]), atol=1e-4, rtol=1e-4)
+        if length <= 3_000:  # the mask of a whole text is of its length squared
+            torch.testing.assert_close(found, whole.logits(["text"], [text]), atol=1e-4, rtol=1e-4)

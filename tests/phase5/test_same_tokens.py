@@ -1,0 +1,103 @@
+"""Greedy decoding in float32 writes what phase 1 writes: 100 prompts, every kind of cache, with and without a draft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import phase1
+import phase5
+from common.errors import UserError
+from common.prompts import load_prompts
+from phase5.kernels import registry
+
+PROMPTS = [prompt.text for prompt in load_prompts("code", "test")][:100]
+COMMON: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_tokens": 24}
+DRAFTING: dict[str, dict[str, Any]] = {"plain": {"draft": "none"}, "speculative": {"draft": "auto", "k": 4}}
+
+pytestmark = [pytest.mark.slow, pytest.mark.no_exercise]  # `lab check` has the quick form of it in test_cached_loops.py
+
+
+def written(made: Any, prompts: list[str]) -> list[list[int]]:
+    """One prompt after the other: in a batch, rounding would depend on the batch."""
+    return [made.complete([prompt])[0].tokens for prompt in prompts]
+
+
+def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
+    return [at for at, (mine, other) in enumerate(zip(found, expected, strict=True)) if mine != other]
+
+
+def some_fell(made: Any) -> bool:
+    """Whether of what was drafted some stood and some fell: else equality would say little."""
+    steps = [step for steps in made.steps.values() for step in steps]
+    accepted, proposed = sum(step.accepted for step in steps), sum(step.proposed for step in steps)
+    return bool(0 < accepted < proposed)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return written(phase1.Session(phase1.Options(**COMMON)), PROMPTS)
+
+
+@pytest.mark.parametrize("how", list(DRAFTING))
+@pytest.mark.parametrize(
+    ("kernels", "kind"),
+    [
+        ("torch", "off"),
+        ("torch", "dynamic"),
+        ("torch", "static"),
+        ("torch", "paged"),
+        pytest.param(
+            "cpp",
+            "static",
+            marks=pytest.mark.skipif(
+                registry.why_not("cpp", torch.device("cpu")) is not None,
+                reason=f"no C++ backend here: {registry.why_not('cpp', torch.device('cpu'))}",
+            ),
+        ),
+    ],
+)
+def test_the_trained_model(kernels: str, kind: str, how: str, expected: list[list[int]]) -> None:
+    assert len(expected) == 100
+    options: dict[str, Any] = {"kernels": kernels, "kv": kind, **DRAFTING[how], **COMMON}
+    if kind != "off":
+        options["kv_dtype"] = "float32"
+    made = phase5.Session(phase5.Options(**options))
+    assert differing(written(made, PROMPTS), expected) == []
+    assert some_fell(made) == (how == "speculative")
+
+
+SHORT = [prompt[:40] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def windowed(make_checkpoint: Callable[..., Path]) -> tuple[str, list[list[int]]]:
+    """A model that looks back 8 tokens, and what phase 1 writes with it."""
+    folder = str(make_checkpoint("mistral"))
+    return folder, written(phase1.Session(phase1.Options(model=folder, **COMMON)), SHORT)
+
+
+@pytest.mark.parametrize("kind", ["off", "dynamic", "static", "ring", "paged"])
+@pytest.mark.parametrize("how", ["plain", "all stands", "ngram"])
+def test_a_model_with_window_attention(how: str, kind: str, windowed: tuple[str, list[list[int]]]) -> None:
+    """`ring` is for such models alone. As a draft the model itself is always right; n-grams are sometimes."""
+    folder, expected = windowed
+    drafting: dict[str, dict[str, Any]] = {
+        "plain": {"draft": "none"},
+        "all stands": {"draft": folder, "k": 4},
+        "ngram": {"drafter": "ngram", "k": 4},
+    }
+    options: dict[str, Any] = {"model": folder, "kernels": "torch", "kv": kind, **drafting[how], **COMMON}
+    made = phase5.Session(phase5.Options(**options))
+    assert differing(written(made, SHORT), expected) == []
+    assert some_fell(made) == (how == "ngram")
+
+
+def test_ring_is_refused_for_the_trained_model() -> None:
+    made = phase5.Session(phase5.Options(kernels="torch", kv="ring", draft="none", **COMMON))
+    with pytest.raises(UserError, match="--kv ring forgets what lies behind the window, and this model was not"):
+        made.complete(PROMPTS[:1])
