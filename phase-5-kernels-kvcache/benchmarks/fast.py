@@ -1,23 +1,36 @@
 """Loops whose steps run in C++: what speculation gives in each number format, on a small model and on a large one.
 
 The baseline is plain decoding by the same kernels in the same format. Greedy drafts must write its tokens, and so must
-drafts that share its noise (`coupled`): in C++ a token's bits do not depend on how many are verified together.
+drafts that share its noise (`coupled`): in C++ a token's bits do not depend on how many are verified together. The
+draft model's weights are int8 throughout. Beside them: plain decoding inside one call, and the time from the start of
+the process to the first token.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.benchmark import median
 from common.checkpoint import open_checkpoint
+from common.errors import UserError
 from common.models.inflate import inflate
+from engine import SamplingParams, load
+from engine.kernels.cpp import CppModel, default_threads
+from engine.kernels.cpp.weights import Weights
 
 from .runs import Lab, Variant
 
 FAST = {
-    "format": "of the weights; with the kernels of engine/kernels/cpp",
+    "format": "of the weights; with the kernels of engine/kernels/cpp; a draft's are int8",
+    "loop_per_s": "tokens per second of plain greedy decoding inside one call, 256 tokens",
+    "first_token_s": "seconds from the start of generate.py to the first token, kernels built before; median",
     "over_plain": "plain decoding's wall time per token over this one's, taking turns; median of the paired rounds "
     "with its bootstrap 95% interval",
     "equal": "texts whose tokens are those of plain decoding (of `cost, coupled` and of temperature 0)",
@@ -28,10 +41,13 @@ FORMATS: dict[str, dict[str, str]] = {
     "int8": {"dtype": "float32", "quant": "int8"},
 }
 LARGE = "100M inflation"  # of the embedded model: the same function at the cost of a large one
+DRAFT = "stdlib-1m"
 FIXED = (1, 2, 3, 4, 5, 6)
 
 
 def measure_fast(lab: Lab) -> None:
+    measure_loops(lab)
+    measure_cold_start(lab)
     grid = [(lab.options.model, format) for format in FORMATS] + [(LARGE, "bfloat16")]
     missing = [
         (model, format, temperature)
@@ -49,9 +65,9 @@ def measure_fast(lab: Lab) -> None:
 
 def one(lab: Lab, model: str, format: str, temperature: float, folder: Path | None) -> None:
     texts = lab.texts()
-    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature, **FORMATS[format]}
+    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature, "draft_quant": "int8", **FORMATS[format]}
     if folder is not None:
-        options |= {"model": str(folder), "draft": "stdlib-1m"}
+        options |= {"model": str(folder), "draft": DRAFT}
     runs: dict[str, Variant] = {"plain": lab.variant("plain", texts, **{**options, "draft": "none"})}
     ks = FIXED[2:3] if lab.options.quick else FIXED
     for k in ks:
@@ -79,3 +95,49 @@ def one(lab: Lab, model: str, format: str, temperature: float, folder: Path | No
             equal=f"{len(texts)} of {len(texts)}" if name in same else "",
             **lab.ratio("over_plain", rates["plain"], rates[name]),
         )
+
+
+def measure_loops(lab: Lab) -> None:
+    """What is left when nothing but the kernels runs."""
+    weights: Weights
+    for model in (lab.options.model, DRAFT):
+        if lab.done(kind="loop", model=model):
+            continue
+        if lab.options.dry_run:
+            lab.add(kind="loop", model=model, format="float32", threads=1, loop_per_s=1.0)
+            continue
+        loaded = load(model, torch.float32, torch.device("cpu"))
+        prompt = loaded.tokenizer.encode(lab.texts()[0])
+        for weights in ("float32", "bfloat16", "int8"):
+            for threads in range(1, default_threads() + 1):
+                fast, taken = CppModel(loaded.model, weights, threads), list[float]()
+                cache = fast.new_cache(1, len(prompt) + 256)
+                for _ in range(2 * lab.options.repeats):
+                    cache.truncate(0, 0)
+                    fast.step(cache, [prompt[:-1]], logits=False)
+                    cache.keep(0, list(range(len(prompt) - 1)))
+                    began = time.perf_counter()
+                    fast.generate_plain(cache, 0, prompt[-1:], 256, SamplingParams(max_new_tokens=256))
+                    taken.append(time.perf_counter() - began)
+                lab.add(kind="loop", model=model, format=weights, threads=threads, loop_per_s=256 / median(taken))
+
+
+def measure_cold_start(lab: Lab) -> None:
+    if lab.done(kind="cold_start"):
+        return
+    taken = list[float]()
+    command = [sys.executable, "generate.py", "--kernels", "cpp", "--prompt", "import ", "--max-tokens", "16"]
+    for _ in range(0 if lab.options.dry_run else 2 * lab.options.repeats + 1):
+        began = time.perf_counter()
+        with subprocess.Popen(
+            [*command, "--model", lab.options.model],
+            cwd=Path(__file__).resolve().parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            assert process.stdout is not None
+            if not process.stdout.read(len("import ") + 1):
+                raise UserError("generate.py --kernels cpp gave no token")
+            taken.append(time.perf_counter() - began)
+            process.communicate()
+    lab.add(kind="cold_start", model=lab.options.model, first_token_s=median(taken[1:]) if taken else 1.0)

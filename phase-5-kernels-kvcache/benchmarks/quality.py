@@ -1,18 +1,22 @@
-"""What a cache in fewer bits costs: perplexity of held-out text whose keys and values are read from it.
+"""What fewer bits cost in perplexity of held-out text: in a cache, and in what the C++ kernels multiply.
 
-Windows of 512 tokens are fed in pieces of 32, so that all but a piece's own tokens were stored and read again; the
-second half of each window counts.
+The second half of each window of 512 tokens counts. For the caches, windows are fed in pieces of 32, so that all but a
+piece's own tokens were stored and read again.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 
 from common.benchmark import progress
 from common.models.corpus import read_corpus
+from engine.kernels import registry
+from engine.kernels.cpp import CppModel
+from engine.kernels.cpp.weights import Weights
 from engine.kv_cache import KVOptions
 from engine.runner import NO_DRAFT, CachedRunner, make_runner
 
@@ -21,13 +25,63 @@ from .runs import Lab
 QUALITY = {
     "kv_dtype": "format in which keys and values are kept; the weights are float32",
     "perplexity": "of held-out tokens that are the second half of windows of 512",
-    "loss": "perplexity over that with a float32 cache, less 1",
+    "loss": "perplexity over that with a float32 cache, less 1; of quality_cpp: over float32 in both",
+    "weights": "format of the matrices, in the C++ kernels; int4 in groups of 64, nearest",
+    "activations": "format in which activations meet them; sums are float32, of int8 whole numbers",
 }
 FORMATS = ("float32", "float16", "bfloat16", "int8")
 WINDOW, PIECE = 512, 32
+PRODUCTS: tuple[tuple[Weights, bool | None], ...] = (  # weights, whether activations stay float32
+    ("float32", None),
+    ("float16", None),
+    ("bfloat16", True),
+    ("bfloat16", False),
+    ("int8", True),
+    ("int8", False),
+    ("int4", False),
+)
 
 
 def measure_quality(lab: Lab) -> None:
+    of_caches(lab)
+    of_products(lab)
+
+
+def of_products(lab: Lab) -> None:
+    """Quantised to the nearest level: a calibrated int4 (phase 4) loses less."""
+    if lab.done(kind="quality_cpp"):
+        return
+    if lab.options.dry_run:
+        lab.add(kind="quality_cpp", weights="float32", activations="float32", tokens=1, perplexity=1.0, loss=0.0)
+        return
+    if (reason := registry.why_not("cpp", lab.device)) is not None:
+        print(f"note: the C++ kernels' perplexity is left out: {reason}", file=sys.stderr)
+        return
+    windows, exact = heldout(lab), math.nan
+    for weights, exact_activations in PRODUCTS:
+        model = CppModel(lab.load().model, weights, lab.options.threads, exact_activations=exact_activations)
+        if weights == "bfloat16" and exact_activations is False and model.activations != "bfloat16":
+            continue  # the processor has no such dot product
+        cache, total = model.new_cache(1, WINDOW), 0.0
+        with progress(f"perplexity, {weights}, {model.activations}", len(windows)) as show:
+            for window in windows:
+                logits = model.step(cache, [window.tolist()], wanted=range(WINDOW // 2 - 1, WINDOW - 1)).logits
+                assert logits is not None
+                total += float(torch.nn.functional.cross_entropy(logits, window[WINDOW // 2 :]))
+                show("")
+        nll = total / len(windows)
+        exact = nll if weights == "float32" else exact
+        lab.add(
+            kind="quality_cpp",
+            weights=weights,
+            activations=model.activations,
+            tokens=len(windows) * WINDOW // 2,
+            perplexity=math.exp(nll),
+            loss=math.exp(nll - exact) - 1,
+        )
+
+
+def of_caches(lab: Lab) -> None:
     wanted = [name for name in FORMATS if not lab.done(kind="quality", kv_dtype=name)]
     if not wanted:
         return
