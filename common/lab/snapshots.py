@@ -201,8 +201,10 @@ def _parse_block(block: list[str], where: str, first: int) -> tuple[list[Change]
 
 
 def format_list(changes: list[Change], parts: Mapping[str, str]) -> list[str]:
-    """The lines of a list; a README that is parsed and formatted again is the same."""
-    width = max((len(change.path) for change in changes), default=0)
+    """The lines of a list, each part in columns of its own; one that is parsed and formatted again is the same."""
+    widths: dict[str, int] = {}
+    for change in changes:
+        widths[change.part] = max(widths.get(change.part, 0), len(change.path))
     lines: list[str] = []
     part = ""
     for change in changes:
@@ -210,7 +212,7 @@ def format_list(changes: list[Change], parts: Mapping[str, str]) -> list[str]:
             part = change.part
             words = f": {parts[part]}" if parts.get(part) else ""
             lines += [*([""] if lines else []), f"    part {part}{words}"]
-        lines.append(f"    {change.sign} {change.path:{width}}  {change.words}".rstrip())
+        lines.append(f"    {change.sign} {change.path:{widths[part]}}  {change.words}".rstrip())
         lines += textwrap.wrap(", ".join(change.names), 120, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
 

@@ -11,7 +11,7 @@ from rich.tree import Tree as Drawing
 
 from common.tokenizer import IncrementalDecoder, Tokenizer
 
-from .steps import Step
+from .speculative import Step
 
 STYLES = {"accepted": "green", "corrected": "red", "bonus": "cyan"}
 

@@ -28,7 +28,8 @@ from .profiler import stage
 from .runner import Runner
 from .sampling import SamplingParams, probabilities
 from .sequence import Sequence
-from .steps import Step, StepStats, StepTimes, step_stats, take
+from .steps import Step as Step  # where others look for it
+from .steps import StepStats, StepTimes, step_stats, take
 from .target import Target
 from .together import drafted_steps, plain_steps
 from .tree import Tree

@@ -267,8 +267,8 @@ def test_fix_keeps_the_parts(root: Path, lab_drift: Callable[..., tuple[int, str
     readme.write_text(before + listing + rest[rest.index("\nWords below") :])
     write(root, {"phase-2-two/engine/card.py": "", "phase-2-two/engine/more.py": '"""More."""\n'})
     assert lab_drift("--fix")[0] == 0
-    fixed = listing.replace("card.py  on", "card.py    on").replace(
-        "    - engine/old", "    + engine/more.py    More\n    - engine/old"
+    fixed = listing.replace("old.py     not", "old.py   not").replace(
+        "    - engine/old", "    + engine/more.py  More\n    - engine/old"
     )
     assert readme.read_text() == before + fixed + rest[rest.index("\nWords below") :]
 
