@@ -1,4 +1,4 @@
-"""Speculative decoding with a choice: who guesses, how many tokens, in what shape, and which guesses stand."""
+"""Speculative decoding in fewer bits and fewer operations: number formats, quantisation, fused and compiled."""
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig

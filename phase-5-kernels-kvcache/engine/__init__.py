@@ -1,4 +1,4 @@
-"""Speculative decoding that remembers: caches of keys and values in every loop, and operations by name."""
+"""Speculative decoding that remembers: caches of keys and values, kernels by name, whole steps in C++."""
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig
