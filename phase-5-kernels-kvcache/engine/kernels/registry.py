@@ -23,6 +23,7 @@ from torch import nn
 from common.errors import UserError
 
 from . import TORCH, Kernels, ledger
+from .fused import PARTS
 
 Backend = Literal["cuda", "triton", "cpp", "torch"]  # in the order in which `auto` asks
 Asked = Literal["auto", "torch", "triton", "cuda", "cpp"]
@@ -124,6 +125,7 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, b
         ran[op] = next((backend for backend in offers if op in offers[backend]), "torch")
         chosen[op] = getattr(TORCH, op) if ran[op] == "torch" else offers[ran[op]][op]
     report: Report = {"asked": asked, "device": device.type, "ops": ran, "why_not": _brief(reasons)}
+    report["by_parts"] = {op: list(parts) for op, parts in PARTS.items() if ran[op] == "torch"}
     if warnings:
         report["warnings"] = warnings
     return Selection(Kernels(**chosen), report)
