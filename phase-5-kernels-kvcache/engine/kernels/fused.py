@@ -1,8 +1,8 @@
 """References of the ops that do at once what the model otherwise asks for one by one: fewer launches, fewer trips.
 
 Each is composed of the references it replaces, so a backend that has only the parts gives the same result. PARTS: where
-torch's is chosen, the model asks for the parts, from whatever backend has them. On a CPU that is the faster way (queries
-and keys turn in one go, and the halves of a gate are products of their own), and elsewhere as fast.
+torch's is chosen, the model asks for the parts, from whatever backend has them. On a CPU that is the faster way (both
+queries and keys turn in one go, and the halves of a gate are products of their own), elsewhere as fast.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
 
 
 def _extent(open_: Tensor) -> list[list[int]]:
-    """Of what each query sees (bool [W, n]): the first column, the one behind the last, and how many. The host waits."""
+    """Of what each query sees (bool [W, n]): the first column, the one behind the last, how many. The host waits."""
     columns = torch.arange(1, open_.shape[1] + 1, device=open_.device)
     last = (open_ * columns).amax(1)  # 0 where none is seen
     count = open_.sum(1)
