@@ -16,7 +16,7 @@ from torch import nn
 
 from common.errors import UserError
 
-from .kernels import Kernels, registry
+from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .model import Transformer
 from .runner import Runner, make_runner
@@ -46,6 +46,10 @@ class Backends:
         self.report["step"] = "cpp" if reason is None else "torch"
         if reason is not None:
             self.report["why_no_cpp_step"] = reason
+
+    @property
+    def multiplies_in_torch(self) -> bool:
+        return self.kernels.linear is TORCH.linear
 
     def _why_no_whole_steps(self, device: torch.device) -> str | None:
         options = self.options

@@ -29,7 +29,6 @@ from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_d
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
 from .generate import Clock, Generation, decode, finish
-from .kernels import TORCH
 from .load import LoadedModel, load
 from .model import Transformer
 from .options import Options, QuantName
@@ -80,7 +79,7 @@ class Session:
         if self.compiler:
             self.compiler.compile(self.loaded.model, *drafting)
             self.compiler.warm_up(self._warm_up)
-        elif self.backends.kernels.linear is TORCH.linear:  # others read matrices as they were loaded
+        elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
             for module in (self.loaded.model, *drafting):
                 if module not in self.backends.fast:
                     pack_matrices(module)
