@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -16,14 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import TORCH, Kernels
+from .kernels.sight import FEW, in_order, is_in_order
 from .kv_cache import KVCache
-
-FEW = 64  # tokens of a step, at most: those of a large tree
 
 
 class Attending(Protocol):
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [B, W, H, d], key and value [B, T, kv_heads, d] of the new tokens -> [B, W, H, d]."""
+    @property
+    def turns(self) -> bool:
+        """Whether it takes queries and keys that were not turned to their positions yet, and turns them itself."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """query [B, W, H, d], key and value [B, T, kv_heads, d] of the new tokens -> [B, W, H, d].
+
+        `rotation` (cos and signed sin) comes with queries and keys that are still to be turned; then W = T.
+        """
         ...
 
 
@@ -32,8 +40,12 @@ class Within:
     """No cache: the tokens of the forward are all there is. mask [1 or B, 1, W, T], 0 or -inf."""
 
     mask: Tensor
+    turns = False
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        assert rotation is None, "nothing is appended here that could be turned on its way"
         grouped = key.shape[2] < query.shape[2]
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.mask, enable_gqa=grouped
@@ -58,8 +70,19 @@ class Behind:
         masks = [mask if mask is None else mask[of_row] for mask, of_row in zip(self.masks, wanted, strict=True)]
         return dataclasses.replace(self, masks=masks)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.kernels.kv_append(self.cache, layer, self.rows, self.counts, key, value)
+    @property
+    def turns(self) -> bool:
+        """Where the turn and the append are one kernel. torch turns queries and keys at once, before: see kernels/."""
+        return self.kernels.rope_append is not TORCH.rope_append
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        to = self.cache, layer, self.rows, self.counts
+        if rotation is None:
+            self.kernels.kv_append(*to, key, value)
+        else:
+            query = self.kernels.rope_append(*to, query, key, value, *rotation)
         attend = self.kernels.decode_attention if query.shape[1] <= FEW else self.kernels.flash_prefill
         return attend(query, self.cache, layer, self.rows, self.counts, self.masks)
 
@@ -87,14 +110,8 @@ def seen(
     return torch.zeros_like(open_, dtype=like.dtype).masked_fill_(~open_, float("-inf"))
 
 
-def in_order(T: int, before: int, like: Tensor) -> Tensor:
-    """The mask [T, before + T] of a few tokens that see all before them, and each other in order: part of a table."""
-    columns = max(256, 1 << before.bit_length())
-    return staircase(columns, like.dtype, like.device)[:T, columns - before : columns + T]
-
-
-@lru_cache(maxsize=8)
-def staircase(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[FEW, columns + FEW]: zeros, and behind them -inf where a later token stands."""
-    later = torch.full((FEW, FEW), float("-inf"), dtype=dtype, device=device).triu(1)
-    return torch.cat((later.new_zeros(FEW, columns), later), 1)
+def beside_padding(mask: Tensor, T: int, before: int) -> Tensor:
+    """A row's mask [W, before + W] for T queries: those behind W are padding, and see all that there is."""
+    if T <= FEW and is_in_order(mask, before):
+        return in_order(T, before, mask)[:, : mask.shape[1]]
+    return F.pad(mask, (0, 0, 0, T - len(mask)))

@@ -8,7 +8,6 @@ cannot run is an error.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,7 @@ from torch import nn
 
 from common.errors import UserError
 
-from .kernels import Kernels, registry
-from .kernels.build import BuildError
+from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .model import Transformer
 from .runner import Runner, make_runner
@@ -37,14 +35,7 @@ class Backends:
     def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
         """UserError for a backend that was asked for by name and cannot run."""
         self.options = options
-        try:
-            selection = registry.choose(options.kernels, device, dtype)
-        except BuildError as error:  # a compiler that fails; `auto` goes on without what it would have made
-            if options.kernels != "auto":
-                raise
-            print(f"note: {error}", file=sys.stderr)
-            selection = registry.choose("torch", device, dtype)
-            selection.report["why_not"] = {"cpp": str(error)}
+        selection = registry.chosen(options.kernels, device, dtype)
         self.kernels: Kernels = selection.kernels
         self.report: dict[str, Any] = dict(selection.report)
         self.fast: dict[nn.Module, CppModel] = {}
@@ -56,14 +47,18 @@ class Backends:
         if reason is not None:
             self.report["why_no_cpp_step"] = reason
 
+    @property
+    def multiplies_in_torch(self) -> bool:
+        return self.kernels.linear is TORCH.linear
+
     def _why_no_whole_steps(self, device: torch.device) -> str | None:
         options = self.options
         if options.kernels not in ("auto", "cpp"):
             return f"--kernels {options.kernels}"
         if (reason := registry.why_not("cpp", device)) is not None:
             return reason
-        if "cpp" in self.report.get("why_not", {}) and options.kernels == "auto" and self.report["asked"] == "torch":
-            return str(self.report["why_not"]["cpp"])
+        if isinstance(reason := self.report["why_not"].get("cpp"), str):  # of no op alone: it could not be built
+            return reason
         for name, unwanted in (("compile", False), ("amp", False)):
             if getattr(options, name) != unwanted:
                 return f"--{name} is about torch's operations"

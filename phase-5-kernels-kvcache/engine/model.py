@@ -81,6 +81,10 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; x is not read again, and the sum may take its memory."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """RMSNorm or LayerNorm, over the whole width."""
@@ -160,7 +164,9 @@ class FeedForward(nn.Module):
         self.down = Linear(config.ffn_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated and self.activation is silu and x.device.type != "cpu" and not torch.is_grad_enabled():
+        # torch's own does the same in the same steps, but for the halves that a CPU takes one by one.
+        fused = self.kernels.gated_linear is not TORCH.gated_linear and not torch.is_grad_enabled()
+        if self.gated and self.activation is silu and fused:
             return self.kernels.linear(self.down, self.kernels.gated_linear(self.gate_up, x))
         if self.gated:
             gate, up = halves(self.kernels, self.gate_up, x)
@@ -184,8 +190,9 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Rotation | None, attending: Attending, wanted: Wanted | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T or W, D]."""
-        query, key, value = self.before(x, rotation, wanted)
-        return self.after(x, attending.attend(self.attention.number, query, key, value), wanted)
+        late = rotation if wanted is None and attending.turns else None
+        query, key, value = self.before(x, rotation if late is None else None, wanted)
+        return self.after(x, attending.attend(self.attention.number, query, key, value, late), wanted)
 
     def before(self, x: Tensor, rotation: Rotation | None, wanted: Wanted | None) -> tuple[Tensor, Tensor, Tensor]:
         """What attention asks and is asked."""
@@ -193,8 +200,13 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, mixed: Tensor, wanted: Wanted | None) -> Tensor:
         """Of what attention mixed, [B, T or W, H, d], to the layer's output."""
-        x = plus(self.attention.finish(mixed), x if wanted is None else x[wanted])
-        return plus(self.ffn(self.ffn_norm(x)), x)
+        found, x = self.attention.finish(mixed), x if wanted is None else x[wanted]
+        if isinstance(self.ffn_norm, RMSNorm):
+            normed, x = self.ffn_norm.of_sum(found, x)
+        else:
+            x = plus(found, x)
+            normed = self.ffn_norm(x)
+        return plus(self.ffn(normed), x)
 
 
 class Transformer(nn.Module):

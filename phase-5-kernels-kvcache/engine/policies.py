@@ -27,9 +27,9 @@ from common.errors import UserError
 from common.philox import Purpose
 
 from .drafting import Draft
-from .kernels import TORCH
+from .kernels import TORCH, Kernels
 from .tree import Tree
-from .verify import Certain, Decisions, Verdict
+from .verify import Certain, Decisions, KeyedDecisions, Verdict
 
 PolicyName = Literal["rejection", "coupled", "longest_prefix", "conf_threshold", "topk_agree", "typical"]
 LOSSLESS = ("rejection", "coupled", "longest_prefix")
@@ -41,6 +41,10 @@ class Judged:
 
     probs: Tensor  # the distributions that are sampled from
     opinion: Tensor  # what the lossy policies judge by: the same, or at temperature 0 the softmax of the raw logits
+
+    def verdict(self, kernels: Kernels, draft: Draft, widths: Tensor) -> Verdict | None:
+        """What a lossless policy says of R chains, where it is settled without distributions: see greedy.py."""
+        return None
 
 
 class AcceptancePolicy(Protocol):
@@ -85,6 +89,8 @@ class Rejection:
     def judge(
         self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
     ) -> Verdict:
+        if (settled := judged.verdict(self.kernels, draft, widths)) is not None:
+            return settled
         return self.kernels.verify_sample(
             draft.tokens, draft.probs, judged.probs, widths, samples, positions, decisions
         )
@@ -115,8 +121,17 @@ class OwnChoice:
     def judge(
         self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
     ) -> Verdict:
-        R, K = draft.tokens.shape
+        if (settled := judged.verdict(self.kernels, draft, widths)) is not None:
+            return settled
+        (R, K), V = draft.tokens.shape, judged.probs.shape[-1]
         ratios = judged.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
+        if isinstance(decisions, KeyedDecisions) and self.kernels.verify_prefix is not TORCH.verify_prefix:
+            # Drawn at all positions at once, and counted there: for a card a wait per position is dearer than a draw.
+            at = positions[:, None] + torch.arange(K + 1, device=positions.device)
+            each = samples[:, None].expand_as(at).reshape(-1)
+            own = decisions.draw(judged.probs.reshape(-1, V), each, at.reshape(-1), Purpose.SAMPLE).view(R, K + 1)
+            accepted = self.kernels.verify_prefix(draft.tokens, own, widths)
+            return Verdict(accepted, own.gather(1, accepted[:, None])[:, 0], ratios)
         if isinstance(decisions, Certain):
             choices = judged.probs.argmax(-1)
             accepted = self.kernels.verify_prefix(draft.tokens, choices, widths)

@@ -15,13 +15,12 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import synchronize
 from common.philox import Purpose
 
-from .attending import Behind, seen
+from .attending import Behind, beside_padding, seen
 from .config import ModelConfig
 from .context import window_start
 from .kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache
@@ -256,10 +255,9 @@ class CachedRunner:
         for work in works:
             number, ancestors = work.row.number, None if work.draft.is_chain else work.ancestors().to(weight.device)
             cache.make_room(number, work.count)
-            mask = seen(work.positions, cache.first(number), cache.length(number), ancestors, window, weight)
-            if work.count < T and mask is not None:
-                mask = F.pad(mask, (0, 0, 0, T - work.count))
-            masks.append(mask)
+            first, held = cache.first(number), cache.length(number)
+            mask = seen(work.positions, first, held, ancestors, window, weight)
+            masks.append(mask if mask is None or work.count == T else beside_padding(mask, T, held - first))
         rows, counts = [work.row.number for work in works], [work.count for work in works]
         behind = Behind(cache, rows, counts, masks, self.model.kernels)
         wanted = torch.tensor([[T - 1]], device=weight.device) if last else None

@@ -81,7 +81,7 @@ class Session:
         if self.compiler:
             self.compiler.compile(self.loaded.model, *drafting)
             self.compiler.warm_up(self._warm_up)
-        else:
+        elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
             for module in (self.loaded.model, *drafting):
                 if module not in self.backends.fast:
                     pack_matrices(module)

@@ -1,20 +1,28 @@
 """References of the ops that do at once what the model otherwise asks for one by one: fewer launches, fewer trips.
 
-Each is composed of the references it replaces, so a backend that has only the parts gives the same result.
+Each is composed of the references it replaces, so a backend that has only the parts gives the same result. PARTS: where
+torch's is chosen, the model asks for the parts, from whatever backend has them. On a CPU that is the faster way (both
+queries and keys turn in one go, and the halves of a gate are products of their own), elsewhere as fast.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kv_cache.protocol import KVCache
 from . import reference
 
+PARTS = {"gated_linear": ("linear",), "rope_append": ("rope", "kv_append")}
+
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual [..., D], rounded as it is stored, and its norm: (normed, sum)."""
-    total = x + residual
+    """x + residual [..., D], rounded as it is stored, and its norm: (normed, sum).
+
+    Where no gradient is asked for the sum takes x's memory: see reference.py.
+    """
+    total = x + residual if torch.is_grad_enabled() else x.add_(residual)
     return reference.rms_norm(total, weight, eps), total
 
 

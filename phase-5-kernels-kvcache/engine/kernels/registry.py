@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -23,6 +24,8 @@ from torch import nn
 from common.errors import UserError
 
 from . import TORCH, Kernels, ledger
+from .build import BuildError
+from .fused import PARTS
 
 Backend = Literal["cuda", "triton", "cpp", "torch"]  # in the order in which `auto` asks
 Asked = Literal["auto", "torch", "triton", "cuda", "cpp"]
@@ -89,10 +92,17 @@ def operations(backend: Backend) -> dict[str, Callable[..., Any]]:
     return ops
 
 
-def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, book: Path | None = None) -> Selection:
-    """The functions for a device (and a dtype, if it matters), and the report.
+def choose(
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    book: Path | None = None,
+    broken: Mapping[Backend, str] = MappingProxyType({}),
+) -> Selection:
+    """The functions for a device (and a dtype, if it matters), and the report. Builds nothing.
 
     UserError for an unknown backend, and for one asked by name that cannot run here. `book`: the ledger's file.
+    `broken`: backends that turned out not to run, and why.
     """
     if asked not in ("auto", *BACKENDS):
         raise UserError(f"unknown kernels {asked!r}; use auto, {', '.join(reversed(BACKENDS))}")
@@ -102,7 +112,7 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, b
     for backend in BACKENDS[:-1] if asked == "auto" else BACKENDS:
         if backend == "torch" or asked not in ("auto", backend):
             continue
-        reason = why_not(backend, device)
+        reason = broken.get(backend) or why_not(backend, device)
         if reason is None and asked == "auto" and backend in FOR_CARDS and device.type != "cuda":
             reason = f"is for graphics cards; on {device.type} it runs only slowly, and where it is asked for by name"
         if reason is not None:
@@ -124,6 +134,7 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype | None = None, b
         ran[op] = next((backend for backend in offers if op in offers[backend]), "torch")
         chosen[op] = getattr(TORCH, op) if ran[op] == "torch" else offers[ran[op]][op]
     report: Report = {"asked": asked, "device": device.type, "ops": ran, "why_not": _brief(reasons)}
+    report["by_parts"] = {op: list(parts) for op, parts in PARTS.items() if ran[op] == "torch"}
     if warnings:
         report["warnings"] = warnings
     return Selection(Kernels(**chosen), report)
@@ -196,6 +207,32 @@ def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
         found.append((f"kernels {backend}", text, WHAT[backend]))
     found.append(("kernels torch", f"{len(Kernels._fields)} of {len(Kernels._fields)} ops", "the reference"))
     return found
+
+
+def chosen(asked: str, device: torch.device, dtype: torch.dtype | None = None) -> Selection:
+    """As choose, and what is chosen has been compiled. BuildError where that fails for a backend asked for by name.
+
+    `auto` goes on without it, and says so: on stderr, and in the report.
+    """
+    broken: dict[Backend, str] = {}
+    while True:
+        selection = choose(asked, device, dtype, broken=broken)
+        for backend in BACKENDS:
+            if backend not in selection.report["ops"].values():
+                continue
+            module = module_of(backend)
+            build = getattr(module, "ready", None) or getattr(module, "prepare", None)
+            try:
+                if build is not None:
+                    build(device)
+            except BuildError as error:
+                if asked != "auto":
+                    raise
+                broken[backend] = str(error)
+                print(f"note: without {WHAT[backend]}: {error}", file=sys.stderr)
+                break
+        else:
+            return selection
 
 
 def prepare(device: torch.device) -> list[str]:

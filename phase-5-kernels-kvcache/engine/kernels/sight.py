@@ -4,11 +4,15 @@ A mask [W, n] says which columns (tokens of the row, in the order of memory) a q
 sees a range of positions. In a tree it sees a range, and behind that its own ancestors, which lie apart in memory; they
 are listed, so that the j-th key of its line is met at the position that it would have without the other branches. The
 blocks in which keys are added up begin at fixed positions: so a token's sums are the same, in a tree and out of it.
+
+Masks lie on the device, and reading one makes the host wait for all that was asked of it before. The masks of a chain
+are parts of one table, so where such a mask lies says what is in it: a step that verifies a chain waits for nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +20,27 @@ from torch import Tensor
 from common.errors import UserError
 
 from .places import Places
+
+FEW = 64  # tokens of a step, at most: those of a large tree
+
+
+def in_order(T: int, before: int, like: Tensor) -> Tensor:
+    """The mask [T, before + T] of a few tokens that see all before them, and each other in order: part of a table."""
+    columns = max(256, 1 << before.bit_length())
+    return staircase(columns, like.dtype, like.device)[:T, columns - before : columns + T]
+
+
+@lru_cache(maxsize=8)
+def staircase(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[FEW, columns + FEW]: zeros, and behind them -inf where a later token stands."""
+    later = torch.full((FEW, FEW), float("-inf"), dtype=dtype, device=device).triu(1)
+    return torch.cat((later.new_zeros(FEW, columns), later), 1)
+
+
+def is_in_order(mask: Tensor, before: int) -> bool:
+    """Whether a mask is that part of the table, or its first columns. Nothing of it is read."""
+    table = in_order(1, before, mask)
+    return mask.data_ptr() == table.data_ptr() and mask.stride() == table.stride()
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,8 @@ def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
     if len(masks) != len(places.rows_asked):
         raise UserError(f"{op}: {len(masks)} masks; expected {len(places.rows_asked)}, one per row")
     lo, end, trees = [], [], dict[int, Tensor]()
-    for row, (mask, first, stop) in enumerate(zip(masks, places.first, places.ends, strict=True)):
+    each = zip(masks, places.first, places.lengths, places.ends, strict=True)
+    for row, (mask, first, held, stop) in enumerate(each):
         if mask is None:
             lo.append([first] * W)
             end.append([stop] * W)
@@ -56,12 +82,12 @@ def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
         wanted = (W, stop - first)
         if mask.shape != wanted:
             raise UserError(f"{op}: the mask of row {row} has shape {list(mask.shape)}; expected {list(wanted)}")
+        if is_in_order(mask, held - first):
+            lo.append([first] * W)
+            end.append([min(held + w + 1, stop) for w in range(W)])
+            continue
         open_ = mask == 0
-        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        last = (open_ * columns).amax(1)  # behind the last that is seen; 0 where none is
-        count = open_.sum(1)
-        begin = torch.where(count > 0, open_.int().argmax(1), last)
-        begins, lasts, numbers = torch.stack((begin, last, count)).tolist()  # the one time that the host waits
+        begins, lasts, numbers = _extent(open_)
         if any(stop - start != number for start, stop, number in zip(begins, lasts, numbers, strict=True)):
             trees[row] = open_
         lo.append([first + start for start in begins])
@@ -72,6 +98,16 @@ def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
     if not trees:
         return Sight(table[0], table[1], furthest)
     return Sight(table[0], table[1], furthest, *_lines(places, trees, lo, end, W))
+
+
+def _extent(open_: Tensor) -> list[list[int]]:
+    """Of what each query sees (bool [W, n]): the first column, the one behind the last, how many. The host waits."""
+    columns = torch.arange(1, open_.shape[1] + 1, device=open_.device)
+    last = (open_ * columns).amax(1)  # 0 where none is seen
+    count = open_.sum(1)
+    begin = torch.where(count > 0, open_.int().argmax(1), last)
+    found: list[list[int]] = torch.stack((begin, last, count)).tolist()
+    return found
 
 
 def _lines(

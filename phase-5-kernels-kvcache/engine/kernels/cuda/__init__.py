@@ -47,11 +47,18 @@ def why_not(device: torch.device) -> str | None:
     return library.why_not(device)
 
 
+def ready(device: torch.device) -> None:
+    """Compile the kernels, where they are not there yet, and load them. BuildError where that fails."""
+    from . import library
+
+    library.library(device)
+
+
 def prepare(device: torch.device) -> None:
     """Compile the kernels, and the ladder's, where they are not there yet."""
     from . import ladder, library
 
-    library.library(device)
+    ready(device)
     library.build_library("cuda_ladder", ladder.SOURCES, device)
 
 
