@@ -68,7 +68,9 @@ def one(lab: Lab, model: str, format: str, temperature: float, folder: Path | No
     options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature, "draft_quant": "int8", **FORMATS[format]}
     if folder is not None:
         options |= {"model": str(folder), "draft": DRAFT}
-    runs: dict[str, Variant] = {"plain": lab.variant("plain", texts, **{**options, "draft": "none"})}
+    runs: dict[str, Variant] = {
+        "plain": lab.variant("plain", texts, **{**options, "draft": "none", "draft_quant": "none"})
+    }
     ks = FIXED[2:3] if lab.options.quick else FIXED
     for k in ks:
         runs[f"K = {k}"] = lab.variant(f"K = {k}", texts, k=k, **options)

@@ -17,7 +17,7 @@ import torch
 from common import philox
 from common.errors import UserError
 
-from .steps import Step
+from .speculative import Step
 
 
 class Recorder:
@@ -32,6 +32,7 @@ class Recorder:
         self._write(header)
 
     def step(self, step: Step) -> None:
+        verdict = step.verdict
         for row, (sequence, stats) in enumerate(zip(step.sequences, step.stats, strict=True)):
             tree, path = step.trees[row], step.paths[row]
             position = len(sequence.prompt) + step.starts[row]
@@ -39,9 +40,9 @@ class Recorder:
             own = tree.probs if step.draft.probs is None else step.draft.probs[row]
             columns = range(len(tree.tokens)) if tree.probs is None else [parent + 1 for parent in tree.parents]
             above = [parent + 1 for parent in tree.parents]
-            chances: list[float] | None = [] if step.ratios is None else step.ratios[row, : len(tree.tokens)].tolist()
+            chances: list[float] | None = [] if verdict is None else verdict.ratios[row, : len(tree.tokens)].tolist()
             uniforms: list[float] | None = None
-            if step.ratios is None and tree.tokens:  # of a tree: it has several at one position
+            if verdict is None and tree.tokens:  # of a tree: it has several at one position
                 chances = None
             elif self.rejects and not sequence.params.greedy:
                 positions = torch.arange(len(tree.tokens)) + position

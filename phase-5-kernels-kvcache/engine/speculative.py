@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from common.device import synchronize
 
@@ -22,18 +21,19 @@ from .context import window_start
 from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
 from .generate import decode_step, refuse, sample
+from .greedy import Greedy
 from .kv_cache import OutOfPages
 from .policies import AcceptancePolicy, Judged, Path, Rejection
 from .profiler import stage
 from .runner import Runner
-from .sampling import SamplingParams, probabilities
+from .sampling import SamplingParams, penalise, probabilities
 from .sequence import Sequence
 from .steps import Step as Step  # where others look for it
 from .steps import StepStats, StepTimes, step_stats, take
 from .target import Target
 from .together import drafted_steps, plain_steps
 from .tree import Tree
-from .verify import Certain, Decisions, KeyedDecisions
+from .verify import Certain, Decisions, KeyedDecisions, Verdict
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -56,7 +56,7 @@ def judge(
     sequences: list[Sequence],
     params: SamplingParams,
     decisions: Decisions,
-) -> tuple[Judged, Tensor | None, list[Path]]:
+) -> tuple[Judged, Verdict | None, list[Path]]:
     """Which draft tokens stand, by the policy, and what follows them."""
     logits = target.logits
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
@@ -68,21 +68,26 @@ def judge(
             lines = [sequence.tokens, *(sequence.tokens + tree.line(node) for node in range(len(tree.tokens)))]
             prompts += [sequence.prompt] * logits.shape[1]
             outputs += lines + lines[-1:] * (logits.shape[1] - len(lines))
-    probs = probabilities(logits.flatten(0, 1), params, prompts, outputs).view(*logits.shape)
-    opinion = probs if policy.lossless or not params.greedy else logits.float().softmax(-1)
-    judged = Judged(probs, opinion)
+    certain = params.greedy and draft.probs is None and isinstance(decisions, Certain)
+    if certain and policy.lossless and draft.trees is None:
+        flat = logits.flatten(0, 1)
+        scores = penalise(flat.float(), params, prompts, outputs) if params.penalised else flat
+        judged: Judged = Greedy(scores.view(*logits.shape))
+    else:
+        probs = probabilities(logits.flatten(0, 1), params, prompts, outputs).view(*logits.shape)
+        judged = Judged(probs, probs if policy.lossless or not params.greedy else logits.float().softmax(-1))
     if draft.trees is not None:
         paths = []
         for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
             nodes = len(tree.tokens)
-            of_row = Judged(probs[row : row + 1, : nodes + 1], opinion[row : row + 1, : nodes + 1])
+            of_row = Judged(judged.probs[row : row + 1, : nodes + 1], judged.opinion[row : row + 1, : nodes + 1])
             paths.append(policy.descend(tree, of_row, sequence.sample, sequence.length, decisions))
         return judged, None, paths
     keys = [draft.widths, [s.sample for s in sequences], [s.length for s in sequences]]
     widths, samples, positions = torch.tensor(keys, device=logits.device)
     verdict = policy.judge(draft, judged, widths, samples, positions, decisions)
     stood = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
-    return judged, verdict.ratios, [Path(list(range(accepted)), following) for accepted, following in stood]
+    return judged, verdict, [Path(list(range(accepted)), following) for accepted, following in stood]
 
 
 def plain_step(
@@ -137,7 +142,7 @@ def speculative_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     known = None if drafter.taps is None else [drafter.known(sequence) for sequence in sequences]
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    judged, ratios, states, kept = None, None, None, 0.0
+    judged, verdict, states, kept = None, None, None, 0.0
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
         decode_step(runner, sequences, params, decisions)
         verified = time.perf_counter()
@@ -149,7 +154,7 @@ def speculative_step(
         verified = time.perf_counter()
         stage("accept")
         if any(tree.tokens for tree in trees):
-            judged, ratios, paths = judge(policy, draft, trees, target, sequences, params, decisions)
+            judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
         else:  # the forward was for its states
             tokens = sample(runner, target.logits[:, 0], sequences, params, decisions)
             paths = [Path([], token) for token in tokens]
@@ -172,7 +177,7 @@ def speculative_step(
         stats.append(step_stats(sequence, *of_row, computed, plain, times))
     for controller, of_sequence in zip(controllers, stats, strict=True):
         controller.observe(of_sequence)
-    return Step(sequences, starts, draft, trees, judged, ratios, paths, stats)
+    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats)
 
 
 def next_steps(

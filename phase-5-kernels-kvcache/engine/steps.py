@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,15 @@ class StepStats:
     rss_mib: float | None = None  # of the process after the step, where it was asked for
 
 
+class Said(Protocol):
+    """What a recording asks of a verdict; that of a greedy run has it made only then (greedy.py)."""
+
+    @property
+    def ratios(self) -> Tensor:
+        """[R, K] the probability with which each draft token was to stand."""
+        ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One round of the loop, with all that was decided in it."""
@@ -45,7 +54,7 @@ class Step:
     draft: Draft
     trees: list[Tree]  # the same, a tree for every sequence: a chain is one
     judged: Judged | None  # what the target said, [R, K+1, V]; None where nothing was drafted
-    ratios: Tensor | None  # of chains, [R, K]: the probability with which each draft token was to stand
+    verdict: Said | None  # of chains
     paths: list[Path]  # the draft tokens that stood, and what followed
     stats: list[StepStats]
 

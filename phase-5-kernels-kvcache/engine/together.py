@@ -103,4 +103,4 @@ def _step(
     stats = step_stats(sequence, asked, start, length, tree, path, computed, runner.plain(length), times)
     controller.observe(stats)
     draft, judged = Draft(done.tokens, done.draft_probs, [asked]), Judged(done.target_probs, done.target_probs)
-    return Step([sequence], [start], draft, [tree], judged, done.ratios, [path], [stats])
+    return Step([sequence], [start], draft, [tree], judged, done, [path], [stats])

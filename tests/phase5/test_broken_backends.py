@@ -15,7 +15,7 @@ import torch
 
 import phase5
 from common.errors import UserError
-from phase5.kernels import TORCH, Kernels, registry
+from phase5.kernels import TORCH, Kernels, ledger, registry
 from phase5.kernels.build import BuildError
 from phase5.kernels.cuda import library
 
@@ -78,7 +78,7 @@ def test_only_what_is_broken_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
     made = {"cuda": backend("linear", "rope", ready=ready), "cpp": backend("rope", prepare=lambda device: None)}
     monkeypatch.setattr(registry, "module_of", made.get)
-    monkeypatch.setattr(registry.ledger, "entry", lambda *which: {"device": "A Card"})
+    monkeypatch.setattr(ledger, "entry", lambda *which: {"device": "A Card"})
     monkeypatch.delenv("SPECDEC_FORCE_PY", raising=False)
     report = registry.chosen("auto", CARD).report
     assert (report["ops"]["linear"], report["ops"]["rope"]) == ("torch", "cpp")
@@ -114,7 +114,12 @@ def test_interpreted_kernels_read_matrices_as_they_were_loaded(
     make_checkpoint: Callable[..., Path], interpreted: None
 ) -> None:
     """On processors with bfloat16 products torch keeps matrices in a form of its own; nobody else can read that."""
-    options = {"model": str(make_checkpoint("llama")), "device": "cpu", "dtype": "bfloat16", "max_tokens": 2}
+    options: dict[str, Any] = {
+        "model": str(make_checkpoint("llama")),
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "max_tokens": 2,
+    }
     session = phase5.Session(phase5.Options(**options, kernels="triton", draft="none"))
     assert session.backends.report["ops"] == dict.fromkeys(Kernels._fields, "triton")
     assert len(session.complete(["x"])[0].tokens) == 2

@@ -82,3 +82,30 @@ def test_the_controller_goes_by_what_verifying_costs(verify: object, draft: floa
         for k in range(9):
             controller.observe(step(k, verify(k), draft, accepted=max(0, k - 1) if k < 8 else 8))
     assert controller.best() == chosen
+
+
+def test_its_answer_holds_for_the_steps_that_it_declines_and_then_it_looks_again() -> None:
+    controller = CostController(Bounds(1, 8), retry=6)
+    for _ in range(4):
+        for k in (0, 0, 2, 4):
+            controller.observe(step(k, 2.0 * (1 + k)))  # a draft token costs what a token costs, and falls
+    assert controller.next_k() == 0
+    assert controller.holds == 6
+    for _ in range(4):
+        controller.observe(step(0, 2.0))
+    assert controller.next_k() == 0
+    assert controller.holds == 2
+    for _ in range(2):
+        controller.observe(step(0, 2.0))
+    assert controller.next_k() > 0
+    assert controller.holds == 1  # while it looks, every step is decided by itself
+
+
+def test_a_settled_answer_holds_for_several_steps() -> None:
+    controller = CostController(Bounds(1, 8))
+    assert controller.holds == 1
+    for _ in range(4):
+        for k in (0, 0, 2, 4):
+            controller.observe(step(k, 2.0, 0.1, accepted=k))
+    assert controller.next_k() > 0
+    assert controller.holds > 1

@@ -90,7 +90,10 @@ def test_the_demo_works_from_the_wheel_alone(
     for file in json.loads(where.stdout):
         assert Path(file).is_relative_to(tmp_path / "env")
     demo = [str(tmp_path / "env/bin/lab"), "demo", "--prompts", "1", "--max-tokens", "8", "--repeats", "2"]
-    done = subprocess.run(demo, capture_output=True, text=True, cwd=tmp_path, env=plain)
+    done = subprocess.run([*demo, "--output", "out"], capture_output=True, text=True, cwd=tmp_path, env=plain)
     assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [row["phase"] for row in rows] == [*(phase.number for phase in phases()), None]
+    assert (tmp_path / "out/demo.png").stat().st_size > 10_000
     for phase in phases():
         assert re.search(rf"^\| +{phase.number} \|.* yes +\|$", done.stdout, re.MULTILINE), done.stdout
