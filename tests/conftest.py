@@ -94,8 +94,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept per machine, such as the faster number format, is measured by the tests for themselves."""
+    """What is kept per machine, such as the faster number format, is measured by the tests for themselves.
+
+    But compiled kernels, which take a minute, are the user's: their names are hashes of all that is in them.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     with pytest.MonkeyPatch.context() as patch:
+        if "SPECDEC_BUILD_DIR" not in os.environ:
+            patch.setenv("SPECDEC_BUILD_DIR", str(cache / "llm-inference-lab" / "kernels"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -1,17 +1,14 @@
 """How kernels are built, interpreted and watched in these tests.
 
 Where there is no card Triton's kernels are interpreted (tests/conftest.py asks for that, before anything can import
-Triton). Where there is one the same checks run on it (tests marked gpu), and nothing is interpreted. Compiled kernels
-are kept between test runs: their names are hashes of all that is in them.
+Triton). Where there is one the same checks run on it (tests marked gpu), and nothing is interpreted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,28 +18,6 @@ import phase5
 from phase5 import attending
 from phase5.kernels import Kernels, registry
 from phase5.kernels.cuda import library
-
-KEPT = os.environ.get("SPECDEC_BUILD_DIR") or str(
-    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-inference-lab" / "kernels"
-)
-
-EXERCISE = ("test_cached_loops.py", "test_kv_cache.py", "test_prices.py")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`lab check` is for the part `cache`; the tests of the other parts, which are given, are none of its business."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent and item.path.name not in EXERCISE:
-            item.add_marker(pytest.mark.no_exercise)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kept_kernels(own_cache: None) -> Iterator[None]:
-    """Where they are for the user, too; the rest of the user's cache stays out of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPECDEC_BUILD_DIR", KEPT)
-        yield
 
 
 @pytest.fixture(scope="session")
