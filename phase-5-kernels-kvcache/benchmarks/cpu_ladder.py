@@ -192,19 +192,23 @@ def peak(model: CppModel) -> float:
 def draw(found: dict[str, Any], weights: int, file: Path) -> None:
     """The roofline (Williams, Waterman, Patterson 2009): operations per second over operations per byte."""
     with figure(file, 1, 1, (8, 5), f"one token of {found['model']}: {found['threads']} threads") as (axes,):
-        places = [0.25, 8.0]
+        places = [0.25 * 2 ** (step / 8) for step in range(41)]
         for name, speed in found["read_gb_per_s"].items():
             roof = [min(speed * place, found["peak_gflop_per_s"]) for place in places]
             axes.plot(places, roof, "--", linewidth=1, label=f"read {name}: {speed:.0f} GB/s")
         axes.axhline(found["peak_gflop_per_s"], color="grey", linewidth=1, label="float32 arithmetic")
-        for row in found["rungs"]:
-            intensity = 2 * weights / (row["weight_mb"] * 1e6)
-            axes.plot(intensity, row["gflop_per_s"], "o")
-            axes.annotate(
-                row["rung"], (intensity, row["gflop_per_s"]), fontsize=7, xytext=(5, 2), textcoords="offset points"
-            )
-        axes.set_xscale("log")
+        named: list[tuple[float, float]] = []  # in the middle of a label
+        for row in sorted(found["rungs"], key=lambda row: -row["gflop_per_s"]):
+            intensity, rate = 2 * weights / (row["weight_mb"] * 1e6), row["gflop_per_s"]
+            axes.plot(intensity, rate, "o")
+            height = rate
+            while any(abs(intensity / x - 1) < 0.3 and 0.9 < height / y < 1.1 for x, y in named):
+                height /= 1.02
+            named.append((intensity, height))
+            axes.annotate(row["rung"], (intensity * 1.04, height), fontsize=7, va="center")
+        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
         axes.set_xlabel("operations per byte of weights")
         axes.set_ylabel("10^9 operations per second")
         axes.legend(fontsize=7)
