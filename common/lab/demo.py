@@ -110,7 +110,7 @@ def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
         bars = axes.barh(labels, [row["tokens_per_s"] for row in rows], color=colours)
         axes.bar_label(bars, [f"{row['tokens_per_s']:.0f} ({row['over_first']:.1f}x)" for row in rows], padding=3)
         axes.invert_yaxis()
-        axes.margins(x=0.15)
+        axes.margins(x=0.3)
         axes.set_xlabel("tokens per second")
 
 
