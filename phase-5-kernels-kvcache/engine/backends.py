@@ -17,6 +17,7 @@ from torch import nn
 
 from common.errors import UserError
 
+from .drafters.heads import EagleHead, MedusaHeads
 from .kernels import Kernels, registry
 from .kernels.build import BuildError
 from .kv_cache import KVOptions
@@ -24,7 +25,7 @@ from .model import Transformer
 from .runner import Runner, make_runner
 
 if TYPE_CHECKING:
-    from .kernels.cpp import CppModel
+    from .kernels.cpp import CppEagle, CppModel
     from .kernels.cpp.weights import Weights
     from .options import Options
 
@@ -48,6 +49,7 @@ class Backends:
         self.kernels: Kernels = selection.kernels
         self.report: dict[str, Any] = dict(selection.report)
         self.fast: dict[nn.Module, CppModel] = {}
+        self.layer: CppEagle | None = None
         reason = self._why_no_whole_steps(device)
         self.whole_steps = reason is None
         if reason is not None and options.kernels == "cpp":
@@ -74,13 +76,18 @@ class Backends:
         return None
 
     def take(self, models: Iterable[nn.Module], others: Iterable[object]) -> None:
-        """Let these models compute with the chosen kernels, and those that can in C++; `others` call ops as well."""
-        models = list(models)
+        """Let these models compute with the chosen kernels, and those that can in C++; `others` call ops as well.
+
+        The first model is the target, whose heads may be among the others.
+        """
+        models, others = list(models), list(others)
         for each in (*models, *others):
             registry.use(each, self.kernels)
         if self.whole_steps:
             for model in models:
                 self._pack(model)
+            for each in others:
+                self._pack_heads(each, models[0])
         if self.fast:
             torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait in the kernels' way
 
@@ -98,6 +105,20 @@ class Backends:
         weights = FORMATS[model.embedding.weight.dtype]
         self.fast[model] = CppModel(model, weights, self.options.threads or None, release=True)
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
+
+    def _pack_heads(self, heads: object, target: nn.Module) -> None:
+        """EAGLE's layer beside the target; Medusa's heads are for torch."""
+        if not isinstance(heads, EagleHead | MedusaHeads):
+            return
+        self.report["draft_step"] = "torch"
+        if isinstance(heads, MedusaHeads):
+            self.report["why_no_cpp_draft_step"] = "the kernels have no products for Medusa's heads"
+        elif target in self.fast:
+            from .kernels.cpp import CppEagle
+
+            assert isinstance(target, Transformer)
+            self.layer = self.fast[heads] = CppEagle(heads, target, self.fast[target])
+            self.report["draft_step"] = "cpp"
 
     def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
         """A runner for so many texts of at most so many tokens."""

@@ -208,7 +208,9 @@ class Session:
         runner = self.runner = self._runner(self.loaded.model, sequences)
         draft = self._runner(self.draft.model, sequences) if self.draft else None
         noise = self.policy.draft_noise
-        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
+        drafter = make_drafter(
+            self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads, self.backends.layer
+        )
         if self.options.tree != "off":
             drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
         controller = partial(self.options.make_controller, self.prices)
