@@ -17,7 +17,7 @@ from torch import nn
 
 from common.errors import UserError
 
-from .drafters.heads import EagleHead, MedusaHeads
+from .drafters import EagleHead, MedusaHeads
 from .kernels import Kernels, registry
 from .kernels.build import BuildError
 from .kv_cache import KVOptions
@@ -25,7 +25,7 @@ from .model import Transformer
 from .runner import Runner, make_runner
 
 if TYPE_CHECKING:
-    from .kernels.cpp import CppEagle, CppModel
+    from .kernels.cpp import CppEagle, CppMedusa, CppModel
     from .kernels.cpp.weights import Weights
     from .options import Options
 
@@ -49,7 +49,7 @@ class Backends:
         self.kernels: Kernels = selection.kernels
         self.report: dict[str, Any] = dict(selection.report)
         self.fast: dict[nn.Module, CppModel] = {}
-        self.layer: CppEagle | None = None
+        self.heads: CppEagle | CppMedusa | None = None
         reason = self._why_no_whole_steps(device)
         self.whole_steps = reason is None
         if reason is not None and options.kernels == "cpp":
@@ -86,8 +86,8 @@ class Backends:
         if self.whole_steps:
             for model in models:
                 self._pack(model)
-            for each in others:
-                self._pack_heads(each, models[0])
+        for each in others:
+            self._pack_heads(each, models[0])
         if self.fast:
             torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait in the kernels' way
 
@@ -107,18 +107,23 @@ class Backends:
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
 
     def _pack_heads(self, heads: object, target: nn.Module) -> None:
-        """EAGLE's layer beside the target; Medusa's heads are for torch."""
+        """EAGLE's layer or Medusa's heads, where the target runs in C++."""
         if not isinstance(heads, EagleHead | MedusaHeads):
             return
-        self.report["draft_step"] = "torch"
-        if isinstance(heads, MedusaHeads):
-            self.report["why_no_cpp_draft_step"] = "the kernels have no products for Medusa's heads"
-        elif target in self.fast:
-            from .kernels.cpp import CppEagle
+        self.report["draft_step"] = "cpp" if target in self.fast else "torch"
+        if target not in self.fast:
+            return
+        from .kernels.cpp import CppEagle, CppMedusa
 
-            assert isinstance(target, Transformer)
-            self.layer = self.fast[heads] = CppEagle(heads, target, self.fast[target])
-            self.report["draft_step"] = "cpp"
+        assert isinstance(target, Transformer)
+        if isinstance(heads, EagleHead):
+            self.heads = CppEagle(heads, target, self.fast[target])
+        else:
+            self.heads = CppMedusa(heads, self.fast[target])
+
+    def in_cpp(self, module: nn.Module) -> bool:
+        """Whether torch computes nothing of this model, or of these heads."""
+        return module in self.fast or (isinstance(module, EagleHead | MedusaHeads) and self.heads is not None)
 
     def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
         """A runner for so many texts of at most so many tokens."""

@@ -12,6 +12,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from .drafters.chains import keyed
 from .kernels.cpp import CppModel
 from .kv_cache import KVOptions, StaticCache
 from .kv_cache.texts import Texts
@@ -86,7 +87,7 @@ class FastRunner(CachedRunner):
     def draw(
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
-        if not how.keyed or len(text) + count > self.model.config.context:
+        if not keyed(how) or len(text) + count > self.model.config.context:
             return None
         params = how.params
         work = self._begin(owner, text, NO_DRAFT, None, ())
@@ -108,7 +109,7 @@ class FastRunner(CachedRunner):
     ) -> list[Speculated]:
         most = steps * (count + 1) - 1  # tokens past the text that are computed
         context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
-        if not isinstance(drafter, FastRunner) or not how.keyed or len(text) + most > context:
+        if not isinstance(drafter, FastRunner) or not keyed(how) or len(text) + most > context:
             return []
         mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
         self.cache.make_room(mine.row.number, len(mine.new) + most)

@@ -28,10 +28,9 @@ from .kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache
 from .kv_cache.ring import SPARE
 from .kv_cache.texts import Row, Texts
 from .model import Transformer
-from .sampling import KeyedRandomness, Randomness, SamplingParams
+from .sampling import Randomness, SamplingParams
 from .target import Target, next_logits, target_forward
 from .tree import Tree
-from .verify import Certain
 
 NO_DRAFT = Tree([], [])
 DRAFT_ROOM = 64  # nodes of the largest tree
@@ -49,14 +48,6 @@ class Drawing(NamedTuple):
     position: int
     purpose: Purpose
     probs: bool = True  # whether the distributions are wanted
-
-    @property
-    def keyed(self) -> bool:
-        """Whether nothing but the parameters, and their own seed, says which tokens are drawn: other code can, too."""
-        params, source = self.params, self.source
-        certain = params.greedy and (isinstance(source, Certain) or self.purpose == Purpose.SAMPLE)
-        seeded = isinstance(source, KeyedRandomness) and source.seed == params.seed
-        return (certain or seeded) and not params.penalised
 
 
 class Speculated(NamedTuple):

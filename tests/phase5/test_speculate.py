@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,23 +60,38 @@ def shaken(model: Transformer, by: float) -> Transformer:
     return near
 
 
-def pair_of(folder: Path, by: float) -> Pair:
-    model = load(str(folder), torch.float32, torch.device("cpu")).model
-    assert isinstance(model, Transformer)
-    with torch.no_grad():  # as they are made, random models find all tokens about equally likely
-        model.head.weight *= 8
+def pair_of(model: Transformer, by: float) -> Pair:
     near = shaken(model, by)
     return Pair(model, near, cpp.CppModel(model, "float32", 2), cpp.CppModel(near, "float32", 2))
 
 
+def loaded(folder: Path) -> Transformer:
+    model = load(str(folder), torch.float32, torch.device("cpu")).model
+    assert isinstance(model, Transformer)
+    return model
+
+
 @pytest.fixture(scope="module")
 def pair(llama_folder: Path) -> Pair:
-    return pair_of(llama_folder, 0.2)
+    model = loaded(llama_folder)
+    with torch.no_grad():  # as they are made, random models find all tokens about equally likely
+        model.head.weight *= 8
+    return pair_of(model, 0.2)
 
 
 @pytest.fixture(scope="module")
-def small(make_checkpoint: Callable[..., Path]) -> Pair:
-    return pair_of(make_checkpoint("llama", vocab_size=16), 0.5)
+def small(llama_folder: Path) -> Pair:
+    """With the first tokens alone, and an output matrix under which several of them are likely."""
+    whole = loaded(llama_folder)
+    state = {
+        name: tensor[:16] if name in ("embedding.weight", "head.weight") else tensor
+        for name, tensor in whole.state_dict().items()
+    }
+    generator = torch.Generator().manual_seed(2)
+    state["head.weight"] = torch.randn(state["head.weight"].shape, generator=generator) * 0.2
+    model = Transformer(dataclasses.replace(whole.config, vocab_size=16))
+    model.load_state_dict(state)
+    return pair_of(model.requires_grad_(False).eval(), 0.4)
 
 
 def runners(pair: Pair, tokens: int) -> tuple[FastRunner, FastRunner]:
@@ -184,10 +200,9 @@ def test_two_tokens_are_distributed_as_the_targets(small: Pair) -> None:
 
 
 def test_the_law_is_tested(small: Pair) -> None:
-    """A rule that lets every token stand, and one that replaces a fallen one by the target's likeliest, are found."""
+    """A rule that lets every token stand is found, and one that lets the first that fell stand."""
     assert chances(small, lambda step: [*step.draft, step.next_token]) < 1e-4
-    likeliest = lambda step: int(step.target_probs[0, step.accepted].argmax())  # noqa: E731
-    assert chances(small, lambda step: [*step.draft[: step.accepted], likeliest(step)]) < 1e-4
+    assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next_token]) < 1e-4
 
 
 def plain_text(pair: Pair, params: SamplingParams, ending: Ending) -> Sequence:
@@ -238,23 +253,23 @@ def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
 def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that the context has no room for are made one by one, and where the window jumps nothing is lost."""
     context = pair.model.config.context
-    params = SamplingParams(max_new_tokens=20)
+    params = SamplingParams(max_new_tokens=60)
     calls: list[int] = []
     together = FastRunner.speculate
 
     def noting(self: FastRunner, owner: Any, text: list[int], *arguments: Any) -> list[Speculated]:
         done = together(self, owner, text, *arguments)
-        assert len(text) + sum(each.accepted + 1 for each in done) <= context + 1
+        assert not done or len(text) + sum(each.accepted + 1 for each in done) <= context + 1
         calls.append(len(done))
         return done
 
     monkeypatch.setattr(FastRunner, "speculate", noting)
-    for length in range(context - 12, context + 3):
+    for length in range(context - 50, context + 3, 4):
         prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
-        for _ in decode(runners(pair, length + 20)[0], [expected], params, KeyedRandomness(0)):
+        for _ in decode(runners(pair, length + 60)[0], [expected], params, KeyedRandomness(0)):
             pass
-        target, drafter = runners(pair, length + 20)
+        target, drafter = runners(pair, length + 60)
         drafting = phase5.drafters.ModelDrafter(drafter, params, Certain())
         for _ in speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)):
             pass

@@ -15,13 +15,14 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Stop
+from ..kv_cache import StaticCache
 from ..model import Transformer
 from ..runner import Drawing
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import Decisions
-from .chains import ChainBuilder
+from .chains import ChainBuilder, keyed
 from .eagle import EagleDrafter, EagleHead, Lookahead
 
 if TYPE_CHECKING:
@@ -36,19 +37,22 @@ class FastLookahead(Lookahead):
         self.fast = fast
 
     def begin(self, inputs: Tensor, end: int) -> Tensor:
-        self.cache.truncate(0, self.confirmed)
-        self._began(len(inputs), end, self.fast.begin(self.cache, 0, inputs))
+        self._began(len(inputs), end, self.fast.begin(self._without_guesses(), 0, inputs))
         return self.predicted
 
     def draw(self, tokens: list[int], features: Tensor, end: int, count: int, how: Drawing) -> tuple[list[int], Tensor]:
         """A chain behind the sequence's new tokens, and what each of it was drawn from [count, V]."""
-        self.cache.truncate(0, self.confirmed)
         drawn, probs, predicted = self.fast.draft(
-            self.cache, 0, tokens, features, count, how.params,
+            self._without_guesses(), 0, tokens, features, count, how.params,
             sample=how.sample, position=how.position, noise=how.purpose,
         )  # fmt: skip
         self._began(len(tokens), end, predicted)
         return drawn, probs
+
+    def _without_guesses(self) -> StaticCache:
+        cache, certain = self.cache, self.confirmed
+        cache.truncate(0, certain)
+        return cache
 
     def _began(self, count: int, end: int, predicted: Tensor) -> None:
         self.cache.keep(0, list(range(count)))
@@ -61,10 +65,11 @@ class FastLookahead(Lookahead):
         for node in nodes:
             self.rows[node] = len(self.parents)
             self.parents.append(self.rows[tree.parents[node]])
-        read = self.predicted[[self.rows[tree.parents[node]] + 1 for node in nodes]]
-        self.entered = torch.cat((self.entered, self.fast.inputs([tree.tokens[node] for node in nodes], read)))
+        above = [self.rows[tree.parents[node]] + 1 for node in nodes]
+        entering = self.fast.inputs([tree.tokens[node] for node in nodes], self.predicted[above])
+        self.entered = torch.cat([self.entered, entering])
         added = self.fast.extend(self.cache, 0, self.entered, self.parents, len(nodes))
-        self.predicted = torch.cat((self.predicted, added))
+        self.predicted = torch.cat([self.predicted, added])
         return added
 
 
@@ -87,17 +92,18 @@ class FastEagleDrafter(EagleDrafter):
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Chains that nobody may end early are drawn in C++ as well, where the kernels have their random numbers."""
         chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
-        for row in chains.open():
-            sequence = sequences[row]
-            how = Drawing(self.params, self.decisions, sequence.sample, sequence.length, self.noise)
-            if stop is not None or not how.keyed or not self.ready(sequence):
+        rows = chains.open()
+        for row in rows:
+            text = sequences[row]
+            drawing = Drawing(self.params, self.decisions, text.sample, text.length, self.noise)
+            if stop is not None or not keyed(drawing) or not self.ready(text):
                 return super().propose(sequences, widths, stop)
-            layer, new = self._layer(sequence)
+            layer, new = self._layer(text)
             assert isinstance(layer, FastLookahead)
-            tokens, features = self._read(sequence, max(new, 1))
+            tokens, features = self._read(text, max(new, 1))
             if not new:  # asked again for the same text: its last input is fed once more
                 layer.confirmed -= 1
-            drawn, probs = layer.draw(tokens, features, sequence.length - 1, widths[row], how)
+            drawn, probs = layer.draw(tokens, features, text.length - 1, widths[row], drawing)
             chains.take(row, drawn, None if self.params.greedy else probs)
         return chains.draft()
 
