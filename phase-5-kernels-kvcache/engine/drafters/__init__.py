@@ -32,7 +32,6 @@ __all__ = [
     "FastEagleDrafter",
     "MedusaDrafter",
     "MedusaHeads",
-    "MedusaHeads",
     "ModelDrafter",
     "NgramDrafter",
     "NgramIndex",

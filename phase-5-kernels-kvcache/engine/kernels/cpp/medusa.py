@@ -6,7 +6,7 @@ fast.logits(states[-1:], target.embedding(last))    # of every head, [H, V]
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,16 @@ class CppMedusa:
         self.heads, self.beside = heads, beside
         each = range(heads.shape.heads)
         blocks = zip(heads.weight, heads.bias, strict=True)
-        wanted = {
+        wanted: dict[str, list[nn.Module]] = {
             "reduce": [] if heads.reduce is None else [heads.reduce],
             "token": [] if heads.token is None else [heads.token[1]],
             "blocks": [linear(weight[i], bias[i]) for weight, bias in blocks for i in each],
             "mix": [linear(heads.mix[i], None) for i in each],
         }
-        plans = {name: [Plan(-1, name, module, beside.weights, False) for module in of] for name, of in wanted.items()}
+        plans = {
+            name: [Plan(-1, name, cast(nn.Linear, module), beside.weights, False) for module in of]
+            for name, of in wanted.items()
+        }
         every = [plan for of in plans.values() for plan in of]
         exact = beside.exact_activations
         arena = library().Arena(sum(plan.shape(exact).bytes for plan in every) + 64 * len(every))
