@@ -16,13 +16,14 @@ from torch import nn
 
 from common.errors import UserError
 
+from .drafters import EagleHead, MedusaHeads
 from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .model import Transformer
 from .runner import Runner, make_runner
 
 if TYPE_CHECKING:
-    from .kernels.cpp import CppModel
+    from .kernels.cpp import CppEagle, CppMedusa, CppModel
     from .kernels.cpp.weights import Weights
     from .options import Options
 
@@ -39,6 +40,7 @@ class Backends:
         self.kernels: Kernels = selection.kernels
         self.report: dict[str, Any] = dict(selection.report)
         self.fast: dict[nn.Module, CppModel] = {}
+        self.heads: CppEagle | CppMedusa | None = None
         reason = self._why_no_whole_steps(device)
         self.whole_steps = reason is None
         if reason is not None and options.kernels == "cpp":
@@ -69,13 +71,18 @@ class Backends:
         return None
 
     def take(self, models: Iterable[nn.Module], others: Iterable[object]) -> None:
-        """Let these models compute with the chosen kernels, and those that can in C++; `others` call ops as well."""
-        models = list(models)
+        """Let these models compute with the chosen kernels, and those that can in C++; `others` call ops as well.
+
+        The first model is the target, whose heads may be among the others.
+        """
+        models, others = list(models), list(others)
         for each in (*models, *others):
             registry.use(each, self.kernels)
         if self.whole_steps:
             for model in models:
                 self._pack(model)
+        for each in others:
+            self._pack_heads(each, models[0])
         if self.fast:
             torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait in the kernels' way
 
@@ -93,6 +100,25 @@ class Backends:
         weights = FORMATS[model.embedding.weight.dtype]
         self.fast[model] = CppModel(model, weights, self.options.threads or None, release=True)
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
+
+    def _pack_heads(self, heads: object, target: nn.Module) -> None:
+        """EAGLE's layer or Medusa's heads, where the target runs in C++."""
+        if not isinstance(heads, EagleHead | MedusaHeads):
+            return
+        self.report["draft_step"] = "cpp" if target in self.fast else "torch"
+        if target not in self.fast:
+            return
+        from .kernels.cpp import CppEagle, CppMedusa
+
+        assert isinstance(target, Transformer)
+        if isinstance(heads, EagleHead):
+            self.heads = CppEagle(heads, target, self.fast[target])
+        else:
+            self.heads = CppMedusa(heads, self.fast[target])
+
+    def in_cpp(self, module: nn.Module) -> bool:
+        """Whether torch computes nothing of this model, or of these heads."""
+        return module in self.fast or (isinstance(module, EagleHead | MedusaHeads) and self.heads is not None)
 
     def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
         """A runner for so many texts of at most so many tokens."""

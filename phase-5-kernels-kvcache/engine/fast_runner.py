@@ -12,15 +12,12 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from common.philox import Purpose
-
+from .drafters.chains import keyed
 from .kernels.cpp import CppModel
 from .kv_cache import KVOptions, StaticCache
 from .kv_cache.texts import Texts
 from .model import Transformer
 from .runner import NO_DRAFT, CachedRunner, Drawing, Runner, Speculated, Work, room
-from .sampling import KeyedRandomness
-from .verify import Certain
 
 
 class FastRunner(CachedRunner):
@@ -90,7 +87,7 @@ class FastRunner(CachedRunner):
     def draw(
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
-        if not self._can_draw(how) or len(text) + count > self.model.config.context:
+        if not keyed(how) or len(text) + count > self.model.config.context:
             return None
         params = how.params
         work = self._begin(owner, text, NO_DRAFT, None, ())
@@ -107,18 +104,12 @@ class FastRunner(CachedRunner):
         self.texts.appended(work.row, work.new + drawn[:-1], [])
         return drawn, None if params.greedy else probs
 
-    def _can_draw(self, how: Drawing) -> bool:
-        params, source = how.params, how.source
-        certain = params.greedy and (isinstance(source, Certain) or how.purpose == Purpose.SAMPLE)
-        keyed = isinstance(source, KeyedRandomness) and source.seed == params.seed
-        return (certain or keyed) and not params.penalised
-
     def speculate(
         self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
     ) -> list[Speculated]:
         most = steps * (count + 1) - 1  # tokens past the text that are computed
         context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
-        if not isinstance(drafter, FastRunner) or not self._can_draw(how) or len(text) + most > context:
+        if not isinstance(drafter, FastRunner) or not keyed(how) or len(text) + most > context:
             return []
         mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
         self.cache.make_room(mine.row.number, len(mine.new) + most)

@@ -83,7 +83,7 @@ class Session:
             self.compiler.warm_up(self._warm_up)
         elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
             for module in (self.loaded.model, *drafting):
-                if module not in self.backends.fast:
+                if not self.backends.in_cpp(module):
                     pack_matrices(module)
 
     def _load(self, name: str, quant: QuantName) -> LoadedModel:
@@ -208,7 +208,9 @@ class Session:
         runner = self.runner = self._runner(self.loaded.model, sequences)
         draft = self._runner(self.draft.model, sequences) if self.draft else None
         noise = self.policy.draft_noise
-        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
+        drafter = make_drafter(
+            self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads, self.backends.heads
+        )
         if self.options.tree != "off":
             drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
         controller = partial(self.options.make_controller, self.prices)

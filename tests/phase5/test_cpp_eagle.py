@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from common.philox import Purpose
 from phase5 import load
 from phase5.drafters.eagle import EagleHead, EagleShape, Lookahead
+from phase5.drafters.eagle_fast import FastLookahead
 from phase5.kernels import cpp
 from phase5.model import Transformer
 from phase5.sampling import SamplingParams, probabilities
@@ -29,20 +31,21 @@ def test_a_chain_and_a_tree(family: str, make_checkpoint: Callable[..., Path]) -
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
-    layer = cpp.CppEagle(head, target, "float32", 2)
+    layer = cpp.CppEagle(head, target, cpp.CppModel(target, "float32", 2))
     slow = Lookahead(head, target, 128)
     cache = layer.new_cache(1, 128)
+    params = SamplingParams(temperature=1.0, seed=5)
     with torch.inference_mode():
         for count in (14, 3):
-            inputs = torch.randn(count, target.config.width)
+            tokens, features = list(range(count)), torch.randn(count, target.config.width)
+            inputs = head.inputs(target.embedding(torch.tensor(tokens)), features)
+            torch.testing.assert_close(layer.inputs(tokens, features), inputs, rtol=1e-4, atol=1e-4)
             expected = slow.begin(inputs, 0)
-            begun = layer.begin(cache, 0, inputs)
-            assert begun.hidden is not None
-            torch.testing.assert_close(begun.hidden, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer.begin(cache, 0, inputs), expected, rtol=1e-4, atol=1e-4)
+            drawn, probs, begun = layer.draft(cache, 0, tokens, features, 5, params, sample=1, position=30)
+            torch.testing.assert_close(begun, expected, rtol=1e-4, atol=1e-4)
             cache.keep(0, list(range(count)))
 
-        params = SamplingParams(temperature=1.0, seed=5)
-        drawn, probs = layer.continue_chain(cache, 0, begun, 5, params, sample=1, position=30)
         feature = expected
         for at, token in enumerate(drawn):
             if at:
@@ -53,14 +56,23 @@ def test_a_chain_and_a_tree(family: str, make_checkpoint: Callable[..., Path]) -
             assert token == int(KeyedDecisions(5).draw(probs[at][None], *keys, Purpose.DRAFT))
 
         tree = Tree([5, 6, 7, 8], [-1, -1, 0, 1])
-        fresh, theirs = Lookahead(head, target, 128), layer.new_cache(1, 128)
-        first = fresh.begin(inputs, 0)
-        layer.begin(theirs, 0, inputs)
-        theirs.keep(0, list(range(len(inputs))))
-        level = fresh.extend(tree, [0, 1])
-        below = fresh.extend(tree, [2, 3])
-        of_nodes = torch.cat((first, first, level))
-        inputs_of_nodes = head.inputs(target.embedding(torch.tensor(tree.tokens)), of_nodes)
-        got = layer.extend(theirs, 0, inputs_of_nodes, tree.parents).hidden
-        assert got is not None
-        torch.testing.assert_close(got, torch.cat((level, below)), rtol=1e-4, atol=1e-4)
+        fresh, theirs = Lookahead(head, target, 128), FastLookahead(layer, head, target, 128)
+        torch.testing.assert_close(theirs.begin(inputs, 0), fresh.begin(inputs, 0), rtol=1e-4, atol=1e-4)
+        for level in ([0, 1], [2, 3]):
+            torch.testing.assert_close(theirs.extend(tree, level), fresh.extend(tree, level), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_is_named(make_checkpoint: Callable[..., Path]) -> None:
+    target = load(str(make_checkpoint("llama")), torch.float32, torch.device("cpu")).model
+    assert isinstance(target, Transformer)
+    layer = cpp.CppEagle(
+        EagleHead(EagleShape(ffn_width=64), target.config).eval(), target, cpp.CppModel(target, "float32", 1)
+    )
+    features = torch.zeros(1, target.config.width)
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        layer.inputs([target.config.vocab_size], features)
+    with pytest.raises(ValueError, match="features must be"):
+        layer.inputs([1, 2], features)
+    penalties = SamplingParams(presence_penalty=1)
+    with pytest.raises(UserError, match="penalties"):
+        layer.draft(layer.new_cache(1, 8), 0, [1], features, 2, penalties, sample=0, position=1)

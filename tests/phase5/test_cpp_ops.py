@@ -207,3 +207,50 @@ def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppMod
         fast.draft_chain(fast.new_cache(1, 8), 0, [], 2, SamplingParams())
     with pytest.raises(ValueError, match="no room"):
         fast.generate_plain(fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())
+
+
+def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
+    """A token of every row of probs [R, V], from one uniform number each: what replaces a draft token that fell.
+
+    The draft is a token with probability 0, which falls always, and leaves the target as it is.
+    """
+    rows, vocab = probs.shape
+    target = torch.zeros(rows, 2, vocab + 1)
+    target[:, 0, :vocab] = probs
+    draft = torch.full((rows, 1), vocab)
+    keys = torch.arange(rows), torch.arange(rows) * 3
+    got = cpp.verify_sample(draft, None, target, torch.ones(rows).long(), *keys, KeyedDecisions(seed))
+    assert not got.accepted.any()
+    return got.next_tokens
+
+
+@pytest.mark.parametrize("vocab", [5, 31, 32, 33, 64, 100, 4096])
+def test_the_inverse_distribution_is_that_of_a_running_sum(vocab: int) -> None:
+    rows = 400
+    probs = (logits_of(rows, vocab, 5) * 2).softmax(-1)
+    expected = KeyedDecisions(9).draw(probs, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)
+    assert torch.equal(drawn_by_inverse(probs, 9), expected)
+    assert len(expected.unique()) > 3
+
+
+@pytest.mark.parametrize("vocab", [40, 96, 1000])
+def test_the_inverse_distribution_gives_nothing_of_probability_zero(vocab: int) -> None:
+    """Zeros at both ends, whole blocks of them, and rows in which a single token is left."""
+    rows = 600
+    generator = torch.Generator().manual_seed(vocab)
+    weights = torch.rand(rows, vocab, generator=generator)
+    blocks = torch.rand(rows, vocab // 8 + 1, generator=generator) < 0.3  # of 8: so 32 in a row as well
+    weights *= blocks.repeat_interleave(8, 1)[:, :vocab]
+    weights[: rows // 3, vocab // 3 :] = 0
+    weights[rows // 3 : rows // 2, : vocab // 2] = 0
+    weights[torch.arange(rows), torch.randint(0, vocab, (rows,), generator=generator)] += 1e-30
+    weights[: rows // 10] = 0
+    only = torch.randint(0, vocab, (rows // 10,), generator=generator)
+    weights[torch.arange(rows // 10), only] = 1e-30
+    tokens = drawn_by_inverse(weights, 2)
+    assert bool((weights[torch.arange(rows), tokens] > 0).all())
+    assert torch.equal(tokens[: rows // 10], only)
+    assert torch.equal(
+        tokens[rows // 10 :],
+        KeyedDecisions(2).draw(weights, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)[rows // 10 :],
+    )

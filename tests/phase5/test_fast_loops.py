@@ -30,6 +30,7 @@ DRAFTING: dict[str, dict[str, Any]] = {
     "extrapolate": {"drafter": "extrapolate", "k": 2},
     "medusa": {"drafter": "medusa", "k": 4},
     "eagle": {"drafter": "eagle", "k": 4},
+    "eagle, confidence": {"drafter": "eagle", "controller": "confidence"},
     "eagle, static tree": {"drafter": "eagle", "k": 3, "tree": "static", "tree_nodes": 8},
 }
 FORMATS: dict[str, dict[str, Any]] = {
@@ -61,6 +62,31 @@ def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
     found = [[(each.tokens, each.stats.target_forwards) for each in made.complete(texts(3))] for made in (fast, slow)]
     assert isinstance(fast.runner, FastRunner)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("how", [name for name in DRAFTING if name.startswith("eagle")])
+def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of it in torch; its drafts are as good as torch's."""
+    options = {"temperature": temperature, "max_tokens": 48, **DRAFTING[how]}
+    slow = session(kernels="torch", **options)
+    assert slow.backends.report["draft_step"] == "torch"
+    written(slow)
+
+    def never(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("EAGLE's layer ran in torch")
+
+    monkeypatch.setattr("phase5.drafters.eagle.EagleHead.forward", never)
+    monkeypatch.setattr("phase5.drafters.eagle.EagleHead.inputs", never)
+    fast = session(**options)
+    assert fast.backends.report["draft_step"] == "cpp"
+    written(fast)
+    counts = []
+    for made in (slow, fast):
+        steps = [step for of_text in made.steps.values() for step in of_text]
+        counts.append(sum(step.accepted for step in steps) / sum(step.proposed for step in steps))
+    assert counts[0] > 0.2
+    assert counts[1] == pytest.approx(counts[0], abs=0.1)
 
 
 @pytest.mark.parametrize("format", list(FORMATS))
@@ -102,7 +128,7 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
 
 
 def test_batches_and_samples_are_what_each_is_alone() -> None:
-    for options in (DRAFTING["plain"], DRAFTING["model"]):
+    for options in (DRAFTING["plain"], DRAFTING["model"], {**DRAFTING["eagle"], "policy": "coupled"}):
         made = session(temperature=1.0, **options)
         alone = [made.complete([text])[0].tokens for text in texts(3)]
         assert [each.tokens for each in made.complete(texts(3))] == alone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from common.philox import Purpose
 
@@ -12,6 +12,7 @@ from ..runner import Runner
 from ..sampling import SamplingParams
 from ..verify import Decisions
 from .eagle import EagleDrafter, EagleHead
+from .eagle_fast import FastEagleDrafter
 from .extrapolate import ExtrapolateDrafter
 from .heads import Heads, find_heads, load_heads
 from .medusa import MedusaDrafter, MedusaHeads
@@ -20,6 +21,7 @@ from .ngram import NgramDrafter, NgramIndex
 from .trees import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter
 
 if TYPE_CHECKING:
+    from ..kernels.cpp import CppEagle, CppMedusa
     from ..options import Options
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "EagleDrafter",
     "EagleHead",
     "ExtrapolateDrafter",
+    "FastEagleDrafter",
     "MedusaDrafter",
     "MedusaHeads",
     "ModelDrafter",
@@ -48,15 +51,21 @@ def make_drafter(
     decisions: Decisions,
     noise: Purpose,
     heads: Heads | None = None,
+    fast: CppEagle | CppMedusa | None = None,
 ) -> Drafter:
-    """The drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`."""
+    """The drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`.
+
+    fast: the heads, where they run in C++.
+    """
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
         return ExtrapolateDrafter(target, params, decisions, noise, options.alpha)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, params, decisions, noise)
+        return MedusaDrafter(target, heads, params, decisions, noise, cast("CppMedusa | None", fast))
     if isinstance(heads, EagleHead):
+        if fast is not None:
+            return FastEagleDrafter(cast("CppEagle", fast), target, heads, params, decisions, noise)
         return EagleDrafter(target, heads, params, decisions, noise, cached=options.kv != "off")
     assert draft is not None, "the drafter `model` needs a draft model"
     return ModelDrafter(draft, params, decisions, noise)

@@ -8,9 +8,18 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Stop
-from ..sampling import SamplingParams, probabilities
+from ..runner import Drawing
+from ..sampling import KeyedRandomness, SamplingParams, probabilities
 from ..sequence import Sequence
-from ..verify import Decisions
+from ..verify import Certain, Decisions
+
+
+def keyed(how: Drawing) -> bool:
+    """Whether nothing but the parameters, and their own seed, says which tokens are drawn: other code can, too."""
+    params, source = how.params, how.source
+    certain = params.greedy and (isinstance(source, Certain) or how.purpose == Purpose.SAMPLE)
+    seeded = isinstance(source, KeyedRandomness) and source.seed == params.seed
+    return (certain or seeded) and not params.penalised
 
 
 class ChainBuilder:

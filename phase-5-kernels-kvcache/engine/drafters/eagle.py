@@ -225,28 +225,44 @@ class EagleDrafter:
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
         """Logits [n, V] of what follows these nodes; each level builds on what was computed for those before."""
         if nodes == [-1]:
-            return self.target.logits(self._begin(sequence))
-        return self.target.logits(self._layers[sequence].extend(tree, nodes))
+            return self._logits(self._begin(sequence))
+        return self._logits(self._layers[sequence].extend(tree, nodes))
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.target.logits(features)
 
     def _begin(self, sequence: Sequence) -> Tensor:
+        layer, new = self._layer(sequence)
+        if not new:
+            return layer.predicted[:1]
+        return layer.begin(self.inputs(sequence, new), sequence.length - 1)
+
+    def _layer(self, sequence: Sequence) -> tuple[Lookahead, int]:
+        """The layer over this sequence, and how many of the sequence's last positions it is still to be fed."""
         end, layer = sequence.length - 1, self._layers.get(sequence)
         new = self.head.shape.reach if layer is None else end - layer.end
         if layer is None or not self.cached or new > self.head.shape.reach or not layer.has_room(new):
             longest = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.config.context)
             capacity = max(longest, 2 * self.head.shape.reach) + DRAFT_ROOM
-            layer = self._layers[sequence] = Lookahead(self.head, self.target, capacity)
+            layer = self._layers[sequence] = self._make_layer(capacity)
             new = self.head.shape.reach
-        if not new:
-            return layer.predicted[:1]
-        return layer.begin(self.inputs(sequence, new), end)
+        return layer, new
+
+    def _make_layer(self, capacity: int) -> Lookahead:
+        return Lookahead(self.head, self.target, capacity)
 
     def inputs(self, sequence: Sequence, last: int) -> Tensor:
         """What the layer is fed for the last so many positions whose next token is known, [n, D]."""
+        tokens, features = self._read(sequence, last)
+        embedded = self.target.embedding(torch.tensor(tokens, device=features.device))
+        return self.head.inputs(embedded, features)
+
+    def _read(self, sequence: Sequence, last: int) -> tuple[list[int], Tensor]:
+        """For the last so many positions whose next token is known: that token, and the feature it was drawn from."""
         states = self.memory.get(sequence, last)
         assert states is not None, "the first step of a sequence has nothing to draft from"
         following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]  # drawn from those states
-        embedded = self.target.embedding(torch.tensor(following, device=states.device))
-        return self.head.inputs(embedded, self.head.read(states))
+        return following, self.head.read(states)
 
     def known(self, sequence: Sequence) -> int:
         return self.memory.known(sequence)

@@ -10,7 +10,7 @@ the one before it guessed: that makes them cheap, and it bounds how good they ca
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from ..tree import Tree
 from ..verify import Decisions
 from .chains import ChainBuilder
 from .memory import StateMemory
+
+if TYPE_CHECKING:
+    from ..kernels.cpp import CppMedusa
 
 HeadInit = Literal["zero", "copy", "random"]
 
@@ -109,8 +112,10 @@ class MedusaDrafter:
         params: SamplingParams,
         decisions: Decisions,
         noise: Purpose = Purpose.DRAFT,
+        fast: CppMedusa | None = None,
     ) -> None:
-        self.target, self.heads = target, heads
+        """fast: the heads, where they run in C++."""
+        self.target, self.heads, self.fast = target, heads, fast
         self.params, self.decisions, self.noise = params, decisions, noise
         self.taps: tuple[int, ...] | None = heads.taps
         self.deepest = heads.shape.heads
@@ -135,7 +140,10 @@ class MedusaDrafter:
         states = self.memory.get(sequence)
         assert states is not None, "the first step of a sequence has nothing to draft from"
         last = torch.tensor((sequence.prompt + sequence.tokens)[-1:], device=states.device)
-        return self.target.logits(self.heads(states[-1:], self.target.embedding(last))[:, 0])
+        embedded = self.target.embedding(last)
+        if self.fast is not None:
+            return self.fast.logits(states[-1:], embedded)
+        return self.target.logits(self.heads(states[-1:], embedded)[:, 0])
 
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
         """Logits [n, V] of what follows these nodes: the same for all nodes of a level."""

@@ -17,6 +17,7 @@ import torch
 from . import library as _library
 from .eagle import CppEagle
 from .library import chosen_isa, default_threads, library
+from .medusa import CppMedusa
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
 
@@ -40,6 +41,7 @@ def prepare(device: torch.device) -> None:
 
 __all__ = [
     "CppEagle",
+    "CppMedusa",
     "CppModel",
     "Stepped",
     "chosen_isa",

@@ -1,10 +1,9 @@
 """EAGLE's layer in C++: a one-layer model whose inputs are made of tokens and features (see drafters/eagle.py).
 
-layer = CppEagle(head, target, "bfloat16")
+layer = CppEagle(head, target, CppModel(target, "bfloat16"))
 cache = layer.new_cache(rows=1, tokens=300)
-predicted = layer.begin(cache, 0, inputs)                    # of the sequence's new inputs [n, D]
-cache.keep(0, list(range(len(inputs))))
-tokens, probs = layer.continue_chain(cache, 0, predicted, 4, params, sample=0, position=sequence.length)
+drawn, probs, _ = layer.draft(cache, 0, tokens, features, 4, params, sample=0, position=sequence.length)
+cache.keep(0, list(range(len(tokens))))
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from common.philox import Purpose
 
 from ...drafters.eagle import EagleHead
 from ...kv_cache import StaticCache
 from ...model import Transformer
 from ...sampling import SamplingParams
-from .model import CppModel, Stepped
+from .model import CppModel
 from .ops import sampling_of
-from .weights import KIND_OF, Plan, Weights, set_norm, why_not_model
+from .weights import KIND_OF, Plan, Weights, set_norm
 
 NO_LIMIT = 2**30
 
@@ -38,24 +36,21 @@ class CppEagle(CppModel):
         self,
         head: EagleHead,
         target: Transformer,
-        weights: Weights = "float32",
-        threads: int | None = None,
-        *,
-        exact_activations: bool | None = None,
+        beside: CppModel,
     ) -> None:
-        if (reason := why_not_model(target)) is not None:
-            raise UserError(reason)
+        """beside: the target in C++, whose output matrix is read here too, and whose format and threads are taken."""
         parts = SimpleNamespace(
             config=dataclasses.replace(head.config, window=head.shape.reach),
             embedding=target.embedding,
             layers=[head.block],
             norm=head.norm,
-            head=target.head,
+            head=None,
             join=head.join,
         )
         self._parts = parts  # the target's embedding is read where it lies
         self._norms = {"token_norm": head.token_norm, "state_norm": head.state_norm}
-        self._prepare(parts, weights, threads, None, exact_activations, release=False)
+        self._head = beside._head
+        self._prepare(parts, beside.weights, beside.threads, None, beside.exact_activations, release=False)
 
     def _take_tables(self, model: Any) -> list[Tensor]:
         for name, norm in self._norms.items():
@@ -74,41 +69,63 @@ class CppEagle(CppModel):
         else:
             super()._set(plan, packed)
 
-    def begin(self, cache: StaticCache, row: int, inputs: Tensor) -> Stepped:
-        """The feature predicted behind a sequence's new inputs [n, D], and its logits: [1, D] and [1, V]."""
-        return self.step(cache, [[0] * len(inputs)], rows=[row], inputs=inputs, hidden=True)
+    def _finish(self) -> None:
+        self._engine.set_matrix(-1, "head", self._head)
+        super()._finish()
 
-    def extend(self, cache: StaticCache, row: int, inputs: Tensor, parents: Sequence[int]) -> Stepped:
-        """Those of all nodes of a tree behind the sequence, [n, D] and [n, V], from all their inputs [n, D]."""
-        nodes = range(len(parents))
-        return self.step(
-            cache, [[0] * len(parents)], rows=[row], inputs=inputs, parents=[list(parents)], wanted=nodes, hidden=True
-        )
+    def inputs(self, tokens: Sequence[int], features: Tensor) -> Tensor:
+        """What the layer is fed, [n, D]: each token's embedding beside the feature [n, D] that it was drawn from."""
+        features = self._checked(tokens, features)
+        joined = torch.empty(len(tokens), self.config.width)
+        self._engine.join(list(tokens), features.data_ptr(), joined.data_ptr())
+        return joined
 
-    def continue_chain(
+    def begin(self, cache: StaticCache, row: int, inputs: Tensor) -> Tensor:
+        """The feature [1, D] predicted behind a sequence's new inputs [n, D]."""
+        found = self.step(cache, [[0] * len(inputs)], rows=[row], inputs=inputs, hidden=True, logits=False).hidden
+        assert found is not None
+        return found
+
+    def extend(self, cache: StaticCache, row: int, inputs: Tensor, parents: Sequence[int], new: int) -> Tensor:
+        """The features [new, D] behind the last nodes of a tree behind the sequence, from all nodes' inputs [n, D]."""
+        n = len(parents)
+        found = self.step(
+            cache, [[0] * n], rows=[row], inputs=inputs, parents=[parents], wanted=range(n - new, n), hidden=True,
+            logits=False,
+        ).hidden  # fmt: skip
+        assert found is not None
+        return found
+
+    def draft(
         self,
         cache: StaticCache,
         row: int,
-        predicted: Stepped,
+        tokens: Sequence[int],
+        features: Tensor,
         count: int,
         params: SamplingParams,
         *,
         sample: int,
         position: int,
         noise: Purpose = Purpose.DRAFT,
-    ) -> tuple[list[int], Tensor]:
-        """`count` tokens behind what `begin` predicted, and what each was drawn from [count, V], in one call.
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """`count` tokens behind a sequence in one call, what each was drawn from [count, V], and the feature [1, D]
+        predicted behind the sequence.
 
-        position: of the first of them in the text, for its random number. Their keys and values lie behind the row's
-        length, and are not kept. UserError for penalties.
+        tokens: those of the sequence that the row has no inputs of, at least one, beside their features [n, D].
+        position: of the first new token in the text, for its random number. The row afterwards has keys and values of
+        the sequence's inputs and of all drawn tokens but the last: `cache.keep` what stands. UserError for penalties.
         """
-        if params.penalised:
-            raise UserError("penalties need the whole text: the C++ kernels draw without them; use --kernels torch")
-        assert predicted.hidden is not None
-        assert predicted.logits is not None
-        probs = torch.empty(count, self.config.vocab_size)
-        drawn = self._engine.continue_chain(
-            self.view(cache), row, cache.lengths[row], sample, position, count, sampling_of(params), int(noise),
-            predicted.hidden.data_ptr(), predicted.logits.data_ptr(), probs.data_ptr(),
+        self._check_text(cache, row, tokens, params)
+        features = self._checked(tokens, features)
+        probs, predicted = torch.empty(count, self.config.vocab_size), torch.empty(1, self.config.width)
+        drawn = self._engine.continue_features(
+            self.view(cache), row, cache.lengths[row], list(tokens), sample, position, features.data_ptr(), count,
+            sampling_of(params), int(noise), predicted.data_ptr(), probs.data_ptr(),
         )  # fmt: skip
-        return drawn, probs
+        return drawn, probs, predicted
+
+    def _checked(self, tokens: Sequence[int], features: Tensor) -> Tensor:
+        if features.shape != (len(tokens), self.config.width):
+            raise ValueError(f"features must be [{len(tokens)}, {self.config.width}], and are {list(features.shape)}")
+        return features.detach().float().contiguous()

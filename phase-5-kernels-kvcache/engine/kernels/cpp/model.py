@@ -90,8 +90,11 @@ class CppModel:
                 release_matrix(plan)
         set_vectors(self._engine, model)
         self._rotations = 0
-        self._engine.finish()
+        self._finish()
         self._views: WeakKeyDictionary[StaticCache, Any] = WeakKeyDictionary()
+
+    def _finish(self) -> None:
+        self._engine.finish()
 
     def _more(self, model: Any, weights: Weights) -> list[Plan]:
         """Matrices besides those of every Transformer."""

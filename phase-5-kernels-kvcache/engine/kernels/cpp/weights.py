@@ -98,7 +98,8 @@ def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
         yield plan(number, "output", layer.attention.output, weights)
         yield plan(number, "up", layer.ffn.gate_up if gated else layer.ffn.up, weights, gated)
         yield plan(number, "down", layer.ffn.down, weights)
-    yield plan(-1, "head", model.head, head)
+    if model.head is not None:
+        yield plan(-1, "head", model.head, head)
 
 
 def pack(plan: Plan, arena: Any, exact: bool | None) -> Any:

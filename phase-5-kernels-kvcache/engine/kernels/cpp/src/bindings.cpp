@@ -110,11 +110,15 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
             (which == "embedding" ? e.model.embedding : e.model.positions) = {pointer<void>(data), kind_of(kind), rows};
         })
         .def("set_join", &Engine::set_join)
-        .def("continue_chain", [](Engine& e, const View& view, int row, int held, int sample, int position, int count,
-                                  const Sampling& how, uint32_t purpose, uintptr_t feature, uintptr_t logits, uintptr_t probs) {
+        .def("join", [](Engine& e, const std::vector<int>& tokens, uintptr_t features, uintptr_t out) {
             py::gil_scoped_release release;
-            return e.continue_chain(view, {row, held, {}, sample, position}, count, how, purpose, pointer<float>(feature),
-                                    pointer<float>(logits), pointer<float>(probs));
+            e.join(tokens, pointer<float>(features), pointer<float>(out));
+        })
+        .def("continue_features", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample, int position,
+                                     uintptr_t features, int count, const Sampling& how, uint32_t purpose, uintptr_t predicted, uintptr_t probs) {
+            py::gil_scoped_release release;
+            return e.continue_features(view, {row, held, std::move(known), sample, position}, pointer<float>(features), count,
+                                       how, purpose, pointer<float>(predicted), pointer<float>(probs));
         })
         .def("finish", &Engine::finish)
         .def("step", [](Engine& e, const View& view, std::vector<int> tokens, std::vector<int> positions,

@@ -83,7 +83,9 @@ void Engine::finish() {
     }
     int widest = std::max({model.width, model.ffn_padded(), model.heads * model.head_dim});
     size_t acts = 0;
-    for (const auto& packed : matrices_) {
+    std::vector<std::shared_ptr<Packed>> all = matrices_;
+    if (join_ != nullptr) all.push_back(join_);
+    for (const auto& packed : all) {
         const Matrix& w = packed->matrix;
         widest = std::max(widest, w.padded);
         const size_t groups = size_t(w.padded / std::max(1, w.group));
@@ -252,31 +254,39 @@ int Engine::draw(float* of_token, const Sampling& how, int sample, int position,
     return draw_inverse(of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), purpose);
 }
 
-std::vector<int> Engine::continue_chain(
-    const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
-    const float* logits, float* probs
-) {
+void Engine::join(const std::vector<int>& tokens, const float* features, float* out) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
     if (join_ == nullptr) throw std::invalid_argument("this model continues no features");
-    const size_t width = size_t(model.width), vocab = size_t(model.vocab);
-    std::vector<float> state(feature, feature + width), pair(2 * width), input(width), embedded(width);
+    const size_t width = size_t(model.width);
+    std::vector<float> pairs(tokens.size() * 2 * width), embedded(width);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        if (tokens[i] < 0 || tokens[i] >= model.vocab) throw std::invalid_argument("a token is not in the vocabulary");
+        embed(tokens[i], embedded.data());
+        isa->normalise(token_norm_, embedded.data(), model.width, &pairs[i * 2 * width]);
+        isa->normalise(state_norm_, features + i * width, model.width, &pairs[i * 2 * width] + width);
+    }
+    product(*join_, pairs.data(), int(tokens.size()), out);
+}
+
+std::vector<int> Engine::continue_features(
+    const View& view, const Text& text, const float* features, int count, const Sampling& how, uint32_t purpose,
+    float* predicted, float* probs
+) {
+    const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    const size_t width = size_t(model.width);
+    std::vector<float> inputs(text.known.size() * width), state(width);
     std::vector<int> drawn;
-    std::copy_n(logits, vocab, probs);
+    Request request = following(text, nullptr);
+    join(text.known, features, inputs.data());
     for (int i = 0; i < count; ++i) {
-        float* of_token = probs + size_t(i) * vocab;
-        if (i > 0) {
-            embed(drawn.back(), embedded.data());
-            isa->normalise(token_norm_, embedded.data(), model.width, pair.data());
-            isa->normalise(state_norm_, state.data(), model.width, pair.data() + width);
-            product(*join_, pair.data(), 1, input.data());
-            Request request;
-            const int place = text.held + i - 1;
-            request.tokens = {drawn.back()}, request.positions = {place};
-            request.rows = {text.row}, request.counts = {1}, request.held = {place}, request.wanted = {0};
-            request.inputs = input.data(), request.hidden = state.data(), request.logits = of_token;
-            step(view, request);
-        }
-        drawn.push_back(draw(of_token, how, text.sample, text.position + i, purpose));
+        float* of_token = probs + size_t(i) * size_t(model.vocab);
+        request.inputs = inputs.data(), request.logits = of_token;
+        request.hidden = i == 0 ? predicted : state.data();
+        step(view, request);
+        const int token = draw(of_token, how, text.sample, text.position + i, purpose);
+        drawn.push_back(token);
+        go_on(request, token);
+        if (i + 1 < count) join({token}, request.hidden, inputs.data());
     }
     return drawn;
 }

@@ -64,12 +64,15 @@ public:
     // Plain decoding until `count` tokens or one of `ends`.
     std::vector<int> generate(const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends);
 
-    // A layer that continues a target's features (EAGLE): `count` tokens behind a text whose last predicted feature
-    // [width] and its logits [vocab] are given; `held` inputs are in the layer's cache. Otherwise as draft().
-    std::vector<int> continue_chain(
-        const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, const float* feature,
-        const float* logits, float* probs
+    // A layer that continues a target's features (EAGLE) reads every token beside the feature [width] that it was drawn
+    // from: here of the known tokens, of which `held` are in the layer's cache. `predicted` [width] is written: the
+    // feature behind the text. Otherwise as draft().
+    std::vector<int> continue_features(
+        const View& view, const Text& text, const float* features, int count, const Sampling& how, uint32_t purpose,
+        float* predicted, float* probs
     );
+    // What such a layer is fed: tokens, each beside its feature -> out [tokens, width].
+    void join(const std::vector<int>& tokens, const float* features, float* out);
     void set_join(std::shared_ptr<Packed> join) { join_ = std::move(join); }
 
     // One matrix alone: x [count, inputs] -> out [count, outputs of the model's shape].

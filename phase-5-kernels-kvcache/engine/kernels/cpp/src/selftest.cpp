@@ -5,8 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <thread>
 
-#include "engine.h"
+#include "speculate.h"
 
 using namespace lab;
 
@@ -55,14 +56,14 @@ struct Made {
         return packed;
     }
 
-    explicit Made(Kind kind) {
+    explicit Made(Kind kind, int vocab = 0) {
         Model& m = model;
         m.layers = between(1, 2), m.kv_heads = between(1, 3), m.heads = m.kv_heads * between(1, 5);
         m.head_dim = 2 * between(1, 20);
         const bool groups = kind == Kind::i4;
         if (groups) m.head_dim = 32;
         m.width = groups ? 32 * between(1, 3) : between(1, 70), m.ffn = groups ? 32 * between(1, 3) : between(1, 90);
-        m.vocab = between(2, 90), m.window = between(0, 2) == 0 ? between(1, 15) : 0;
+        m.vocab = vocab ? vocab : between(2, 90), m.window = between(0, 2) == 0 ? between(1, 15) : 0;
         m.gated = between(0, 1) == 1, m.rope = between(0, 1) == 1, m.activation = Activation(between(0, 3));
         const bool wide = between(0, 1) == 1, layer_norm = between(0, 1) == 1, qk = between(0, 1) == 1;
         auto vector = [&](int layer, const char* name, int count) {
@@ -183,6 +184,91 @@ void one_model(Kind weights, Kind kind, const Isa* isa) {
     }
 }
 
+// What two models make of a text in `steps` steps, and the distributions that were met on the way.
+struct Run {
+    std::vector<Speculated> steps;
+    std::vector<float> draft_probs, target_probs;
+    std::vector<int> text;  // what was gained
+
+    Run(Engine& target, Engine& drafter, const std::vector<int>& known, int at_once, int steps_, int count, const Sampling& how, bool own, uint32_t purpose) {
+        const size_t vocab = size_t(target.model.vocab), k = size_t(count), all = size_t(steps_);
+        const int room = int(known.size()) + steps_ * (count + 1);
+        Memory seen(target.model, Kind::f32, room), drafting(drafter.model, Kind::f32, room);
+        draft_probs.resize(all * k * vocab), target_probs.resize(all * (k + 1) * vocab);
+        std::vector<int64_t> tokens(all * k);
+        std::vector<float> ratios(all * k);
+        Engine::Text mine{1, 0, known, 0, int(known.size())}, its = mine;
+        its.row = 0;
+        for (size_t done = 0; done < all; done += size_t(at_once)) {
+            const auto some = speculate(
+                target, seen.view, mine, drafter, drafting.view, its, {count, how, own, purpose, at_once}, &tokens[done * k],
+                &draft_probs[done * k * vocab], &target_probs[done * (k + 1) * vocab], &ratios[done * k]
+            );
+            for (const Speculated& step : some) {
+                need(step.accepted >= 0 && step.accepted <= count && int(step.draft.size()) == count, "a step has another size");
+                for (size_t i = 0; i < size_t(step.accepted); ++i) text.push_back(step.draft[i]);
+                text.push_back(step.next);
+                steps.push_back(step);
+            }
+            // As the Python side does: each model keeps what stood, and is given the rest the next time.
+            const Speculated& last = steps.back();
+            std::vector<int> whole(known);
+            whole.insert(whole.end(), text.begin(), text.end());
+            mine.position = its.position = int(whole.size());
+            mine.held = int(whole.size()) - 1, its.held = mine.held - (last.accepted == count ? 1 : 0);
+            mine.known.assign(whole.begin() + mine.held, whole.end());
+            its.known.assign(whole.begin() + its.held, whole.end());
+        }
+    }
+};
+
+bool same(const Run& a, const Run& b) {
+    if (a.text != b.text || a.steps.size() != b.steps.size()) return false;
+    for (size_t i = 0; i < a.steps.size(); ++i)
+        if (a.steps[i].draft != b.steps[i].draft || a.steps[i].accepted != b.steps[i].accepted) return false;
+    return std::memcmp(a.draft_probs.data(), b.draft_probs.data(), a.draft_probs.size() * 4) == 0 &&
+           std::memcmp(a.target_probs.data(), b.target_probs.data(), a.target_probs.size() * 4) == 0;
+}
+
+// Steps of speculation: several in a call are single ones, a draft by the target itself stands, the target's own choice
+// gives plain decoding, on one thread and on several; and two texts at once, in two host threads that share the pool.
+void speculation(Kind weights, const Isa* isa) {
+    Made made(weights), other(weights, made.model.vocab);
+    std::vector<int> known(size_t(between(1, 20)));
+    for (int& token : known) token = between(0, made.model.vocab - 1);
+    const int count = between(1, 5), steps = 4;
+    for (int way = 0; way < 4; ++way) {
+        const bool own = way == 1 || way == 2;
+        const uint32_t purpose = way == 2 ? SAMPLE : DRAFT;
+        Sampling how;
+        how.temperature = way == 3 ? 0 : 0.8, how.top_k = way == 0 ? 7 : 0, how.seed = uint64_t(between(0, 1 << 30));
+        std::unique_ptr<Run> first;
+        for (int threads = 1; threads <= 3; ++threads) {
+            auto target = made.engine(threads, isa), drafter = other.engine(threads, isa);
+            const Run single(*target, *drafter, known, 1, steps, count, how, own, purpose);
+            std::unique_ptr<Run> at_once, itself;
+            std::thread elsewhere([&] {
+                at_once = std::make_unique<Run>(*target, *drafter, known, steps, steps, count, how, own, purpose);
+            });
+            auto twin = made.engine(threads, isa);
+            itself = std::make_unique<Run>(*target, *twin, known, 1, steps, count, how, own, own ? uint32_t(SAMPLE) : purpose);
+            elsewhere.join();
+            need(same(single, *at_once), "several steps in a call are not single ones");
+            need(first == nullptr || same(*first, single), "on other threads speculation has other bits");
+            if (first == nullptr) first = std::make_unique<Run>(single);
+            for (const Speculated& step : itself->steps)
+                need(step.accepted == count, "a draft by the target itself must stand");
+            if (own || how.temperature == 0) {
+                Memory memory(made.model, Kind::f32, int(known.size() + single.text.size()));
+                const auto plain = target->generate(
+                    memory.view, {0, 0, known, 0, int(known.size())}, int(single.text.size()), how, {}
+                );
+                need(plain == single.text, "the target's own choice is not plain decoding");
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -192,6 +278,7 @@ int main() {
         if (isa == nullptr) continue;
         for (Kind weights : {Kind::f32, Kind::bf16, Kind::f16, Kind::i8, Kind::i4})
             for (Kind cache : {Kind::f32, Kind::bf16, Kind::f16, Kind::i8}) one_model(weights, cache, isa), ++cases;
+        for (Kind weights : {Kind::f32, Kind::bf16, Kind::i8}) speculation(weights, isa), ++cases;
     }
     std::printf("%d models on every instruction set: the same bits always\n", cases);
     return 0;

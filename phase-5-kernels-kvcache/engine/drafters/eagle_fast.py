@@ -1,0 +1,117 @@
+"""EAGLE's drafter with its layer in C++: a whole chain in one call, a tree level by level.
+
+What the drafter remembers, and what of it the layer's cache still has, is as in eagle.py; only who computes is another.
+
+    python generate.py --kernels cpp --drafter eagle --prompt "import "
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common.philox import Purpose
+
+from ..drafting import Draft, Stop
+from ..kv_cache import StaticCache
+from ..model import Transformer
+from ..runner import Drawing
+from ..sampling import SamplingParams
+from ..sequence import Sequence
+from ..tree import Tree
+from ..verify import Decisions
+from .chains import ChainBuilder, keyed
+from .eagle import EagleDrafter, EagleHead, Lookahead
+
+if TYPE_CHECKING:
+    from ..kernels.cpp import CppEagle
+
+
+class FastLookahead(Lookahead):
+    """Over the same cache, into which the kernels write."""
+
+    def __init__(self, fast: CppEagle, head: EagleHead, target: Transformer, capacity: int) -> None:
+        super().__init__(head, target, capacity)
+        self.fast = fast
+
+    def begin(self, inputs: Tensor, end: int) -> Tensor:
+        self._began(len(inputs), end, self.fast.begin(self._without_guesses(), 0, inputs))
+        return self.predicted
+
+    def draw(self, tokens: list[int], features: Tensor, end: int, count: int, how: Drawing) -> tuple[list[int], Tensor]:
+        """A chain behind the sequence's new tokens, and what each of it was drawn from [count, V]."""
+        drawn, probs, predicted = self.fast.draft(
+            self._without_guesses(), 0, tokens, features, count, how.params,
+            sample=how.sample, position=how.position, noise=how.purpose,
+        )  # fmt: skip
+        self._began(len(tokens), end, predicted)
+        return drawn, probs
+
+    def _without_guesses(self) -> StaticCache:
+        cache, certain = self.cache, self.confirmed
+        cache.truncate(0, certain)
+        return cache
+
+    def _began(self, count: int, end: int, predicted: Tensor) -> None:
+        self.cache.keep(0, list(range(count)))
+        self.confirmed, self.end, self.predicted = self.confirmed + count, end, predicted
+        self.rows, self.parents = {-1: -1}, list[int]()
+        self.entered = predicted[:0]  # the guesses' inputs
+
+    def extend(self, tree: Tree, nodes: list[int]) -> Tensor:
+        """All guesses so far go along again: within one step the kernels are told which of them a node sees."""
+        for node in nodes:
+            self.rows[node] = len(self.parents)
+            self.parents.append(self.rows[tree.parents[node]])
+        above = [self.rows[tree.parents[node]] + 1 for node in nodes]
+        entering = self.fast.inputs([tree.tokens[node] for node in nodes], self.predicted[above])
+        self.entered = torch.cat([self.entered, entering])
+        added = self.fast.extend(self.cache, 0, self.entered, self.parents, len(nodes))
+        self.predicted = torch.cat([self.predicted, added])
+        return added
+
+
+class FastEagleDrafter(EagleDrafter):
+    """The same drafts but for rounding."""
+
+    def __init__(
+        self,
+        fast: CppEagle,
+        target: Transformer,
+        head: EagleHead,
+        params: SamplingParams,
+        decisions: Decisions,
+        noise: Purpose = Purpose.DRAFT,
+    ) -> None:
+        super().__init__(target, head, params, decisions, noise)
+        self.fast = fast
+
+    @torch.inference_mode()
+    def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
+        """Chains that nobody may end early are drawn in C++ as well, where the kernels have their random numbers."""
+        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        rows = chains.open()
+        for row in rows:
+            text = sequences[row]
+            drawing = Drawing(self.params, self.decisions, text.sample, text.length, self.noise)
+            if stop is not None or not keyed(drawing) or not self.ready(text):
+                return super().propose(sequences, widths, stop)
+            layer, new = self._layer(text)
+            assert isinstance(layer, FastLookahead)
+            tokens, features = self._read(text, max(new, 1))
+            if not new:  # asked again for the same text: its last input is fed once more
+                layer.confirmed -= 1
+            drawn, probs = layer.draw(tokens, features, text.length - 1, widths[row], drawing)
+            chains.take(row, drawn, None if self.params.greedy else probs)
+        return chains.draft()
+
+    def _make_layer(self, capacity: int) -> Lookahead:
+        return FastLookahead(self.fast, self.head, self.target, capacity)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.fast.logits(features)
+
+    def inputs(self, sequence: Sequence, last: int) -> Tensor:
+        return self.fast.inputs(*self._read(sequence, last))

@@ -1,0 +1,72 @@
+"""Medusa's heads in C++: their matrices in panels, products by the target's engine (see drafters/medusa.py).
+
+fast = CppMedusa(heads, CppModel(target, "bfloat16"))
+fast.logits(states[-1:], target.embedding(last))    # of every head, [H, V]
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...drafters.medusa import MedusaHeads
+from .library import library
+from .model import CppModel
+from .weights import Plan, pack
+
+
+class CppMedusa:
+    """In the target's format, on its threads; the sums between the products are left to torch."""
+
+    def __init__(self, heads: MedusaHeads, beside: CppModel) -> None:
+        self.heads, self.beside = heads, beside
+        each = range(heads.shape.heads)
+        blocks = zip(heads.weight, heads.bias, strict=True)
+        wanted: dict[str, list[nn.Module]] = {
+            "reduce": [] if heads.reduce is None else [heads.reduce],
+            "token": [] if heads.token is None else [heads.token[1]],
+            "blocks": [linear(weight[i], bias[i]) for weight, bias in blocks for i in each],
+            "mix": [linear(heads.mix[i], None) for i in each],
+        }
+        plans = {
+            name: [Plan(-1, name, cast(nn.Linear, module), beside.weights, False) for module in of]
+            for name, of in wanted.items()
+        }
+        every = [plan for of in plans.values() for plan in of]
+        exact = beside.exact_activations
+        arena = library().Arena(sum(plan.shape(exact).bytes for plan in every) + 64 * len(every))
+        self._packed = {name: [pack(plan, arena, exact) for plan in of] for name, of in plans.items()}
+
+    def _product(self, packed: Any, x: Tensor) -> Tensor:
+        """x [1, inputs] -> [1, D]."""
+        out = torch.empty(1, self.beside.config.width)
+        self.beside._engine.product(packed, x.data_ptr(), 1, out.data_ptr())
+        return out
+
+    def logits(self, states: Tensor, embedded: Tensor) -> Tensor:
+        """What every head says, [H, V], of a state [1, F] and the embedding [1, D] of the token after it."""
+        states, H = states.detach().float().contiguous(), self.heads.shape.heads
+        x = states[:, : self.beside.config.width]
+        for packed in self._packed["reduce"]:
+            x = x + self._product(packed, states)
+        for packed in self._packed["token"]:
+            assert self.heads.token is not None
+            x = x + self._product(packed, self.heads.token[0](embedded).float().contiguous())
+        rows = [x.contiguous()] * H
+        for at, packed in enumerate(self._packed["blocks"]):
+            rows[at % H] = rows[at % H] + F.silu(self._product(packed, rows[at % H]))
+        mixed = [self._product(packed, row) for packed, row in zip(self._packed["mix"], rows, strict=True)]
+        return self.beside.logits(torch.cat(mixed))
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """weight [in, out], as the heads have it."""
+    inputs, outputs = weight.shape
+    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.flatten(), requires_grad=False)
+    return made

@@ -1,0 +1,295 @@
+"""Steps of speculation in one call into C++: those of single steps and of the torch rule, and the target's law."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import phase5
+from common.philox import Purpose
+from phase5 import load
+from phase5.fast_runner import FastRunner, make_fast_runner
+from phase5.generate import decode
+from phase5.kernels import cpp
+from phase5.kernels.cpp.ops import probabilities as fast_probabilities
+from phase5.kv_cache import KVOptions
+from phase5.model import Transformer
+from phase5.policies import AcceptancePolicy, Judged, OwnChoice, Rejection
+from phase5.runner import Drawing, Speculated
+from phase5.sampling import KeyedRandomness, SamplingParams, probabilities
+from phase5.sequence import Ending, Sequence
+from phase5.speculative import speculative_decode
+from phase5.verify import Certain, Decisions, KeyedDecisions
+
+pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
+
+STATIC = KVOptions("static")
+PROMPT = [5, 9, 200, 31]
+WAYS = {
+    "greedy": SamplingParams(),
+    "filtered": SamplingParams(temperature=0.7, top_k=50, top_p=0.95, seed=11),
+    "plain": SamplingParams(temperature=1.0, seed=-3),
+}
+POLICIES = {"rejection": Rejection(), "longest_prefix": OwnChoice(False), "coupled": OwnChoice(True)}
+
+
+class Pair(NamedTuple):
+    model: Transformer
+    near: Transformer
+    target: cpp.CppModel
+    drafter: cpp.CppModel
+
+
+def shaken(model: Transformer, by: float) -> Transformer:
+    """A model that often agrees: the same one, its matrices shifted a little."""
+    near = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in near.modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight
+                weight += torch.randn(weight.shape, generator=generator) * weight.std() * by
+    return near
+
+
+def pair_of(model: Transformer, by: float) -> Pair:
+    near = shaken(model, by)
+    return Pair(model, near, cpp.CppModel(model, "float32", 2), cpp.CppModel(near, "float32", 2))
+
+
+def loaded(folder: Path) -> Transformer:
+    model = load(str(folder), torch.float32, torch.device("cpu")).model
+    assert isinstance(model, Transformer)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair(llama_folder: Path) -> Pair:
+    model = loaded(llama_folder)
+    with torch.no_grad():  # as they are made, random models find all tokens about equally likely
+        model.head.weight *= 8
+    return pair_of(model, 0.2)
+
+
+@pytest.fixture(scope="module")
+def small(llama_folder: Path) -> Pair:
+    """With the first tokens alone, and an output matrix under which several of them are likely."""
+    whole = loaded(llama_folder)
+    state = {
+        name: tensor[:16] if name in ("embedding.weight", "head.weight") else tensor
+        for name, tensor in whole.state_dict().items()
+    }
+    generator = torch.Generator().manual_seed(2)
+    state["head.weight"] = torch.randn(state["head.weight"].shape, generator=generator) * 0.2
+    model = Transformer(dataclasses.replace(whole.config, vocab_size=16))
+    model.load_state_dict(state)
+    return pair_of(model.requires_grad_(False).eval(), 0.4)
+
+
+def runners(pair: Pair, tokens: int) -> tuple[FastRunner, FastRunner]:
+    target = make_fast_runner(pair.model, pair.target, STATIC, 1, tokens)
+    return target, make_fast_runner(pair.near, pair.drafter, STATIC, 1, tokens)
+
+
+def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, calls: list[int]) -> Any:
+    """Tokens, and every step; calls[i]: how many steps the i-th call makes."""
+    target, drafter = runners(pair, 120)
+    text, done = list(PROMPT), list[Speculated]()
+    decisions: Decisions = Certain() if params.greedy else KeyedDecisions(params.seed)
+    for steps in calls:
+        how = Drawing(params, decisions, 2, len(text), policy.draft_noise)
+        found = target.speculate("a text", text, count, how, drafter, isinstance(policy, OwnChoice), steps)
+        assert len(found) == steps
+        for each in found:
+            text += [*each.draft[: each.accepted], each.next_token]
+        done += found
+    return text, done
+
+
+def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int) -> Iterator[Any]:
+    """The same step by step: a chain, a forward over it, and the rule of policies.py in torch."""
+    caches = pair.target.new_cache(1, 120), pair.drafter.new_cache(1, 120)
+    decisions: Decisions = Certain() if params.greedy else KeyedDecisions(params.seed)
+    text = list(PROMPT)
+    for _ in range(steps):
+        new = [text[cache.lengths[0] :] for cache in caches]
+        drawn, draft_probs = pair.drafter.draft_chain(
+            caches[1], 0, new[1], count, params, sample=2, position=len(text), noise=policy.draft_noise
+        )
+        wanted = range(len(new[0]) - 1, len(new[0]) + count)
+        logits = pair.target.step(caches[0], [new[0] + drawn], wanted=wanted).logits
+        assert logits is not None
+        probs = probabilities(logits, params)[None]
+        draft = phase5.drafting.Draft(torch.tensor([drawn]), None if params.greedy else draft_probs[None], [count])
+        keys = torch.tensor([count]), torch.tensor([2]), torch.tensor([len(text)])
+        verdict = policy.judge(draft, Judged(probs, probs), *keys, decisions)
+        accepted, following = int(verdict.accepted), int(verdict.next_tokens)
+        yield drawn, accepted, following, draft_probs, fast_probabilities(logits, params), verdict.ratios
+        text += [*drawn[:accepted], following]
+        caches[0].keep(0, list(range(len(new[0]) + accepted)))
+        caches[1].keep(0, list(range(len(new[1]) + min(accepted, count - 1))))
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("count", [1, 4])
+def test_several_steps_in_a_call_are_single_ones_and_those_of_torch(
+    pair: Pair, way: str, policy: str, count: int
+) -> None:
+    params, rule, steps = WAYS[way], POLICIES[policy], 12
+    expected = list(one_by_one(pair, params, rule, count, steps))
+    accepted = [each[1] for each in expected]
+    assert 0 < sum(accepted) < count * steps, "drafts that all stand, or all fall, show little"
+    for calls in ([1] * steps, [steps], [1, 5, 2, 4]):
+        _, done = several_steps(pair, params, rule, count, calls)
+        assert [(each.draft, each.accepted, each.next_token) for each in done] == [each[:3] for each in expected]
+        for got, (drawn, _, _, draft_probs, target_probs, ratios) in zip(done, expected, strict=True):
+            assert got.tokens.tolist() == [drawn]
+            assert torch.equal(got.target_probs[0], target_probs)
+            assert got.draft_probs is None if params.greedy else torch.equal(got.draft_probs[0], draft_probs)
+            torch.testing.assert_close(got.ratios, ratios, rtol=1e-5, atol=1e-6)
+
+
+def law(model: Transformer) -> Tensor:
+    """[V, V] the probability of every first two tokens behind the prompt."""
+    V, prompt = model.config.vocab_size, [1, 2, 3]
+    with torch.inference_mode():
+        first = model(torch.tensor([prompt]))[0, -1].double().softmax(-1)
+        second = model(torch.tensor([[*prompt, token] for token in range(V)]))[:, -1].double().softmax(-1)
+    return first[:, None] * second
+
+
+def chances(small: Pair, verdict: Callable[[Speculated], list[int]], seeds: int = 4000) -> float:
+    """How likely so uneven a sample of the first two tokens is under the target's law (chi-square)."""
+    V = small.model.config.vocab_size
+    seen = torch.zeros(V, V)
+    caches = small.target.new_cache(1, 16), small.drafter.new_cache(1, 16)
+    for seed in range(seeds):
+        found: list[int] = []
+        for cache in caches:
+            cache.truncate(0, 0)
+        [*steps] = small.target.speculate(
+            caches[0], 0, [1, 2, 3], small.drafter, caches[1], 0, [1, 2, 3], 2,
+            SamplingParams(temperature=1.0, seed=seed), own=False, sample=0, position=3, steps=2,
+        )  # fmt: skip
+        for each in steps:
+            found += verdict(each)
+        seen[found[0], found[1]] += 1
+    expected = law(small.model).flatten() * seeds
+    common = expected >= 5  # cells that are rarer count together
+    observed = [*seen.flatten()[common].tolist(), float(seen.flatten()[~common].sum())]
+    wanted = [*expected[common].tolist(), float(expected[~common].sum())]
+    scale = sum(observed) / sum(wanted)
+    return float(stats.chisquare(observed, [each * scale for each in wanted]).pvalue)
+
+
+def as_said(step: Speculated) -> list[int]:
+    return [*step.draft[: step.accepted], step.next_token]
+
+
+def test_two_tokens_are_distributed_as_the_targets(small: Pair) -> None:
+    assert chances(small, as_said) > 1e-4
+
+
+def test_the_law_is_tested(small: Pair) -> None:
+    """A rule that lets every token stand is found, and one that lets the first that fell stand."""
+    assert chances(small, lambda step: [*step.draft, step.next_token]) < 1e-4
+    assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next_token]) < 1e-4
+
+
+def plain_text(pair: Pair, params: SamplingParams, ending: Ending) -> Sequence:
+    sequence = Sequence(PROMPT, params, ending)
+    for _ in decode(runners(pair, 120)[0], [sequence], params):
+        pass
+    return sequence
+
+
+class Holding(phase5.controllers.FixedController):
+    """Answers for many steps at once."""
+
+    holds = 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_that_ends_within_a_call_ends_as_in_plain_decoding(pair: Pair, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, max_new_tokens=60, seed=4)
+    whole = plain_text(pair, params, Ending()).tokens
+    target, drafter = runners(pair, 120)
+    policy = OwnChoice(True)
+    decisions: Decisions = Certain() if params.greedy else KeyedDecisions(4)
+    for at in (1, 9, 10, 11, 12, 13):
+        ending = Ending(eos_ids=(whole[at],))
+        expected = plain_text(pair, params, ending)
+        sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next text
+        drafting = phase5.drafters.ModelDrafter(drafter, params, decisions, policy.draft_noise)
+        steps = list(speculative_decode(target, drafting, [sequence], params, policy, lambda: Holding(4), decisions))
+        assert (sequence.tokens, sequence.finish_reason) == (expected.tokens, "eos")
+        assert sum(stats.emitted for step in steps for stats in step.stats) == len(expected.tokens)
+        assert len(target.texts.rows) == len(drafter.texts.rows) == 0
+        assert target.cache.lengths == drafter.cache.lengths == [0]
+
+
+@pytest.mark.parametrize("k", [3, 7, 30])
+@pytest.mark.parametrize("limit", [1, 2, 5, 8, 9])
+def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
+    params = SamplingParams(max_new_tokens=limit)
+    target, drafter = runners(pair, len(PROMPT) + limit)
+    sequence = Sequence(PROMPT, params, Ending())
+    drafting = phase5.drafters.ModelDrafter(drafter, params, Certain())
+    steps = list(speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)))
+    assert sequence.tokens == plain_text(pair, params, Ending()).tokens
+    assert all(stats.k < limit for step in steps for stats in step.stats)
+
+
+@pytest.mark.parametrize("k", [3, 7])
+def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that the context has no room for are made one by one, and where the window jumps nothing is lost."""
+    context = pair.model.config.context
+    params = SamplingParams(max_new_tokens=60)
+    calls: list[int] = []
+    together = FastRunner.speculate
+
+    def noting(self: FastRunner, owner: Any, text: list[int], *arguments: Any) -> list[Speculated]:
+        done = together(self, owner, text, *arguments)
+        assert not done or len(text) + sum(each.accepted + 1 for each in done) <= context + 1
+        calls.append(len(done))
+        return done
+
+    monkeypatch.setattr(FastRunner, "speculate", noting)
+    for length in range(context - 50, context + 3, 4):
+        prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
+        for _ in decode(runners(pair, length + 60)[0], [expected], params, KeyedRandomness(0)):
+            pass
+        target, drafter = runners(pair, length + 60)
+        drafting = phase5.drafters.ModelDrafter(drafter, params, Certain())
+        for _ in speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)):
+            pass
+        assert sequence.tokens == expected.tokens
+    assert 0 in calls
+    assert max(calls) > 1
+
+
+def test_what_cannot_be_is_refused(pair: Pair, small: Pair) -> None:
+    def asked(drafter: cpp.CppModel, count: int, steps: int, room: int = 32) -> list[Speculated]:
+        return pair.target.speculate(
+            pair.target.new_cache(1, room), 0, [1, 2], drafter, drafter.new_cache(1, room), 0, [1, 2], count,
+            SamplingParams(), own=False, sample=0, position=2, noise=Purpose.DRAFT, steps=steps,
+        )  # fmt: skip
+
+    for arguments, message in (
+        ((pair.drafter, 0, 1), "at least one token"),
+        ((pair.drafter, 2, 0), "at least one step"),
+        ((small.drafter, 2, 1), "different vocabularies"),
+        ((pair.drafter, 4, 1, 5), "no room"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            asked(*arguments)
