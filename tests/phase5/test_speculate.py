@@ -38,7 +38,11 @@ WAYS = {
     "filtered": SamplingParams(temperature=0.7, top_k=50, top_p=0.95, seed=11),
     "plain": SamplingParams(temperature=1.0, seed=-3),
 }
-POLICIES = {"rejection": Rejection(), "longest_prefix": OwnChoice(False), "coupled": OwnChoice(True)}
+POLICIES: dict[str, AcceptancePolicy] = {
+    "rejection": Rejection(),
+    "longest_prefix": OwnChoice(False),
+    "coupled": OwnChoice(True),
+}
 
 
 class Pair(NamedTuple):
@@ -164,7 +168,8 @@ def law(model: Transformer) -> Tensor:
     with torch.inference_mode():
         first = model(torch.tensor([prompt]))[0, -1].double().softmax(-1)
         second = model(torch.tensor([[*prompt, token] for token in range(V)]))[:, -1].double().softmax(-1)
-    return first[:, None] * second
+    both: Tensor = first[:, None] * second
+    return both
 
 
 def chances(small: Pair, verdict: Callable[[Speculated], list[int]], seeds: int = 4000) -> float:
