@@ -47,6 +47,7 @@ TITLES = {  # kind of row -> title of its table
     "quality": "Perplexity by the cache's format",
     "quality_cpp": "Perplexity by what the C++ kernels multiply",
     "fast": "Steps in C++",
+    "fast_drafters": "Other drafters, steps in C++",
     "loop": "Plain decoding inside one call into C++",
     "cold_start": "From the start of the process to the first token",
     "gpu_kernel": "Kernels on a card",

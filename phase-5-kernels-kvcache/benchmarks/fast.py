@@ -48,6 +48,7 @@ FIXED = (1, 2, 3, 4, 5, 6)
 def measure_fast(lab: Lab) -> None:
     measure_loops(lab)
     measure_cold_start(lab)
+    measure_drafters(lab)
     grid = [(lab.options.model, format) for format in FORMATS] + [(LARGE, "bfloat16")]
     missing = [
         (model, format, temperature)
@@ -97,6 +98,29 @@ def one(lab: Lab, model: str, format: str, temperature: float, folder: Path | No
             equal=f"{len(texts)} of {len(texts)}" if name in same else "",
             **lab.ratio("over_plain", rates["plain"], rates[name]),
         )
+
+
+def measure_drafters(lab: Lab) -> None:
+    """EAGLE and Medusa, whose steps are one call for the draft and one for the target; n-grams, which are no call."""
+    for temperature in (0.0, 1.0):
+        if lab.done(kind="fast_drafters", temperature=temperature, variant="plain"):
+            continue
+        options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature}
+        runs = {"plain": lab.variant("plain", lab.texts(), draft="none", **options)}
+        for name in ("eagle", "medusa", "ngram"):
+            runs[f"{name}, cost"] = lab.variant(name, lab.texts(), drafter=name, controller="cost", **options)
+        times = lab.times(f"drafters, temperature {temperature:g}", runs, lab.options.repeats)
+        rates = {name: [t / (run.count or 1) for t in times[name]] for name, run in runs.items()}
+        for name in reversed(runs):
+            lab.add(
+                kind="fast_drafters",
+                format="float32",
+                temperature=temperature,
+                variant=name,
+                tokens_per_s=1 / median(rates[name]),
+                tokens_per_forward=runs[name].tokens_per_forward,
+                **lab.ratio("over_plain", rates["plain"], rates[name]),
+            )
 
 
 def measure_loops(lab: Lab) -> None:

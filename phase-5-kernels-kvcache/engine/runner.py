@@ -224,7 +224,7 @@ class CachedRunner:
         """Prefill what a step does not take along, and say what is left to do."""
         start = window_start(len(text) + draft.depth, self.model.config.context)
         window = text[start:]
-        row = self.texts.begin(owner, window)
+        row = self.texts.begin(owner, window, borrow=known is None)
         first = len(window) if known is None else min(max(known - start, 0), len(window) - 1)
         states: list[Tensor] = []
         before = len(row.held)

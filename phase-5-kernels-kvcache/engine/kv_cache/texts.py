@@ -30,11 +30,15 @@ class Texts:
         self.free = list(range(rows))[::-1]
         self.positions = 0  # that went through the model, all in all
 
-    def begin(self, owner: Hashable, window: list[int]) -> Row:
-        """The row of a text, cut back to what it shares with the text; its last token is always still to be seen."""
+    def begin(self, owner: Hashable, window: list[int], borrow: bool = True) -> Row:
+        """The row of a text, cut back to what it shares with the text; its last token is always still to be seen.
+
+        borrow: a new text may begin with what another row has. Not where more is wanted of it than keys and values.
+        """
         if owner not in self.rows:
             row = self.rows[owner] = Row(self.free.pop())
-            self._borrow(row, window)
+            if borrow:
+                self._borrow(row, window)
         row = self.rows[owner]
         self.settle(row, [])
         held = len(row.held)
