@@ -94,7 +94,17 @@ class FastRunner(CachedRunner):
         row, at = work.row.number, how.position
         self.cache.make_room(row, len(work.new) + count)
         probs = None
-        if how.probs:
+        if how.taps is not None:
+            if len(work.new) > 1:  # their states are wanted as well, and a step has them
+                return None
+            hidden = torch.empty(count, self.fast.config.width)
+            tapped = torch.empty(count, len(how.taps) * self.fast.config.width) if how.taps else None
+            drawn = self.fast.generate_plain(
+                self.cache, row, work.new, count, params,
+                sample=how.sample, position=at, hidden=hidden, tapped=tapped, taps=how.taps,
+            )  # fmt: skip
+            probs = self._outputs(hidden, tapped)
+        elif how.probs:
             drawn, probs = self.fast.draft_chain(
                 self.cache, row, work.new, count, params, sample=how.sample, position=at, noise=how.purpose
             )
@@ -102,7 +112,7 @@ class FastRunner(CachedRunner):
             drawn = self.fast.generate_plain(self.cache, row, work.new, count, params, sample=how.sample, position=at)
         self.computed = [work.prefilled + len(work.new) + len(drawn) - 1]
         self.texts.appended(work.row, work.new + drawn[:-1], [])
-        return drawn, None if params.greedy else probs
+        return drawn, None if params.greedy and how.taps is None else probs
 
     def speculate(
         self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int

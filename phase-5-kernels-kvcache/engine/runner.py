@@ -47,6 +47,7 @@ class Drawing(NamedTuple):
     position: int
     purpose: Purpose
     probs: bool = True  # whether the distributions are wanted
+    taps: tuple[int, ...] | None = None  # instead: the target's states, with the outputs of these layers
 
 
 class Speculated(NamedTuple):
@@ -97,6 +98,8 @@ class Runner(Protocol):
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
         """Several tokens one after the other in one call, and what they were drawn from [count, V], where it is asked.
+
+        Or, where `how` has taps, the states of the token before each, [count, F].
 
         None where this runner cannot: its logits are to be asked for token by token.
         """

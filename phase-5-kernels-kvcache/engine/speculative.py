@@ -195,9 +195,9 @@ def next_steps(
         block_width(sequence, controller.next_k(), context)
         for sequence, controller in zip(sequences, controllers, strict=True)
     ]
-    plain = not any(asked) and drafter.taps is None
+    plain = not any(asked)
     made = 0
-    if len(sequences) == 1 and (plain or asked[0]):
+    if len(sequences) == 1:
         one, controller = sequences[0], controllers[0]
         for step in (
             plain_steps(runner, drafter, one, params, controller, decisions)
@@ -206,7 +206,7 @@ def next_steps(
         ):
             made += 1
             yield step
-    if not made and plain:
+    if not made and plain and drafter.taps is None:
         yield plain_step(runner, drafter, sequences, params, controllers, decisions)
     elif not made:
         yield speculative_step(runner, drafter, sequences, asked, params, policy, controllers, decisions)

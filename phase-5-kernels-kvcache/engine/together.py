@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from common.philox import Purpose
+
 from .controllers import KController
 from .drafters.model import ModelDrafter
 from .drafting import Draft, Drafter, Outcome
@@ -34,8 +36,17 @@ def plain_steps(
     decisions: Decisions,
 ) -> Iterator[Step]:
     """Steps for which nobody asks for a draft: plain decoding, at its price. None where the runner cannot."""
+    taps, states = drafter.taps, None
+    if taps is not None and drafter.known(sequence) != sequence.length - 1:
+        return
     began = time.perf_counter()
-    tokens = several(runner, sequence, params, decisions, min(AT_ONCE, controller.holds))
+    tokens, count = list[int](), min(AT_ONCE, controller.holds)
+    if taps is None:
+        tokens = several(runner, sequence, params, decisions, count)
+    elif sequence.tokens and (count := min(count, params.max_new_tokens - len(sequence.tokens))) > 1:
+        how = Drawing(params, decisions, sequence.sample, sequence.length, Purpose.SAMPLE, taps=taps)
+        drawn = runner.draw(sequence, sequence.prompt + sequence.tokens, count, how)
+        tokens, states = drawn or ([], None)
     for at, token in enumerate(tokens):
         if sequence.finish_reason is not None:
             return
@@ -43,7 +54,7 @@ def plain_steps(
         take(runner, sequence, [token])
         if at == 0:
             verify_ms = (time.perf_counter() - began) * 1e3 / len(tokens)
-        drafter.observe(Outcome([sequence], [0], None))
+        drafter.observe(Outcome([sequence], [0], None if states is None else [states[at : at + 1]]))
         computed = runner.computed[0] - len(tokens) + 1 if at == 0 else 1
         stats = StepStats(0, 0, 0, 0, 1, length, computed, runner.plain(length), 0.0, verify_ms, 0.0)
         controller.observe(stats)

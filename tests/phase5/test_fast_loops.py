@@ -129,11 +129,39 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
 
 @pytest.mark.parametrize("how", ["plain", "model", "eagle", "medusa"])
 def test_batches_and_samples_are_what_each_is_alone(how: str) -> None:
-    """Though prompts that begin alike share keys and values: what a drafter reads of the target is computed for each."""
+    """Prompts that begin alike share keys and values; what a drafter reads of the target is computed for each."""
     made = session(temperature=1.0, **DRAFTING[how])
     prompts = [*texts(3), texts(3)[0] + " not"]
     alone = [made.complete([text])[0].tokens for text in prompts]
     assert [each.tokens for each in made.complete(prompts)] == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("how", ["eagle", "medusa"])
+def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
+    how: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts after several plain tokens in one call are those after as many steps."""
+    monkeypatch.setattr("phase5.controllers.CostController.best", lambda self: 0 if self.wait == self.retry else 3)
+    monkeypatch.setattr("phase5.prices.Prices.wants_plain", False)
+    options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}
+    asked, draw = [], FastRunner.draw
+
+    def counting(self: FastRunner, owner: Any, text: list[int], count: int, drawing: Any) -> Any:
+        asked.append(drawing.taps)
+        return draw(self, owner, text, count, drawing)
+
+    def run() -> list[Any]:
+        made = session(**options)
+        (done,) = made.complete(texts(1))
+        return [done.tokens, [(each.proposed, each.accepted) for steps in made.steps.values() for each in steps]]
+
+    monkeypatch.setattr(FastRunner, "draw", counting)
+    together = run()
+    assert any(taps is not None for taps in asked)
+    assert {proposed for proposed, _ in together[1]} >= {0, 3}
+    monkeypatch.setattr(FastRunner, "draw", lambda *arguments: None)
+    assert run() == together
 
 
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) -> None:

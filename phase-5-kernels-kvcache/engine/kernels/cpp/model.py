@@ -248,16 +248,31 @@ class CppModel:
         ends: Sequence[int] = (),
         sample: int = 0,
         position: int | None = None,
+        hidden: Tensor | None = None,
+        tapped: Tensor | None = None,
+        taps: tuple[int, ...] = (),
     ) -> list[int]:
         """Plain decoding in one call: until `count` tokens, or one of `ends`, which is the last then.
 
         Arguments as for draft_chain; the noise is that of plain sampling. The row afterwards has keys and values of the
-        known tokens and of all new ones but the last: `cache.keep` them.
+        known tokens and of all new ones but the last: `cache.keep` them. hidden [count, D] and tapped [count, taps * D]
+        are written, as `step` gives them of the token before each new one.
         """
         self._check_text(cache, row, known, params)
         at = cache.lengths[row] + len(known) if position is None else position
         made: list[int] = self._engine.generate(
-            self.view(cache), row, cache.lengths[row], list(known), sample, at, count, sampling_of(params), list(ends)
+            self.view(cache),
+            row,
+            cache.lengths[row],
+            list(known),
+            sample,
+            at,
+            count,
+            sampling_of(params),
+            list(ends),
+            list(taps),
+            0 if hidden is None else hidden.data_ptr(),
+            0 if tapped is None else tapped.data_ptr(),
         )
         return made
 

@@ -135,9 +135,11 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
             return e.draft(view, {row, held, std::move(known), sample, position}, count, how, purpose, pointer<float>(probs));
         })
         .def("generate", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample,
-                            int position, int count, const Sampling& how, std::vector<int> ends) {
+                            int position, int count, const Sampling& how, std::vector<int> ends, std::vector<int> taps,
+                            uintptr_t hidden, uintptr_t tapped) {
             py::gil_scoped_release release;
-            return e.generate(view, {row, held, std::move(known), sample, position}, count, how, ends);
+            return e.generate(view, {row, held, std::move(known), sample, position}, count, how, ends,
+                              {pointer<float>(hidden), pointer<float>(tapped), std::move(taps)});
         })
         .def("product", [](Engine& e, const Packed& packed, uintptr_t x, int count, uintptr_t out) {
             py::gil_scoped_release release;

@@ -346,12 +346,16 @@ void Engine::to_probabilities(float* rows, int count, const Sampling& how) {
 }
 
 std::vector<int> Engine::generate(
-    const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends
+    const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends, const States& states
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
     std::vector<int> made;
     Request request = following(text, one_.data());
+    request.taps = states.taps;
     for (int i = 0; i < count; ++i) {
+        const size_t row = size_t(i) * size_t(model.width);
+        if (states.hidden != nullptr) request.hidden = states.hidden + row;
+        if (states.tapped != nullptr) request.tapped = states.tapped + row * states.taps.size();
         step(view, request);
         const int token = choose_plain(one_.data(), how, text.sample, text.position + i);
         made.push_back(token);

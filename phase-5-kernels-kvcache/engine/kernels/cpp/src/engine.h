@@ -61,8 +61,17 @@ public:
 
     // `count` tokens, each drawn with one uniform number; probs [count, vocab] is what each was drawn from.
     std::vector<int> draft(const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs);
-    // Plain decoding until `count` tokens or one of `ends`.
-    std::vector<int> generate(const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends);
+    // What the target's heads read of every forward, one row after the other; null: nothing.
+    struct States {
+        float* hidden = nullptr;  // [count, width]
+        float* tapped = nullptr;  // [count, taps * width]
+        std::vector<int> taps;
+    };
+    // Plain decoding until `count` tokens or one of `ends`; `states` are of the token before each.
+    std::vector<int> generate(
+        const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends,
+        const States& states
+    );
 
     // A layer that continues a target's features (EAGLE) reads every token beside the feature [width] that it was drawn
     // from: here of the known tokens, of which `held` are in the layer's cache. `predicted` [width] is written: the

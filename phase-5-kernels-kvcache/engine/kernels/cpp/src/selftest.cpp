@@ -173,7 +173,7 @@ void one_model(Kind weights, Kind kind, const Isa* isa) {
         std::vector<float> probs(4 * vocab), ratios(3), spare(vocab), target(4 * vocab);
         const Engine::Text text{1, 0, tokens, 0, int(count)};
         const std::vector<int> drawn = engine->draft(memory.view, text, 4, how, DRAFT, probs.data());
-        const std::vector<int> plain = engine->generate(memory.view, text, 8, how, {});
+        const std::vector<int> plain = engine->generate(memory.view, text, 8, how, {}, {});
         need(drawn.size() == 4 && plain.size() == 8, "a chain has another length");
         std::vector<int64_t> ids(drawn.begin(), drawn.begin() + 3);
         if (how.temperature != 0) {
@@ -261,7 +261,7 @@ void speculation(Kind weights, const Isa* isa) {
             if (own || how.temperature == 0) {
                 Memory memory(made.model, Kind::f32, int(known.size() + single.text.size()));
                 const auto plain = target->generate(
-                    memory.view, {0, 0, known, 0, int(known.size())}, int(single.text.size()), how, {}
+                    memory.view, {0, 0, known, 0, int(known.size())}, int(single.text.size()), how, {}, {}
                 );
                 need(plain == single.text, "the target's own choice is not plain decoding");
             }
