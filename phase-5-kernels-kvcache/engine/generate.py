@@ -117,7 +117,7 @@ def decode(
     """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own."""
     randomness = randomness or KeyedRandomness(params.seed)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        if len(active) == 1 and (tokens := several(runner, active[0], params, randomness)):
+        if len(active) == 1 and (tokens := several(runner, active[0], params, randomness)[0]):
             for token in tokens:
                 if active[0].finish_reason is None and not active[0].append(token):
                     runner.release(active[0])
@@ -142,15 +142,22 @@ def refuse(runner: Runner, sequences: list[Sequence], error: OutOfPages) -> Sequ
 
 
 def several(
-    runner: Runner, sequence: Sequence, params: SamplingParams, randomness: Randomness, count: int = AT_ONCE
-) -> list[int]:
-    """The next few tokens in one call; none where the runner cannot, or for the first, which somebody waits for."""
+    runner: Runner,
+    sequence: Sequence,
+    params: SamplingParams,
+    randomness: Randomness,
+    count: int = AT_ONCE,
+    taps: tuple[int, ...] | None = None,
+) -> tuple[list[int], Tensor | None]:
+    """The next few tokens in one call, with `taps` the states before each; no tokens where the runner cannot.
+
+    And none for the first token, which somebody waits for.
+    """
     count = min(count, params.max_new_tokens - len(sequence.tokens))
     if not sequence.tokens or count < 2:
-        return []
-    how = Drawing(params, randomness, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False)
-    drawn = runner.draw(sequence, sequence.prompt + sequence.tokens, count, how)
-    return [] if drawn is None else drawn[0]
+        return [], None
+    how = Drawing(params, randomness, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False, taps=taps)
+    return runner.draw(sequence, sequence.prompt + sequence.tokens, count, how) or ([], None)
 
 
 def finish(sequence: Sequence, stats: Stats) -> Generation:

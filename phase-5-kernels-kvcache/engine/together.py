@@ -11,8 +11,6 @@ from collections.abc import Iterator
 
 import torch
 
-from common.philox import Purpose
-
 from .controllers import KController
 from .drafters.model import ModelDrafter
 from .drafting import Draft, Drafter, Outcome
@@ -36,17 +34,11 @@ def plain_steps(
     decisions: Decisions,
 ) -> Iterator[Step]:
     """Steps for which nobody asks for a draft: plain decoding, at its price. None where the runner cannot."""
-    taps, states = drafter.taps, None
-    if taps is not None and drafter.known(sequence) != sequence.length - 1:
-        return
+    if drafter.taps is not None and drafter.known(sequence) != sequence.length - 1:
+        return  # it wants more states than those of the tokens to come
     began = time.perf_counter()
-    tokens, count = list[int](), min(AT_ONCE, controller.holds)
-    if taps is None:
-        tokens = several(runner, sequence, params, decisions, count)
-    elif sequence.tokens and (count := min(count, params.max_new_tokens - len(sequence.tokens))) > 1:
-        how = Drawing(params, decisions, sequence.sample, sequence.length, Purpose.SAMPLE, taps=taps)
-        drawn = runner.draw(sequence, sequence.prompt + sequence.tokens, count, how)
-        tokens, states = drawn or ([], None)
+    count = min(AT_ONCE, controller.holds)
+    tokens, states = several(runner, sequence, params, decisions, count, drafter.taps)
     for at, token in enumerate(tokens):
         if sequence.finish_reason is not None:
             return
@@ -79,10 +71,8 @@ def drafted_steps(
     if controller.ends_early or CURRENT.get() is not None:  # a profile tells the parts of a step from one another
         return
     began = time.perf_counter()
-    wanted = params.max_new_tokens - len(sequence.tokens)
-    steps = (
-        max(1, min(controller.holds, wanted // (asked + 1))) if sequence.tokens else 1
-    )  # somebody waits for the first
+    fitting = (params.max_new_tokens - len(sequence.tokens)) // (asked + 1)
+    steps = max(1, min(controller.holds, fitting)) if sequence.tokens else 1  # the first token is waited for
     how = Drawing(params, decisions, sequence.sample, sequence.length, policy.draft_noise)
     done = runner.speculate(sequence, sequence.prompt + sequence.tokens, asked, how, drafter.runner, own_choice, steps)
     around = time.perf_counter() - began - sum(each.draft_ms + each.verify_ms + each.accept_ms for each in done) / 1e3
