@@ -1,8 +1,8 @@
-"""Measuring that can be believed: interleaved timing, ratios with an interval, and the options of every bench.
+"""What every bench shares: its options, one run's outcome, the refusal of wrong results, and timing in turns.
 
-Machines are noisy and drift, so variants take turns (A B, B A, ...) and are compared round by round: a bar is a ratio
-within one run. What is timed is first checked (`refuse_if_different`), and everything that a bench needs is importable
-from here: timing (this file), result files (common/results.py), tables, progress and JSON (common/terminal.py).
+Machines are noisy and drift, so variants take turns and are compared round by round: a bar is a ratio within one run.
+What is timed is checked (`refuse_if_different`). The other parts are in common/statistics.py (intervals and claims),
+common/harness.py (comparisons as rows), common/results.py (results folders) and common/tables.py (derived tables).
 
     python -c "from common.benchmark import *; print(interleave({'sum': lambda: sum(range(10**6))}, repeats=3))"
 """
@@ -12,23 +12,23 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.device import memory, reset_peak, synchronize
-from common.results import SCHEMA_VERSION, Results, environment
+from common.prompts import Half, Prompt, hash_of, load_prompts, prompt_of_file, read_prompts
+from common.results import Results, environment
+from common.statistics import williams
 from common.terminal import print_document, print_table, progress
 
 __all__ = [
-    "SCHEMA_VERSION",
     "BenchOptions",
-    "Ratio",
+    "Outcome",
     "Results",
     "Timed",
     "WrongResult",
@@ -38,7 +38,6 @@ __all__ = [
     "print_document",
     "print_table",
     "progress",
-    "ratio_interval",
     "refuse_if_different",
     "seconds",
 ]
@@ -50,12 +49,19 @@ class BenchOptions(BaseSettings):
     """The options that all benches share; a phase subclasses this and reads it with common.options.parse_options."""
 
     model_config = SettingsConfigDict(env_prefix="SPECDEC_")
+    suite: ClassVar[str] = "code"  # where the user names no prompts
 
     model: str = Field("stdlib-10m", description="an embedded model, a folder, or a hub id")
-    quick: bool = Field(False, description="the same bench at a size that ends within 60 s")
-    repeats: int = Field(5, ge=2, description="timed rounds; every variant runs once in each")
-    output: Path | None = Field(None, description="folder that keeps the results as JSONL, CSV, JSON and PNG")
-    resume: bool = Field(False, description="go on with the results in --output: skip what is there already")
+    prompt_file: list[Path] = Field([], description="file whose whole text is a prompt; repeatable")
+    prompts_from: Path | None = Field(None, description='JSONL file of prompts: {"prompt": ..., "continuation": ...}')
+    prompts: int = Field(50, ge=1, description="how many prompts are timed")
+    max_tokens: int = Field(48, ge=1, description="new tokens per prompt")
+    quick: bool = Field(False, description="the same bench at a size that ends within 60 s: two rounds, no intervals")
+    rounds: int | None = Field(None, ge=1, description="exactly so many rounds, instead of until --precision")
+    precision: float = Field(0.02, gt=0, lt=1, description="rounds are added until ratios are known to this half-width")
+    budget: float = Field(60, gt=0, description="or until one comparison has taken so many seconds")
+    output: Path | None = Field(None, description="folder that keeps rows, manifest, tables and pictures")
+    resume: bool = Field(False, description="go on with the results in --output: run what is missing")
     dry_run: bool = Field(False, description="walk the whole grid without computing; rows are marked synthetic")
     seed: int = Field(0, ge=0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
@@ -67,6 +73,38 @@ class BenchOptions(BaseSettings):
         if self.resume and self.output is None:
             raise ValueError("--resume needs --output FOLDER, the folder with the results to go on with")
         return self
+
+    @property
+    def round_limit(self) -> int | None:
+        """The exact number of rounds; None: until `precision` or `budget` is reached."""
+        return 1 if self.dry_run else self.rounds or (2 if self.quick else None)
+
+    @property
+    def own_prompts(self) -> list[Prompt]:
+        """The user's prompts, from `prompt_file` and `prompts_from`. UserError for what is none."""
+        own = [prompt_of_file(path) for path in self.prompt_file]
+        return own + (read_prompts(self.prompts_from) if self.prompts_from else [])
+
+    def load_prompts(self, half: Half = "test") -> list[Prompt]:
+        """The user's own prompts, or a half of the suite. Two or more of the user's prompts are split into halves."""
+        own = self.own_prompts
+        if not own:
+            return load_prompts(self.suite, half)
+        return own if len(own) == 1 else own[half == "test" :: 2]
+
+    def prompts_sha256(self) -> str:
+        """Hash of every text that may be measured."""
+        return hash_of(self.load_prompts("calibrate") + self.load_prompts("test"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a variant gave, as its row keeps it."""
+
+    tokens: float = 1  # new tokens (or calls) that the time is divided by
+    figures: Mapping[str, Any] = field(default_factory=dict)  # whatever else was counted
+    output: Sequence[int] = ()  # compared with the baseline's where it has to be the same; not kept
+    seconds: float | None = None  # of the part that is to be timed; none: the whole run
 
 
 class WrongResult(RuntimeError):
@@ -122,17 +160,16 @@ def interleave(
 ) -> dict[str, list[Timed[T]]]:
     """Time the variants in turns: `warmup` untimed runs of each, then `repeats` rounds in which each runs once.
 
-    The order is rotated by one from round to round (A B C, B C A, ...), so that none is always first, and none always
-    follows the same clock speed. The device is synchronised before and after each run. Entry i of every list is from
-    round i, as `ratio_interval` wants it. `on_run(name)` is called after every run, the warm-ups too: there are
+    The order changes from round to round (A B, B A; common.statistics.williams), so that none is always first, and none
+    always follows the same other. The device is synchronised before and after each run. Entry i of every list is from
+    round i. `on_run(name)` is called after every run, the warm-ups too: there are
     len(variants) * (warmup + repeats) calls (see `progress`).
     """
     device = torch.device(device)
-    names = list(variants)
+    names, orders = list(variants), williams(len(variants))
     results: dict[str, list[Timed[T]]] = {name: [] for name in names}
     for round_ in range(-warmup, repeats):
-        first = max(round_, 0) % len(names)
-        for name in names[first:] + names[:first]:
+        for name in (names[index] for index in orders[max(round_, 0) % len(orders)]):
             timed = _timed(variants[name], device)
             if round_ >= 0:
                 results[name].append(timed)
@@ -149,39 +186,3 @@ def seconds(runs: Sequence[Timed[Any]]) -> list[float]:
 def median(values: Sequence[float]) -> float:
     """The middle value (the mean of the two middle ones for an even number)."""
     return statistics.median(values)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of times with its 95% interval, low <= median <= high."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def ratio_interval(
-    numerator_seconds: Sequence[float], denominator_seconds: Sequence[float], seed: int = 0, resamples: int = 10_000
-) -> Ratio:
-    """How many times as long the numerator takes: the median of the per-round ratios, with a bootstrap 95% interval.
-
-    The speed-up of a new variant is `ratio_interval(baseline, new)`. Pairing by round cancels what slows a whole round
-    down. The interval is the percentile bootstrap of the median (Efron 1979): rounds are drawn with replacement, and
-    the same seed gives the same interval. With few rounds it is too narrow: with two it is just the two ratios.
-
-    Raises ValueError for fewer than two rounds, unequal numbers of rounds, and times that are not positive.
-    """
-    numerator, denominator = np.asarray(numerator_seconds, float), np.asarray(denominator_seconds, float)
-    if numerator.shape != denominator.shape or numerator.ndim != 1 or len(numerator) < 2:
-        raise ValueError(
-            f"expected two lists of the same 2 or more rounds, got {len(numerator)} and {len(denominator)}"
-        )
-    if not (np.minimum(numerator, denominator) > 0).all():
-        raise ValueError("times must be positive")
-    ratios = numerator / denominator
-    rounds = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
-    low, high = np.percentile(np.median(ratios[rounds], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))

@@ -1,96 +1,78 @@
-"""Result files that survive a kill: rows appended as they come, the environment beside them, resuming.
+"""Results folders: every run is a row on disk when it ends, and a manifest says what was run where.
 
-A results folder holds results.jsonl (one row a line, written the moment it is known), and, rewritten at the end of
-every run, results.csv (the same rows) and results.json (the rows with the definitions and the environment).
+A results folder holds
+
+    results.jsonl    one row a line, appended as the run ends: see results.md, and `Row`
+    MANIFEST.json    command, options, environment and model hashes of every invocation that wrote rows
+    tables.csv       the derived tables (common/tables.py), written when a bench ends
+
+A kill loses the run in flight. `resume` takes up what is missing; a torn last line is cut off; a folder of another
+schema, of other options or of another machine is refused, and so is a second writer.
 
     python -c "from common.results import environment; print(environment('cpu', 'float32', 2, {}))"
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import platform
-import re
-import subprocess
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
-import psutil
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from common.environment import environment
 from common.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import; reading and writing results does without
-    import torch
+__all__ = ["ROWS", "SCHEMA_VERSION", "Results", "Row", "environment", "read_manifest", "read_rows", "to_plain"]
 
-SCHEMA_VERSION = 1
-# What may differ between a run and its continuation; a difference in the rest would mix two measurements in one file.
-MAY_CHANGE = {"timestamp", "commit", "dirty"}
-
-
-def _output(*command: str) -> str | None:
-    """The output of a command, or None where there is no such command or it fails."""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return run.stdout.strip()
+SCHEMA_VERSION = 2
+ROWS, MANIFEST = "results.jsonl", "MANIFEST.json"
+# What may differ between two invocations that write into one folder; anything else would mix two measurements.
+OPTIONS_MAY_CHANGE = {"output", "resume", "only"}
+ENVIRONMENT_MAY_CHANGE = {"timestamp", "commit", "dirty", "argv", "load_average"}
+Scalar = bool | int | float | str | None
 
 
-def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """The commit of the repository at `root` and whether its tracked files differ; None where `root` is none.
+class Row(BaseModel):
+    """One run, timed or only counted. results.md documents the fields."""
 
-    A folder inside a repository does not count: an installed copy may lie in some other repository, whose commit says
-    nothing about the code.
-    """
-    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
-    commit = _output("git", "-C", str(root), "rev-parse", "--verify", "HEAD")
-    if top is None or commit is None or Path(top).resolve() != root.resolve():
-        return None, None
-    return commit, bool(_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"))
+    model_config = ConfigDict(extra="forbid")
 
+    kind: Literal["run", "count", "end"] = Field(
+        description="`run`: timed in turns with other variants; `count`: not timed; `end`: the cell is complete"
+    )
+    section: str = Field(description="the section of the bench, as `--only` names it, or a part of one")
+    cell: dict[str, Scalar] = Field(default={}, description="the settings that all variants of one comparison share")
+    variant: str = Field(default="", description="what ran; the null arm is the baseline's name with `, again`")
+    baseline: str | None = Field(default=None, description="`run`: the variant that this one is compared with")
+    prompt: str | None = Field(default=None, description="id of the prompt; null for work without prompts")
+    round: int | None = Field(default=None, ge=0, description="`run`: number of the round, from 0")
+    order: int | None = Field(
+        default=None, ge=0, description="`run`: place in the order of this round's variants, from 0"
+    )
+    seconds: float | None = Field(default=None, ge=0, description="`run`: wall time, in seconds")
+    tokens: float | None = Field(default=None, ge=0, description="new tokens (or calls) that `seconds` was spent on")
+    load: float | None = Field(default=None, description="`run`: load average over one minute when the run ended")
+    figures: dict[str, Any] = Field(
+        default={}, description="what else was counted or measured, by name (the bench defines it)"
+    )
+    status: Literal["ok", "failed", "refused"] = Field(
+        default="ok",
+        description="`failed`: an exception or no memory; `refused`: a wrong result, or a setting that cannot run",
+    )
+    reason: str | None = Field(default=None, description="why the run failed or was refused")
+    synthetic: bool = Field(default=False, description="true: a dry run; nothing was computed")
 
-def cpu_name() -> str:
-    """The processor's name as its maker writes it, or at least its architecture."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    return found[1] if found else platform.machine()
-
-
-def environment(
-    device: torch.device | str, dtype: torch.dtype | str, threads: int, models: Mapping[str, str]
-) -> dict[str, Any]:
-    """What a figure depends on besides its own settings, ready for JSON. `models` maps names to content hashes."""
-    import torch
-
-    device = torch.device(device)
-    is_cuda = device.type == "cuda"
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_cuda else None
-    commit, dirty = git_state(Path(__file__).parent.parent)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": dirty,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
-        "torch": torch.__version__,
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
-        "driver": driver.splitlines()[0] if driver else None,
-        "cuda": torch.version.cuda if is_cuda else None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": threads,
-        "models": dict(models),
-    }
+    @property
+    def key(self) -> str:
+        """What identifies the run within its folder."""
+        return json.dumps(
+            [self.kind, self.section, self.cell, self.variant, self.prompt, self.round, self.synthetic], sort_keys=True
+        )
 
 
 def to_plain(value: Any) -> Any:
@@ -102,126 +84,184 @@ def to_plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
-def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as it would come back from a file."""
-    loaded: dict[str, Any] = json.loads(json.dumps(row, default=to_plain, allow_nan=False))
-    return loaded
+def _plain(value: Any) -> Any:
+    """The value as it would come back from a file. Raises ValueError for NaN and infinity."""
+    return json.loads(json.dumps(value, default=to_plain, allow_nan=False))
 
 
-def _finished_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line without its end (the writer was killed) is cut off from the file."""
-    content = path.read_bytes()
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a results folder. Raises UserError for a folder that is none, and for another schema."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        schema = manifest["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        if (folder / "results.json").exists():
+            schema, manifest = 1, {}
+        else:
+            raise UserError(
+                f"{folder} is not a results folder: it has no readable {MANIFEST}; name a folder that a bench wrote"
+            ) from None
+    if schema != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder} holds results of schema {schema}, this version reads schema {SCHEMA_VERSION}; measure again"
+        )
+    found: dict[str, Any] = manifest
+    return found
+
+
+def read_rows(folder: Path, repair: bool = False) -> list[Row]:
+    """The rows of a results folder. A torn last line (the writer was killed) is ignored; `repair` cuts it off the file.
+
+    Raises UserError for a folder without rows and for a line that is no row.
+    """
+    path = folder / ROWS
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise UserError(f"{folder} is not a results folder: it has no {ROWS}") from None
     complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
+    if repair and len(complete) < len(content):
         os.truncate(path, len(complete))
     rows = []
     for number, line in enumerate(complete.splitlines(), 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a result row; repair the file or choose another folder")
-        rows.append(row)
+            rows.append(Row.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the line"
+            raise UserError(
+                f"{path}, line {number}: not a row of schema {SCHEMA_VERSION} ({where}: {first['msg']}); "
+                "repair the file or choose another folder"
+            ) from None
     return rows
 
 
 class Results:
     """The rows of one bench, on disk as they come (or, with no folder, in memory alone). Use it in a `with`.
 
-    Raises UserError, before anything is measured, for a folder that cannot be written, for a folder that holds results
-    already (without `resume`), and for one whose results come from another environment (with it).
+    Raises UserError, before anything is measured, for a folder that cannot be written or that another process is
+    writing, for one that holds results already (without `resume`), and for one that was made with other options or on
+    another machine (with it).
     """
 
     def __init__(
-        self, folder: Path | None, definitions: Mapping[str, str], environment: Mapping[str, Any], resume: bool = False
+        self,
+        folder: Path | None,
+        definitions: Mapping[str, str],
+        environment: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
+        resume: bool = False,
     ) -> None:
         self.folder = folder
         self.definitions = dict(definitions)
-        self.environment = _as_json(environment)
-        self.resumed_from: list[dict[str, Any]] = []
-        self.rows: list[dict[str, Any]] = []
+        self.environment: dict[str, Any] = _plain(dict(environment))
+        self.options: dict[str, Any] = _plain(dict(options or {}))
+        self.invocations: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
+        self._keys: set[str] = set()
         self._lines: TextIO | None = None
+        self._lock: FileLock | None = None
         if folder is None:
+            self._begin()
             return
-        path = folder / "results.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size > 0:
-                if not resume:
-                    raise UserError(f"{path} holds results already; pass --resume to go on, or another --output folder")
-                self._read_earlier_environments(folder / "results.json")
-                self.rows = _finished_rows(path)
-            self._lines = path.open("a", encoding="utf-8", newline="\n")
-            self._write_summary()  # now, so that the environment is kept even if this process is killed
+            self._lock = FileLock(folder / ".lock")
+            self._lock.acquire(timeout=0)
+            self._open(folder, resume)
+        except Timeout:
+            raise UserError(
+                f"--output {folder}: another bench is writing there; wait for it, or choose another"
+            ) from None
         except OSError as error:
+            self._release()
             raise UserError(f"--output {folder}: cannot be written ({error.strerror or error})") from None
+        except UserError:
+            self._release()
+            raise
 
-    def _read_earlier_environments(self, path: Path) -> None:
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            environments = [*earlier["resumed_from"], earlier["environment"]]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: missing or damaged, so --resume cannot compare; use another folder") from None
-        for name, value in self.environment.items():
-            before = environments[-1].get(name)
-            if name not in MAY_CHANGE and before != value:
-                raise UserError(f"--resume: the results in {path.parent} have {name} {before}, this run has {value}")
-        self.resumed_from = environments
+    def _open(self, folder: Path, resume: bool) -> None:
+        path = folder / ROWS
+        old = (folder / "results.json").exists() or (folder / MANIFEST).exists()
+        if old or (path.exists() and path.stat().st_size > 0):
+            manifest = read_manifest(folder)
+            if not resume:
+                raise UserError(f"{folder} holds results already; pass --resume to go on, or another --output folder")
+            self._compare(manifest)
+            self.invocations = manifest["invocations"]
+            self.rows = read_rows(folder, repair=True) if path.exists() else []
+            self._keys = {row.key for row in self.rows}
+        self._begin()
+        self._lines = path.open("a", encoding="utf-8", newline="\n")
+        self._write_manifest()  # now, so that it is kept even if this process is killed
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row and have it on the disk when this returns. Raises ValueError for NaN and infinity."""
+    def _begin(self) -> None:
+        invocation = {"environment": self.environment, "options": self.options, "first_row": len(self.rows)}
+        self.invocations.append(invocation)
+
+    def _compare(self, manifest: Mapping[str, Any]) -> None:
+        before = manifest["invocations"][-1]
+        for what, mine, may_change in (
+            ("options", self.options, OPTIONS_MAY_CHANGE),
+            ("environment", self.environment, ENVIRONMENT_MAY_CHANGE),
+        ):
+            for name in sorted((mine.keys() | before[what].keys()) - may_change):
+                then, now = before[what].get(name), mine.get(name)
+                if then != now:
+                    label = f"--{name.replace('_', '-')}" if what == "options" else name
+                    raise UserError(
+                        f"--resume: the results in {self.folder} were made with {label} {then}, this run has {now}; "
+                        "give the same, or choose another --output folder"
+                    )
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is in the file when this returns. Raises ValueError for NaN and infinity."""
         try:
-            plain = _as_json(row)
+            line = json.dumps(_plain(row.model_dump(exclude_defaults=True)), allow_nan=False)
         except ValueError as error:
-            raise ValueError(f"{error}; the row is {dict(row)}") from None
-        self.rows.append(plain)
+            raise ValueError(f"{error}; the row is {row}") from None
+        row = Row.model_validate_json(line)  # as a reader would see it
+        self.rows.append(row)
+        self._keys.add(row.key)
         if self._lines is not None:
-            self._lines.write(json.dumps(plain) + "\n")
+            self._lines.write(line + "\n")
             self._lines.flush()
-            os.fsync(self._lines.fileno())
 
-    def has(self, key: Mapping[str, Any]) -> bool:
-        """Is there a row already with all these values? Synthetic rows count only if the key says synthetic."""
-        wanted = {"synthetic": False} | _as_json(key)
-        return any(all(({"synthetic": False} | row).get(name) == wanted[name] for name in wanted) for row in self.rows)
+    def has(self, row: Row) -> bool:
+        """Is this run there already, whatever came of it?"""
+        return row.key in self._keys
 
-    def document(self) -> dict[str, Any]:
-        """All that is known, as results.json holds it and as a bench prints it at the end."""
+    @property
+    def failures(self) -> list[Row]:
+        """Runs that failed or were refused."""
+        return [row for row in self.rows if row.status != "ok"]
+
+    def manifest(self) -> dict[str, Any]:
+        """What MANIFEST.json holds."""
         return {
             "schema_version": SCHEMA_VERSION,
             "definitions": self.definitions,
-            "environment": self.environment,
-            "resumed_from": self.resumed_from,
-            "rows": self.rows,
+            "invocations": self.invocations,
+            "rows": len(self.rows),
+            "failures": len(self.failures),
         }
 
-    def _write_summary(self) -> None:
-        """results.json and results.csv, each replaced in one step so that a kill leaves the old or the new one."""
+    def _write_manifest(self) -> None:
+        """Replaced in one step, so that a kill leaves the old or the new one."""
         assert self.folder is not None
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        for path in (self.folder / "results.json", self.folder / "results.csv"):
-            unfinished = path.with_name(path.name + ".unfinished")
-            with unfinished.open("w", encoding="utf-8", newline="") as file:
-                if path.suffix == ".json":
-                    file.write(json.dumps(self.document(), indent=1) + "\n")
-                else:
-                    writer = csv.writer(file, lineterminator="\n")
-                    writer.writerow(columns)
-                    # Strings as they are; everything else as JSON, so that true, 1.5 and [1, 2] read the same in both.
-                    for row in self.rows:
-                        cells = (row.get(name) for name in columns)
-                        writer.writerow(
-                            [c if isinstance(c, str) else "" if c is None else json.dumps(c) for c in cells]
-                        )
-            os.replace(unfinished, path)
+        replace(self.folder / MANIFEST, json.dumps(self.manifest(), indent=1) + "\n")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def close(self) -> None:
-        """Write results.csv and results.json from the rows so far, and let the files go."""
+        """Write the manifest, and let the files go."""
         if self._lines is not None:
             self._lines.close()
             self._lines = None
-            self._write_summary()
+            self._write_manifest()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -230,3 +270,18 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(unfinished, path)
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """One line for every setting that failed or was refused."""
+    lines = (
+        f"{row.section} {row.cell} {row.variant}: {row.status}: {row.reason}" for row in rows if row.status != "ok"
+    )
+    return list(dict.fromkeys(lines))

@@ -8,7 +8,9 @@ acceptance can be measured on forced text. `prose` is for real language models.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -52,3 +54,52 @@ def load_prompts(suite: str, half: Half | None = None) -> list[Prompt]:
         for row in rows
     ]
     return [prompt for prompt in prompts if half is None or prompt.half == half]
+
+
+def prompt_of_file(path: Path) -> Prompt:
+    """A file whose whole text is one prompt. Raises UserError for one that is empty or cannot be read as text."""
+    text = _text_of(path)
+    if not text:
+        raise UserError(f"{path} is empty; expected the text of a prompt")
+    return Prompt(path.name, "own", "test", text, "", str(path))
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a JSONL file: an object a line with `prompt`, and `id` and `continuation` where there are any.
+
+    Raises UserError for an empty file, and names the line that is not such an object.
+    """
+    prompts = []
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: invalid JSON ({error}); expected {EXPECTED}") from None
+        row = row if isinstance(row, dict) else {}
+        text, name, rest = row.get("prompt"), row.get("id", f"line-{number}"), row.get("continuation", "")
+        if not (isinstance(text, str) and text and isinstance(name, str) and isinstance(rest, str)):
+            raise UserError(f"{path}, line {number}: expected {EXPECTED}")
+        prompts.append(Prompt(name, "own", "test", text, rest, str(path)))
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; expected {EXPECTED} on every line")
+    if len({prompt.id for prompt in prompts}) < len(prompts):
+        raise UserError(f"{path}: an id occurs twice; every prompt needs its own")
+    return prompts
+
+
+EXPECTED = '{"prompt": "text"} with, if wanted, "id" and "continuation"'
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error})") from None
+
+
+def hash_of(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the texts of some prompts, with their continuations."""
+    texts = [[prompt.text, prompt.continuation] for prompt in prompts]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,0 +1,244 @@
+"""Tables derived from the rows of a results folder: pure functions, so that any number can be computed again.
+
+    python -c "from common.results import *; from common.tables import *; from pathlib import Path; \\
+        print(derive(read_rows(Path('phase-1-baseline/results'))))"
+
+A table has a line for every cell and variant of a section. Columns that every table has: the cell's settings,
+`variant`, `n_prompts`, `n_rounds`, `tokens_per_s`, `ms_per_token`. Timed variants add `speedup` (times as fast as the
+baseline) with `speedup_low` and `speedup_high` (on prompts like these, where there are at least five; else on these
+prompts), `rounds_low` and `rounds_high` (on these prompts), `claimed`, `spread` (standard deviation of one paired log
+ratio within a prompt) and `outliers` (pairs beyond five spreads, kept). Then what RATIOS defines, and other figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.results import Row, failures
+from common.statistics import Logs, Ratio, claims, ratio
+from common.terminal import print_table
+
+AGAIN = ", again"  # ends the name of the null arm
+# Columns that are a quotient of two sums over the rows: name -> numerator, denominator.
+RATIOS = {
+    "tokens_per_forward": ("tokens", "forwards"),
+    "acceptance": ("accepted", "proposed"),
+    "draft_share": ("draft_s", "steps_s"),
+    "draft_cost": ("draft_token_s", "plain_token_s"),
+    "loop_share": ("looped", "tokens"),
+    "gflop_per_s": ("gflop", "seconds"),
+    "gb_per_s": ("gb", "seconds"),
+    "nll": ("nll_sum", "tokens"),
+    "agreement": ("agreed", "tokens"),
+    "equal": ("equal_rows", "compared_rows"),
+}
+# Figures that only serve the columns above and are not shown by themselves.
+SUMMED = {name for pair in RATIOS.values() for name in pair} | {"survived", "drafts"}
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by cell and variant: cells as they came, variants as the bench lists them (the `end` row knows)."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    listed: dict[str, list[str]] = {}
+    for row in rows:
+        cell = json.dumps(row.cell)
+        listed.setdefault(cell, [])
+        if row.kind == "end":
+            listed[cell] = list(row.figures.get("variants", ()))
+        else:
+            found.setdefault((cell, row.variant), []).append(row)
+    names = {cell: list(dict.fromkeys([*order, *(v for c, v in found if c == cell)])) for cell, order in listed.items()}
+    return {(cell, name): found[cell, name] for cell in names for name in names[cell] if (cell, name) in found}
+
+
+def _rate(row: Row) -> float:
+    return (row.seconds or 0.0) / (row.tokens or 1.0)  # seconds per token
+
+
+def log_ratios(rows: Sequence[Row], baseline: str | None = None) -> dict[str, Logs]:
+    """For every variant of one cell: log(baseline's seconds per token / its own) by prompt, round by round.
+
+    The baseline is the one that each row names, or `baseline`. Pairs of which a run is missing or failed are left out.
+    """
+    timed = [row for row in rows if row.kind == "run" and row.status == "ok" and row.seconds]
+    at = {(row.variant, row.prompt, row.round): row for row in timed}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(timed, key=lambda row: row.round or 0):
+        base = baseline if baseline is not None else row.baseline
+        other = at.get((base, row.prompt, row.round)) if base is not None and base != row.variant else None
+        if other is not None:
+            logs = found.setdefault(row.variant, {}).setdefault(row.prompt or "", [])
+            logs.append(math.log(_rate(other) / _rate(row)))
+    return {variant: logs for variant, logs in found.items()}
+
+
+def _spread(logs: Logs) -> tuple[float | None, int]:
+    """Standard deviation of one paired log ratio around its prompt's mean, and how many lie beyond five of them."""
+    residuals = np.concatenate([np.asarray(each) - np.mean(each) for each in logs.values()])
+    freedom = len(residuals) - len(logs)
+    if freedom < 1:
+        return None, 0
+    middle = float(np.median(np.abs(residuals))) * 1.4826  # robust: an outlier must not hide itself
+    spread = math.sqrt(float(np.square(residuals).sum()) / freedom)
+    return spread, int((np.abs(residuals) > 5 * middle).sum()) if middle else 0
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """RATIOS, survival, the mean of every other number, and values that are not numbers where all rows agree."""
+    sums: dict[str, float] = {"tokens": sum(row.tokens or 0.0 for row in rows)}
+    sums["seconds"] = sum(row.seconds or 0.0 for row in rows)
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.figures.items():
+            values.setdefault(name, []).append(value)
+    for name, each in values.items():
+        if name in SUMMED and name not in ("survived", "tokens", "seconds"):
+            sums[name] = sum(each)
+    found: dict[str, Any] = {}
+    for name, (above, below) in RATIOS.items():
+        if above in sums and sums.get(below) and (above in values or below in values):
+            found[name] = sums[above] / sums[below]
+    if "nll" in found:
+        found["perplexity"] = math.exp(found["nll"])
+    if sums.get("drafts") and "survived" in values:
+        depth = max(map(len, values["survived"]))
+        totals = [sum(each[at] for each in values["survived"] if at < len(each)) for at in range(depth)]
+        found["survival"] = [total / sums["drafts"] for total in totals]
+    for name, each in values.items():
+        if name not in SUMMED:
+            if all(isinstance(value, int | float) and not isinstance(value, bool) for value in each):
+                found[name] = max(each) if name.startswith("peak_") else statistics.fmean(each)
+            elif all(value == each[0] for value in each):
+                found[name] = each[0]
+    return found
+
+
+def _cell_ratios(rows: Sequence[Row], baseline: str | None, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """For every timed variant of one cell: its speed-up with intervals, and whether it may be claimed."""
+    logs = log_ratios(rows, baseline)
+    ratios: dict[str, Ratio] = {name: ratio(of_variant, seed) for name, of_variant in logs.items()}
+    null = next((found for name, found in ratios.items() if name.endswith(AGAIN)), Ratio(1.0))
+    claimed = claims({name: found for name, found in ratios.items() if not name.endswith(AGAIN)}, null)
+    columns = {}
+    for name, found in ratios.items():
+        spread, outliers = _spread(logs[name])
+        interval, rounds = found.interval, found.rounds
+        columns[name] = {
+            "speedup": found.value,
+            "speedup_low": interval.low if interval else None,
+            "speedup_high": interval.high if interval else None,
+            "rounds_low": rounds.low if rounds else None,
+            "rounds_high": rounds.high if rounds else None,
+            "claimed": claimed.get(name),
+            "spread": spread,
+            "outliers": outliers,
+        }
+    return columns
+
+
+def derive(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, Any]]:
+    """The table of some rows of one section; `baseline` compares all variants with that one instead of their own."""
+    lines = []
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for (cell, variant), every in _groups(rows).items():
+        if cell not in cells:
+            cells[cell] = _cell_ratios([row for row in rows if json.dumps(row.cell) == cell], baseline)
+        done = [row for row in every if row.status == "ok"]
+        line: dict[str, Any] = {**every[0].cell, "variant": variant}
+        if done:
+            line |= {
+                "n_prompts": len({row.prompt for row in done if row.prompt is not None}),
+                "n_rounds": len({row.round for row in done if row.round is not None}),
+            }
+            timed = [row for row in done if row.seconds and row.tokens]
+            if timed:
+                rate = sum(row.seconds or 0 for row in timed) / sum(row.tokens or 0 for row in timed)
+                line |= {"seconds_per_token": rate, "tokens_per_s": 1 / rate, "ms_per_token": 1e3 * rate}
+            line |= cells[cell].get(variant, {})
+            line |= {"synthetic": True} if done[0].synthetic else _figures(done)
+        for row in every:
+            if row.status != "ok":
+                line |= {"status": row.status, "reason": row.reason}
+        lines.append(line)
+    return lines
+
+
+def text_of(line: Mapping[str, Any], column: str) -> object:
+    """A column as a table shows it: a speed-up with its interval, without one where there are too few rounds."""
+    value = line.get(column)
+    low, high = line.get(f"{column}_low"), line.get(f"{column}_high")
+    if value is None or low is None or high is None:
+        return f"{value:.2f}" if column == "speedup" and value is not None else value
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+HIDDEN = {"seconds_per_token", "speedup_low", "speedup_high", "rounds_low", "rounds_high", "synthetic", "survival"}
+HIDDEN |= {"status", "reason", "outliers", "n_prompts", "n_rounds", "peak_rss_mib"}
+
+
+def print_section(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+    """Print a section's table, how it was measured, and what failed."""
+    lines = derive(rows)
+    names = list(columns) or [n for n in dict.fromkeys(name for line in lines for name in line) if n not in HIDDEN]
+    print_table(title, names, [[text_of(line, name) for name in names] for line in lines])
+    for sentence in notes(lines):
+        print(sentence)
+    for failure in failures(rows):
+        print(f"left out: {failure}")
+    print()
+
+
+def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What has to be known about the intervals of a table."""
+    timed = [line for line in lines if "speedup" in line]
+    if not timed:
+        return []
+    rounds, prompts = min(line["n_rounds"] for line in timed), min(line["n_prompts"] for line in timed)
+    found = []
+    if all(line["speedup_low"] is None for line in timed):
+        found.append(f"{rounds} rounds: too few for an interval, and nothing is claimed.")
+        return found
+    of = f"prompts like these {prompts}" if prompts >= 5 else "these prompts" if prompts else "this work"
+    found.append(f"Intervals: 95%, on {of}; at least {rounds} rounds.")
+    outliers = sum(line["outliers"] or 0 for line in timed)
+    if outliers:
+        found.append(f"{outliers} paired runs are outliers (over five spreads); all are kept.")
+    nulls = [line for line in timed if str(line["variant"]).endswith(AGAIN)]
+    for line in nulls:
+        low, high = line["speedup_low"], line["speedup_high"]
+        if low is not None and not low <= 1 <= high:
+            cell = ", ".join(f"{name} {value}" for name, value in line.items() if name in _cell_names(line))
+            found.append(
+                f"{cell or 'Here'}: the baseline differs from itself: no difference can be claimed on this machine now."
+            )
+    unclaimed = [str(line["variant"]) for line in timed if line["claimed"] is False]
+    if unclaimed:
+        found.append(f"Not to be claimed as a difference: {', '.join(dict.fromkeys(unclaimed))}.")
+    return found
+
+
+def _cell_names(line: Mapping[str, Any]) -> list[str]:
+    names = list(line)
+    return names[: names.index("variant")]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """All derived tables in one CSV file: a line for every section, cell and variant."""
+    lines = []
+    for section in dict.fromkeys(row.section for row in rows):
+        lines += [{"section": section, **line} for line in derive([row for row in rows if row.section == section])]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for line in lines:  # strings as they are; all else as JSON, so that true, 1.5 and [1, 2] read the same in both
+            cells = (line.get(name) for name in columns)
+            writer.writerow([c if isinstance(c, str) else "" if c is None else json.dumps(c) for c in cells])
