@@ -21,7 +21,7 @@ LINK_PHASES = rm -rf $(VENV)/phases && mkdir -p $(VENV)/phases && for phase in p
 # `make gpu` writes into OUT; with DRY_RUN=1, which needs no card and computes nothing, into a folder in it.
 OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
-GPU_BENCH ?= --repeats 3
+GPU_BENCH ?= --rounds 3
 
 .PHONY: help demo diff test test-all sanitize gpu lint install clean
 
@@ -68,8 +68,9 @@ gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its te
 	PYTHONPATH=. $$python -m common.gpu_manifest "$(RESULTS)" && exit $$failed
 
 # mypy runs once per phase, because each phase has its own package called `engine`; it does not follow editable installs.
-lint: $(STAMP)  ## lab drift, ruff format --check, ruff check, mypy --strict
+lint: $(STAMP)  ## lab drift, lab tables --check, ruff format --check, ruff check, mypy --strict
 	$(BIN)/lab drift
+	$(BIN)/lab tables --check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@$(LINK_PHASES)

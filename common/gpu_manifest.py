@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from common.device import resolve_device
+from common.environment import environment
 from common.errors import UserError
 from common.options import run_main
-from common.results import environment
 from common.terminal import print_table
 
 LIMIT_SECONDS = 600  # what `make gpu` may take in all

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 MIN_ROUNDS = 5  # fewer rounds, or fewer prompts, give a ratio without an interval
 LEVEL = 0.05
@@ -24,7 +24,7 @@ LEVEL = 0.05
 # rounds is too noisy to be used alone, so it can only raise this value, and only from ENOUGH pairs on.
 AUTOCORRELATION = 0.3
 ENOUGH = 20
-RESAMPLES = 2000
+RESAMPLES = 1000
 Logs = Mapping[str, Sequence[float]]  # of every prompt: the log ratio of each round, in the order of time
 
 
@@ -111,8 +111,8 @@ def _fit(logs: Logs) -> _Fit:
 
 def _interval(center: float, error: float, freedom: int) -> Interval:
     """The t interval of a log ratio, and the p value of 0, in terms of ratios."""
-    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
-    p = float(2 * stats.t.sf(abs(center) / error, freedom)) if error > 0 else float(center == 0)
+    half = float(special.stdtrit(freedom, 1 - LEVEL / 2)) * error
+    p = float(2 * special.stdtr(freedom, -abs(center) / error)) if error > 0 else float(center == 0)
     return Interval(math.exp(center - half), math.exp(center + half), p)
 
 
@@ -122,7 +122,7 @@ def precision(logs: Logs) -> float:
     Infinite without a second round. The prompts' own differences do not count: more rounds do not reduce them.
     """
     fit = _fit(logs)
-    return float(stats.t.ppf(1 - LEVEL / 2, fit.freedom)) * fit.noise if fit.freedom > 0 else math.inf
+    return float(special.stdtrit(fit.freedom, 1 - LEVEL / 2)) * fit.noise if fit.freedom > 0 else math.inf
 
 
 def _bootstrap_error(fit: _Fit, seed: int) -> float:
@@ -207,3 +207,22 @@ def williams(count: int) -> list[list[int]]:
         first.append((first[-1] + (step if step % 2 else -step)) % count)
     square = [[(place + shift) % count for place in first] for shift in range(count)]
     return square if count % 2 == 0 else square + [order[::-1] for order in square]
+
+
+def between(before: Logs, after: Logs, seed: int = 0) -> Ratio:
+    """The ratio of two ratios that were measured apart: after / before, over the prompts that both have.
+
+    Both intervals combine the two standard errors (Welch's t). `prompts` uses the differences prompt by prompt, which
+    the prompts' own levels do not enter.
+    """
+    shared = [prompt for prompt in before if prompt in after and before[prompt] and after[prompt]]
+    one, other = _fit({p: before[p] for p in shared}), _fit({p: after[p] for p in shared})
+    change = other.means - one.means
+    center = float(change.mean())
+    rounds = None
+    if min(one.counts.min(), other.counts.min()) >= MIN_ROUNDS:
+        error = math.hypot(one.noise, other.noise)
+        freedom = error**4 / (one.noise**4 / one.freedom + other.noise**4 / other.freedom) if error else one.freedom
+        rounds = _interval(center, error, max(1, int(freedom)))
+    prompts = ratio({str(at): [value] for at, value in enumerate(change)}, seed).prompts
+    return Ratio(math.exp(center), rounds, prompts)

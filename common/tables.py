@@ -82,13 +82,14 @@ def log_ratios(rows: Sequence[Row], baseline: str | None = None) -> dict[str, Lo
 
 def _spread(logs: Logs) -> tuple[float | None, int]:
     """Standard deviation of one paired log ratio around its prompt's mean, and how many lie beyond five of them."""
-    residuals = np.concatenate([np.asarray(each) - np.mean(each) for each in logs.values()])
+    of_prompt = [np.asarray(each) for each in logs.values()]
+    residuals = np.concatenate([each - each.mean() for each in of_prompt])
     freedom = len(residuals) - len(logs)
     if freedom < 1:
         return None, 0
-    middle = float(np.median(np.abs(residuals))) * 1.4826  # robust: an outlier must not hide itself
-    spread = math.sqrt(float(np.square(residuals).sum()) / freedom)
-    return spread, int((np.abs(residuals) > 5 * middle).sum()) if middle else 0
+    away = np.abs(np.concatenate([each - np.median(each) for each in of_prompt]))  # an outlier must not hide itself
+    usual = 1.4826 * float(np.median(away))
+    return math.sqrt(float(np.square(residuals).sum()) / freedom), int((away > 5 * usual).sum()) if usual else 0
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, Any]:

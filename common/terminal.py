@@ -23,7 +23,7 @@ from common.results import to_plain
 MIN_WIDTH = 120
 
 
-def _cell(value: object) -> str:
+def cell_text(value: object) -> str:
     """A table cell: about four digits of a float, `-` for nothing, yes and no for truth values."""
     if value is None:
         return "-"
@@ -50,7 +50,7 @@ def print_table(
     Where stdout is no terminal the table is plain Markdown, ready to be pasted into a README.
     """
     console = Console(file=file or sys.stdout, highlight=False, markup=False)
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell_text(value) for value in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN, pad_edge=not console.is_terminal)
     for index, column in enumerate(columns):
         justify: JustifyMethod = "right" if _is_numeric([row[index] for row in cells]) else "left"

@@ -21,6 +21,8 @@ COMMANDS = {
     "doctor": ("common.lab.doctor", "say what this machine can do, and what each missing thing would enable"),
     "pull": ("common.lab.pull", "download a model from the Hugging Face hub into the cache and check it"),
     "diff": ("common.lab.diff", "show how two phases differ: in the terminal, as a table, or as a page"),
+    "compare": ("common.lab.compare_results", "say what differs between two results folders, beyond noise"),
+    "tables": ("common.lab.tables", "fill the measured numbers of the READMEs from the committed rows"),
     "drift": ("common.lab.drift", "check that neighbouring phases differ in what the READMEs list and in nothing else"),
     "port": ("common.lab.port", "carry a fix made in one phase forward to all later phases"),
     "start": ("common.lab.start", "make a folder in which to write a phase yourself"),

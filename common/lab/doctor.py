@@ -24,9 +24,10 @@ import psutil
 import torch
 
 from common.device import available_devices
+from common.environment import cpu_name
 from common.lab.arguments import Parser
 from common.phases import phases
-from common.results import SCHEMA_VERSION, cpu_name
+from common.results import SCHEMA_VERSION
 from common.terminal import print_document, print_table
 
 X86 = {

@@ -1,4 +1,4 @@
-"""Timing in turns, ratios with intervals, refusing wrong results, and what a bench prints."""
+"""Timing in turns, refusing wrong results, the options of a bench, and what it prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from common.benchmark import (
     print_document,
     print_table,
     progress,
-    ratio_interval,
     refuse_if_different,
     seconds,
 )
@@ -39,7 +38,7 @@ def _recorder(calls: list[str]) -> dict[str, Callable[[], str]]:
     return {name: variant(name) for name in "ABC"}
 
 
-def test_variants_take_turns_and_the_order_rotates() -> None:
+def test_variants_take_turns_and_the_order_changes() -> None:
     calls: list[str] = []
     runs = interleave(_recorder(calls), repeats=3, warmup=1)
     warm, rounds = calls[:3], calls[3:]
@@ -72,51 +71,6 @@ def test_timed_seconds_and_memory_are_those_of_the_run() -> None:
             pytest.skip("this system cannot restart the peak of a process's memory")
     # The second sleep comes after an allocation, whose peak must not be counted as its own.
     assert runs["allocate"][1].memory["peak_rss"] > runs["sleep"][1].memory["peak_rss"] + 48
-
-
-def _noisy_times(true_ratio: float, rounds: int, seed: int) -> tuple[list[float], list[float]]:
-    """Baseline and variant seconds with a common drift per round and 5% noise of their own."""
-    random = np.random.default_rng(seed)
-    drift = random.uniform(1, 3, rounds)
-    baseline = true_ratio * drift * random.lognormal(0, 0.05, rounds)
-    return baseline.tolist(), (drift * random.lognormal(0, 0.05, rounds)).tolist()
-
-
-def test_ratio_interval_covers_the_true_ratio_about_95_percent_of_the_time() -> None:
-    covered = 0
-    for seed in range(100):
-        ratio = ratio_interval(*_noisy_times(1.7, 15, seed), resamples=1000)
-        assert ratio.low <= ratio.median <= ratio.high
-        covered += ratio.low <= 1.7 <= ratio.high
-    assert 88 <= covered <= 100
-
-
-def test_ratio_interval_pairs_rounds_so_that_common_drift_cancels() -> None:
-    ratio = ratio_interval(*_noisy_times(1.7, 15, seed=1))
-    assert ratio.high - ratio.low < 0.2  # the times themselves vary by a factor of 3
-    assert abs(ratio.median - 1.7) < 0.1
-
-
-def test_ratio_is_numerator_over_denominator() -> None:
-    slow, fast = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
-    assert ratio_interval(slow, fast).median == 2.0
-    assert ratio_interval(fast, slow).median == 0.5
-    assert str(ratio_interval(slow, fast)) == "2.00 [2.00, 2.00]"
-
-
-def test_ratio_interval_is_repeatable_and_works_with_two_rounds() -> None:
-    ratio = ratio_interval([1.0, 3.0], [1.0, 1.0], seed=3)
-    assert (ratio.low, ratio.median, ratio.high) == (1.0, 2.0, 3.0)
-    times = _noisy_times(1.2, 9, seed=5)
-    assert ratio_interval(*times, seed=3) == ratio_interval(*times, seed=3)
-
-
-@pytest.mark.parametrize(
-    ("numerator", "denominator"), [([1.0], [1.0]), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 0.0], [1.0, 1.0])]
-)
-def test_ratio_interval_refuses_what_is_no_measurement(numerator: list[float], denominator: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"rounds|positive"):
-        ratio_interval(numerator, denominator)
 
 
 def test_median_of_an_even_number_is_the_mean_of_the_middle() -> None:
@@ -167,18 +121,20 @@ def test_a_document_with_nan_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_options_come_from_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECDEC_REPEATS", "7")
+    monkeypatch.setenv("SPECDEC_ROUNDS", "7")
     monkeypatch.setenv("SPECDEC_DTYPE", "bfloat16")
     options = parse_options(BenchOptions, ["--quick", "--output", "out", "--dtype", "float32"], "bench.py")
     assert (options.quick, options.output, options.dtype) == (True, Path("out"), "float32")
-    assert (options.repeats, options.resume, options.dry_run) == (7, False, False)
+    assert (options.rounds, options.resume, options.dry_run) == (7, False, False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--resume"], "--resume needs --output"),
-        (["--repeats", "1"], "--repeats"),
+        (["--rounds", "0"], "--rounds"),
+        (["--precision", "0"], "--precision.*greater than 0"),
+        (["--budget", "0"], "--budget.*greater than 0"),
         (["--threads", "0"], "--threads"),
         (["--device", "tpu"], "--device"),
     ],
@@ -187,3 +143,46 @@ def test_bad_options_are_one_clear_line(arguments: list[str], message: str) -> N
     with pytest.raises(UserError, match=message) as raised:
         parse_options(BenchOptions, arguments, "bench.py")
     assert "\n" not in str(raised.value)
+
+
+def test_the_users_own_prompts_take_the_place_of_the_suite(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("Once upon a time")
+    lines.write_text('{"prompt": "one"}\n\n{"prompt": "two", "id": "x", "continuation": " three"}\n')
+    options = parse_options(BenchOptions, ["--prompt-file", str(text), "--prompts-from", str(lines)], "bench.py")
+    assert [(p.id, p.text, p.continuation) for p in options.own_prompts] == [
+        ("a.txt", "Once upon a time", ""),
+        ("line-1", "one", ""),
+        ("x", "two", " three"),
+    ]
+    calibrate, test = ({p.id for p in options.load_prompts(half)} for half in ("calibrate", "test"))
+    assert not calibrate & test
+    assert len(calibrate | test) == 3
+    only = parse_options(BenchOptions, ["--prompt-file", str(text)], "bench.py")
+    assert only.load_prompts("calibrate") == only.load_prompts("test") != []
+    assert only.prompts_sha256() != BenchOptions().prompts_sha256()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n\n", "holds no prompt"),
+        (b'{"prompt": "a"}\n{"prompt": \n', "line 2: invalid JSON"),
+        (b'{"prompt": "a"}\n["b"]\n', 'line 2: expected {"prompt"'),
+        (b'{"prompt": ""}\n', "line 1: expected"),
+        (b'{"prompt": 5}\n', "line 1: expected"),
+        (b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', "an id occurs twice"),
+        (b"\xff\xfe", "cannot be read as text"),
+    ],
+)
+def test_a_bad_prompt_file_is_one_line_that_names_the_place(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    options = parse_options(BenchOptions, ["--prompts-from", str(path)], "bench.py")
+    with pytest.raises(UserError, match=message) as raised:
+        options.load_prompts()
+    assert "\n" not in str(raised.value)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        parse_options(BenchOptions, ["--prompt-file", str(tmp_path / "empty.txt")], "bench.py").load_prompts()

@@ -1,0 +1,130 @@
+"""`lab tables`: the measured numbers in the READMEs, computed from the committed rows.
+
+A README marks where a number or a table comes from; this command fills the space between the marks.
+
+    <!-- table: speed; columns: variant (K), speedup (x plain); where: temperature=1; versus: plain -->
+    | K | x plain |
+    ...
+    <!-- end -->
+    It is <!-- value: speed; column: speedup; where: variant=cost, temperature=1 -->1.52 [1.47, 1.58]<!-- end -->
+
+The first word is a section of `results/results.jsonl` beside the README (`from: FOLDER` names another folder), columns
+are those of common/tables.py with their headings, `where` selects cells and variants (`a|b`: one or the other), and
+`versus` compares with another baseline than the one that each row names.
+
+    lab tables           # rewrite every README
+    lab tables --check   # exit status 1 if a README differs from the rows
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.lab.arguments import Parser
+from common.phases import ROOT, phases
+from common.results import Row, read_rows
+from common.tables import derive, text_of
+from common.terminal import cell_text, print_table
+
+MARK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
+FIELDS = ("columns", "column", "where", "versus", "from")
+
+
+def parse_mark(text: str, where: str) -> tuple[str, dict[str, str]]:
+    """The section and the fields of a mark. Raises UserError for a field that does not exist."""
+    section, *rest = [part.strip() for part in text.split(";")]
+    fields = {}
+    for part in rest:
+        name, _, value = part.partition(":")
+        if name.strip() not in FIELDS:
+            raise UserError(f"{where}: unknown field {name.strip()!r} in a mark; the fields are {', '.join(FIELDS)}")
+        fields[name.strip()] = value.strip()
+    return section, fields
+
+
+def parse_columns(text: str) -> list[tuple[str, str]]:
+    """Column names with their headings, from `variant (K), speedup (x plain), tokens_per_s`."""
+    found = []
+    for part in re.split(r",\s*(?![^(]*\))", text):
+        match = re.fullmatch(r"(\w+)(?: \((.*)\))?", part.strip())
+        if not match:
+            raise UserError(f"a column is written `name` or `name (heading)`, got {part.strip()!r}")
+        found.append((match[1], match[2] or match[1].replace("_", " ")))
+    return found
+
+
+def _matches(value: object, wanted: str) -> bool:
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return shown in wanted.split("|") or str(value) in wanted.split("|")
+
+
+def select(lines: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The lines whose columns have the values of `name=value, name=a|b`."""
+    conditions = [part.strip().partition("=")[::2] for part in where.split(", ") if part.strip()]
+    return [line for line in lines if all(_matches(line.get(name), value) for name, value in conditions)]
+
+
+@cache
+def _rows(folder: Path) -> list[Row]:
+    return read_rows(folder)
+
+
+def lines_of(readme: Path, section: str, fields: dict[str, str]) -> list[dict[str, Any]]:
+    """The derived lines that a mark asks for. Raises UserError where there are none."""
+    folder = readme.parent / fields.get("from", "results")
+    rows = [row for row in _rows(folder) if row.section == section]
+    lines = select(derive(rows, fields.get("versus")), fields.get("where", ""))
+    if not lines:
+        raise UserError(f"{readme}: {folder} has no row of section {section!r} where {fields.get('where', 'any')}")
+    if any(line.get("synthetic") for line in lines):
+        raise UserError(f"{readme}: {folder} holds rows of a dry run; a README quotes measurements only")
+    return lines
+
+
+def render(readme: Path, kind: str, mark: str) -> str:
+    """What belongs between a mark and its end."""
+    section, fields = parse_mark(mark, str(readme))
+    lines = lines_of(readme, section, fields)
+    if kind == "value":
+        if len(lines) != 1:
+            raise UserError(f"{readme}: the mark `{mark}` selects {len(lines)} lines, expected one")
+        return cell_text(text_of(lines[0], fields["column"]))
+    columns = parse_columns(fields["columns"])
+    out = StringIO()
+    print_table("", [head for _, head in columns], [[text_of(line, c) for c, _ in columns] for line in lines], file=out)
+    return "\n" + out.getvalue().strip() + "\n"
+
+
+def rewrite(readme: Path) -> str:
+    """The README with every marked number computed again."""
+    text = readme.read_text(encoding="utf-8")
+    return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{render(readme, m[1], m[2])}<!-- end -->", text)
+
+
+def readmes(root: Path = ROOT) -> list[Path]:
+    """The READMEs that may quote measurements: the root's and every phase's."""
+    return [root / "README.md", *(phase.folder / "README.md" for phase in phases(root))]
+
+
+def run(arguments: list[str]) -> int:
+    parser = Parser("lab tables", "Fill the measured numbers of the READMEs from the committed rows.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a README differs")
+    options = parser.parse_args(arguments)
+    differing = []
+    for readme in readmes():
+        text = rewrite(readme)
+        if text != readme.read_text(encoding="utf-8"):
+            differing.append(readme.relative_to(ROOT))
+            if not options.check:
+                readme.write_text(text, encoding="utf-8", newline="\n")
+    for name in differing:
+        print(f"{name}: {'differs from its rows; `lab tables` rewrites it' if options.check else 'rewritten'}")
+    if not differing:
+        print("every README has the numbers of its rows", file=sys.stderr)
+    return 1 if options.check and differing else 0
