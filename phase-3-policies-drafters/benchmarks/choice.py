@@ -18,15 +18,15 @@ CHOICE = {"choice": "plain decoding over this variant's wall time per token, on 
 def candidates(lab: Lab) -> dict[str, Choice]:
     """Every fixed K and the `cost` controller with the draft model, and every drafter that was trained or looks up."""
     found: dict[str, Choice] = {fixed(k): {"k": k} for k in lab.options.fixed}
-    found["model, controller cost"] = {"controller": "cost"}
+    found["model cost"] = {"controller": "cost"}
     for drafter in (name for name in lab.drafters if name != "extrapolate"):
         for shape in shapes(lab, drafter):
-            found.setdefault(f"{drafter}, {shape.label}", {"drafter": drafter, **shape.options})
+            found.setdefault(f"{drafter} {shape.label}", {"drafter": drafter, **shape.options})
     return found
 
 
 def fixed(k: int) -> str:
-    return f"model, chain {k}"
+    return f"model chain {k}"
 
 
 def fastest(lab: Lab, temperature: float, labels: list[str]) -> str | None:

@@ -22,7 +22,7 @@ from engine.options import BRANCHING
 from .runs import Choice, Lab, Session, survived
 
 DRAFTERS = {
-    "drafters": "sampled (temperature 1) or greedy (0) output, by `drafter, shape`; shape: a chain of K tokens, or a "
+    "drafters": "sampled (temperature 1) or greedy (0) output, by drafter and shape; shape: a chain of K tokens, or a "
     "tree of at most so many nodes",
     "forced": "at each point of held-out text the drafter proposes from the true prefix; the text then moves on by as "
     "many true tokens as the step would have given",
@@ -101,7 +101,7 @@ def measure_drafters(lab: Lab) -> None:
         for name, reason in lab.left_out.items():
             lab.refuse("drafters", cell, name, reason)
         choices: dict[str, Choice] = {
-            f"{drafter}, {shape.label}": {"drafter": drafter, **shape.options}
+            f"{drafter} {shape.label}": {"drafter": drafter, **shape.options}
             for drafter in lab.drafters
             for shape in shapes(lab, drafter)
         }
@@ -117,4 +117,4 @@ def on_forced_text(lab: Lab, temperature: float) -> None:
         for shape in shapes(lab, drafter, LONGEST):
             run = forced(lab, drafter=drafter, temperature=temperature, **shape.options)
             for prompt in prompts:
-                lab.count("forced", cell, f"{drafter}, {shape.label}", prompt.id, partial(run, prompt))
+                lab.count("forced", cell, f"{drafter} {shape.label}", prompt.id, partial(run, prompt))

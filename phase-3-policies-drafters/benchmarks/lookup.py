@@ -47,5 +47,5 @@ def measure_ngram(lab: Lab) -> None:
 
     operations: dict[str, Callable[[int, Prompt | None, int], Outcome]] = {"add a token": add, "look up": look_up}
     for name, run in operations.items():
-        runs: dict[str, Variant] = {f"{length:,} tokens": partial(run, length) for length in LENGTHS}
+        runs: dict[str, Variant] = {f"{length} tokens": partial(run, length) for length in LENGTHS}
         lab.within(SHARE).compare("index", {"operation": name}, runs)

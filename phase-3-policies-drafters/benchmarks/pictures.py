@@ -48,7 +48,7 @@ def unique(lines: list[Line], name: str) -> list[Any]:
 
 
 def drafter_and_shape(line: Line) -> tuple[str, str]:
-    drafter, _, shape = line["variant"].partition(", ")
+    drafter, _, shape = line["variant"].partition(" ")
     return drafter, shape
 
 
@@ -102,7 +102,7 @@ def survival(lab: Lab, file: Path) -> None:
                         shape = max(of_kind, key=in_order)
                         shares = shapes[shape]["survival"]
                         drawn: Line = {"marker": MARKERS[at], "linestyle": style, "color": f"C{at}", "markersize": 4}
-                        panel.plot(range(1, len(shares) + 1), shares, label=f"{drafter}, {shape}", **drawn)
+                        panel.plot(range(1, len(shares) + 1), shares, label=f"{drafter} {shape}", **drawn)
             panel.set(title=f"forced text, temperature {temperature:g}", xlabel="position (of a tree: level)")
             panel.set_xticks(range(1, 1 + max(len(line["survival"]) for line in here)))
         axes[0].set_ylabel("share of drafts accepted up to here")

@@ -1,7 +1,7 @@
 """The options of the bench, its models, and one run of one prompt: what all sections share.
 
 lab.timed("policies", {"temperature": 1.0}, {"coupled": {"policy": "coupled"}})
-lab.timed("drafters", {"temperature": 0.0}, {"ngram, chain 4": {"drafter": "ngram", "k": 4}})
+lab.timed("drafters", {"temperature": 0.0}, {"ngram chain 4": {"drafter": "ngram", "k": 4}})
 """
 
 from __future__ import annotations
