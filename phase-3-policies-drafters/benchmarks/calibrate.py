@@ -44,7 +44,7 @@ def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
     decisions, levels = engine.KeyedDecisions(params.seed), min(LEVELS, made.deepest)
     shape = engine.best_shape(EXPLORATORY, NODES)
     tree_drafter = StaticTreeDrafter(made, params, shape, decisions, policy.draft_noise, policy.draws_children)
-    texts = lab.texts(12, half="calibrate")
+    texts = [prompt.text for prompt in lab.prompts(half="calibrate")]
     seen: list[tuple[engine.Tree, list[int]]] = []
     with progress(f"calibrating {drafter}", len(texts)) as show:
         for number, text in enumerate(texts):

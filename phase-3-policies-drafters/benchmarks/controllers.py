@@ -1,49 +1,31 @@
-"""Controllers against every fixed K, with the draft model; and where every guess falls, against plain decoding."""
+"""Controllers against the best fixed K, with the draft model; and with a draft of which nothing is accepted."""
 
 from __future__ import annotations
 
-from typing import Any
+from common.results import Scalar
 
-from .runs import FAILING, Lab
+from .choice import best_fixed
+from .runs import FAILING, Choice, Lab
 
 CONTROLLERS = {
-    "controller": "suite `code`: prompts of the test half; `failing`: the same with a draft whose output is turned "
-    "around, so that its every guess falls",
-    "of_best": "wall time per token of the best fixed K of this run, over this controller's: 1 is as fast; median of "
-    "the paired rounds with its bootstrap 95% interval",
-    "trajectory": "draft tokens of every step of the first prompt",
+    "controllers": "draft `own`: the model's; `failing`: the same draft with its output negated, so that its every "
+    "token is rejected. `best fixed K`: the K that was fastest on the calibrate half (section `choice`)",
+    "depths": "draft tokens of every step of one run",
 }
 ADAPTING = ("adaptive", "confidence", "cost")
+SECTION, OWN, NEGATED, BEST = "controllers", "own", "failing", "best fixed K"
 
 
 def measure_controllers(lab: Lab) -> None:
-    fixed = {f"fixed {k}": {"controller": "fixed", "k": k} for k in lab.grid.fixed}
-    adapting: dict[str, dict[str, Any]] = {name: {"controller": name} for name in ADAPTING}
-    for temperature in lab.grid.temperatures:
-        suite(lab, "code", temperature, lab.draft, fixed | adapting)
-        few = {name: adapting[name] for name in ADAPTING[-1:]} if lab.options.quick else adapting
-        suite(lab, "failing", temperature, FAILING + lab.draft, {"fixed 4": {"k": 4}} | few)
-
-
-def suite(lab: Lab, name: str, temperature: float, draft: str, controllers: dict[str, dict[str, Any]]) -> None:
-    key = {"kind": "controller", "suite": name, "temperature": temperature}
-    if lab.done(**key, controller=list(controllers)[-1]):
-        return
-    texts = lab.texts()
-    plain = lab.variant(texts, draft="none", temperature=temperature)
-    runs = {
-        label: lab.variant(texts, plain, draft=draft, temperature=temperature, **options)
-        for label, options in controllers.items()
-    }
-    rows, rates = lab.speed(f"controllers, {name}, temperature {temperature:g}", plain, runs)
-    best = max((label for label in runs if label.startswith("fixed")), key=lambda label: rows[label]["speedup"])
-    for label, run in runs.items():
-        steps = run.runs[0].steps[0] if run.runs else []
-        lab.add(
-            **key,
-            controller=label,
-            best_fixed=best,
-            **rows[label],
-            **lab.ratio("of_best", rates[best], rates[label]),
-            trajectory=[stats.depth for stats in steps],
-        )
+    adapting: dict[str, Choice] = {name: {"controller": name} for name in ADAPTING}
+    for temperature in lab.options.temperatures:
+        cell: dict[str, Scalar] = {"draft": OWN, "temperature": temperature}
+        k = best_fixed(lab, temperature)
+        if k is None:
+            lab.refuse(SECTION, cell, BEST, "no fixed K could be chosen on the calibrate half")
+        else:
+            lab.timed(SECTION, cell, {BEST: {"k": k}, **adapting})
+    first = lab.options.temperatures[0]
+    choices = {"fixed 4": {"k": 4}, **adapting}
+    failing = {label: {**choice, "draft": FAILING + lab.draft} for label, choice in choices.items()}
+    lab.timed(SECTION, {"draft": NEGATED, "temperature": first}, failing)

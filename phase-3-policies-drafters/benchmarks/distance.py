@@ -16,17 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import engine
 from common.philox import Purpose
-from common.prompts import load_prompts
+from common.prompts import Prompt
 from engine.policies import AcceptancePolicy, Lossy
 from engine.sampling import probabilities
-
-from .runs import Lab
 
 Law = dict[tuple[int, ...], float]
 
@@ -39,44 +36,30 @@ def emitted_law(draft_probs: Tensor, target_probs: Tensor, good: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Contexts:
-    """What target and draft say after each token of the true continuation of some prompts, logits [T, V] by prompt."""
+    """What target and draft say after each token of a prompt's true continuation: logits [T, V] of both."""
 
-    target: list[Tensor]
-    draft: list[Tensor]
+    target: Tensor
+    draft: Tensor
 
     @staticmethod
     @torch.inference_mode()
-    def of(lab: Lab) -> Contexts:
-        session, found = lab.session(), Contexts([], [])
-        assert session.draft is not None, "the bench asks for a draft model"
-        encode = session.loaded.tokenizer.encode
-        for prompt in load_prompts("code", "test")[: 2 * lab.grid.spread * lab.options.prompts]:
-            text = encode(prompt.text)
-            whole = (text + encode(prompt.continuation))[: session.loaded.config.context]
-            tokens = torch.tensor([whole], device=lab.device)
-            found.target.append(session.loaded.model(tokens)[0, len(text) - 1 :].float())
-            found.draft.append(session.draft.model(tokens)[0, len(text) - 1 :].float())
-        return found
+    def of(target: engine.LoadedModel, draft: engine.LoadedModel, prompt: Prompt) -> Contexts:
+        text, device = target.tokenizer.encode(prompt.text), target.model.embedding.weight.device
+        whole = (text + target.tokenizer.encode(prompt.continuation))[: target.config.context]
+        tokens = torch.tensor([whole], device=device)
+        both = (loaded.model(tokens)[0, len(text) - 1 :].float() for loaded in (target, draft))
+        return Contexts(*both)
 
 
-def first_token_distance(contexts: Contexts, policy: Lossy, temperature: float, seed: int) -> dict[str, float]:
-    """Means over contexts of what POLICIES defines; the resamples are of prompts, whose contexts hang together."""
-    params = engine.SamplingParams(temperature=temperature)
-    of_prompts, excess = [], []
-    for logits, guess in zip(contexts.target, contexts.draft, strict=True):
-        target_probs = probabilities(logits, params)
-        opinion = logits.softmax(-1) if params.greedy else target_probs
-        difference = emitted_law(probabilities(guess, params), target_probs, policy.good(opinion)) - target_probs
-        of_prompts.append(difference.abs().sum(-1).mean().item() / 2)
-        excess.append((difference * -logits.log_softmax(-1) / math.log(2)).sum(-1).mean().item())
-    draws = np.random.default_rng(seed).integers(len(of_prompts), size=(2000, len(of_prompts)))
-    low, high = np.percentile(np.asarray(of_prompts)[draws].mean(1), [2.5, 97.5])
-    return {
-        "first_token_tv": float(np.mean(of_prompts)),
-        "first_token_tv_low": float(low),
-        "first_token_tv_high": float(high),
-        "excess_bits": float(np.mean(excess)),
-    }
+def first_token_distance(contexts: Contexts, policy: Lossy, temperature: float) -> dict[str, float]:
+    """Means over the contexts of one prompt of what POLICIES defines."""
+    params, logits = engine.SamplingParams(temperature=temperature), contexts.target
+    target_probs = probabilities(logits, params)
+    opinion = logits.softmax(-1) if params.greedy else target_probs
+    law = emitted_law(probabilities(contexts.draft, params), target_probs, policy.good(opinion))
+    bits = ((law - target_probs) * -logits.log_softmax(-1) / math.log(2)).sum(-1)
+    distance = (law - target_probs).abs().sum(-1) / 2
+    return {"first_token_tv": distance.mean().item(), "excess_bits": bits.mean().item()}
 
 
 class Walk:

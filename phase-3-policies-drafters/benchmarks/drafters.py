@@ -6,24 +6,29 @@ On text that is forced (held-out code, see engine/forced.py), on samples and on 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import engine
-from common.benchmark import progress
-from common.prompts import load_prompts
+from common.benchmark import Outcome
+from common.errors import UserError
+from common.prompts import Prompt
 from engine.drafters import make_drafter
-from engine.explain import tokens_per_forward
 from engine.forced import forced_acceptance
 from engine.options import BRANCHING
 
-from .runs import Lab, Session
+from .runs import Choice, Lab, Session, survived
 
 DRAFTERS = {
-    "drafter": "sampled (temperature 1) or greedy (0) output; shape: a chain of K tokens, or a tree of at most `nodes`",
+    "drafters": "sampled (temperature 1) or greedy (0) output, by drafter and shape; shape: a chain of K tokens, or a "
+    "tree of at most so many nodes",
     "forced": "at each point of held-out text the drafter proposes from the true prefix; the text then moves on by as "
-    "many true tokens as the step would have given; by_k: the same for every smaller K, from survival",
+    "many true tokens as the step would have given",
 }
+FORCED_PROMPTS = 16
+LONGEST = 8  # the chain from whose survival the tokens of every shorter one can be computed
 
 
 @dataclass(frozen=True)
@@ -42,21 +47,18 @@ class Shape:
     def options(self) -> dict[str, Any]:
         return {"k": self.k, "tree": self.tree} | ({} if self.tree == "off" else {"tree_nodes": self.nodes})
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        return {"shape": self.label, "k": self.k, "nodes": self.nodes}
-
 
 def levels(nodes: int) -> int:
     """A chain of K = 4 within few nodes; the more there are, the deeper the tree may go."""
     return 4 if nodes <= 8 else 5 if nodes <= 16 else 6
 
 
-def shapes(lab: Lab, drafter: str) -> list[Shape]:
-    deepest = getattr(drafter_of(lab.session(drafter=drafter)), "deepest", 0)  # of those that can branch
-    chains = [k for k in lab.grid.chains if k <= deepest] or [4]
-    trees = [(tree, n) for tree in ("static", "dynamic") for n in lab.grid.nodes if drafter in BRANCHING]
-    return [*(Shape("off", k, k) for k in chains), *(Shape(tree, levels(n), n) for tree, n in trees)]
+def shapes(lab: Lab, drafter: str, longest: int | None = None) -> list[Shape]:
+    """The chains and trees that the options name, as far as the drafter can go; `longest` adds a chain."""
+    deepest = getattr(drafter_of(lab.session(drafter=drafter)), "deepest", LONGEST)
+    wanted = sorted({min(k, deepest) for k in (*lab.options.chains, *([longest] if longest else []))})
+    trees = [(tree, n) for tree in ("static", "dynamic") for n in lab.options.nodes if drafter in BRANCHING]
+    return [*(Shape("off", k, k) for k in wanted), *(Shape(tree, levels(n), n) for tree, n in trees)]
 
 
 def drafter_of(session: Session) -> engine.Drafter:
@@ -69,56 +71,50 @@ def drafter_of(session: Session) -> engine.Drafter:
     return made if session.options.tree == "off" else session._tree_drafter(made, decisions)
 
 
-def forced(lab: Lab, session: Session, title: str, spread: int = 1) -> list[int]:
-    """How many draft tokens stood at each point of the continuations of so many times as many prompts."""
-    params = dataclasses.replace(session.params, max_new_tokens=10**6, ignore_eos=True)
-    decisions = engine.Certain() if params.greedy else engine.KeyedDecisions(params.seed)
-    drafter, encode, stood = drafter_of(session), session.loaded.tokenizer.encode, []
-    prompts = load_prompts("code", "test")[: spread * lab.options.prompts]
-    with progress(title, len(prompts)) as show:
-        for prompt in prompts:
-            text, truth = encode(prompt.text), encode(prompt.continuation)[: lab.options.max_tokens + session.options.k]
-            stood += forced_acceptance(
-                session.loaded.model, drafter, text, truth, params, session.policy, session.options.k, decisions
-            )
-            show(prompt.id)
-    return stood
+def forced(lab: Lab, **wanted: Any) -> Callable[[Prompt], Outcome]:
+    """Counts the draft tokens that are accepted at each point of a prompt's true continuation."""
+    made = cache(lambda: (session := lab.session(**wanted), drafter_of(session)))
 
+    def count(prompt: Prompt) -> Outcome:
+        session, drafter = made()
+        params = dataclasses.replace(session.params, max_new_tokens=10**6, ignore_eos=True)
+        decisions = engine.Certain() if params.greedy else engine.KeyedDecisions(params.seed)
+        k, tokenizer = session.options.k, session.loaded.tokenizer
+        # Without the token by which some tokenizers begin every text.
+        truth = [token for token in tokenizer.encode(prompt.continuation) if token not in tokenizer.special_ids]
+        truth = truth[: lab.options.max_tokens + k]
+        if len(truth) <= k:
+            raise UserError(f"{prompt.id} goes on for {len(truth)} tokens; more than {k} are needed")
+        text = tokenizer.encode(prompt.text)[-(session.loaded.config.context - len(truth)) :]
+        model, policy = session.loaded.model, session.policy
+        accepted = forced_acceptance(model, drafter, text, truth, params, policy, k, decisions)
+        drafts = len(accepted)
+        figures = {"forwards": drafts, "drafts": drafts, "survived": survived(accepted, k)}
+        return Outcome(sum(accepted) + drafts, figures)
 
-def survival_of(stood: list[int], k: int) -> list[float]:
-    return [sum(s >= j for s in stood) / len(stood) for j in range(1, k + 1)]
+    return count
 
 
 def measure_drafters(lab: Lab) -> None:
-    for temperature in lab.grid.temperatures:
-        for drafter in lab.drafters:
-            decoded(lab, drafter, temperature)
-            for shape in shapes(lab, drafter):
-                on_forced_text(lab, drafter, temperature, shape)
+    for temperature in lab.options.temperatures:
+        cell = {"temperature": temperature}
+        for name, reason in lab.left_out.items():
+            lab.refuse("drafters", cell, name, reason)
+        choices: dict[str, Choice] = {
+            f"{drafter} {shape.label}": {"drafter": drafter, **shape.options}
+            for drafter in lab.drafters
+            for shape in shapes(lab, drafter)
+        }
+        lab.timed("drafters", cell, choices)
+        on_forced_text(lab, temperature)
 
 
-def decoded(lab: Lab, drafter: str, temperature: float) -> None:
-    """Every shape of one drafter against plain decoding."""
-    key = {"kind": "drafter", "drafter": drafter, "temperature": temperature}
-    wanted = shapes(lab, drafter)
-    if lab.done(**key, shape=wanted[-1].label):
-        return
-    texts = lab.texts()
-    plain = lab.variant(texts, draft="none", temperature=temperature)
-    runs = {s.label: lab.variant(texts, plain, drafter=drafter, temperature=temperature, **s.options) for s in wanted}
-    rows, _ = lab.speed(f"{drafter}, temperature {temperature:g}", plain, runs)
-    for shape in wanted:
-        lab.add(**key, **shape.columns, **rows[shape.label])
-
-
-def on_forced_text(lab: Lab, drafter: str, temperature: float, shape: Shape) -> None:
-    key = {"kind": "forced", "drafter": drafter, "temperature": temperature, **shape.columns}
-    if lab.done(**key):
-        return
-    stood = [shape.k]
-    if not lab.options.dry_run:
-        session = lab.session(drafter=drafter, temperature=temperature, **shape.options)
-        stood = forced(lab, session, f"forced, {drafter}, {shape.label}, temperature {temperature:g}", lab.grid.spread)
-    shares = survival_of(stood, shape.k)
-    by_k = [tokens_per_forward(shares, k) for k in range(1, shape.k + 1)]
-    lab.add(**key, steps=len(stood), tokens_per_forward=by_k[-1], survival=shares, by_k=by_k)
+def on_forced_text(lab: Lab, temperature: float) -> None:
+    cell, prompts = {"temperature": temperature}, lab.continued(FORCED_PROMPTS)
+    if not prompts:
+        lab.refuse("forced", cell, "", "the prompts have no continuation (in JSONL: `continuation`)")
+    for drafter in lab.drafters:
+        for shape in shapes(lab, drafter, LONGEST):
+            run = forced(lab, drafter=drafter, temperature=temperature, **shape.options)
+            for prompt in prompts:
+                lab.count("forced", cell, f"{drafter} {shape.label}", prompt.id, partial(run, prompt))

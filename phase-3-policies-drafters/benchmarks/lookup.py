@@ -1,59 +1,51 @@
-"""The n-gram drafter: what a guess that costs nothing is worth, and that it costs nothing however long the text is."""
+"""The index of the n-gram drafter: what a token and a look-up cost, in texts of growing length."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from collections.abc import Callable
+from functools import cache, partial
 
+from common.benchmark import Outcome
+from common.harness import Variant
+from common.prompts import Prompt
 from engine.drafters import NgramIndex
 
-from .drafters import forced, survival_of
 from .runs import Lab
 
 LOOKUP = {
-    "ngram": "tokens per target forward on forced held-out text, and share of step time spent drafting when decoding "
-    "freely, where the same steps are timed as in `drafter`",
-    "index": "of the n-gram index, in a text of so many tokens: microseconds to add a token, and to look up 4",
+    "index": "of the n-gram index, in a text of so many tokens: tokens added per second, and look-ups of 4 tokens per "
+    "second; speedup: over the shortest text",
 }
+LENGTHS = (1_000, 10_000, 100_000)
+LOOKUPS = 10_000
+SHARE = 0.02  # of --budget: the times are short
 
 
 def measure_ngram(lab: Lab) -> None:
-    for temperature in lab.grid.temperatures:
-        for k in (2, 4, 8):
-            lookup(lab, temperature, k)
-    for length in (1_000, 10_000, 100_000):
-        index_cost(lab, length)
+    @cache
+    def text(length: int) -> list[int]:
+        tokens = [token for prompt in lab.prompts(100) for token in lab.target.tokenizer.encode(prompt.text)]
+        return (tokens * (1 + length // len(tokens)))[:length]
 
+    @cache
+    def index(length: int) -> NgramIndex:
+        made = NgramIndex(1, 3)
+        made.extend(text(length))
+        return made
 
-def lookup(lab: Lab, temperature: float, k: int) -> None:
-    key = {"kind": "ngram", "temperature": temperature, "k": k}
-    if lab.done(**key):
-        return
-    stood, share, decoded = [k], 0.0, 1.0
-    if not lab.options.dry_run:
-        wanted: dict[str, Any] = {"drafter": "ngram", "temperature": temperature, "k": k}
-        title = f"n-gram lookup, K = {k}, temperature {temperature:g}"
-        stood = forced(lab, lab.session(**wanted), title, 2 * lab.grid.spread)
-        run = lab.variant(lab.texts(), **wanted)
-        for _ in range(2):  # the first is slower than the others
-            run()
-        decoded, share = run.figures()["tokens_per_forward"], run.figures()["draft_share"]
-    row = {"tokens_per_forward": 1 + sum(survival_of(stood, k)), "steps": len(stood)}
-    lab.add(**key, **row, decoded_tokens_per_forward=decoded, draft_share=share)
+    def add(length: int, prompt: Prompt | None, round_: int) -> Outcome:
+        """As often as it takes to add the longest text's number of tokens."""
+        for _ in range(LENGTHS[-1] // length):
+            NgramIndex(1, 3).extend(text(length))
+        return Outcome(LENGTHS[-1])
 
+    def look_up(length: int, prompt: Prompt | None, round_: int) -> Outcome:
+        found = index(length)
+        for _ in range(LOOKUPS):
+            found.continuation(4)
+        return Outcome(LOOKUPS)
 
-def index_cost(lab: Lab, length: int) -> None:
-    if lab.done(kind="index", length=length):
-        return
-    added = looked = 1.0
-    if not lab.options.dry_run:
-        text = [token for prompt in lab.texts(25) for token in lab.target.tokenizer.encode(prompt)]
-        text = (text * (1 + length // len(text)))[:length]
-        index = NgramIndex(1, 3)
-        began = time.perf_counter()
-        index.extend(text)
-        filled = time.perf_counter()
-        for _ in range(1000):
-            index.continuation(4)
-        added, looked = (filled - began) / length * 1e6, (time.perf_counter() - filled) / 1000 * 1e6
-    lab.add(kind="index", length=length, us_per_token=added, us_per_lookup=looked)
+    operations: dict[str, Callable[[int, Prompt | None, int], Outcome]] = {"add a token": add, "look up": look_up}
+    for name, run in operations.items():
+        runs: dict[str, Variant] = {f"{length} tokens": partial(run, length) for length in LENGTHS}
+        lab.within(SHARE).compare("index", {"operation": name}, runs)

@@ -1,4 +1,4 @@
-"""The figures of the bench, drawn from its rows: a continued run draws what all of its parts found."""
+"""The figures of the bench, drawn from its derived tables: a continued run draws what all of its parts found."""
 
 from __future__ import annotations
 
@@ -11,48 +11,69 @@ import numpy as np
 
 from common.errors import UserError
 from common.figures import figure
+from common.tables import AGAIN
 from engine.drafters.heads import find_heads
 from engine.policies import LOSSLESS
 
 from .controllers import ADAPTING
 from .policies import STRENGTHS
-from .runs import Lab
+from .runs import PLAIN, Lab
 
-Row = dict[str, Any]
+Line = dict[str, Any]
+MARKERS = "osD^vP*X"
 
 
 def draw(lab: Lab, folder: Path) -> None:
     """Whatever the rows allow."""
-    if lab.rows("drafter") and lab.rows("forced"):
+    if measured(lab, "drafters") and measured(lab, "forced"):
         heat_map(lab, folder / "drafters.png")
         survival(lab, folder / "survival.png")
-    if lab.rows("policy") and lab.rows("distance"):
+    if measured(lab, "policies") and measured(lab, "distance"):
         speed_against_distance(lab, folder / "policies.png")
-    if lab.rows("controller"):
-        trajectories(lab, folder / "controllers.png")
+    if lab.rows("controllers"):
+        depths(lab, folder / "controllers.png")
     if logs := training_logs(lab):
         training_curves(logs, folder / "training.png")
 
 
-def unique(rows: list[Row], name: str) -> list[Any]:
-    return list(dict.fromkeys(row[name] for row in rows))
+def measured(lab: Lab, section: str) -> list[Line]:
+    """What ran of a section, without plain decoding. A dry run counts nothing, so its figures are 1."""
+    lines = [line for line in lab.table(section) if line["variant"] not in (PLAIN, PLAIN + AGAIN)]
+    blank = {"tokens_per_forward": 1.0, "speedup": 1.0, "first_token_tv": 1.0, "survival": [1.0]}
+    return [blank | line if line.get("synthetic") else line for line in lines if "status" not in line]
+
+
+def unique(lines: list[Line], name: str) -> list[Any]:
+    return list(dict.fromkeys(line[name] for line in lines))
+
+
+def drafter_and_shape(line: Line) -> tuple[str, str]:
+    drafter, _, shape = line["variant"].partition(" ")
+    return drafter, shape
+
+
+def in_order(shape: str) -> tuple[int, int]:
+    """Chains before static trees before dynamic ones, small ones first."""
+    kind, _, size = shape.partition(" ")
+    return ("chain", "static", "dynamic").index(kind), int(size)
 
 
 def heat_map(lab: Lab, file: Path) -> None:
     """Drafter x shape: tokens per target forward on forced text, and times as fast as plain decoding."""
     panels = [("forced", "tokens_per_forward", "tokens per target forward, forced text")]
-    panels += [("drafter", "speedup", "times as fast as plain decoding")]
-    temperatures = unique(lab.rows("forced"), "temperature")
-    # In the order of the shapes, whichever drafter has them first.
-    order = sorted({(r["shape"].split()[0] != "chain", r["shape"].split()[0] == "dynamic", r["nodes"], r["shape"])
-                    for r in lab.rows("drafter")})  # fmt: skip
-    shapes, drafters = [shape for *_, shape in order], unique(lab.rows("drafter"), "drafter")
-    size = (max(4.8, 1.4 + 0.75 * len(shapes)), 0.9 + 0.5 * len(drafters))
+    panels += [("drafters", "speedup", "times as fast as plain decoding")]
+    lines = {section: measured(lab, section) for section, *_ in panels}
+    temperatures = unique(lines["drafters"], "temperature")
+    names = [drafter_and_shape(line) for line in lines["forced"] + lines["drafters"]]
+    shapes = sorted({shape for _, shape in names}, key=in_order)
+    drafters = list(dict.fromkeys(drafter for drafter, _ in names))
+    size = (max(4.8, 1.4 + 0.75 * len(shapes)), 1.2 + 0.5 * len(drafters))
     with figure(file, len(temperatures), 2, size, f"drafters and shapes{lab.mark}") as axes:
-        for panel, (temperature, (kind, value, title)) in zip(
+        for panel, (temperature, (section, value, title)) in zip(
             axes, [(t, p) for t in temperatures for p in panels], strict=True
         ):
-            found = {(r["drafter"], r["shape"]): r[value] for r in lab.rows(kind) if r["temperature"] == temperature}
+            here = [line for line in lines[section] if line["temperature"] == temperature]
+            found = {drafter_and_shape(line): line.get(value, np.nan) for line in here}
             cells = np.array([[found.get((drafter, shape), np.nan) for shape in shapes] for drafter in drafters])
             bright = np.nanmin(cells) + 0.6 * (np.nanmax(cells) - np.nanmin(cells))
             panel.imshow(cells, cmap="viridis", aspect="auto")
@@ -67,64 +88,76 @@ def heat_map(lab: Lab, file: Path) -> None:
 
 def survival(lab: Lab, file: Path) -> None:
     """How far a draft is followed, on forced text: the longest chain of every drafter, and the largest trees."""
-    rows = lab.rows("forced")
-    temperatures = unique(rows, "temperature")
-    with figure(file, columns=len(temperatures), size=(5.0, 3.8), title=f"survival{lab.mark}", sharey=True) as axes:
+    lines = measured(lab, "forced")
+    temperatures = unique(lines, "temperature")
+    with figure(file, columns=len(temperatures), size=(5.0, 4.4), title=f"survival{lab.mark}", sharey=True) as axes:
         for panel, temperature in zip(axes, temperatures, strict=True):
-            here = [row for row in rows if row["temperature"] == temperature]
-            for at, drafter in enumerate(unique(here, "drafter")):
-                for kind, style in (("chain", "o-"), ("static", "s--"), ("dynamic", "^:")):
-                    of_kind = [r for r in here if r["drafter"] == drafter and r["shape"].startswith(kind)]
+            here = [line for line in lines if line["temperature"] == temperature]
+            drafters = list(dict.fromkeys(drafter_and_shape(line)[0] for line in here))
+            for at, drafter in enumerate(drafters):
+                shapes = {drafter_and_shape(line)[1]: line for line in here if drafter_and_shape(line)[0] == drafter}
+                for kind, style in (("chain", "-"), ("static", "--"), ("dynamic", ":")):
+                    of_kind = [shape for shape in shapes if shape.startswith(kind)]
                     if of_kind:
-                        shares = max(of_kind, key=lambda row: (row["k"], row["nodes"]))
-                        label = f"{drafter}, {shares['shape']}"
-                        places = range(1, len(shares["survival"]) + 1)
-                        panel.plot(places, shares["survival"], style, color=f"C{at}", label=label, markersize=4)
+                        shape = max(of_kind, key=in_order)
+                        shares = shapes[shape]["survival"]
+                        drawn: Line = {"marker": MARKERS[at], "linestyle": style, "color": f"C{at}", "markersize": 4}
+                        panel.plot(range(1, len(shares) + 1), shares, label=f"{drafter} {shape}", **drawn)
             panel.set(title=f"forced text, temperature {temperature:g}", xlabel="position (of a tree: level)")
-            panel.set_xticks(range(1, 1 + max(row["k"] for row in here)))
-        axes[0].set_ylabel("share of drafts that stand up to here")
+            panel.set_xticks(range(1, 1 + max(len(line["survival"]) for line in here)))
+        axes[0].set_ylabel("share of drafts accepted up to here")
         axes[-1].legend(fontsize=7)
 
 
+def error_of(line: Line) -> tuple[float, float]:
+    """Distances from a speed-up to the ends of its interval; 0 without one."""
+    low, high = line.get("speedup_low"), line.get("speedup_high")
+    return (0.0, 0.0) if low is None or high is None else (line["speedup"] - low, high - line["speedup"])
+
+
 def speed_against_distance(lab: Lab, file: Path) -> None:
-    """One curve per lossy policy, its parameter along it; the lossless ones stand at distance 0."""
-    temperatures = unique(lab.rows("policy"), "temperature")
-    colours = {policy: f"C{at}" for at, policy in enumerate(["plain", *LOSSLESS, *STRENGTHS])}
-    with figure(file, columns=len(temperatures), size=(4.6, 3.9), title=f"what truth costs{lab.mark}") as axes:
+    """One curve for every lossy policy, the stricter parameter first; the lossless ones have distance 0."""
+    speeds, far = measured(lab, "policies"), measured(lab, "distance")
+    temperatures = unique(speeds, "temperature")
+    with figure(file, columns=len(temperatures), size=(5.0, 4.2), title=f"speed against distance{lab.mark}") as axes:
         for panel, temperature in zip(axes, temperatures, strict=True):
-            speeds = [row for row in lab.rows("policy") if row["temperature"] == temperature]
-            far = {(r["policy"], r["strength"]): r for r in lab.rows("distance") if r["temperature"] == temperature}
-            for policy in unique(speeds, "policy"):
-                of_policy = [row for row in speeds if row["policy"] == policy]
-                points = [far.get((row["policy"], row["strength"]), {"first_token_tv": 0.0}) for row in of_policy]
-                xs, ys = [point["first_token_tv"] for point in points], [row["speedup"] for row in of_policy]
-                style: Row = {"marker": "o", "markersize": 5} if len(xs) > 1 else {"marker": "*", "markersize": 9}
-                panel.plot(xs, ys, label=policy, color=colours[policy], **style)
-                for x, y, row in zip(xs, ys, of_policy, strict=True):
-                    if row["strength"] is not None:
-                        panel.annotate(f"{row['strength']:g}", (x, y), (3, 3), textcoords="offset points", fontsize=7)
+            distance = {line["variant"]: line["first_token_tv"] for line in far if line["temperature"] == temperature}
+            here = [line for line in speeds if line["temperature"] == temperature]
+            for at, policy in enumerate((*LOSSLESS, *STRENGTHS)):
+                points = [line for line in here if line["variant"].split()[0] == policy and "speedup" in line]
+                if policy in STRENGTHS:
+                    points = [line for line in points if line["variant"] in distance]
+                if not points:
+                    continue
+                xs, ys = [distance.get(line["variant"], 0.0) for line in points], [line["speedup"] for line in points]
+                errors = np.array([error_of(line) for line in points]).T
+                values = ", then ".join(line["variant"].partition(" ")[2] for line in points)
+                label = f"{policy} {values}".strip()
+                panel.errorbar(xs, ys, errors, marker=MARKERS[at], markersize=5, capsize=2, label=label, color=f"C{at}")
             panel.set(title=f"temperature {temperature:g}", xlabel="total variation of a step's first token")
         axes[0].set_ylabel("times as fast as plain decoding")
         axes[-1].legend(fontsize=7)
 
 
-def trajectories(lab: Lab, file: Path) -> None:
-    """Draft tokens of every step of one prompt, for the controllers that choose."""
-    rows = [row for row in lab.rows("controller") if not row["controller"].startswith("fixed")]
-    panels = list(dict.fromkeys((row["suite"], row["temperature"]) for row in rows))
+def depths(lab: Lab, file: Path) -> None:
+    """Draft tokens of every step of one run (the first prompt, round 0), for the controllers that choose."""
+    rows = [row for row in lab.rows("controllers") if row.variant in ADAPTING and row.round == 0 and row.status == "ok"]
+    panels = list({json.dumps(row.cell): row.cell for row in rows}.values())
     with figure(file, -(-len(panels) // 2), 2, (5.0, 3.0), f"draft tokens per step{lab.mark}", sharey=True) as axes:
-        for panel, (suite, temperature) in zip(axes, panels, strict=False):
-            for row in rows:
-                if (row["suite"], row["temperature"]) == (suite, temperature):
-                    places, colour = range(1, len(row["trajectory"]) + 1), f"C{ADAPTING.index(row['controller'])}"
-                    panel.step(places, row["trajectory"], where="mid", label=row["controller"], color=colour)
-            panel.set(title=f"{suite}, temperature {temperature:g}", xlabel="step", ylabel="draft tokens")
+        for panel, cell in zip(axes, panels, strict=False):
+            for at, name in enumerate(ADAPTING):
+                first = next((row for row in rows if row.cell == cell and row.variant == name), None)
+                ks = first.figures.get("depths", [1]) if first else []
+                style: Line = {"marker": MARKERS[at], "markersize": 4, "where": "mid", "color": f"C{at}"}
+                panel.step(range(1, len(ks) + 1), ks, label=name, alpha=0.8, **style)
+            title = f"{cell['draft']} draft, temperature {cell['temperature']:g}"
+            panel.set(title=title, xlabel="step", ylabel="draft tokens")
         axes[0].legend(fontsize=8)
         for panel in axes[len(panels) :]:
             panel.set_visible(False)
 
 
-def training_logs(lab: Lab) -> dict[str, list[Row]]:
+def training_logs(lab: Lab) -> dict[str, list[Line]]:
     """The log of every kind of heads that came with the target and brought its log along."""
     logs = {}
     for kind in ("medusa", "eagle"):
@@ -135,12 +168,12 @@ def training_logs(lab: Lab) -> dict[str, list[Row]]:
     return logs
 
 
-def training_curves(logs: dict[str, list[Row]], file: Path) -> None:
+def training_curves(logs: dict[str, list[Line]], file: Path) -> None:
     """What a chain would give on held-out text, as training went on."""
     with figure(file) as [axes]:
-        for kind, rows in logs.items():
+        for marker, (kind, rows) in zip(MARKERS, logs.items(), strict=False):
             seen = [row for row in rows if "heldout" in row]
             gains = [1 + sum(row["heldout"]["survival"]) for row in seen]
-            axes.plot([row["step"] + 1 for row in seen], gains, "o-", label=kind)
+            axes.plot([row["step"] + 1 for row in seen], gains, f"{marker}-", label=kind)
         axes.set(xlabel="training step", ylabel="expected tokens per target forward, held-out text")
         axes.legend()

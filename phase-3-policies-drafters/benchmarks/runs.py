@@ -1,42 +1,43 @@
-"""One way to decode some prompts, timed against plain decoding: what all sections of the bench are made of.
+"""The options of the bench, its models, and one run of one prompt: what all sections share.
 
-plain = lab.variant(texts, draft="none")
-rows = lab.speed("ngram", plain, {"K=4": lab.variant(texts, plain, drafter="ngram")})
+lab.timed("policies", {"temperature": 1.0}, {"coupled": {"policy": "coupled"}})
+lab.timed("drafters", {"temperature": 0.0}, {"ngram chain 4": {"drafter": "ngram", "k": 4}})
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Literal, Self, get_args
 
 import torch
 from pydantic import Field, model_validator
 
 import engine
-from common.benchmark import BenchOptions, median, refuse_if_different
+from common.benchmark import BenchOptions, Outcome
 from common.device import dtype_name
 from common.errors import UserError
-from common.harness import Bench
+from common.harness import Bench, Variant
 from common.loops import loop_share
-from common.prompts import Half, load_prompts
-from engine.explain import survival
+from common.prompts import Half, Prompt
 from engine.options import DrafterName
-from engine.policies import OwnChoice
+from engine.policies import LOSSLESS
 
 Section = Literal["drafters", "policies", "controllers", "ngram", "phases"]
-FAILING = "failing:"  # before the name of a draft: its output is turned around, and every guess falls
+Choice = Mapping[str, Any]  # options of generate.py
+FAILING = "failing:"  # before the name of a draft: its output is negated, and every draft token is rejected
+PLAIN = "plain"
+GREEDY_PROMPTS = 12  # at least so many at temperature 0, where a prompt has one output
 
 SPEED = {
-    "speedup": "plain over this variant's wall time per token, same engine, taking turns; median of the paired rounds "
-    "with its bootstrap 95% interval",
-    "tokens_per_s": "new tokens / wall time, median of the rounds; at temperature > 0 every round has its own seed",
+    "speedup": "wall time per token of plain decoding over this variant's, same engine, prompt by prompt in turns; at "
+    "temperature > 0 the seed of round r is --seed + r",
     "tokens_per_forward": "new tokens / target forwards",
     "acceptance": "accepted / proposed draft tokens",
-    "survival": "share of the drafts whose first 1, 2, ... tokens (of trees: levels) all stand",
+    "survival": "share of the drafts whose first 1, 2, ... tokens (of trees: levels) were all accepted",
     "draft_share": "time spent drafting / time of all steps",
     "loop_share": "share of the tokens that end an 8-gram which the same output held before",
 }
@@ -46,10 +47,27 @@ class Options(BenchOptions):
     """Policies, controllers, drafters and trees, against plain decoding."""
 
     draft: str = Field("auto", description="the draft model; auto: the model's own")
-    prompts: int = Field(3, ge=1, le=25, description="prompts that are timed; what is only counted takes more of them")
-    max_tokens: int = Field(48, ge=8, description="new tokens per prompt")
+    max_tokens: int = Field(32, ge=8, description="new tokens per prompt")
+    budget: float = Field(
+        240, gt=0, description="or until a comparison has taken so many seconds; with fewer prompts: its share of them"
+    )
+    temperatures: list[float] = Field([0.0, 1.0], description="temperature to measure at; repeatable")
+    drafters: list[DrafterName] = Field(list(get_args(DrafterName)), description="drafter to measure; repeatable")
+    k: list[int] = Field([], description="draft tokens of chains and of fixed controllers; repeatable")
+    nodes: list[int] = Field([16], description="nodes of trees; repeatable")
     only: list[Section] = Field([], description="measure this section alone; repeatable")
     calibrate: bool = Field(False, description="measure acceptance by depth and rank, write tree_acceptance.json")
+
+    @model_validator(mode="after")
+    def _values_make_sense(self) -> Self:
+        for name, values, good in (
+            ("--temperatures", self.temperatures, "numbers from 0 on"),
+            ("--k", [k - 1 for k in self.k], "whole numbers from 1 on"),
+            ("--nodes", [0 if 1 <= n <= 64 else -1 for n in self.nodes], "whole numbers from 1 to 64"),
+        ):
+            if not all(0 <= value < float("inf") for value in values):
+                raise ValueError(f"{name} takes {good}")
+        return self
 
     @model_validator(mode="after")
     def _calibration_is_whole(self) -> Self:
@@ -60,22 +78,15 @@ class Options(BenchOptions):
             )
         return self
 
+    @property
+    def chains(self) -> list[int]:
+        """K of the drafters' chains."""
+        return self.k or [4]
 
-@dataclass(frozen=True)
-class Grid:
-    """How much is measured."""
-
-    temperatures: tuple[float, ...] = (0.0, 1.0)
-    policy_temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    chains: tuple[int, ...] = (2, 4, 6, 8)  # K, of the drafters that can branch; 4 of the others
-    nodes: tuple[int, ...] = (8, 16, 32)
-    fixed: tuple[int, ...] = tuple(range(1, 9))
-    strengths: int = 4  # settings of every lossy policy
-    spread: int = 4  # how many times as many prompts are used where nothing is timed
-
-
-SMALL = Grid(policy_temperatures=(0.0, 1.0), chains=(4,), nodes=(16,), fixed=(2, 4, 8), strengths=2, spread=2)
-QUICK = dataclasses.replace(SMALL, temperatures=(1.0,), policy_temperatures=(1.0,), fixed=(2, 4))
+    @property
+    def fixed(self) -> list[int]:
+        """K of the fixed controllers."""
+        return self.k or ([2, 4] if self.quick else [2, 4, 6, 8])
 
 
 class Session(engine.Session):
@@ -90,75 +101,43 @@ class Session(engine.Session):
             loaded = super()._load(name.removeprefix(FAILING))
             if name.startswith(FAILING):
                 with torch.no_grad():
-                    for parameter in loaded.model.norm.parameters():  # what it finds least likely comes first now
+                    for parameter in loaded.model.norm.parameters():  # the least likely token becomes the likeliest
                         parameter.neg_()
             self._loaded[name] = loaded
         return self._loaded[name]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What came of all texts, each list by text."""
+def decode(session: Any, prompt: Prompt, round_: int) -> Outcome:
+    """Decode one prompt with a session of any phase, and count; only decoding is timed."""
+    session.params = dataclasses.replace(session.params, seed=session.options.seed + round_)
+    began = time.perf_counter()
+    (done,) = session.complete([prompt.text])
+    seconds = time.perf_counter() - began
+    kept = getattr(session, "steps", {})  # phase 1's has none
+    steps = [stats for of_sequence in kept.values() for stats in of_sequence]
+    kept.clear()
+    looped = round(loop_share(done.tokens) * len(done.tokens))
+    figures = {"forwards": done.stats.target_forwards, "looped": looped} | (counts(steps) if steps else {})
+    return Outcome(len(done.tokens), figures, done.tokens, seconds)
 
-    tokens: list[list[int]]
-    steps: list[list[Any]]
-    forwards: int
 
-    @property
-    def count(self) -> int:
-        return sum(map(len, self.tokens))
+def counts(steps: Sequence[Any]) -> dict[str, Any]:
+    """What the StepStats of one text add up to."""
+    drafts = [stats for stats in steps if stats.depth]
+    return {
+        "proposed": sum(stats.proposed for stats in steps),
+        "accepted": sum(stats.accepted for stats in steps),
+        "drafts": len(drafts),
+        "depths": [stats.depth for stats in steps],
+        "survived": survived([stats.accepted for stats in drafts], max((stats.depth for stats in drafts), default=0)),
+        "draft_s": sum(stats.draft_ms for stats in steps) / 1e3,
+        "steps_s": sum(stats.draft_ms + stats.verify_ms + stats.accept_ms for stats in steps) / 1e3,
+    }
 
 
-@dataclass
-class Variant:
-    """Decodes the texts, one after the other, every time with the next seed, and remembers what came of it."""
-
-    session: Any  # of any phase
-    texts: list[str]
-    same_as: Variant | None = None  # must give the same tokens as this one
-    runs: list[Run] = field(default_factory=list)
-
-    def __call__(self) -> None:
-        """WrongResult where the tokens are not as they must be, so that nothing wrong is timed."""
-        session, run = self.session, len(self.runs)
-        session.params = dataclasses.replace(session.params, seed=session.options.seed + run)
-        tokens, steps, forwards = [], [], 0
-        for text in self.texts:
-            (done,) = session.complete([text])
-            kept = getattr(session, "steps", {})  # phase 1's has none
-            steps.append([stats for of_sequence in kept.values() for stats in of_sequence])
-            kept.clear()
-            tokens.append(done.tokens)
-            forwards += done.stats.target_forwards
-        self.runs.append(Run(tokens, steps, forwards))
-        if self.same_as and run < len(self.same_as.runs):  # in the untimed round, always: plain decoding goes first
-            name = ", ".join(
-                f"{n} {getattr(session.options, n)}" for n in ("drafter", "tree", "policy", "controller", "k")
-            )
-            for number, (mine, other) in enumerate(zip(tokens, self.same_as.runs[run].tokens, strict=True)):
-                refuse_if_different(f"{name}, prompt {number}", other, mine)
-
-    @property
-    def different(self) -> list[Run]:
-        """At temperature 0 all runs write the same."""
-        return self.runs[:1] if self.session.params.greedy else self.runs
-
-    def figures(self) -> dict[str, Any]:
-        """What SPEED defines, but for the times."""
-        runs = self.different
-        steps = [stats for run in runs for of_text in run.steps for stats in of_text]
-        spent = [stats for run in self.runs[1:] or self.runs for of_text in run.steps for stats in of_text]
-        proposed, depth = sum(s.proposed for s in steps), max((s.depth for s in steps), default=0)
-        whole = sum(s.draft_ms + s.verify_ms + s.accept_ms for s in spent)
-        texts = [tokens for run in runs for tokens in run.tokens]
-        return {
-            "tokens": sum(map(len, texts)),
-            "tokens_per_forward": sum(map(len, texts)) / sum(run.forwards for run in runs),
-            "acceptance": sum(s.accepted for s in steps) / proposed if proposed else None,
-            "survival": survival(steps, depth),
-            "draft_share": sum(s.draft_ms for s in spent) / whole if whole else 0.0,
-            "loop_share": sum(map(loop_share, texts)) / len(texts),
-        }
+def survived(accepted: Sequence[int], k: int) -> list[int]:
+    """How many drafts had their first 1, 2, ..., k tokens accepted."""
+    return [sum(each >= j for each in accepted) for j in range(1, k + 1)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +145,6 @@ class Lab(Bench):
     """A bench with the models at hand."""
 
     options: Options
-    grid: Grid
     draft: str  # the draft model's name
     loaded: dict[str, engine.LoadedModel]
 
@@ -188,40 +166,69 @@ class Lab(Bench):
         return Session(engine.Options(**chosen), self.loaded)
 
     @cached_property
-    def drafters(self) -> list[str]:
-        """Those that can run here; of the others it is said why not."""
-        found = []
-        for name in get_args(DrafterName):
+    def left_out(self) -> dict[str, str]:
+        """Drafters that cannot run here, and why."""
+        found: dict[str, str] = {}
+        for name in self.options.drafters:
             try:
                 self.session(drafter=name)
-                found.append(name)
             except UserError as error:
-                print(f"note: --drafter {name} is left out: {error}", file=sys.stderr)
+                found[name] = str(error)
         return found
 
-    def texts(self, times: int = 1, half: Half = "test") -> list[str]:
-        """The prompts that are timed, or so many times as many."""
-        return [prompt.text for prompt in load_prompts("code", half)[: times * self.options.prompts]]
+    @property
+    def drafters(self) -> list[str]:
+        return [name for name in self.options.drafters if name not in self.left_out]
 
-    def variant(self, texts: list[str], plain: Variant | None = None, **wanted: Any) -> Variant:
-        """With `plain`, its tokens are compared where they must be the same: in half precision they need not be."""
-        session = self.session(**wanted)
-        repeats_plain = session.policy.lossless and (session.params.greedy or isinstance(session.policy, OwnChoice))
-        exact = self.target.model.embedding.weight.dtype == torch.float32
-        return Variant(session, texts, plain if repeats_plain and exact else None)
+    def prompts_at(self, temperature: float, half: Half = "test") -> list[Prompt]:
+        """All prompts for samples; a quarter of them, or GREEDY_PROMPTS, for greedy output, which does not vary."""
+        count = self.options.prompts
+        return self.prompts(count if temperature else min(count, max(GREEDY_PROMPTS, count // 4)), half)
 
-    def speed(
-        self, title: str, plain: Variant, others: Mapping[str, Variant], repeats: int | None = None
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-        """What SPEED defines, of each variant, and seconds per token, round by round. `plain` is timed with them."""
-        every = {"plain": plain, **others}
-        times = self.times(title, every, repeats or self.options.repeats)
-        rates, rows = {}, {}
-        for name, variant in every.items():  # the first run of each is the untimed one
-            counts = [run.count for run in variant.runs[1:]] or [1] * len(times[name])
-            rates[name] = [seconds / count for seconds, count in zip(times[name], counts, strict=True)]
-        for name, variant in every.items():
-            figures = dict.fromkeys(SPEED, 1.0) | {"survival": [1.0]} if self.options.dry_run else variant.figures()
-            speed = {"tokens_per_s": 1 / median(rates[name]), **self.ratio("speedup", rates["plain"], rates[name])}
-            rows[name] = {**figures, **speed}
-        return rows, rates
+    def continued(self, count: int) -> list[Prompt]:
+        """The prompts with a true continuation, at most `count` of them."""
+        return [prompt for prompt in self.prompts() if prompt.continuation][:count]
+
+    def within(self, share: float) -> Self:
+        """The same bench with a share of --budget for every comparison."""
+        return dataclasses.replace(
+            self, options=self.options.model_copy(update={"budget": share * self.options.budget})
+        )
+
+    def way(self, **wanted: Any) -> Variant:
+        """A variant that decodes with these options of generate.py; its session is made at the first run."""
+        session = cache(lambda: self.session(**wanted))
+
+        def run(prompt: Prompt | None, round_: int) -> Outcome:
+            assert prompt is not None
+            return decode(session(), prompt, round_)
+
+        return run
+
+    def repeats_plain(self, temperature: float, choice: Choice) -> bool:
+        """Must this give plain decoding's tokens? In half precision near ties may go either way."""
+        policy = choice.get("policy", "auto")
+        equal = policy in LOSSLESS[1:] or (temperature == 0 and policy in ("auto", *LOSSLESS))
+        return equal and self.target.model.embedding.weight.dtype == torch.float32
+
+    def timed(
+        self, section: str, cell: Mapping[str, Any], choices: Mapping[str, Choice], prompts: Sequence[Prompt] = ()
+    ) -> None:
+        """Time some options of generate.py against plain decoding, at the cell's temperature, and keep every run."""
+        temperature = cell["temperature"]
+        variants = {PLAIN: self.way(draft="none", temperature=temperature)}
+        variants |= {label: self.way(temperature=temperature, **choice) for label, choice in choices.items()}
+        exact = [label for label, choice in choices.items() if self.repeats_plain(temperature, choice)]
+        self.in_turns(section, cell, variants, prompts or self.prompts_at(temperature), exact)
+
+    def in_turns(
+        self,
+        section: str,
+        cell: Mapping[str, Any],
+        variants: Mapping[str, Variant],
+        prompts: Sequence[Prompt],
+        exact: Sequence[str],
+    ) -> None:
+        """`compare`, with the share of --budget that so many prompts have."""
+        bench = self.within(min(1.0, len(prompts) / self.options.prompts))
+        bench.compare(section, cell, variants, prompts, exact, warmup=1 if self.options.quick else 2)

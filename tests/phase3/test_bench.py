@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,31 +17,37 @@ from typing import Any
 import pytest
 import torch
 
-import phase3
-from common.benchmark import WrongResult
 from common.checkpoint import MODELS
 from common.phases import phases
+from common.prompts import Prompt
+from common.results import read_rows
 
 pytestmark = pytest.mark.no_exercise  # bench.py is given
 
 FOLDER = next(phase.folder for phase in phases() if phase.number == 3)
 SECTIONS = {
-    "drafters": {"drafter", "forced"},
-    "policies": {"policy", "distance"},
-    "controllers": {"controller"},
-    "ngram": {"ngram", "index"},
+    "drafters": {"drafters", "forced"},
+    "policies": {"policies", "distance"},
+    "controllers": {"choice", "controllers"},
+    "ngram": {"index"},
     "phases": {"choice", "phases"},
 }
+EVERY = set().union(*SECTIONS.values())
+CHAINS, TREES = {"chain 4"}, {"static 16", "dynamic 16"}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, FOLDER / "bench.py", *arguments], capture_output=True, text=True)
 
 
-def rows_of(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+def tables_of(run: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
     assert run.returncode == 0, run.stderr[-2000:]
-    rows: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])["rows"]
-    return rows
+    tables: dict[str, list[dict[str, Any]]] = json.loads(run.stdout.splitlines()[-1])["tables"]
+    return tables
+
+
+def variants(lines: list[dict[str, Any]], **cell: Any) -> set[str]:
+    return {line["variant"] for line in lines if all(line[name] == value for name, value in cell.items())}
 
 
 @pytest.fixture
@@ -50,29 +57,61 @@ def part(bench_part: Callable[[int, str], ModuleType]) -> Callable[[str], Module
 
 
 def test_a_dry_run_walks_the_whole_grid_and_goes_on_where_it_ended(tmp_path: Path) -> None:
-    output = ("--dry-run", "--output", str(tmp_path))
-    begun = rows_of(bench(*output, "--only", "ngram", "--only", "controllers"))
-    assert {row["kind"] for row in begun} == SECTIONS["ngram"] | SECTIONS["controllers"]
-    rows = rows_of(bench(*output, "--resume"))
+    output = ("--dry-run", "--prompts", "2", "--output", str(tmp_path))
+    assert set(tables_of(bench(*output, "--only", "ngram", "--only", "controllers"))) == {
+        "index",
+        "choice",
+        "controllers",
+    }
+    begun = read_rows(tmp_path)
+    tables = tables_of(bench(*output, "--resume"))
+    rows = read_rows(tmp_path)
     assert rows[: len(begun)] == begun
-    assert {row["kind"] for row in rows} == set().union(*SECTIONS.values())
-    assert all(row["synthetic"] for row in rows)
-    assert len({json.dumps(row) for row in rows}) == len(rows)
-    shapes = {"chain 4", "static 8", "static 16", "static 32", "dynamic 8", "dynamic 16", "dynamic 32"}
-    for kind in ("drafter", "forced"):
-        found = defaultdict(set)
-        for row in rows:
-            if row["kind"] == kind:
-                found[row["drafter"], row["temperature"]].add(row["shape"])
-        assert {"model", "ngram", "extrapolate"} <= {drafter for drafter, _ in found}
-        for (drafter, _), seen in found.items():
-            assert shapes <= seen if drafter in ("model", "medusa", "eagle") else seen == {"chain 4"}
-    tried = {row["controller"] for row in rows if row["kind"] == "controller" and row["suite"] == "code"}
-    assert tried == {*(f"fixed {k}" for k in range(1, 9)), "adaptive", "confidence", "cost"}
-    assert {"drafters.png", "survival.png", "policies.png", "controllers.png"} <= {f.name for f in tmp_path.iterdir()}
+    assert set(tables) == EVERY
+    assert all(row.synthetic for row in rows)
+    assert len({row.key for row in rows}) == len(rows)
+    for section, longest in (("drafters", set()), ("forced", {"chain 8"})):
+        for temperature in (0.0, 1.0):
+            found = defaultdict(set)
+            for variant in variants(tables[section], temperature=temperature) - {"plain", "plain, again"}:
+                drafter, _, shape = variant.partition(" ")
+                found[drafter].add(shape)
+            assert found["model"] == CHAINS | TREES | longest
+            assert found["ngram"] == found["extrapolate"] == CHAINS | longest
+            assert found["medusa"] == CHAINS | TREES  # it has four heads
+    tried = variants(tables["controllers"], draft="own", temperature=1.0)
+    assert tried == {"plain", "plain, again", "best fixed K", "adaptive", "confidence", "cost"}
+    assert variants(tables["choice"], temperature=1.0) >= {f"model chain {k}" for k in (2, 4, 6, 8)}
+    pictures = {"drafters.png", "survival.png", "policies.png", "controllers.png", "tables.csv"}
+    assert pictures <= {file.name for file in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("wrong", [["--only", "everything"], ["--calibrate", "--quick"], ["--resume"]])
+def test_own_prompts_and_lists_are_measured_and_what_needs_continuations_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps({"id": f"own {n}", "prompt": f"def f{n}("}) + "\n" for n in range(4)))
+    chosen = ("--drafters", "ngram", "--drafters", "model", "--k", "3", "--nodes", "8", "--temperatures", "0.5")
+    options = ("--prompts-from", str(file), "--output", str(tmp_path / "out"), "--dry-run", *chosen)
+    tables = tables_of(bench(*options, "--only", "drafters", "--only", "policies"))
+    shapes = {"ngram chain 3", "model chain 3", "model static 8", "model dynamic 8"}
+    assert variants(tables["drafters"]) == {"plain", "plain, again", *shapes}
+    assert {line["temperature"] for line in tables["drafters"] + tables["policies"]} == {0.5}
+    for section in ("forced", "distance"):
+        assert any("no continuation" in line.get("reason", "") for line in tables[section])
+    prompts = {row.prompt for row in read_rows(tmp_path / "out") if row.kind == "run"}
+    assert prompts == {"own 1", "own 3"}  # the test half
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--only", "everything"],
+        ["--calibrate", "--quick"],
+        ["--resume"],
+        ["--k", "0"],
+        ["--nodes", "65"],
+        ["--temperatures", "-1"],
+    ],
+)
 def test_wrong_input_gets_one_line(wrong: list[str]) -> None:
     run = bench(*wrong)
     assert run.returncode == 2
@@ -81,24 +120,34 @@ def test_wrong_input_gets_one_line(wrong: list[str]) -> None:
     assert wrong[0] in run.stderr
 
 
-class Typist:
-    """A session that writes what it is told."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.options, self.params = tokens, phase3.Options(), phase3.SamplingParams()
-
-    def complete(self, texts: list[str]) -> list[Any]:
-        return [SimpleNamespace(tokens=self.tokens, stats=SimpleNamespace(target_forwards=2)) for _ in texts]
-
-
-def test_what_writes_other_tokens_than_plain_decoding_is_not_timed(part: Any) -> None:
+def test_a_run_is_one_prompt_with_its_rounds_seed_and_counts_that_add_up(part: Any) -> None:
     runs = part("runs")
-    plain = runs.Variant(Typist([1, 2, 3]), ["a text"])
-    same, wrong = (runs.Variant(Typist(tokens), ["a text"], plain) for tokens in ([1, 2, 3], [1, 2, 4]))
-    plain()
-    same()
-    with pytest.raises(WrongResult, match="token 4 at position 2"):
-        wrong()
+    engine = sys.modules["engine"]
+    prompt = Prompt("one", "own", "test", "def pop(", "", "")
+    options = {"model": "fake:7", "draft": "fake:7", "temperature": 1.0, "max_tokens": 16, "seed": 3}
+    session = engine.Session(engine.Options(**options))
+    first, other = runs.decode(session, prompt, 0), runs.decode(session, prompt, 1)
+    again = engine.Session(engine.Options(**{**options, "seed": 4}))
+    assert runs.decode(again, prompt, 0).output == other.output != first.output
+    for outcome in (first, other):
+        figures = outcome.figures
+        assert outcome.tokens == len(outcome.output) <= figures["forwards"] + figures["accepted"]
+        assert sum(figures["survived"]) == figures["accepted"] <= figures["proposed"]
+        assert figures["drafts"] == sum(depth > 0 for depth in figures["depths"]) <= figures["forwards"]
+        assert 0 <= figures["draft_s"] <= figures["steps_s"] <= outcome.seconds
+
+
+def test_what_must_repeat_plain_decoding(part: Any) -> None:
+    runs = part("runs")
+    target = SimpleNamespace(model=SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1))))
+    repeats = partial(runs.Lab.repeats_plain, SimpleNamespace(target=target))
+    assert repeats(0.0, {})
+    assert repeats(0.0, {"policy": "rejection"})
+    assert repeats(1.0, {"policy": "coupled"})
+    assert not repeats(1.0, {})
+    assert not repeats(0.0, {"policy": "typical"})
+    target.model.embedding.weight = torch.zeros(1, dtype=torch.bfloat16)
+    assert not repeats(0.0, {})
 
 
 def test_the_law_of_a_steps_first_token_is_the_loops(part: Any) -> None:
@@ -167,17 +216,21 @@ def test_calibration_is_what_the_session_reads(tmp_path: Path, part: Any) -> Non
 
 @pytest.mark.slow
 def test_quick_measures_every_section(tmp_path: Path) -> None:
-    rows = rows_of(bench("--quick", "--output", str(tmp_path)))
-    assert {row["kind"] for row in rows} == set().union(*SECTIONS.values())
-    assert not any(row["synthetic"] for row in rows)
-    of = {kind: [row for row in rows if row["kind"] == kind] for kind in set().union(*SECTIONS.values())}
-    assert all(0 < row["speedup_low"] <= row["speedup"] <= row["speedup_high"] for row in of["drafter"])
-    assert all(1 <= row["tokens_per_forward"] <= row["k"] + 1 for row in of["drafter"] + of["forced"])
-    failing = [row for row in of["controller"] if row["suite"] == "failing"]
-    assert all(row["tokens_per_forward"] < 1.1 for row in failing)
-    distances = {(row["policy"], row["strength"]): row["first_token_tv"] for row in of["distance"]}
-    assert 0 < distances["topk_agree", 1] < distances["topk_agree", 5] < 0.5
-    plain = next(row for row in of["policy"] if row["policy"] == "plain")
-    coupled = next(row for row in of["policy"] if row["policy"] == "coupled")
-    assert coupled["perplexity"] == plain["perplexity"]  # the same text
-    assert [row["phase"] for row in of["phases"]] == ["phase 1", "phase 2", "phase 3"]
+    tables = tables_of(bench("--quick", "--output", str(tmp_path)))
+    assert set(tables) == EVERY
+    rows = read_rows(tmp_path)
+    assert not any(row.synthetic for row in rows)
+    assert {row.round for row in rows if row.kind == "run" and row.section != "choice"} == {0, 1}
+    assert all(line["speedup"] > 0 and line["speedup_low"] is None for line in tables["drafters"][1:])
+    assert all(1 <= line["tokens_per_forward"] <= 9 for line in tables["drafters"] + tables["forced"])
+    for line in tables["forced"]:
+        assert line["survival"] == sorted(line["survival"], reverse=True)
+        assert line["tokens_per_forward"] == pytest.approx(1 + sum(line["survival"]))
+    failing = [line for line in tables["controllers"] if line["draft"] == "failing"]
+    assert all(line["tokens_per_forward"] < 1.1 for line in failing)
+    distances = {line["variant"]: line["first_token_tv"] for line in tables["distance"]}
+    assert 0 < distances["topk_agree 1"] < distances["topk_agree 5"] < 0.5
+    policies = {line["variant"]: line for line in tables["policies"]}
+    assert policies["coupled"]["perplexity"] == policies["plain"]["perplexity"]  # the same text
+    assert [line["variant"] for line in tables["phases"]] == ["phase 1", "phase 1, again", "phase 2", "phase 3"]
+    assert all(line["what"] for line in tables["phases"])
