@@ -47,8 +47,9 @@ PHASE = Path(__file__).resolve().parents[1]
 
 
 def measure_memory(lab: Bench) -> None:
-    with checkpoint(lab) as folder, progress("memory", len(VARIANTS)) as show:
-        for variant, options in VARIANTS.items():
+    wanted = {name: VARIANTS[name] for name in (("float32", "int8") if lab.options.quick else VARIANTS)}
+    with checkpoint(lab) as folder, progress("memory", len(wanted)) as show:
+        for variant, options in wanted.items():
             cell = {"checkpoint": folder.name}
             lab.count("memory", cell, variant, None, partial(in_a_fresh_process, folder, options))
             show(variant)

@@ -99,7 +99,7 @@ def decodings(lab: Lab) -> dict[str, Decoding]:
     """By phase, way and dtype. What is not installed, or has no draft, becomes a row with the reason."""
     found = {}
     for phase in range(1, OWN + 1):
-        for dtype in ("float32", "bfloat16") if phase == OWN else ("float32",):
+        for dtype in ("float32", "bfloat16") if phase == OWN and not lab.options.quick else ("float32",):
             for way in ("plain", "speculative") if phase > 1 else ("plain",):
                 name = f"phase {phase} {way}" + (" bfloat16" if dtype == "bfloat16" else "")
                 draft = {} if phase == 1 else {"draft": "none" if way == "plain" else lab.options.draft}
@@ -122,6 +122,6 @@ def measure_profile(lab: Lab) -> None:
     lab.with_rounds(1).compare("profile", {}, every, lab.greedy_prompts, exact=exact)
     with progress("trace", len(every)) as show:
         for name, decoding in every.items():
-            for prompt in lab.greedy_prompts[:TRACED_PROMPTS]:
+            for prompt in lab.greedy_prompts[: 1 if lab.options.quick else TRACED_PROMPTS]:
                 lab.count("trace", {}, name, prompt.id, partial(decoding.trace, prompt))
             show(name)

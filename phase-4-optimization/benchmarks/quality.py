@@ -59,13 +59,13 @@ def variants(lab: Lab) -> dict[str, Stored]:
     int4, asymmetric = Format("int4"), Format("int4", asymmetric=True)
     found = {
         "float32": Stored(),
-        "bfloat16": Stored(dtype=torch.bfloat16),
         "int8": Stored(Format("int8")),
         "int4": Stored(int4),
-        "int4 gptq": Stored(int4, "gptq"),
     }
     if not lab.options.quick:
         found |= {
+            "bfloat16": Stored(dtype=torch.bfloat16),
+            "int4 gptq": Stored(int4, "gptq"),
             "int4 awq": Stored(int4, "awq"),
             "int4 asymmetric": Stored(asymmetric),
             "int4 asymmetric gptq": Stored(asymmetric, "gptq"),

@@ -20,6 +20,7 @@ import torch
 from common.benchmark import Outcome
 from common.errors import UserError
 from common.prompts import Prompt
+from common.results import Scalar
 from engine.packing import PackedLinear
 
 from .runs import OWN, Lab, SettingName, decode, engine_of
@@ -97,7 +98,7 @@ def weights_mib(model: torch.nn.Module) -> float:
 def choices(lab: Lab, setting: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The ways to draft: a chain for every drafter and k, and EAGLE's tree."""
     found: dict[str, dict[str, Any]] = {}
-    for drafter in lab.options.drafters:
+    for drafter in lab.options.drafters[:1] if lab.options.quick else lab.options.drafters:
         if "draft_quant" in setting and drafter != "model":  # what it changes is the draft model
             continue
         own = {"drafter": drafter} | ({"draft": lab.options.draft} if drafter == "model" else {})
@@ -109,7 +110,8 @@ def choices(lab: Lab, setting: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def best(lab: Lab, of: Any, name: str, setting: Mapping[str, Any], temperature: float) -> tuple[str, Any]:
     """The fastest way to draft, on the calibrate half, with its session. UserError where nothing can draft."""
-    cell, found = {"temperature": temperature, "setting": name}, {}
+    cell: dict[str, Scalar] = {"temperature": temperature, "setting": name}
+    found: dict[str, Any] = {}
     for how, choice in choices(lab, setting).items():
         try:
             session = lab.session(of, temperature=temperature, **setting, **choice)
