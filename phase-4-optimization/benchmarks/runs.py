@@ -88,7 +88,7 @@ class Lab(Bench):
         return f"a matrix product takes {found['bfloat16'] / found['float32']:.1f} times as long as in float32 here"
 
     def session(self, of: Any = engine, **wanted: Any) -> Any:
-        """A session of a phase, with options of its generate.py; None in a dry run. UserError for what cannot be had."""
+        """A session of a phase with options of its generate.py; None in a dry run. UserError for what cannot be had."""
         if self.options.dry_run:
             return None
         chosen = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import subprocess
-import sys
 import time
 import timeit
 from collections.abc import Iterator
@@ -19,7 +17,6 @@ import torch
 import phase4
 from common.errors import UserError
 from common.options import run_main
-from common.phases import phases
 from phase4 import memory_timeline, profiler
 from phase4.cli import main
 from phase4.memory_timeline import MemoryTimeline
