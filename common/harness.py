@@ -114,7 +114,8 @@ class Bench:
         `exact` names the variants whose output has to be the baseline's, run by run: others are refused. `baselines`
         names another baseline than the first for some variants. `warmup` is the number of prompts that every variant
         runs untimed before the first round. A variant that fails, or is refused, does not run again. Without prompts
-        a variant is called with None. Raises UserError where `--budget` is too short for one round.
+        a variant is called with None. Raises UserError where a `--budget` that was asked for is too short for one
+        round; the default budget never allows less than one.
         """
         Comparison(self, section, dict(cell), dict(variants), list(prompts), set(exact), dict(baselines or {})).run(
             warmup
@@ -230,7 +231,7 @@ class Comparison:
         bench.results.add(end.model_copy(update={"figures": {"variants": self.names}}))
 
     def warm_up(self, count: int) -> None:
-        """Run every variant untimed on the first prompts, and see that one round fits into the budget."""
+        """Run every variant untimed on the first prompts; see that one round fits into the budget that was asked for."""
         spent = math.inf
         for _ in range(2):  # a first call may load or compile something: the second tells what a round takes
             began = time.perf_counter()
@@ -246,7 +247,7 @@ class Comparison:
             spent = per_prompt * len(self.texts) * len(self.names) / len(self.variants)
             if spent <= self.bench.options.budget:
                 return
-        if self.bench.options.round_limit is None:
+        if self.bench.options.round_limit is None and "budget" in self.bench.options.model_fields_set:
             raise UserError(
                 f"--budget {self.bench.options.budget:g}: one round of {self.section} {self.cell or ''} takes about "
                 f"{math.ceil(spent)} s; allow more seconds, or take fewer --prompts"

@@ -39,6 +39,15 @@ RATIOS = {
     "nll": ("nll_sum", "tokens"),
     "agreement": ("agreed", "tokens"),
     "equal": ("equal_rows", "compared_rows"),
+    "hit_share": ("hits", "tokens"),
+    "verify_share": ("verify_s", "steps_s"),
+    "accept_share": ("accept_s", "steps_s"),
+    "sample_share": ("sample_s", "steps_s"),
+    "coverage": ("ranges_s", "steps_s"),
+    "in_matrix": ("matrix_s", "traced_s"),
+    "in_attention": ("attention_s", "traced_s"),
+    "in_elementwise": ("elementwise_s", "traced_s"),
+    "in_overhead": ("overhead_s", "traced_s"),
 }
 # Figures that only serve the columns above and are not shown by themselves.
 SUMMED = {name for pair in RATIOS.values() for name in pair} | {"survived", "drafts"}
@@ -145,13 +154,35 @@ def _cell_ratios(rows: Sequence[Row], baseline: str | None, seed: int = 0) -> di
     return columns
 
 
+def _perplexity_ratios(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By how many percent the perplexity of each counted variant of one cell is above the first one's, text by text."""
+    nll: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.kind == "count" and row.status == "ok" and row.prompt is not None and "nll_sum" in row.figures:
+            nll.setdefault(row.variant, {})[row.prompt] = row.figures["nll_sum"] / (row.tokens or 1.0)
+    columns = {}
+    first, *others = nll or [""]
+    for variant in others:
+        shared = nll[variant].keys() & nll[first].keys()
+        if shared:
+            found = ratio({prompt: [nll[variant][prompt] - nll[first][prompt]] for prompt in sorted(shared)})
+            low, high = (found.prompts.low, found.prompts.high) if found.prompts else (None, None)
+            percent = {"": found.value, "_low": low, "_high": high}
+            columns[variant] = {
+                f"perplexity_percent{end}": None if value is None else 100 * (value - 1)
+                for end, value in percent.items()
+            }
+    return columns
+
+
 def derive(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, Any]]:
     """The table of some rows of one section; `baseline` compares all variants with that one instead of their own."""
     lines = []
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for (cell, variant), every in _groups(rows).items():
         if cell not in cells:
-            cells[cell] = _cell_ratios([row for row in rows if json.dumps(row.cell) == cell], baseline)
+            own = [row for row in rows if json.dumps(row.cell) == cell]
+            cells[cell] = _perplexity_ratios(own) | _cell_ratios(own, baseline)
         done = [row for row in every if row.status == "ok"]
         line: dict[str, Any] = {**every[0].cell, "variant": variant}
         if done:
@@ -182,6 +213,7 @@ def text_of(line: Mapping[str, Any], column: str) -> object:
 
 
 HIDDEN = {"seconds_per_token", "speedup_low", "speedup_high", "rounds_low", "rounds_high", "synthetic", "survival"}
+HIDDEN |= {"perplexity_percent_low", "perplexity_percent_high"}
 HIDDEN |= {"status", "reason", "outliers", "n_prompts", "n_rounds", "peak_rss_mib"}
 
 

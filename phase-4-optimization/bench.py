@@ -1,12 +1,13 @@
 """How much faster and smaller the same loop gets by how numbers are stored and operations are run, and at what cost.
 
 Six sections (`--only`): speed against phase 3, perplexity, memory when loading, the tokenizer's cache, where the time
-goes, and forwards at the shapes of gpt2-xl and Llama-3.1-8B. What must write the tokens of phase 3 is held against it
-first, and is not timed if it does not.
+goes, and forwards at the shapes of gpt2-xl and Llama-3.1-8B. What must write the tokens of phase 3 is held against it,
+run by run, and is not timed if it does not.
 
     python bench.py --quick
-    python bench.py --output results --only speed
+    python bench.py --output results
     python bench.py --output results --resume
+    python bench.py --model FOLDER --prompts-from FILE.jsonl --only speed
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from benchmarks.shapes import SHAPES, measure_shapes
 from benchmarks.speed import SPEED, measure_speed
 from benchmarks.tokens import TOKENS, measure_tokens
 
-from common.benchmark import Results, environment, print_document
+from common.benchmark import print_document
 from common.checkpoint import open_checkpoint
 from common.device import resolve_device
+from common.harness import open_results
 from common.options import parse_options, run_main
 
 SECTIONS: dict[Section, Measure] = {
@@ -37,38 +39,41 @@ SECTIONS: dict[Section, Measure] = {
     "profile": measure_profile,
     "shapes": measure_shapes,
 }
-TITLES = {  # kind of row -> title of its table
+TITLES = {  # section of the rows -> title of its table
+    "dtypes": "A large matrix product",
+    "choice": "Ways to draft, on the calibrate half",
     "speed": "The same loop, stored and run in other ways",
     "quality": "Perplexity on held-out text",
-    "memory": "A fresh process that loads GPT-2's shape",
+    "memory": "A fresh process that loads a model",
     "tokenizer": "Encoding prompts",
-    "profile": "Where the time goes",
-    "profile_cost": "What profiling costs",
+    "tokenizer_limit": "What a limited store knows",
+    "profile": "Where the time of a step goes",
+    "trace": "What the target's forwards do",
     "shapes": "Forwards of large models, random weights",
+    "attention": "Attention of one layer of large models",
 }
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program="bench.py")
-    device = resolve_device(options.device)
     if options.quick:
-        options.repeats, options.prompts, options.max_tokens = 2, 1, min(options.max_tokens, 16)
+        options.prompts, options.max_tokens = min(options.prompts, 2), min(options.max_tokens, 8)
     if options.threads:
         torch.set_num_threads(options.threads)
-    checkpoint = open_checkpoint(options.model)
-    where = environment(device, options.dtype, torch.get_num_threads(), {checkpoint.name: checkpoint.content_hash()})
+    device = resolve_device(options.device)
+    models = [options.model] + ([options.draft] if options.draft not in ("auto", "none") else [])
+    hashes = {name: open_checkpoint(name).content_hash() for name in models}
     definitions = SPEED | QUALITY | MEMORY | TOKENS | PROFILE | SHAPES
-    with Results(options.output, definitions, where, options.resume) as results:
+    with open_results(options, definitions, device, options.dtype, hashes) as results:
         lab = Lab(options, results, device)
         for section in options.only or get_args(Section):
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)
-        for kind, title in TITLES.items():
-            if lab.rows(kind):
-                lab.table(kind, title)
-        print_document(results.document())
-    return 0
+        for section, title in TITLES.items():
+            lab.report(section, title)
+        print_document(lab.document())
+        return lab.close()
 
 
 if __name__ == "__main__":

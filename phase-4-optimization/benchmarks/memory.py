@@ -15,12 +15,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.benchmark import progress
+from common.benchmark import Outcome, progress
 from common.checkpoint import open_checkpoint
 from common.device import MIB, memory, reset_peak
 from common.harness import Bench
@@ -30,14 +31,11 @@ from engine import Options, Session
 from engine.quantize import linears, stored_bytes
 
 MEMORY = {
-    "variant": "how the matrices of the linear layers are stored; beside quantised ones the rest is float32",
-    "growth_mib": "resident size of a fresh process after loading, less that before; the libraries are warm",
-    "peak_mib": "highest resident size while loading, less that before: pages of the mapped file count",
-    "linear_mib": "of the growth, what the matrices of the linear layers take: all other tensors are taken off",
-    "linear_of_float32": "linear_mib of this variant / that of float32",
-    "stored_mib": "bytes of those matrices with their scales, as the engine counts them",
-    "stored_of_float32": "stored_mib of this variant / that of float32",
-    "scales_share": "of stored_mib, what scales take",
+    "memory": "variant: how the matrices of the linear layers are stored; beside quantised ones the rest is float32. "
+    "growth_mib: resident size of a fresh process after loading, less that before; the libraries are warm; peak_mib: "
+    "highest resident size while loading, less that before: pages of the mapped file count; linear_mib: of the growth, "
+    "what the matrices of the linear layers take: all other tensors are taken off; stored_mib: bytes of those matrices "
+    "with their scales, as the engine counts them; scales_mib: of these, what scales take",
 }
 VARIANTS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},
@@ -49,16 +47,11 @@ PHASE = Path(__file__).resolve().parents[1]
 
 
 def measure_memory(lab: Bench) -> None:
-    if lab.done(kind="memory", variant=list(VARIANTS)[-1]):
-        return
-    with checkpoint(lab) as folder, progress("memory", len(VARIANTS)) as show:
-        base: dict[str, float] = {}
-        for variant, options in VARIANTS.items():
-            found = dict.fromkeys(COUNTED, 1.0) if lab.options.dry_run else in_a_fresh_process(folder, options)
-            base = base or found
-            ratios = {f"{name}_of_float32": found[f"{name}_mib"] / base[f"{name}_mib"] for name in ("linear", "stored")}
-            if not lab.done(kind="memory", variant=variant):
-                lab.add(kind="memory", variant=variant, checkpoint=folder.name, **found, **ratios)
+    wanted = {name: VARIANTS[name] for name in (("float32", "int8") if lab.options.quick else VARIANTS)}
+    with checkpoint(lab) as folder, progress("memory", len(wanted)) as show:
+        for variant, options in wanted.items():
+            cell = {"checkpoint": folder.name}
+            lab.count("memory", cell, variant, None, partial(in_a_fresh_process, folder, options))
             show(variant)
 
 
@@ -72,7 +65,7 @@ def checkpoint(lab: Bench) -> Iterator[Path]:
         yield folder
 
 
-def in_a_fresh_process(folder: Path, options: dict[str, str]) -> dict[str, float]:
+def in_a_fresh_process(folder: Path, options: dict[str, str]) -> Outcome:
     """The figures of `loading`, from a process that does nothing else. RuntimeError, with what it said, if it fails."""
     program = (
         f"import sys; sys.path[:0] = {[str(PHASE), str(ROOT)]!r}; "
@@ -81,11 +74,7 @@ def in_a_fresh_process(folder: Path, options: dict[str, str]) -> dict[str, float
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"loading {folder.name} with {options} failed: {run.stderr}")
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-COUNTED = ("growth_mib", "peak_mib", "linear_mib", "stored_mib", "scales_share")
+    return Outcome(1, json.loads(run.stdout.splitlines()[-1]))
 
 
 def loading(folder: str, options: dict[str, str]) -> None:
@@ -104,13 +93,8 @@ def loading(folder: str, options: dict[str, str]) -> None:
     inside = {id(tensor) for linear in layers for tensor in (*linear.parameters(), *linear.buffers())}
     others = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside)
     growth = used["rss"] - before
-    found = (
-        growth,
-        used["peak_rss"] - before,
-        growth - others / MIB,
-        (values + scales) / MIB,
-        scales / (values + scales),
-    )
-    if not peak_is_ours:
-        print("note: this system cannot restart the peak, so peak_mib is that of the whole process", file=sys.stderr)
-    print(json.dumps(dict(zip(COUNTED, found, strict=True))))
+    found = {"growth_mib": growth, "linear_mib": growth - others / MIB}
+    found |= {"stored_mib": (values + scales) / MIB, "scales_mib": scales / MIB}
+    if peak_is_ours:  # else the peak would be that of the whole process
+        found["peak_mib"] = used["peak_rss"] - before
+    print(json.dumps(found))

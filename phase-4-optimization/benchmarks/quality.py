@@ -1,7 +1,7 @@
 """What smaller numbers cost: perplexity on held-out text, every way of storing the weights against float32.
 
-All variants read the same tokens, so what is compared is the difference token by token; its interval is far narrower
-than that of either perplexity. The calibrated methods see text of the training half alone.
+All variants read the same documents, so what is compared is the difference document by document; its interval is far
+narrower than that of either perplexity. The calibrated methods see text of the training half alone.
 
     python bench.py --only quality
     python bench.py --only quality --qat runs/qat/model
@@ -9,43 +9,36 @@ than that of either perplexity. The calibrated methods see text of the training 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, partial
 
 import torch
-from torch import Tensor
 
 import engine
-from common.benchmark import progress
+from common.benchmark import Outcome, progress
 from common.device import MIB
 from common.models.corpus import fingerprint, read_corpus
-from common.perplexity import summary, token_nll
+from common.perplexity import token_nll
 from engine.quantize import Format, stored_bytes
 from engine.quantize_calibrated import Method, calibration_windows, quantize_calibrated
 
 from .runs import Lab
 
 QUALITY = {
-    "variant": "how weights are stored; beside quantised matrices the rest is float32",
-    "perplexity": "exp of the mean negative log likelihood of held-out text, windows of the model's context that move "
-    "on by half of it; bootstrap 95% interval over 200 blocks of the text",
-    "loss": "this perplexity / that of float32 on the same tokens, less 1",
-    "loss_percent": "100 * loss; bootstrap 95% interval of the paired difference, over the same blocks",
-    "linear_mib": "bytes of the linear layers' matrices as stored, with scales, zeros and factors; without the head",
-    "values_of_float32": "of these, the values alone / the matrices in float32",
-    "stored_of_float32": "all of these / the matrices in float32",
-    "tokens": "held-out tokens scored",
-    "calibration_tokens": "tokens of the training half that the rounding looked at",
+    "quality": "variant: how weights are stored; beside quantised matrices the rest is float32. perplexity: exp of the "
+    "mean negative log likelihood of held-out documents (with --prompt-file or --prompts-from: of those prompts and "
+    "their continuations), each cut to the same number of tokens; perplexity_percent: by how much it is above that of "
+    "float32, document by document, with its 95% interval on documents like these; linear_mib: bytes of the linear "
+    "layers' matrices as stored, with scales, zeros and factors, without the head; calibration_tokens: tokens of the "
+    "training half that the rounding looked at",
 }
-INTERVALS = ("perplexity", "perplexity_low", "perplexity_high")
-COLUMNS = [name for name in (*INTERVALS, *QUALITY, "loss_percent_low", "loss_percent_high") if name != "variant"]
 
 
 @dataclass(frozen=True)
 class Stored:
     """One way to store the weights."""
 
-    name: str
     format: Format | None = None
     method: Method = "rtn"
     dtype: torch.dtype = torch.float32
@@ -56,92 +49,77 @@ class Stored:
 class Size:
     """How much text."""
 
-    tokens: int = 200_000
-    calibration: int = 65_536
+    documents: int = 48
+    tokens: int = 512  # of each document
+    calibration: int = 16_384
     window: int = 512  # of the calibration
 
 
-def variants(lab: Lab) -> list[Stored]:
+def variants(lab: Lab) -> dict[str, Stored]:
     int4, asymmetric = Format("int4"), Format("int4", asymmetric=True)
-    short = [
-        Stored("float32"),
-        Stored("bfloat16", dtype=torch.bfloat16),
-        Stored("int8", Format("int8")),
-        Stored("int4", int4),
-        Stored("int4 gptq", int4, "gptq"),
-    ]
-    if lab.options.quick:
-        return short
-    found = [
-        *short,
-        Stored("int4 awq", int4, "awq"),
-        Stored("int4 asymmetric", asymmetric),
-        Stored("int4 asymmetric awq", asymmetric, "awq"),
-        Stored("int4 asymmetric gptq", asymmetric, "gptq"),
-        Stored("int4 groups of 32", Format("int4", 32)),
-        Stored("int4 groups of 128", Format("int4", 128)),
-    ]
-    if lab.options.qat:
-        found += [Stored("qat, float32", model=lab.options.qat), Stored("int4 qat", int4, model=lab.options.qat)]
+    found = {
+        "float32": Stored(),
+        "int8": Stored(Format("int8")),
+        "int4": Stored(int4),
+    }
+    if not lab.options.quick:
+        found |= {
+            "bfloat16": Stored(dtype=torch.bfloat16),
+            "int4 gptq": Stored(int4, "gptq"),
+            "int4 awq": Stored(int4, "awq"),
+            "int4 asymmetric": Stored(asymmetric),
+            "int4 asymmetric gptq": Stored(asymmetric, "gptq"),
+            "int4 groups of 32": Stored(Format("int4", 32)),
+            "int4 groups of 128": Stored(Format("int4", 128)),
+        }
+    if qat := lab.options.qat:
+        found |= {"qat float32": Stored(model=qat), "int4 qat": Stored(int4, model=qat)}
     return found
 
 
 def measure_quality(lab: Lab) -> None:
-    wanted = [stored for stored in variants(lab) if not lab.done(kind="quality", variant=stored.name)]
-    if not wanted:
-        return
-    size = Size(2_000, 2_048, 256) if lab.options.quick else Size()
-    plain = Stored("float32")
-    base, float32_bytes = None, 1
+    size = Size(4, 256, 2_048, 256) if lab.options.quick else Size()
+    texts = documents(lab, size)
+    wanted = variants(lab)
     with progress("quality", len(wanted)) as show:
-        for stored in wanted:
-            row: dict[str, Any] = dict.fromkeys(COLUMNS, 1.0)
-            if not lab.options.dry_run:
-                if base is None:
-                    model, _ = prepare(lab, plain, size)
-                    base, float32_bytes = heldout_nll(model, size.tokens), sum(stored_bytes(model.model))
-                model, calibrated = prepare(lab, stored, size)
-                nll = base if stored == plain else heldout_nll(model, size.tokens)
-                row = {**figures(nll, base), **bytes_of(model.model, float32_bytes), "tokens": len(nll)}
-                row["calibration_tokens"] = calibrated
-            lab.add(**{"kind": "quality", "variant": stored.name} | row)
-            show(stored.name)
+        for name, stored in wanted.items():
+            if stored.dtype == torch.bfloat16 and lab.no_bfloat16:
+                lab.refuse("quality", {}, name, lab.no_bfloat16)
+            else:
+                prepared = cache(partial(prepare, lab, stored, size))  # made when the first missing row asks for it
+                for document, text in texts.items():
+                    lab.count("quality", {}, name, document, partial(score, prepared, text, size.tokens))
+            show(name)
 
 
-def prepare(lab: Lab, stored: Stored, size: Size) -> tuple[engine.LoadedModel, int]:
-    """The model as it is stored, and the number of tokens that it was calibrated on."""
-    name = stored.model or lab.options.model
+def documents(lab: Lab, size: Size) -> Mapping[str, str]:
+    """The user's own prompts with their continuations, or held-out files in an order that their names do not decide."""
+    if lab.options.own_prompts:
+        return {prompt.id: prompt.text + prompt.continuation for prompt in lab.prompts()}
+    files = sorted(read_corpus("heldout"), key=lambda file: fingerprint([file]))
+    long = [file for file in files if len(file.text) > 8 * size.tokens]  # so that all fill their tokens
+    return {file.path: file.text for file in long[: size.documents]}
+
+
+def prepare(lab: Lab, stored: Stored, size: Size) -> tuple[engine.LoadedModel, dict[str, float]]:
+    """The model as it is stored, and what that takes."""
+    name, calibrated = stored.model or lab.options.model, 0
     if stored.format is None or stored.method == "rtn":
-        return engine.load(name, stored.dtype, lab.device, stored.format), 0
-    loaded = engine.load(name, stored.dtype, lab.device)
-    windows = calibration_windows(loaded, [], size.calibration, size.window, lab.options.seed)
-    quantize_calibrated(loaded.model, stored.format, stored.method, windows)
-    return loaded, windows.numel()
+        loaded = engine.load(name, stored.dtype, lab.device, stored.format)
+    else:
+        loaded = engine.load(name, stored.dtype, lab.device)
+        windows = calibration_windows(loaded, [], size.calibration, size.window, lab.options.seed)
+        quantize_calibrated(loaded.model, stored.format, stored.method, windows)
+        calibrated = windows.numel()
+    return loaded, {"linear_mib": sum(stored_bytes(loaded.model)) / MIB, "calibration_tokens": calibrated}
 
 
 @torch.inference_mode()
-def heldout_nll(loaded: engine.LoadedModel, count: int) -> Tensor:
-    """Of `count` tokens of held-out files, in an order that does not depend on their names."""
-    stream: list[int] = []
-    for file in sorted(read_corpus("heldout"), key=lambda file: fingerprint([file])):
-        if len(stream) > count:
-            break
-        stream += [*loaded.tokenizer.eos_ids[:1], *loaded.tokenizer.encode(file.text)]
+def score(prepared: Callable[[], tuple[engine.LoadedModel, Mapping[str, float]]], text: str, limit: int) -> Outcome:
+    """Negative log likelihood of a document's first `limit` tokens."""
+    loaded, about = prepared()
+    ids = [*loaded.tokenizer.eos_ids[:1], *loaded.tokenizer.encode(text)][: limit + 1]
+    tokens = torch.tensor(ids, device=loaded.model.embedding.weight.device)
     context = loaded.config.context
-    tokens = torch.tensor(stream[: count + 1], device=loaded.model.embedding.weight.device)
-    return token_nll(loaded.model, tokens, context, max(1, context // 2))
-
-
-def figures(nll: Tensor, base: Tensor) -> dict[str, float]:
-    found, ratio = summary(nll), summary(nll - base)  # exp of the mean difference is the ratio of the perplexities
-    loss = {f"loss_percent{end}": 100 * (ratio[f"perplexity{end}"] - 1) for end in ("", "_low", "_high")}
-    return {**{name: found[name] for name in INTERVALS}, "loss": ratio["perplexity"] - 1, **loss}
-
-
-def bytes_of(model: engine.Transformer, float32_bytes: int) -> dict[str, float]:
-    values, others = stored_bytes(model)
-    return {
-        "linear_mib": (values + others) / MIB,
-        "values_of_float32": values / float32_bytes,
-        "stored_of_float32": (values + others) / float32_bytes,
-    }
+    nll = token_nll(loaded.model, tokens, context, max(1, context // 2))
+    return Outcome(len(nll), {"nll_sum": nll.double().sum().item(), **about})

@@ -1,109 +1,130 @@
-"""What the sections of the bench share: options, models and sessions, and a way to decode prompts that can be timed.
+"""What the sections of the bench share: options, sessions, and one prompt decoded as a row keeps it.
 
-lab.variant("phase 4", texts, draft="none", dtype="bfloat16")()
+session = lab.session(draft="none", dtype="bfloat16")
+lab.compare("speed", {}, {"bfloat16": partial(decode, session)}, lab.prompts())
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from types import ModuleType
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
 
 import engine
-from common.benchmark import BenchOptions, refuse_if_different
-from common.device import dtype_name
+from common.benchmark import BenchOptions, Outcome
+from common.errors import UserError
 from common.harness import Bench
-from common.prompts import Half, load_prompts
+from common.loops import loop_share
+from common.phases import phase_of
+from common.prompts import Prompt
+from engine.options import DrafterName
 
 Section = Literal["speed", "quality", "memory", "tokens", "profile", "shapes"]
+SettingName = Literal[
+    "float32",
+    "float32 compiled",
+    "float32 autocast",
+    "bfloat16",
+    "bfloat16 compiled",
+    "int8",
+    "int4",
+    "int8 bfloat16",
+    "float32 with int8 draft",
+]
+OWN = phase_of(__file__)
+GREEDY_PROMPTS = 12  # enough where every round gives the same text; samples vary more, and take --prompts
 
 
 class Options(BenchOptions):
     """Number formats, quantisation and execution: speed, memory and quality of the same loop."""
 
-    prompts: int = Field(4, ge=1, le=25, description="prompts that are timed")
-    max_tokens: int = Field(64, ge=8, description="new tokens per prompt")
+    max_tokens: int = Field(32, ge=8, description="new tokens per prompt")
+    budget: float = Field(120, gt=0, description="or until one comparison has taken so many seconds")
     only: list[Section] = Field([], description="measure this section alone; repeatable")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field([0.0, 1.0], description="of `speed`; repeatable")
+    settings: list[SettingName] = Field(
+        [], description="of `speed`; repeatable; none: all at temperature 0, the two dtypes above it"
+    )
+    drafters: list[DrafterName] = Field(["model", "eagle"], description="what may draft in `speed`; repeatable")
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        [4], description="draft tokens, of which the best is taken; repeatable"
+    )
+    draft: str = Field("auto", description="the draft model; auto: the model's own")
     qat: str | None = Field(None, description="folder of a checkpoint from common.models.train --qat, for `quality`")
-
-
-@dataclass
-class Variant:
-    """Decodes the texts one after the other, each time anew, and remembers the last run."""
-
-    name: str
-    session: Any  # of any phase
-    texts: list[str]
-    same_as: Variant | None = None  # its tokens must be this one's
-    tokens: list[list[int]] = field(default_factory=list)
-    forwards: int = 0
-
-    def __call__(self) -> None:
-        """WrongResult where the tokens are not as they must be, so that nothing wrong is timed."""
-        done = [self.session.complete([text])[0] for text in self.texts]
-        getattr(self.session, "steps", {}).clear()
-        self.tokens = [each.tokens for each in done]
-        self.forwards = sum(each.stats.target_forwards for each in done)
-        if self.same_as:
-            for number, (mine, other) in enumerate(zip(self.tokens, self.same_as.tokens, strict=True)):
-                refuse_if_different(f"{self.name}, prompt {number}", other, mine)
-
-    @property
-    def count(self) -> int:
-        return sum(map(len, self.tokens))
-
-    def agreement(self, other: Variant) -> float:
-        """The share of tokens before the first one, prompt by prompt, that is not the other's."""
-        same = 0
-        for mine, theirs in zip(self.tokens, other.tokens, strict=True):
-            pairs = enumerate(zip(mine, theirs, strict=False))
-            same += next((at for at, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
-        return same / self.count
 
 
 @dataclass(frozen=True)
 class Lab(Bench):
-    """A bench with models at hand: `loaded` holds what was loaded, by name, dtype and the rest that decides."""
+    """A bench that makes sessions of this phase and of earlier ones."""
 
     options: Options
-    loaded: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
-    def load(self, name: str | None = None, dtype: torch.dtype = torch.float32) -> engine.LoadedModel:
-        key = (name or self.options.model, dtype)
-        if key not in self.loaded:
-            self.loaded[key] = engine.load(name or self.options.model, dtype, self.device)
-        found: engine.LoadedModel = self.loaded[key]
-        return found
+    def with_rounds(self, rounds: int) -> Self:
+        """The same bench with a fixed number of rounds, where the options name none."""
+        wanted = self.options.round_limit or rounds
+        return dataclasses.replace(self, options=self.options.model_copy(update={"rounds": wanted}))
 
-    def texts(self, half: Half = "test") -> list[str]:
-        return [prompt.text for prompt in load_prompts("code", half)[: self.options.prompts]]
+    @property
+    def greedy_prompts(self) -> list[Prompt]:
+        return self.prompts(min(self.options.prompts, GREEDY_PROMPTS))
+
+    @cached_property
+    def no_bfloat16(self) -> str | None:
+        """Why nothing is measured in bfloat16 here, if so: a processor without its instructions takes minutes."""
+        if torch.bfloat16 in self.with_rounds(3).dtypes():
+            return None
+        if self.options.dtype != "auto":
+            return f"--dtype {self.options.dtype} leaves bfloat16 out"
+        found = {line["variant"]: line["seconds_per_token"] for line in self.table("dtypes")}
+        return f"a matrix product takes {found['bfloat16'] / found['float32']:.1f} times as long as in float32 here"
 
     def session(self, of: Any = engine, **wanted: Any) -> Any:
-        """A session of this phase or of another, with options of its generate.py."""
+        """A session of a phase with options of its generate.py; None in a dry run. UserError for what cannot be had."""
+        if self.options.dry_run:
+            return None
         chosen = {
             "model": self.options.model,
             "seed": self.options.seed,
             "max_tokens": self.options.max_tokens,
             "device": self.device.type,
-            "dtype": dtype_name(torch.float32),
+            "dtype": "float32",
             **wanted,
         }
         return of.Session(of.Options(**chosen))
 
-    def variant(
-        self, name: str, texts: list[str], of: Any = engine, same_as: Variant | None = None, **wanted: Any
-    ) -> Variant:
-        """A dry run loads nothing."""
-        return Variant(name, None if self.options.dry_run else self.session(of, **wanted), texts, same_as)
-
-
-def with_texts(variant: Variant, texts: list[str], same_as: Variant | None = None) -> Variant:
-    """The same session on other texts."""
-    return dataclasses.replace(variant, texts=texts, same_as=same_as, tokens=[], forwards=0)
-
 
 Measure = Callable[[Lab], None]
+
+
+def engine_of(number: int) -> ModuleType:
+    """The engine of a phase. UserError where it is not installed."""
+    if number == OWN:
+        return engine
+    try:
+        return importlib.import_module(f"phase{number}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"phase {number} is not there ({error}); `make install` installs the phases") from None
+
+
+def decode(session: Any, prompt: Prompt | None, round_: int) -> Outcome:
+    """One prompt, decoded; every round has its own seed."""
+    assert prompt is not None
+    session.params = dataclasses.replace(session.params, seed=session.options.seed + round_)
+    began = time.perf_counter()
+    [done] = session.complete([prompt.text])
+    seconds = time.perf_counter() - began
+    steps = list(chain(*session.steps.values()))
+    session.steps.clear()
+    figures = {"forwards": done.stats.target_forwards, "looped": round(loop_share(done.tokens) * len(done.tokens))}
+    if steps:
+        figures |= {name: sum(getattr(step, name) for step in steps) for name in ("proposed", "accepted")}
+    return Outcome(len(done.tokens), figures, done.tokens, seconds)

@@ -1,9 +1,9 @@
 """Plain decoding at the shapes of GPT-2 XL and Llama 3.1 8B, with random weights made on the device: speed alone.
 
 A step without a cache is one forward over the whole sequence, so tokens/s falls with the length; at short lengths the
-time is that of reading the weights (GB/s), at long ones that of the arithmetic (TFLOP/s). Every variant takes turns
+time is that of reading the weights (GB/s), at long ones that of the arithmetic (GFLOP/s). Every variant takes turns
 with bfloat16. Quantised matrices are written out anew for every product, in plain torch: they are the reference for
-kernels to come, and slower. On a CPU `--quick` alone runs, with one narrow layer and a small vocabulary; rows say so.
+kernels to come, and slower. A processor would take hours, so there every variant is left out.
 
     python bench.py --only shapes --device cuda
 """
@@ -12,36 +12,30 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.benchmark import median
+from common.benchmark import Outcome
 from common.device import DTYPES, available_memory
 from common.errors import UserError
-from common.harness import Bench
+from common.harness import Bench, Variant
+from common.prompts import Prompt
 from engine import ModelConfig, RopeConfig, Transformer
 from engine.cost import forward_bytes, forward_flops, weight_bytes
 from engine.precision import check_device_has, computing
 from engine.quantize import Format, quantize_model
 
 SHAPES = {
-    "shape": "random weights in the shape of this model; cut: layers, width and vocab_size are smaller, for a CPU",
-    "variant": "dtype of the weights; amp: float32 weights under autocast; int8, int4 (groups of 64): plain-torch "
-    "reference in bfloat16",
-    "length": "tokens in the sequence whose next token is computed, without a cache",
-    "tokens_per_s": "1 / seconds of a forward that reads the logits of the last position",
-    "weights_gb_per_s": "bytes of weights that the forward must read, as stored / seconds / 1e9",
-    "tflop_per_s": "operations of the forward (engine/cost.py) / seconds / 1e12",
-    "of_bfloat16": "time in bfloat16 / time of this variant: above 1 is faster; median of the paired rounds with its "
-    "bootstrap 95% interval",
-    "sdpa_speedup": "attention of one layer, written out with a float32 softmax / scaled_dot_product_attention",
-    "skipped": "why there is no figure",
+    "shapes": "random weights in the shape of a model; length: tokens in the sequence whose next token is computed, "
+    "without a cache. variant: dtype of the weights; amp: float32 weights under autocast; int8, int4 (groups of 64): "
+    "plain-torch reference in bfloat16. gb_per_s: bytes of weights that the forward must read, as stored / time; "
+    "gflop_per_s: operations of the forward (engine/cost.py) / time; speedup: over bfloat16",
+    "attention": "attention of one layer in bfloat16: scaled_dot_product_attention over the mix as phases 1 to 3 write "
+    "it out, with a float32 softmax",
 }
 CONFIGS = {
     "gpt2-xl": ModelConfig(
@@ -89,75 +83,49 @@ VARIANTS = ("float32", "float16", "amp", *QUANTISED)
 
 
 def measure_shapes(lab: Bench) -> None:
-    quick = lab.options.quick or lab.options.dry_run
-    if lab.device.type == "cpu" and not quick:
-        print("note: shapes are left out: on a CPU they take --quick, which cuts the models down", file=sys.stderr)
-        return
-    cut = lab.device.type == "cpu"
-    lengths = LENGTHS[1:2] if cut else LENGTHS[:2] if quick else LENGTHS
     for name, config in CONFIGS.items():
-        if cut:
-            config = cut_down(config)
-        size = {"layers": config.layers, "width": config.width, "vocab_size": config.vocab_size}
-        key = {"kind": "shapes", "shape": name, "cut": cut, **size}
-        measure_variants(lab, config, key, lengths)
-        if not lab.done(**key, variant="attention", length=lengths[-1]):
-            attention(lab, config, key, lengths)
+        if lab.device.type == "cpu" and not lab.options.dry_run:
+            lab.refuse("shapes", {"shape": name}, BASE, "models of this size need a graphics card: --device cuda")
+        else:
+            measure_shape(lab, name, config, LENGTHS[:2] if lab.options.quick else LENGTHS)
 
 
-def measure_variants(lab: Bench, config: ModelConfig, key: dict[str, Any], lengths: tuple[int, ...]) -> None:
-    """Each beside bfloat16: two models are on the device at a time."""
-    base: Transformer | None = None
+def measure_shape(lab: Bench, name: str, config: ModelConfig, lengths: tuple[int, ...]) -> None:
+    """Each variant beside bfloat16: two models are on the device at a time."""
+    base = cache(partial(variant_of, BASE, config, lab.device))  # made when it runs first
     for variant in VARIANTS:
-        if lab.done(**key, variant=variant):
+        if reason := cannot_run(lab, config, variant, bool(base.cache_info().currsize)):
+            lab.refuse("shapes", {"shape": name, "beside": variant}, variant, reason)
             continue
-        if reason := cannot_run(lab, config, variant, base is not None):
-            lab.add(**key, variant=variant, skipped=reason)
-            continue
-        if base is None and not lab.options.dry_run:
-            base = random_model(config, DTYPES[BASE], lab.device)
-        other = None if lab.options.dry_run else variant_of(variant, config, lab.device)
+        other = cache(partial(variant_of, variant, config, lab.device))
         for length in lengths:
-            runs: dict[str, Callable[[], Tensor]] = {}
-            if base is not None and other is not None:
-                tokens = torch.randint(config.vocab_size, (1, length), device=lab.device)
-                runs = {BASE: partial(step, base, tokens), variant: partial(step, other, tokens, variant == "amp")}
-            times = lab.times(
-                f"{key['shape']} {variant} {length}", runs or {BASE: int, variant: int}, lab.options.repeats
-            )
-            for which in (BASE, variant):
-                if not lab.done(**key, variant=which, length=length):
-                    row = figures(config, which, length, median(times[which]))
-                    lab.add(**key, variant=which, **row, **lab.ratio("of_bfloat16", times[BASE], times[which]))
+            runs = {BASE: forward(base, config, BASE, length), variant: forward(other, config, variant, length)}
+            lab.compare("shapes", {"shape": name, "length": length, "beside": variant}, runs)
         del other, runs
         release(lab.device)
     del base
     release(lab.device)
+    for length in lengths:
+        attention(lab, name, config, length)
 
 
-def cut_down(config: ModelConfig, width: int = 1024) -> ModelConfig:
-    """One narrow layer and a small vocabulary: what a CPU does in seconds, in the proportions of the model."""
-    heads = width // config.head_dim
-    kv_heads = heads * config.kv_heads // config.heads
-    ffn_width = width * config.ffn_width // config.width
-    sizes: dict[str, Any] = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
-    return dataclasses.replace(config, layers=1, vocab_size=width, **sizes)
+def forward(model: Callable[[], Transformer], config: ModelConfig, variant: str, length: int) -> Variant:
+    """The step after `length` tokens, with its operations and the bytes of weights that it must read."""
+    head = 2 * config.width * config.vocab_size if variant in QUANTISED else 0  # stays in bfloat16
+    read = weight_bytes(dataclasses.replace(config, vocab_size=0) if head else config, stored_bits(variant) / 8) + head
+    figures = {"gb": read / 1e9, "gflop": forward_flops(config, length) / 1e9}
+    tokens = torch.arange(length)[None] % config.vocab_size
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        step(model(), tokens.to(model().embedding.weight.device), variant == "amp")
+        return Outcome(1, figures)
+
+    return run
 
 
 def stored_bits(variant: str) -> float:
     """Per weight of a linear layer, with its share of the scales."""
     return {"float32": 32, "amp": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4 + 16 / 64}[variant]
-
-
-def figures(config: ModelConfig, variant: str, length: int, seconds: float) -> dict[str, float]:
-    head = 2 * config.width * config.vocab_size if variant in QUANTISED else 0  # stays in bfloat16
-    read = weight_bytes(dataclasses.replace(config, vocab_size=0) if head else config, stored_bits(variant) / 8) + head
-    return {
-        "length": length,
-        "tokens_per_s": 1 / seconds,
-        "weights_gb_per_s": read / seconds / 1e9,
-        "tflop_per_s": forward_flops(config, length) / seconds / 1e12,
-    }
 
 
 def cannot_run(lab: Bench, config: ModelConfig, variant: str, has_base: bool = False) -> str | None:
@@ -212,23 +180,23 @@ def step(model: Transformer, tokens: Tensor, amp: bool = False) -> Tensor:
         return model.logits(model.hidden(tokens, wanted=last)[:, 0])
 
 
-def attention(lab: Bench, config: ModelConfig, key: dict[str, Any], lengths: tuple[int, ...]) -> None:
+def attention(lab: Bench, name: str, config: ModelConfig, length: int) -> None:
     """The mix of one layer, in bfloat16: as phases 1 to 3 write it out, and as one fused operation."""
-    for length in lengths:
+
+    @cache
+    def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kv, rows = config.kv_heads, config.heads // config.kv_heads * length
         new = partial(torch.randn, device=lab.device, dtype=DTYPES[BASE])
-        runs: dict[str, Callable[[], Tensor]] = {}
-        if not lab.options.dry_run:
-            query, keys, value = new(1, kv, rows, config.head_dim), *new(2, 1, kv, length, config.head_dim)
-            mask = torch.full((length, length), float("-inf"), device=lab.device, dtype=DTYPES[BASE]).triu(1)
-            mask = mask.repeat(rows // length, 1)
-            runs = {"written": partial(written_out, query, keys, value, mask)}
-            runs["sdpa"] = partial(F.scaled_dot_product_attention, query, keys, value, mask)
-        times = lab.times(
-            f"{key['shape']} attention {length}", runs or {"written": int, "sdpa": int}, lab.options.repeats
-        )
-        ratio = lab.ratio("sdpa_speedup", times["written"], times["sdpa"])
-        lab.add(**key, variant="attention", length=length, **ratio)
+        keys, value = new(2, 1, kv, length, config.head_dim)
+        mask = torch.full((length, length), float("-inf"), device=lab.device, dtype=DTYPES[BASE]).triu(1)
+        return new(1, kv, rows, config.head_dim), keys, value, mask.repeat(rows // length, 1)
+
+    def run(mix: Callable[..., Tensor], prompt: Prompt | None, round_: int) -> Outcome:
+        mix(*inputs())
+        return Outcome()
+
+    runs = {"written out": partial(run, written_out), "sdpa": partial(run, F.scaled_dot_product_attention)}
+    lab.compare("attention", {"shape": name, "length": length}, runs)
 
 
 def written_out(query: Tensor, keys: Tensor, value: Tensor, mask: Tensor) -> Tensor:

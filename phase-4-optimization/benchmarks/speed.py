@@ -1,57 +1,91 @@
-"""The same loop, with its numbers stored and its operations run in other ways, against phase 3: plain and at its best.
+"""The same loop, with its numbers stored and its operations run in other ways, against phase 3: plain and drafted.
 
 What drafts best is chosen by time on prompts of the `calibrate` half, for every setting anew, because a setting changes
 what a draft token and a verified one cost; it is then measured on the `test` half.
+
+    python bench.py --only speed --settings float32 --settings int8 --temperatures 0
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-import engine
-from common.benchmark import median, progress
+from common.benchmark import Outcome
 from common.errors import UserError
+from common.prompts import Prompt
+from common.results import Scalar
 from engine.packing import PackedLinear
 
-from .runs import Lab, Variant, with_texts
+from .runs import OWN, Lab, SettingName, decode, engine_of
 
 SPEED = {
-    "setting": "dtype of the weights, and what else; beside quantised matrices the rest is float32",
-    "mode": "plain decoding, or the drafter that was fastest on the calibrate half",
-    "over_3": "phase 3's wall time per token over this one's, the same mode, float32, taking turns; median of the "
-    "paired rounds with its bootstrap 95% interval",
-    "over_plain": "the same setting's plain wall time per token over this one's",
-    "tokens_per_s": "new tokens / wall time, median of the rounds",
-    "tokens_per_forward": "new tokens / target forwards",
-    "agreement": "share of tokens up to the first one that phase 3 does not write",
-    "weights_mib": "the target's weights as they are kept, embedding and output matrix included",
-    "graphs": "with --compile: graphs compiled for the target and what drafts, and those of them after the warm-up",
+    "choice": "ways to draft, on the calibrate half: the fastest of a setting is what `speed` times",
+    "speed": "variant: a setting (dtype of the weights, and what else; beside quantised matrices the rest is float32), "
+    "plain or drafted. speedup: plain variants over `phase 3 plain`, drafted ones over `phase 3 drafted`, float32; "
+    "drafter: what was fastest on the calibrate half; tokens_per_forward: new tokens / target forwards; agreement: "
+    "share of the tokens before the first that phase 3 does not write; weights_mib: the target's weights as they are "
+    "kept, embedding and output matrix included; new_graphs: graphs that were compiled during a run; loop_share: share "
+    "of the tokens that end an 8-gram which the same text held before",
 }
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[SettingName, dict[str, Any]] = {
     "float32": {},
-    "float32, compiled": {"compile": True},
-    "float32, autocast": {"amp": True},
+    "float32 compiled": {"compile": True},
+    "float32 autocast": {"amp": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16, compiled": {"dtype": "bfloat16", "compile": True},
+    "bfloat16 compiled": {"dtype": "bfloat16", "compile": True},
     "int8": {"quant": "int8"},
     "int4": {"quant": "int4"},
-    "int8, bfloat16": {"quant": "int8", "dtype": "bfloat16"},
-    "float32, int8 draft": {"draft_quant": "int8"},
+    "int8 bfloat16": {"quant": "int8", "dtype": "bfloat16"},
+    "float32 with int8 draft": {"draft_quant": "int8"},
 }
-QUICK = ("float32", "bfloat16")
-SAME = ("float32", "float32, compiled", "float32, int8 draft")  # must write the tokens of phase 3
-PLAIN: dict[str, Any] = {"draft": "none"}
-CHOICES: dict[str, dict[str, Any]] = {
-    "model, chain 4": {"k": 4},
-    "model, chain 6": {"k": 6},
-    "eagle, chain 4": {"drafter": "eagle", "k": 4},
-    "eagle, chain 6": {"drafter": "eagle", "k": 6},
-    "eagle, static 16": {"drafter": "eagle", "k": 5, "tree": "static", "tree_nodes": 16},
-}
+QUICK: tuple[SettingName, ...] = ("float32", "int8")
+SAMPLED: tuple[SettingName, ...] = ("float32", "bfloat16")  # above temperature 0, where many prompts are needed
+SAME = {"float32", "float32 compiled", "float32 with int8 draft"}  # must write the tokens of phase 3
+CHOOSING = 4  # prompts that a way to draft is chosen on
+PREVIOUS = f"phase {OWN - 1}"
+
+
+@dataclass
+class Run:
+    """A session that decodes, and what its rows say besides."""
+
+    session: Any  # of any phase; None in a dry run
+    greedy: bool
+    about: Mapping[str, Any] = field(default_factory=dict)
+    reference: Run | None = None  # the run whose greedy tokens the others are compared with; None: this one
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # greedy tokens of each prompt
+
+    def __call__(self, prompt: Prompt | None, round_: int) -> Outcome:
+        assert prompt is not None
+        before = getattr(self.session, "compiled_graphs", 0)
+        outcome = decode(self.session, prompt, round_)
+        figures = {**outcome.figures, **self.about, "weights_mib": weights_mib(self.session.loaded.model)}
+        if getattr(self.session, "compiler", None):
+            figures["new_graphs"] = self.session.compiled_graphs - before
+        if self.greedy:
+            self.tokens[prompt.id] = list(outcome.output)
+            figures["agreed"] = agreed(self.tokens[prompt.id], (self.reference or self).of(prompt))
+        return replace(outcome, figures=figures)
+
+    def of(self, prompt: Prompt) -> list[int]:
+        """The greedy tokens after a prompt, decoded now where this run's turn has not come yet."""
+        if prompt.id not in self.tokens:
+            self(prompt, 0)
+        return self.tokens[prompt.id]
+
+
+def agreed(mine: list[int], others: list[int]) -> int:
+    """How many tokens come before the first that differs."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(mine, others, strict=False)) if a != b), min(len(mine), len(others))
+    )
 
 
 def weights_mib(model: torch.nn.Module) -> float:
@@ -61,87 +95,97 @@ def weights_mib(model: torch.nn.Module) -> float:
     return (sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + packed) / 2**20
 
 
-def candidates(lab: Lab, of: Any, setting: dict[str, Any], texts: list[str]) -> dict[str, Variant]:
-    """The ways to draft that can run here."""
-    wanted = {"draft model": CHOICES["model, chain 4"]} if lab.options.quick else CHOICES
-    if setting.get("draft_quant"):  # what it changes is the draft model
-        wanted = {name: choice for name, choice in wanted.items() if "drafter" not in choice}
-    found = {}
-    for name, choice in wanted.items():
-        try:
-            found[name] = lab.variant(name, texts, of, **setting, **choice)
-        except UserError as error:
-            print(f"note: {name} is left out: {error}", file=sys.stderr)
+def choices(lab: Lab, setting: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The ways to draft: a chain for every drafter and k, and EAGLE's tree."""
+    found: dict[str, dict[str, Any]] = {}
+    for drafter in lab.options.drafters[:1] if lab.options.quick else lab.options.drafters:
+        if "draft_quant" in setting and drafter != "model":  # what it changes is the draft model
+            continue
+        own = {"drafter": drafter} | ({"draft": lab.options.draft} if drafter == "model" else {})
+        found |= {f"{drafter} chain {k}": {**own, "k": k} for k in lab.options.k}
+        if drafter == "eagle" and not lab.options.quick:
+            found["eagle static 16"] = {**own, "k": 5, "tree": "static", "tree_nodes": 16}
     return found
 
 
-def best(lab: Lab, of: Any, title: str, setting: dict[str, Any]) -> tuple[str, Variant]:
-    """The fastest way to draft, on the calibrate half."""
-    found = candidates(lab, of, setting, lab.texts("calibrate"))
-    times = lab.times(f"choosing, {title}", found, 2)
-    name = min(found, key=lambda name: median(times[name]))
-    return name, found[name]
+def best(lab: Lab, of: Any, name: str, setting: Mapping[str, Any], temperature: float) -> tuple[str, Any]:
+    """The fastest way to draft, on the calibrate half, with its session. UserError where nothing can draft."""
+    cell: dict[str, Scalar] = {"temperature": temperature, "setting": name}
+    found: dict[str, Any] = {}
+    for how, choice in choices(lab, setting).items():
+        try:
+            session = lab.session(of, temperature=temperature, **setting, **choice)
+            if session is not None and not session.speculative:
+                raise UserError(f"{lab.options.model} names no draft model; pass --draft")
+            found[how] = session
+        except UserError as error:
+            lab.refuse("choice", cell, how, str(error))
+    if not found:
+        raise UserError("none of --drafters can draft here")
+    if len(found) > 1:
+        runs = {how: partial(decode, session) for how, session in found.items()}
+        lab.with_rounds(1).compare("choice", cell, runs, lab.prompts(min(CHOOSING, lab.options.prompts), "calibrate"))
+    times = {
+        line["variant"]: line.get("seconds_per_token", math.inf)
+        for line in lab.table("choice")
+        if (line["temperature"], line["setting"]) == (temperature, name)
+    }
+    how = min(found, key=lambda how: times.get(how, math.inf))
+    return how, found[how]
+
+
+def plain_of(session: Any) -> Any:
+    """The same loaded models, decoding without a draft."""
+    plain = copy.copy(session)
+    if session is not None:
+        plain.options = session.options.model_copy(update={"draft": "none"})
+    return plain
 
 
 def measure_speed(lab: Lab) -> None:
-    try:
-        before = importlib.import_module("phase3")
-    except ModuleNotFoundError as error:
-        print(f"note: the section `speed` is left out: {error}; `make install` installs the phases", file=sys.stderr)
-        return
-    names = [name for name in SETTINGS if not lab.options.quick or name in QUICK]
-    if lab.done(kind="speed", setting=names[-1]):
-        return
-    texts = lab.texts()
-    base = {"plain": lab.variant("phase 3, plain", texts, before, **PLAIN)}
-    _, drafted = best(lab, before, "phase 3", {})
-    label = drafted.name
-    base["drafted"] = with_texts(drafted, texts, base["plain"])
-    for name in names:
-        if not lab.done(kind="speed", setting=name):
-            measure_setting(lab, name, base, label)
+    for temperature in lab.options.temperatures:
+        if not lab.finished("speed", {"temperature": temperature}):
+            measure_temperature(lab, temperature)
 
 
-def measure_setting(lab: Lab, name: str, base: dict[str, Variant], label: str) -> None:
-    """One setting, plain and drafted, in turns with phase 3's two."""
-    setting, texts = SETTINGS[name], base["plain"].texts
+def measure_temperature(lab: Lab, temperature: float) -> None:
+    """All settings in turns with phase 3's two ways to decode."""
+    cell, greedy = {"temperature": temperature}, temperature == 0
+    names = lab.options.settings or (QUICK if lab.options.quick else tuple(SETTINGS) if greedy else SAMPLED)
+    settings: dict[str, tuple[int, dict[str, Any]]] = {PREVIOUS: (OWN - 1, {})}
+    settings |= {name: (OWN, SETTINGS[name]) for name in names}
+    runs: dict[str, Run] = {}
+    for name, (phase, setting) in settings.items():
+        for decoding, (session, about) in sessions(lab, phase, name, setting, temperature).items():
+            runs[f"{name} {decoding}"] = Run(session, greedy, about, runs.get(f"{PREVIOUS} plain"))
+    if f"{PREVIOUS} plain" not in runs:  # the reason is a row
+        return
+    exact = [name for name in runs if name.rpartition(" ")[0] in SAME | {PREVIOUS}] if greedy else []
+    base = f"{PREVIOUS} drafted"
+    baselines = {name: base for name in runs if name.endswith(" drafted") and name != base and base in runs}
+    prompts = lab.greedy_prompts if greedy else lab.prompts()
+    lab.compare("speed", cell, runs, prompts, exact=exact, baselines=baselines, warmup=2)
+
+
+def sessions(
+    lab: Lab, phase: int, name: str, setting: Mapping[str, Any], temperature: float
+) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """How a setting decodes, `plain` and `drafted`: a session, and what its rows say besides. A refusal is a row."""
+    cell, found = {"temperature": temperature}, dict[str, tuple[Any, dict[str, Any]]]()
+    if ("amp" in setting or setting.get("dtype") == "bfloat16") and lab.no_bfloat16:
+        lab.refuse("speed", cell, name, lab.no_bfloat16)
+        return found
     try:
-        alone = {option: value for option, value in setting.items() if option != "draft_quant"}
-        plain = lab.variant(f"{name}, plain", texts, **alone, **PLAIN)
+        how, drafted = best(lab, engine_of(phase), name, setting, temperature)
+        found["drafted"] = drafted, {"drafter": how}
     except UserError as error:
-        print(f"note: {name} is left out: {error}", file=sys.stderr)
-        return
-    how, drafted = best(lab, engine, name, setting)
-    exact = name in SAME
-    plain.same_as = base["plain"] if exact else None
-    drafted = with_texts(drafted, texts, base["plain"] if exact else None)
-    runs = {"3 plain": base["plain"], "3 drafted": base["drafted"], "plain": plain, "drafted": drafted}
-    if not lab.options.dry_run:
-        with progress(f"warm-up, {name}", len(runs)) as show:  # every length is met once before anything is timed
-            for title, run in runs.items():
-                run()
-                show(title)
-    warm = graphs(plain, drafted)
-    times = lab.times(name, runs, lab.options.repeats)
-    rates = {title: [t / (run.count or 1) for t in times[title]] for title, run in runs.items()}
-    for mode, what, variant in (("plain", "plain", plain), ("drafted", how, drafted)):
-        lab.add(
-            kind="speed",
-            setting=name,
-            mode=mode,
-            what=what,
-            phase_3=label if mode == "drafted" else "plain",
-            tokens_per_s=1 / median(rates[mode]),
-            tokens_per_forward=variant.count / variant.forwards if variant.forwards else 1.0,
-            **lab.ratio("over_3", rates[f"3 {mode}"], rates[mode]),
-            **lab.ratio("over_plain", rates["plain"], rates[mode]),
-            agreement=variant.agreement(base["plain"]) if variant.count else 1.0,
-            weights_mib=weights_mib(variant.session.loaded.model) if variant.session else 1.0,
-            graphs=warm,
-            graphs_after=graphs(plain, drafted) - warm,
-        )
-
-
-def graphs(*variants: Variant) -> int:
-    """How many graphs were compiled so far for these."""
-    return sum(variant.session.compiled_graphs for variant in variants if variant.session)
+        lab.refuse("speed", cell, f"{name} drafted", str(error))
+    if "draft_quant" in setting:  # plain decoding is that of another setting
+        return found
+    try:
+        same = {"temperature": temperature, **setting, "draft": "none"}
+        plain = plain_of(found["drafted"][0]) if found else lab.session(engine_of(phase), **same)
+    except UserError as error:
+        lab.refuse("speed", cell, f"{name} plain", str(error))
+        return found
+    return {"plain": (plain, {}), **found}

@@ -54,7 +54,7 @@ def bench(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep freed memory resident as they please")
 @pytest.mark.parametrize("variant", list(BYTES))
 def test_growth_is_what_the_weights_take(variant: str, checkpoint: Path, bench: ModuleType) -> None:
-    found = bench.in_a_fresh_process(checkpoint, bench.VARIANTS[variant])
+    found = bench.in_a_fresh_process(checkpoint, bench.VARIANTS[variant]).figures
     expected = LINEAR * BYTES[variant] / 2**20
     assert found["stored_mib"] == pytest.approx(expected, rel=0.01)
     assert found["linear_mib"] == pytest.approx(expected, rel=0.15)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import subprocess
-import sys
 import time
 import timeit
 from collections.abc import Iterator
@@ -19,7 +17,6 @@ import torch
 import phase4
 from common.errors import UserError
 from common.options import run_main
-from common.phases import phases
 from phase4 import memory_timeline, profiler
 from phase4.cli import main
 from phase4.memory_timeline import MemoryTimeline
@@ -340,14 +337,3 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         read_trace(tmp_path / "steps.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_trace(tmp_path / "missing.json")
-
-
-@pytest.mark.slow
-def test_the_sections_of_the_bench_walk_their_grid(tmp_path: Path) -> None:
-    folder = next(phase.folder for phase in phases() if phase.number == 4)
-    command = [sys.executable, str(folder / "bench.py"), "--dry-run", "--only", "profile", "--only", "tokens"]
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert {row["kind"] for row in rows} >= {"profile", "profile_cost", "tokenizer", "tokenizer_limit"}
-    assert {row["phase"] for row in rows if row["kind"] == "profile"} == {f"phase {n}" for n in (1, 2, 3, 4)}
-    assert (tmp_path / "profile.png").is_file()
