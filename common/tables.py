@@ -36,7 +36,10 @@ RATIOS = {
     "loop_share": ("looped", "tokens"),
     "gflop_per_s": ("gflop", "seconds"),
     "gb_per_s": ("gb", "seconds"),
+    "of_bandwidth": ("bandwidth_s", "seconds"),
+    "tpot_ms": ("later_ms", "later_tokens"),
     "nll": ("nll_sum", "tokens"),
+    "nll_more": ("nll_more_sum", "tokens"),
     "agreement": ("agreed", "tokens"),
     "equal": ("equal_rows", "compared_rows"),
 }

@@ -33,8 +33,8 @@ from typing import Literal, TypeVar
 import torch
 
 from common.device import DTYPES, dtype_name, resolve_dtype
+from common.environment import cpu_name
 from common.errors import UserError
-from common.results import cpu_name
 
 from .config import ModelConfig
 from .model import Transformer
