@@ -33,8 +33,8 @@ from .runs import Lab
 GPU_PEERS = {
     "gpu_peers": "the whole request, prompt included. weights: random, of that model's shape alone, for speed; else "
     "the checkpoint's own. compiled loop (the baseline): static cache, one compiled step, replayed as a CUDA graph; "
-    "ours with a backend's kernels, and with a draft where the model has one; transformers' generate with a static cache "
-    "and torch.compile",
+    "ours with a backend's kernels, and with a draft where the model has one; transformers' generate with a static "
+    "cache and torch.compile",
     "agreement": "of gpu_peers: share of the tokens before the first that is not the compiled loop's: in bfloat16 "
     "roundings differ, and the first that differs changes all behind it",
 }
@@ -183,6 +183,6 @@ def decoders(lab: Lab, path: Callable[[], str], drafts: bool) -> dict[str, Varia
             makers[f"ours, {backend}"] = ours(kernels=backend, draft="none")
     makers["ours, torch"] = ours(kernels="torch", draft="none")
     if drafts:
-        makers["ours, drafting"] = ours(kernels="auto", controller="cost")
+        makers["ours, drafting"] = ours(kernels="cuda", controller="cost")
     makers["transformers"] = peer
     return {name: timed(make) for name, make in makers.items()}
