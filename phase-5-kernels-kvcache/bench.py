@@ -1,13 +1,16 @@
 """What must be remembered so that a token costs one token, and what that gives: speed, memory, the price of verifying.
 
-Eight sections (`--only`). With torch's operations: end to end against phase 4 and transformers, one more token behind
-texts of many lengths, what m verified tokens cost against one, and what a cache in fewer bits costs in perplexity. With
-steps in C++: plain decoding and speculation in every number format, on a small model and on a large one. And kernels
-against what the machine allows, rung by rung (`--ladder`), against other engines (`--peers`), and one by one on a card.
+Sections (`--only`). Plain decoding against itself (`null`). With torch's operations: kinds of cache against phase 4 and
+transformers, ways to draft, one more token behind texts of many lengths, what m verified tokens cost against one, and
+what a cache in fewer bits costs in perplexity. With steps in C++ (`fast`): plain decoding and speculation in every
+number format, on a small model and on a large one. Asked for by name: kernels against what the machine allows, rung by
+rung (`--ladder`), and against other engines (`--peers`). A graphics card has its own ladder, peers and `kernels`.
 
     python bench.py --quick
     python bench.py --output results --only speed
     python bench.py --output results --resume
+    python bench.py --prompts-from FILE.jsonl --drafters ngram --temperatures 1
+    python bench.py --only null --tries 20 --output results
 """
 
 from __future__ import annotations
@@ -21,16 +24,19 @@ from benchmarks.lengths import LENGTHS, measure_lengths
 from benchmarks.machines import MACHINES, measure_kernels, measure_ladder, measure_peers
 from benchmarks.pictures import draw
 from benchmarks.quality import QUALITY, measure_quality
-from benchmarks.runs import Lab, Measure, Options, Section
-from benchmarks.speed import SPEED, measure_speed
+from benchmarks.runs import FIGURES, Lab, Measure, Options, Section
+from benchmarks.speed import SPEED, measure_cache, measure_null, measure_speed, null_verdicts
 from benchmarks.verification import VERIFICATION, measure_verification
 
-from common.benchmark import Results, environment, print_document
+from common.benchmark import print_document
 from common.checkpoint import open_checkpoint
 from common.device import resolve_device
+from common.harness import open_results
 from common.options import parse_options, run_main
 
 SECTIONS: dict[Section, Measure] = {
+    "null": measure_null,
+    "cache": measure_cache,
     "speed": measure_speed,
     "lengths": measure_lengths,
     "verification": measure_verification,
@@ -40,48 +46,62 @@ SECTIONS: dict[Section, Measure] = {
     "peers": measure_peers,
     "kernels": measure_kernels,
 }
-TITLES = {  # kind of row -> title of its table
-    "speed": "End to end",
-    "length": "One more token behind a text",
+TITLES = {  # section, or a part of one -> title of its table
+    "null": "Plain decoding against itself",
+    "cache": "Greedy plain decoding, against phase 4",
+    "speed": "Ways to draft, with torch's operations",
+    "lengths": "One more token behind a text",
     "verification": "What verification costs",
     "quality": "Perplexity by the cache's format",
     "quality_cpp": "Perplexity by what the C++ kernels multiply",
+    "fast_k": "Steps in C++: draft lengths on the calibrate half",
     "fast": "Steps in C++",
     "fast_drafters": "Other drafters, steps in C++",
     "loop": "Plain decoding inside one call into C++",
     "cold_start": "From the start of the process to the first token",
-    "gpu_kernel": "Kernels on a card",
+    "ladder": "CPU ladder",
+    "machine": "What the processor allows",
+    "peers": "Others on the same weights",
+    "copy": "A copy on the card",
+    "kernels": "Kernels on a card",
     "gpu_ladder": "Ladders on a card",
     "gpu_peers": "Peers on a card",
 }
+
+
+def sections(options: Options, on_card: bool) -> list[Section]:
+    """Those that were asked for; else all but what takes other engines or many rungs, which a card always measures."""
+    wanted: list[Section] = [*options.only]
+    wanted += ["ladder"] if options.ladder else []
+    wanted += ["peers"] if options.peers else []
+    every = on_card or options.dry_run
+    return wanted or [name for name in get_args(Section) if every or name not in ("ladder", "peers", "kernels")]
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program="bench.py")
     device = resolve_device(options.device)
     if options.quick:
-        options.repeats, options.prompts, options.max_tokens = 2, 1, min(options.max_tokens, 32)
-        options.tokens = min(options.tokens, 1024)
-    wanted: list[Section] = [*options.only]
-    wanted += ["ladder"] if options.ladder else []
-    wanted += ["peers"] if options.peers else []
-    wanted = wanted or list(get_args(Section))
+        options.prompts, options.max_tokens = min(options.prompts, 3), min(options.max_tokens, 16)
+        options.tokens, options.k, options.formats = min(options.tokens, 1024), options.k[:2], options.formats[:1]
+        options.temperatures = options.temperatures[-1:]
     threads = options.threads or torch.get_num_threads()
     checkpoint = open_checkpoint(options.model)
-    where = environment(device, options.dtype, threads, {checkpoint.name: checkpoint.content_hash()})
-    definitions = MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
-    with Results(options.output, definitions, where, options.resume) as results:
+    definitions = FIGURES | MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
+    models = {checkpoint.name: checkpoint.content_hash()}
+    with open_results(options, definitions, device, options.dtype, models) as results:
         lab = Lab(options, results, device)
-        for section in wanted:
+        for section in sections(options, device.type == "cuda"):
             torch.set_num_threads(threads)  # a session whose steps run in C++ leaves torch one
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)
-        for kind, title in TITLES.items():
-            if lab.rows(kind):
-                lab.table(kind, title)
-        print_document(results.document())
-    return 0
+        for section, title in TITLES.items():
+            lab.report(section, title)
+        print(*null_verdicts(lab), sep="\n")
+        status = lab.close()
+        print_document(lab.document())
+        return status
 
 
 if __name__ == "__main__":

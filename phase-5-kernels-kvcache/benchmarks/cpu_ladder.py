@@ -1,179 +1,163 @@
-"""The ladder on a CPU: one decode step five ways, against what memory and arithmetic allow.
+"""The ladder on a CPU: one decode step several ways, against what memory and arithmetic allow (`bench.py --ladder`).
 
 For every rung: tokens per second, bytes of weights read per second, and what share that is of the speed at which this
-machine reads as much memory, measured in the same run. `bench.py --ladder`, or
-
-    python -m benchmarks.cpu_ladder --output results
+machine reads as much memory, measured beside every run. A rung's logits are held against the torch model's first.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
-from pydantic_settings import BaseSettings
 
-from common.benchmark import WrongResult, interleave, print_document, print_table, ratio_interval
-from common.errors import UserError
+from common.benchmark import Outcome, WrongResult
 from common.figures import figure
-from common.options import parse_options, run_main
+from common.harness import Variant
+from common.prompts import Prompt
 from engine import SamplingParams, load
-from engine.kernels.cpp import CppModel, default_threads, why_not
-from engine.kernels.cpp.ladder import RUNGS, Rung
+from engine.kernels import cpp
+from engine.kernels.cpp import CppModel, default_threads, library
+from engine.kernels.cpp.ladder import RUNGS, Kind, Rung
 from engine.kernels.cpp.weights import Weights
 from engine.model import Transformer
 
-DEFINITIONS = {
-    "tokens_per_s": "greedy tokens of one text per second of the step alone, median of the rounds",
-    "weight_mb": "MB of matrices that one token reads",
-    "gb_per_s": "weight_mb x tokens_per_s",
-    "of_read_speed": "gb_per_s / the speed at which the same threads read that much memory over and over, same run",
-    "gflop_per_s": "2 x weights x tokens_per_s",
+from .runs import Lab
+
+LADDER = {
+    "ladder": "greedy tokens of one text, the steps alone; the baseline is the first rung",
+    "machine": "what the processor allows: reading memory of a size over and over, and float32 products",
+    "gb_per_s": "bytes of matrices that were read / time",
+    "of_bandwidth": "the time in which the same threads read as many bytes over and over / the time that was taken",
+    "gflop_per_s": "2 x weights x tokens / time",
 }
 CHECKED = 12  # tokens whose logits are compared with the torch model before a rung is timed
+TOKENS = 64  # of a run
 # Weights and activations of 8 bits of mantissa; relative to the largest logit.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 3e-2}
-FUSED: tuple[Weights, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
-FUSED_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-3, "int8": 0.1, "int4": 0.6}
+FUSED: dict[Weights, float] = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-3, "int8": 0.1, "int4": 0.6}
 LEVELS = {"L2": 2**20, "L3": 24 * 2**20, "DRAM": 2**29}  # bytes that all threads read together
+Steps = Callable[[int], float]  # decodes so many tokens behind what was checked: the seconds that the steps took
 
 
-class LadderOptions(BaseSettings):
-    """Time every rung of the CPU ladder."""
+class Models:
+    """What the rungs share, made when first asked for."""
 
-    model: str = Field("stdlib-10m", description="a Llama checkpoint")
-    threads: int = Field(0, ge=0, description="0: physical cores")
-    tokens: int = Field(64, ge=8, description="tokens per timed round")
-    repeats: int = Field(7, ge=2, description="timed rounds")
-    output: Path | None = Field(None, description="folder for cpu-ladder.png")
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.threads = lab, lab.options.threads or default_threads()
+        self.target = cache(self._target)
+        self.machine = cache(lambda: CppModel(self.target(), "float32", self.threads))
+        self.text = cache(self._text)
 
+    def _target(self) -> Transformer:
+        model = load(self.lab.options.model, torch.float32, torch.device("cpu")).model
+        assert isinstance(model, Transformer)
+        return model
 
-def run(
-    model: str = "stdlib-10m", threads: int = 0, tokens: int = 64, repeats: int = 7, output: Path | None = None
-) -> dict[str, Any]:
-    """All rungs, checked and then timed in turns: {"rungs": rows, "read_gb_per_s": ..., "peak_gflop_per_s": ...}.
+    @torch.inference_mode()
+    def _text(self) -> tuple[list[int], torch.Tensor]:
+        """Some tokens, and their logits by torch."""
+        generator = torch.Generator().manual_seed(self.lab.options.seed)
+        text = torch.randint(1, self.target().config.vocab_size, (CHECKED,), generator=generator).tolist()
+        return text, self.target()(torch.tensor([text]))[0]
 
-    WrongResult where a rung's logits are not the model's; UserError without a compiler. With `output` the roofline is
-    drawn there.
-    """
-    if (reason := why_not()) is not None:
-        raise UserError(f"the ladder cannot be built: {reason}")
-    threads = threads or default_threads()
-    target = load(model, torch.float32, torch.device("cpu")).model
-    assert isinstance(target, Transformer)
-    text = torch.randint(1, target.config.vocab_size, (CHECKED,), generator=torch.Generator().manual_seed(0)).tolist()
-    with torch.inference_mode():
-        expected = target(torch.tensor([text]))[0]
+    @property
+    def weights(self) -> int:
+        return sum(m.weight.numel() for m in self.target().modules() if isinstance(m, torch.nn.Linear))
 
-    steppers: dict[str, Callable[[], float]] = {}
-    rows: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
-    for kind in RUNGS:
-        if (reason := kind.why_not()) is not None:
-            skipped[kind.title] = reason
-            continue
-        rung = Rung(kind, target, CHECKED + tokens + 1, 1 if kind is RUNGS[0] else threads)
+    def rung(self, kind: Kind) -> tuple[Steps, int]:
+        rung = Rung(kind, self.target(), CHECKED + TOKENS + 1, 1 if kind is RUNGS[0] else self.threads)
+        text, expected = self.text()
         got = torch.stack([rung.step(token, at).clone() for at, token in enumerate(text)])
-        refuse(kind.title, got, expected, BOUNDS[kind.weights])
-        steppers[kind.title] = stepper(rung, expected[-1], tokens)
-        rows.append({"rung": kind.title, "weight_mb": rung.weight_bytes / 1e6})
-    machine: CppModel | None = None
-    for format in FUSED:
-        fused = CppModel(target, format, threads)
-        machine = machine or fused
-        cache = fused.new_cache(1, CHECKED + tokens + 1)
-        logits = fused.step(cache, [text], wanted=range(CHECKED)).logits
+        refuse_if_off(kind.title, got, expected, BOUNDS[kind.weights])
+        first = int(expected[-1].argmax())
+
+        def decode(tokens: int) -> float:
+            token, spent = first, 0.0
+            for at in range(CHECKED, CHECKED + tokens):
+                began = time.perf_counter()
+                following = rung.step(token, at)
+                spent += time.perf_counter() - began
+                token = int(following.argmax())
+            return spent
+
+        return decode, rung.weight_bytes
+
+    def fused(self, weights: Weights) -> tuple[Steps, int]:
+        """The engine's own step."""
+        fast, (text, expected) = CppModel(self.target(), weights, self.threads), self.text()
+        kept = fast.new_cache(1, CHECKED + TOKENS + 1)
+        logits = fast.step(kept, [text], wanted=range(CHECKED)).logits
         assert logits is not None
-        title = f"fused step, {format}"
-        refuse(title, logits, expected, FUSED_BOUNDS[format])
-        cache.keep(0, list(range(CHECKED)))
-        steppers[title] = fused_stepper(fused, cache, int(logits[-1].argmax()), tokens)
-        rows.append({"rung": title, "weight_mb": fused.weight_bytes / 1e6})
-    assert machine is not None
+        refuse_if_off(f"fused step, {weights}", logits, expected, FUSED[weights])
+        kept.keep(0, list(range(CHECKED)))
+        first = int(logits[-1].argmax())
 
-    read = {name: read_speed(machine, size) for name, size in LEVELS.items()}
-    weights = sum(m.weight.numel() for m in target.modules() if isinstance(m, torch.nn.Linear))
-    timed = interleave(steppers, repeats)
-    seconds = {name: [each.value for each in of_name] for name, of_name in timed.items()}
-    first = next(iter(seconds))
-    for row in rows:
-        took = seconds[row["rung"]]
-        speed = tokens / statistics.median(took)
-        gb = row["weight_mb"] * speed / 1e3
-        ratio = ratio_interval(seconds[first], took)
-        row |= {
-            "tokens_per_s": speed,
-            "gb_per_s": gb,
-            "of_read_speed": gb / read_speed(machine, int(row["weight_mb"] * 1e6)),
-            "gflop_per_s": 2 * weights * speed / 1e9,
-            "over_first": ratio.median,
-            "over_first_low": ratio.low,
-            "over_first_high": ratio.high,
-        }
-    found = {
-        "model": model,
-        "threads": threads,
-        "isa": machine.isa,
-        "definitions": DEFINITIONS,
-        "read_gb_per_s": read,
-        "peak_gflop_per_s": peak(machine),
-        "rungs": rows,
-        "skipped": skipped,
-    }
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        draw(found, weights, output / "cpu-ladder.png")
-    return found
+        def decode(tokens: int) -> float:
+            began = time.perf_counter()
+            fast.generate_plain(kept, 0, [first], tokens, SamplingParams())
+            return time.perf_counter() - began
+
+        return decode, fast.weight_bytes
 
 
-def refuse(title: str, got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+def measure_cpu_ladder(lab: Lab) -> None:
+    if lab.refused("ladder", cpp.why_not(lab.device)):
+        return
+    models = Models(lab)
+    cell = {
+        "model": lab.options.model, "threads": models.threads, "instruction_set": lab.instruction_set
+    }  # fmt: skip
+    runs: dict[str, Variant] = {}
+    for kind in RUNGS:
+        if not lab.options.dry_run and (reason := kind.why_not()) is not None:
+            lab.refuse("ladder", cell, kind.title, reason)
+        else:
+            runs[kind.title] = timed(models, lambda kind=kind: models.rung(kind))
+    for weights in FUSED:
+        runs[f"fused step, {weights}"] = timed(models, lambda weights=weights: models.fused(weights))
+    lab.compare("ladder", cell, runs)
+    for name, size in LEVELS.items():
+        lab.count("machine", cell, f"read {name}", None, lambda size=size: reading(models.machine(), size))
+    lab.count("machine", cell, "float32 arithmetic", None, lambda: peak(models.machine()))
+
+
+def timed(models: Models, make: Callable[[], tuple[Steps, int]]) -> Variant:
+    made = cache(make)
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        decode, weight_bytes = made()
+        seconds, gb = decode(TOKENS), weight_bytes * TOKENS / 1e9
+        figures = {"gb": gb, "bandwidth_s": gb / read_speed(models.machine(), weight_bytes)}
+        figures |= {"gflop": 2 * models.weights * TOKENS / 1e9, "weight_mb": weight_bytes / 1e6}
+        return Outcome(TOKENS, figures, seconds=seconds)
+
+    return run
+
+
+def refuse_if_off(title: str, got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
     error = float((got - expected).abs().max() / expected.abs().max())
     if not error < bound:
         raise WrongResult(f"{title}: logits differ from the torch model's by {error:.2g} of the largest ({bound})")
 
 
-def stepper(rung: Rung, logits: torch.Tensor, tokens: int) -> Callable[[], float]:
-    """Decodes greedily behind what was checked; the seconds that the steps took."""
-
-    def decode() -> float:
-        token, spent = int(logits.argmax()), 0.0
-        for at in range(CHECKED, CHECKED + tokens):
-            began = time.perf_counter()
-            following = rung.step(token, at)
-            spent += time.perf_counter() - began
-            token = int(following.argmax())
-        return spent
-
-    return decode
-
-
-def fused_stepper(model: CppModel, cache: Any, token: int, tokens: int) -> Callable[[], float]:
-    def decode() -> float:
-        began = time.perf_counter()
-        model.generate_plain(cache, 0, [token], tokens, SamplingParams())
-        return time.perf_counter() - began
-
-    return decode
-
-
 def read_speed(model: CppModel, size: int) -> float:
     """GB/s at which the model's threads read so many bytes again and again; the best of five."""
     memory = torch.ones(max(1024, size // 4))
-    count = memory.numel()
     repeats = max(1, 200_000_000 // size)
-    return max(float(model._engine.read_speed(memory.data_ptr(), count, repeats)) for _ in range(5)) / 1e9
+    speeds = [model._engine.read_speed(memory.data_ptr(), memory.numel(), repeats) for _ in range(5)]
+    return max(map(float, speeds)) / 1e9
 
 
-def peak(model: CppModel) -> float:
-    """GFLOP/s of float32 products whose weights are in the nearest cache: the roof of arithmetic; the best of five."""
-    from engine.kernels.cpp.library import library
+def reading(model: CppModel, size: int) -> Outcome:
+    return Outcome(1, {"gb": size / 1e9}, seconds=size / 1e9 / read_speed(model, size))
 
+
+def peak(model: CppModel) -> Outcome:
+    """Float32 products whose weights are in the nearest cache: the roof of arithmetic; the best of twenty."""
     rows, outputs, inputs = 8 * 64, 64 * model.threads, 128
     shape = library().Shape(
         kind=0, outputs=outputs, inputs=inputs, wide=True, pair=False, scale_group=0, zeros=False, factor=False,
@@ -186,53 +170,29 @@ def peak(model: CppModel) -> float:
         began = time.perf_counter()
         model._engine.product(packed, x.data_ptr(), rows, y.data_ptr())
         best = min(best, time.perf_counter() - began)
-    return 2 * rows * outputs * inputs / best / 1e9
+    return Outcome(1, {"gflop": 2 * rows * outputs * inputs / 1e9}, seconds=best)
 
 
-def draw(found: dict[str, Any], weights: int, file: Path) -> None:
+def draw_roofline(lab: Lab, file: Path) -> None:
     """The roofline (Williams, Waterman, Patterson 2009): operations per second over operations per byte."""
-    with figure(file, 1, 1, (8, 5), f"one token of {found['model']}: {found['threads']} threads") as (axes,):
+    rungs: list[dict[str, Any]] = [line for line in lab.table("ladder") if "gflop_per_s" in line]
+    roofs = {line["variant"]: line for line in lab.table("machine")}
+    if not rungs or "float32 arithmetic" not in roofs or "gflop_per_s" not in roofs["float32 arithmetic"]:
+        return
+    arithmetic = roofs.pop("float32 arithmetic")["gflop_per_s"]
+    title = f"one token of {rungs[0]['model']}: {rungs[0]['threads']} threads, {rungs[0]['instruction_set']}"
+    with figure(file, 1, 1, (9, 5), title + lab.mark) as (axes,):
         places = [0.25 * 2 ** (step / 8) for step in range(41)]
-        for name, speed in found["read_gb_per_s"].items():
-            roof = [min(speed * place, found["peak_gflop_per_s"]) for place in places]
-            axes.plot(places, roof, "--", linewidth=1, label=f"read {name}: {speed:.0f} GB/s")
-        axes.axhline(found["peak_gflop_per_s"], color="grey", linewidth=1, label="float32 arithmetic")
-        named: list[tuple[float, float]] = []  # in the middle of a label
-        for row in sorted(found["rungs"], key=lambda row: -row["gflop_per_s"]):
-            intensity, rate = 2 * weights / (row["weight_mb"] * 1e6), row["gflop_per_s"]
-            axes.plot(intensity, rate, "o")
-            height = rate
-            while any(abs(intensity / x - 1) < 0.3 and 0.9 < height / y < 1.1 for x, y in named):
-                height /= 1.02
-            named.append((intensity, height))
-            axes.annotate(row["rung"], (intensity * 1.04, height), fontsize=7, va="center")
+        for style, (name, line) in zip(("--", "-.", ":"), roofs.items(), strict=False):
+            roof = [min(line["gb_per_s"] * place, arithmetic) for place in places]
+            axes.plot(places, roof, style, color="grey", linewidth=1, label=f"{name}: {line['gb_per_s']:.0f} GB/s")
+        axes.axhline(arithmetic, color="black", linewidth=1, label="float32 arithmetic")
+        for marker, line in zip("osD^vP*Xph<>", rungs, strict=False):
+            intensity = line["gflop_per_s"] / line["gb_per_s"]
+            axes.plot(intensity, line["gflop_per_s"], marker, label=line["variant"])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
         axes.set_xlabel("operations per byte of weights")
         axes.set_ylabel("10^9 operations per second")
-        axes.legend(fontsize=7)
-
-
-COLUMNS = ("rung", "tokens_per_s", "weight_mb", "gb_per_s", "of_read_speed", "gflop_per_s", "over_first")
-
-
-def report(found: dict[str, Any]) -> None:
-    """The human table."""
-    speeds = ", ".join(f"{name} {speed:.0f} GB/s" for name, speed in found["read_gb_per_s"].items())
-    print(f"{found['threads']} threads, {found['isa']}; read speed: {speeds}")
-    for title, reason in found["skipped"].items():
-        print(f"left out: {title} ({reason})")
-    print_table("CPU ladder", COLUMNS, [[row[name] for name in COLUMNS] for row in found["rungs"]])
-
-
-def main(arguments: list[str]) -> int:
-    options = parse_options(LadderOptions, arguments, program="cpu_ladder.py")
-    found = run(options.model, options.threads, options.tokens, options.repeats, options.output)
-    report(found)
-    print_document(found)
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

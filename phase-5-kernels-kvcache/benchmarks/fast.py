@@ -12,158 +12,166 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.benchmark import median
+from common.benchmark import Outcome
 from common.checkpoint import open_checkpoint
 from common.errors import UserError
+from common.harness import Variant
 from common.models.inflate import inflate
+from common.prompts import Prompt
 from engine import SamplingParams, load
+from engine.kernels import cpp
 from engine.kernels.cpp import CppModel, default_threads
 from engine.kernels.cpp.weights import Weights
 
-from .runs import Lab, Variant
+from .runs import Lab
 
 FAST = {
-    "format": "of the weights; with the kernels of engine/kernels/cpp; a draft's are int8",
-    "loop_per_s": "tokens per second of plain greedy decoding inside one call, 256 tokens",
-    "first_token_s": "seconds from the start of generate.py to the first token, kernels built before; median",
-    "over_plain": "plain decoding's wall time per token over this one's, taking turns; median of the paired rounds "
-    "with its bootstrap 95% interval",
-    "equal": "texts whose tokens are those of plain decoding (of `cost, coupled` and of temperature 0)",
-}
-FORMATS: dict[str, dict[str, str]] = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "float32", "quant": "int8"},
+    "fast": "speculation with steps in C++ against plain decoding with the same; format: of the weights, a draft's are "
+    "int8; best K: the draft length that was fastest on the calibrate half (fast_k)",
+    "fast_k": "fixed draft lengths on the calibrate half, from which `best K` is chosen",
+    "fast_drafters": "other drafters, with steps in C++",
+    "loop": "plain greedy decoding of 256 tokens inside one call into C++, by format and threads",
+    "cold_start": "one token: from the start of generate.py to its first token, kernels built before",
 }
 LARGE = "100M inflation"  # of the embedded model: the same function at the cost of a large one
 DRAFT = "stdlib-1m"
-FIXED = (1, 2, 3, 4, 5, 6)
+CALIBRATE = 12  # prompts by which K is chosen
+LOOP_TOKENS = 256
 
 
 def measure_fast(lab: Lab) -> None:
+    if lab.refused("fast", cpp.why_not(lab.device)):
+        return
+    for format in lab.options.formats:
+        for temperature in lab.options.temperatures:
+            of_format(lab, lab.options.model, format, temperature, {})
+    for temperature in lab.options.temperatures:
+        of_drafters(lab, temperature)
     measure_loops(lab)
-    measure_cold_start(lab)
-    measure_drafters(lab)
-    grid = [(lab.options.model, format) for format in FORMATS] + [(LARGE, "bfloat16")]
-    missing = [
-        (model, format, temperature)
-        for model, format in (grid[:1] if lab.options.quick else grid)
-        for temperature in (0.0, 1.0)
-        if not lab.done(kind="fast", model=model, format=format, temperature=temperature, variant="plain")
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        large = Path(folder) / "large"
-        if not lab.options.dry_run and any(model == LARGE for model, _, _ in missing):
-            inflate(open_checkpoint(lab.options.model).folder, large, layers=12, width=768, ffn_width=3072)
-        for model, format, temperature in missing:
-            one(lab, model, format, temperature, large if model == LARGE else None)
+    if not lab.options.quick:
+        of_large(lab.one_round())
+        measure_cold_start(lab)
 
 
-def one(lab: Lab, model: str, format: str, temperature: float, folder: Path | None) -> None:
-    texts = lab.texts()
-    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature, "draft_quant": "int8", **FORMATS[format]}
-    if folder is not None:
-        options |= {"model": str(folder), "draft": DRAFT}
-    runs: dict[str, Variant] = {
-        "plain": lab.variant("plain", texts, **{**options, "draft": "none", "draft_quant": "none"})
-    }
-    ks = FIXED[2:3] if lab.options.quick else FIXED
-    for k in ks:
-        runs[f"K = {k}"] = lab.variant(f"K = {k}", texts, k=k, **options)
-    runs["cost"] = lab.variant("cost", texts, controller="cost", **options)
+def of_large(lab: Lab) -> None:
+    with large_model(lab) as folder:
+        draft = DRAFT if lab.options.draft == "auto" else lab.options.draft
+        for temperature in lab.options.temperatures:
+            of_format(lab, LARGE, "bfloat16", temperature, {"model": str(folder), "draft": draft})
+
+
+@contextmanager
+def large_model(lab: Lab) -> Iterator[Path]:
+    """A temporary folder; nothing is written in a dry run."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "large"
+        if not lab.options.dry_run:
+            inflate(open_checkpoint(lab.options.model).folder, folder, layers=12, width=768, ffn_width=3072)
+        yield folder
+
+
+def of_format(lab: Lab, model: str, format: str, temperature: float, wanted: dict[str, Any]) -> None:
+    """One cell: K is chosen on the calibrate half, and timed on the test half beside the controller."""
+    cell = {
+        "model": model, "format": format, "temperature": temperature, "instruction_set": lab.instruction_set
+    }  # fmt: skip
+    options = {"kernels": "cpp", "temperature": temperature, **number_format(format), **wanted}
+    plain = lab.decoder(**{**options, "draft": "none"})
+    draft = {**options, "draft_quant": "int8"}
+    fixed = {f"K = {k}": lab.decoder(figures={"k": k}, k=k, **draft) for k in lab.options.k}
+    # Here a token's bits do not depend on how many are computed together, so this holds in every format.
+    exact = [] if temperature else [*fixed, "best K", "cost"]
+    once = lab.with_options(rounds=lab.options.rounds or 1)
+    once.compare("fast_k", cell, {"plain": plain, **fixed}, lab.prompts(CALIBRATE, "calibrate"), exact=exact)
+    runs = {"plain": plain, "best K": fixed[fastest(lab, cell)], "cost": lab.decoder(controller="cost", **draft)}
     if temperature:
-        runs["cost, coupled"] = lab.variant("cost, coupled", texts, controller="cost", policy="coupled", **options)
-    if not lab.options.dry_run:
-        for run in runs.values():
-            run()
-    same = [name for name in runs if not temperature or name in ("plain", "cost, coupled")]
-    for name in same:
-        runs[name].same_as = None if name == "plain" else runs["plain"]
-    times = lab.times(f"{model}, {format}, temperature {temperature:g}", runs, lab.options.repeats)
-    rates = {name: [t / (run.count or 1) for t in times[name]] for name, run in runs.items()}
-    for name in reversed(runs):
-        lab.add(
-            kind="fast",
-            model=model,
-            format=format,
-            temperature=temperature,
-            variant=name,
-            tokens_per_s=1 / median(rates[name]),
-            tokens_per_forward=runs[name].tokens_per_forward,
-            equal=f"{len(texts)} of {len(texts)}" if name in same else "",
-            **lab.ratio("over_plain", rates["plain"], rates[name]),
-        )
+        runs["cost, coupled"] = lab.decoder(controller="cost", policy="coupled", **draft)
+    lab.compare("fast", cell, runs, lab.prompts(), exact=[*exact, "cost, coupled"])
 
 
-def measure_drafters(lab: Lab) -> None:
+def number_format(format: str) -> dict[str, str]:
+    return {"dtype": "float32", "quant": format} if format.startswith("int") else {"dtype": format}
+
+
+def fastest(lab: Lab, cell: dict[str, Any]) -> str:
+    """The fixed K with the best ratio on the calibrate half. UserError where none ran."""
+    lines = [line for line in lab.table("fast_k") if all(line[name] == value for name, value in cell.items())]
+    ratios = {line["variant"]: line["speedup"] for line in lines if "K" in line["variant"] and "speedup" in line}
+    if not ratios:
+        raise UserError(f"no draft length could be timed: {next((x['reason'] for x in lines if 'reason' in x), cell)}")
+    return max(ratios, key=lambda name: float(ratios[name]))
+
+
+def of_drafters(lab: Lab, temperature: float) -> None:
     """EAGLE and Medusa, whose steps are one call for the draft and one for the target; n-grams, which are no call."""
-    for temperature in (0.0, 1.0):
-        if lab.done(kind="fast_drafters", temperature=temperature, variant="plain"):
-            continue
-        options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature}
-        runs = {"plain": lab.variant("plain", lab.texts(), draft="none", **options)}
-        for name in ("eagle", "medusa", "ngram"):
-            runs[f"{name}, cost"] = lab.variant(name, lab.texts(), drafter=name, controller="cost", **options)
-        times = lab.times(f"drafters, temperature {temperature:g}", runs, lab.options.repeats)
-        rates = {name: [t / (run.count or 1) for t in times[name]] for name, run in runs.items()}
-        for name in reversed(runs):
-            lab.add(
-                kind="fast_drafters",
-                format="float32",
-                temperature=temperature,
-                variant=name,
-                tokens_per_s=1 / median(rates[name]),
-                tokens_per_forward=runs[name].tokens_per_forward,
-                **lab.ratio("over_plain", rates["plain"], rates[name]),
-            )
+    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature}
+    runs = {"plain": lab.decoder(draft="none", **options)}
+    runs |= {name: run for name, run in lab.drafting(**options).items() if not name.startswith("model")}
+    cell = {"temperature": temperature, "instruction_set": lab.instruction_set}
+    lab.compare("fast_drafters", cell, runs, lab.prompts(), exact=[] if temperature else list(runs))
 
 
 def measure_loops(lab: Lab) -> None:
     """What is left when nothing but the kernels runs."""
-    weights: Weights
-    for model in (lab.options.model, DRAFT):
-        if lab.done(kind="loop", model=model):
-            continue
-        if lab.options.dry_run:
-            lab.add(kind="loop", model=model, format="float32", threads=1, loop_per_s=1.0)
-            continue
-        loaded = load(model, torch.float32, torch.device("cpu"))
-        prompt = loaded.tokenizer.encode(lab.texts()[0])
-        for weights in ("float32", "bfloat16", "int8"):
+    formats: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
+    for model in dict.fromkeys((lab.options.model, DRAFT)):
+        loaded = cache(lambda name=model: load(name, torch.float32, torch.device("cpu")))
+        runs: dict[str, Variant] = {}
+        for weights in formats:
             for threads in range(1, default_threads() + 1):
-                fast, taken = CppModel(loaded.model, weights, threads), list[float]()
-                cache = fast.new_cache(1, len(prompt) + 256)
-                for _ in range(2 * lab.options.repeats):
-                    cache.truncate(0, 0)
-                    fast.step(cache, [prompt[:-1]], logits=False)
-                    cache.keep(0, list(range(len(prompt) - 1)))
-                    began = time.perf_counter()
-                    fast.generate_plain(cache, 0, prompt[-1:], 256, SamplingParams(max_new_tokens=256))
-                    taken.append(time.perf_counter() - began)
-                lab.add(kind="loop", model=model, format=weights, threads=threads, loop_per_s=256 / median(taken))
+                runs[f"{weights}, {threads} thread{'s' * (threads > 1)}"] = loop(loaded, weights, threads)
+        cell = {"model": model, "instruction_set": lab.instruction_set}
+        lab.short().compare("loop", cell, runs, lab.prompts(1))
+
+
+def loop(loaded: Any, weights: Weights, threads: int) -> Variant:
+    fast = cache(lambda: CppModel(loaded().model, weights, threads))
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        assert prompt is not None
+        tokens = loaded().tokenizer.encode(prompt.text)
+        kept = fast().new_cache(1, len(tokens) + LOOP_TOKENS)
+        if len(tokens) > 1:
+            fast().step(kept, [tokens[:-1]], logits=False)
+            kept.keep(0, list(range(len(tokens) - 1)))
+        began = time.perf_counter()
+        fast().generate_plain(kept, 0, tokens[-1:], LOOP_TOKENS, SamplingParams(max_new_tokens=LOOP_TOKENS))
+        return Outcome(LOOP_TOKENS, seconds=time.perf_counter() - began)
+
+    return run
 
 
 def measure_cold_start(lab: Lab) -> None:
-    if lab.done(kind="cold_start"):
-        return
-    taken = list[float]()
-    command = [sys.executable, "generate.py", "--kernels", "cpp", "--prompt", "import ", "--max-tokens", "16"]
-    for _ in range(0 if lab.options.dry_run else 2 * lab.options.repeats + 1):
+    """With the kernels in C++, and with torch's operations alone."""
+    cell = {"model": lab.options.model, "instruction_set": lab.instruction_set}
+    lab.compare("cold_start", cell, {name: first_token(lab.options.model, name) for name in ("cpp", "torch")})
+
+
+def first_token(model: str, kernels: str) -> Variant:
+    text = "import "
+    command = [sys.executable, "generate.py", "--kernels", kernels, "--prompt", text, "--max-tokens", "16"]
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
         began = time.perf_counter()
         with subprocess.Popen(
-            [*command, "--model", lab.options.model],
+            [*command, "--model", model],
             cwd=Path(__file__).resolve().parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         ) as process:
             assert process.stdout is not None
-            if not process.stdout.read(len("import ") + 1):
-                raise UserError("generate.py --kernels cpp gave no token")
-            taken.append(time.perf_counter() - began)
+            if not process.stdout.read(len(text) + 1):
+                raise UserError(f"generate.py --kernels {kernels} gave no token")
+            seconds = time.perf_counter() - began
             process.communicate()
-    lab.add(kind="cold_start", model=lab.options.model, first_token_s=median(taken[1:]) if taken else 1.0)
+        return Outcome(1, seconds=seconds)
+
+    return run

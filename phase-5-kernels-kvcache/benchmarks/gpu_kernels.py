@@ -1,4 +1,4 @@
-"""Every op of the GPU backends at two models' shapes: GB/s, and percent of what a copy reaches on the same card.
+"""Every op of the GPU backends at two models' shapes: GB/s, and what share that is of a copy on the same card.
 
 What decoding costs is bytes: so each op is held against the bytes that it must read and write. And what the same bits
 for 1 and 16 rows cost, against the kernel that need not give them. A kernel is checked before it is timed. It runs on a
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.benchmark import WrongResult, median
+from common.benchmark import WrongResult
 from common.errors import UserError
+from common.harness import Variant
 from engine.kernels import TORCH, check, registry
 from engine.kv_cache import CacheShape, PagedCache, StaticCache
 from engine.model import Linear
@@ -24,16 +25,16 @@ from engine.quantize import Format, QuantLinear
 from engine.sampling import KeyedRandomness, SamplingParams
 from engine.verify import KeyedDecisions
 
-from .gpu_timing import copies_for, copy_bandwidth, record, seconds_each
+from .gpu_timing import Replay, alone, copies_for, measure_copy, on_card, record, replay
 from .runs import Lab
 
 GPU_KERNELS = {
-    "rows": "tokens that are computed together",
-    "us": "microseconds of one call, median of the rounds; inputs come from memory, launches are replayed as a graph",
+    "kernels": "every op at a model's shape, by backend; rows: tokens that are computed together; `free`: the kernel "
+    "that may add up in any order, against that whose bits do not depend on the rows. ms_per_token: of one call; "
+    "inputs come from memory, launches are replayed as a graph",
+    "copy": "torch's copy of 1 GiB on the same card, read and written",
     "gb_per_s": "bytes that must be read and written, each once / time",
-    "percent_of_copy": "of what torch's copy of 1 GiB reaches on the same card in the same run, read and written",
-    "over_free": "the time of the kernel whose bits do not depend on the rows / of the one that is free to add up "
-    "in any order, both on one row",
+    "of_bandwidth": "the time in which that copy moves as many bytes / the time that was taken",
 }
 BYTES = {torch.bfloat16: 2, torch.int8: 1}
 
@@ -222,29 +223,13 @@ def measure_gpu_kernels(lab: Lab) -> None:
     """UserError where there is no card and nothing was said of a dry run."""
     dry = lab.options.dry_run
     backends = ["triton", "cuda"] if dry else usable(lab.device)
-    bandwidth = 1e12 if dry else copy_bandwidth(lab.device)
-    if not lab.done(kind="gpu_copy"):
-        lab.add(kind="gpu_copy", gb_per_s=bandwidth / 1e9)
+    bandwidth = measure_copy(lab)
     for case in cases():
-        row = {"shape": case.shape, "op": case.op, "what": case.what, "rows": case.rows}
-        if lab.done(kind="gpu_kernel", **row):
-            continue
-        names = [*backends, *([f"{b}, free" for b in backends] if case.free else [])]
-        times = {name: [1e-3, 1e-3] for name in names} if dry else timed(case, backends, lab.device)
-        for backend in backends:
-            if backend not in times:  # has no such kernel
-                continue
-            seconds = median(times[backend])
-            free = times.get(f"{backend}, free")
-            lab.add(
-                kind="gpu_kernel",
-                **row,
-                backend=backend,
-                us=seconds * 1e6,
-                gb_per_s=case.nbytes / seconds / 1e9,
-                percent_of_copy=100 * case.nbytes / seconds / bandwidth,
-                **(lab.ratio("over_free", times[backend], free) if free else {}),
-            )
+        cell = {"shape": case.shape, "op": case.op, "what": case.what, "rows": case.rows}
+        if not lab.finished("kernels", cell):
+            runs = variants(case, backends, lab.device, bandwidth, dry)
+            baselines = {f"{each}, free": each for each in backends}
+            lab.short().compare("kernels", cell, runs, baselines=baselines)
 
 
 def usable(device: torch.device) -> list[str]:
@@ -255,30 +240,41 @@ def usable(device: torch.device) -> list[str]:
     return [backend for backend, reason in reasons.items() if reason is None]
 
 
-@torch.inference_mode()
-def timed(case: Case, backends: list[str], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a call by backend. WrongResult for one that is wrong."""
-    arguments = case.make(device, copies_for(case.nbytes))
-    calls: dict[str, list[Callable[[], object]]] = {}
+def variants(case: Case, backends: list[str], device: torch.device, bandwidth: float, dry: bool) -> dict[str, Variant]:
+    """By backend a way to call it once on every copy of the inputs. All share the inputs, made when first needed."""
+    copies = copies_for(case.nbytes)
+
+    @cache
+    @torch.inference_mode()
+    def inputs() -> list[tuple[Any, ...]]:
+        return case.make(device, copies)
+
+    runs: dict[str, Variant] = {}
     for backend in backends:
-        function = registry.functions(case.op, device).get(backend)
-        if function is None:
-            continue
-        refuse_if_off(case, backend, function, arguments[0])
-        calls[backend] = [partial(function, *each) for each in arguments]
-        free = without_order(backend, case.free)
-        if free is not None:
-            calls[f"{backend}, free"] = [partial(free, *each) for each in arguments]
-    if case.op == "sample":  # tokens go to the host, which no graph records
-        return {name: alone(each, device) for name, each in calls.items()}
-    graphs = {name: record(each) for name, each in calls.items()}
-    return seconds_each(graphs, len(arguments))
+        if not dry and backend not in registry.functions(case.op, device):
+            continue  # has no such kernel
+        for free in (False, True) if case.free else (False,):
+            make = cache(partial(prepare, case, backend, free, device, inputs))
+            runs[f"{backend}, free" if free else backend] = on_card(make, copies, case.nbytes, bandwidth)
+    return runs
 
 
-def without_order(backend: str, op: str | None) -> Callable[..., Any] | None:
-    """The kernel that need not give the same bits for 1 and 16 rows; None where a backend has none."""
-    if op is None or backend not in ("triton", "cuda"):
-        return None
+@torch.inference_mode()
+def prepare(
+    case: Case, backend: str, free: bool, device: torch.device, inputs: Callable[[], list[tuple[Any, ...]]]
+) -> Replay:
+    """Checked, then recorded as a graph. WrongResult for a kernel that is wrong."""
+    function: Callable[..., Any] = registry.functions(case.op, device)[backend]
+    if free:
+        function = without_order(backend, case.free)
+    refuse_if_off(case, backend, function, inputs()[0])
+    calls = [partial(function, *each) for each in inputs()]
+    # The tokens of `sample` go to the host, which no graph records.
+    return alone(calls, device) if case.op == "sample" else replay(record(calls))
+
+
+def without_order(backend: str, op: str | None) -> Callable[..., Any]:
+    """The kernel that need not give the same bits for 1 and 16 rows."""
     if backend == "cuda":
         from engine.kernels import cuda
 
@@ -288,23 +284,6 @@ def without_order(backend: str, op: str | None) -> Callable[..., Any] | None:
     if op == "linear":
         return linear.unconstrained
     return partial(attention.decode_attention, part=128)  # parts for one query, of which there are more
-
-
-def alone(calls: list[Callable[[], object]], device: torch.device, rounds: int = 20) -> list[float]:
-    """Seconds of a call, launch and answer included."""
-    import time
-
-    for call in calls:
-        call()
-    found = []
-    for _ in range(rounds):
-        torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        for call in calls:
-            call()
-        torch.cuda.synchronize(device)
-        found.append((time.perf_counter() - began) / len(calls))
-    return found
 
 
 def refuse_if_off(case: Case, backend: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

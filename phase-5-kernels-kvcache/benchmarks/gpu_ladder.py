@@ -1,4 +1,4 @@
-"""The CUDA ladders: `linear` and `decode_attention`, rung by rung, in GB/s and percent of what a copy reaches.
+"""The CUDA ladders: `linear` and `decode_attention`, rung by rung, in GB/s and what share that is of a copy.
 
 Every rung is checked against torch before it is timed. It runs on a card alone; `--dry-run` walks the grid.
 """
@@ -8,36 +8,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.benchmark import WrongResult, median
+from common.benchmark import WrongResult
 from common.errors import UserError
 from common.figures import figure
+from common.harness import Variant
+from common.tables import AGAIN
 from engine.kernels import registry
 from engine.kernels.cuda import attention, ladder, linear
 from engine.kernels.cuda.ladder import RUNGS
 from engine.kv_cache import CacheShape, StaticCache
 from engine.model import Linear
 
-from .gpu_timing import copies_for, copy_bandwidth, record, seconds_each
+from .gpu_timing import Replay, copies_for, measure_copy, on_card, record, replay
 from .runs import Lab
 
 GPU_LADDER = {
-    "rung": "1 to 5: a file of engine/kernels/cuda/ladder; free: the engine's op without the promise that a token's "
-    "bits do not depend on how many are computed; engine: with it",
-    "us": "microseconds of one call, median of the rounds; inputs come from memory, launches are replayed as a graph",
-    "gb_per_s": "bytes that must be read (the matrix; keys and values, once) / time",
-    "percent_of_copy": "of what torch's copy of 1 GiB reaches on the same card in the same run, read and written",
+    "gpu_ladder": "1 to 5: a file of engine/kernels/cuda/ladder; free: the engine's op without the promise that a "
+    "token's bits do not depend on how many are computed; engine: with it. The first rung is the baseline",
 }
 LINEAR = {"Llama-3.1-8B gate and up": (28672, 4096), "Llama-3.1-8B down": (4096, 14336), "gpt2-xl up": (6400, 1600)}
 # Query heads, key heads, features of a head, tokens.
 ATTENTION = {"Llama-3.1-8B": (32, 8, 128, 8192), "gpt2-xl": (25, 25, 64, 1024)}
-ENGINE = {"free": "the engine's, bits as they come", "engine": "what the engine runs"}
+ENGINE = ("free", "engine")
 WITHIN = 2e-2  # of the largest number, in bfloat16
 Calls = dict[str, list[Callable[[], Tensor]]]  # by rung, one for each copy of the inputs
 
@@ -56,40 +55,34 @@ def cases() -> list[Case]:
 
 def measure_gpu_ladder(lab: Lab) -> None:
     """UserError where there is no card and nothing was said of a dry run."""
-    dry = lab.options.dry_run
-    if not dry:
+    if not lab.options.dry_run:
         reason = f"this is {lab.device.type}" if lab.device.type != "cuda" else registry.why_not("cuda", lab.device)
         if reason is not None:
             raise UserError(f"the CUDA ladders cannot run here: {reason}; --dry-run walks their grid")
-    bandwidth = 1e12 if dry else copy_bandwidth(lab.device)
+    bandwidth = measure_copy(lab)
     for case in cases():
-        if lab.done(kind="gpu_ladder", op=case.op, shape=case.shape, rung="engine"):
-            continue
-        names = [*map(str, RUNGS), *ENGINE]
-        times = {name: [1e-3] for name in names} if dry else timed(case, lab.device)
-        for name in names:
-            seconds = median(times[name])
-            lab.add(
-                kind="gpu_ladder",
-                op=case.op,
-                shape=case.shape,
-                rung=name,
-                what=RUNGS[int(name)] if name.isdigit() else ENGINE[name],
-                us=seconds * 1e6,
-                gb_per_s=case.nbytes / seconds / 1e9,
-                percent_of_copy=100 * case.nbytes / seconds / bandwidth,
-            )
+        cell = {"op": case.op, "shape": case.shape}
+        if not lab.finished("gpu_ladder", cell):
+            lab.short().compare("gpu_ladder", cell, variants(case, lab.device, bandwidth))
 
 
-@torch.inference_mode()
-def timed(case: Case, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a call by rung. WrongResult where one is wrong."""
-    make = linear_calls if case.op == "linear" else attention_calls
-    calls, wanted = make(case, device, copies_for(case.nbytes))
-    for name, each in calls.items():
-        refuse_if_off(f"{case.op} at {case.shape}, rung {name}", each[0](), wanted)
-    graphs = {name: record(each) for name, each in calls.items()}
-    return seconds_each(graphs, len(next(iter(calls.values()))))
+def variants(case: Case, device: torch.device, bandwidth: float) -> dict[str, Variant]:
+    """By rung a way to call it on every copy of the inputs, which all share. WrongResult where one is wrong."""
+    copies = copies_for(case.nbytes)
+
+    @cache
+    @torch.inference_mode()
+    def made() -> tuple[Calls, Tensor]:
+        return (linear_calls if case.op == "linear" else attention_calls)(case, device, copies)
+
+    @torch.inference_mode()
+    def prepare(name: str) -> Replay:
+        calls, wanted = made()
+        refuse_if_off(f"{case.op} at {case.shape}, rung {name}", calls[name][0](), wanted)
+        return replay(record(calls[name]))
+
+    names = [*map(str, RUNGS), *ENGINE]
+    return {name: on_card(cache(partial(prepare, name)), copies, case.nbytes, bandwidth) for name in names}
 
 
 def refuse_if_off(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -144,18 +137,19 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
 
 
 def draw_gpu_ladder(lab: Lab, file: Path) -> None:
-    """Percent of the copy's bandwidth, a line for every shape."""
-    rows = lab.rows("gpu_ladder")
-    if not rows:
+    """The share of a copy's bandwidth, a line for every shape."""
+    lines = [line for line in lab.table("gpu_ladder") if not line["variant"].endswith(AGAIN)]
+    if not lines:
         return
     with figure(file, 1, 2, (6.2, 4.2), f"the CUDA ladders{lab.mark}") as panels:
         for axes, op in zip(panels, ("linear", "attention"), strict=True):
-            for shape in dict.fromkeys(row["shape"] for row in rows if row["op"] == op):
-                mine = [row for row in rows if row["op"] == op and row["shape"] == shape]
-                axes.plot([row["rung"] for row in mine], [row["percent_of_copy"] for row in mine], "o-", label=shape)
-            axes.axhline(100, color="tab:gray", linewidth=0.8)
+            for marker, shape in zip("osD^", dict.fromkeys(x["shape"] for x in lines if x["op"] == op), strict=False):
+                mine = [line for line in lines if line["op"] == op and line["shape"] == shape]
+                shares = [line.get("of_bandwidth", 1.0) for line in mine]
+                axes.plot([line["variant"] for line in mine], shares, f"{marker}-", label=shape)
+            axes.axhline(1, color="tab:gray", linewidth=0.8)
             axes.set_title("linear, 1 row" if op == "linear" else "decode_attention, 1 query")
             axes.set_xlabel("rung")
-            axes.set_ylabel("% of the copy's bandwidth")
+            axes.set_ylabel("share of a copy's bandwidth")
             axes.set_ylim(bottom=0)
             axes.legend(fontsize="small")

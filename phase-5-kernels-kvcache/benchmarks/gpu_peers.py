@@ -8,38 +8,38 @@ Same weights, same prompt, greedy. For gpt2-xl and Llama-3.1-8B the weights are 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.benchmark import median
+from common.benchmark import Outcome
 from common.errors import UserError
+from common.harness import Variant
 from common.peers import TransformersPeer
+from common.prompts import Prompt
 from engine.kernels import registry
 from engine.load import load
 from engine.model import Transformer
 
 from .gpu_shapes import SHAPES, shape_folder
-from .runs import Lab, Variant
+from .runs import Lab
 
 GPU_PEERS = {
-    "weights": "random: of that model's shape alone, for speed; else the checkpoint's own",
-    "variant": "ours with a backend's kernels, and with a draft where the model has one; transformers' generate with a "
-    "static cache and torch.compile; compiled loop: static cache, one compiled step, replayed as a CUDA graph",
-    "tokens_per_s": "new tokens / wall time of the whole request, prompt included; median of the rounds",
-    "over_transformers": "wall time of transformers over this one's, taking turns; median of the paired rounds with "
-    "its bootstrap 95% interval",
-    "over_compiled": "the compiled loop's, likewise",
-    "same_tokens": "how many of the first tokens are the compiled loop's: in bfloat16 roundings differ, and the first "
-    "that differs changes all behind it",
+    "gpu_peers": "the whole request, prompt included. weights: random, of that model's shape alone, for speed; else "
+    "the checkpoint's own. compiled loop (the baseline): static cache, one compiled step, replayed as a CUDA graph; "
+    "ours with a backend's kernels, and with a draft where the model has one; transformers' generate with a static "
+    "cache and torch.compile",
+    "agreement": "of gpu_peers: share of the tokens before the first that is not the compiled loop's: in bfloat16 "
+    "roundings differ, and the first that differs changes all behind it",
 }
 EMBEDDED = ("stdlib-10m", "stdlib-1m")
-VARIANTS = ("compiled loop", "ours, cuda", "ours, triton", "ours, torch", "transformers")  # of a dry run
-PROMPT = "import os\n\n\ndef read(path):\n    "
+Decode = Callable[[Prompt | None], list[int]]
 
 
 class CompiledLoop:
@@ -113,73 +113,76 @@ class StaticPeer(TransformersPeer):
         return found
 
 
-class Ours(Variant):
-    def decode(self, prompt: list[int], count: int) -> list[int]:
-        self()
-        return self.tokens[0]
-
-
 def measure_gpu_peers(lab: Lab) -> None:
     """UserError where there is no card and nothing was said of a dry run."""
     if not lab.options.dry_run and lab.device.type != "cuda":
         raise UserError(f"the peers on a card need a card, and this is {lab.device.type}; --dry-run walks their grid")
-    embedded = EMBEDDED[:1] if lab.options.quick else EMBEDDED
-    shapes = () if lab.options.quick else tuple(SHAPES)
-    for name in (*embedded, *shapes):
-        if not lab.done(kind="gpu_peers", model=name, variant="transformers"):
-            of_model(lab, name)
+    for name in EMBEDDED[:1] if lab.options.quick else (*EMBEDDED, *SHAPES):
+        with ExitStack() as stack:  # a model at a time: it is given back before the next one comes
+            of_model(lab, name, stack)
 
 
-def of_model(lab: Lab, name: str) -> None:
-    """A model at a time: it is given back before the next one comes."""
-    random, count = name in SHAPES, lab.options.max_tokens
-    decoders: dict[str, Any] = dict.fromkeys(VARIANTS)
-    found: dict[str, list[int]] = {}
-    with ExitStack() as stack:
-        if not lab.options.dry_run:
-            path = str(stack.enter_context(shape_folder(name, lab.device))) if random else name
-            decoders, prompt = real_decoders(lab, path, count, not random)
-            for each, decode in decoders.items():  # each is right, and compiled, before any is timed
-                found[each] = decode(prompt, count)
-                if len(found[each]) != count:
-                    raise UserError(f"{each} gives {len(found[each])} tokens of {name}, expected {count}")
-            decoders = {each: lambda decode=decode: decode(prompt, count) for each, decode in decoders.items()}
-        times = lab.times(f"peers, {name}", decoders, lab.options.repeats)
-    wanted = found.get("compiled loop", [])
-    for each in sorted(times, key=lambda which: which == "transformers"):  # last: by it `--resume` knows it is done
-        pairs = zip(found.get(each, []), wanted, strict=False)
-        lab.add(
-            kind="gpu_peers",
-            model=name,
-            weights="random" if random else "own",
-            dtype="bfloat16",
-            variant=each,
-            tokens_per_s=count / median(times[each]),
-            same_tokens=next((at for at, (a, b) in enumerate(pairs) if a != b), len(wanted)),
-            **lab.ratio("over_transformers", times["transformers"], times[each]),
-            **lab.ratio("over_compiled", times["compiled loop"], times[each]),
-        )
+def of_model(lab: Lab, name: str, stack: ExitStack) -> None:
+    """One prompt: another length would be compiled anew."""
+    random = name in SHAPES
+    cell = {"model": name, "weights": "random" if random else "own", "dtype": "bfloat16"}
+    if not lab.finished("gpu_peers", cell):
+        path = cache(lambda: str(stack.enter_context(shape_folder(name, lab.device))) if random else name)
+        lab.compare("gpu_peers", cell, decoders(lab, path, drafts=not random), lab.prompts(1))
 
 
-def real_decoders(lab: Lab, path: str, count: int, drafts: bool) -> tuple[dict[str, Any], list[int]]:
-    """By variant a function of prompt and count; and the prompt."""
-    loaded = load(path, torch.bfloat16, lab.device)
-    prompt = loaded.tokenizer.encode(PROMPT)
-    loop = CompiledLoop(loaded.model, len(prompt) + count)
-    decoders: dict[str, Any] = {"compiled loop": loop.generate}
+def decoders(lab: Lab, path: Callable[[], str], drafts: bool) -> dict[str, Variant]:
+    """By name a run that gives exactly `--max-tokens` tokens."""
+    count = lab.options.max_tokens
+    loaded = cache(lambda: load(path(), torch.bfloat16, lab.device))
 
-    def ours(**options: Any) -> Callable[[list[int], int], list[int]]:
-        session = lab.session(
-            model=path, kernels="auto", dtype="bfloat16", max_tokens=count, temperature=0.0, **options
-        )
-        session.params = dataclasses.replace(session.params, ignore_eos=True)
-        return Ours("ours", session, [PROMPT]).decode
+    def ids(prompt: Prompt | None) -> list[int]:
+        assert prompt is not None
+        return loaded().tokenizer.encode(prompt.text)
 
+    @cache
+    def wanted(prompt: Prompt | None) -> list[int]:
+        return compiled()(prompt)
+
+    @cache
+    def compiled() -> Decode:
+        longest = max(len(ids(prompt)) for prompt in lab.prompts(1))
+        loop = CompiledLoop(loaded().model, longest + count)
+        return lambda prompt: loop.generate(ids(prompt), count)
+
+    @cache
+    def peer() -> Decode:
+        static = StaticPeer(loaded().checkpoint.folder, torch.bfloat16, lab.device)
+        return lambda prompt: static.decode(ids(prompt), count)
+
+    def ours(**options: Any) -> Callable[[], Decode]:
+        @cache
+        def made() -> Decode:
+            session = lab.session(model=path(), dtype="bfloat16", temperature=0.0, **options)
+            session.params = dataclasses.replace(session.params, ignore_eos=True)
+            return lambda prompt: session.complete([prompt.text])[0].tokens if prompt else []
+
+        return made
+
+    def timed(make: Callable[[], Decode]) -> Variant:
+        def run(prompt: Prompt | None, round_: int) -> Outcome:
+            began = time.perf_counter()
+            tokens = make()(prompt)
+            seconds = time.perf_counter() - began  # the tokens have come to the host
+            if len(tokens) != count:
+                raise UserError(f"{len(tokens)} tokens came, expected {count}")
+            pairs = zip(tokens, wanted(prompt), strict=True)
+            agreed = next((at for at, (one, other) in enumerate(pairs) if one != other), count)
+            return Outcome(count, {"agreed": agreed}, output=tokens, seconds=seconds)
+
+        return run
+
+    makers: dict[str, Callable[[], Decode]] = {"compiled loop": compiled}
     for backend in registry.FOR_CARDS:
-        if registry.why_not(backend, lab.device) is None:  # type: ignore[arg-type]
-            decoders[f"ours, {backend}"] = ours(kernels=backend, draft="none")
-    decoders["ours, torch"] = ours(kernels="torch", draft="none")
+        if lab.options.dry_run or registry.why_not(backend, lab.device) is None:  # type: ignore[arg-type]
+            makers[f"ours, {backend}"] = ours(kernels=backend, draft="none")
+    makers["ours, torch"] = ours(kernels="torch", draft="none")
     if drafts:
-        decoders["ours, drafting"] = ours(kernels="cuda", controller="cost")
-    decoders["transformers"] = StaticPeer(loaded.checkpoint.folder, torch.bfloat16, lab.device).decode
-    return decoders, prompt
+        makers["ours, drafting"] = ours(kernels="cuda", controller="cost")
+    makers["transformers"] = peer
+    return {name: timed(make) for name, make in makers.items()}

@@ -1,7 +1,7 @@
 """One more token behind a text of n tokens: what it costs without a cache, with each kind, and what the cache takes.
 
 The with-and-without curve is the lesson's picture: a text of n tokens costs n^2 in all where nothing is remembered. The
-embedded model ends at its context; a Llama shape with random weights goes on to 8,192 tokens.
+embedded model ends at its context; a Llama shape with random weights goes on to 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -9,39 +9,38 @@ from __future__ import annotations
 import dataclasses
 import time
 from functools import cache
-from typing import Any
 
 import torch
 
 import engine
-from common.benchmark import median
+from common.benchmark import Outcome
 from common.device import synchronize
+from common.harness import Variant
+from common.prompts import Prompt
 from engine.kv_cache import KVOptions
-from engine.runner import CachedRunner, make_runner
-from engine.tree import Tree
+from engine.runner import CachedRunner, Runner, make_runner
 from engine.weights import lay_out
 
 from .runs import Lab
 
 LENGTHS = {
-    "shape": "the embedded model, or one of 4 layers, 512 wide, 8 heads over 2 of keys, with random weights",
-    "prefill_ms": "all tokens of the text but its last go through the model, in chunks of 512",
-    "token_ms": "the next token's logits, the rest of the text being in the cache; without one, of the whole text",
+    "lengths": "the next token's logits behind a text of `length` tokens, which the cache holds; without a cache, of "
+    "the whole text; shape: the embedded model, or one of 4 layers, 512 wide, 8 heads over 2 of keys, random weights",
+    "prefill_ms": "all tokens of the text go through the model, in chunks of 512; measured once",
     "append_ms": "writing one token's keys and values in all layers, and reading them for attention; no arithmetic",
     "cache_mib": "memory that the cache takes for this text, with room for a tree of 64 guesses",
 }
 RANDOM = "random Llama shape"
 SIZES = (32, 64, 128, 256, 512, 1000)
-LONG = (1024, 2048, 4096, 8192)
+LONG = (1024, 2048, 4096)
 CACHES: dict[str, KVOptions] = {
+    "static": KVOptions("static"),
     "off": KVOptions("off"),
     "dynamic": KVOptions("dynamic"),
-    "static": KVOptions("static"),
     "static, float16": KVOptions("static", "float16"),
     "static, int8": KVOptions("static", "int8"),
     "paged": KVOptions("paged"),
 }
-NOTHING = Tree([], [])
 
 
 def measure_lengths(lab: Lab) -> None:
@@ -50,10 +49,9 @@ def measure_lengths(lab: Lab) -> None:
         RANDOM: LONG[:1] if lab.options.quick else LONG,
     }
     for shape, sizes in grid.items():
-        for name, options in CACHES.items():
-            for size in sizes:
-                if not lab.done(kind="length", shape=shape, cache=name, length=size):
-                    lab.add(kind="length", shape=shape, cache=name, length=size, **one(lab, shape, options, size))
+        for size in sizes:
+            runs = {name: one_more(lab, shape, options, size) for name, options in CACHES.items()}
+            lab.short().compare("lengths", {"shape": shape, "length": size}, runs)
 
 
 @cache
@@ -67,48 +65,47 @@ def random_llama(like: engine.Transformer) -> engine.Transformer:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.02, generator=generator)
-    return model.to(like.embedding.weight.device)
+    return model.to(like.embedding.weight)
 
 
-def one(lab: Lab, shape: str, options: KVOptions, size: int) -> dict[str, Any]:
-    if lab.options.dry_run:
-        return {"prefill_ms": 1.0, "token_ms": 1.0, "append_ms": 1.0, "cache_mib": 1.0}
-    model = lab.load().model if shape != RANDOM else random_llama(lab.load().model)
-    generator = torch.Generator().manual_seed(lab.options.seed)
-    text = torch.randint(1, model.config.vocab_size, (size,), generator=generator).tolist()
-    whole = options.kind == "off" and size > SIZES[-1]  # seconds, and hardly any scatter
-    prefill, token, append, runner = [], [], [], None
-    for _ in range(1 if whole else lab.options.repeats + 1):
+def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
+    """A run is one token behind the text; the one of the run before is taken back."""
+
+    @cache
+    def made() -> tuple[engine.Transformer, Runner, list[int], float]:
+        model = lab.load().model if shape != RANDOM else random_llama(lab.load().model)
+        generator = torch.Generator().manual_seed(lab.options.seed)
+        text = torch.randint(1, model.config.vocab_size, (size,), generator=generator).tolist()
         runner = make_runner(model, options, 1, size + 8)
         if isinstance(runner, CachedRunner):
             runner.together = 1
         runner.logits(["text"], [text])
-        prefill.append(runner.prefill_ms)
-        for more in range(1, 2 if whole else 6):  # each token goes on from the one before
-            began = time.perf_counter()
-            runner.logits(["text"], [text + [7] * more])
-            synchronize(lab.device)
-            token.append((time.perf_counter() - began) * 1e3)
+        return model, runner, text, runner.prefill_ms
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        model, runner, text, prefill_ms = made()
+        began = time.perf_counter()
+        runner.logits(["text"], [[*text, 1 + round_ % 100]])
+        synchronize(lab.device)
+        seconds = time.perf_counter() - began
+        figures = {"prefill_ms": prefill_ms}
         if isinstance(runner, CachedRunner):
-            append.append(appending_ms(model, runner))
-    taken = runner.texts.cache.nbytes() / 2**20 if isinstance(runner, CachedRunner) else 0.0
-    return {
-        "prefill_ms": median(prefill[1:] or prefill),
-        "token_ms": median(token[5:] or token),
-        "append_ms": median(append[1:]) if append else 0.0,
-        "cache_mib": taken,
-    }
+            figures["append_ms"] = appending_ms(model, runner)
+            figures["cache_mib"] = runner.texts.cache.nbytes() / 2**20
+        return Outcome(1, figures, seconds=seconds)
+
+    return run
 
 
 @torch.inference_mode()
 def appending_ms(model: engine.Transformer, runner: CachedRunner) -> float:
     """One token more in every layer, as a forward does it, and back."""
-    config, cache = model.config, runner.texts.cache
+    config, kept = model.config, runner.texts.cache
     number = runner.texts.rows["text"].number
     key = torch.randn(1, config.kv_heads, config.head_dim).to(model.embedding.weight)
     began = time.perf_counter()
-    cache.make_room(number, 1)
+    kept.make_room(number, 1)
     for layer in range(config.layers):
-        cache.append(layer, number, key, key)
-        cache.read(layer, number, 1)
+        kept.append(layer, number, key, key)
+        kept.read(layer, number, 1)
     return (time.perf_counter() - began) * 1e3

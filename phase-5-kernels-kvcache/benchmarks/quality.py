@@ -1,18 +1,20 @@
 """What fewer bits cost in perplexity of held-out text: in a cache, and in what the C++ kernels multiply.
 
 The second half of each window of 512 tokens counts. For the caches, windows are fed in pieces of 32, so that all but a
-piece's own tokens were stored and read again.
+piece's own tokens were stored and read again. A row is a window.
 """
 
 from __future__ import annotations
 
-import math
-import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from common.benchmark import progress
+from common.benchmark import Outcome, progress
+from common.errors import UserError
 from common.models.corpus import read_corpus
 from engine.kernels import registry
 from engine.kernels.cpp import CppModel
@@ -23,105 +25,104 @@ from engine.runner import NO_DRAFT, CachedRunner, make_runner
 from .runs import Lab
 
 QUALITY = {
-    "kv_dtype": "format in which keys and values are kept; the weights are float32",
-    "perplexity": "of held-out tokens that are the second half of windows of 512",
-    "loss": "perplexity over that with a float32 cache, less 1; of quality_cpp: over float32 in both",
-    "weights": "format of the matrices, in the C++ kernels; int4 in groups of 64, nearest",
-    "activations": "format in which activations meet them; sums are float32, of int8 whole numbers",
+    "quality": "perplexity of held-out text by the format in which keys and values are kept; the weights are float32",
+    "quality_cpp": "likewise, by the format of the matrices (int4: groups of 64, nearest) and that in which "
+    "activations meet them, in the C++ kernels; sums are float32, of int8 whole numbers",
+    "nll": "mean of -ln of the probability of the tokens that are the second half of windows of 512",
+    "nll_more": "nll, less that of float32 on the same tokens; small values are the relative change of the perplexity",
 }
 FORMATS = ("float32", "float16", "bfloat16", "int8")
 WINDOW, PIECE = 512, 32
-PRODUCTS: tuple[tuple[Weights, bool | None], ...] = (  # weights, whether activations stay float32
-    ("float32", None),
-    ("float16", None),
-    ("bfloat16", True),
-    ("bfloat16", False),
-    ("int8", True),
-    ("int8", False),
-    ("int4", False),
-)
+PRODUCTS: dict[str, tuple[Weights, bool]] = {  # weights, and whether activations stay float32
+    "float32": ("float32", True),
+    "float16": ("float16", True),
+    "bfloat16": ("bfloat16", True),
+    "bfloat16, bfloat16 activations": ("bfloat16", False),
+    "int8": ("int8", True),
+    "int8, int8 activations": ("int8", False),
+    "int4, int8 activations": ("int4", False),
+}
+Judge = Callable[[Tensor], Tensor]  # a window -> the logits of what its second half's tokens follow
 
 
 def measure_quality(lab: Lab) -> None:
-    of_caches(lab)
-    of_products(lab)
+    windows = [torch.zeros(1, dtype=torch.int64)] if lab.options.dry_run else heldout(lab)
+    by_window(lab, "quality", {}, {name: of_cache(lab, name) for name in FORMATS}, windows)
+    if lab.refused("quality_cpp", registry.why_not("cpp", lab.device)):
+        return
+    judges = {name: of_products(lab, *product) for name, product in PRODUCTS.items()}
+    if not lab.options.dry_run and CppModel(lab.load().model, "bfloat16", 1).activations != "bfloat16":
+        judges.pop("bfloat16, bfloat16 activations")  # the processor has no such dot product
+    by_window(lab, "quality_cpp", {"instruction_set": lab.instruction_set}, judges, windows)
 
 
-def of_products(lab: Lab) -> None:
+def by_window(
+    lab: Lab, section: str, cell: dict[str, Any], judges: Mapping[str, Judge], windows: Sequence[Tensor]
+) -> None:
+    """The first judge is the one that others are compared with."""
+    first = next(iter(judges))
+
+    def exact(number: int) -> float:
+        name = f"window {number}"
+        rows = (row for row in lab.rows(section) if row.variant == first and row.prompt == name and row.cell == cell)
+        found = next((float(row.figures["nll_sum"]) for row in rows if row.status == "ok"), None)
+        if found is None:
+            raise UserError(f"{first} has no figure for {name}, so nothing can be compared with it")
+        return found
+
+    def one(name: str, number: int) -> Outcome:
+        after = windows[number][WINDOW // 2 :]
+        total = float(torch.nn.functional.cross_entropy(judges[name](windows[number]), after, reduction="sum"))
+        more = 0.0 if name == first else total - exact(number)
+        return Outcome(len(after), {"nll_sum": total, "nll_more_sum": more})
+
+    with progress(section, len(judges) * len(windows)) as show:
+        for name in judges:
+            for number in range(len(windows)):
+                lab.count(section, cell, name, f"window {number}", lambda n=name, i=number: one(n, i))
+                show(name)
+
+
+def of_products(lab: Lab, weights: Weights, exact_activations: bool) -> Judge:
     """Quantised to the nearest level: a calibrated int4 (phase 4) loses less."""
-    if lab.done(kind="quality_cpp"):
-        return
-    if lab.options.dry_run:
-        lab.add(kind="quality_cpp", weights="float32", activations="float32", tokens=1, perplexity=1.0, loss=0.0)
-        return
-    if (reason := registry.why_not("cpp", lab.device)) is not None:
-        print(f"note: the C++ kernels' perplexity is left out: {reason}", file=sys.stderr)
-        return
-    windows, exact = heldout(lab), math.nan
-    for weights, exact_activations in PRODUCTS:
-        model = CppModel(lab.load().model, weights, lab.options.threads, exact_activations=exact_activations)
-        if weights == "bfloat16" and exact_activations is False and model.activations != "bfloat16":
-            continue  # the processor has no such dot product
-        cache, total = model.new_cache(1, WINDOW), 0.0
-        with progress(f"perplexity, {weights}, {model.activations}", len(windows)) as show:
-            for window in windows:
-                logits = model.step(cache, [window.tolist()], wanted=range(WINDOW // 2 - 1, WINDOW - 1)).logits
-                assert logits is not None
-                total += float(torch.nn.functional.cross_entropy(logits, window[WINDOW // 2 :]))
-                show("")
-        nll = total / len(windows)
-        exact = nll if weights == "float32" else exact
-        lab.add(
-            kind="quality_cpp",
-            weights=weights,
-            activations=model.activations,
-            tokens=len(windows) * WINDOW // 2,
-            perplexity=math.exp(nll),
-            loss=math.exp(nll - exact) - 1,
-        )
+
+    @cache
+    def model() -> CppModel:
+        return CppModel(lab.load().model, weights, lab.options.threads, exact_activations=exact_activations)
+
+    def judge(window: Tensor) -> Tensor:
+        kept = model().new_cache(1, WINDOW)
+        logits = model().step(kept, [window.tolist()], wanted=range(WINDOW // 2 - 1, WINDOW - 1)).logits
+        assert logits is not None
+        return logits
+
+    return judge
 
 
-def of_caches(lab: Lab) -> None:
-    wanted = [name for name in FORMATS if not lab.done(kind="quality", kv_dtype=name)]
-    if not wanted:
-        return
-    if lab.options.dry_run:
-        for name in wanted:
-            lab.add(kind="quality", kv_dtype=name, tokens=1, perplexity=1.0, loss=0.0)
-        return
-    windows = heldout(lab)
-    found: dict[str, float] = {row["kv_dtype"]: math.log(row["perplexity"]) for row in lab.rows("quality")}
-    for name in wanted:
-        found[name] = mean_nll(lab, windows, name)
-        row = {"tokens": len(windows) * WINDOW // 2, "perplexity": math.exp(found[name])}
-        lab.add(kind="quality", kv_dtype=name, **row, loss=math.exp(found[name] - found["float32"]) - 1)
+def of_cache(lab: Lab, name: Any) -> Judge:
+    @torch.inference_mode()
+    def judge(window: Tensor) -> Tensor:
+        model = lab.load().model
+        runner = make_runner(model, KVOptions("static", name), 1, WINDOW)
+        assert isinstance(runner, CachedRunner)
+        hidden = [fed(runner, window[: at + PIECE].tolist()) for at in range(0, WINDOW, PIECE)]
+        return model.logits(torch.cat(hidden)[WINDOW // 2 - 1 : -1]).float()
+
+    return judge
 
 
-def heldout(lab: Lab) -> torch.Tensor:
+def heldout(lab: Lab) -> list[Tensor]:
+    """Windows of held-out text; as many as hold `--tokens` in their second halves."""
     tokenizer, stream = lab.load().tokenizer, list[int]()
     for file in read_corpus("heldout"):
         stream += tokenizer.encode(file.text)
         if len(stream) > 2 * lab.options.tokens:
             break
     count = max(1, min(2 * lab.options.tokens // WINDOW, len(stream) // WINDOW))
-    return torch.tensor(stream[: count * WINDOW]).view(count, WINDOW)
+    return list(torch.tensor(stream[: count * WINDOW]).view(count, WINDOW))
 
 
-@torch.inference_mode()
-def mean_nll(lab: Lab, windows: torch.Tensor, name: Any) -> float:
-    model, total = lab.load().model, 0.0
-    with progress(f"perplexity, {name}", len(windows)) as show:
-        for window in windows:
-            runner = make_runner(model, KVOptions("static", name), 1, WINDOW)
-            assert isinstance(runner, CachedRunner)
-            hidden = [fed(runner, window[: at + PIECE].tolist()) for at in range(0, WINDOW, PIECE)]
-            logits = model.logits(torch.cat(hidden)[WINDOW // 2 - 1 : -1]).float()
-            total += float(torch.nn.functional.cross_entropy(logits, window[WINDOW // 2 :]))
-            show("")
-    return total / len(windows)
-
-
-def fed(runner: CachedRunner, text: list[int]) -> torch.Tensor:
+def fed(runner: CachedRunner, text: list[int]) -> Tensor:
     """The hidden states of the last piece, which goes along with one step."""
     runner.together = PIECE
     held = len(text) - PIECE

@@ -1,64 +1,110 @@
-"""What the sections of the bench share: options, sessions of this phase and others, and a way to decode that is timed.
+"""What the sections of the bench share: options, sessions of this phase and others, and one prompt decoded as one run.
 
-lab.variant("static", texts, draft="none", kv="static")()
+lab.decoder(draft="none", kv="static")(prompt, 0)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
 
 import engine
-from common.benchmark import BenchOptions, refuse_if_different
+from common.benchmark import BenchOptions, Outcome
 from common.device import dtype_name
-from common.harness import Bench
-from common.prompts import Half, load_prompts
+from common.errors import UserError
+from common.harness import Bench, Variant
+from common.loops import loop_share
+from common.prompts import Prompt
+from engine.kernels import cpp
+from engine.options import DrafterName
 
-Section = Literal["speed", "lengths", "verification", "quality", "fast", "ladder", "peers", "kernels"]
+Section = Literal["null", "cache", "speed", "lengths", "verification", "quality", "fast", "ladder", "peers", "kernels"]
+FIGURES = {
+    "speedup": "the baseline's seconds per token / this variant's, in pairs of the same prompt and round",
+    "tokens_per_forward": "new tokens / target forwards",
+    "acceptance": "accepted / proposed draft tokens",
+    "survival": "share of the drafts whose first 1, 2, ... tokens all stand",
+    "draft_share": "time spent drafting / time of all steps",
+    "loop_share": "share of the tokens that end an 8-gram which the same output held before",
+    "ttft_ms": "to the first token; mean over the runs",
+    "tpot_ms": "(end to end - TTFT) / (tokens - 1), over all runs",
+    "instruction_set": "what the C++ kernels use (SPECDEC_CPU_ISA forces one)",
+}
 
 
 class Options(BenchOptions):
     """What remembering keys and values gives: speed, memory, and what a verified token costs."""
 
-    prompts: int = Field(4, ge=1, le=25, description="prompts that are timed")
-    max_tokens: int = Field(256, ge=8, description="new tokens per prompt")
+    max_tokens: int = Field(32, ge=8, description="new tokens per prompt")
+    budget: float = Field(25, gt=0, description="or until one comparison has taken so many seconds; see also --rounds")
     only: list[Section] = Field([], description="measure this section alone; repeatable")
     ladder: bool = Field(False, description="the same as --only ladder")
     peers: bool = Field(False, description="the same as --only peers")
-    tokens: int = Field(50_000, ge=512, description="of quality: held-out tokens")
+    tries: int = Field(1, ge=1, description="of null: how often plain decoding is timed against itself")
+    temperatures: list[float] = Field([0.0, 1.0], min_length=1, description="of speed and fast; repeatable")
+    k: list[int] = Field([1, 2, 3, 4, 5, 6], min_length=1, description="of fast: draft lengths to choose from")
+    drafters: list[DrafterName] = Field(
+        ["model", "ngram", "medusa", "eagle"], min_length=1, description="of speed and fast; repeatable"
+    )
+    draft: str = Field("auto", description="the draft model; auto: the model's own")
+    formats: list[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = Field(
+        ["float32", "bfloat16", "int8"], min_length=1, description="of fast: number formats of the weights"
+    )
+    tokens: int = Field(20_000, ge=512, description="of quality: held-out tokens")
 
 
-@dataclass
-class Variant:
-    """Decodes the texts one after the other, each time anew, and remembers the last run."""
+class Decoder:
+    """Decodes one prompt, anew at every call. The session is made at the first one: a dry run loads nothing."""
 
-    name: str
-    session: Any  # of any phase
-    texts: list[str]
-    same_as: Variant | None = None  # its tokens must be this one's
-    tokens: list[list[int]] = field(default_factory=list)
-    stats: list[Any] = field(default_factory=list)
+    def __init__(self, make: Callable[[], Any], figures: Mapping[str, Any] | None = None) -> None:
+        self.make, self.figures = cache(make), dict(figures or {})
 
-    def __call__(self) -> None:
-        """WrongResult where the tokens are not as they must be, so that nothing wrong is timed."""
-        done = [self.session.complete([text])[0] for text in self.texts]
-        getattr(self.session, "steps", {}).clear()
-        self.tokens, self.stats = [each.tokens for each in done], [each.stats for each in done]
-        if self.same_as:
-            for number, (mine, other) in enumerate(zip(self.tokens, self.same_as.tokens, strict=True)):
-                refuse_if_different(f"{self.name}, prompt {number}", other, mine)
+    def __call__(self, prompt: Prompt | None, round_: int) -> Outcome:
+        """At temperature > 0 every round has its own seed."""
+        assert prompt is not None
+        session = self.make()
+        session.params = dataclasses.replace(session.params, seed=session.options.seed + round_)
+        (done,) = session.complete([prompt.text])
+        kept = getattr(session, "steps", {})
+        steps = [step for of_sequence in kept.values() for step in of_sequence]
+        kept.clear()
+        figures = {"forwards": done.stats.target_forwards, **times(done.stats), **drafting(steps), **self.figures}
+        figures["looped"] = loop_share(done.tokens) * len(done.tokens)
+        return Outcome(len(done.tokens), figures, output=done.tokens)
 
-    @property
-    def count(self) -> int:
-        return sum(map(len, self.tokens))
 
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.count / sum(each.target_forwards for each in self.stats) if self.stats else 1.0
+def times(stats: Any) -> dict[str, float]:
+    """TTFT, and what TPOT is made of; phase 4 counts neither."""
+    if not hasattr(stats, "tpot_ms"):
+        return {}
+    return {
+        "ttft_ms": stats.ttft_ms,
+        "later_ms": stats.total_ms - stats.ttft_ms,
+        "later_tokens": max(0, stats.new_tokens - 1),
+    }
+
+
+def drafting(steps: list[Any]) -> dict[str, Any]:
+    """What came of the drafts of one run, counted."""
+    drafts = [step for step in steps if step.depth]
+    if not drafts:
+        return {}
+    return {
+        "proposed": sum(step.proposed for step in steps),
+        "accepted": sum(step.accepted for step in steps),
+        "drafts": len(drafts),
+        "survived": [
+            sum(step.accepted >= j for step in drafts) for j in range(1, max(step.depth for step in drafts) + 1)
+        ],
+        "draft_s": sum(step.draft_ms for step in steps) / 1e3,
+        "steps_s": sum(step.draft_ms + step.verify_ms + step.accept_ms + step.kv_ms for step in steps) / 1e3,
+    }
 
 
 @dataclass(frozen=True)
@@ -68,33 +114,73 @@ class Lab(Bench):
     options: Options
     loaded: dict[torch.dtype, Any] = field(default_factory=dict)
 
-    def load(self, dtype: torch.dtype = torch.float32) -> engine.LoadedModel:
-        if dtype not in self.loaded:
-            self.loaded[dtype] = engine.load(self.options.model, dtype, self.device)
-        found: engine.LoadedModel = self.loaded[dtype]
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what runs in torch: float32 unless another was asked for."""
+        found: torch.dtype = getattr(torch, "float32" if self.options.dtype == "auto" else self.options.dtype)
         return found
 
-    def texts(self, half: Half = "test") -> list[str]:
-        return [prompt.text for prompt in load_prompts("code", half)[: self.options.prompts]]
+    def with_options(self, **changed: Any) -> Self:
+        return dataclasses.replace(self, options=self.options.model_copy(update=changed))
+
+    def one_round(self) -> Self:
+        """For what is slow: one round over all prompts, unless the user says how long to measure."""
+        asked = self.options.model_fields_set & {"rounds", "budget", "precision"}
+        return self if asked or self.options.quick else self.with_options(rounds=1)
+
+    def short(self) -> Self:
+        """For the cells of a grid, each of which is over soon."""
+        return self.with_options(budget=self.options.budget / 5)
+
+    @property
+    def instruction_set(self) -> str:
+        return "none" if self.options.dry_run else cpp.chosen_isa()
+
+    def refused(self, section: str, reason: str | None) -> bool:
+        """A row says why, if there is a reason."""
+        if reason is not None and not self.options.dry_run:
+            self.refuse(section, {}, section, reason)
+            return True
+        return False
+
+    def load(self) -> engine.LoadedModel:
+        if self.dtype not in self.loaded:
+            self.loaded[self.dtype] = engine.load(self.options.model, self.dtype, self.device)
+        found: engine.LoadedModel = self.loaded[self.dtype]
+        return found
 
     def session(self, of: Any = engine, **wanted: Any) -> Any:
         """A session of this phase or of another, with options of its generate.py."""
         chosen = {
             "model": self.options.model,
+            "draft": self.options.draft,
             "seed": self.options.seed,
             "max_tokens": self.options.max_tokens,
             "device": self.device.type,
-            "dtype": dtype_name(torch.float32),
+            "threads": self.options.threads or 0,
+            "dtype": dtype_name(self.dtype),
             **({"kernels": "torch"} if of is engine else {}),
             **wanted,
         }
         return of.Session(of.Options(**chosen))
 
-    def variant(
-        self, name: str, texts: list[str], of: Any = engine, same_as: Variant | None = None, **wanted: Any
-    ) -> Variant:
-        """A dry run loads nothing."""
-        return Variant(name, None if self.options.dry_run else self.session(of, **wanted), texts, same_as)
+    def decoder(self, of: Any = engine, figures: Mapping[str, Any] | None = None, **wanted: Any) -> Variant:
+        return Decoder(lambda: self.session(of, **wanted), figures)
+
+    def drafting(self, controller: str = "cost", **wanted: Any) -> dict[str, Variant]:
+        """Every drafter that was asked for, by its name."""
+        return {
+            f"{name}, {controller}": self.decoder(drafter=name, controller=controller, **wanted)
+            for name in self.options.drafters
+        }
+
+
+def read_prompt(lab: Lab, prompt: Prompt, most: int | None = None) -> list[int]:
+    """The tokens of a prompt, or its first. UserError for a prompt without any."""
+    tokens = lab.load().tokenizer.encode(prompt.text)[:most]
+    if not tokens:
+        raise UserError(f"prompt {prompt.id} has no tokens")
+    return tokens
 
 
 Measure = Callable[[Lab], None]

@@ -6,12 +6,14 @@ of them cost what the weights' way through memory costs, once, and then arithmet
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
 
-from common.benchmark import median
+from common.benchmark import Outcome
+from common.harness import Variant
+from common.prompts import Prompt
 from engine.kv_cache import KVOptions
 from engine.runner import Runner, make_runner
 from engine.tree import Tree
@@ -19,9 +21,8 @@ from engine.tree import Tree
 from .runs import Lab
 
 VERIFICATION = {
-    "new_tokens": "tokens whose logits one forward gives behind a text of `length` tokens: one, and a draft",
-    "ms": "median of the rounds; all sizes take turns",
-    "over_one": "the time of m new tokens / of one, by the same runner",
+    "verification": "one forward that gives the logits of `variant` new tokens behind a text of `length` tokens: one, "
+    "and a draft; speedup: of one token's forward over it, so its inverse is what m tokens cost in tokens",
 }
 NEW = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 TEXTS = (128, 512)
@@ -30,24 +31,23 @@ TEXTS = (128, 512)
 def measure_verification(lab: Lab) -> None:
     for length in TEXTS[:1] if lab.options.quick else TEXTS:
         for name in ("off", "static"):
-            if not lab.done(kind="verification", cache=name, length=length, new_tokens=NEW[-1]):
-                of_cache(lab, name, length)
+            of_cache(lab.short(), name, length)
 
 
 def of_cache(lab: Lab, name: Any, length: int) -> None:
-    runs: dict[str, Any] = {str(m): None for m in NEW}
-    if not lab.options.dry_run:
+    @cache
+    def made() -> tuple[Runner, list[int]]:
         model = lab.load().model
         generator = torch.Generator().manual_seed(lab.options.seed)
         text = torch.randint(1, model.config.vocab_size, (length + 16,), generator=generator).tolist()
-        runner = make_runner(model, KVOptions(name), 1, length + 32)
-        runs = {str(m): partial(step, runner, text[:length], text[length : length + m - 1]) for m in NEW}
-    times = lab.times(f"{name}, {length} tokens", runs, 5 * lab.options.repeats)
-    for m in NEW:
-        ratio = lab.ratio("over_one", times[str(m)], times["1"])
-        row = {"cache": name, "length": length, "new_tokens": m, "ms": median(times[str(m)]) * 1e3}
-        lab.add(kind="verification", **row, **ratio)
+        return make_runner(model, KVOptions(name), 1, length + 32), text
 
+    def forward(m: int) -> Variant:
+        def run(prompt: Prompt | None, round_: int) -> Outcome:
+            runner, text = made()
+            runner.step(["text"], [text[:length]], [Tree.chain(text[length : length + m - 1])])
+            return Outcome(1)
 
-def step(runner: Runner, text: list[int], draft: list[int]) -> None:
-    runner.step(["text"], [text], [Tree.chain(draft)])
+        return run
+
+    lab.compare("verification", {"cache": name, "length": length}, {str(m): forward(m) for m in NEW})

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.benchmark import Results
 from common.errors import UserError
+from common.results import Results
 from phase5.kernels import check, registry
 from phase5.kernels.cuda import ladder
 from phase5.kernels.cuda.ladder import RUNGS
@@ -78,21 +76,21 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
 
 def test_the_benches_walk_their_grids(tmp_path: Path, bench_part: Callable[[int, str], ModuleType]) -> None:
     gpu_ladder, gpu_peers, runs = (bench_part(5, name) for name in ("gpu_ladder", "gpu_peers", "runs"))
-    options = runs.Options(dry_run=True, output=tmp_path)
-    with Results(tmp_path, gpu_ladder.GPU_LADDER | gpu_peers.GPU_PEERS, {}, False) as results:
+    options = runs.Options(dry_run=True)
+    with Results(None, {}, {}, {}, False) as results:
         lab = runs.Lab(options, results, CPU)
         gpu_ladder.measure_gpu_ladder(lab)
         gpu_peers.measure_gpu_peers(lab)
         gpu_ladder.draw_gpu_ladder(lab, tmp_path / "ladder.png")
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "results.jsonl").open(encoding="utf-8")]
-    assert all(row["synthetic"] for row in rows)
-    of_ladder = [row for row in rows if row["kind"] == "gpu_ladder"]
-    assert len(of_ladder) == 7 * len(gpu_ladder.cases())
-    assert {row["model"] for row in rows if row["kind"] == "gpu_peers"} >= {"gpt2-xl", "Llama-3.1-8B", "stdlib-10m"}
-    assert (tmp_path / "ladder.png").stat().st_size > 1000
+        rows = results.rows
+        assert all(row.synthetic for row in rows)
+        of_ladder = [row for row in rows if row.section == "gpu_ladder" and row.kind == "run"]
+        assert len(of_ladder) == 8 * len(gpu_ladder.cases())  # 5 rungs, two of the engine, the null arm
+        models = {row.cell["model"] for row in rows if row.section == "gpu_peers"}
+        assert models == {"gpt2-xl", "Llama-3.1-8B", "stdlib-10m", "stdlib-1m"}
+        assert (tmp_path / "ladder.png").stat().st_size > 1000
 
-    wet = runs.Lab(runs.Options(), results, CPU)
-    if not torch.cuda.is_available():
+        wet = runs.Lab(runs.Options(), results, CPU)
         with pytest.raises(UserError, match=r"cannot run here: .*--dry-run walks their grid"):
             gpu_ladder.measure_gpu_ladder(wet)
         with pytest.raises(UserError, match="need a card, and this is cpu"):

@@ -14,14 +14,14 @@ import phase5
 PHASE = Path(phase5.__file__).resolve().parents[1]
 CODE = """
 import json, sys, torch
-from common.benchmark import Results
-from benchmarks.gpu_kernels import GPU_KERNELS, measure_gpu_kernels
+from common.results import Results
+from benchmarks.gpu_kernels import measure_gpu_kernels
 from benchmarks.runs import Lab, Options
 
 options = Options(dry_run=sys.argv[1] == "dry")
-with Results(None, GPU_KERNELS, {}, False) as results:
+with Results(None, {}, {}, {}, False) as results:
     measure_gpu_kernels(Lab(options, results, torch.device("cpu")))
-    print(json.dumps(results.rows))
+    print(json.dumps([row.model_dump() for row in results.rows]))
 """
 
 
@@ -42,11 +42,12 @@ def test_a_dry_run_walks_the_grid() -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert all(row["synthetic"] for row in rows)
-    timed = [row for row in rows if row["kind"] == "gpu_kernel"]
-    assert {row["shape"] for row in timed} == {"gpt2-xl", "Llama-3.1-8B"}
-    assert {row["backend"] for row in timed} == {"triton", "cuda"}
-    assert {"linear", "gated_linear", "decode_attention", "sample", "verify_sample"} <= {row["op"] for row in timed}
-    assert any("over_free" in row for row in timed)
+    timed = [row for row in rows if row["section"] == "kernels" and row["kind"] == "run"]
+    assert {row["cell"]["shape"] for row in timed} == {"gpt2-xl", "Llama-3.1-8B"}
+    assert {"triton", "cuda"} <= {row["variant"] for row in timed}
+    ops = {row["cell"]["op"] for row in timed}
+    assert {"linear", "gated_linear", "decode_attention", "sample", "verify_sample"} <= ops
+    assert {row["baseline"] for row in timed if row["variant"] == "cuda, free"} == {"cuda"}
 
 
 def test_without_a_card_it_says_so() -> None:
