@@ -25,7 +25,9 @@ LEVEL = 0.05
 AUTOCORRELATION = 0.3
 ENOUGH = 20
 RESAMPLES = 1000
-Logs = Mapping[str, Sequence[float]]  # of every prompt: the log ratio of each round, in the order of time
+Logs = Mapping[
+    str, Sequence[float] | NDArray[np.float64]
+]  # of every prompt: the log ratio of each round, in the order of time
 
 
 @dataclass(frozen=True)

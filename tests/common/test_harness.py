@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def test_rounds_are_added_until_the_precision_or_the_budget_is_reached() -> None
         with Results(None, {}, {}) as results:
             made = bench(results, **options)
             made.compare("s", {}, {"a": noisy, "b": noisy})
-            return made.table("s")[0]["n_rounds"]
+            return int(made.table("s")[0]["n_rounds"])
 
     assert rounds(0.0) == 5  # never fewer, however well the ratio is known
     assert 5 < rounds(0.2, precision=0.05, budget=1e6) < rounds(0.2, precision=0.03, budget=1e6)
@@ -86,7 +85,11 @@ def test_rounds_are_added_until_the_precision_or_the_budget_is_reached() -> None
 
 def test_a_budget_too_short_for_a_round_says_how_long_one_takes() -> None:
     with Results(None, {}, {}) as results:
-        slow: Callable[[Any, int], Outcome] = lambda prompt, round_: (time.sleep(0.2), Outcome())[1]  # noqa: E731
+
+        def slow(prompt: Prompt | None, round_: int) -> Outcome:
+            time.sleep(0.2)
+            return Outcome()
+
         with pytest.raises(UserError, match=r"--budget 0.1: one round of s  takes about 2 s"):
             bench(results, budget=0.1).compare("s", {}, {"a": slow}, PROMPTS)
 

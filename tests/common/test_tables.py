@@ -18,7 +18,7 @@ from common.harness import Bench, Variant, open_results
 from common.lab import compare_results, tables
 from common.phases import ROOT
 from common.prompts import Prompt
-from common.results import Row
+from common.results import Row, read_rows
 from common.tables import AGAIN, derive, log_ratios, notes, print_section, text_of, write_csv
 
 PROMPTS = [f"p{number}" for number in range(8)]
@@ -137,7 +137,7 @@ def test_a_readme_is_filled_from_the_rows_and_a_wrong_number_is_found(tmp_path: 
     mark = f"<!-- table: speed; columns: {columns}; where: t=1, variant=plain|fast -->"
     readme.write_text(f"before\n{mark}\n<!-- end -->\n")
     filled = tables.rewrite(readme)
-    line = line_of(derive([row for row in tables.read_rows(tmp_path / "results")]), "fast")
+    line = line_of(derive(read_rows(tmp_path / "results")), "fast")
     assert "| what  | x plain, measured | claimed |" in filled
     assert f"{line['speedup']:.2f} [{line['speedup_low']:.2f}, {line['speedup_high']:.2f}]" in filled
     assert AGAIN not in filled
