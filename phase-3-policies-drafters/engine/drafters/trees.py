@@ -4,8 +4,8 @@
   recursive rejection verifies (Sequoia, Chen et al. 2024; RSD, Jeon et al. 2024), and with the target's own noise for
   the policy `coupled`. Otherwise they are the drafter's favourites.
 - dynamic: the drafter's confidence decides where the tree grows, under a budget of nodes (EAGLE-2, Li et al. 2024):
-  every level extends the `beam` likeliest nodes of the one before, and of all nodes the likeliest are kept. Children
-  are chosen, not drawn; verification treats each as certain.
+  every level extends the `beam` likeliest nodes of the one before that are still within the budget, and of all nodes
+  the likeliest are kept. Children are chosen, not drawn; verification treats each as certain.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class DynamicTreeDrafter(TreeDrafter):
         tokens: list[int] = []
         parents: list[int] = []
         worth: list[float] = []  # of each node, the product of the probabilities down to it
+        best_nodes: list[int] = []
         frontier = [-1]
         for _ in range(levels):
             probs = self.probs(sequence, Tree(tokens, parents), frontier, self.ranking)
@@ -131,10 +132,11 @@ class DynamicTreeDrafter(TreeDrafter):
                         tokens.append(token)
                         parents.append(node)
                         worth.append(value * (worth[node] if node >= 0 else 1.0))
-            frontier = sorted(range(first, len(tokens)), key=lambda node: -worth[node])[: self.beam]
+            # A node outside the budget never comes back, nor do its descendants: none is worth more than its parent.
+            best_nodes = sorted(range(len(tokens)), key=lambda node: -worth[node])[: self.nodes]
+            frontier = [node for node in best_nodes if node >= first][: self.beam]
             if not frontier:
                 break
-        # A node is worth at most what its parent is, so the best nodes bring their parents along.
-        kept = sorted(sorted(range(len(tokens)), key=lambda node: -worth[node])[: self.nodes])
+        kept = sorted(best_nodes)  # their parents are among them
         place = {node: i for i, node in enumerate(kept)} | {-1: -1}
         return Tree([tokens[node] for node in kept], [place[parents[node]] for node in kept])
