@@ -119,9 +119,12 @@ def decode(
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         if len(active) == 1 and (tokens := several(runner, active[0], params, randomness)[0]):
             for token in tokens:
-                if active[0].finish_reason is None and not active[0].append(token):
+                more = active[0].append(token)
+                if not more:
                     runner.release(active[0])
                 yield active
+                if not more:  # what was drawn past the end is no step
+                    break
             continue
         try:
             decode_step(runner, active, params, randomness)
