@@ -18,7 +18,7 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Brancher, Draft, Outcome, Stop
-from ..sampling import SamplingParams, probabilities
+from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import Decisions
@@ -104,7 +104,7 @@ class StaticTreeDrafter(TreeDrafter):
     def _children(self, probs: Tensor, count: int, sequence: Sequence, depth: int) -> list[int]:
         count = min(count, int((probs > 0).sum()))
         if not self.drawn:
-            return probs.topk(count).indices.tolist()
+            return ranked(probs, count).tolist()
         keys = torch.tensor([[sequence.sample], [sequence.length + depth]], device=probs.device)
         return self.decisions.draw_several(probs[None], count, keys[0], keys[1], self.noise)[0].tolist()
 
@@ -124,9 +124,9 @@ class DynamicTreeDrafter(TreeDrafter):
         frontier = [-1]
         for _ in range(levels):
             probs = self.probs(sequence, Tree(tokens, parents), frontier, self.ranking)
-            best = probs.topk(min(self.beam, probs.shape[1]))
+            best = ranked(probs, min(self.beam, probs.shape[1]))
             first = len(tokens)
-            for node, values, ids in zip(frontier, best.values.tolist(), best.indices.tolist(), strict=True):
+            for node, values, ids in zip(frontier, probs.gather(1, best).tolist(), best.tolist(), strict=True):
                 for value, token in zip(values, ids, strict=True):
                     if value > 0:
                         tokens.append(token)
