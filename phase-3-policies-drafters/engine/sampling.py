@@ -110,17 +110,18 @@ def penalise(logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]], o
 
 def check_finite(logits: Tensor) -> None:
     """UserError, naming the cause, where logits [..., V] hold NaN or infinity. -inf is allowed beside finite ones."""
-    if bool(logits.amax(-1).isfinite().all()):  # the maximum of what holds NaN is NaN
-        return
-    if logits.dtype == torch.float16:
-        raise UserError(
-            "the model's logits are not finite: numbers overflowed in float16, which ends at 65504; try --dtype "
-            "bfloat16 or --dtype float32"
-        )
-    raise UserError(
-        "the model's logits are not finite: numbers overflowed in the formats of its weights or activations, or its "
-        "checkpoint holds such numbers; try --dtype float32, and no narrower format for anything"
-    )
+    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of what holds NaN is NaN
+        raise not_finite(logits.dtype)
+
+
+def not_finite(dtype: torch.dtype) -> UserError:
+    """The error for logits of that format, and what to try."""
+    if dtype == torch.float16:
+        cause, way_out = "numbers overflowed in float16, which ends at 65504", "--dtype bfloat16 or --dtype float32"
+    else:
+        cause = "numbers overflowed in the format of a weight, an activation or a cache, or the checkpoint holds such"
+        way_out = "--dtype float32, and no narrower format for anything"
+    return UserError(f"the model's logits are not finite: {cause}; try {way_out}")
 
 
 def most_likely(scores: Tensor, count: int) -> Tensor:
