@@ -19,7 +19,7 @@ from .kv_cache import KVOptions, OutOfPages
 from .model import Transformer
 from .profiler import stage
 from .runner import Drawing, Runner, make_runner
-from .sampling import KeyedRandomness, Randomness, SamplingParams
+from .sampling import KeyedRandomness, Randomness, SamplingParams, check_finite
 from .sequence import Ending, FinishReason, Sequence
 
 AT_ONCE = 8  # tokens that a runner may draw in one call; what lies behind the text's end is dropped
@@ -99,7 +99,8 @@ def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParam
 def sample(
     runner: Runner, logits: Tensor, sequences: list[Sequence], params: SamplingParams, randomness: Randomness
 ) -> list[int]:
-    """The token that follows each sequence, by logits [R, V]."""
+    """The token that follows each sequence, by logits [R, V]. UserError for logits that are not finite."""
+    check_finite(logits)
     return runner.model.kernels.sample(
         logits,
         params,
