@@ -61,9 +61,9 @@ class Format:
 class Grid(NamedTuple):
     """The values that a group's weights may take: (level - zero) * scale. Both [out, groups, 1].
 
-    A zero is float16. A scale needs the range of float32, which bfloat16 has: in float16 weights of 1e-5 have subnormal scales, of a few
-    bits, and those of 1e7 have infinite ones. That it has 8 bits costs nothing, since levels are rounded by it as it is
-    stored.
+    A zero is float16. A scale needs the range of float32, which bfloat16 has: in float16 weights of 1e-5 have subnormal
+    scales, of a few bits, and those of 1e7 have infinite ones. That it has 8 bits costs nothing, since levels are
+    rounded by it as it is stored.
     """
 
     scale: Tensor
@@ -88,14 +88,14 @@ class Rounded(NamedTuple):
 def whole_range(weights: Tensor, format: Format, clip: Tensor | float = 1.0) -> Grid:
     """The grid over a group's weights [out, groups, group], or over a share of their range, `clip`, about zero.
 
-    Symmetric int4 has levels -8 .. 7 about its zero. Its step is the largest weight / 7.5, so the largest is rounded by
-    half a step on either side, as any weight may be.
+    Symmetric int4 has levels -8 .. 7 about its zero. Its step is the largest weight / 7, so that the largest is a value
+    of the grid on either side: a step of / 7.5 is finer and puts every group's largest weight off by half of it.
     """
     if format.has_zeros:
         low, high = weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
         scale = usable((high - low) * clip / 15)
         return Grid(scale, (-low.float() * clip / scale.float()).half())
-    steps, zero = (7.5, 8) if format.name == "int4" else (127, 0)
+    steps, zero = (7, 8) if format.name == "int4" else (127, 0)
     scale = usable(weights.abs().amax(-1, keepdim=True) * clip / steps)
     return Grid(scale, torch.full_like(scale, zero, dtype=torch.float16))
 
