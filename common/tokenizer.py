@@ -10,7 +10,7 @@ import, so it is imported only for a folder that has no tokenizer.json (OPT, for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,16 +101,20 @@ class Tokenizer:
 class IncrementalDecoder:
     """Text from tokens as they come: only what later tokens cannot change any more.
 
-    All that `push` returned, then `flush`, is exactly `decode` of all the tokens. A character can be spread over
-    several tokens, and decoders treat the first token differently (no space before it). So a window of tokens is
+    All that `push` returned, then `flush`, is exactly what `decode` of all the tokens adds to the text `before` them. A
+    character can be spread over several tokens, and decoders treat the first token differently: those of sentencepiece
+    drop the space before it, which is no space of the output where a prompt stands before. So a window of tokens is
     decoded twice, without and with the new ones, and the difference is the new text. This is the prefix-offset method
     of text-generation-inference and vLLM (`detokenize_incrementally`), and goes further in one point: sentencepiece
     bytes wait for the end of their run, since one that is not UTF-8 turns the whole run into U+FFFD.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """before: tokens that the text follows, a prompt's. Their text is not given out."""
         self._tokenizer = tokenizer
-        self._shown: list[int] = []  # the tokens of the last text that was given out: context for the next
+        last = next((token_id for token_id in reversed(before) if self._is_whole(token_id)), None)
+        # The tokens of the last text that was given out: context for the next.
+        self._shown: list[int] = [] if last is None else [last]
         self._held: list[int] = []  # the tokens whose text has not been given out
 
     def push(self, token_id: int) -> str:
@@ -127,6 +131,13 @@ class IncrementalDecoder:
             return ""
         self._shown, self._held = self._held, []
         return text
+
+    def _is_whole(self, token_id: int) -> bool:
+        """Whether a token has a text of its own, and is no part of a character."""
+        piece = self._tokenizer.piece(token_id)
+        if piece is None or token_id in self._tokenizer.special_ids or SENTENCEPIECE_BYTE.fullmatch(piece):
+            return False
+        return not self._tokenizer.decode([token_id]).endswith(REPLACEMENT)
 
     def flush(self) -> str:
         """The text that was held back; call it when no more tokens come."""

@@ -1,7 +1,8 @@
 """From logits to the distribution that is sampled, and from that to a token.
 
 The order is fixed, and the same as in transformers: repetition penalty, presence and frequency penalty, temperature,
-top-k, top-p, min-p. Whatever the model's dtype, probabilities are float32.
+top-k, top-p, min-p. Whatever the model's dtype, probabilities are float32. Of equal logits the lower token id comes
+first, at temperature 0 and in every filter.
 
 Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p plus Gumbel noise is a draw from p. The
 noise is a function of (seed, sample, position, purpose) and the token's id alone (common/philox.py), so a request
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from common import philox
 from common.errors import UserError
+
+COLDEST = 1e-30  # below this temperature logits / temperature overflow float32: the limit, greedy, is taken
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ class SamplingParams:
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 keeps all tokens)")
         need(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
         need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
-        need(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "above 0 (1 is off)")
+        need(1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty", "in [1e-6, 1e6] (1 is off)")
         need(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
         need(all(self.stop), "stop", "strings that are not empty")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
     @property
     def penalised(self) -> bool:
@@ -105,13 +108,44 @@ def penalise(logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]], o
     return logits
 
 
+def check_finite(logits: Tensor) -> None:
+    """UserError, naming the cause, where logits [..., V] hold NaN or infinity. -inf is allowed beside finite ones."""
+    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of what holds NaN is NaN
+        raise not_finite(logits.dtype)
+
+
+def not_finite(dtype: torch.dtype) -> UserError:
+    """The error for logits of that format, and what to try."""
+    if dtype == torch.float16:
+        cause, way_out = "numbers overflowed in float16, which ends at 65504", "--dtype bfloat16 or --dtype float32"
+    else:
+        cause = "numbers overflowed in the format of a weight, an activation or a cache, or the checkpoint holds such"
+        way_out = "--dtype float32, and no narrower format for anything"
+    return UserError(f"the model's logits are not finite: {cause}; try {way_out}")
+
+
+def most_likely(scores: Tensor, count: int) -> Tensor:
+    """bool [..., V]: the `count` largest scores of each row; of equal ones those with the lower ids."""
+    least = scores.topk(count).values[..., -1:]
+    above, equal = scores > least, scores == least
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
+def ranked(scores: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest scores [..., V], largest first; of equal ones the lower id: int64 [..., count]."""
+    ids = most_likely(scores, count).nonzero()[:, -1].view(*scores.shape[:-1], count)  # ascending
+    return ids.gather(-1, scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
+
+
 def probabilities(
     logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]] = (), outputs: Rows[Rows[int]] = ()
 ) -> Tensor:
     """The distribution that is sampled: logits [R, V] -> probabilities [R, V], float32 (float64 stays).
 
-    prompts and outputs are read only where a penalty is on. At temperature 0 the result is one-hot.
+    prompts and outputs are read only where a penalty is on. At temperature 0 the result is one-hot. UserError for
+    logits that are not finite.
     """
+    check_finite(logits)
     if logits.dtype != torch.float64:
         logits = logits.float()
     if params.penalised:
@@ -120,10 +154,9 @@ def probabilities(
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(params.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+        logits = logits.masked_fill(~most_likely(logits, params.top_k), float("-inf"))
     if params.top_p < 1:
-        ascending, order = logits.sort(dim=-1)
+        ascending, order = (each.flip(-1) for each in logits.sort(dim=-1, descending=True, stable=True))
         dropped = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
         dropped[..., -1] = False  # the most likely token always stays
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
@@ -143,8 +176,12 @@ def choose(
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """The next token of every row: the most likely one at temperature 0, else a draw keyed by sample and position."""
+    """The next token of every row: the most likely one at temperature 0, else a draw keyed by sample and position.
+
+    UserError for logits that are not finite.
+    """
     if params.greedy:
+        check_finite(logits)
         best = penalise(logits.float(), params, prompts, outputs) if params.penalised else logits
         return best.argmax(-1).tolist()
     probs = probabilities(logits, params, prompts, outputs)

@@ -15,7 +15,7 @@ import torch
 
 from .generate import next_logits
 from .model import Transformer
-from .sampling import SamplingParams
+from .sampling import SamplingParams, check_finite, ranked
 from .sequence import Ending
 
 
@@ -32,11 +32,13 @@ def _expand(model: Transformer, prompt: list[int], running: list[Hypothesis], ke
     """The `keep` best one-token extensions of all running hypotheses, best first."""
     texts = [prompt + hypothesis.tokens for hypothesis in running]
     scores = torch.tensor([hypothesis.score for hypothesis in running])[:, None]
-    totals = next_logits(model, texts).float().log_softmax(-1).cpu() + scores  # [beams, V]
-    best = totals.flatten().topk(min(keep, totals.numel()))
+    logits = next_logits(model, texts)
+    check_finite(logits)
+    totals = logits.float().log_softmax(-1).cpu() + scores  # [beams, V]
+    best = ranked(totals.flatten(), min(keep, totals.numel()))
     return [
         Hypothesis([*running[index // totals.shape[1]].tokens, index % totals.shape[1]], score)
-        for index, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for index, score in zip(best.tolist(), totals.flatten()[best].tolist(), strict=True)
     ]
 
 

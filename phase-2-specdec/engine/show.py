@@ -20,7 +20,7 @@ class Show:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.decoder = IncrementalDecoder(tokenizer)
+        self.tokenizer, self.decoder = tokenizer, IncrementalDecoder(tokenizer)
         self.lengths: Counter[int] = Counter()
         legend = Text("draft tokens that stood", STYLES["accepted"])
         legend.append(" / the target's own where one fell", STYLES["corrected"])
@@ -30,6 +30,8 @@ class Show:
     def step(self, step: Step) -> None:
         sequence, stats = step.sequences[0], step.stats[0]
         self.lengths[stats.accepted] += 1
+        if not step.starts[0]:
+            self.decoder = IncrementalDecoder(self.tokenizer, sequence.prompt)
         new = sequence.tokens[step.starts[0] :]
         for i, token in enumerate(new):
             kind = "accepted" if i < stats.accepted else "bonus" if stats.accepted == stats.k else "corrected"

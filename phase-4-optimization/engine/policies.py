@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.philox import Purpose
 
 from .drafting import Draft
+from .sampling import most_likely
 from .tree import Tree
 from .verify import Decisions, Verdict, verify
 
@@ -183,7 +184,7 @@ class TopkAgree(Lossy):
             raise UserError(f"agree_k must be at least 1, a number of the target's most likely tokens, got {self.k}")
 
     def good(self, opinion: Tensor) -> Tensor:
-        return opinion >= opinion.topk(min(self.k, opinion.shape[-1])).values[..., -1:]
+        return most_likely(opinion, min(self.k, opinion.shape[-1]))
 
 
 @dataclass(frozen=True)

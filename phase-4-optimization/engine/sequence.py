@@ -38,7 +38,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.text = ""  # what the output says so far, up to where a stop string cut it
         self._eos = () if params.ignore_eos else ending.eos_ids
-        self._decoder = IncrementalDecoder(ending.tokenizer) if ending.tokenizer else None
+        self._decoder = IncrementalDecoder(ending.tokenizer, prompt) if ending.tokenizer else None
         self._released = 0  # how many characters `take_text` has handed out
 
     @property

@@ -33,7 +33,7 @@ class Show:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.decoder = IncrementalDecoder(tokenizer)
+        self.tokenizer, self.decoder = tokenizer, IncrementalDecoder(tokenizer)
         self.lengths: Counter[int] = Counter()
         legend = Text("draft tokens that stood", STYLES["accepted"])
         legend.append(" / the target's own where one fell", STYLES["corrected"])
@@ -43,6 +43,8 @@ class Show:
     def step(self, step: Step) -> None:
         sequence, stats = step.sequences[0], step.stats[0]
         self.lengths[stats.accepted] += 1
+        if not step.starts[0]:
+            self.decoder = IncrementalDecoder(self.tokenizer, sequence.prompt)
         new = sequence.tokens[step.starts[0] :]
         nodes = step.paths[0].nodes
         whole = not step.trees[0].children(nodes[-1] if nodes else -1)

@@ -54,6 +54,18 @@ class Tree:
         above = self.line(self.parents[node]) if self.parents[node] >= 0 else []
         return [*above, self.tokens[node]]
 
+    def branches(self, nodes: list[int]) -> tuple[Tree, list[int]]:
+        """The tree of these nodes and their ancestors alone, and the nodes' numbers in it (the text stays -1)."""
+        wanted: set[int] = set()
+        for node in nodes:
+            while node >= 0 and node not in wanted:
+                wanted.add(node)
+                node = self.parents[node]
+        kept = sorted(wanted)
+        place = {node: at for at, node in enumerate(kept)} | {-1: -1}
+        tree = Tree([self.tokens[node] for node in kept], [place[self.parents[node]] for node in kept])
+        return tree, [place[node] for node in nodes]
+
     def ancestors(self) -> Tensor:
         """bool [N, N]: whether node (row) descends from, or is, node (column)."""
         related = torch.eye(len(self.parents), dtype=torch.bool)

@@ -19,7 +19,7 @@ from .kv_cache import KVOptions, OutOfPages
 from .model import Transformer
 from .profiler import stage
 from .runner import Drawing, Runner, make_runner
-from .sampling import KeyedRandomness, Randomness, SamplingParams
+from .sampling import KeyedRandomness, Randomness, SamplingParams, check_finite
 from .sequence import Ending, FinishReason, Sequence
 
 AT_ONCE = 8  # tokens that a runner may draw in one call; what lies behind the text's end is dropped
@@ -99,7 +99,8 @@ def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParam
 def sample(
     runner: Runner, logits: Tensor, sequences: list[Sequence], params: SamplingParams, randomness: Randomness
 ) -> list[int]:
-    """The token that follows each sequence, by logits [R, V]."""
+    """The token that follows each sequence, by logits [R, V]. UserError for logits that are not finite."""
+    check_finite(logits)
     return runner.model.kernels.sample(
         logits,
         params,
@@ -119,9 +120,12 @@ def decode(
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         if len(active) == 1 and (tokens := several(runner, active[0], params, randomness)[0]):
             for token in tokens:
-                if active[0].finish_reason is None and not active[0].append(token):
+                more = active[0].append(token)
+                if not more:
                     runner.release(active[0])
                 yield active
+                if not more:  # what was drawn past the end is no step
+                    break
             continue
         try:
             decode_step(runner, active, params, randomness)

@@ -59,7 +59,12 @@ class Format:
 
 
 class Grid(NamedTuple):
-    """The values that a group's weights may take: (level - zero) * scale. Both [out, groups, 1], float16."""
+    """The values that a group's weights may take: (level - zero) * scale. Both [out, groups, 1].
+
+    A zero is float16. A scale needs the range of float32, which bfloat16 has: in float16 weights of 1e-5 have subnormal
+    scales, of a few bits, and those of 1e7 have infinite ones. That it has 8 bits costs nothing, since levels are
+    rounded by it as it is stored.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -83,22 +88,22 @@ class Rounded(NamedTuple):
 def whole_range(weights: Tensor, format: Format, clip: Tensor | float = 1.0) -> Grid:
     """The grid over a group's weights [out, groups, group], or over a share of their range, `clip`, about zero.
 
-    Symmetric int4 has levels -8 .. 7 about its zero. Its step is the largest weight / 7.5, so the largest is rounded by
-    half a step on either side, as any weight may be.
+    Symmetric int4 has levels -8 .. 7 about its zero. Its step is the largest weight / 7, so that the largest is a value
+    of the grid on either side: a step of / 7.5 is finer and puts every group's largest weight off by half of it.
     """
     if format.has_zeros:
         low, high = weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
         scale = usable((high - low) * clip / 15)
-        return Grid(scale, (-low * clip / scale.float()).half())
-    steps, zero = (7.5, 8) if format.name == "int4" else (127, 0)
+        return Grid(scale, (-low.float() * clip / scale.float()).half())
+    steps, zero = (7, 8) if format.name == "int4" else (127, 0)
     scale = usable(weights.abs().amax(-1, keepdim=True) * clip / steps)
-    return Grid(scale, torch.full_like(scale, zero))
+    return Grid(scale, torch.full_like(scale, zero, dtype=torch.float16))
 
 
 def usable(scale: Tensor) -> Tensor:
-    """In float16, as it is stored; where nothing but zeros shares it, 1."""
-    half = scale.half()
-    return torch.where(half == 0, 1, half)
+    """In bfloat16, as it is stored; where nothing but zeros shares it, 1."""
+    stored = scale.bfloat16()
+    return torch.where(stored == 0, 1, stored)
 
 
 def rtn(weight: Tensor, format: Format) -> Rounded:
@@ -119,7 +124,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class QuantLinear(nn.Module):
-    """A Linear whose matrix is stored in a Format. Scales and zeros are float16, whatever it computes in."""
+    """A Linear whose matrix is stored in a Format. Scales are bfloat16, zeros float16, whatever it computes in."""
 
     values: Tensor  # int8: [out, in]; int4: uint8 [out, groups, group / 2]
     scales: Tensor  # [out, groups]
@@ -135,11 +140,11 @@ class QuantLinear(nn.Module):
         packed = (groups, format.group // 2) if format.name == "int4" else (self.in_features,)
         kind = torch.uint8 if format.name == "int4" else torch.int8
 
-        def reserve(*size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.float16, device=device)
+        def reserve(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
 
         self.register_buffer("values", torch.empty(self.out_features, *packed, dtype=kind, device=device))
-        self.register_buffer("scales", reserve(self.out_features, groups))
+        self.register_buffer("scales", reserve(self.out_features, groups, dtype=torch.bfloat16))
         self.register_buffer("zeros", reserve(self.out_features, groups) if format.has_zeros else None)
         self.register_buffer("factor", reserve(self.in_features) if factor else None)
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device), requires_grad=False) if bias else None

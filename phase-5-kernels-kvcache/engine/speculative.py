@@ -26,7 +26,7 @@ from .kv_cache import OutOfPages
 from .policies import AcceptancePolicy, Judged, Path, Rejection
 from .profiler import stage
 from .runner import Runner
-from .sampling import SamplingParams, penalise, probabilities
+from .sampling import SamplingParams, check_finite, penalise, probabilities
 from .sequence import Sequence
 from .steps import Step as Step  # where others look for it
 from .steps import StepStats, StepTimes, step_stats, take
@@ -71,6 +71,7 @@ def judge(
     certain = params.greedy and draft.probs is None and isinstance(decisions, Certain)
     if certain and policy.lossless and draft.trees is None:
         flat = logits.flatten(0, 1)
+        check_finite(flat)
         scores = penalise(flat.float(), params, prompts, outputs) if params.penalised else flat
         judged: Judged = Greedy(scores.view(*logits.shape))
     else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from common import philox
 from common.philox import Purpose
 
-from .sampling import KeyedRandomness, Randomness
+from .sampling import KeyedRandomness, Randomness, ranked
 
 
 class Decisions(Randomness, Protocol):
@@ -53,7 +53,7 @@ class KeyedDecisions(KeyedRandomness):
     def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         """The largest of log p plus Gumbel noise are a draw without replacement, in order (Kool et al. 2019)."""
         noise = philox.gumbel(self.seed, samples, positions, purpose, probs.shape[-1])
-        return (probs.log() + noise).topk(count).indices
+        return ranked(probs.log() + noise, count)
 
     def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
         rows, columns = probability.shape
@@ -69,7 +69,7 @@ class Certain:
         return probs.argmax(-1)
 
     def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        return probs.topk(count).indices
+        return ranked(probs, count)
 
     def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
         return probability > 0.5

@@ -73,9 +73,9 @@ def save(backend: Backend, folder: Path, **tokenizer_config: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
-def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+def streamed(tokenizer: Tokenizer, ids: list[int], before: list[int] | None = None) -> list[str]:
     """What each push returned, and last the flush."""
-    decoder = IncrementalDecoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer, before or [])
     return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
 
 
@@ -109,6 +109,27 @@ def test_an_emoji_of_several_tokens_comes_at_once_when_it_is_complete() -> None:
 def test_words_stream_one_by_one_with_their_spaces(make: str) -> None:
     tokenizer = MAKES[make]
     assert streamed(tokenizer, tokenizer.encode("the end, the time")) == ["", "the", " end", ",", " the", " time", ""]
+
+
+@makes
+@given(data=st.data())
+def test_streamed_text_is_what_follows_the_prompt(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    prompt = data.draw(st.sampled_from(["the time", "the end. ", "the 😀", "the", "café"]))
+    before = tokenizer.encode(prompt)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 1), max_size=12))
+    whole = tokenizer.decode(before + ids)
+    if whole.startswith(tokenizer.decode(before)):  # bytes of both may be one run, or one character
+        assert "".join(streamed(tokenizer, ids, before)) == whole[len(tokenizer.decode(before)) :]
+
+
+@pytest.mark.parametrize("make", ["llama", "metaspace"])
+@pytest.mark.parametrize("prompt", ["the machine", "the 😀", "the "])
+def test_the_first_space_of_an_output_is_kept(make: str, prompt: str) -> None:
+    tokenizer = MAKES[make]
+    the, end = (tokenizer._backend.token_to_id(piece) for piece in ("▁the", "▁end"))
+    assert streamed(tokenizer, [the, end], tokenizer.encode(prompt)) == [" the", " end", ""]
+    assert streamed(tokenizer, [the, end]) == ["the", " end", ""]
+    assert streamed(tokenizer, [the, end], [1]) == ["the", " end", ""]  # behind a begin token alone
 
 
 def test_sentencepiece_bytes_wait_for_the_end_of_their_run() -> None:

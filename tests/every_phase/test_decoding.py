@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
+from common.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 
@@ -126,6 +129,25 @@ def test_held_back_text_is_shown_when_the_limit_ends_it(engine: ModuleType, load
     fed = Fed(engine, loaded, ("abcd",), limit=tokens)
     assert fed.feed("abc") == "abc"
     assert fed.sequence.finish_reason == "length"
+
+
+def test_the_first_space_of_an_output_is_kept(engine: ModuleType) -> None:
+    """A decoder of sentencepiece drops the space before the first token of a text, and an output is not the first."""
+    words = ["▁France", "▁is", "▁Paris", ",", "▁the", "▁city"]
+    backend = Backend(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=","))
+    backend.decoder = decoders.Metaspace()
+    ending = engine.Ending((), Tokenizer(backend, None, ()))
+    for stop, text, reason in (
+        ((), " Paris, the city", "length"),
+        ((" Paris",), "", "stop"),
+        ((" the",), " Paris,", "stop"),
+    ):
+        sequence = engine.Sequence([0, 1], engine.SamplingParams(stop=stop, max_new_tokens=4), ending)
+        streamed = ""
+        for token in (2, 3, 4, 5):
+            sequence.append(token)
+            streamed += sequence.take_text()
+        assert (sequence.text, streamed, sequence.finish_reason) == (text, text, reason)
 
 
 def test_stop_strings_need_a_tokenizer(engine: ModuleType) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+import shutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from transformers import (
     LogitsProcessorList,
@@ -22,6 +26,7 @@ from transformers import (
 )
 
 from common import philox
+from common.checkpoint import MODELS
 from common.errors import UserError
 
 VOCABULARY = 50
@@ -158,6 +163,91 @@ def test_any_valid_setting_gives_a_distribution(
     assert (probs.gather(-1, logits.argmax(-1, keepdim=True)) > 0).all()  # the most likely token is always kept
 
 
+def kept_by_hand(logits: list[float], top_k: int, top_p: float, min_p: float) -> tuple[set[int], bool]:
+    """The ids that the filters keep, by sorting; and whether rounding could decide otherwise at the edge of top-p."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    order = order[:top_k] if top_k else order
+    weights = [math.exp(logits[token] - logits[order[0]]) for token in order]
+    dropped, near = 0.0, False
+    while len(order) > 1 and top_p < 1:
+        dropped += weights[len(order) - 1] / sum(weights)
+        near = near or abs(dropped - (1 - top_p)) < 1e-5
+        if dropped > 1 - top_p:
+            break
+        order.pop()
+    shares = weights[: len(order)]
+    return {token for token, share in zip(order, shares, strict=True) if share >= min_p * shares[0]}, near
+
+
+@given(
+    whole=st.lists(st.integers(-3, 3), min_size=1, max_size=40),
+    top_k=st.integers(0, 45),
+    top_p=st.sampled_from([1.0, 0.97, 0.83, 0.51, 0.29, 1e-9]),
+    min_p=st.sampled_from([0.0, 0.03, 0.2]),
+)
+def test_of_equal_logits_the_lower_ids_stay(whole: list[int], top_k: int, top_p: float, min_p: float) -> None:
+    import phase1 as engine
+
+    params = engine.SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected, near = kept_by_hand([float(number) for number in whole], top_k, top_p, min_p)
+    assume(not near)
+    probs = engine.probabilities(torch.tensor([whole]).float(), params)[0]
+    assert set(probs.nonzero()[:, 0].tolist()) == expected
+
+
+def test_of_equal_logits_the_lowest_id_is_chosen(engine: ModuleType) -> None:
+    equal = torch.zeros(1, 17)
+    for params in ({}, {"top_p": 1e-9}, {"top_k": 1}):
+        assert (
+            engine.probabilities(equal, engine.SamplingParams(temperature=1.0 if params else 0.0, **params))[0, 0] == 1
+        )
+    scores = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]])
+    assert engine.sampling.ranked(scores, 4).tolist() == [[1, 3, 2, 4]]
+    assert engine.sampling.most_likely(scores, 3).tolist() == [[False, True, True, True, False, False]]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-30])
+def test_the_coldest_temperatures_are_greedy(engine: ModuleType, temperature: float) -> None:
+    logits = random_logits(3) * 1e4
+    probs = engine.probabilities(logits, engine.SamplingParams(temperature=temperature))
+    assert torch.equal(probs, engine.probabilities(logits, engine.SamplingParams()))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(engine: ModuleType, temperature: float, broken: float) -> None:
+    params = engine.SamplingParams(temperature=temperature)
+    logits = random_logits(2)
+    logits[1] = broken
+    keyed = engine.KeyedRandomness(0)
+    for dtype, cause in ((torch.float32, "not finite"), (torch.float16, "float16, which ends at 65504")):
+        with pytest.raises(UserError, match=cause):
+            engine.probabilities(logits.to(dtype), params)
+        with pytest.raises(UserError, match=cause):
+            engine.choose(logits.to(dtype), params, keyed, [0, 0], [0, 0], [[1], [1]], [[], []])
+    logits[1] = random_logits(1)[0]
+    logits[:, 0] = -float("inf")  # a token that cannot be
+    assert engine.probabilities(logits, params)[:, 0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["greedy", "sampled", "beams"])
+def test_an_overflow_in_float16_ends_the_run(engine: ModuleType, how: str, tmp_path: Path) -> None:
+    """It ended the text as an EOS, or went on with tokens that nothing stands behind."""
+    folder = tmp_path / "stdlib-1m"
+    shutil.copytree(MODELS / "stdlib-1m", folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name and "down" in name)
+    save_file(
+        {**weights, name: torch.full_like(weights[name], 60000.0)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    options: dict[str, Any] = {"model": str(folder), "dtype": "float16", "device": "cpu", "max_tokens": 8}
+    options |= {"greedy": {}, "sampled": {"temperature": 1.0}, "beams": {"beams": 2}}[how]
+    drafts = [{}] if "draft" not in engine.Options.model_fields else [{"draft": "none"}, {"draft": "stdlib-1m"}]
+    for draft in drafts if how != "beams" else [{}]:
+        with pytest.raises(UserError, match="not finite"):
+            engine.Session(engine.Options(**options, **draft)).complete(["import os"])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -171,6 +261,8 @@ def test_any_valid_setting_gives_a_distribution(
         {"presence_penalty": 2.5},
         {"frequency_penalty": -3.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e40},
         {"max_new_tokens": 0},
         {"stop": ("",)},
     ],

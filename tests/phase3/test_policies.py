@@ -66,6 +66,13 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
         assert decisions.asked == [(probs[0, accepted].tolist(), 7 + accepted, Purpose.SAMPLE)]
 
 
+def test_of_equal_opinions_the_lower_ids_are_the_likeliest() -> None:
+    assert phase3.TopkAgree(2).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [1, 3]
+    assert phase3.TopkAgree(3).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [0, 1, 3]
+    keys = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), Purpose.DRAFT
+    assert phase3.Certain().draw_several(torch.full((1, 50), 0.02), 3, *keys).tolist() == [[0, 1, 2]]
+
+
 def test_a_certain_target_lets_only_its_token_stand() -> None:
     certain = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
     for policy in (phase3.ConfThreshold(1.0), phase3.TopkAgree(1), phase3.Typical(1.0, 1.0)):

@@ -117,6 +117,45 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
     assert max(step.trees[0].depth for step in steps) == 4
 
 
+def test_a_tree_of_some_nodes_and_what_lies_above_them() -> None:
+    branches, places = BUSHY.branches([4, 0])
+    assert (branches.tokens, branches.parents) == ([5, 6, 9], [-1, -1, 1])
+    assert [branches.line(place) for place in places] == [BUSHY.line(4), BUSHY.line(0)]
+    assert BUSHY.branches([-1]) == (phase3.Tree([], []), [-1])
+
+
+@pytest.mark.parametrize("nodes", [1, 5, 12])
+def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft(
+    pair: tuple[Any, Any], nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven levels of four nodes of four children each would be 100."""
+    sent = []
+    forward = phase3.target_forward
+
+    def counting(model: Any, texts: Any, trees: Any, *more: Any) -> Any:
+        sent.append(len(trees[0].tokens))
+        return forward(model, texts, trees, *more)
+
+    monkeypatch.setattr("phase3.drafters.model.target_forward", counting)
+    params = phase3.SamplingParams(temperature=1.0)
+    base = phase3.ModelDrafter(pair[1].model, params, phase3.KeyedDecisions(0))
+    sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
+    tree = phase3.DynamicTreeDrafter(base, params, nodes).grow(sequence, 7)
+    assert len(tree.tokens) == nodes
+    assert max(sent) <= nodes
+
+    every = phase3.DynamicTreeDrafter(base, params, 10_000).grow(sequence, 7)  # nothing is cut from this one
+    worth = {}
+    for node in range(len(every.tokens)):
+        line = every.line(node)
+        text = torch.tensor([sequence.prompt + line[:-1]])
+        with torch.inference_mode():
+            last = pair[1].model(text)[0, -1].softmax(-1)[line[-1]]
+        worth[tuple(line)] = float(last) * worth.get(tuple(line[:-1]), 1.0)
+    best = sorted(worth, key=lambda line: -worth[line])[:nodes]
+    assert {tuple(tree.line(node)) for node in range(nodes)} == set(best)
+
+
 def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None:
     params = phase3.SamplingParams(temperature=1.0)
     target = pair[0]

@@ -80,6 +80,26 @@ def test_every_weight_takes_the_nearest_value_of_its_group(seed: int, format: Fo
     assert bool(((groups - chosen).abs() <= 0.5 * slack * scales).all())
 
 
+def test_a_feature_far_larger_than_the_others_is_kept() -> None:
+    """The largest weight of a group is a value of its grid, to the precision of the scale, and not half a step off."""
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
+    weight[:, 5] *= 300
+    error = linear_of(weight, Format("int4", 32)).weight[:, 5] / weight[:, 5] - 1
+    assert float(error.abs().max()) < 2**-8
+
+
+@every_format
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e-5, 1.0, 1e6, 1e7, 1e30])
+def test_weights_of_any_size_are_half_a_step_from_their_values(size: float, format: Format) -> None:
+    """Scales in float16 were subnormal, or infinite."""
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(1)) * size
+    groups = format.grouped(weight)
+    meant = linear_of(weight, format).weight.view_as(groups)
+    reach = (groups.amax(-1) - groups.amin(-1)) if format.has_zeros else 2 * groups.abs().amax(-1)
+    step = reach / (254 if format.name == "int8" else 15 if format.has_zeros else 14)
+    assert bool(((meant - groups).abs() <= 0.53 * step[..., None]).all())
+
+
 @every_format
 def test_the_product_is_that_with_the_matrix_written_out(format: Format) -> None:
     weight, x = matrix(0), torch.randn(3, 5, 256)

@@ -113,7 +113,7 @@ SPOILT: list[tuple[str, Callable[[dict[str, Tensor]], object]]] = [
         lambda t: t.update({f"{FFN}.scales": t[f"{FFN}.scales"].T.contiguous()}),
     ),
     (
-        rf"tensor {FFN}\.scales holds torch\.float32, config\.json asks for torch\.float16",
+        rf"tensor {FFN}\.scales holds torch\.float32, config\.json asks for torch\.bfloat16",
         lambda t: t.update({f"{FFN}.scales": t[f"{FFN}.scales"].float()}),
     ),
     (rf"tensor {FFN}\.values holds torch\.int8", lambda t: t.update({f"{FFN}.values": t[f"{FFN}.values"].char()})),

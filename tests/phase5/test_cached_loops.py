@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import phase1
 import phase4
 import phase5
+from common.checkpoint import MODELS
 from common.errors import UserError
 from common.prompts import load_prompts
 from phase5.cli import main
@@ -195,6 +198,68 @@ def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callabl
         session(**options).complete(["import "])[0].tokens
         == session(kv="off", **options).complete(["import "])[0].tokens
     )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ring"])
+@pytest.mark.parametrize("period", [1, 3, 7])
+@pytest.mark.parametrize("how", ["plain", "ngram", "model"])
+def test_constant_and_periodic_texts_past_the_context(how: str, period: int, kind: str, looping: Path) -> None:
+    """After a jump of the window the row begins like the text once more, with fewer tokens; and a ring forgot some.
+
+    The right tokens are phase 1's.
+    """
+    options = {"model": str(looping), "max_tokens": 80, "repetition_penalty": 0.01}
+    drafting = {"plain": {"draft": "none"}, "ngram": {"drafter": "ngram"}, "model": {"draft": str(looping), "k": 3}}
+    text = "".join([" 0", " 1", " 2", " 3", " 4", " 5", " 6"][at % period] for at in range(80))
+    first = phase1.Session(phase1.Options(dtype="float32", device="cpu", **options))
+    (expected,) = first.complete([text])
+    made = session(kv=kind, **options, **drafting[how])
+    (done,) = made.complete([text])
+    assert done.tokens == expected.tokens
+    assert len(set(done.tokens[-32:])) <= 8  # it does repeat itself
+
+
+@pytest.fixture(scope="module")
+def looping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stdlib-1m as a Mistral whose window is 24 tokens and whose context 96."""
+    folder = tmp_path_factory.mktemp("looping") / "stdlib-1m"
+    shutil.copytree(MODELS / "stdlib-1m", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    config |= {"sliding_window": 24, "max_position_embeddings": 96}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"drafter": "eagle"}], ids=["model", "eagle"])
+@pytest.mark.parametrize("kind", [*KINDS, "ring"])
+def test_deep_dynamic_trees_fit_into_the_cache(
+    options: dict[str, Any], kind: str, looping: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft's cache has room for the tree's budget; EAGLE's for every node that it extends, to any depth."""
+    if kind == "ring":
+        if options:
+            pytest.skip("EAGLE's layer was trained for another model")
+        options = {"model": str(looping), "draft": str(looping), "tree_nodes": 8}
+    found = {}
+    for kv in ("off", kind):
+        made = session(kv=kv, tree="dynamic", k=32 if "drafter" in options else 7, max_tokens=40, **options)
+        found[kv] = [each.tokens for each in made.complete(["import ", "def f(x"])]
+    assert found[kind] == found["off"]
+
+
+def test_eagles_layer_has_room_for_all_that_a_deep_tree_extends() -> None:
+    """However full it is: four nodes on each of 64 levels, but for the last, which nobody extends."""
+    made = session(drafter="eagle")
+    layer = Lookahead(made.heads, made.loaded.model, 300)
+    fed = max(n for n in range(300) if layer.has_room(n))
+    with torch.inference_mode():
+        layer.begin(torch.randn(fed, made.loaded.config.width), fed)
+        tokens, parents, level = list[int](), list[int](), [-1] * 4
+        for depth in range(63):
+            nodes = list(range(4 * depth, 4 * depth + 4))
+            tokens, parents, level = [*tokens, 5, 6, 7, 8], parents + level, nodes
+            assert layer.extend(phase5.Tree(tokens, parents), nodes).shape == (4, made.loaded.config.width)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,61 @@ def test_the_same_distribution_and_the_same_token(
     texts = [[1, 2]] * 40
     expected = choose(logits, params, KeyedRandomness(params.seed), *keys, texts, texts)
     assert cpp.sample(logits, params, KeyedRandomness(params.seed), *keys, texts, texts) == expected
+
+
+@pytest.fixture(params=["", "avx2", "portable"])
+def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        if not cpp.library().has_isa(request.param):
+            pytest.skip(f"this processor lacks {request.param}")
+        monkeypatch.setenv("SPECDEC_CPU_ISA", request.param)
+
+
+@pytest.mark.usefixtures("_isa")
+@pytest.mark.parametrize("vocab", [1, 17, 300])
+def test_the_same_tokens_are_kept_where_logits_are_equal(vocab: int) -> None:
+    choose = random.Random(vocab)
+    for seed in range(60):
+        logits = (logits_of(8, vocab, seed) * choose.choice([0.1, 0.5, 1])).round()
+        params = SamplingParams(
+            temperature=choose.choice([0.7, 1.0, 1.9]),
+            top_k=choose.choice([0, 1, 2, 7, vocab // 2, vocab + 1]),
+            top_p=choose.choice([1.0, 0.93, 0.61, 0.37, 1e-9]),
+            min_p=choose.choice([0.0, 0.013, 0.3]),
+        )
+        kept = fast_probabilities(logits, params) > 0
+        assert torch.equal(kept, probabilities(logits, params) > 0), params
+
+
+@pytest.mark.usefixtures("_isa")
+def test_what_is_impossible_has_probability_zero() -> None:
+    logits = torch.tensor([[0.0, -1.0, -200.0, -5000.0, -80.0, -float("inf")] + [-300.0] * 30])
+    for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, min_p=1e-30)):
+        found, expected = fast_probabilities(logits, params), probabilities(logits, params)
+        assert torch.equal(found > 0, expected > 0)
+        assert found[0, 2:4].tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("_isa")
+def test_tokens_exactly_at_the_edge_of_a_filter() -> None:
+    """Four tokens of probability 1/4: half of the mass is two of them. And min_p = 1 keeps all that are likeliest."""
+    equal = torch.zeros(1, 4)
+    for params, count in (
+        (SamplingParams(temperature=1.0, top_p=0.5), 2),
+        (SamplingParams(temperature=1.0, min_p=1.0), 4),
+    ):
+        for found in (fast_probabilities(equal, params), probabilities(equal, params)):
+            assert found[0].tolist() == [1 / count] * count + [0] * (4 - count)
+
+
+def test_any_number_of_tokens_may_be_kept() -> None:
+    logits = logits_of(3, 40)
+    for top_k in (2**31 - 1, 5_000_000_000, 10**30):
+        params = SamplingParams(temperature=1.0, top_k=top_k)
+        keys = [0, 1, 2], [4, 5, 6], [[1]] * 3, [[]] * 3
+        assert cpp.sample(logits, params, KeyedRandomness(0), *keys) == choose(
+            logits, params, KeyedRandomness(0), *keys
+        )
 
 
 def test_penalties_and_other_randomness_are_kept() -> None:

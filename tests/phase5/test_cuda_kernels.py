@@ -144,13 +144,13 @@ def test_sampling_follows_the_distribution(ops: Ops) -> None:
         assert len(set(found)) > 1
 
 
-def test_of_equal_logits_at_the_edge_of_top_p_the_first_go(ops: Ops) -> None:
+def test_of_equal_logits_at_an_edge_the_first_stay(ops: Ops) -> None:
     for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
         logits = torch.zeros(60, V)
         params = SamplingParams(temperature=1.0, top_p=top_p)
         arguments: Any = (params, KeyedRandomness(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
         found = ops["sample"](logits, *arguments)
-        assert min(found) >= V - round(V * top_p) - 1
+        assert max(found) <= round(V * top_p) + 1
         assert len(set(found)) > 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
     together = written(session(**options), 1)
     monkeypatch.setattr(FastRunner, "draw", lambda *arguments: None)
     assert written(session(**options), 1) == together
+
+
+@pytest.mark.parametrize("how", ["plain", "model", "ngram"])
+def test_steps_after_the_end_of_a_text_are_not_counted(how: str) -> None:
+    """Plain decoding that ends with its fifth token has taken five steps, however many were drawn in the call."""
+    (whole,) = session(draft="none").complete(texts(1))
+    for kernels in ("cpp", "torch"):
+        made = session(kernels=kernels, **DRAFTING[how])
+        ending = dataclasses.replace(made.loaded.ending, eos_ids=(whole.tokens[4],))
+        (sequence,) = made.sequences(texts(1))
+        sequence = phase5.Sequence(sequence.prompt, made.params, ending)
+        clock = phase5.Clock()
+        for _ in made.run([sequence], clock):
+            pass
+        stats = clock.stats(sequence)
+        assert (sequence.finish_reason, sequence.tokens) == ("eos", whole.tokens[: len(sequence.tokens)])
+        assert stats.steps == stats.target_forwards <= len(sequence.tokens) <= 5
+        if how == "plain":
+            assert stats.steps == len(sequence.tokens)
 
 
 @pytest.mark.parametrize("how", ["plain", "model", "eagle", "medusa"])

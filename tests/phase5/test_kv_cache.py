@@ -93,7 +93,9 @@ def test_a_cache_is_a_list(kind: str, actions: list[Action]) -> None:
             held += [new[at] for at in kept]
         elif what == "truncate":
             length = max(0, len(held) - size % 5)
-            if kind == "ring" and length and max(0, length - WINDOW + 1) < cache.first(row):
+            overwritten = length and max(0, length - WINDOW + 1) < cache.first(row)
+            assert bool(overwritten) == (0 < length < cache.shortest(row))
+            if overwritten:
                 with pytest.raises(ValueError, match="overwritten"):
                     cache.truncate(row, length)
                 continue

@@ -40,9 +40,10 @@ class ModelDrafter:
         return True
 
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """One forward of the draft over text and tree."""
-        logits = target_forward(self.model, [sequence.prompt + sequence.tokens], [tree]).logits[0]
-        return logits[[node + 1 for node in nodes]]
+        """One forward of the draft over text, nodes, and what lies above the nodes."""
+        branches, places = tree.branches(nodes)
+        logits = target_forward(self.model, [sequence.prompt + sequence.tokens], [branches]).logits[0]
+        return logits[[place + 1 for place in places]]
 
     def known(self, sequence: Sequence) -> int:
         return sequence.length

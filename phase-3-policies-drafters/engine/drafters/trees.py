@@ -4,8 +4,8 @@
   recursive rejection verifies (Sequoia, Chen et al. 2024; RSD, Jeon et al. 2024), and with the target's own noise for
   the policy `coupled`. Otherwise they are the drafter's favourites.
 - dynamic: the drafter's confidence decides where the tree grows, under a budget of nodes (EAGLE-2, Li et al. 2024):
-  every level extends the `beam` likeliest nodes of the one before, and of all nodes the likeliest are kept. Children
-  are chosen, not drawn; verification treats each as certain.
+  every level extends the `beam` likeliest nodes of the one before that are still within the budget, and of all nodes
+  the likeliest are kept. Children are chosen, not drawn; verification treats each as certain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Brancher, Draft, Outcome, Stop
-from ..sampling import SamplingParams, probabilities
+from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import Decisions
@@ -104,7 +104,7 @@ class StaticTreeDrafter(TreeDrafter):
     def _children(self, probs: Tensor, count: int, sequence: Sequence, depth: int) -> list[int]:
         count = min(count, int((probs > 0).sum()))
         if not self.drawn:
-            return probs.topk(count).indices.tolist()
+            return ranked(probs, count).tolist()
         keys = torch.tensor([[sequence.sample], [sequence.length + depth]], device=probs.device)
         return self.decisions.draw_several(probs[None], count, keys[0], keys[1], self.noise)[0].tolist()
 
@@ -120,21 +120,23 @@ class DynamicTreeDrafter(TreeDrafter):
         tokens: list[int] = []
         parents: list[int] = []
         worth: list[float] = []  # of each node, the product of the probabilities down to it
+        best_nodes: list[int] = []
         frontier = [-1]
         for _ in range(levels):
             probs = self.probs(sequence, Tree(tokens, parents), frontier, self.ranking)
-            best = probs.topk(min(self.beam, probs.shape[1]))
+            best = ranked(probs, min(self.beam, probs.shape[1]))
             first = len(tokens)
-            for node, values, ids in zip(frontier, best.values.tolist(), best.indices.tolist(), strict=True):
+            for node, values, ids in zip(frontier, probs.gather(1, best).tolist(), best.tolist(), strict=True):
                 for value, token in zip(values, ids, strict=True):
                     if value > 0:
                         tokens.append(token)
                         parents.append(node)
                         worth.append(value * (worth[node] if node >= 0 else 1.0))
-            frontier = sorted(range(first, len(tokens)), key=lambda node: -worth[node])[: self.beam]
+            # A node outside the budget never comes back, nor do its descendants: none is worth more than its parent.
+            best_nodes = sorted(range(len(tokens)), key=lambda node: -worth[node])[: self.nodes]
+            frontier = [node for node in best_nodes if node >= first][: self.beam]
             if not frontier:
                 break
-        # A node is worth at most what its parent is, so the best nodes bring their parents along.
-        kept = sorted(sorted(range(len(tokens)), key=lambda node: -worth[node])[: self.nodes])
+        kept = sorted(best_nodes)  # their parents are among them
         place = {node: i for i, node in enumerate(kept)} | {-1: -1}
         return Tree([tokens[node] for node in kept], [place[parents[node]] for node in kept])

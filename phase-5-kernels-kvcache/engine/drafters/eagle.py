@@ -25,7 +25,6 @@ from ..config import ModelConfig
 from ..drafting import Draft, Outcome, Stop
 from ..kv_cache import CacheShape, StaticCache
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
-from ..runner import DRAFT_ROOM
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
@@ -33,6 +32,8 @@ from ..verify import Decisions
 from .chains import ChainBuilder
 from .medusa import HeadInit
 from .memory import StateMemory
+
+GUESSES = 4 * 64  # of one draft: a dynamic tree may extend four nodes on each of its levels, and keep few of them
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Lookahead:
         self.confirmed = 0  # inputs in the cache that are no guesses
 
     def has_room(self, inputs: int) -> bool:
-        return self.confirmed + inputs + DRAFT_ROOM <= self.cache.capacity
+        return self.confirmed + inputs + GUESSES <= self.cache.capacity
 
     def begin(self, inputs: Tensor, end: int) -> Tensor:
         """The feature [1, D] that is predicted behind the sequence's new inputs [n, D], which end at a position."""
@@ -243,7 +244,7 @@ class EagleDrafter:
         new = self.head.shape.reach if layer is None else end - layer.end
         if layer is None or not self.cached or new > self.head.shape.reach or not layer.has_room(new):
             longest = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.config.context)
-            capacity = max(longest, 2 * self.head.shape.reach) + DRAFT_ROOM
+            capacity = max(longest, 2 * self.head.shape.reach) + GUESSES
             layer = self._layers[sequence] = self._make_layer(capacity)
             new = self.head.shape.reach
         return layer, new

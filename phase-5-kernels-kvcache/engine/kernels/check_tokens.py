@@ -130,8 +130,6 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
     for dtype in dtypes:
         for V in VOCABULARIES:
             for number, wanted in enumerate(FILTERS):
-                # Of equal logits at its edge torch's top-p drops whichever its sort puts first, so there are none here;
-                # in 16 bits a large vocabulary cannot do without.
                 if (
                     V > 1000
                     and (dtype != torch.float32 or number not in (0, 6, 8))
@@ -156,6 +154,23 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                     return [torch.tensor(tokens)]
 
                 yield Case(f"{dtype}, vocabulary {V}, {wanted or 'no filter'}", run, dtype)
+
+    for V in (17, 300):
+        ties = [{"top_k": 5}, {"top_p": 0.83}, {"top_k": 5, "top_p": 0.61}, {"top_k": 9, "top_p": 0.41, "min_p": 0.05}]
+        for wanted in [*FILTERS, *ties] if full else ties:
+
+            def equal(function: Function, V=V, wanted=wanted) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                """Logits of whole numbers, and all alike: at every edge many are equal, and the lower ids stay."""
+                params = SamplingParams(**{"temperature": 1.0, **wanted})
+                logits = scores(device, torch.float32, 6, 1, V)[:, 0]
+                logits[4:] = 1.0
+                texts = [[0, 1]] * 6
+                places = range(0, 400 if full else 10, 10)
+                keys = [([number] * 6, [place + row for row in range(6)]) for number, place in enumerate(places)]
+                drawn = [function(logits, params, KeyedRandomness(7), *key, texts, texts) for key in keys]
+                return [torch.tensor(drawn)]
+
+            yield Case(f"equal logits, vocabulary {V}, {wanted or 'no filter'}", equal)
 
     def none(function: Function) -> list[Tensor]:
         logits = torch.zeros(0, 5, device=device)

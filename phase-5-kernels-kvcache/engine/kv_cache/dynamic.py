@@ -35,6 +35,9 @@ class DynamicCache:
     def first(self, row: int) -> int:
         return 0
 
+    def shortest(self, row: int) -> int:
+        return 0
+
     def make_room(self, row: int, tokens: int) -> None:
         """There is always room."""
 

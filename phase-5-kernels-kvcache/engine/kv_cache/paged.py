@@ -56,6 +56,9 @@ class PagedCache:
     def first(self, row: int) -> int:
         return 0
 
+    def shortest(self, row: int) -> int:
+        return 0
+
     def make_room(self, row: int, tokens: int) -> None:
         """Take the pages that are lacking, and copy what others share of those that will be written."""
         table, start = self.tables[row], self.lengths[row]

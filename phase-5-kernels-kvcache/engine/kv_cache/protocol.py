@@ -41,6 +41,10 @@ class KVCache(Protocol):
         """The earliest of them that can still be read: 0, except where old ones are overwritten."""
         ...
 
+    def shortest(self, row: int) -> int:
+        """Fewer tokens than this a row cannot be cut back to, except none: what they look back on is overwritten."""
+        ...
+
     def make_room(self, row: int, tokens: int) -> None:
         """Before a forward over this many new tokens. UserError where the cache cannot hold them; nothing changed."""
         ...
@@ -58,7 +62,7 @@ class KVCache(Protocol):
         ...
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget what lies behind the first `length` tokens. ValueError for more than there are."""
+        """Forget what lies behind the first `length` tokens. ValueError for more than there are, or too few."""
         ...
 
     def fork(self, row: int, into: int) -> None:

@@ -44,6 +44,11 @@ class RingCache:
     def first(self, row: int) -> int:
         return max(0, self.reached[row] - self.slots)
 
+    def shortest(self, row: int) -> int:
+        """The next token sees the window that it ends: all of the window must still be there."""
+        first = self.first(row)
+        return first + (self.slots - SPARE) - 1 if first else 0
+
     def make_room(self, row: int, tokens: int) -> None:
         if tokens > SPARE:
             raise UserError(f"a ring takes {SPARE} tokens at a time, and {tokens} came; prefill in chunks of {SPARE}")
@@ -73,7 +78,7 @@ class RingCache:
     def truncate(self, row: int, length: int) -> None:
         """Not further back than the window still reaches from there."""
         check_truncation(length, self.lengths[row])
-        if length and max(0, length - (self.slots - SPARE) + 1) < self.first(row):
+        if length and length < self.shortest(row):
             raise ValueError(f"cannot truncate to {length}: what the window shows from there is overwritten")
         self.lengths[row] = length
         if length == 0:

@@ -38,6 +38,9 @@ class StaticCache:
     def first(self, row: int) -> int:
         return 0
 
+    def shortest(self, row: int) -> int:
+        return 0
+
     def make_room(self, row: int, tokens: int) -> None:
         if self.lengths[row] + tokens > self.capacity:
             raise UserError(

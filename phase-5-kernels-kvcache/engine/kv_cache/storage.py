@@ -24,7 +24,7 @@ class Storage:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, computed: torch.dtype, device: torch.device) -> None:
         """`computed` is what `read` gives."""
         self.values = reserve(shape, dtype, device)
-        self.scales = reserve((*shape[:-1], 1), torch.float16, device) if dtype == torch.int8 else None
+        self.scales = reserve((*shape[:-1], 1), torch.bfloat16, device) if dtype == torch.int8 else None
         self.computed = computed
 
     def write(self, place: Any, x: Tensor) -> None:
@@ -32,7 +32,7 @@ class Storage:
         if self.scales is None:
             self.values[place] = x if x.dtype == self.values.dtype else x.to(self.values.dtype)
             return
-        scales = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=2**-24).half()
+        scales = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-30).bfloat16()
         self.scales[place] = scales
         self.values[place] = (x.float() / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
 

@@ -47,7 +47,7 @@ class Texts:
         return row
 
     def _truncate(self, row: Row, length: int) -> None:
-        if length < self.cache.first(row.number):
+        if length < self.cache.shortest(row.number):
             length = 0  # what it would look back on is overwritten
         self.cache.truncate(row.number, length)
         del row.held[length:]

@@ -22,7 +22,7 @@ from ...drafters.eagle import EagleHead
 from ...kv_cache import StaticCache
 from ...model import Transformer
 from ...sampling import SamplingParams
-from .model import CppModel
+from .model import CppModel, finite_logits
 from .ops import sampling_of
 from .weights import KIND_OF, Plan, Weights, set_norm
 
@@ -119,10 +119,11 @@ class CppEagle(CppModel):
         self._check_text(cache, row, tokens, params)
         features = self._checked(tokens, features)
         probs, predicted = torch.empty(count, self.config.vocab_size), torch.empty(1, self.config.width)
-        drawn = self._engine.continue_features(
-            self.view(cache), row, cache.lengths[row], list(tokens), sample, position, features.data_ptr(), count,
-            sampling_of(params), int(noise), predicted.data_ptr(), probs.data_ptr(),
-        )  # fmt: skip
+        with finite_logits():
+            drawn = self._engine.continue_features(
+                self.view(cache), row, cache.lengths[row], list(tokens), sample, position, features.data_ptr(), count,
+                sampling_of(params), int(noise), predicted.data_ptr(), probs.data_ptr(),
+            )  # fmt: skip
         return drawn, probs, predicted
 
     def _checked(self, tokens: Sequence[int], features: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ cache.keep(0, range(len(prompt)))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ from ...kv_cache import CacheShape, StaticCache
 from ...model import Transformer
 from ...rope import frequencies
 from ...runner import Speculated
-from ...sampling import SamplingParams
+from ...sampling import SamplingParams, not_finite
 from .library import checked_threads, chosen_isa, library
 from .ops import sampling_of
 from .weights import KIND_OF, Plan, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
@@ -229,12 +230,13 @@ class CppModel:
         UserError for penalties, which need the text.
         """
         self._check_text(cache, row, known, params)
-        probs = torch.empty(count, self.config.vocab_size)
+        probs = torch.empty(max(0, count), self.config.vocab_size)
         at = cache.lengths[row] + len(known) if position is None else position
-        drawn = self._engine.draft(
-            self.view(cache), row, cache.lengths[row], list(known), sample, at, count, sampling_of(params), int(noise),
-            probs.data_ptr(),
-        )  # fmt: skip
+        with finite_logits():
+            drawn = self._engine.draft(
+                self.view(cache), row, cache.lengths[row], list(known), sample, at, count, sampling_of(params),
+                int(noise), probs.data_ptr(),
+            )  # fmt: skip
         return drawn, probs
 
     def generate_plain(
@@ -260,20 +262,27 @@ class CppModel:
         """
         self._check_text(cache, row, known, params)
         at = cache.lengths[row] + len(known) if position is None else position
-        made: list[int] = self._engine.generate(
-            self.view(cache),
-            row,
-            cache.lengths[row],
-            list(known),
-            sample,
-            at,
-            count,
-            sampling_of(params),
-            list(ends),
-            list(taps),
-            0 if hidden is None else hidden.data_ptr(),
-            0 if tapped is None else tapped.data_ptr(),
-        )
+        for name, tensor, width in (("hidden", hidden, 1), ("tapped", tapped, len(taps))):
+            wanted = (count, width * self.config.width)
+            if tensor is not None and (tensor.shape != wanted or tensor.dtype != torch.float32):
+                raise ValueError(f"{name} must be float32 {list(wanted)}, and is {tensor.dtype} {list(tensor.shape)}")
+            if tensor is not None and not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous")
+        with finite_logits():
+            made: list[int] = self._engine.generate(
+                self.view(cache),
+                row,
+                cache.lengths[row],
+                list(known),
+                sample,
+                at,
+                count,
+                sampling_of(params),
+                list(ends),
+                list(taps),
+                0 if hidden is None else hidden.data_ptr(),
+                0 if tapped is None else tapped.data_ptr(),
+            )
         return made
 
     def speculate(
@@ -307,12 +316,13 @@ class CppModel:
         vocab = self.config.vocab_size
         draft_probs, target_probs = torch.empty(steps, 1, count, vocab), torch.empty(steps, 1, count + 1, vocab)
         tokens, ratios = torch.empty(steps, 1, count, dtype=torch.long), torch.empty(steps, 1, count)
-        done = library().speculate(
-            self._engine, self.view(cache), row, cache.lengths[row], known,
-            drafter._engine, drafter.view(its_cache), its_row, its_cache.lengths[its_row], its_known,
-            sample, position, count, sampling_of(params), own, int(noise), steps,
-            tokens.data_ptr(), draft_probs.data_ptr(), target_probs.data_ptr(), ratios.data_ptr(),
-        )  # fmt: skip
+        with finite_logits():
+            done = library().speculate(
+                self._engine, self.view(cache), row, cache.lengths[row], known,
+                drafter._engine, drafter.view(its_cache), its_row, its_cache.lengths[its_row], its_known,
+                sample, position, count, sampling_of(params), own, int(noise), steps,
+                tokens.data_ptr(), draft_probs.data_ptr(), target_probs.data_ptr(), ratios.data_ptr(),
+            )  # fmt: skip
         drafted = [None] * steps if params.greedy else draft_probs.unbind()
         tensors = zip(tokens.unbind(), drafted, target_probs.unbind(), ratios.unbind(), strict=True)
         return [
@@ -357,6 +367,15 @@ class CppModel:
         cos, sin = (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
         self._engine.set_rotation(cos.data_ptr(), sin.data_ptr(), cos.numel())
         self._rotations = places
+
+
+@contextmanager
+def finite_logits() -> Iterator[None]:
+    """UserError where the kernels met logits that are not finite."""
+    try:
+        yield
+    except OverflowError:
+        raise not_finite(torch.float32) from None
 
 
 def chain(count: int) -> list[int]:

@@ -11,21 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...sampling import KeyedRandomness, Randomness, SamplingParams, choose, penalise
+from ...sampling import KeyedRandomness, Randomness, SamplingParams, check_finite, choose, penalise
 from ...verify import Certain, Decisions, Verdict, verify
 from .library import chosen_isa, library
 
 MASK = 2**64 - 1
+WHOLE = 2**31 - 1  # no vocabulary is larger
 
 
 def sampling_of(params: SamplingParams, seed: int | None = None) -> Any:
     """`seed` replaces that of the parameters; a negative one is one too."""
     seed = params.seed if seed is None else seed
-    return library().Sampling(params.temperature, params.top_k, params.top_p, params.min_p, seed & MASK)
+    temperature, top_k = 0.0 if params.greedy else params.temperature, min(params.top_k, WHOLE)
+    return library().Sampling(temperature, top_k, params.top_p, params.min_p, seed & MASK)
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """logits [R, V] -> the distribution that is sampled, without penalties."""
+    check_finite(logits)
     probs = logits.detach().float().contiguous().clone()
     library().probabilities(chosen_isa(), probs.data_ptr(), *probs.shape, sampling_of(params))
     return probs
@@ -43,6 +46,7 @@ def sample(
     """The next token of every row of logits [R, V]. Randomness that is not keyed is the caller's own: torch draws."""
     if logits.dtype == torch.float64 or not (params.greedy or isinstance(randomness, KeyedRandomness)):
         return choose(logits, params, randomness, samples, positions, prompts, outputs)
+    check_finite(logits)
     logits = logits.float()
     if params.penalised:
         logits = penalise(logits, params, prompts, outputs)
@@ -63,12 +67,20 @@ def verify_sample(
     positions: Tensor,
     decisions: Decisions,
 ) -> Verdict:
-    """The rule of engine/verify.py; decisions neither keyed nor certain are the caller's own: torch decides."""
+    """The rule of engine/verify.py; decisions neither keyed nor certain are the caller's own: torch decides.
+
+    ValueError for shapes that do not fit together, and for draft tokens that are not in the vocabulary.
+    """
     keyed = isinstance(decisions, KeyedRandomness)
     if target_probs.dtype == torch.float64 or not (keyed or isinstance(decisions, Certain)):
         return verify(draft_tokens, draft_probs, target_probs, widths, samples, positions, decisions)
     seed = decisions.seed & MASK if isinstance(decisions, KeyedRandomness) else 0
-    R, K = draft_tokens.shape
+    (R, K), V = draft_tokens.shape, target_probs.shape[-1]
+    fits = target_probs.shape == (R, K + 1, V) and (draft_probs is None or draft_probs.shape == (R, K, V))
+    if not fits or not widths.shape == samples.shape == positions.shape == (R,):
+        raise ValueError(f"the shapes of {R} drafts of {K} tokens and of their distributions do not fit together")
+    if R and not 0 <= int(widths.min()) <= int(widths.max()) <= K:
+        raise ValueError(f"widths must be in 0 .. {K}, the tokens of a draft, and are {widths.tolist()}")
     drafts, targets = draft_tokens.contiguous(), target_probs.float().contiguous()
     probs = None if draft_probs is None else draft_probs.float().contiguous()
     ratios = torch.zeros(R, K)

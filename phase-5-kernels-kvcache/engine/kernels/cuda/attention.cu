@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     Tile tile = tile_of(call, blockIdx.x, blockIdx.z, 16);
     Places places = places_of(call);
     const Stored *keys = at_address<const Stored>(call.keys), *values = at_address<const Stored>(call.values);
-    const f16 *key_scales = at_address<const f16>(call.key_scales), *value_scales = at_address<const f16>(call.value_scales);
+    const bf16 *key_scales = at_address<const bf16>(call.key_scales), *value_scales = at_address<const bf16>(call.value_scales);
 
     Rows<T, F> rows;
     rows.reset();
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
             for (int c = 0; c < F / 64; c++)
                 v[i][c] = of_values[i] < 0 ? uint4{0, 0, 0, 0}
                                            : eight<T, Stored, ALIGNED>(values + of_values[i] * D, c * 64 + g * 8, D);
-        auto scale_of = [&](const f16* scales, int j, int e) {
+        auto scale_of = [&](const bf16* scales, int j, int e) {
             if (!std::is_same_v<Stored, int8_t>) return 1.0f;
             int64_t at = of_values[2 * j + e];
             return at < 0 ? 0.0f : to_float(scales[at]);

@@ -33,8 +33,8 @@ by_rows(Attention call, float* mixed, float* tops, float* sums, int part, int pa
             float sum = 0;
             for (int i = 0; i < D; i++) sum = fmaf(query[i], to_float(keys[at * D + i]), sum);
             if (std::is_same_v<Stored, int8_t>) {
-                sum *= to_float(at_address<const f16>(call.key_scales)[at]);
-                value_scale = to_float(at_address<const f16>(call.value_scales)[at]);
+                sum *= to_float(at_address<const bf16>(call.key_scales)[at]);
+                value_scale = to_float(at_address<const bf16>(call.value_scales)[at]);
             }
             score = sum * scale;
         }

@@ -27,14 +27,14 @@ struct Places {
 // Write features lane, lane + 32, ... of one head, held by a warp, as number `at` of a layer's keys or values;
 // int8 is rounded to nearest, ties to even, with scale = max |x| / 127, as kv_cache/storage.py does. x(i) is feature i.
 template <class Stored, class X>
-__device__ __forceinline__ void put(const X& x, Stored* cache, f16* scales, int64_t at, int D) {
+__device__ __forceinline__ void put(const X& x, Stored* cache, bf16* scales, int64_t at, int D) {
     int lane = threadIdx.x % 32;
     cache += at * D;
     if constexpr (std::is_same_v<Stored, int8_t>) {
         float most = 0;
         for (int i = lane; i < D; i += 32) most = fmaxf(most, fabsf(x(i)));
         most = warp_max(most);
-        f16 scale = from_float<f16>(fmaxf(divide(most, 127.0f), 5.9604644775390625e-08f));
+        bf16 scale = from_float<bf16>(fmaxf(divide(most, 127.0f), 1e-30f));
         float divisor = to_float(scale);
         for (int i = lane; i < D; i += 32)
             cache[i] = int8_t(fminf(fmaxf(round_even(divide(x(i), divisor)), -127.0f), 127.0f));

@@ -182,7 +182,7 @@ void run(int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, i
          int64_t stream) {
     using W = Weights<BITS, T>;
     int64_t chunks = blocks_of(matrix.K, 4 * W::INPUTS);
-    Grid grid{at_address<const f16>(matrix.scales), at_address<const f16>(matrix.zeros)};
+    Grid grid{at_address<const bf16>(matrix.scales), at_address<const f16>(matrix.zeros)};
     Call<T> call{at_address<const T>(x), x_stride, M, at_address<const void>(matrix.values), grid,
                  at_address<const f16>(matrix.factor), at_address<const void>(matrix.bias), matrix.bias_format,
                  log_2(matrix.group), gated ? matrix.N / 2 : matrix.N, matrix.K, blocks_of(blocks_of(chunks, parts), RUN) * RUN,

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(WARPS * 32) by_rows(linear_kernel::Call<T> cal
 
 template <class T, int BITS>
 void run(int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, int64_t out, int64_t stream) {
-    Grid grid{at_address<const f16>(matrix.scales), at_address<const f16>(matrix.zeros)};
+    Grid grid{at_address<const bf16>(matrix.scales), at_address<const f16>(matrix.zeros)};
     linear_kernel::Call<T> call{at_address<const T>(x), x_stride, M, at_address<const void>(matrix.values), grid,
                                 at_address<const f16>(matrix.factor), at_address<const void>(matrix.bias),
                                 matrix.bias_format, linear_kernel::log_2(matrix.group), gated ? matrix.N / 2 : matrix.N, matrix.K, 0, nullptr,

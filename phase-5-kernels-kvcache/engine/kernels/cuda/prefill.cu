@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2) prefill(Attention call, float s
             *reinterpret_cast<uint4*>(v_tile + key * V_LINE + f) = live ? eight<T, Stored, ALIGNED>(values + at * D, f, D) : none;
             if (f == 0) {
                 bool scaled = live && std::is_same_v<Stored, int8_t>;
-                k_scale[key] = scaled ? to_float(at_address<const f16>(call.key_scales)[at]) : 1.0f;
-                v_scale[key] = scaled ? to_float(at_address<const f16>(call.value_scales)[at]) : 1.0f;
+                k_scale[key] = scaled ? to_float(at_address<const bf16>(call.key_scales)[at]) : 1.0f;
+                v_scale[key] = scaled ? to_float(at_address<const bf16>(call.value_scales)[at]) : 1.0f;
             }
         }
         __syncthreads();

@@ -27,7 +27,7 @@ template <class T> __device__ __forceinline__ float turned(const T* x, const T* 
 template <class T, class Stored, bool TURN>
 __global__ void __launch_bounds__(WARPS * 32)
 append(Strided<T> query, Strided<T> key, Strided<T> value, const T* cos, const T* sin, int64_t t_row, int64_t t_token,
-       T* out, Stored* keys, Stored* values, f16* key_scales, f16* value_scales, Places places, const int* starts,
+       T* out, Stored* keys, Stored* values, bf16* key_scales, bf16* value_scales, Places places, const int* starts,
        const int* counts, int T_, int H, int HK, int D) {
     int lane = threadIdx.x % 32, h = blockIdx.x * WARPS + threadIdx.x / 32, t = blockIdx.y, r = blockIdx.z;
     const T *c = cos + r * t_row + t * t_token, *s = sin + r * t_row + t * t_token;
@@ -79,7 +79,7 @@ void rope_append(int format, int stored, int64_t query, int64_t key, int64_t val
             auto kernel = turn ? append<T, S, true> : append<T, S, false>;
             launch(kernel, dim3(blocks_of(H + 2 * HK, WARPS), T_, R), WARPS * 32, 0, stream, q, k, v,
                    at_address<const T>(cos), at_address<const T>(sin), strides[9], strides[10], at_address<T>(out),
-                   at_address<S>(keys), at_address<S>(values), at_address<f16>(key_scales), at_address<f16>(value_scales),
+                   at_address<S>(keys), at_address<S>(values), at_address<bf16>(key_scales), at_address<bf16>(value_scales),
                    places, at_address<const int>(starts), at_address<const int>(counts), T_, H, HK, D);
         });
     });

@@ -2,8 +2,8 @@
 //
 // A block has a row. Nothing is sorted: where a filter cuts is found by its number's bits, eight at a time, from
 // histograms of what has the bits found so far (radix selection). Masses are whole numbers, exp(x - highest) in units of
-// 2^-40: their sums are the same in any order, so the atomic additions leave nothing to chance. Of equal logits at the
-// edge of top-p those with the lowest ids go first, as in a stable sort.
+// 2^-40: their sums are the same in any order, so the atomic additions leave nothing to chance. Of equal logits at an
+// edge those with the lowest ids stay.
 #include "choice.cuh"
 #include "ops.h"
 #include "philox.cuh"
@@ -74,6 +74,23 @@ __device__ uint32_t select(const Row<T>& row, uint32_t least, Count limit, Count
     return prefix;
 }
 
+template <class T> __device__ Count equal_to(const Row<T>& row, uint32_t edge, Count* space) {
+    __syncthreads();
+    if (threadIdx.x == 0) *space = 0;
+    __syncthreads();
+    Count mine = 0;
+#pragma unroll 8
+    for (int at = threadIdx.x; at < row.V; at += THREADS) mine += ordered(row(at)) == edge;
+    atomicAdd(space, mine);
+    __syncthreads();
+    return *space;
+}
+
+// That number in float32.
+__device__ __forceinline__ float number_of(uint32_t whole) {
+    return bits_as<float>(whole & 0x80000000u ? whole & 0x7fffffffu : ~whole);
+}
+
 template <class T>
 __global__ void __launch_bounds__(THREADS)
 choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, float temperature, int64_t top_k, double top_p,
@@ -92,12 +109,15 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
 
     uint32_t least = 0;  // the smallest logit that is kept, by its bits
     Count sum = 0;
-    if (top_k > 0 && top_k < V) least = select<false>(row, 0, top_k, &sum, bins, [](float) { return 1; });
+    __shared__ Count all;
+    const bool counted = top_k > 0 && top_k < V;
+    if (counted) least = select<false>(row, 0, top_k, &sum, bins, [](float) { return 1; });
     uint32_t edge = least;
-    int gone = 0;  // of the logits at the edge
+    Count stay = counted ? top_k - sum : V;  // of the logits at the edge, the first
     if (top_p < 1) {
         auto mass = [&](float x) { return row.mass(x); };
-        __shared__ Count all;
+        // What top-k drops at its edge is below all that it keeps: as much more has to go.
+        Count excess = counted ? (equal_to(row, least, &all) - stay) * mass(number_of(least)) : 0;
         __syncthreads();
         if (threadIdx.x == 0) all = 0;
         __syncthreads();
@@ -109,21 +129,15 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
         }
         atomicAdd(&all, mine);
         __syncthreads();
-        Count drop = Count((1.0 - top_p) * double(all));
-        edge = select<true>(row, least, drop, &sum, bins, mass);
-        uint32_t bits = edge & 0x80000000u ? edge & 0x7fffffffu : ~edge;
-        Count each = row.mass(bits_as<float>(bits));
-        __syncthreads();
-        if (threadIdx.x == 0) all = 0;
-        __syncthreads();
-        mine = 0;
-#pragma unroll 8
-        for (int at = threadIdx.x; at < V; at += THREADS) mine += ordered(row(at)) == edge;
-        atomicAdd(&all, mine);
-        __syncthreads();
-        Count leave = each && drop > sum ? (drop - sum) / each : 0;
-        gone = int(min(leave, all - 1));  // one always stays
+        Count drop = Count((1.0 - top_p) * double(all - excess));
+        edge = select<true>(row, least, drop + excess, &sum, bins, mass);
+        Count each = mass(number_of(edge));
+        if (!counted || edge != least) stay = equal_to(row, edge, &all);
+        Count before = edge == least ? 0 : sum - excess;
+        Count leave = each && drop > before ? (drop - before) / each : 0;
+        stay -= min(leave, stay - 1);  // one always stays
     }
+    const bool limited = counted || top_p < 1;
 
     // Twice through what is kept, by the same rule: for its mass, and for the draw.
     float total = 0;
@@ -145,7 +159,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
                 mine += at < V && whole[i] == edge;
             }
             int before = 0;  // of the equal ones, how many come earlier
-            if (gone) {
+            if (limited) {
                 int sums = mine;
                 for (int by = 1; by < 32; by *= 2) {
                     int other = __shfl_up_sync(~0u, sums, by);
@@ -164,7 +178,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
             for (int i = 0; i < 4; i++) {
                 int at = first + threadIdx.x * 4 + i;
                 if (at >= V) break;
-                bool keep = whole[i] > edge || (whole[i] == edge && before >= gone);
+                bool keep = whole[i] > edge || (whole[i] == edge && (!limited || before < int64_t(stay)));
                 before += whole[i] == edge;
                 float weight = row.weight(x[i]);
                 if (!keep || weight < min_p || weight <= 0) continue;

@@ -133,7 +133,7 @@ def sample(
     out = torch.empty(R, dtype=torch.int64, device=logits.device)
     library.sample(
         FORMATS[rows.dtype], address(rows), rows.stride(0), address(keys), address(out), R, V, params.temperature,
-        params.top_k, params.top_p, params.min_p, stream_of(logits),
+        min(params.top_k, V), params.top_p, params.min_p, stream_of(logits),
     )  # fmt: skip
     tokens: list[int] = out.tolist()
     return tokens

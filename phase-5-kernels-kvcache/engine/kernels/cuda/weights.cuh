@@ -9,8 +9,9 @@
 #include "mma.cuh"
 #include "ops.h"
 
-struct Grid {  // scales, zeros [N, K / group] float16; zeros may be null, and is then 8
-    const f16 *scales, *zeros;
+struct Grid {  // scales, zeros [N, K / group] of bfloat16 and float16; zeros may be null, and is then 8
+    const bf16* scales;
+    const f16* zeros;
 };
 
 // Eight numbers in 16 bytes from a row of K, zeros behind its end; ALIGNED: one access.

@@ -20,8 +20,11 @@ from .support import floating, launch, on_device, power, require, same_shape
 
 @triton.jit
 def quantised(x):
-    """x float32 [H, D] -> whole numbers in float32, and the scales [H] in float16."""
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 5.9604644775390625e-08).to(tl.float16)
+    """x float32 [H, D] -> whole numbers in float32, and the scales [H] in bfloat16."""
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 1e-30)
+    # Rounded to nearest by hand, ties to even: the interpreter cuts bits off.
+    bits = scale.to(tl.int32, bitcast=True)
+    scale = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
     divisor = tl.zeros(x.shape, tl.float32) + scale.to(tl.float32)[:, None]
     # Adding 1.5 * 2**23 leaves no bits for a fraction: the sum is rounded to nearest, ties to even.
     level = (tl.div_rn(x, divisor) + 12582912.0) - 12582912.0

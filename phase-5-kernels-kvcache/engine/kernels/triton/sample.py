@@ -2,7 +2,7 @@
 
 What comes back to the host is a token id per row. No sort: where a filter cuts is found by halving the range of
 float32 numbers, 32 times, each time counting (top-k) or adding up (top-p) what lies above or below. Of equal logits at
-the edge of top-p the ones with the lowest ids go first, as in a stable sort.
+an edge those with the lowest ids stay.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -63,12 +63,26 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
             least = tl.where(enough, middle, least)
             above = tl.where(enough, above, middle)
 
-    edge, gone = least, tl.zeros((1,), tl.int64)  # of the logits at the edge, so many go
+    edge, stay = least, tl.zeros((1,), tl.int64)  # of the logits at the edge, the first so many stay
+    over, excess = tl.zeros((1,), tl.int64), tl.zeros((1,), tl.float32)  # those that top-k drops there, and their mass
+    if TOP_K:
+        count, share = tl.zeros((1,), tl.int64), tl.zeros((1,), tl.float32)
+        for first in range(0, V, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = scaled(row, first, temperature, V, BLOCK)
+            whole = ordered(x)
+            count += tl.sum(((whole >= least) & (at < V)).to(tl.int64), 0)
+            stay += tl.sum(((whole == least) & (at < V)).to(tl.int64), 0)
+            share = tl.maximum(share, tl.max(tl.where(whole == least, tl.exp(x - top), 0.0), 0))
+        over = count - top_k
+        stay -= over
+        excess = over.to(tl.float32) * share
     if TOP_P:
         mass = tl.zeros((1,), tl.float32)
         for first in range(0, V, BLOCK):
             x = scaled(row, first, temperature, V, BLOCK)
             mass += tl.sum(tl.where(ordered(x) >= least, tl.exp(x - top), 0.0), 0)
+        mass -= excess
         low, edge = least - 1, ordered(tl.zeros((1,), tl.float32) + top)  # the mass up to low goes, up to edge stays
         for _ in range(33):
             middle = (low + edge) >> 1
@@ -77,7 +91,7 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
                 x = scaled(row, first, temperature, V, BLOCK)
                 whole = ordered(x)
                 below += tl.sum(tl.where((whole >= least) & (whole <= middle), tl.exp(x - top), 0.0), 0)
-            goes = below <= drop * mass
+            goes = below - excess <= drop * mass
             low = tl.where(goes & (middle < edge), middle, low)
             edge = tl.where(goes, edge, middle)
         below, share, ties = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.int64)
@@ -89,16 +103,18 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
             below += tl.sum(tl.where((whole >= least) & (whole < edge), each, 0.0), 0)
             share = tl.maximum(share, tl.max(tl.where(whole == edge, each, 0.0), 0))
             ties += tl.sum(((whole == edge) & (at < V)).to(tl.int64), 0)
+        lowest = edge == least
+        below, ties = tl.where(lowest, 0.0, below - excess), tl.where(lowest, ties - over, ties)
         gone = tl.maximum(drop * mass - below, 0.0)
         gone = tl.floor(gone / tl.where(share > 0.0, share, 1.0)).to(tl.int64)
-        gone = tl.minimum(gone, ties - 1)  # one always stays
+        stay = ties - tl.minimum(gone, ties - 1)  # one always stays
 
     total, passed = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.int64)
     for first in range(0, V, BLOCK):
         x = scaled(row, first, temperature, V, BLOCK)
         whole = ordered(x)
         tie = (whole == edge).to(tl.int64)
-        keep = (whole > edge) | ((whole == edge) & (passed + tl.cumsum(tie, 0) > gone))
+        keep = (whole > edge) | ((whole == edge) & (passed + tl.cumsum(tie, 0) <= stay))
         passed += tl.sum(tie, 0)
         each = tl.exp(x - top)
         if MIN_P:
@@ -111,7 +127,7 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
         x = scaled(row, first, temperature, V, BLOCK)
         whole = ordered(x)
         tie = (whole == edge).to(tl.int64)
-        keep = (whole > edge) | ((whole == edge) & (passed + tl.cumsum(tie, 0) > gone))
+        keep = (whole > edge) | ((whole == edge) & (passed + tl.cumsum(tie, 0) <= stay))
         passed += tl.sum(tie, 0)
         p = tl.div_rn(tl.exp(x - top), tl.zeros((BLOCK,), tl.float32) + total)
         if MIN_P:
@@ -150,7 +166,7 @@ def sample(
     out = torch.empty(R, dtype=torch.int64, device=logits.device)
     launch(
         _sample, (R,), rows, keyed(pairs[0], pairs[1], seed or 0), out, V, rows.stride(0), float(params.temperature),
-        params.top_k, 1.0 - params.top_p, float(params.min_p),
+        min(params.top_k, V), 1.0 - params.top_p, float(params.min_p),
         TOP_K=0 < params.top_k < V, TOP_P=params.top_p < 1, MIN_P=params.min_p > 0, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
     tokens: list[int] = out.tolist()

@@ -13,8 +13,8 @@ static void write_place(const float* x, int count, void* to, uint16_t* scale_to)
         float peak = 0;
         for (int i = 0; i < count; ++i) peak = __builtin_fabsf(x[i]) > peak ? __builtin_fabsf(x[i]) : peak;
         float scale = peak / 127;
-        *scale_to = half_of_float(scale < 5.9604644775390625e-8f ? 5.9604644775390625e-8f : scale);
-        scale = float_of_half(*scale_to);
+        *scale_to = bf16_of_float(scale < 1e-30f ? 1e-30f : scale);
+        scale = float_of_bf16(*scale_to);
         for (int i = 0; i < count; ++i) {
             float level = __builtin_rintf(x[i] / scale);
             level = level > 127 ? 127 : level < -127 ? -127 : level;
@@ -97,7 +97,7 @@ static void attend_as(
             const int place = first + (block + i < count ? block + i : count - 1);
             const int slot = place < token.held ? place : token.line[place - token.held];
             at[i] = keys + size_t(slot) * d * size_of(KIND);
-            if constexpr (KIND == Kind::i8) scale[i] = float_of_half(cache.key_scales[layer][row + slot]);
+            if constexpr (KIND == Kind::i8) scale[i] = float_of_bf16(cache.key_scales[layer][row + slot]);
         }
         for (int q = 0; q < queries; ++q) {
             Floats dots[LANES];
@@ -135,7 +135,7 @@ static void attend_as(
         if constexpr (KIND == Kind::i8) {
             for (int i = 0; i < count; ++i) {
                 const int place = first + i, slot = place < token.held ? place : token.line[place - token.held];
-                mine[i] *= float_of_half(cache.value_scales[layer][row + slot]);
+                mine[i] *= float_of_bf16(cache.value_scales[layer][row + slot]);
             }
         }
     }

@@ -32,13 +32,27 @@ Model model_of(const py::dict& d) {
     m.head_dim = number("head_dim"), m.ffn = number("ffn"), m.vocab = number("vocab"), m.window = number("window");
     m.position_offset = number("position_offset");
     m.gated = d["gated"].cast<bool>(), m.rope = d["rope"].cast<bool>();
-    m.activation = Activation(number("activation"));
+    const int activation = number("activation");
+    if (activation < 0 || activation > int(Activation::relu)) throw std::invalid_argument("no such activation");
+    m.activation = Activation(activation);
     m.norm_eps = d["norm_eps"].cast<float>();
     return m;
 }
 
 Sampling sampling_of(double temperature, int top_k, double top_p, double min_p, uint64_t seed) {
-    return {temperature, top_k, top_p, min_p, seed};
+    const Sampling how{temperature, top_k, top_p, min_p, seed};
+    how.check();
+    return how;
+}
+
+void need(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
+const Isa& isa_of(const std::string& name) {
+    const Isa* isa = find_isa(name.c_str());
+    need(isa != nullptr, "no such instruction set");
+    return *isa;
 }
 
 }  // namespace
@@ -92,24 +106,28 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
 
     py::class_<Engine>(module, "Engine", py::module_local())
         .def(py::init([](const py::dict& config, int threads, const std::string& isa) {
-            const Isa* set = find_isa(isa.c_str());
-            if (set == nullptr) throw std::invalid_argument("no instruction set " + isa);
-            return std::make_unique<Engine>(model_of(config), threads, set);
+            need(threads >= 1 && threads <= 4096, "a model has between 1 and 4096 threads");
+            return std::make_unique<Engine>(model_of(config), threads, &isa_of(isa));
         }))
         .def_property_readonly("isa", [](const Engine& e) { return std::string(e.isa->name); })
         .def_property_readonly("narrow_bf16", [](const Engine& e) { return e.isa->narrow_bf16; })
         .def_property_readonly("threads", &Engine::threads)
         .def("set_matrix", &Engine::set_matrix)
         .def("set_vector", [](Engine& e, int layer, const std::string& which, uintptr_t values, size_t count) {
+            need(values != 0, "the vector has no memory");
             e.set_vector(layer, which, floats(values, count));
         })
         .def("set_rotation", [](Engine& e, uintptr_t cos, uintptr_t sin, size_t count) {
+            need(cos != 0 && sin != 0, "the rotation has no memory");
             e.set_rotation(floats(cos, count), floats(sin, count));
         })
         .def("set_table", [](Engine& e, const std::string& which, uintptr_t data, int kind, int rows) {
             (which == "embedding" ? e.model.embedding : e.model.positions) = {pointer<void>(data), kind_of(kind), rows};
         })
-        .def("set_join", &Engine::set_join)
+        .def("set_join", [](Engine& e, std::shared_ptr<Packed> join) {
+            need(join != nullptr, "there is no matrix");
+            e.set_join(std::move(join));
+        })
         .def("join", [](Engine& e, const std::vector<int>& tokens, uintptr_t features, uintptr_t out) {
             py::gil_scoped_release release;
             e.join(tokens, pointer<float>(features), pointer<float>(out));
@@ -174,15 +192,18 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
     // Rows of logits or probabilities, [rows, vocab] each.
     module.def("probabilities", [](const std::string& isa, uintptr_t x, int rows, int vocab, const Sampling& how) {
         py::gil_scoped_release release;
-        for (int r = 0; r < rows; ++r) probabilities(*find_isa(isa.c_str()), pointer<float>(x) + size_t(r) * vocab, vocab, how);
+        need(x != 0 && rows >= 0 && vocab > 0, "there are no logits");
+        for (int r = 0; r < rows; ++r) probabilities(isa_of(isa), pointer<float>(x) + size_t(r) * vocab, vocab, how);
     });
     module.def("choose", [](const std::string& isa, uintptr_t logits, int vocab, const Sampling& how,
                             std::vector<int64_t> samples, std::vector<int64_t> positions) {
         py::gil_scoped_release release;
+        need(logits != 0 && vocab > 0, "there are no logits");
+        need(samples.size() == positions.size(), "samples and positions differ in number");
         std::vector<float> spare(static_cast<size_t>(vocab));
         std::vector<int> tokens;
         for (size_t r = 0; r < samples.size(); ++r)
-            tokens.push_back(choose(*find_isa(isa.c_str()), pointer<float>(logits) + r * size_t(vocab), vocab, how,
+            tokens.push_back(choose(isa_of(isa), pointer<float>(logits) + r * size_t(vocab), vocab, how,
                                     uint32_t(samples[r]), uint32_t(positions[r]), spare.data()));
         return tokens;
     });
@@ -190,9 +211,15 @@ PYBIND11_MODULE(EXTENSION_NAME, module) {
                             uintptr_t target_probs, int vocab, uint64_t seed, int64_t sample, int64_t position,
                             bool certain, uintptr_t ratios) {
         py::gil_scoped_release release;
+        need(vocab > 0 && count >= 0 && target_probs != 0, "there are no distributions");
+        need(count == 0 || (draft != 0 && ratios != 0), "the draft or its ratios have no memory");
+        for (int i = 0; i < count; ++i) {
+            const int64_t token = pointer<int64_t>(draft)[i];
+            need(token >= 0 && token < vocab, "a draft token is not in the vocabulary");
+        }
         std::vector<float> spare(static_cast<size_t>(vocab));
         const Stood stood = verify(
-            *find_isa(isa.c_str()), pointer<int64_t>(draft), count, pointer<float>(draft_probs), pointer<float>(target_probs),
+            isa_of(isa), pointer<int64_t>(draft), count, pointer<float>(draft_probs), pointer<float>(target_probs),
             vocab, seed, uint32_t(sample), uint32_t(position), certain, pointer<float>(ratios), spare.data()
         );
         return std::make_pair(stood.accepted, stood.next);

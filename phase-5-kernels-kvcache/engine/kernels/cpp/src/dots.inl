@@ -185,7 +185,7 @@ struct Tile {
                 if constexpr (KIND == Kind::i4) {
                     const size_t group = size_t(panel + p * apart) * weight_groups + g * w.group / w.scale_group;
                     const size_t at = group * PANEL + (first + r) * LANES;
-                    scale = load(w.halves + at, Kind::f16);
+                    scale = load(w.halves + at, Kind::bf16);
                     if (w.zeros != nullptr) zero = load(w.zeros + at, Kind::f16);
                 }
                 LAB_EACH(m, M) {

@@ -9,19 +9,47 @@
 
 namespace lab {
 
+namespace {
+
+void need(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
+bool fits(const Matrix& w, int inputs, int outputs) { return w.data != nullptr && w.inputs == inputs && w.outputs >= outputs; }
+
+}  // namespace
+
 void View::bind() {
+    const bool scaled = cache.kind == Kind::i8;
+    need(cache.kind != Kind::i4, "a cache has no levels of four bits");
+    need(cache.rows > 0 && cache.kv_heads > 0 && cache.capacity > 0 && cache.head_dim > 0, "a cache has at least one of everything");
+    need(keys.size() == values.size(), "keys and values have different numbers of layers");
+    need(key_scales.size() == (scaled ? keys.size() : 0) && value_scales.size() == key_scales.size(), "int8 has scales in every layer, and nothing else has");
+    auto there = [](const auto& pointers) { return std::find(pointers.begin(), pointers.end(), nullptr) == pointers.end(); };
+    need(there(keys) && there(values) && there(key_scales) && there(value_scales), "a tensor of the cache is not there");
     cache.keys = keys.data();
     cache.values = values.data();
     cache.key_scales = key_scales.data();
     cache.value_scales = value_scales.data();
 }
 
+const Model& Engine::checked(const Model& m) {
+    constexpr int MOST = 1 << 24;
+    for (int number : {m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.ffn, m.vocab})
+        need(number > 0 && number <= MOST, "a size of the model is below 1 or absurd");
+    need(m.heads % m.kv_heads == 0, "the heads cannot share the key-value heads evenly");
+    need(int64_t(m.heads) * m.head_dim <= MOST && int64_t(m.layers) <= MOST / 64, "a size of the model is absurd");
+    need(m.window >= 0 && m.position_offset >= 0, "window and position offset are at least 0");
+    return m;
+}
+
 Engine::Engine(const Model& m, int threads, const Isa* set)
-    : model(m), isa(set), layers_(static_cast<size_t>(m.layers)), pool_(Pool::of(threads)) {
+    : model(checked(m)), isa(set), layers_(static_cast<size_t>(m.layers)), pool_(Pool::of(threads)) {
     model.layer = layers_.data();
 }
 
 void Engine::set_matrix(int layer, const std::string& which, std::shared_ptr<Packed> packed) {
+    need(packed != nullptr, "there is no matrix");
     matrices_.push_back(packed);
     if (which == "head") {
         model.head = packed->matrix;
@@ -36,6 +64,8 @@ void Engine::set_matrix(int layer, const std::string& which, std::shared_ptr<Pac
 }
 
 void Engine::set_vector(int layer, const std::string& which, std::vector<float> values) {
+    const bool of_head = which == "query_norm" || which == "key_norm";
+    need(values.size() == size_t(of_head ? model.head_dim : model.width), "a vector is not as long as what it is for");
     vectors_.push_back(std::move(values));
     const float* data = vectors_.back().data();
     if (which == "norm.weight") model.norm.weight = data;
@@ -57,6 +87,7 @@ void Engine::set_vector(int layer, const std::string& which, std::vector<float> 
 }
 
 void Engine::set_rotation(std::vector<float> cos, std::vector<float> sin) {
+    need(cos.size() == sin.size(), "cosines and sines differ in number");
     cos_ = std::move(cos);
     sin_ = std::move(sin);
     model.cos = cos_.data();
@@ -72,6 +103,22 @@ float* Engine::memory(size_t floats) {
 }
 
 void Engine::finish() {
+    for (const Layer& layer : layers_) {
+        need(layer.attention_norm.weight != nullptr && layer.ffn_norm.weight != nullptr, "a norm is missing");
+        need(fits(layer.qkv, model.width, model.qkv_width()), "a layer's queries, keys and values have no matrix of their shape");
+        need(fits(layer.output, model.heads * model.head_dim, model.width), "a layer's output has no matrix of its shape");
+        need(fits(layer.up, model.width, model.gated ? 2 * model.ffn_padded() : model.ffn), "a layer's first product has no matrix of its shape");
+        need(fits(layer.down, model.ffn, model.width), "a layer's last product has no matrix of its shape");
+        need((layer.query_norm == nullptr) == (layer.key_norm == nullptr), "queries and keys are both normed, or neither");
+    }
+    need(model.norm.weight != nullptr && fits(model.head, model.width, model.vocab), "the last norm or the output matrix is missing");
+    need(model.embedding.data != nullptr && model.embedding.rows >= model.vocab, "the embedding has too few rows");
+    need(model.embedding.kind < Kind::i8 && model.positions.kind < Kind::i8, "tables are of floating formats");
+    need(model.rope || join_ != nullptr || model.positions.data != nullptr, "the table of positions is missing");
+    if (join_ != nullptr) {
+        need(fits(join_->matrix, 2 * model.width, model.width), "the matrix that joins token and feature has another shape");
+        need(token_norm_.weight != nullptr && state_norm_.weight != nullptr, "a norm of the joined inputs is missing");
+    }
     for (Layer& layer : layers_)
         for (Norm* norm : {&layer.attention_norm, &layer.ffn_norm}) {
             norm->eps = model.norm_eps;
@@ -108,6 +155,7 @@ void Engine::finish() {
     block_.widest = widest;
     spare_.resize(size_t(model.vocab));
     one_.resize(size_t(model.vocab));
+    finished_ = true;
 }
 
 void Engine::fit(int capacity) {
@@ -125,9 +173,7 @@ void Engine::fit(int capacity) {
 }
 
 void Engine::check(const View& view, const Request& request) const {
-    auto need = [](bool good, const char* what) {
-        if (!good) throw std::invalid_argument(what);
-    };
+    need(finished_, "the model is not finished");
     const Cache& cache = view.cache;
     const size_t count = request.tokens.size();
     need(cache.kv_heads == model.kv_heads && cache.head_dim == model.head_dim, "the cache has another shape");
@@ -138,8 +184,10 @@ void Engine::check(const View& view, const Request& request) const {
     size_t total = 0;
     for (size_t r = 0; r < request.rows.size(); ++r) {
         need(request.rows[r] >= 0 && request.rows[r] < cache.rows, "no such row in the cache");
+        need(std::find(request.rows.begin(), request.rows.begin() + long(r), request.rows[r]) == request.rows.begin() + long(r), "a row stands twice in a step");
         need(request.held[r] >= 0 && request.counts[r] >= 0, "a row's length or count is below 0");
-        need(request.held[r] + request.counts[r] <= cache.capacity, "the cache has no room for the tokens");
+        need(request.held[r] <= cache.capacity - request.counts[r], "the cache has no room for the tokens");
+        need(size_t(request.counts[r]) <= count - total, "the rows' counts are not the number of tokens");
         for (int i = 0; i < request.counts[r]; ++i)
             need(request.parents.empty() || (request.parents[total + size_t(i)] >= -1 && request.parents[total + size_t(i)] < i),
                  "a token's parent must come before it");
@@ -156,6 +204,16 @@ void Engine::check(const View& view, const Request& request) const {
         need(w == 0 || request.wanted[w] > request.wanted[w - 1], "wanted tokens must be ascending");
     }
     for (int tap : request.taps) need(tap >= 0 && tap < model.layers, "a tapped layer is not there");
+    need(request.taps.empty() || request.tapped != nullptr, "tapped layers have no memory to go to");
+    need(join_ == nullptr || request.inputs != nullptr, "a model that continues features is fed its inputs");
+}
+
+void Engine::check(const Text& text, int count, const Sampling& how) const {
+    need(finished_, "the model is not finished");
+    need(!text.known.empty(), "the text has no token that the cache does not hold");
+    need(text.known.size() < size_t(1) << 30 && count >= 0 && count < 1 << 30, "a number of tokens is below 0 or absurd");
+    need(text.held >= 0 && text.held < 1 << 30, "a row's length is below 0 or absurd");
+    how.check();
 }
 
 void Engine::step(const View& view, const Request& request) {
@@ -244,6 +302,7 @@ void go_on(Request& request, int token) {
 
 // A token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
 int Engine::draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose) {
+    need_finite(of_token, model.vocab);
     if (how.temperature == 0) return isa->largest(of_token, model.vocab);
     if (purpose == SAMPLE) {
         const int token = choose_plain(of_token, how, sample, position);
@@ -256,7 +315,8 @@ int Engine::draw(float* of_token, const Sampling& how, int sample, int position,
 
 void Engine::join(const std::vector<int>& tokens, const float* features, float* out) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    if (join_ == nullptr) throw std::invalid_argument("this model continues no features");
+    need(finished_ && join_ != nullptr, "this model continues no features");
+    need(features != nullptr && out != nullptr, "features or inputs have no memory");
     const size_t width = size_t(model.width);
     std::vector<float> pairs(tokens.size() * 2 * width), embedded(width);
     for (size_t i = 0; i < tokens.size(); ++i) {
@@ -274,6 +334,8 @@ std::vector<int> Engine::continue_features(
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
     const size_t width = size_t(model.width);
+    check(text, count, how);
+    need(features != nullptr && predicted != nullptr && probs != nullptr, "features or distributions have no memory");
     std::vector<float> inputs(text.known.size() * width), state(width);
     std::vector<int> drawn;
     Request request = following(text, nullptr);
@@ -295,6 +357,8 @@ std::vector<int> Engine::draft(
     const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    check(text, count, how);
+    need(probs != nullptr, "the distributions have no memory");
     std::vector<int> drawn;
     Request request = following(text, nullptr);
     for (int i = 0; i < count; ++i) {
@@ -311,6 +375,7 @@ std::vector<int> Engine::draft(
 // Noise for a whole vocabulary is worth sharing out.
 int Engine::choose_plain(const float* logits, const Sampling& how, int sample, int position) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    need_finite(logits, model.vocab);
     constexpr int WORDS = 64;  // a thread's share begins at a multiple
     const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_->size() == 1 || model.vocab < 16 * WORDS;
     if (alone) return choose(*isa, logits, model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
@@ -335,6 +400,8 @@ int Engine::choose_plain(const float* logits, const Sampling& how, int sample, i
 
 void Engine::to_probabilities(float* rows, int count, const Sampling& how) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    for (int row = 0; row < count; ++row)  // the threads must not throw
+        need_finite(rows + size_t(row) * size_t(model.vocab), model.vocab);
     struct With { Engine* engine; float* rows; int count; const Sampling* how; };
     With with{this, rows, count, &how};
     pool_->run([](void* given, int thread) {
@@ -349,6 +416,7 @@ std::vector<int> Engine::generate(
     const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends, const States& states
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    check(text, count, how);
     std::vector<int> made;
     Request request = following(text, one_.data());
     request.taps = states.taps;
@@ -378,6 +446,7 @@ void Engine::embed(int token, float* to) const {
 
 void Engine::product(const Packed& packed, const float* x, int count, float* out) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    need(count >= 0 && x != nullptr && out != nullptr, "a product has inputs and outputs");
     const Matrix& w = packed.matrix;
     const size_t groups = size_t(w.padded / std::max(1, w.group));
     const size_t spare = size_t(MAX_BLOCK) * size_t(w.padded), acts = spare + size_t(MAX_BLOCK) * groups * 2;
@@ -397,6 +466,7 @@ void Engine::product(const Packed& packed, const float* x, int count, float* out
 
 double Engine::read_speed(const float* from, size_t count, int repeats) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
+    need(from != nullptr && repeats > 0, "there is nothing to read");
     struct With { Engine* engine; const float* from; size_t count; int repeats; std::vector<double> sums; };
     With with{this, from, count, repeats, std::vector<double>(size_t(pool_->size()) * 8)};
     const auto began = std::chrono::steady_clock::now();

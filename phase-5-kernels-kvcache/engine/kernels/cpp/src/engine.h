@@ -44,7 +44,8 @@ public:
     void set_rotation(std::vector<float> cos, std::vector<float> sin);
     void finish();  // everything is there: memory for the steps is taken
 
-    // std::invalid_argument for what cannot be; nothing has been written then.
+    // std::invalid_argument for what cannot be; nothing has been written then. Where tokens are drawn,
+    // std::overflow_error for logits that are not finite.
     void step(const View& view, const Request& request);
 
     struct Text {
@@ -96,7 +97,9 @@ private:
     int draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose);
     void embed(int token, float* to) const;
     void fit(int capacity);
+    static const Model& checked(const Model& model);
     void check(const View& view, const Request& request) const;
+    void check(const Text& text, int count, const Sampling& how) const;
     float* memory(size_t floats);
 
     std::vector<Layer> layers_;
@@ -114,6 +117,7 @@ private:
     std::recursive_mutex mutex_;  // one caller at a time: Python lets others run meanwhile
     size_t acts_floats_ = 0;
     int capacity_ = 0;
+    bool finished_ = false;
     std::shared_ptr<Pool> pool_;
 };
 

@@ -34,8 +34,8 @@ struct Matrix {
     bool wide = false;         // activations stay float32, and weights are widened to meet them
     const uint8_t* data = nullptr;
     const float* scales = nullptr;     // i8: [outputs]
-    const uint16_t* halves = nullptr;  // i4: scales [panel][input / scale_group][PANEL], float16
-    const uint16_t* zeros = nullptr;   // i4: likewise; null: 8
+    const uint16_t* halves = nullptr;  // i4: scales [panel][input / scale_group][PANEL], bfloat16
+    const uint16_t* zeros = nullptr;   // i4: likewise, float16; null: 8
     const float* factor = nullptr;     // [inputs]: what activations are multiplied with first
     const float* bias = nullptr;       // [outputs]
 
@@ -90,7 +90,7 @@ struct Cache {
     int rows = 0, kv_heads = 0, capacity = 0, head_dim = 0;
     void* const* keys = nullptr;
     void* const* values = nullptr;
-    uint16_t* const* key_scales = nullptr;  // i8: [rows, kv_heads, capacity], float16
+    uint16_t* const* key_scales = nullptr;  // i8: [rows, kv_heads, capacity], bfloat16
     uint16_t* const* value_scales = nullptr;
 
     size_t at(int row, int head, int slot) const { return (size_t(row) * kv_heads + head) * capacity + slot; }

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #define SIMD_NAME plain_code
 #include "simd.h"
@@ -19,7 +20,19 @@ constexpr int GROUP = 64;  // activations that are quantised together
 
 size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+void need(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
 Matrix dimensions(const Shape& shape) {
+    constexpr int MOST = 1 << 26;
+    need(shape.outputs > 0 && shape.outputs <= MOST && shape.inputs > 0 && shape.inputs <= MOST, "a matrix has at least one row and one column");
+    need(!shape.pair || shape.outputs % 2 == 0, "a pair of matrices has an even number of rows");
+    if (shape.kind == Kind::i4) {
+        const int group = shape.scale_group;
+        need(group > 0 && group % 32 == 0 && (group <= GROUP || group % GROUP == 0), "a group has 32 inputs, or a multiple of 64");
+        need(shape.inputs % group == 0, "groups do not divide the inputs");
+    }
     Matrix m;
     m.kind = shape.kind;
     m.outputs = shape.pair ? 2 * round_up(shape.outputs / 2, PANEL) : round_up(shape.outputs, PANEL);
@@ -50,6 +63,7 @@ T* writable(const T* x) { return const_cast<T*>(x); }
 }  // namespace
 
 Arena::Arena(size_t bytes) : mapped_(bytes + LARGE), size_(bytes) {
+    if (mapped_ < bytes) throw std::bad_alloc();
     void* all = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<uint8_t*>(all);
@@ -63,7 +77,7 @@ Arena::Arena(size_t bytes) : mapped_(bytes + LARGE), size_(bytes) {
 Arena::~Arena() { munmap(memory_, mapped_); }
 
 void* Arena::take(size_t bytes) {
-    if (used_ + aligned(bytes) > size_) throw std::bad_alloc();
+    if (bytes > size_ || aligned(bytes) > size_ - used_) throw std::bad_alloc();
     void* taken = memory_ + used_;
     used_ += aligned(bytes);
     return taken;
@@ -96,7 +110,14 @@ int Packed::place(int row) const {
     return of / PANEL * 2 * PANEL + of % PANEL + (row >= half ? PANEL : 0);
 }
 
+void Packed::check(int first, int count, const void* rows) const {
+    need(first >= 0 && count >= 0 && first <= shape.outputs - count, "the matrix has no such rows");
+    need(rows != nullptr, "the rows have no memory");
+}
+
 void Packed::fill(int first, int count, const void* rows, Kind kind) {
+    check(first, count, rows);
+    need(kind < Kind::i8 && matrix.kind < Kind::i8, "levels come with scales");
     const int step = together(matrix.kind);
     for (int row = 0; row < count; ++row) {
         const int at = place(first + row), lane = at % PANEL;
@@ -112,6 +133,8 @@ void Packed::fill(int first, int count, const void* rows, Kind kind) {
 }
 
 void Packed::fill_levels(int first, int count, const void* levels, const uint16_t* scales, const uint16_t* zeros) {
+    check(first, count, levels);
+    need(matrix.kind >= Kind::i8 && scales != nullptr && (zeros != nullptr) == shape.zeros, "levels come with their scales and zeros");
     const int groups = matrix.kind == Kind::i4 ? matrix.padded / matrix.scale_group : 1, half = matrix.scale_group / 2;
     for (int row = 0; row < count; ++row) {
         const int at = place(first + row), lane = at % PANEL;
@@ -121,7 +144,7 @@ void Packed::fill_levels(int first, int count, const void* levels, const uint16_
             // Unsigned, as the dot instruction wants one side: 128 more, which is taken off again in every sum.
             for (int k = 0; k < matrix.padded; ++k)
                 panel[size_t(k / 4) * 4 * PANEL + size_t(lane) * 4 + k % 4] = uint8_t((k < matrix.inputs ? from[k] : 0) + 128);
-            writable(matrix.scales)[at] = float_of_half(scales[row]);
+            writable(matrix.scales)[at] = float_of_bf16(scales[row]);
             continue;
         }
         const uint8_t* from = static_cast<const uint8_t*>(levels) + size_t(row) * groups * half;
@@ -141,9 +164,13 @@ void Packed::fill_levels(int first, int count, const void* levels, const uint16_
 }
 
 void Packed::set_bias(const float* bias) {
+    need(shape.bias && bias != nullptr, "the matrix has no bias");
     for (int row = 0; row < shape.outputs; ++row) writable(matrix.bias)[place(row)] = bias[row];
 }
 
-void Packed::set_factor(const float* factor) { memcpy(writable(matrix.factor), factor, size_t(matrix.inputs) * 4); }
+void Packed::set_factor(const float* factor) {
+    need(shape.factor && factor != nullptr, "the matrix has no factor");
+    memcpy(writable(matrix.factor), factor, size_t(matrix.inputs) * 4);
+}
 
 }  // namespace lab

@@ -46,7 +46,7 @@ public:
     // Rows first .. first + count - 1 from memory [count, inputs] of a floating format.
     void fill(int first, int count, const void* rows, Kind kind);
     // Levels as engine/quantize.py stores them: int8 [count, inputs], or int4 [count, groups, group / 2]. Scales and
-    // zeros float16 [count, groups].
+    // zeros [count, groups], of bfloat16 and float16.
     void fill_levels(int first, int count, const void* levels, const uint16_t* scales, const uint16_t* zeros);
     void set_bias(const float* bias);      // [outputs]
     void set_factor(const float* factor);  // [inputs]
@@ -55,6 +55,7 @@ public:
     const Shape shape;
 
 private:
+    void check(int first, int count, const void* rows) const;
     int place(int row) const;  // where a row goes
     std::shared_ptr<Arena> arena_;
 };

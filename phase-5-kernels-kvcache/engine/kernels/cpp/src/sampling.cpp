@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <cstring>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 namespace lab {
@@ -19,6 +21,26 @@ void softmax(const Isa& isa, float* x, int count) {
 }
 
 }  // namespace
+
+void Sampling::check() const {
+    const bool good = temperature >= 0 && temperature <= std::numeric_limits<double>::max() && top_k >= 0 && top_p > 0 && top_p <= 1 && min_p >= 0 && min_p <= 1;
+    if (!good) throw std::invalid_argument("no such way of sampling");
+}
+
+bool is_finite(const float* x, int count) {
+    bool broken = false, any = false;
+    for (int i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        broken |= (bits & 0x7fffffff) > 0x7f800000 || bits == 0x7f800000;  // NaN, infinity
+        any |= bits != 0xff800000;                                        // -infinity: a token that cannot be
+    }
+    return any && !broken;
+}
+
+void need_finite(const float* logits, int count) {
+    if (!is_finite(logits, count)) throw std::overflow_error("the logits are not finite");
+}
 
 float uniform(uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose, uint32_t index) {
     uint32_t a = index / 4, b = position, c = sample, d = purpose;
@@ -37,6 +59,7 @@ float uniform(uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpos
 }
 
 void probabilities(const Isa& isa, float* x, int vocab, const Sampling& how) {
+    need_finite(x, vocab);
     if (how.temperature == 0) {
         const int best = isa.largest(x, vocab);
         std::fill(x, x + vocab, 0.0f);
@@ -50,13 +73,15 @@ void probabilities(const Isa& isa, float* x, int vocab, const Sampling& how) {
         std::vector<float> sorted(x, x + vocab);
         std::nth_element(sorted.begin(), sorted.begin() + how.top_k - 1, sorted.end(), std::greater<float>());
         const float smallest = sorted[size_t(how.top_k) - 1];
-        for (int i = 0; i < vocab; ++i)
-            if (x[i] < smallest) x[i] = NEVER;
+        auto room = how.top_k - std::count_if(x, x + vocab, [smallest](float y) { return y > smallest; });
+        for (int i = 0; i < vocab; ++i)  // of those at the edge, the first
+            if (x[i] < smallest || (x[i] == smallest && room-- <= 0)) x[i] = NEVER;
     }
     if (how.top_p < 1) {
         std::vector<int> order(static_cast<size_t>(vocab));
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [x](int a, int b) { return x[a] < x[b]; });
+        // Of equal ones the higher id comes first, and is dropped first.
+        std::sort(order.begin(), order.end(), [x](int a, int b) { return x[a] < x[b] || (x[a] == x[b] && a > b); });
         std::vector<float> probs(x, x + vocab);
         softmax(isa, probs.data(), vocab);
         const float limit = float(1 - how.top_p);
@@ -115,6 +140,7 @@ int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, 
 int choose(
     const Isa& isa, const float* logits, int vocab, const Sampling& how, uint32_t sample, uint32_t position, float* spare
 ) {
+    need_finite(logits, vocab);
     if (how.temperature == 0) return isa.largest(logits, vocab);
     if (how.filtered(vocab)) {
         std::copy(logits, logits + vocab, spare);

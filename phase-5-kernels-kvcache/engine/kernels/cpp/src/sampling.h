@@ -14,6 +14,7 @@ struct Sampling {
     double top_p = 1, min_p = 0;
     uint64_t seed = 0;
 
+    void check() const;  // std::invalid_argument for what cannot be
     bool filtered(int vocab) const { return (top_k > 0 && top_k < vocab) || top_p < 1 || min_p > 0; }
 };
 
@@ -21,6 +22,11 @@ enum Purpose : uint32_t { SAMPLE = 0, DRAFT = 1, ACCEPT = 2, RESIDUAL = 3 };
 
 // A uniform number in (0, 1): word `index` of what common/philox.py gives for these keys.
 float uniform(uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose, uint32_t index);
+
+// Whether logits hold no NaN and no infinity; -infinity is allowed beside finite ones. The other throws
+// std::overflow_error, as everything here does that is given such logits.
+bool is_finite(const float* logits, int count);
+void need_finite(const float* logits, int count);
 
 // x [vocab]: logits in, probabilities out.
 void probabilities(const Isa& isa, float* x, int vocab, const Sampling& how);

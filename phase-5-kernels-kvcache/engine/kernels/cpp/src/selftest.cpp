@@ -46,7 +46,7 @@ struct Made {
             const size_t size = kind == Kind::i4 ? size_t(inputs) / 2 : size_t(inputs);
             std::vector<uint8_t> levels(size_t(outputs) * size);
             for (uint8_t& level : levels) level = uint8_t(random_bits());
-            const std::vector<uint16_t> scales(size_t(outputs) * groups, 0x2000), middles(size_t(outputs) * groups, 0x4800);
+            const std::vector<uint16_t> scales(size_t(outputs) * groups, 0x3c00), middles(size_t(outputs) * groups, 0x4800);
             packed->fill_levels(0, outputs, levels.data(), scales.data(), zeros ? middles.data() : nullptr);
         } else {
             const std::vector<float> rows = normals(size_t(outputs) * size_t(inputs), 0.2f);

@@ -170,7 +170,7 @@ LAB_INLINE Floats sums(const Floats (&x)[LANES]) {
 
 // e^x, to about one unit in the last place: 2^n * e^r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes' expf).
 LAB_INLINE Floats exponential(Floats x) {
-    const Floats low = all(-87.3f), high = all(88.3f);
+    const Floats low = all(-87.336f), high = all(88.3f), given = x;
     x = x < low ? low : x;
     x = x > high ? high : x;
     const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
@@ -184,7 +184,8 @@ LAB_INLINE Floats exponential(Floats x) {
     y = fma(y, r, all(1.6666665459e-1f));
     y = fma(y, r, all(5.0000001201e-1f));
     y = fma(y, r * r, r) + 1.0f;
-    return (Floats)((Ints)y + (__builtin_convertvector(n, Ints) << 23));
+    y = (Floats)((Ints)y + (__builtin_convertvector(n, Ints) << 23));
+    return given < low ? Floats{} : y;  // what would be subnormal is 0, as in torch
 }
 
 }  // namespace lab::SIMD_NAME

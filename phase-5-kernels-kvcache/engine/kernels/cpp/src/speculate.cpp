@@ -83,6 +83,10 @@ std::vector<Speculated> speculate(
 ) {
     if (what.count < 1 || what.steps < 1) throw std::invalid_argument("a draft has at least one token, and there is at least one step");
     if (target.model.vocab != drafter.model.vocab) throw std::invalid_argument("the models have different vocabularies");
+    if (what.count > 1 << 20 || what.steps > 1 << 20) throw std::invalid_argument("that many tokens or steps are absurd");
+    if (&target == &drafter || seen.keys == drafting.keys) throw std::invalid_argument("each model has a cache of its own");
+    if (tokens == nullptr || draft_probs == nullptr || target_probs == nullptr || ratios == nullptr)
+        throw std::invalid_argument("tokens or distributions have no memory");
     const size_t vocab = size_t(target.model.vocab), count = size_t(what.count);
     std::vector<Speculated> steps;
     for (int step = 0; step < what.steps; ++step) {
