@@ -71,15 +71,23 @@ class ModelConfig:
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`. UserError names what is not supported, and what is."""
-        names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-        family = FAMILIES.get(names[0])
-        if family is None:
-            raise UserError(f"unsupported architecture {names[0]}; supported are {', '.join(FAMILIES)}")
+        family = _family(config)
         try:
             read = {"gpt2": _gpt2, "opt": _opt}.get(family, _llama_like)
             return read(family, config)
         except KeyError as error:
-            raise UserError(f"config.json of a {names[0]} lacks the key {error}") from None
+            raise UserError(f"config.json of a {family} model lacks the key {error}") from None
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """By `architectures`; by `model_type` where it names none, or the bare decoder (`GPT2Model`)."""
+    names = config.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')}"
+    bare = [causal.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model") for causal in FAMILIES]
+    family = config.get("model_type") if not names or name in bare else FAMILIES.get(str(name))
+    if family not in FAMILIES.values():
+        raise UserError(f"unsupported architecture {name}; supported are {', '.join(FAMILIES)}")
+    return str(family)
 
 
 def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:

@@ -6,6 +6,7 @@ than the model itself.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others are named as Llama is
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq|\.position_ids)$")
 
 
+_ENDS = ("embedding.weight", "head.weight")  # one and the same where a checkpoint is tied
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run, and what came with it."""
@@ -105,6 +109,7 @@ def load_transformer(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
+    config = with_stored_head(checkpoint, config)
     model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
     expected = dict(model.named_parameters())
     unknown: list[str] = []
@@ -131,6 +136,22 @@ def load_transformer(
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
     return model.eval()
+
+
+def with_stored_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
+    """The configuration, untied where the file holds an output matrix other than its embedding.
+
+    Files whose `tie_word_embeddings` is wrong exist, and transformers goes by the tensors.
+    """
+    if not config.tied:
+        return config
+    stored = dict[str, Tensor]()
+    for stored_name, tensor in checkpoint.tensors():
+        if stored_name.endswith(".weight"):
+            stored |= {name: part for name, part in _translate(stored_name, tensor, config) if name in _ENDS}
+        if len(stored) == len(_ENDS):
+            return config if torch.equal(*stored.values()) else dataclasses.replace(config, tied=False)
+    return config
 
 
 def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
