@@ -77,5 +77,6 @@ def test_an_equal_head_stays_tied(engine: ModuleType, make_checkpoint: Make, tmp
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = engine.load(str(folder), torch.float32, CPU).model
-    assert model.head.weight is model.embedding.weight and model.config.tied
+    assert model.head.weight is model.embedding.weight
+    assert model.config.tied
     check(engine, folder)
