@@ -23,6 +23,17 @@ FAMILIES = {
 }
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # what `layer_types` calls a layer
+
+# Keys that change what a model computes, and the only values that are supported.
+ONLY: dict[str, dict[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    "opt": {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True},
+}
+# Of a Llama configuration; transformers' Mistral and Qwen classes do not read them.
+LLAMA_BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions: base frequency, and how it is stretched for long contexts (see rope.py)."""
@@ -72,6 +83,12 @@ class ModelConfig:
     def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`. UserError names what is not supported, and what is."""
         family = _family(config)
+        if config.get("is_encoder_decoder"):
+            raise UserError("is_encoder_decoder of config.json is true; supported are decoders only")
+        for key, only in ONLY.get(family, {}).items():
+            value = config.get(key, only)
+            if value != only:
+                raise UserError(f"{key} of config.json is {value!r}; of a {family} model only {only!r} is supported")
         try:
             read = {"gpt2": _gpt2, "opt": _opt}.get(family, _llama_like)
             return read(family, config)
@@ -93,6 +110,7 @@ def _family(config: Mapping[str, Any]) -> str:
 def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
     """Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped heads, gated SiLU."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
+    attention_bias, mlp_bias = (bool(config.get(key)) and family in of for key, of in LLAMA_BIASES.items())
     return ModelConfig(
         family=family,
         vocab_size=config["vocab_size"],
@@ -109,9 +127,9 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
         rope=_rope(config),
         activation=_activation(config.get("hidden_act", "silu")),
         gated=True,
-        qkv_bias=family == "qwen2" or config.get("attention_bias", False),
-        output_bias=family != "qwen2" and config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=mlp_bias,
         qk_norm=family == "qwen3",
         window=_window(family, config),
         tied=config.get("tie_word_embeddings", False),
@@ -119,9 +137,6 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _gpt2(family: str, config: Mapping[str, Any]) -> ModelConfig:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if config.get(key):
-            raise UserError(f"GPT-2 with {key} is not supported; the released GPT-2 checkpoints do not use it")
     width = config["n_embd"]
     return ModelConfig(
         family=family,
@@ -147,14 +162,8 @@ def _gpt2(family: str, config: Mapping[str, Any]) -> ModelConfig:
 
 def _opt(family: str, config: Mapping[str, Any]) -> ModelConfig:
     width = config["hidden_size"]
-    if not config.get("do_layer_norm_before", True):
-        raise UserError(
-            "OPT with post-norm (do_layer_norm_before false, as OPT-350M) is not supported; use another OPT"
-        )
     if config.get("word_embed_proj_dim", width) != width:
         raise UserError("OPT with an embedding projection (word_embed_proj_dim, as OPT-350M) is not supported")
-    if config.get("_remove_final_layer_norm"):
-        raise UserError("OPT without its final layer norm (_remove_final_layer_norm) is not supported")
     bias = config.get("enable_bias", True)
     return ModelConfig(
         family=family,
@@ -194,13 +203,33 @@ def _activation(name: str) -> Literal["silu", "gelu_tanh", "gelu", "relu"]:
 
 
 def _window(family: str, config: Mapping[str, Any]) -> int | None:
-    """Sliding-window attention: always on in a Mistral that has a window, switched on explicitly in a Qwen."""
-    if family == "mistral":
-        window: int | None = config.get("sliding_window", 4096)
-        return window
-    if config.get("use_sliding_window"):
-        raise UserError(f"{family} with use_sliding_window true is not supported (only some of its layers slide)")
-    return None
+    """The window that all layers slide in, or None where none does. UserError where layers differ.
+
+    `layer_types` names every layer. Without it all layers of a Mistral slide, and those of a Qwen from
+    `max_window_layers` on, if `use_sliding_window` is true.
+    """
+    if family not in ("mistral", "qwen2", "qwen3"):
+        return None
+    layers = config["num_hidden_layers"]
+    window: int | None = config.get("sliding_window", 4096)
+    if family != "mistral" and not config.get("use_sliding_window"):
+        window = None
+    first = 0 if family == "mistral" else config.get("max_window_layers", 28)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise UserError(f"layer_types of config.json should name {FULL} or {SLIDING} for each of {layers} layers")
+    if SLIDING not in kinds:
+        return None
+    if window is None:
+        raise UserError(f"layer_types of config.json names {SLIDING}, and sliding_window gives no window")
+    if FULL in kinds:
+        raise UserError(
+            f"{family} with {kinds.count(SLIDING)} of {layers} layers in a sliding window (layer_types, or "
+            "max_window_layers) is not supported; supported is a window in all layers, or in none"
+        )
+    return window
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
+from phase1.config import ONLY
 
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
@@ -80,3 +82,139 @@ def test_an_equal_head_stays_tied(engine: ModuleType, make_checkpoint: Make, tmp
     assert model.head.weight is model.embedding.weight
     assert model.config.tied
     check(engine, folder)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("mistral", {"layer_types": [FULL, FULL]}),
+        ("mistral", {"layer_types": [SLIDING, SLIDING]}),
+        ("qwen2", {"layer_types": MISSING, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("qwen2", {"layer_types": MISSING, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("qwen3", {"layer_types": [SLIDING, SLIDING], "use_sliding_window": True, "sliding_window": 8}),
+        ("qwen3", {"layer_types": MISSING, "sliding_window": 8}),
+        ("llama", {"pretraining_tp": 2}),  # the same products, summed in slices
+    ],
+)
+def test_a_window_in_all_layers_or_in_none(
+    engine: ModuleType, make_checkpoint: Make, tmp_path: Path, family: str, keys: dict[str, Any]
+) -> None:
+    check(engine, changed(make_checkpoint(family), tmp_path / "changed", **keys))
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "words"),
+    [
+        ("mistral", {"layer_types": [FULL, SLIDING]}, "1 of 2 layers.*layer_types"),
+        (
+            "qwen2",
+            {"layer_types": MISSING, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "max_window_layers",
+        ),
+        ("mistral", {"layer_types": [SLIDING, SLIDING], "sliding_window": None}, "sliding_window gives no window"),
+        ("mistral", {"layer_types": ["chunked_attention", FULL]}, "should name full_attention or sliding_attention"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights.*only True"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine.*only True"),
+    ],
+)
+def test_what_changes_the_forward_is_refused_by_name(
+    engine: ModuleType, make_checkpoint: Make, tmp_path: Path, family: str, keys: dict[str, Any], words: str
+) -> None:
+    refused(engine, changed(make_checkpoint(family), tmp_path / "changed", **keys), words)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_biases(engine: ModuleType, make_checkpoint: Make, family: str) -> None:
+    check(engine, make_checkpoint(family, attention_bias=True, **({"mlp_bias": True} if family == "llama" else {})))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_biases_that_a_family_does_not_have(
+    engine: ModuleType, make_checkpoint: Make, tmp_path: Path, family: str
+) -> None:
+    check(engine, changed(make_checkpoint(family), tmp_path / "changed", attention_bias=True, mlp_bias=True))
+
+
+# Keys that the engine reads, or refuses by name unless they have the one value that it computes.
+READ = set(
+    [
+        "vocab_size",
+        "n_positions",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "activation_function",
+        "layer_norm_epsilon",
+        "tie_word_embeddings",
+        "hidden_size",
+        "num_hidden_layers",
+        "ffn_dim",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "word_embed_proj_dim",
+        "enable_bias",
+        "intermediate_size",
+        "num_key_value_heads",
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_parameters",
+        "attention_bias",
+        "mlp_bias",
+        "head_dim",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "bos_token_id",
+        "eos_token_id",
+        "architectures",
+        "model_type",
+        "is_encoder_decoder",
+    ]
+)
+# Keys without effect on the logits: training, other heads than the language model's, outputs, bookkeeping. Two need a
+# word: reorder_and_upcast_attn and pretraining_tp compute the same function with other roundings.
+WITHOUT_EFFECT = set(
+    [
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "initializer_range",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "pretraining_tp",
+        "summary_first_dropout",
+        "use_cache",
+        "pad_token_id",
+        "reorder_and_upcast_attn",
+        "dropout",
+        "attention_dropout",
+        "layerdrop",
+        "init_std",
+        "_name_or_path",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+    ]
+)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_key_of_transformers_is_classified(family: str) -> None:
+    """A new key of a configuration class has to be looked at: does it change the forward pass?"""
+    keys = set(getattr(transformers, f"{family}Config")().to_dict())
+    refused = set(ONLY.get(family.lower(), {}))
+    assert keys - READ - WITHOUT_EFFECT - refused == set()
+    assert refused <= keys
