@@ -97,11 +97,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     checkpoint = open_checkpoint(name)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer knows ids up to {tokenizer.vocab_size - 1}, the model only {config.vocab_size} "
-            "tokens; the tokenizer belongs to another model"
-        )
+    tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
     return LoadedModel(load_transformer(checkpoint, config, dtype, device), tokenizer, checkpoint)
 
 

@@ -106,11 +106,7 @@ def load(
     checkpoint = open_checkpoint(name)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer knows ids up to {tokenizer.vocab_size - 1}, the model only {config.vocab_size} "
-            "tokens; the tokenizer belongs to another model"
-        )
+    tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
     if is_quantized(checkpoint):
         if format is not None:
             raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
