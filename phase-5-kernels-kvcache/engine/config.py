@@ -120,7 +120,7 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or (128 if family == "qwen3" else width // heads),
         ffn_width=config["intermediate_size"],
-        context=config["max_position_embeddings"],
+        context=_context(config),
         norm="rms",
         norm_eps=config.get("rms_norm_eps", 1e-6),
         positions="rope",
@@ -232,9 +232,49 @@ def _window(family: str, config: Mapping[str, Any]) -> int | None:
     return window
 
 
+def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def _original_context(config: Mapping[str, Any]) -> int | None:
+    """Tokens before scaling; the key beside `rope_parameters` is preferred to the one in it, as in transformers."""
+    key = "original_max_position_embeddings"
+    original: int | None = config.get(key) or _rope_values(config).get(key)
+    return original
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    """Tokens that the model sees, with linear or YaRN scaling: its original context x factor, where that is known.
+
+    `max_position_embeddings` is the context before scaling in some files (Qwen2.5 with the YaRN block of its card), and
+    after it in others (deepseek-coder). `original_max_position_embeddings` says what it was, or `max_sequence_length`
+    what it is (vicuna-16k).
+    """
+    stated: int = config["max_position_embeddings"]
+    values, original = _rope_values(config), _original_context(config)
+    if values.get("rope_type", values.get("type")) not in ("linear", "yarn"):
+        return stated
+    if original:
+        return max(stated, round(original * (values.get("factor") or 1.0)))
+    return max(stated, config.get("max_sequence_length") or 0)
+
+
+def context_note(config: Mapping[str, Any]) -> str | None:
+    """A line for the user where the file leaves open if its context is the one before scaling or after it."""
+    values = _rope_values(config)
+    scaled = values.get("rope_type", values.get("type")) in ("linear", "yarn")
+    if not scaled or _original_context(config) or config.get("max_sequence_length"):
+        return None
+    stated = config["max_position_embeddings"]
+    return (
+        f"note: max_position_embeddings of config.json, {stated}, is taken as the context after "
+        f"rope scaling by {values.get('factor')}; if it is the one before, add original_max_position_embeddings to it"
+    )
+
+
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling` (whose kind was once called `type`)."""
-    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    values = _rope_values(config)
     theta = values.get("rope_theta", config.get("rope_theta", 10_000.0))
     kind = values.get("rope_type", values.get("type", "default"))
     if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -248,7 +288,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         )
     if kind not in ("linear", "llama3", "yarn"):
         raise UserError(f"unsupported rope scaling {kind!r}; supported are default, linear, llama3, yarn")
-    original = values.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    original = _original_context(config) or config["max_position_embeddings"]
     return RopeConfig(
         theta=theta,
         scaling=kind,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
-from .config import ModelConfig
+from .config import ModelConfig, context_note
 from .model import Transformer
 from .quantize import Format, linear_names, quantize_linear
 from .quantize_files import is_quantized, load_quantized
@@ -106,6 +107,8 @@ def load(
     checkpoint = open_checkpoint(name)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
+    if note := context_note(checkpoint.config):
+        print(f"{note} ({name})", file=sys.stderr)
     tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
     if is_quantized(checkpoint):
         if format is not None:

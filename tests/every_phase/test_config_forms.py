@@ -176,3 +176,38 @@ def test_only_an_encoded_id_past_the_model_is_refused(engine: ModuleType, make_c
         tokenizer.encode(late)
     with pytest.raises(UserError, match="only 200 tokens"):
         tokenizer.encode_batch([text, late])
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("keys", "context"),
+    [
+        ({"rope_scaling": YARN}, 512),  # Qwen2.5 with the block of its card
+        ({"rope_scaling": YARN, "max_position_embeddings": 512}, 512),  # extended already
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}, "max_sequence_length": 512}, 512),  # vicuna-16k
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 128),  # deepseek-coder: with a note
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 32.0}}, 128),  # Llama 3.2 states the scaled one
+        ({"rope_scaling": None}, 128),
+    ],
+)
+def test_the_context_after_rope_scaling(
+    engine: ModuleType,
+    make_checkpoint: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keys: dict[str, Any],
+    context: int,
+) -> None:
+    folder = changed(make_checkpoint("llama"), tmp_path / "changed", rope_parameters=MISSING, rope_theta=1e4, **keys)
+    assert engine.load(str(folder), torch.float32, CPU).config.context == context
+    unclear = keys["rope_scaling"] == {"type": "linear", "factor": 4.0} and "max_sequence_length" not in keys
+    assert ("note: max_position_embeddings" in capsys.readouterr().err) == unclear
+
+
+def test_the_original_context_beside_the_scaling(engine: ModuleType, make_checkpoint: Make, tmp_path: Path) -> None:
+    keys = {"rope_scaling": {**YARN, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 32}
+    folder = changed(make_checkpoint("llama"), tmp_path / "changed", rope_parameters=MISSING, rope_theta=1e4, **keys)
+    check(engine, folder)
