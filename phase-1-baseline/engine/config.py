@@ -23,6 +23,7 @@ FAMILIES = {
 }
 
 
+OWN_QUANTIZATION = "llm-inference-lab"  # what `quant_method` says where quantize.py wrote the folder
 FULL, SLIDING = "full_attention", "sliding_attention"  # what `layer_types` calls a layer
 
 # Keys that change what a model computes, and the only values that are supported.
@@ -82,6 +83,7 @@ class ModelConfig:
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`. UserError names what is not supported, and what is."""
+        _refuse_foreign_quantization(config)
         family = _family(config)
         if config.get("is_encoder_decoder"):
             raise UserError("is_encoder_decoder of config.json is true; supported are decoders only")
@@ -94,6 +96,17 @@ class ModelConfig:
             return read(family, config)
         except KeyError as error:
             raise UserError(f"config.json of a {family} model lacks the key {error}") from None
+
+
+def _refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
+    about = config.get("quantization_config")
+    method = about.get("quant_method") if isinstance(about, dict) else about
+    if about is None and config.get("quantization") is not None:
+        method = "mlx"  # writes no method
+    if (about is not None or method is not None) and method != OWN_QUANTIZATION:
+        raise UserError(
+            f"the model is quantised by {method!r}, which is not read here: take the model as it was before"
+        )
 
 
 def _family(config: Mapping[str, Any]) -> str:

@@ -76,6 +76,7 @@ NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others are named as Llama is
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq|\.position_ids)$")
 
 
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights can be stored as
 _ENDS = ("embedding.weight", "head.weight")  # one and the same where a checkpoint is tied
 
 
@@ -104,7 +105,7 @@ def load(
 
     With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
     """
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
     if note := context_note(checkpoint.config):
@@ -138,6 +139,11 @@ def load_transformer(
     for stored_name, stored in checkpoint.tensors():
         if _BUFFERS.search(stored_name) or (config.tied and stored_name == "lm_head.weight"):
             continue
+        if stored.dtype not in _NUMBERS:
+            raise UserError(
+                f"{checkpoint.name}: tensor {stored_name} holds {stored.dtype}, which needs scales; "
+                "supported are float32, bfloat16, float16 (and float64): take the model as it was before"
+            )
         parts = list(_translate(stored_name, stored, config))
         if not parts:
             unknown.append(stored_name)

@@ -211,3 +211,27 @@ def test_the_original_context_beside_the_scaling(engine: ModuleType, make_checkp
     keys = {"rope_scaling": {**YARN, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 32}
     folder = changed(make_checkpoint("llama"), tmp_path / "changed", rope_parameters=MISSING, rope_theta=1e4, **keys)
     check(engine, folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_other_quantisation_is_refused_by_name(
+    engine: ModuleType, make_checkpoint: Make, tmp_path: Path, method: str
+) -> None:
+    keys = {"quantization_config": {"quant_method": method, "bits": 4}}
+    refused(engine, changed(make_checkpoint("llama"), tmp_path / "changed", **keys), f"quantised by '{method}'")
+
+
+def test_mlx_is_refused_by_name(engine: ModuleType, make_checkpoint: Make, tmp_path: Path) -> None:
+    keys = {"quantization": {"group_size": 64, "bits": 4}}
+    refused(engine, changed(make_checkpoint("llama"), tmp_path / "changed", **keys), "quantised by 'mlx'")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_without_their_scales_are_refused(
+    engine: ModuleType, make_checkpoint: Make, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    folder = changed(make_checkpoint("llama"), tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(engine, folder, f"layers.1.mlp.down_proj.weight holds {dtype}")
