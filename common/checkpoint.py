@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from common.weights import read_tensors, weight_files
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` lists the embedded models without it
     import torch
 
+Check = Callable[[dict[str, Any]], object]
 MODELS = Path(__file__).parent / "models"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # `owner/name`, or a bare name from the hub's early days
 
@@ -62,19 +63,23 @@ def embedded_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
 
-def open_checkpoint(name: str) -> Checkpoint:
+def open_checkpoint(name: str, check: Check | None = None) -> Checkpoint:
     """Find a model by its name (an embedded one, a folder, a hub id), and download it if it has to be.
 
+    `check` gets what config.json says, and raises UserError for a model that cannot be used: before any weight is
+    downloaded.
     Raises UserError for an unknown name, and for a folder without a readable config.json or without weights.
     """
-    folder = _folder(name)
+    folder = _folder(name, check)
     config = read_json(folder / "config.json")
+    if check is not None:
+        check(config)
     generation = folder / "generation_config.json"
     weight_files(folder)  # missing weights are reported here, not when the first tensor is wanted
     return Checkpoint(name, folder, config, read_json(generation) if generation.is_file() else {})
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, check: Check | None) -> Path:
     if name in embedded_models():
         return MODELS / name
     path = os.path.expanduser(name)
@@ -89,7 +94,7 @@ def _folder(name: str) -> Path:
     from common.hub import NotOnHubError, fetch_checkpoint
 
     try:
-        return fetch_checkpoint(name)
+        return fetch_checkpoint(name, check)
     except NotOnHubError as error:
         raise _unknown(name, str(error)) from None
 

@@ -10,11 +10,13 @@ download that breaks off leaves nothing that could be loaded, and a second call 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from common.files import one_line
+from common.files import one_line, read_json
 from common.weights import INDEX, WEIGHTS, shard_names
 
 # What a tokenizer is built from where the repository has no tokenizer.json.
@@ -60,13 +62,17 @@ class _Snapshot:
         return UserError(f"hub model {self.repo!r}: {what}: {where}")
 
 
-def fetch_checkpoint(repo: str) -> Path:
+def fetch_checkpoint(repo: str, check: Callable[[dict[str, Any]], object] | None = None) -> Path:
     """The folder with a hub model's files, `owner/name` or a bare legacy name such as `gpt2`.
+
+    `check` sees config.json before anything else is downloaded.
 
     Raises NotOnHubError where the model is neither on the hub nor in the cache, and UserError where a download fails
     or the repository is not a checkpoint.
     """
     snapshot = _locate(repo)
+    if check is not None:
+        check(read_json(snapshot.folder / "config.json"))
     for filename in ("generation_config.json", "tokenizer_config.json"):
         snapshot.get(filename)
     if snapshot.get("tokenizer.json") is None:

@@ -36,6 +36,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         added = backend.get_added_tokens_decoder()
+        self._first: list[int] = []  # put before every text; most tokenizers do it by their template
+        self._limit: int | None = None
+        self._model = ""
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
@@ -57,11 +60,26 @@ class Tokenizer:
                     if not isinstance(found, list) or not all(isinstance(token_id, int) for token_id in found):
                         raise UserError(f"{folder}: {kind}_token_id should be a token id or a list, got {found!r}")
                     return tuple(found)
-            token = tokenizer_config.get(f"{kind}_token")
-            token_id = backend.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+            token_id = own(kind)
             return () if token_id is None else (token_id,)
 
-        return cls(backend, next(iter(ids("bos")), None), ids("eos"))
+        def own(kind: str) -> int | None:
+            token = tokenizer_config.get(f"{kind}_token")
+            spelled = token.get("content") if isinstance(token, dict) else token
+            return backend.token_to_id(spelled) if isinstance(spelled, str) else None
+
+        tokenizer = cls(backend, next(iter(ids("bos")), None), ids("eos"))
+        if tokenizer_config.get("add_bos_token") is True and not backend.num_special_tokens_to_add(False):
+            first = own("bos")
+            first = tokenizer.bos_id if first is None else first
+            if first is None:
+                raise UserError(f"{folder}: add_bos_token of tokenizer_config.json is true, and no bos_token is named")
+            tokenizer._first = [first]
+        return tokenizer
+
+    def refuse_from(self, limit: int, model: str) -> None:
+        """From now on, an encoded id that a model of `limit` tokens does not have is a UserError."""
+        self._limit, self._model = limit, model
 
     @cached_property
     def vocab_size(self) -> int:
@@ -69,15 +87,27 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that this tokenizer puts around one (Llama 2: a begin token)."""
+        """The ids of a text, with the special tokens that this tokenizer puts around one (Llama 2: a begin token).
+
+        Where the file's template is silent, `add_bos_token` of tokenizer_config.json is obeyed (DeepSeek).
+        """
         _refuse_surrogates(text)
-        return list(self._backend.encode(text).ids)
+        return self._checked(self._backend.encode(text).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of many texts, as `encode` gives them, on all cores; where in a text a token stands is not noted."""
         for text in texts:
             _refuse_surrogates(text)
-        return [list(encoding.ids) for encoding in self._backend.encode_batch_fast(texts)]
+        return [self._checked(encoding.ids) for encoding in self._backend.encode_batch_fast(texts)]
+
+    def _checked(self, encoded: list[int]) -> list[int]:
+        ids = self._first + encoded
+        if self._limit is not None and max(ids, default=0) >= self._limit:
+            raise UserError(
+                f"{self._model}: the text holds token {max(ids)} ({self.piece(max(ids))!r}), and the model has only "
+                f"{self._limit} tokens; the tokenizer is another model's, or the token an added one: leave it out"
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens, and ids that no token has, are left out; nothing is tidied up."""

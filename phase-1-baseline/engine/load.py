@@ -6,7 +6,9 @@ than the model itself.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
-from .config import ModelConfig
+from .config import ModelConfig, context_note
 from .model import Transformer
 from .sequence import Ending
 
@@ -70,6 +72,10 @@ NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others are named as Llama is
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq|\.position_ids)$")
 
 
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights can be stored as
+_ENDS = ("embedding.weight", "head.weight")  # one and the same where a checkpoint is tied
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run, and what came with it."""
@@ -90,14 +96,12 @@ class LoadedModel:
 
 def load(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     """An embedded model's name, a folder or a hub id, in the wanted dtype on the wanted device."""
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer knows ids up to {tokenizer.vocab_size - 1}, the model only {config.vocab_size} "
-            "tokens; the tokenizer belongs to another model"
-        )
+    if note := context_note(checkpoint.config):
+        print(f"{note} ({name})", file=sys.stderr)
+    tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
     return LoadedModel(load_transformer(checkpoint, config, dtype, device), tokenizer, checkpoint)
 
 
@@ -105,12 +109,18 @@ def load_transformer(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
+    config = with_stored_head(checkpoint, config)
     model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
     expected = dict(model.named_parameters())
     unknown: list[str] = []
     for stored_name, stored in checkpoint.tensors():
         if _BUFFERS.search(stored_name) or (config.tied and stored_name == "lm_head.weight"):
             continue
+        if stored.dtype not in _NUMBERS:
+            raise UserError(
+                f"{checkpoint.name}: tensor {stored_name} holds {stored.dtype}, which needs scales; "
+                "supported are float32, bfloat16, float16 (and float64): take the model as it was before"
+            )
         parts = list(_translate(stored_name, stored, config))
         if not parts:
             unknown.append(stored_name)
@@ -131,6 +141,22 @@ def load_transformer(
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
     return model.eval()
+
+
+def with_stored_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
+    """The configuration, untied where the file holds an output matrix other than its embedding.
+
+    Files whose `tie_word_embeddings` is wrong exist, and transformers goes by the tensors.
+    """
+    if not config.tied:
+        return config
+    stored = dict[str, Tensor]()
+    for stored_name, tensor in checkpoint.tensors():
+        if stored_name.endswith(".weight"):
+            stored |= {name: part for name, part in _translate(stored_name, tensor, config) if name in _ENDS}
+        if len(stored) == len(_ENDS):
+            return config if torch.equal(*stored.values()) else dataclasses.replace(config, tied=False)
+    return config
 
 
 def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -83,7 +83,10 @@ class Session:
             return load_fake(name)
         device = resolve_device(self.options.device)
         self.precision[name] = resolve_precision(
-            self.options.dtype, self.options.amp, device, lambda: ModelConfig.from_hf(open_checkpoint(name).config)
+            self.options.dtype,
+            self.options.amp,
+            device,
+            lambda: ModelConfig.from_hf(open_checkpoint(name, ModelConfig.from_hf).config),
         )
         format = None
         if quant != "none":

@@ -23,6 +23,18 @@ FAMILIES = {
 }
 
 
+OWN_QUANTIZATION = "llm-inference-lab"  # what `quant_method` says where quantize.py wrote the folder
+FULL, SLIDING = "full_attention", "sliding_attention"  # what `layer_types` calls a layer
+
+# Keys that change what a model computes, and the only values that are supported.
+ONLY: dict[str, dict[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    "opt": {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True},
+}
+# Of a Llama configuration; transformers' Mistral and Qwen classes do not read them.
+LLAMA_BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions: base frequency, and how it is stretched for long contexts (see rope.py)."""
@@ -71,20 +83,47 @@ class ModelConfig:
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`. UserError names what is not supported, and what is."""
-        names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-        family = FAMILIES.get(names[0])
-        if family is None:
-            raise UserError(f"unsupported architecture {names[0]}; supported are {', '.join(FAMILIES)}")
+        _refuse_foreign_quantization(config)
+        family = _family(config)
+        if config.get("is_encoder_decoder"):
+            raise UserError("is_encoder_decoder of config.json is true; supported are decoders only")
+        for key, only in ONLY.get(family, {}).items():
+            value = config.get(key, only)
+            if value != only:
+                raise UserError(f"{key} of config.json is {value!r}; of a {family} model only {only!r} is supported")
         try:
             read = {"gpt2": _gpt2, "opt": _opt}.get(family, _llama_like)
             return read(family, config)
         except KeyError as error:
-            raise UserError(f"config.json of a {names[0]} lacks the key {error}") from None
+            raise UserError(f"config.json of a {family} model lacks the key {error}") from None
+
+
+def _refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
+    about = config.get("quantization_config")
+    method = about.get("quant_method") if isinstance(about, dict) else about
+    if about is None and config.get("quantization") is not None:
+        method = "mlx"  # writes no method
+    if (about is not None or method is not None) and method != OWN_QUANTIZATION:
+        raise UserError(
+            f"the model is quantised by {method!r}, which is not read here: take the model as it was before"
+        )
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """By `architectures`; by `model_type` where it names none, or the bare decoder (`GPT2Model`)."""
+    names = config.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')}"
+    bare = [causal.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model") for causal in FAMILIES]
+    family = config.get("model_type") if not names or name in bare else FAMILIES.get(str(name))
+    if family not in FAMILIES.values():
+        raise UserError(f"unsupported architecture {name}; supported are {', '.join(FAMILIES)}")
+    return str(family)
 
 
 def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
     """Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped heads, gated SiLU."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
+    attention_bias, mlp_bias = (bool(config.get(key)) and family in of for key, of in LLAMA_BIASES.items())
     return ModelConfig(
         family=family,
         vocab_size=config["vocab_size"],
@@ -94,16 +133,16 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or (128 if family == "qwen3" else width // heads),
         ffn_width=config["intermediate_size"],
-        context=config["max_position_embeddings"],
+        context=_context(config),
         norm="rms",
         norm_eps=config.get("rms_norm_eps", 1e-6),
         positions="rope",
         rope=_rope(config),
         activation=_activation(config.get("hidden_act", "silu")),
         gated=True,
-        qkv_bias=family == "qwen2" or config.get("attention_bias", False),
-        output_bias=family != "qwen2" and config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=mlp_bias,
         qk_norm=family == "qwen3",
         window=_window(family, config),
         tied=config.get("tie_word_embeddings", False),
@@ -111,9 +150,6 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _gpt2(family: str, config: Mapping[str, Any]) -> ModelConfig:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if config.get(key):
-            raise UserError(f"GPT-2 with {key} is not supported; the released GPT-2 checkpoints do not use it")
     width = config["n_embd"]
     return ModelConfig(
         family=family,
@@ -139,14 +175,8 @@ def _gpt2(family: str, config: Mapping[str, Any]) -> ModelConfig:
 
 def _opt(family: str, config: Mapping[str, Any]) -> ModelConfig:
     width = config["hidden_size"]
-    if not config.get("do_layer_norm_before", True):
-        raise UserError(
-            "OPT with post-norm (do_layer_norm_before false, as OPT-350M) is not supported; use another OPT"
-        )
     if config.get("word_embed_proj_dim", width) != width:
         raise UserError("OPT with an embedding projection (word_embed_proj_dim, as OPT-350M) is not supported")
-    if config.get("_remove_final_layer_norm"):
-        raise UserError("OPT without its final layer norm (_remove_final_layer_norm) is not supported")
     bias = config.get("enable_bias", True)
     return ModelConfig(
         family=family,
@@ -186,18 +216,78 @@ def _activation(name: str) -> Literal["silu", "gelu_tanh", "gelu", "relu"]:
 
 
 def _window(family: str, config: Mapping[str, Any]) -> int | None:
-    """Sliding-window attention: always on in a Mistral that has a window, switched on explicitly in a Qwen."""
-    if family == "mistral":
-        window: int | None = config.get("sliding_window", 4096)
-        return window
-    if config.get("use_sliding_window"):
-        raise UserError(f"{family} with use_sliding_window true is not supported (only some of its layers slide)")
-    return None
+    """The window that all layers slide in, or None where none does. UserError where layers differ.
+
+    `layer_types` names every layer. Without it all layers of a Mistral slide, and those of a Qwen from
+    `max_window_layers` on, if `use_sliding_window` is true.
+    """
+    if family not in ("mistral", "qwen2", "qwen3"):
+        return None
+    layers = config["num_hidden_layers"]
+    window: int | None = config.get("sliding_window", 4096)
+    if family != "mistral" and not config.get("use_sliding_window"):
+        window = None
+    first = 0 if family == "mistral" else config.get("max_window_layers", 28)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise UserError(f"layer_types of config.json should name {FULL} or {SLIDING} for each of {layers} layers")
+    if SLIDING not in kinds:
+        return None
+    if window is None:
+        raise UserError(f"layer_types of config.json names {SLIDING}, and sliding_window gives no window")
+    if FULL in kinds:
+        raise UserError(
+            f"{family} with {kinds.count(SLIDING)} of {layers} layers in a sliding window (layer_types, or "
+            "max_window_layers) is not supported; supported is a window in all layers, or in none"
+        )
+    return window
+
+
+def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def _original_context(config: Mapping[str, Any]) -> int | None:
+    """Tokens before scaling; the key beside `rope_parameters` is preferred to the one in it, as in transformers."""
+    key = "original_max_position_embeddings"
+    original: int | None = config.get(key) or _rope_values(config).get(key)
+    return original
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    """Tokens that the model sees, with linear or YaRN scaling: its original context x factor, where that is known.
+
+    `max_position_embeddings` is the context before scaling in some files (Qwen2.5 with the YaRN block of its card), and
+    after it in others (deepseek-coder). `original_max_position_embeddings` says what it was, or `max_sequence_length`
+    what it is (vicuna-16k).
+    """
+    stated: int = config["max_position_embeddings"]
+    values, original = _rope_values(config), _original_context(config)
+    if values.get("rope_type", values.get("type")) not in ("linear", "yarn"):
+        return stated
+    if original:
+        return max(stated, round(original * (values.get("factor") or 1.0)))
+    return max(stated, config.get("max_sequence_length") or 0)
+
+
+def context_note(config: Mapping[str, Any]) -> str | None:
+    """A line for the user where the file leaves open if its context is the one before scaling or after it."""
+    values = _rope_values(config)
+    scaled = values.get("rope_type", values.get("type")) in ("linear", "yarn")
+    if not scaled or _original_context(config) or config.get("max_sequence_length"):
+        return None
+    stated = config["max_position_embeddings"]
+    return (
+        f"note: max_position_embeddings of config.json, {stated}, is taken as the context after "
+        f"rope scaling by {values.get('factor')}; if it is the one before, add original_max_position_embeddings to it"
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling` (whose kind was once called `type`)."""
-    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    values = _rope_values(config)
     theta = values.get("rope_theta", config.get("rope_theta", 10_000.0))
     kind = values.get("rope_type", values.get("type", "default"))
     if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -211,7 +301,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         )
     if kind not in ("linear", "llama3", "yarn"):
         raise UserError(f"unsupported rope scaling {kind!r}; supported are default, linear, llama3, yarn")
-    original = values.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    original = _original_context(config) or config["max_position_embeddings"]
     return RopeConfig(
         theta=theta,
         scaling=kind,

@@ -6,7 +6,9 @@ than the model itself.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
-from .config import ModelConfig
+from .config import ModelConfig, context_note
 from .model import Transformer
 from .quantize import Format, linear_names, quantize_linear
 from .quantize_files import is_quantized, load_quantized
@@ -74,6 +76,10 @@ NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others are named as Llama is
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq|\.position_ids)$")
 
 
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights can be stored as
+_ENDS = ("embedding.weight", "head.weight")  # one and the same where a checkpoint is tied
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run, and what came with it."""
@@ -99,14 +105,12 @@ def load(
 
     With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
     """
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer knows ids up to {tokenizer.vocab_size - 1}, the model only {config.vocab_size} "
-            "tokens; the tokenizer belongs to another model"
-        )
+    if note := context_note(checkpoint.config):
+        print(f"{note} ({name})", file=sys.stderr)
+    tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
     if is_quantized(checkpoint):
         if format is not None:
             raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
@@ -125,6 +129,7 @@ def load_transformer(
     quant_head: bool = False,
 ) -> Transformer:
     """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
+    config = with_stored_head(checkpoint, config)
     model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
     reserved = dict(model.named_parameters())
     expected, filled = places(reserved, config), dict[str, Tensor]()
@@ -134,6 +139,11 @@ def load_transformer(
     for stored_name, stored in checkpoint.tensors():
         if _BUFFERS.search(stored_name) or (config.tied and stored_name == "lm_head.weight"):
             continue
+        if stored.dtype not in _NUMBERS:
+            raise UserError(
+                f"{checkpoint.name}: tensor {stored_name} holds {stored.dtype}, which needs scales; "
+                "supported are float32, bfloat16, float16 (and float64): take the model as it was before"
+            )
         parts = list(_translate(stored_name, stored, config))
         if not parts:
             unknown.append(stored_name)
@@ -165,6 +175,22 @@ def load_transformer(
     if format:
         give_back_freed()
     return model.eval()
+
+
+def with_stored_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
+    """The configuration, untied where the file holds an output matrix other than its embedding.
+
+    Files whose `tie_word_embeddings` is wrong exist, and transformers goes by the tensors.
+    """
+    if not config.tied:
+        return config
+    stored = dict[str, Tensor]()
+    for stored_name, tensor in checkpoint.tensors():
+        if stored_name.endswith(".weight"):
+            stored |= {name: part for name, part in _translate(stored_name, tensor, config) if name in _ENDS}
+        if len(stored) == len(_ENDS):
+            return config if torch.equal(*stored.values()) else dataclasses.replace(config, tied=False)
+    return config
 
 
 def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ BESIDE = ("*.json", "*.txt", "*.model")  # the tokenizer's files, generation_con
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
-    return KEY in checkpoint.config
+    return checkpoint.config.get(KEY) is not None
 
 
 def save_quantized(
@@ -51,7 +51,8 @@ def save_quantized(
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     parts = {"head": isinstance(model.head, QuantLinear), "factor": any(name.endswith(".factor") for name in packed)}
-    config = {**source.config, KEY: {"quant_method": METHOD, **vars(format), **parts, **about}}
+    tied = {"tie_word_embeddings": model.config.tied}  # what the tensors are, should the source's flag say otherwise
+    config = {**source.config, **tied, KEY: {"quant_method": METHOD, **vars(format), **parts, **about}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -135,8 +135,11 @@ class Client:
 import json, sys
 from common.checkpoint import open_checkpoint
 from common.errors import UserError
+def check(config):
+    if config.get("model_type") == "unsupported":
+        raise UserError("not supported")
 try:
-    checkpoint = open_checkpoint(sys.argv[1])
+    checkpoint = open_checkpoint(sys.argv[1], check)
 except UserError as error:
     print(json.dumps([2, str(error), []]))
 else:
@@ -197,6 +200,13 @@ def test_download_then_cache_then_offline(hub: Hub, client: Client, tmp_path: Pa
     assert client.open("owner/name", HF_HUB_OFFLINE="1") == expected
     assert hub.requests == []
     assert client.open("owner/name", HF_ENDPOINT="http://127.0.0.1:9") == expected, "no hub there, but a cache"
+
+
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights(hub: Hub, client: Client) -> None:
+    hub.repositories["owner/name"] = files() | {"config.json": b'{"model_type": "unsupported"}'}
+    outcome = client.open("owner/name")
+    assert (outcome.status, outcome.message) == (2, "not supported")
+    assert hub.downloads("") == ["config.json"]
 
 
 def test_legacy_name_with_sharded_weights_and_a_tokenizer_in_parts(hub: Hub, client: Client, tmp_path: Path) -> None:

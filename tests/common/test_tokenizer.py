@@ -222,6 +222,30 @@ def test_the_begin_token(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path, {}, {}).bos_id is None
 
 
+def test_null_is_no_token(tmp_path: Path) -> None:
+    """GPT-2's vocabulary has a token `None`."""
+    backend = llama()
+    backend.add_tokens(["None"])
+    for tokenizer_config in ({"model_max_length": 1024}, {"bos_token": None, "eos_token": {"content": None}}):
+        save(backend, tmp_path, **tokenizer_config)
+        tokenizer = Tokenizer.load(tmp_path, {}, {})
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, ())
+
+
+def test_a_begin_token_by_flag_where_the_template_is_silent(tmp_path: Path) -> None:
+    silent = byte_level()
+    plain = Tokenizer(silent, None, ()).encode(TEXT)
+    flag = {"add_bos_token": True, "bos_token": {"content": "<|end|>"}}
+    save(silent, tmp_path, **flag)
+    tokenizer = Tokenizer.load(tmp_path, {}, {})
+    assert tokenizer.encode(TEXT) == [0, *plain]
+    assert tokenizer.encode_batch([TEXT, ""]) == [[0, *plain], [0]]
+    save(silent, tmp_path, **{**flag, "add_bos_token": False})
+    assert Tokenizer.load(tmp_path, {}, {}).encode(TEXT) == plain
+    save(llama(), tmp_path, add_bos_token=True, bos_token="<s>")
+    assert Tokenizer.load(tmp_path, {}, {}).encode("the").count(1) == 1  # the template has put it there
+
+
 def damage_json(folder: Path) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text()[:1000])

@@ -125,6 +125,18 @@ SPOILT: list[tuple[str, Callable[[dict[str, Tensor]], object]]] = [
 ]
 
 
+def test_an_output_matrix_of_its_own_is_kept_although_the_flag_says_tied(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_checkpoint("llama", **SHAPES["llama"], tie_word_embeddings=False)
+    config = {**json.loads((folder / "config.json").read_text()), "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = phase4.load(str(folder), torch.float32, CPU, Format("int8"))
+    save_quantized(tmp_path / "saved", loaded.checkpoint, loaded.model, Format("int8"), torch.float32, {})
+    saved = phase4.load(str(tmp_path / "saved"), torch.float32, CPU).model
+    assert torch.equal(saved(TOKENS), loaded.model(TOKENS))
+
+
 @pytest.mark.parametrize(("message", "change"), SPOILT, ids=range(len(SPOILT)))
 def test_a_corrupt_tensor_is_named(
     quantized: Path, message: str, change: Callable[[dict[str, Tensor]], object]
@@ -162,7 +174,7 @@ def test_files_of_another_model_or_format_are_refused(
     with pytest.raises(UserError, match=r"tensor layers\.\d\.ffn\.\S+ has shape"):
         load(quantized)
     shutil.copy(source / "config.json", file)  # as if it were not quantised
-    with pytest.raises(UserError, match="the weights do not fit a llama model"):
+    with pytest.raises(UserError, match=r"tensor layers\.\d\.\S+ holds torch.uint8, which needs scales"):
         load(quantized)
 
 
