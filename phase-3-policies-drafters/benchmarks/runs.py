@@ -122,14 +122,15 @@ def decode(session: Any, prompt: Prompt, round_: int) -> Outcome:
 
 
 def counts(steps: Sequence[Any]) -> dict[str, Any]:
-    """What the StepStats of one text add up to."""
-    drafts = [stats for stats in steps if stats.depth]
+    """What the StepStats of one text, at least one, add up to."""
+    depths = [getattr(stats, "depth", stats.proposed) for stats in steps]  # phase 2 has chains alone
+    accepted = [stats.accepted for stats, depth in zip(steps, depths, strict=True) if depth]
     return {
         "proposed": sum(stats.proposed for stats in steps),
-        "accepted": sum(stats.accepted for stats in steps),
-        "drafts": len(drafts),
-        "depths": [stats.depth for stats in steps],
-        "survived": survived([stats.accepted for stats in drafts], max((stats.depth for stats in drafts), default=0)),
+        "accepted": sum(accepted),
+        "drafts": len(accepted),
+        "depths": depths,
+        "survived": survived(accepted, max(depths)),
         "draft_s": sum(stats.draft_ms for stats in steps) / 1e3,
         "steps_s": sum(stats.draft_ms + stats.verify_ms + stats.accept_ms for stats in steps) / 1e3,
     }

@@ -124,7 +124,7 @@ def test_a_run_is_one_prompt_with_its_rounds_seed_and_counts_that_add_up(part: A
     runs = part("runs")
     engine = sys.modules["engine"]
     prompt = Prompt("one", "own", "test", "def pop(", "", "")
-    options = {"model": "fake:7", "draft": "fake:7", "temperature": 1.0, "max_tokens": 16, "seed": 3}
+    options = {"model": "fake:1", "draft": "fake:0.7", "temperature": 1.0, "max_tokens": 16, "seed": 3}
     session = engine.Session(engine.Options(**options))
     first, other = runs.decode(session, prompt, 0), runs.decode(session, prompt, 1)
     again = engine.Session(engine.Options(**{**options, "seed": 4}))
