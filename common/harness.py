@@ -231,7 +231,7 @@ class Comparison:
         bench.results.add(end.model_copy(update={"figures": {"variants": self.names}}))
 
     def warm_up(self, count: int) -> None:
-        """Run every variant untimed on the first prompts; see that one round fits into the budget."""
+        """Run every variant untimed on the first prompts; see that a round fits into a budget that was asked for."""
         spent = math.inf
         for _ in range(2):  # a first call may load or compile something: the second tells what a round takes
             began = time.perf_counter()
