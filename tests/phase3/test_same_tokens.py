@@ -20,13 +20,13 @@ from common.prompts import load_prompts
 CPU = torch.device("cpu")
 TEMPERATURES = [0.5, 1.0, 1.5]
 OWN = ["coupled", "longest_prefix"]
-STRICT: dict[str, Any] = {  # what greedy decoding is left alone by; `typical` lets near favourites stand at any setting
-    "rejection": phase3.make_policy("rejection"),
-    "coupled": phase3.make_policy("coupled"),
-    "longest_prefix": phase3.make_policy("longest_prefix"),
-    "conf_threshold, tau = 1": phase3.ConfThreshold(1.0),
-    "conf_threshold, tau just above a half": phase3.ConfThreshold(0.51),  # no second token can have as much
-    "topk_agree, k = 1": phase3.TopkAgree(1),
+STRICT: dict[str, Callable[[], Any]] = {  # greedy decoding is left alone; `typical` accepts near favourites everywhere
+    "rejection": lambda: phase3.make_policy("rejection"),
+    "coupled": lambda: phase3.make_policy("coupled"),
+    "longest_prefix": lambda: phase3.make_policy("longest_prefix"),
+    "conf_threshold, tau = 1": lambda: phase3.ConfThreshold(1.0),
+    "conf_threshold, tau just above a half": lambda: phase3.ConfThreshold(0.51),  # no second token can have as much
+    "topk_agree, k = 1": lambda: phase3.TopkAgree(1),
 }
 CONTROLLERS: dict[str, Callable[[], Any]] = {
     **{f"fixed {k}": lambda k=k: phase3.FixedController(k) for k in range(1, 9)},  # type: ignore[misc]
@@ -149,7 +149,7 @@ def test_greedy_equals_phase_1(pair: Pair, plain: Callable[..., list[list[int]]]
     """100 prompts in the slow test; here 4."""
     params = phase3.SamplingParams(max_new_tokens=16, seed=7)
     sequences, steps = speculate(
-        pair.target.model, pair.draft.model, pair.prompts(4, 16), params, pair.target.ending, STRICT[name],
+        pair.target.model, pair.draft.model, pair.prompts(4, 16), params, pair.target.ending, STRICT[name](),
         CONTROLLERS["confidence"],
     )  # fmt: skip
     assert [sequence.tokens for sequence in sequences] == plain(0.0, 4, 16, 16)
@@ -166,8 +166,8 @@ def test_greedy_equals_phase_1_on_100_prompts(
     prompts, expected = pair.prompts(100, 32), plain(0.0, 100, 32, 24)
     for start in range(0, 100, 20):
         sequences, _ = speculate(
-            pair.target.model, pair.draft.model, prompts[start : start + 20], params, pair.target.ending, STRICT[name],
-            CONTROLLERS["fixed 4"], drafter,
+            pair.target.model, pair.draft.model, prompts[start : start + 20], params, pair.target.ending,
+            STRICT[name](), CONTROLLERS["fixed 4"], drafter,
         )  # fmt: skip
         assert [sequence.tokens for sequence in sequences] == expected[start : start + 20]
 
@@ -213,7 +213,7 @@ def test_own_choices_equal_plain_sampling_whatever_the_request(
 @given(request=requests, name=st.sampled_from(list(STRICT)))
 @settings(max_examples=50)
 def test_greedy_equals_plain_whatever_the_request(request: dict[str, Any], name: str) -> None:
-    check_request(request, STRICT[name])
+    check_request(request, STRICT[name]())
 
 
 @pytest.mark.parametrize("policy", ["rejection", "coupled", "typical"])

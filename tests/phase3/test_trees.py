@@ -19,6 +19,14 @@ CPU = torch.device("cpu")
 BUSHY = phase3.Tree([5, 6, 7, 8, 9, 10], [-1, -1, 0, 0, 1, 3])
 
 
+@pytest.mark.about("engine/tree.py, Tree.chain")
+@pytest.mark.parametrize("tokens", [[], [5], [5, 6, 5]])
+def test_a_chain_is_the_tree_without_branches(tokens: list[int]) -> None:
+    tree = phase3.Tree.chain(tokens)
+    assert tree.tokens == tokens
+    assert tree.parents == [-1, 0, 1][: len(tokens)]
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "qwen3"])
 def test_a_tree_in_one_forward_is_each_of_its_branches(make_checkpoint: Callable[..., Path], family: str) -> None:
     """Mistral's window of 8 is shorter than the text: distances count along the branch, not by place in the row."""

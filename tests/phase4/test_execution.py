@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import phase4.drafters.heads as after
 from phase4.packing import PackedLinear, can_pack
 from phase4.shapes import padded_length
 from phase4.target import target_forward
-from phase4.weights import places, reserve, split
+from phase4.weights import fused_matrices, places, reserve, split
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "gpt2", "opt", "qwen3", "mistral"]
@@ -31,6 +32,20 @@ def pair(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -
     """One checkpoint in both engines, float32."""
     folder = str(make_checkpoint(request.param))
     return phase3.load(folder, torch.float32, CPU), phase4.load(folder, torch.float32, CPU)
+
+
+@pytest.mark.about("engine/weights.py, fused_matrices")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_which_matrices_are_fused(make_checkpoint: Callable[..., Path], family: str) -> None:
+    """Queries, keys and values, which read the same input; the gate with the half that is gated, where there is one."""
+    config = phase4.ModelConfig.from_hf(json.loads((make_checkpoint(family) / "config.json").read_text()))
+    fused = fused_matrices(config)
+    qkv = {"query": config.heads, "key": config.kv_heads, "value": config.kv_heads}
+    expected = {f"attention.{name}": heads * config.head_dim for name, heads in qkv.items()}
+    assert list(fused["attention.qkv"].items()) == list(expected.items())  # the order is that in the fused matrix
+    assert ("ffn.gate_up" in fused) == (family == "llama")
+    if family == "llama":
+        assert list(fused["ffn.gate_up"].items()) == [("ffn.gate", config.ffn_width), ("ffn.up", config.ffn_width)]
 
 
 def test_states_are_those_of_phase_3(pair: tuple[Any, Any]) -> None:

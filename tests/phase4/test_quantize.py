@@ -30,7 +30,7 @@ from phase4.quantize import (
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 FORMATS = [Format("int8"), *(Format("int4", group, zero) for group in (32, 64, 128) for zero in (False, True))]
-every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
+every_format = pytest.mark.parametrize("format", FORMATS, ids=repr)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -20,7 +20,7 @@ from phase4.quantize_calibrated import quantize_calibrated as quantize
 
 CPU = torch.device("cpu")
 FORMATS = [Format("int4", 64), Format("int4", 32, True)]
-both_formats = pytest.mark.parametrize("format", FORMATS, ids=str)
+both_formats = pytest.mark.parametrize("format", FORMATS, ids=repr)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> phase4.Transformer
     return phase4.load(str(folder), dtype, CPU).model
 
 
-@pytest.mark.parametrize(("family", "format", "method", "head"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("family", "format", "method", "head"), CASES, ids=repr)
 def test_what_was_saved_is_loaded(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, format: Format, method: Method, head: bool
 ) -> None:

@@ -68,6 +68,17 @@ def real_check(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, 
     return check.run([str(number), str(folder), *options]), capsys.readouterr().out
 
 
+def test_the_check_of_a_fresh_folder_names_what_to_write_first(
+    later: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So no test calls the engine while its file is collected: there is nothing to call yet."""
+    first = start.start(phases(), later.number, tmp_path / "mine").stubs[0]
+    status, out = real_check(capsys, tmp_path / "mine", "--hint", number=later.number)
+    assert status == 1
+    assert f"Write next: {first}()" in out
+    assert f"Hint for {first.file}" in out
+
+
 RULE = ("-k", "test_exercise and not loop and not tools")
 SHIPPED = phases()[1].folder / "engine/verify.py"
 
