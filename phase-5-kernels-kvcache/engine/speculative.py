@@ -101,7 +101,7 @@ def plain_step(
     """A step for which nobody asked for a draft: plain decoding, at its price."""
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     began = time.perf_counter()
-    decode_step(runner, sequences, params, decisions)
+    logits = decode_step(runner, sequences, params, decisions)
     verify_ms = (time.perf_counter() - began) * 1e3
     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
     counts = zip(lengths, runner.computed, strict=True)
@@ -113,7 +113,7 @@ def plain_step(
         controller.observe(of_sequence)
     draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
     paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
-    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats)
+    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats, logits)
 
 
 def speculative_step(
@@ -142,9 +142,9 @@ def speculative_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     known = None if drafter.taps is None else [drafter.known(sequence) for sequence in sequences]
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    judged, verdict, states, kept = None, None, None, 0.0
+    judged, verdict, states, logits, kept = None, None, None, None, 0.0
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
-        decode_step(runner, sequences, params, decisions)
+        logits = decode_step(runner, sequences, params, decisions)
         verified = time.perf_counter()
         paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
     else:
@@ -156,7 +156,8 @@ def speculative_step(
         if any(tree.tokens for tree in trees):
             judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
         else:  # the forward was for its states
-            tokens = sample(runner, target.logits[:, 0], sequences, params, decisions)
+            logits = target.logits[:, 0]
+            tokens = sample(runner, logits, sequences, params, decisions)
             paths = [Path([], token) for token in tokens]
         deciding = time.perf_counter()
         for sequence, path in zip(sequences, paths, strict=True):
@@ -177,7 +178,7 @@ def speculative_step(
         stats.append(step_stats(sequence, *of_row, computed, plain, times))
     for controller, of_sequence in zip(controllers, stats, strict=True):
         controller.observe(of_sequence)
-    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats)
+    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats, logits)
 
 
 def next_steps(
