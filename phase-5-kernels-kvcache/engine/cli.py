@@ -167,6 +167,8 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     printer = Printer(sequences, quiet=options.as_json or options.show)
     show = Show(session.loaded.tokenizer) if options.show else None
     recorder = Recorder(options.record, session, sequences) if options.record else None
+    if recorder and session.backends.fast:
+        print("note: --record takes steps one at a time; without it several run in one C++ call", file=sys.stderr)
     clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:

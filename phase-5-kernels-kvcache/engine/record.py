@@ -22,6 +22,7 @@ from common.phases import phase_of
 
 from .generate import Clock
 from .policies import Rejection
+from .runner import CachedRunner
 from .sampling import probabilities
 from .sequence import Sequence
 from .session import Session
@@ -46,6 +47,8 @@ class Recorder:
             for _ in sequences
         ]
         self.steps, self.began = 0, 0.0  # milliseconds on the run's clock
+        self.prefilled = 0.0  # milliseconds of the steps so far
+        self.cached = [0] * len(sequences)  # tokens of each sequence in the target's cache
         self.seen: tuple[list[Sequence], Tensor, float] | None = None  # of a step without a draft
         try:
             self.file = path.open("wb", buffering=0)
@@ -69,6 +72,7 @@ class Recorder:
                 start = len(sequence.tokens) - 1
                 times = {"draft_ms": 0.0, "verify_ms": done - self.began, "accept_ms": 0.0, "kv_ms": 0.0}
                 self._add(sequence, {**self._plain(sequence, start, logits[row]), **times})
+        self.prefilled = self.session.runner.prefill_ms if self.session.runner else 0.0
         self.steps, self.seen, self.began = self.steps + 1, None, self._now()
 
     def finish(self) -> None:
@@ -248,8 +252,14 @@ class Recorder:
         return [{"token": token, "string": self._string(token), "prob": prob} for token, prob in likeliest if prob > 0]
 
     def _add(self, sequence: Sequence, line: dict[str, Any]) -> None:
+        number = line["sequence"]
+        if isinstance(runner := self.session.runner, CachedRunner):
+            row = runner.texts.rows.get(sequence)  # none any more, once the text has ended
+            before, after = self.cached[number], len(row.held) if row else 0
+            line |= dict(cache_before=before, cache_after=after, prefill_ms=runner.prefill_ms - self.prefilled)
+            self.cached[number] = after
         self._write(line)
-        total = self.totals[line["sequence"]]
+        total = self.totals[number]
         total["new_tokens"] += len(line["emitted"])
         total["steps"] += 1
         total["target_forwards"] += 1

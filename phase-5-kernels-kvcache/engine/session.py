@@ -195,7 +195,7 @@ class Session:
     def run(self, sequences: list[Sequence], clock: Clock, watch: Watch | None = None) -> Iterator[Step | None]:
         """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None.
 
-        `watch` sees the steps of plain decoding.
+        `watch` sees the steps of plain decoding; with it no steps are made together in one call.
         """
         yield from each_within(self.computing, self._decode(sequences, clock, watch))
 
@@ -204,7 +204,7 @@ class Session:
             yield from self._search(sequences, clock)
             return
         if self.speculative:
-            yield from self._speculate(sequences, clock)
+            yield from self._speculate(sequences, clock, together=watch is None)
             return
         runner = self.runner = self._runner(self.loaded.model, sequences)
         for active in decode(runner, sequences, self.params, KeyedRandomness(self.params.seed), watch):
@@ -212,7 +212,7 @@ class Session:
                 clock.mark(sequence)
             yield None
 
-    def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
+    def _speculate(self, sequences: list[Sequence], clock: Clock, together: bool) -> Iterator[Step]:
         decisions = Certain() if self.params.greedy else KeyedDecisions(self.params.seed)
         runner = self.runner = self._runner(self.loaded.model, sequences)
         draft = self._runner(self.draft.model, sequences) if self.draft else None
@@ -223,7 +223,9 @@ class Session:
         if self.options.tree != "off":
             drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
         controller = partial(self.options.make_controller, self.prices)
-        for step in speculative_decode(runner, drafter, sequences, self.params, self.policy, controller, decisions):
+        for step in speculative_decode(
+            runner, drafter, sequences, self.params, self.policy, controller, decisions, together
+        ):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)
                 if self.options.metrics_detailed:

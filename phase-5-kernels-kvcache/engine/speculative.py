@@ -189,8 +189,9 @@ def next_steps(
     policy: AcceptancePolicy,
     controllers: list[KController],
     decisions: Decisions,
+    together: bool,
 ) -> Iterator[Step]:
-    """The next step of all sequences; of a single one as many as can be made in one call."""
+    """The next step of all sequences; of a single one, if `together`, as many as can be made in one call."""
     context = runner.model.config.context
     asked = [
         block_width(sequence, controller.next_k(), context)
@@ -198,7 +199,7 @@ def next_steps(
     ]
     plain = not any(asked)
     made = 0
-    if len(sequences) == 1:
+    if together and len(sequences) == 1:
         one, controller = sequences[0], controllers[0]
         for step in (
             plain_steps(runner, drafter, one, params, controller, decisions)
@@ -221,10 +222,12 @@ def speculative_decode(
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
     decisions: Decisions | None = None,
+    together: bool = True,
 ) -> Iterator[Step]:
     """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace.
 
-    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4.
+    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4. together: several steps
+    may be made in one call, which does not say what each of them took; the tokens are the same.
     """
     policy = policy or Rejection()
     decisions = decisions or (Certain() if params.greedy else KeyedDecisions(params.seed))
@@ -233,7 +236,7 @@ def speculative_decode(
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
         try:
-            yield from next_steps(runner, drafter, active, params, policy, mine, decisions)
+            yield from next_steps(runner, drafter, active, params, policy, mine, decisions, together)
         except OutOfPages as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
             if drafter.taps is None:  # a drafter that reads states keeps none of the others'

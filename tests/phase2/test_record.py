@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import phase2
 from common.errors import UserError
@@ -128,40 +127,6 @@ def test_a_line_is_in_the_file_when_its_step_ends(tmp_path: Path) -> None:
         assert content.endswith(b"\n")
         assert content.count(b"\n") == written
     assert written > 4
-
-
-class Operations(TorchDispatchMode):
-    """Every operation of torch, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("draft", ["none", "fake:0.7"])
-def test_recording_adds_no_operation_to_the_loop(tmp_path: Path, draft: str) -> None:
-    """Neither where it is off, nor where it is on: it reads after each step what the loop has made anyway."""
-    names, ended = list[list[str]](), cast(Any, object())
-    for record in (None, tmp_path / "run.jsonl"):
-        session = phase2.Session(phase2.Options(model="fake", draft=draft, max_tokens=12, temperature=1.0))
-        sequences = session.sequences(["x y z"])
-        recorder = Recorder(record, session, sequences) if record else None
-        steps = session.run(sequences, phase2.Clock(), recorder.watch if recorder else None)
-        names.append(list[str]())
-        going = True
-        while going:
-            with Operations() as counted:
-                step = next(steps, ended)
-            names[-1] += counted.names
-            going = step is not ended
-            if going and recorder:
-                recorder.step(step)
-    assert names[0] == names[1]
-    assert len(names[0]) > 50
 
 
 @pytest.mark.about("engine/record.py, Recorder.__init__")
