@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from jsonschema import Draft202012Validator
 
 from common.models.train_tokenizer import save_tokenizer, train_tokenizer
 from common.phases import Phase, phases
+from common.recording import SCHEMA, Recording, contradictions, read_recording
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -137,6 +140,22 @@ def phase(request: pytest.FixtureRequest) -> Phase:
 def engine(phase: Phase) -> ModuleType:
     """The engine package of the phase at hand."""
     return importlib.import_module(phase.package)
+
+
+@pytest.fixture(scope="session")
+def check_recording() -> Callable[[Path], Recording]:
+    """Reads what `--record` wrote, which must be of the schema and contradict itself nowhere."""
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    validators = {kind["properties"]["type"]["const"]: Draft202012Validator(kind) for kind in schema["oneOf"]}
+
+    def check(path: Path) -> Recording:
+        recording = read_recording(path)
+        for line in [recording.header, *recording.steps, *([recording.footer] if recording.footer else [])]:
+            validators[line["type"]].validate(line)
+        assert list(contradictions(recording)) == []
+        return recording
+
+    return check
 
 
 @pytest.fixture

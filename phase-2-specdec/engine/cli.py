@@ -146,18 +146,20 @@ def main(arguments: list[str]) -> int:
     warn_about_length(session, sequences)
     printer = Printer(sequences, quiet=options.as_json or options.show)
     show = Show(session.loaded.tokenizer) if options.show else None
-    recorder = Recorder(options.record, session.header()) if options.record else None
-    clock = Clock()
+    recorder = Recorder(options.record, session, sequences) if options.record else None
+    clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        for step in session.run(sequences, clock):
+        for step in session.run(sequences, clock, recorder.watch if recorder else None):
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
-            if step and recorder:
+            if recorder:
                 recorder.step(step)
     except KeyboardInterrupt:
         interrupted = True
+    if recorder:
+        recorder.finish()
     if show:
         show.histogram()
     if options.explain and not interrupted:

@@ -66,6 +66,8 @@ class Options(BaseSettings):
                 raise ValueError("--beams does not go with --repetition-penalty; beam search has no use for it")
             if self.n > 1:
                 raise ValueError("--beams does not go with --n: the search returns its one best text")
+            if self.record is not None:
+                raise ValueError("--beams does not go with --record: a search has no step of which one token follows")
             if self.draft not in ("auto", "none"):
                 raise ValueError("--beams does not go with --draft: beam search looks for the likeliest text itself")
         return self

@@ -1,64 +1,246 @@
-"""`--record FILE`: a run step by step, as JSON lines, for replay and for looking at single decisions.
+"""`--record FILE`: a run step by step, as JSON lines, complete enough to replay its arithmetic without the model.
 
-The first line names the model, the draft and the settings. Then one line per step and sequence: the tokens proposed,
-both models' probabilities of them, the probability with which each was to stand and the uniform that decided it, how
-many did, what followed and from where, the times.
+A header, a line per step and sequence, a footer. `common/recording.schema.json` describes every field. All figures are
+read from what the loop has decided already, after each step: recording changes no token.
+
+    python generate.py --prompt "import " --temperature 1 --record run.jsonl
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import philox
 from common.errors import UserError
+from common.phases import phase_of
 
+from .generate import Clock
+from .sampling import probabilities
+from .sequence import Sequence
+from .session import Session
 from .speculative import Step
+
+SCHEMA_VERSION = 1
+TOP = 5  # tokens of a distribution that are listed
 
 
 class Recorder:
-    """Writes each step as it ends, so that an interrupted run keeps what it has. UserError if it cannot be written."""
+    """Writes each step as it ends, a whole line in one system call. UserError if the file cannot be written.
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    `sequences` are all of the run, and `clock` is its clock, which starts when the header is written. The loop calls
+    `watch` in a step of plain decoding; whoever drives the loop calls `step` after every step, and `finish` at the end.
+    """
+
+    def __init__(self, path: Path, session: Session, sequences: list[Sequence]) -> None:
+        self.path, self.session, self.sequences = path, session, sequences
+        self.numbers = {sequence: number for number, sequence in enumerate(sequences)}
+        self.totals = [
+            {"new_tokens": 0, "steps": 0, "target_forwards": 0, "proposed": 0, "accepted": 0, "seconds": 0.0}
+            for _ in sequences
+        ]
+        self.steps, self.began = 0, 0.0  # milliseconds on the run's clock
+        self.seen: tuple[list[Sequence], Tensor, float] | None = None  # of a step without a draft
         try:
-            self.file: TextIO = path.open("w", encoding="utf-8")
+            self.file = path.open("wb", buffering=0)
         except OSError as error:
             raise UserError(f"--record {path}: cannot be written ({error.strerror or error})") from None
-        self._write(header)
+        self._write(self._header())
+        self.clock = Clock()
 
-    def step(self, step: Step) -> None:
-        draft, verdict = step.draft, step.verdict
-        for row, (sequence, stats) in enumerate(zip(step.sequences, step.stats, strict=True)):
-            tokens = draft.tokens[row, : stats.k]
-            at = tokens[:, None].to(step.target_probs.device)
-            target = step.target_probs[row, : stats.k].gather(-1, at)[:, 0]
-            own = [1.0] * stats.k if draft.probs is None else draft.probs[row, : stats.k].gather(-1, at)[:, 0].tolist()
-            uniforms = None
-            if not sequence.params.greedy:
-                positions = torch.arange(stats.k) + len(sequence.prompt) + step.starts[row]
-                samples = torch.full_like(positions, sequence.sample)
-                uniforms = philox.uniforms(sequence.params.seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0]
-            accepted = int(verdict.accepted[row])
-            self._write(
+    def watch(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """A step without a draft: logits [R, V] that the sequences' last tokens were chosen by."""
+        self.seen = list(sequences), logits, self._now()
+
+    def step(self, step: Step | None) -> None:
+        """Write a line for every sequence of the step: of `step`, or without one of what was watched last."""
+        if step is not None:
+            for row in range(len(step.sequences)):
+                self._add(step.sequences[row], self._drafted(step, row))
+        elif self.seen is not None:
+            sequences, logits, done = self.seen
+            for row, sequence in enumerate(sequences):
+                start = len(sequence.tokens) - 1
+                times = {"draft_ms": 0.0, "verify_ms": done - self.began, "accept_ms": 0.0, "kv_ms": 0.0}
+                self._add(sequence, {**self._plain(sequence, start, logits[row]), **times})
+        self.steps, self.seen, self.began = self.steps + 1, None, self._now()
+
+    def finish(self) -> None:
+        """Write the footer. A sequence without a finish reason was interrupted."""
+        ends = [
+            {"sequence": number, "finish_reason": each.finish_reason or "interrupted", "text": each.text}
+            for number, each in enumerate(self.sequences)
+        ]
+        self._write(
+            {
+                "type": "footer",
+                "finished": all(each.finish_reason is not None for each in self.sequences),
+                "sequences": [{**end, **total} for end, total in zip(ends, self.totals, strict=True)],
+            }
+        )
+        self.file.close()
+
+    def _header(self) -> dict[str, Any]:
+        prompts = [each.prompt for each in self.sequences[:: self.session.options.n]]
+        return {
+            "type": "header",
+            "schema_version": SCHEMA_VERSION,
+            "phase": phase_of(__file__),
+            **self.session.header(),
+            "prompts": [{"tokens": prompt, "strings": self._strings(prompt)} for prompt in prompts],
+            "sequences": [
+                {"sequence": number, "prompt": number // self.session.options.n, "sample": each.sample}
+                for number, each in enumerate(self.sequences)
+            ],
+        }
+
+    def _drafted(self, step: Step, row: int) -> dict[str, Any]:
+        """What became of the draft of one sequence, and what followed."""
+        sequence, start, stats = step.sequences[row], step.starts[row], step.stats[row]
+        target = step.target_probs[row]
+        if not stats.k:
+            line = self._line(sequence, start, target[0], int(step.verdict.next_tokens[row]), "plain")
+        else:
+            accepted = int(step.verdict.accepted[row])
+            draft = self._draft_probs(step, row)
+            rejected = None if accepted == stats.k else (target[accepted], draft[accepted])
+            origin = "bonus" if rejected is None else "residual"
+            line = self._line(sequence, start, target[accepted], int(step.verdict.next_tokens[row]), origin, rejected)
+            line["comparison"] = "certain" if sequence.params.greedy else "uniform"
+            line["proposed"] = self._candidates(step, row, draft, accepted)
+            line["path"] = list(range(accepted))
+        times = {name: getattr(stats, name) for name in ("draft_ms", "verify_ms", "accept_ms", "kv_ms")}
+        return {**line, **times, "k": stats.k, "counted": {"proposed": stats.proposed, "accepted": stats.accepted}}
+
+    def _draft_probs(self, step: Step, row: int) -> Tensor:
+        """What the draft tokens were drawn from, [k, V]: one-hot where they were certain."""
+        k = step.stats[row].k
+        if step.draft.probs is not None:
+            return step.draft.probs[row, :k]
+        target = step.target_probs[row, :k]
+        return torch.zeros_like(target).scatter_(-1, step.draft.tokens[row, :k, None].to(target.device), 1.0)
+
+    def _candidates(self, step: Step, row: int, draft: Tensor, accepted: int) -> list[dict[str, Any]]:
+        sequence, candidates = step.sequences[row], list[dict[str, Any]]()
+        for at, token in enumerate(step.draft.tokens[row, : step.stats[row].k].tolist()):
+            tried = at <= accepted
+            position = len(sequence.prompt) + step.starts[row] + at
+            candidates.append(
                 {
-                    "sample": sequence.sample,
-                    "position": len(sequence.prompt) + step.starts[row],
-                    "proposed": tokens.tolist(),
-                    "draft_probs": own,
-                    "target_probs": target.tolist(),
-                    "acceptance_probs": verdict.ratios[row, : stats.k].tolist(),
-                    "uniforms": None if uniforms is None else uniforms.tolist(),  # a token stands where it is below
-                    "accepted": accepted,
-                    "next_from": "bonus" if accepted == stats.k else "residual",
-                    "next_token": int(verdict.next_tokens[row]),
-                    "stats": dataclasses.asdict(stats),
+                    "token": token,
+                    "string": self._string(token),
+                    "parent": at - 1,
+                    "draft_prob": float(draft[at, token]),
+                    "target_prob": float(step.target_probs[row, at, token]),
+                    "chance": float(step.verdict.ratios[row, at]) if tried else None,
+                    "uniform": accept_uniform(sequence, position) if tried else None,
+                    "accepted": at < accepted if tried else None,
                 }
             )
+        return candidates
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+    def _plain(self, sequence: Sequence, start: int, logits: Tensor) -> dict[str, Any]:
+        """A step without a draft, by the logits [V] behind the text."""
+        outputs = [sequence.tokens[:start]]
+        probs = probabilities(logits[None], sequence.params, [sequence.prompt], outputs)[0]
+        return self._line(sequence, start, probs, sequence.tokens[start], "plain")
+
+    def _line(
+        self,
+        sequence: Sequence,
+        start: int,
+        target: Tensor,
+        token: int,
+        origin: str,
+        rejected: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """What the lines of all steps have. start: output length before the step; target [V]: behind what was accepted.
+
+        rejected: where `token` came from a residual, the target's and the draft's distributions [V] that it is of.
+        """
+        source, rest = target, None
+        if rejected is not None:
+            source, mass = residual(*rejected)
+            top = self._top(source)
+            for each in top:
+                each["target_prob"], each["draft_prob"] = (float(probs[each["token"]]) for probs in rejected)
+            rest = {"mass": mass, "top": top}
+        return {
+            "type": "step",
+            "step": self.steps,
+            "sequence": self.numbers[sequence],
+            "position": len(sequence.prompt) + start,
+            "start_ms": self.began,
+            "prefill_ms": None,
+            "k": 0,
+            "comparison": None,
+            "proposed": [],
+            "path": [],
+            "next": {
+                "token": token,
+                "string": self._string(token),
+                "origin": origin,
+                "prob": float(source[token]),
+            },
+            "emitted": sequence.tokens[start:],
+            "counted": {"proposed": 0, "accepted": 0},
+            "target_top": self._top(target),
+            "residual": rest,
+            "cache_before": None,
+            "cache_after": None,
+        }
+
+    def _top(self, probs: Tensor) -> list[dict[str, Any]]:
+        """The likeliest tokens of probs [V], the lower id first among equals; none that is impossible."""
+        values, tokens = probs.sort(descending=True, stable=True)
+        likeliest = zip(tokens[:TOP].tolist(), values[:TOP].tolist(), strict=True)
+        return [{"token": token, "string": self._string(token), "prob": prob} for token, prob in likeliest if prob > 0]
+
+    def _add(self, sequence: Sequence, line: dict[str, Any]) -> None:
+        self._write(line)
+        total = self.totals[line["sequence"]]
+        total["new_tokens"] += len(line["emitted"])
+        total["steps"] += 1
+        total["target_forwards"] += 1
+        for name, count in line["counted"].items():
+            total[name] += count
+        total["seconds"] = self._now() / 1e3
+
+    def _strings(self, tokens: list[int]) -> list[str]:
+        return [self._string(token) for token in tokens]
+
+    def _string(self, token: int) -> str:
+        return self.session.loaded.tokenizer.token_text(token)
+
+    def _now(self) -> float:
+        return (time.perf_counter() - self.clock.began) * 1e3
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """One unbuffered write: an interrupt comes before or after it, never within."""
+        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            complete = self.file.write(content) == len(content)
+        except OSError as error:
+            raise UserError(f"--record {self.path}: cannot be written ({error.strerror or error})") from None
+        if not complete:
+            raise UserError(f"--record {self.path}: cannot be written to its end; is the disk full?")
+
+
+def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, float]:
+    """What verify() leaves of a target distribution [V] where a token of this draft [V] was rejected; and its mass."""
+    left = (target - draft.to(target.device)).clamp(min=0)
+    mass = float(left.sum())
+    return (left / mass if mass > 0 else target), mass
+
+
+def accept_uniform(sequence: Sequence, position: int) -> float | None:
+    """The number that decided about a draft token at this position of the text; None at temperature 0."""
+    if sequence.params.greedy:
+        return None
+    keys = torch.tensor([sequence.sample]), torch.tensor([position])
+    return float(philox.uniforms(sequence.params.seed, *keys, philox.Purpose.ACCEPT, 1))

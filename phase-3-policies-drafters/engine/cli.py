@@ -15,7 +15,6 @@ from common.phases import phase_of
 from .explain import account, plain_step_ms, print_explanation
 from .generate import Clock
 from .options import Options
-from .policies import Rejection
 from .record import Recorder
 from .sequence import Sequence
 from .session import Session
@@ -147,22 +146,22 @@ def main(arguments: list[str]) -> int:
     warn_about_length(session, sequences)
     printer = Printer(sequences, quiet=options.as_json or options.show)
     show = Show(session.loaded.tokenizer) if options.show else None
-    recorder = (
-        Recorder(options.record, session.header(), isinstance(session.policy, Rejection)) if options.record else None
-    )
-    clock = Clock()
+    recorder = Recorder(options.record, session, sequences) if options.record else None
+    clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        for step in session.run(sequences, clock):
+        for step in session.run(sequences, clock, recorder.watch if recorder else None):
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
             if step and options.show_tree and sequences[0] in step.sequences:
                 print_tree(step, session.loaded.tokenizer)
-            if step and recorder:
+            if recorder:
                 recorder.step(step)
     except KeyboardInterrupt:
         interrupted = True
+    if recorder:
+        recorder.finish()
     if show:
         show.histogram()
     if options.explain and not interrupted:

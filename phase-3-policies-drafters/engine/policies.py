@@ -17,8 +17,8 @@ They judge by the probabilities that are sampled from, and at temperature 0 by t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,10 +68,19 @@ class AcceptancePolicy(Protocol):
         ...
 
 
+class Trial(NamedTuple):
+    """A child that recursive rejection tried, and the distributions [V] that decided about it."""
+
+    node: int
+    target: Tensor
+    draft: Tensor
+
+
 @dataclass(frozen=True)
 class Path:
     nodes: list[int]  # from the text downwards
     next_token: int
+    trials: list[Trial] = field(default_factory=list)  # in a tree of drawn children, in the order of the attempts
 
 
 class Rejection:
@@ -240,12 +249,14 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, d
     """
     assert tree.probs is not None, "these children were not drawn"
     nodes: list[int] = []
+    trials: list[Trial] = []
     node = -1
     samples = torch.tensor([sample], device=probs.device)
     while True:
         target, draft = probs[node + 1], tree.probs[node + 1].to(probs.device)
         at, stood = position + len(nodes), None
         for trial, child in enumerate(tree.children(node)):
+            trials.append(Trial(child, target, draft))
             token = tree.tokens[child]
             ratio = (target[token] / draft[token]).clamp(max=1).view(1, 1)
             if bool(decisions.decide(ratio, samples, torch.full_like(ratio, at, dtype=torch.long), trial)):
@@ -260,6 +271,6 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, d
             draft = draft / left if left > 0 else draft
         if stood is None:
             purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE
-            return Path(nodes, draw_one(target, sample, at, decisions, purpose))
+            return Path(nodes, draw_one(target, sample, at, decisions, purpose), trials)
         node = stood
         nodes.append(node)

@@ -15,7 +15,6 @@ from common.phases import phase_of
 from .explain import account, plain_step_ms, print_explanation
 from .generate import Clock
 from .options import Options
-from .policies import Rejection
 from .profiler import Profiler
 from .record import Recorder
 from .sequence import Sequence
@@ -164,23 +163,23 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     warn_about_length(session, sequences)
     printer = Printer(sequences, quiet=options.as_json or options.show)
     show = Show(session.loaded.tokenizer) if options.show else None
-    recorder = (
-        Recorder(options.record, session.header(), isinstance(session.policy, Rejection)) if options.record else None
-    )
-    clock = Clock()
+    recorder = Recorder(options.record, session, sequences) if options.record else None
+    clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        steps = session.run(sequences, clock)
+        steps = session.run(sequences, clock, recorder.watch if recorder else None)
         for step in profiler.watch(steps) if profiler else steps:
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
             if step and options.show_tree and sequences[0] in step.sequences:
                 print_tree(step, session.loaded.tokenizer)
-            if step and recorder:
+            if recorder:
                 recorder.step(step)
     except KeyboardInterrupt:
         interrupted = True
+    if recorder:
+        recorder.finish()
     if show:
         show.histogram()
     if options.explain and not interrupted:

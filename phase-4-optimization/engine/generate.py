@@ -8,7 +8,7 @@ print(generate(loaded.model, [loaded.tokenizer.encode("import ")], SamplingParam
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from .profiler import stage
 from .sampling import KeyedRandomness, Randomness, SamplingParams, choose
 from .sequence import Ending, FinishReason, Sequence
 from .shapes import padded_length
+
+Watch = Callable[[list[Sequence], Tensor], None]
+"""Takes the sequences of a step, and the logits [R, V] that their new tokens were chosen by."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
     return torch.cat(parts)[order.argsort()]
 
 
-def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> None:
-    """Give every unfinished sequence its next token."""
+def decode_step(
+    model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness
+) -> Tensor:
+    """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
     stage("verify")
     logits = next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences])
     stage("sample")
@@ -132,15 +137,25 @@ def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingP
     )
     for sequence, token in zip(sequences, tokens, strict=True):
         sequence.append(token)
+    return logits
 
 
 def decode(
-    model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness | None = None
+    model: Transformer,
+    sequences: list[Sequence],
+    params: SamplingParams,
+    randomness: Randomness | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[list[Sequence]]:
-    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own."""
+    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
+
+    `watch` is called after every step, before the sequences are given out.
+    """
     randomness = randomness or KeyedRandomness(params.seed)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        decode_step(model, active, params, randomness)
+        logits = decode_step(model, active, params, randomness)
+        if watch is not None:
+            watch(active, logits)
         yield active
 
 

@@ -157,6 +157,8 @@ class Options(BaseSettings):
             for name in ("policy", "controller", "drafter"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"--beams does not go with --{name}: nothing is drafted")
+            if self.record is not None:
+                raise ValueError("--beams does not go with --record: a search has no step of which one token follows")
             if self.draft not in ("auto", "none"):
                 raise ValueError("--beams does not go with --draft: beam search looks for the likeliest text itself")
         return self

@@ -19,6 +19,7 @@ import torch
 from common.checkpoint import open_checkpoint
 from common.device import available_memory, memory, resolve_device
 from common.errors import UserError
+from common.results import environment
 
 from .beam import beam_search
 from .compile import Compiler
@@ -28,7 +29,8 @@ from .cost import forward_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
-from .generate import Clock, Generation, decode, finish
+from .fake import FakeModel
+from .generate import Clock, Generation, Watch, decode, finish
 from .load import LoadedModel, load
 from .options import Options, QuantName
 from .packing import pack_matrices
@@ -140,29 +142,36 @@ class Session:
         return self.draft.checkpoint.name if self.draft else self.options.drafter
 
     def header(self) -> dict[str, object]:
-        """What a recording begins with."""
+        """What a recording says of the run: the models, the settings, the machine."""
+        weight, models = self.loaded.model.embedding.weight, [each for each in (self.loaded, self.draft) if each]
+        trained = [each.checkpoint for each in models if not isinstance(each.model, FakeModel)]
+        hashes = {checkpoint.name: checkpoint.content_hash() for checkpoint in trained}
         return {
             "model": self.loaded.checkpoint.name,
             "draft": self.draft_name,
             "settings": self.options.model_dump(mode="json", by_alias=True),
+            "environment": environment(weight.device, weight.dtype, torch.get_num_threads(), hashes),
         }
 
     def computing(self) -> AbstractContextManager[object]:
         """What `--amp` puts around every forward."""
         return computing(self.options.amp, self.loaded.model.embedding.weight.device)
 
-    def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
-        """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None."""
-        yield from each_within(self.computing, self._decode(sequences, clock))
+    def run(self, sequences: list[Sequence], clock: Clock, watch: Watch | None = None) -> Iterator[Step | None]:
+        """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None.
 
-    def _decode(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
+        `watch` sees the steps of plain decoding.
+        """
+        yield from each_within(self.computing, self._decode(sequences, clock, watch))
+
+    def _decode(self, sequences: list[Sequence], clock: Clock, watch: Watch | None) -> Iterator[Step | None]:
         if self.options.beams > 1:
             yield from self._search(sequences, clock)
             return
         if self.speculative:
             yield from self._speculate(sequences, clock)
             return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed)):
+        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed), watch):
             for sequence in active:
                 clock.mark(sequence)
             yield None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from common.device import synchronize
 
@@ -64,6 +65,7 @@ class Step:
     verdict: Verdict | None  # of chains
     paths: list[Path]  # the draft tokens that stood, and what followed
     stats: list[StepStats]
+    logits: Tensor | None = None  # instead of what the target said, where the step was one of plain decoding: [R, V]
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -126,7 +128,7 @@ def plain_step(
     """A step for which nobody asked for a draft: plain decoding, at its price."""
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     began = time.perf_counter()
-    decode_step(model, sequences, params, decisions)
+    logits = decode_step(model, sequences, params, decisions)
     verify_ms = (time.perf_counter() - began) * 1e3
     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
     stats = [StepStats(0, 0, 0, 0, 1, length, 0.0, verify_ms, 0.0) for length in lengths]
@@ -134,7 +136,7 @@ def plain_step(
         controller.observe(of_sequence)
     draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
     paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
-    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats)
+    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats, logits)
 
 
 def speculative_step(
@@ -165,9 +167,9 @@ def speculative_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     known = None if drafter.taps is None else [drafter.known(sequence) for sequence in sequences]
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    judged, verdict, states = None, None, None
+    judged, verdict, states, logits = None, None, None, None
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
-        decode_step(model, sequences, params, decisions)
+        logits = decode_step(model, sequences, params, decisions)
         verified = time.perf_counter()
         paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
     else:
@@ -204,7 +206,7 @@ def speculative_step(
             )
         )
         controllers[row].observe(stats[-1])
-    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats)
+    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats, logits)
 
 
 def speculative_decode(

@@ -8,7 +8,7 @@ print(generate(loaded.model, [loaded.tokenizer.encode("import ")], SamplingParam
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +21,9 @@ from .profiler import stage
 from .runner import Drawing, Runner, make_runner
 from .sampling import KeyedRandomness, Randomness, SamplingParams, check_finite
 from .sequence import Ending, FinishReason, Sequence
+
+Watch = Callable[[list[Sequence], Tensor], None]
+"""Takes the sequences of a step, and the logits [R, V] that their new tokens were chosen by."""
 
 AT_ONCE = 8  # tokens that a runner may draw in one call; what lies behind the text's end is dropped
 
@@ -86,14 +89,15 @@ class Clock:
         )
 
 
-def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> None:
-    """Give every unfinished sequence its next token."""
+def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> Tensor:
+    """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
     stage("verify")
     logits = runner.logits(list(sequences), [sequence.prompt + sequence.tokens for sequence in sequences])
     stage("sample")
     for sequence, token in zip(sequences, sample(runner, logits, sequences, params, randomness), strict=True):
         if not sequence.append(token):
             runner.release(sequence)
+    return logits
 
 
 def sample(
@@ -113,12 +117,20 @@ def sample(
 
 
 def decode(
-    runner: Runner, sequences: list[Sequence], params: SamplingParams, randomness: Randomness | None = None
+    runner: Runner,
+    sequences: list[Sequence],
+    params: SamplingParams,
+    randomness: Randomness | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[list[Sequence]]:
-    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own."""
+    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
+
+    `watch` is called after every step, before the sequences are given out; tokens drawn at once have no logits to show,
+    so with it they are drawn one at a time.
+    """
     randomness = randomness or KeyedRandomness(params.seed)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        if len(active) == 1 and (tokens := several(runner, active[0], params, randomness)[0]):
+        if watch is None and len(active) == 1 and (tokens := several(runner, active[0], params, randomness)[0]):
             for token in tokens:
                 more = active[0].append(token)
                 if not more:
@@ -128,10 +140,12 @@ def decode(
                     break
             continue
         try:
-            decode_step(runner, active, params, randomness)
+            logits = decode_step(runner, active, params, randomness)
         except OutOfPages as error:
             refuse(runner, sequences, error)
             continue
+        if watch is not None:
+            watch(active, logits)
         yield active
 
 

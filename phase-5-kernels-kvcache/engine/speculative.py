@@ -102,7 +102,7 @@ def plain_step(
     """A step for which nobody asked for a draft: plain decoding, at its price."""
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     began = time.perf_counter()
-    decode_step(runner, sequences, params, decisions)
+    logits = decode_step(runner, sequences, params, decisions)
     verify_ms = (time.perf_counter() - began) * 1e3
     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
     counts = zip(lengths, runner.computed, strict=True)
@@ -114,7 +114,7 @@ def plain_step(
         controller.observe(of_sequence)
     draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
     paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
-    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats)
+    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats, logits)
 
 
 def speculative_step(
@@ -143,9 +143,9 @@ def speculative_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     known = None if drafter.taps is None else [drafter.known(sequence) for sequence in sequences]
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    judged, verdict, states, kept = None, None, None, 0.0
+    judged, verdict, states, logits, kept = None, None, None, None, 0.0
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
-        decode_step(runner, sequences, params, decisions)
+        logits = decode_step(runner, sequences, params, decisions)
         verified = time.perf_counter()
         paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
     else:
@@ -157,7 +157,8 @@ def speculative_step(
         if any(tree.tokens for tree in trees):
             judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
         else:  # the forward was for its states
-            tokens = sample(runner, target.logits[:, 0], sequences, params, decisions)
+            logits = target.logits[:, 0]
+            tokens = sample(runner, logits, sequences, params, decisions)
             paths = [Path([], token) for token in tokens]
         deciding = time.perf_counter()
         for sequence, path in zip(sequences, paths, strict=True):
@@ -178,7 +179,7 @@ def speculative_step(
         stats.append(step_stats(sequence, *of_row, computed, plain, times))
     for controller, of_sequence in zip(controllers, stats, strict=True):
         controller.observe(of_sequence)
-    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats)
+    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats, logits)
 
 
 def next_steps(
@@ -189,8 +190,9 @@ def next_steps(
     policy: AcceptancePolicy,
     controllers: list[KController],
     decisions: Decisions,
+    together: bool,
 ) -> Iterator[Step]:
-    """The next step of all sequences; of a single one as many as can be made in one call."""
+    """The next step of all sequences; of a single one, if `together`, as many as can be made in one call."""
     context = runner.model.config.context
     asked = [
         block_width(sequence, controller.next_k(), context)
@@ -198,7 +200,7 @@ def next_steps(
     ]
     plain = not any(asked)
     made = 0
-    if len(sequences) == 1:
+    if together and len(sequences) == 1:
         one, controller = sequences[0], controllers[0]
         for step in (
             plain_steps(runner, drafter, one, params, controller, decisions)
@@ -221,10 +223,12 @@ def speculative_decode(
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
     decisions: Decisions | None = None,
+    together: bool = True,
 ) -> Iterator[Step]:
     """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace.
 
-    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4.
+    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4. together: several steps
+    may be made in one call, which does not say what each of them took; the tokens are the same.
     """
     policy = policy or Rejection()
     decisions = decisions or (Certain() if params.greedy else KeyedDecisions(params.seed))
@@ -233,7 +237,7 @@ def speculative_decode(
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
         try:
-            yield from next_steps(runner, drafter, active, params, policy, mine, decisions)
+            yield from next_steps(runner, drafter, active, params, policy, mine, decisions, together)
         except OutOfPages as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
             if drafter.taps is None:  # a drafter that reads states keeps none of the others'

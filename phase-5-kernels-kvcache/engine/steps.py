@@ -57,6 +57,7 @@ class Step:
     verdict: Said | None  # of chains
     paths: list[Path]  # the draft tokens that stood, and what followed
     stats: list[StepStats]
+    logits: Tensor | None = None  # instead of what the target said, where the step was one of plain decoding: [R, V]
 
 
 class StepTimes(NamedTuple):

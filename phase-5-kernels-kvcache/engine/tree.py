@@ -6,7 +6,8 @@ among the children of one node, the first drawn comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,12 +19,14 @@ class Tree:
     """tokens[i] follows tokens[parents[i]], or the text itself where parents[i] is -1.
 
     `probs` [N+1, V] are the distributions that the children were drawn from without replacement: row 0 for the children
-    of the text, row 1 + i for those of node i. None where the children were chosen, not drawn.
+    of the text, row 1 + i for those of node i. None where the children were chosen, not drawn; `chosen_from[node]` [V]
+    is then the drafter's distribution in which the children of a node (of the text: -1) are the likeliest.
     """
 
     tokens: list[int]
     parents: list[int]
     probs: Tensor | None = None
+    chosen_from: Mapping[int, Tensor] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def chain(tokens: list[int]) -> Tree:

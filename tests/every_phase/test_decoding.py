@@ -53,6 +53,22 @@ def test_rows_end_each_on_its_own(engine: ModuleType, loaded: Any) -> None:
         assert all(token % 4 for token in generation.tokens[:-1])
 
 
+def test_a_watcher_sees_the_logits_of_every_step(engine: ModuleType, loaded: Any) -> None:
+    params = engine.SamplingParams(max_new_tokens=5, ignore_eos=True)
+    sequences = [engine.Sequence(prompt, params, loaded.ending) for prompt in PROMPTS[:2]]
+    runs = loaded.model
+    if hasattr(engine, "make_runner"):
+        runs = engine.make_runner(loaded.model, engine.KVOptions(), 2, 32)
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def watch(active: list[Any], logits: torch.Tensor) -> None:
+        seen.append((logits.argmax(-1).tolist(), [sequence.tokens[-1] for sequence in active]))
+
+    steps = sum(1 for _ in engine.decode(runs, sequences, params, watch=watch))
+    assert len(seen) == steps == 5
+    assert all(likeliest == taken for likeliest, taken in seen)
+
+
 def test_samples_of_one_prompt_differ_and_do_not_depend_on_each_other(engine: ModuleType, loaded: Any) -> None:
     params = engine.SamplingParams(temperature=1.0, max_new_tokens=12)
     three = engine.generate(loaded.model, [PROMPTS[0]] * 3, params, loaded.ending, samples=[0, 1, 2])

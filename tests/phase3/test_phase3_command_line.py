@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,43 +78,6 @@ def test_a_controllers_bounds_are_options(capsys: pytest.CaptureFixture[str]) ->
 def test_policies_and_their_parameters_are_options(options: dict[str, Any], policy: Any) -> None:
     assert phase3.Options(**options).acceptance_policy() == policy
     assert isinstance(phase3.Options(temperature=1.0, lossless=True).acceptance_policy(), phase3.Rejection)
-
-
-@pytest.mark.parametrize("policy", [*LOSSLESS, *LOSSY])
-@pytest.mark.parametrize("drafter", ["model", "ngram"])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_a_recording_holds_every_decision(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: str, drafter: str, temperature: int
-) -> None:
-    """The text follows from what is recorded; under rejection, from the recorded uniforms and probabilities alone."""
-    arguments = ["--draft", "fake:0.7", "--drafter", drafter, "--policy", policy, "--temperature", temperature]
-    arguments += ["--max-tokens", 16]
-    assert run(*FAKE, "--record", tmp_path / "run.jsonl", *arguments) == 0
-    header, *steps = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
-    capsys.readouterr()
-    done, settings = completion(capsys, *arguments)
-    assert header["settings"]["policy"] == settings["policy"] == policy
-    assert header["draft"] == ("fake:0.7" if drafter == "model" else drafter)
-    tokens = [token for step in steps for token in [*step["proposed"][: step["accepted"]], step["next_token"]]]
-    assert tokens == done["tokens"]
-    assert any(step["proposed"] for step in steps)
-    position = steps[0]["position"]
-    for step in steps:
-        assert step["position"] == position
-        position += step["stats"]["emitted"]
-        chances, accepted, drafted = step["acceptance_probs"], step["accepted"], len(step["proposed"])
-        assert (step["uniforms"] is not None) == (policy == "rejection" and temperature == 1)
-        if step["uniforms"] is not None:
-            stood = [u < p for u, p in zip(step["uniforms"], chances, strict=True)]
-            assert accepted == (stood.index(False) if False in stood else drafted)
-            for own, theirs, chance in zip(step["draft_probs"], step["target_probs"], chances, strict=True):
-                assert chance == pytest.approx(min(1, theirs / own), abs=1e-6)
-        if policy in LOSSY:
-            assert accepted == (chances.index(0.0) if 0.0 in chances else drafted)
-        if drafter == "ngram" or temperature == 0:
-            assert step["draft_probs"] == [1.0] * drafted
-        replaced = "residual" if policy == "rejection" else "target"
-        assert step["next_from"] == ("bonus" if accepted == drafted else replaced)
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "extrapolate"])

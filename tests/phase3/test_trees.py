@@ -123,6 +123,10 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
     assert [sequence.tokens for sequence in sequences] == expected
     assert sum(stats.accepted for step in steps for stats in step.stats) > 5
     assert max(step.trees[0].depth for step in steps) == 4
+    for tree in [step.trees[0] for step in steps if step.trees[0].probs is None]:
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            rank = tree.children(parent).index(node)
+            assert token == tree.chosen_from[parent].topk(rank + 1).indices[-1]
 
 
 def test_a_tree_of_some_nodes_and_what_lies_above_them() -> None:
@@ -176,3 +180,6 @@ def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None
     for node in range(-1, len(tree.tokens)):
         children = [tree.tokens[child] for child in tree.children(node)]
         assert len(set(children)) == len(children)
+        if children:
+            likeliest = tree.chosen_from[node].topk(len(children)).indices.tolist()
+            assert children == likeliest

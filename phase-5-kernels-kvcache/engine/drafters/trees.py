@@ -81,7 +81,7 @@ class StaticTreeDrafter(TreeDrafter):
         params = self.params if self.drawn else self.ranking
         tokens: list[int] = []
         parents: list[int] = []
-        rows: dict[int, Tensor] = {}  # node -> the distribution that its children were drawn from
+        rows: dict[int, Tensor] = {}  # node -> the distribution that its children are from
         frontier = {-1: -1}  # node of the shape -> node of the tree, which is smaller where tokens ran out
         for depth in range(levels):
             open_nodes = {of: node for of, node in frontier.items() if self.shape.children(of)}
@@ -97,7 +97,7 @@ class StaticTreeDrafter(TreeDrafter):
                     tokens.append(token)
                     parents.append(node)
         if not self.drawn:
-            return Tree(tokens, parents)
+            return Tree(tokens, parents, chosen_from=rows)
         nothing = torch.zeros_like(rows[-1])
         return Tree(tokens, parents, torch.stack([rows.get(node, nothing) for node in range(-1, len(tokens))]))
 
@@ -122,8 +122,10 @@ class DynamicTreeDrafter(TreeDrafter):
         worth: list[float] = []  # of each node, the product of the probabilities down to it
         best_nodes: list[int] = []
         frontier = [-1]
+        rows: dict[int, Tensor] = {}  # node -> the drafter's distribution behind it
         for _ in range(levels):
             probs = self.probs(sequence, Tree(tokens, parents), frontier, self.ranking)
+            rows.update(zip(frontier, probs, strict=True))
             best = ranked(probs, min(self.beam, probs.shape[1]))
             first = len(tokens)
             for node, values, ids in zip(frontier, probs.gather(1, best).tolist(), best.tolist(), strict=True):
@@ -139,4 +141,5 @@ class DynamicTreeDrafter(TreeDrafter):
                 break
         kept = sorted(best_nodes)  # their parents are among them
         place = {node: i for i, node in enumerate(kept)} | {-1: -1}
-        return Tree([tokens[node] for node in kept], [place[parents[node]] for node in kept])
+        chosen_from = {place[node]: row for node, row in rows.items() if node in place}
+        return Tree([tokens[node] for node in kept], [place[parents[node]] for node in kept], chosen_from=chosen_from)
