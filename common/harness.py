@@ -11,6 +11,7 @@ is not run again.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from common.benchmark import BenchOptions, Outcome, WrongResult, refuse_if_different
+from common.checkpoint import open_checkpoint
 from common.device import dtype_name, memory, reset_peak, resolve_dtype, synchronize
 from common.environment import environment
 from common.errors import UserError
@@ -41,6 +43,16 @@ def open_results(
     """The results of one bench, in `--output` or in memory. `models` maps the names of all models to content hashes."""
     where = environment(device, dtype, options.threads or torch.get_num_threads(), models, options.prompts_sha256())
     return Results(options.output, definitions, where, options.model_dump(mode="json"), options.resume)
+
+
+def model_hashes(model: str, draft: str) -> dict[str, str]:
+    """Content hashes of a model and of its draft (`auto`: the one that its lab.json names, if any), by name."""
+    target = open_checkpoint(model)
+    file = target.folder / "lab.json"
+    if draft == "auto" and file.is_file():
+        draft = str(json.loads(file.read_text(encoding="utf-8"))["draft"])
+    drafts = [] if draft in ("auto", "none") else [open_checkpoint(draft)]
+    return {each.name: each.content_hash() for each in (target, *drafts)}
 
 
 @dataclass(frozen=True)

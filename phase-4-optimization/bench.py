@@ -26,9 +26,8 @@ from benchmarks.speed import SPEED, measure_speed
 from benchmarks.tokens import TOKENS, measure_tokens
 
 from common.benchmark import print_document
-from common.checkpoint import open_checkpoint
 from common.device import resolve_device
-from common.harness import open_results
+from common.harness import model_hashes, open_results
 from common.options import parse_options, run_main
 
 SECTIONS: dict[Section, Measure] = {
@@ -61,10 +60,10 @@ def main(arguments: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
-    models = [options.model] + ([options.draft] if options.draft not in ("auto", "none") else [])
-    hashes = {name: open_checkpoint(name).content_hash() for name in models}
     definitions = SPEED | QUALITY | MEMORY | TOKENS | PROFILE | SHAPES
-    with open_results(options, definitions, device, options.dtype, hashes) as results:
+    with open_results(
+        options, definitions, device, options.dtype, model_hashes(options.model, options.draft)
+    ) as results:
         lab = Lab(options, results, device)
         for section in options.only or get_args(Section):
             SECTIONS[section](lab)

@@ -29,9 +29,8 @@ from benchmarks.speed import SPEED, measure_cache, measure_null, measure_speed, 
 from benchmarks.verification import VERIFICATION, measure_verification
 
 from common.benchmark import print_document
-from common.checkpoint import open_checkpoint
 from common.device import resolve_device
-from common.harness import open_results
+from common.harness import model_hashes, open_results
 from common.options import parse_options, run_main
 
 SECTIONS: dict[Section, Measure] = {
@@ -86,18 +85,18 @@ def main(arguments: list[str]) -> int:
         options.tokens, options.k, options.formats = min(options.tokens, 1024), options.k[:2], options.formats[:1]
         options.temperatures = options.temperatures[-1:]
     threads = options.threads or torch.get_num_threads()
-    checkpoint = open_checkpoint(options.model)
     definitions = FIGURES | MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
-    models = {checkpoint.name: checkpoint.content_hash()}
-    with open_results(options, definitions, device, options.dtype, models) as results:
+    with open_results(
+        options, definitions, device, options.dtype, model_hashes(options.model, options.draft)
+    ) as results:
         lab = Lab(options, results, device)
         for section in sections(options, device.type == "cuda"):
             torch.set_num_threads(threads)  # a session whose steps run in C++ leaves torch one
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)
-        for section, title in TITLES.items():
-            lab.report(section, title)
+        for name, title in TITLES.items():
+            lab.report(name, title)
         print(*null_verdicts(lab), sep="\n")
         status = lab.close()
         print_document(lab.document())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def measure_cpu_ladder(lab: Lab) -> None:
     if lab.refused("ladder", cpp.why_not(lab.device)):
         return
     models = Models(lab)
-    cell = {
+    cell: dict[str, Any] = {
         "model": lab.options.model, "threads": models.threads, "instruction_set": lab.instruction_set
     }  # fmt: skip
     runs: dict[str, Variant] = {}
@@ -116,12 +116,16 @@ def measure_cpu_ladder(lab: Lab) -> None:
         if not lab.options.dry_run and (reason := kind.why_not()) is not None:
             lab.refuse("ladder", cell, kind.title, reason)
         else:
-            runs[kind.title] = timed(models, lambda kind=kind: models.rung(kind))
+            runs[kind.title] = timed(models, partial(models.rung, kind))
     for weights in FUSED:
-        runs[f"fused step, {weights}"] = timed(models, lambda weights=weights: models.fused(weights))
+        runs[f"fused step, {weights}"] = timed(models, partial(models.fused, weights))
     lab.compare("ladder", cell, runs)
+
+    def read(size: int) -> Outcome:
+        return reading(models.machine(), size)
+
     for name, size in LEVELS.items():
-        lab.count("machine", cell, f"read {name}", None, lambda size=size: reading(models.machine(), size))
+        lab.count("machine", cell, f"read {name}", None, partial(read, size))
     lab.count("machine", cell, "float32 arithmetic", None, lambda: peak(models.machine()))
 
 

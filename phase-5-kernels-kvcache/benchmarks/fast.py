@@ -80,7 +80,7 @@ def large_model(lab: Lab) -> Iterator[Path]:
 
 def of_format(lab: Lab, model: str, format: str, temperature: float, wanted: dict[str, Any]) -> None:
     """One cell: K is chosen on the calibrate half, and timed on the test half beside the controller."""
-    cell = {
+    cell: dict[str, Any] = {
         "model": model, "format": format, "temperature": temperature, "instruction_set": lab.instruction_set
     }  # fmt: skip
     options = {"kernels": "cpp", "temperature": temperature, **number_format(format), **wanted}
@@ -107,7 +107,7 @@ def fastest(lab: Lab, cell: dict[str, Any]) -> str:
     ratios = {line["variant"]: line["speedup"] for line in lines if "K" in line["variant"] and "speedup" in line}
     if not ratios:
         raise UserError(f"no draft length could be timed: {next((x['reason'] for x in lines if 'reason' in x), cell)}")
-    return max(ratios, key=lambda name: float(ratios[name]))
+    return str(max(ratios, key=lambda name: float(ratios[name])))
 
 
 def of_drafters(lab: Lab, temperature: float) -> None:
@@ -115,7 +115,7 @@ def of_drafters(lab: Lab, temperature: float) -> None:
     options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature}
     runs = {"plain": lab.decoder(draft="none", **options)}
     runs |= {name: run for name, run in lab.drafting(**options).items() if not name.startswith("model")}
-    cell = {"temperature": temperature, "instruction_set": lab.instruction_set}
+    cell: dict[str, Any] = {"temperature": temperature, "instruction_set": lab.instruction_set}
     lab.compare("fast_drafters", cell, runs, lab.prompts(), exact=[] if temperature else list(runs))
 
 

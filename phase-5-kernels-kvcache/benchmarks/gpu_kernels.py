@@ -225,7 +225,7 @@ def measure_gpu_kernels(lab: Lab) -> None:
     backends = ["triton", "cuda"] if dry else usable(lab.device)
     bandwidth = measure_copy(lab)
     for case in cases():
-        cell = {"shape": case.shape, "op": case.op, "what": case.what, "rows": case.rows}
+        cell: dict[str, Any] = {"shape": case.shape, "op": case.op, "what": case.what, "rows": case.rows}
         if not lab.finished("kernels", cell):
             runs = variants(case, backends, lab.device, bandwidth, dry)
             baselines = {f"{each}, free": each for each in backends}

@@ -7,7 +7,7 @@ piece's own tokens were stored and read again. A row is a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def by_window(
     with progress(section, len(judges) * len(windows)) as show:
         for name in judges:
             for number in range(len(windows)):
-                lab.count(section, cell, name, f"window {number}", lambda n=name, i=number: one(n, i))
+                lab.count(section, cell, name, f"window {number}", partial(one, name, number))
                 show(name)
 
 

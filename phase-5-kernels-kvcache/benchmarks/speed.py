@@ -55,7 +55,7 @@ def null_verdicts(lab: Lab) -> list[str]:
 
 def measure_cache(lab: Lab) -> None:
     """Phase 4 is slow, so this takes fewer prompts than what is claimed of samples."""
-    lab, plain = lab.one_round(), {"draft": "none"}
+    lab, plain = lab.one_round(), dict[str, Any](draft="none")
     prompts = lab.prompts(min(CACHE_PROMPTS, lab.options.prompts))
     runs: dict[str, Variant] = {}
     try:

@@ -157,7 +157,7 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
     assert max(sent) <= nodes
 
     every = phase3.DynamicTreeDrafter(base, params, 10_000).grow(sequence, 7)  # nothing is cut from this one
-    worth = {}
+    worth: dict[tuple[int, ...], float] = {}
     for node in range(len(every.tokens)):
         line = every.line(node)
         text = torch.tensor([sequence.prompt + line[:-1]])

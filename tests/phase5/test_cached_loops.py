@@ -208,8 +208,12 @@ def test_constant_and_periodic_texts_past_the_context(how: str, period: int, kin
 
     The right tokens are phase 1's.
     """
-    options = {"model": str(looping), "max_tokens": 80, "repetition_penalty": 0.01}
-    drafting = {"plain": {"draft": "none"}, "ngram": {"drafter": "ngram"}, "model": {"draft": str(looping), "k": 3}}
+    options: dict[str, Any] = {"model": str(looping), "max_tokens": 80, "repetition_penalty": 0.01}
+    drafting: dict[str, dict[str, Any]] = {
+        "plain": {"draft": "none"},
+        "ngram": {"drafter": "ngram"},
+        "model": {"draft": str(looping), "k": 3},
+    }
     text = "".join([" 0", " 1", " 2", " 3", " 4", " 5", " 6"][at % period] for at in range(80))
     first = phase1.Session(phase1.Options(dtype="float32", device="cpu", **options))
     (expected,) = first.complete([text])

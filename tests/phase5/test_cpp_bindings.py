@@ -44,7 +44,7 @@ def fast() -> cpp.CppModel:
     return cpp.CppModel(model_of(TINY, 0), "float32", 2)
 
 
-def verdict(tokens: list[int], widths: list[int], V: int = 100, **more: Tensor) -> Any:
+def verdict(tokens: list[int], widths: list[int], V: int = 100, more: dict[str, Tensor] | None = None) -> Any:
     R, K = len(widths), len(tokens) // max(1, len(widths))
     keys = torch.zeros(R, dtype=torch.long)
     arguments = {
@@ -54,9 +54,10 @@ def verdict(tokens: list[int], widths: list[int], V: int = 100, **more: Tensor) 
         "widths": torch.tensor(widths),
         "samples": keys,
         "positions": keys,
-        **more,
+        **(more or {}),
     }
-    return cpp.verify_sample(*arguments.values(), KeyedDecisions(0))
+    given: list[Any] = [*arguments.values(), KeyedDecisions(0)]
+    return cpp.verify_sample(*given)
 
 
 @pytest.mark.parametrize("token", [-1, 100, 5000, 10**9, -(2**62)])
@@ -78,7 +79,7 @@ def test_shapes_that_do_not_fit_together_are_refused() -> None:
         {"samples": torch.zeros(2, dtype=torch.long)},
     ):
         with pytest.raises(ValueError, match="do not fit together"):
-            verdict([3, 4], [2], **wrong)
+            verdict([3, 4], [2], more=wrong)
 
 
 def test_steps_that_cannot_be_are_refused(fast: cpp.CppModel) -> None:
@@ -127,7 +128,7 @@ def test_a_model_that_is_not_finished_does_not_run(fast: cpp.CppModel) -> None:
 def test_logits_that_are_not_finite_end_every_loop(fast: cpp.CppModel) -> None:
     model = model_of(dataclasses.replace(TINY, vocab_size=64), 2)
     with torch.no_grad():
-        model.norm.weight[3] = float("nan")
+        next(model.norm.parameters())[3] = float("nan")
     broken = cpp.CppModel(model, "float32", 2)
     for params in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9)):
         for call in (broken.generate_plain, broken.draft_chain):
@@ -198,7 +199,7 @@ def fuzz(calls: int = CALLS) -> None:
         )
 
     def drawn() -> Any:
-        method = any_of([target.draft_chain, target.generate_plain])
+        method: Any = any_of([target.draft_chain, target.generate_plain])
         count = any_of([small(), chosen.randint(0, 60)])
         return method(
             cache, chosen.randint(0, 2), numbers(), min(count, 4096), params(), sample=small(), position=small()
@@ -219,7 +220,7 @@ def fuzz(calls: int = CALLS) -> None:
         widths = torch.tensor([small() for _ in range(R)], dtype=torch.long)
         probs = torch.rand(R, K + any_of([0, 1, 1, 1]), V)
         keys = torch.zeros(R, dtype=torch.long)
-        decisions = any_of([Certain(), KeyedDecisions(3)])
+        decisions: Any = any_of([Certain(), KeyedDecisions(3)])
         return cpp.verify_sample(tokens, any_of([None, probs[:, :K]]), probs, widths, keys, keys, decisions)
 
     def chose() -> Any:

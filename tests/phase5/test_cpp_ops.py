@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_any_number_of_tokens_may_be_kept() -> None:
     logits = logits_of(3, 40)
     for top_k in (2**31 - 1, 5_000_000_000, 10**30):
         params = SamplingParams(temperature=1.0, top_k=top_k)
-        keys = [0, 1, 2], [4, 5, 6], [[1]] * 3, [[]] * 3
+        keys: Any = [0, 1, 2], [4, 5, 6], [[1]] * 3, [[]] * 3
         assert cpp.sample(logits, params, KeyedRandomness(0), *keys) == choose(
             logits, params, KeyedRandomness(0), *keys
         )

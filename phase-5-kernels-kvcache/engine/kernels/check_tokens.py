@@ -156,7 +156,12 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 yield Case(f"{dtype}, vocabulary {V}, {wanted or 'no filter'}", run, dtype)
 
     for V in (17, 300):
-        ties = [{"top_k": 5}, {"top_p": 0.83}, {"top_k": 5, "top_p": 0.61}, {"top_k": 9, "top_p": 0.41, "min_p": 0.05}]
+        ties: list[dict[str, Any]] = [
+            {"top_k": 5},
+            {"top_p": 0.83},
+            {"top_k": 5, "top_p": 0.61},
+            {"top_k": 9, "top_p": 0.41, "min_p": 0.05},
+        ]
         for wanted in [*FILTERS, *ties] if full else ties:
 
             def equal(function: Function, V=V, wanted=wanted) -> list[Tensor]:  # type: ignore[no-untyped-def]
