@@ -12,29 +12,23 @@ is not run again.
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from common.benchmark import BenchOptions, Outcome, WrongResult, refuse_if_different
+from common.benchmark import BenchOptions, Outcome
 from common.checkpoint import open_checkpoint
-from common.device import dtype_name, memory, reset_peak, resolve_dtype, synchronize
+from common.comparison import Comparison, Variant, attempt
+from common.device import dtype_name, resolve_dtype
 from common.environment import environment
-from common.errors import UserError
 from common.prompts import Half, Prompt
 from common.results import Results, Row, Scalar
-from common.statistics import MIN_ROUNDS, precision, williams
-from common.tables import AGAIN, derive, log_ratios, print_section, write_csv
-from common.terminal import progress
+from common.tables import derive, print_section, write_csv
 
-Variant = Callable[[Prompt | None, int], Outcome]  # one run of one prompt; the number of the round is its seed's offset
+__all__ = ["Bench", "Variant", "model_hashes", "open_results", "product"]
 
 
 def open_results(
@@ -175,151 +169,3 @@ def product(square: torch.Tensor) -> Variant:
         return Outcome(1, {"gflop": 2 * square.shape[0] ** 3 / 1e9})
 
     return run
-
-
-def attempt(run: Callable[[], Outcome]) -> tuple[Outcome | None, str, str | None]:
-    """What a run gave; or None with `failed` or `refused` and the reason, so that the grid can go on."""
-    try:
-        return run(), "ok", None
-    except (WrongResult, UserError) as error:
-        return None, "refused", str(error)
-    except Exception as error:  # whatever it is: it becomes a row, and the exit status says so
-        return None, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-
-
-@dataclass
-class Comparison:
-    """One cell of a section while it runs: variants x prompts x rounds."""
-
-    bench: Bench
-    section: str
-    cell: dict[str, Scalar]
-    variants: dict[str, Variant]
-    prompts: list[Prompt]
-    exact: set[str]
-    baselines: dict[str, str]
-    outputs: dict[tuple[str | None, int], Sequence[int]] = field(default_factory=dict)  # the baseline's
-    dropped: set[str] = field(default_factory=set)
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The baseline, the null arm, and the others."""
-        first, *others = self.variants
-        return [first, first + AGAIN, *others]
-
-    @property
-    def texts(self) -> list[Prompt | None]:
-        return list(self.prompts) or [None]
-
-    def row(self, name: str, prompt: Prompt | None, round_: int) -> Row:
-        return Row(
-            kind="run", section=self.section, cell=self.cell, variant=name,
-            baseline=self.baselines.get(name, self.names[0]) if name != self.names[0] else None,
-            prompt=prompt.id if prompt else None, round=round_, synthetic=self.bench.options.dry_run,
-        )  # fmt: skip
-
-    def run(self, warmup: int) -> None:
-        bench, options = self.bench, self.bench.options
-        if bench.finished(self.section, self.cell):
-            return
-        failed = [row for row in bench.rows(self.section) if row.cell == self.cell and row.status != "ok"]
-        self.dropped = {row.variant for row in failed}
-        orders = williams(len(self.names))
-        limit = options.round_limit
-        if not options.dry_run:
-            self.warm_up(max(1, warmup))
-        total = (limit or MIN_ROUNDS) * len(self.texts) * len(self.names)
-        title = ", ".join([self.section, *(f"{name} {value}" for name, value in self.cell.items())])
-        with progress(title, total) as step:
-            round_ = 0
-            while self.names[0] not in self.dropped and not self.enough(round_):
-                for number, prompt in enumerate(self.texts):
-                    order = orders[(round_ * len(self.texts) + number) % len(orders)]
-                    for place, index in enumerate(order):
-                        self.one(self.names[index], prompt, round_, place)
-                        step(self.names[index])
-                round_ += 1
-        end = Row(kind="end", section=self.section, cell=self.cell, synthetic=options.dry_run)
-        bench.results.add(end.model_copy(update={"figures": {"variants": self.names}}))
-
-    def warm_up(self, count: int) -> None:
-        """Run every variant untimed on the first prompts; see that a round fits into a budget that was asked for."""
-        spent = math.inf
-        for _ in range(2):  # a first call may load or compile something: the second tells what a round takes
-            began = time.perf_counter()
-            for prompt in self.texts[:count]:
-                for name in self.variants:
-                    if name not in self.dropped:
-                        outcome, status, reason = self.call(name, prompt, 0)
-                        if outcome is None:
-                            failed = self.row(name, prompt, 0).model_copy(update={"status": status, "reason": reason})
-                            self.bench.results.add(failed)
-                            self.dropped.add(name)
-            per_prompt = (time.perf_counter() - began) / min(count, len(self.texts))
-            spent = per_prompt * len(self.texts) * len(self.names) / len(self.variants)
-            if spent <= self.bench.options.budget:
-                return
-        if self.bench.options.round_limit is None and "budget" in self.bench.options.model_fields_set:
-            raise UserError(
-                f"--budget {self.bench.options.budget:g}: one round of {self.section} {self.cell or ''} takes about "
-                f"{math.ceil(spent)} s; allow more seconds, or take fewer --prompts"
-            )
-
-    def call(self, name: str, prompt: Prompt | None, round_: int) -> tuple[Outcome | None, str, str | None]:
-        """One timed run, then checked: what it gave, or why it gave nothing (`attempt`)."""
-        base, device = name.removesuffix(AGAIN), self.bench.device
-
-        def timed() -> Outcome:
-            peak_is_ours = reset_peak(device)
-            synchronize(device)
-            began = time.perf_counter()
-            outcome = self.variants[base](prompt, round_)
-            synchronize(device)
-            seconds = time.perf_counter() - began
-            self.check(base, prompt, round_, outcome)
-            used = memory(device)
-            peaks = ("peak_rss",) * peak_is_ours + ("cuda_peak",) * ("cuda_peak" in used)
-            figures = {f"{peak}_mib": round(used[peak], 1) for peak in peaks} | dict(outcome.figures)
-            return replace(outcome, figures=figures, seconds=outcome.seconds or seconds)
-
-        return attempt(timed)
-
-    def check(self, base: str, prompt: Prompt | None, round_: int, outcome: Outcome) -> None:
-        """Raise WrongResult where the output has to be the baseline's and is not."""
-        key = (prompt.id if prompt else None, round_)
-        if base == self.names[0]:
-            self.outputs[key] = outcome.output
-        elif base in self.exact:
-            if key not in self.outputs:  # the baseline's turn comes later, or it ran before a --resume
-                self.outputs[key] = self.variants[self.names[0]](prompt, round_).output
-            refuse_if_different(f"{base}, {key[0] or 'round'}, round {round_}", self.outputs[key], outcome.output)
-
-    def one(self, name: str, prompt: Prompt | None, round_: int, place: int) -> None:
-        """One row, unless it is there already or its variant has failed."""
-        results, row = self.bench.results, self.row(name, prompt, round_)
-        if name in self.dropped or results.has(row):
-            return
-        if row.synthetic:
-            results.add(row.model_copy(update={"order": place, "seconds": 1.0, "tokens": 1.0}))
-            return
-        outcome, status, reason = self.call(name, prompt, round_)
-        found: dict[str, Any] = {"order": place, "load": round(os.getloadavg()[0], 2)}
-        if outcome is None:
-            self.dropped.add(name)
-            found |= {"status": status, "reason": reason}
-        else:
-            found |= {"seconds": outcome.seconds, "tokens": outcome.tokens, "figures": dict(outcome.figures)}
-        results.add(row.model_copy(update=found))
-
-    def enough(self, rounds: int) -> bool:
-        """Are these rounds all that are wanted? A function of the rows alone, so that a resumed run ends alike."""
-        options = self.bench.options
-        if options.round_limit is not None or not rounds:
-            return rounds >= (options.round_limit or 1)
-        rows = [row for row in self.bench.rows(self.section) if row.kind == "run" and row.cell == self.cell]
-        rows = [row for row in rows if (row.round or 0) < rounds]
-        spent = sum(row.seconds or 0.0 for row in rows)
-        if spent * (rounds + 1) / rounds > options.budget:
-            return True
-        wanted = math.log1p(options.precision)
-        return rounds >= MIN_ROUNDS and all(precision(logs) <= wanted for logs in log_ratios(rows).values())
