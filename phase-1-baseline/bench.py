@@ -73,6 +73,7 @@ class Options(BenchOptions):
     """What a token costs when nothing is reused."""
 
     prompts: int = Field(12, ge=1, description="how many prompts are timed")
+    budget: float = Field(40, gt=0, description="or until one comparison has taken so many seconds")
 
 
 def prompt_of(loaded: LoadedModel, length: int) -> list[int]:

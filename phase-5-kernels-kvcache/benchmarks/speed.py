@@ -27,7 +27,7 @@ SPEED = {
 }
 KINDS = ("static", "dynamic", "paged")
 CACHE_PROMPTS = 24
-NULL_TOKENS, NULL_SECONDS = 16, 20.0  # of one try of `null`
+NULL_TOKENS, NULL_SECONDS = 16, 12.0  # of one try of `null`
 THIRD = "plain, a third time"
 
 
