@@ -76,7 +76,7 @@ class Comparison:
         limit = options.round_limit
         if not options.dry_run:
             self.warm_up(max(1, warmup))
-        total = (limit or MIN_ROUNDS) * len(self.texts) * len(self.names)
+        total = limit * len(self.texts) * len(self.names) if limit else None
         title = ", ".join([self.section, *(f"{name} {value}" for name, value in self.cell.items())])
         with progress(title, total) as step:
             round_ = 0

@@ -75,8 +75,10 @@ def print_document(document: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show progress on stderr over `total` steps; call the given function after each, with a word on what was done.
+def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
+    """Show progress on stderr over `total` steps (None: unknown); call the given function after each step.
+
+    The function takes a word on what was done.
 
     with progress("timing", total=12) as step:
         interleave(variants, repeats=5, on_run=step)

@@ -33,6 +33,7 @@ from common.tables import derive, text_of
 from common.terminal import cell_text, print_table
 
 MARK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
+UNMEASURED = "(not measured yet)"
 FIELDS = ("columns", "column", "where", "versus", "from")
 
 
@@ -76,9 +77,14 @@ def _rows(folder: Path) -> list[Row]:
 
 
 def lines_of(readme: Path, section: str, fields: dict[str, str]) -> list[dict[str, Any]]:
-    """The derived lines that a mark asks for. Raises UserError where there are none."""
+    """The derived lines that a mark asks for; none where its section has no rows yet.
+
+    Raises UserError where the section has rows and none of them is meant.
+    """
     folder = readme.parent / fields.get("from", "results")
-    rows = [row for row in _rows(folder) if row.section == section]
+    rows = [row for row in _rows(folder) if row.section == section] if folder.is_dir() else []
+    if not rows:
+        return []
     lines = select(derive(rows, fields.get("versus")), fields.get("where", ""))
     if not lines:
         raise UserError(f"{readme}: {folder} has no row of section {section!r} where {fields.get('where', 'any')}")
@@ -91,6 +97,8 @@ def render(readme: Path, kind: str, mark: str) -> str:
     """What belongs between a mark and its end."""
     section, fields = parse_mark(mark, str(readme))
     lines = lines_of(readme, section, fields)
+    if not lines:
+        return UNMEASURED if kind == "value" else f"\n{UNMEASURED}\n"
     if kind == "value":
         if len(lines) != 1:
             raise UserError(f"{readme}: the mark `{mark}` selects {len(lines)} lines, expected one")

@@ -23,10 +23,10 @@ GROUP = 64  # input features that share a scale
 def round_to_int4(weight: Tensor) -> Tensor:
     """Symmetric int4, round to nearest: float32 [out, in], each weight a level -8 .. 7 times its group's scale.
 
-    As the engine stores it, the scale is a float16. The largest weight is 7.5 steps, rounded by half a step.
+    The scale is a bfloat16, as the engine stores it. The largest weight is seven steps.
     """
     groups = weight.float().reshape(len(weight), -1, GROUP)
-    scale = (groups.abs().amax(-1, keepdim=True) / 7.5).half()
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
     scale = torch.where(scale == 0, 1, scale).float()
     return (torch.round(groups / scale).clamp(-8, 7) * scale).reshape(weight.shape)
 

@@ -136,8 +136,8 @@ def test_gpu_runs_tests_benches_and_manifest(lab: Path, monkeypatch: pytest.Monk
     assert calls == [
         "-m pytest -p no:cacheprovider -m gpu tests/test_card.py",
         "-m phase5.kernels.ledger --write",
-        "phase-1-one/bench.py --device cuda --repeats 3 --output out/phase-1-one",
-        "phase-2-two/bench.py --device cuda --repeats 3 --output out/phase-2-two",
+        "phase-1-one/bench.py --device cuda --rounds 3 --output out/phase-1-one",
+        "phase-2-two/bench.py --device cuda --rounds 3 --output out/phase-2-two",
         "-m common.gpu_manifest out",
     ]
     parts = [line.split("\t") for line in (lab / "out/parts.tsv").read_text().splitlines()]
@@ -160,7 +160,7 @@ def test_gpu_dry_run_needs_no_card_and_leaves_results_alone(lab: Path, monkeypat
         (lab / folder / "results.jsonl").write_text("{}\n")
     run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out", "DRY_RUN=1")
     assert run.returncode == 0, run.stderr
-    assert calls[1] == "phase-1-one/bench.py --device auto --dry-run --repeats 3 --output out/dry-run/phase-1-one"
+    assert calls[1] == "phase-1-one/bench.py --device auto --dry-run --rounds 3 --output out/dry-run/phase-1-one"
     assert calls[-1] == "-m common.gpu_manifest out/dry-run"
     assert (lab / "out/phase-1-one/results.jsonl").exists()
     assert not (lab / "out/dry-run/phase-1-one/results.jsonl").exists()

@@ -14,7 +14,7 @@ from scipy.signal import lfilter
 from common.statistics import MIN_ROUNDS, Interval, Ratio, between, claims, holm, precision, ratio, williams
 
 NULLS = 2000
-ROUNDS = (5, 6, 7, 8, 10, 12, 16, 24, 40, 60)
+QUICK, ROUNDS = (5, 8, 20), (5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 30, 40, 50, 60)
 SPREAD = 0.04  # standard deviation of one run's log time on the machines that the lab was measured on
 
 
@@ -39,7 +39,7 @@ def _claimed(times: NDArray[np.float64], effect: float = 0.0) -> bool:
     return claims({"other": other}, null)["other"]
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.parametrize("rounds", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROUNDS])
 @pytest.mark.parametrize("kind", ["independent", "drifting", "autocorrelated"])
 def test_at_most_seven_percent_of_the_nulls_are_claimed(kind: str, rounds: int) -> None:
     random = np.random.default_rng([rounds, len(kind)])
@@ -73,7 +73,9 @@ def test_rounds_that_stop_at_a_precision_hold_the_level_too() -> None:
     assert claimed <= 0.07 * NULLS
 
 
-@pytest.mark.parametrize(("prompts", "rounds"), [(8, 3), (12, 5), (50, 2), (100, 2)])
+@pytest.mark.parametrize(
+    ("prompts", "rounds"), [(8, 3), (12, 5), (50, 2), pytest.param(100, 2, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("skewed", [False, True])
 def test_the_two_level_interval_covers_the_mean_of_all_prompts(prompts: int, rounds: int, skewed: bool) -> None:
     random, covered, tries = np.random.default_rng([prompts, rounds]), 0, 1000

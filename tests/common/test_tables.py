@@ -145,6 +145,10 @@ def test_a_readme_is_filled_from_the_rows_and_a_wrong_number_is_found(tmp_path: 
     assert tables.rewrite(readme) == filled
     readme.write_text(filled.replace(f"{line['speedup']:.2f} [", "9.99 ["))
     assert tables.rewrite(readme) == filled
+    readme.write_text(
+        "<!-- table: other; columns: variant -->x<!-- end --> <!-- value: other; column: k -->x<!-- end -->"
+    )
+    assert tables.rewrite(readme).count("(not measured yet)") == 2
     value = "<!-- value: speed; column: speedup; where: variant=fast -->?<!-- end -->"
     readme.write_text(f"It is {value} times as fast.")
     assert f"-->{text_of(line, 'speedup')}<!-- end --> times" in tables.rewrite(readme)
@@ -154,7 +158,7 @@ def test_a_readme_is_filled_from_the_rows_and_a_wrong_number_is_found(tmp_path: 
     ("mark", "message"),
     [
         ("table: speed; colums: variant", "unknown field 'colums'"),
-        ("table: other; columns: variant", "no row of section 'other'"),
+        ("table: speed; columns: variant; where: variant=slow", "no row of section 'speed' where variant=slow"),
         ("value: speed; column: speedup", "selects 3 lines, expected one"),
         ("table: speed; columns: a b c", "a column is written"),
     ],

@@ -243,6 +243,8 @@ def test_an_overflow_in_float16_ends_the_run(engine: ModuleType, how: str, tmp_p
     options: dict[str, Any] = {"model": str(folder), "dtype": "float16", "device": "cpu", "max_tokens": 8}
     ways: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 1.0}, "beams": {"beams": 2}}
     options |= ways[how]
+    if "kernels" in engine.Options.model_fields:  # the C++ kernels compute with float32 activations: no overflow there
+        options["kernels"] = "torch"
     drafts = [{}] if "draft" not in engine.Options.model_fields else [{"draft": "none"}, {"draft": "stdlib-1m"}]
     for draft in drafts if how != "beams" else [{}]:
         with pytest.raises(UserError, match="not finite"):

@@ -87,7 +87,7 @@ def test_a_tree_accepts_more_than_its_first_branch(proof: Any) -> None:
 MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "favourite children with the probabilities of drawn ones": (
         "drafters.trees",
-        ("        if not self.drawn:\n            return probs", "        if True:\n            return probs"),
+        ("        if not self.drawn:\n            return ranked", "        if True:\n            return ranked"),
     ),
     "the second child is tried against the first one's target": (
         "policies",
