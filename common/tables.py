@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from common.results import Row, failures
-from common.statistics import Logs, Ratio, claims, ratio
+from common.statistics import MIN_ROUNDS, Logs, Ratio, claims, ratio
 from common.terminal import print_table
 
 AGAIN = ", again"  # ends the name of the null arm
@@ -233,32 +233,37 @@ def print_section(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) 
 
 
 def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What has to be known about the intervals of a table."""
+    """What has to be known about the intervals of a table, a sentence each."""
     timed = [line for line in lines if "speedup" in line]
     if not timed:
         return []
-    rounds, prompts = min(line["n_rounds"] for line in timed), min(line["n_prompts"] for line in timed)
-    found = []
-    if all(line["speedup_low"] is None for line in timed):
-        found.append(f"{rounds} rounds: too few for an interval, and nothing is claimed.")
-        return found
-    of = f"prompts like these {prompts}" if prompts >= 5 else "these prompts" if prompts else "this work"
-    found.append(f"Intervals: 95%, on {of}; at least {rounds} rounds.")
+    rounds = _span([line["n_rounds"] for line in timed], "round")
+    known = [line for line in timed if line["speedup_low"] is not None]
+    if not known:
+        return [f"{rounds}: too few for an interval, and nothing is claimed."]
+    few = "" if len(known) == len(timed) else "; without one there were too few"
+    over = [line["n_prompts"] for line in known if line["n_prompts"] >= MIN_ROUNDS]
+    on = f"on prompts like these {_span(over, 'prompt')}" if over else "on this work"
+    found = [f"Intervals: 95%, {on}; {rounds}{few}."]
     outliers = sum(line["outliers"] or 0 for line in timed)
     if outliers:
-        found.append(f"{outliers} paired runs are outliers (over five spreads); all are kept.")
-    nulls = [line for line in timed if str(line["variant"]).endswith(AGAIN)]
-    for line in nulls:
-        low, high = line["speedup_low"], line["speedup_high"]
-        if low is not None and not low <= 1 <= high:
-            cell = ", ".join(f"{name} {value}" for name, value in line.items() if name in _cell_names(line))
-            found.append(
-                f"{cell or 'Here'}: the baseline differs from itself: no difference can be claimed on this machine now."
-            )
-    unclaimed = [str(line["variant"]) for line in timed if line["claimed"] is False]
+        found.append(f"Outliers (over five spreads), all kept: {outliers} paired runs.")
+    for line in known:
+        if str(line["variant"]).endswith(AGAIN) and not line["speedup_low"] <= 1 <= line["speedup_high"]:
+            found.append(f"{_label(line)}: the baseline differs from itself; no difference can be claimed here now.")
+    unclaimed = [_label(line) for line in timed if line["claimed"] is False]
     if unclaimed:
-        found.append(f"Not to be claimed as a difference: {', '.join(dict.fromkeys(unclaimed))}.")
+        found.append(f"Not to be claimed as a difference: {'; '.join(unclaimed)}.")
     return found
+
+
+def _span(counts: Sequence[int], what: str) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low if low == high else f'{low} to {high}'} {what}{'' if high == 1 else 's'}"
+
+
+def _label(line: Mapping[str, Any]) -> str:
+    return ", ".join([*(f"{name} {line[name]}" for name in _cell_names(line)), str(line["variant"])])
 
 
 def _cell_names(line: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from typing import Any
 from common.errors import UserError
 from common.lab.arguments import Parser
 from common.phases import ROOT, phases
-from common.results import Row, read_rows
+from common.results import ROWS, Row, read_rows
 from common.tables import derive, text_of
 from common.terminal import cell_text, print_table
 
@@ -82,7 +82,7 @@ def lines_of(readme: Path, section: str, fields: dict[str, str]) -> list[dict[st
     Raises UserError where the section has rows and none of them is meant.
     """
     folder = readme.parent / fields.get("from", "results")
-    rows = [row for row in _rows(folder) if row.section == section] if folder.is_dir() else []
+    rows = [row for row in _rows(folder) if row.section == section] if (folder / ROWS).is_file() else []
     if not rows:
         return []
     lines = select(derive(rows, fields.get("versus")), fields.get("where", ""))

@@ -88,7 +88,7 @@ def test_outliers_are_kept_and_shown() -> None:
     line = line_of(derive(made), "fast")
     assert line["outliers"] == 1
     assert line["speedup"] < line_of(derive(rows()), "fast")["speedup"]
-    assert "1 paired runs are outliers" in " ".join(notes(derive(made)))
+    assert "Outliers (over five spreads), all kept: 1 paired runs." in " ".join(notes(derive(made)))
 
 
 def test_ratios_are_quotients_of_sums_not_means_of_quotients() -> None:
