@@ -101,7 +101,7 @@ def draw(lines: list[dict[str, Any]], title: str, file: Path) -> None:
 
 def run(arguments: list[str]) -> int:
     parser = Parser("lab demo", "Run every phase on the embedded models and compare them in one table.")
-    parser.add_argument("--prompts", type=int, default=8, help="how many prompts (default 8)")
+    parser.add_argument("--prompts", type=int, default=5, help="how many prompts (default 5)")
     parser.add_argument("--max-tokens", type=int, default=48, help="new tokens of each (default 48)")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds (default 2)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the rows there, and demo.png")
