@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -61,6 +61,12 @@ class Bench:
     def mark(self) -> str:
         """What the title of a figure ends with, so that nobody takes a dry run's for a real one."""
         return " (synthetic)" if self.options.dry_run else ""
+
+    def with_options(self, **changed: Any) -> Self:
+        """The same bench with some options changed, which does not count as if the user had asked for them."""
+        options = self.options.model_copy(update=changed)
+        options.model_fields_set.intersection_update(self.options.model_fields_set)
+        return replace(self, options=options)
 
     def prompts(self, count: int | None = None, half: Half = "test") -> list[Prompt]:
         """The prompts of this bench: the user's own, or those of the suite's half; `--prompts` of them, or `count`."""
@@ -153,8 +159,8 @@ class Bench:
             return [resolve_dtype(self.options.dtype, self.device)]
         squares = {d: torch.randn(1024, 1024, device=self.device).to(d) for d in (torch.float32, torch.bfloat16)}
         runs: dict[str, Variant] = {dtype_name(d): product(square) for d, square in squares.items()}
-        few = self.options.model_copy(update={"rounds": self.options.rounds or 3})  # the difference is no subtle one
-        replace(self, options=few).compare("dtypes", {}, runs)
+        few = self.with_options(rounds=self.options.rounds or 3)  # the difference is no subtle one
+        few.compare("dtypes", {}, runs)
         found = {row["variant"]: row["seconds_per_token"] for row in self.table("dtypes")}
         slower = found["bfloat16"] / found["float32"]
         if slower > 1:

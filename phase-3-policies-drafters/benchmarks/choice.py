@@ -5,8 +5,6 @@ Only the choice is taken from here. What it is worth is measured again, on the `
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from common.tables import AGAIN
 
 from .drafters import shapes
@@ -31,7 +29,7 @@ def fixed(k: int) -> str:
 
 def fastest(lab: Lab, temperature: float, labels: list[str]) -> str | None:
     """The label with the largest speed-up; all candidates are timed at the first call. None if none could run."""
-    once = replace(lab, options=lab.options.model_copy(update={"rounds": lab.options.rounds or 1}))
+    once = lab.with_options(rounds=lab.options.rounds or 1)
     prompts = lab.prompts(min(lab.options.prompts, GREEDY_PROMPTS), half="calibrate")
     once.timed("choice", {"temperature": temperature}, candidates(lab), prompts)
     found = {line["variant"]: line.get("speedup", 1.0) for line in lab.table("choice") if possible(line, temperature)}

@@ -192,9 +192,7 @@ class Lab(Bench):
 
     def within(self, share: float) -> Self:
         """The same bench with a share of --budget for every comparison."""
-        return dataclasses.replace(
-            self, options=self.options.model_copy(update={"budget": share * self.options.budget})
-        )
+        return self.with_options(budget=share * self.options.budget)
 
     def way(self, **wanted: Any) -> Variant:
         """A variant that decodes with these options of generate.py; its session is made at the first run."""

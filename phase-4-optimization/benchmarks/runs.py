@@ -71,7 +71,7 @@ class Lab(Bench):
     def with_rounds(self, rounds: int) -> Self:
         """The same bench with a fixed number of rounds, where the options name none."""
         wanted = self.options.round_limit or rounds
-        return dataclasses.replace(self, options=self.options.model_copy(update={"rounds": wanted}))
+        return self.with_options(rounds=wanted)
 
     @property
     def greedy_prompts(self) -> list[Prompt]:

@@ -120,9 +120,6 @@ class Lab(Bench):
         found: torch.dtype = getattr(torch, "float32" if self.options.dtype == "auto" else self.options.dtype)
         return found
 
-    def with_options(self, **changed: Any) -> Self:
-        return dataclasses.replace(self, options=self.options.model_copy(update=changed))
-
     def one_round(self) -> Self:
         """For what is slow: one round over all prompts, unless the user says how long to measure."""
         asked = self.options.model_fields_set & {"rounds", "budget", "precision"}

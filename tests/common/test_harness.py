@@ -94,6 +94,13 @@ def test_a_budget_too_short_for_a_round_says_how_long_one_takes() -> None:
             bench(results, budget=0.1).compare("s", {}, {"a": slow}, PROMPTS)
 
 
+def test_a_default_budget_allows_one_round_at_least_and_a_share_of_it_is_no_wish() -> None:
+    with Results(None, {}, {}) as results:
+        made = bench(results).with_options(budget=1e-9)
+        made.compare("s", {}, {"a": taking(1.0), "b": taking(1.0)}, PROMPTS)
+        assert made.table("s")[0]["n_rounds"] == 1
+
+
 def test_a_failing_variant_is_a_row_with_its_reason_and_the_grid_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     with Results(None, {}, {}) as results:
         made = bench(results, rounds=5)
