@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,6 +110,14 @@ def pairs_side_by_side(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, out // heads // 2, width).transpose(1, 2).reshape(out, width)
 
 
+@cache
+def _quiet() -> Any:
+    """The callback that swallows llama.cpp's log. llama.cpp keeps it for the whole process, so it is never freed."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
 class LlamaCpp:
     """One model and one context of llama.cpp."""
 
@@ -118,8 +127,7 @@ class LlamaCpp:
 
         self.api: Any = llama_cpp
         self.vocab = vocab
-        self._quiet = self.api.llama_log_callback(lambda level, text, data: None)
-        self.api.llama_log_set(self._quiet, None)
+        self.api.llama_log_set(_quiet(), None)
         self.api.llama_backend_init()
         how = self.api.llama_model_default_params()
         how.use_extra_bufts = repack
