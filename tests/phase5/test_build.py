@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -75,7 +76,31 @@ def test_a_header_and_a_flag_make_another_library(source: Path, tmp_path: Path) 
     assert len({first, second, own}) == 3
 
 
-@pytest.mark.parametrize("damage", ["short", "zeros", "no sum"])
+def test_sources_that_another_phase_shares_are_not_compiled_again(source: Path, compiler: Path, tmp_path: Path) -> None:
+    cache, other = tmp_path / "cache", tmp_path / "phase-6"
+    own = source.with_name("own.cpp")
+    own.write_text("int own() { return 1; }\n")
+    first = build.build("answer", [source, own], compiler=str(compiler), flags=FLAGS, cache=cache)
+    shutil.copytree(source.parent, other)
+    sources = [other / source.name, other / own.name]
+    assert build.build("answer", sources, compiler=str(compiler), flags=FLAGS, cache=cache) == first
+    assert calls(compiler) == 3  # two objects, one library
+    sources[1].write_text("int own() { return 2; }\n")
+    assert build.build("answer", sources, compiler=str(compiler), flags=FLAGS, cache=cache) != first
+    assert calls(compiler) == 5  # what changed, and the library
+
+
+def test_a_note_says_how_long_it_takes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        build.build(
+            "answer", [source], compiler="g++", flags=FLAGS, cache=tmp_path / "cache", cpu_seconds=7 * build.CORES
+        )
+    assert (
+        capsys.readouterr().err == f"note: compiling answer for this machine, once: about 7 s on {build.CORES} cores\n"
+    )
+
+
+@pytest.mark.parametrize("damage", ["short", "short with its sum", "zeros", "no sum"])
 def test_a_damaged_library_is_built_again(damage: str, source: Path, compiler: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     library = build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=cache)
@@ -84,9 +109,11 @@ def test_a_damaged_library_is_built_again(damage: str, source: Path, compiler: P
         build.sum_file(library).unlink()
     else:
         library.unlink()  # ctypes of another test may have the old file mapped
-        library.write_bytes(whole[: len(whole) // 2] if damage == "short" else bytes(len(whole)))
+        library.write_bytes(whole[: len(whole) // 2] if "short" in damage else bytes(len(whole)))
+    if damage == "short with its sum":
+        build.sum_file(library).write_text(build.checksum(library))
     assert build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=cache) == library
-    assert calls(compiler) == 4
+    assert calls(compiler) == 3  # the object is there still
     assert answer_of(library) == 41
 
 
@@ -100,8 +127,13 @@ def test_a_library_that_does_not_load_is_built_again(tmp_path: Path) -> None:
     build.sum_file(library).write_text(build.checksum(library))
     with pytest.raises(build.BuildError, match="does not load"):
         build.load(library, "tiny")
-    module = build.build_and_load("tiny", [file], compiler="g++", flags=flags, cache=tmp_path / "cache")
+
+    def make() -> Path:
+        return build.build("tiny", [file], compiler="g++", flags=flags, cache=tmp_path / "cache")
+
+    module = build.load_built("tiny", make)
     assert module.answer() == 7
+    assert build.load_built("tiny", make) is module
 
 
 def test_the_compilers_message_is_in_the_error(tmp_path: Path) -> None:
@@ -120,11 +152,19 @@ def test_missing_things_are_named(source: Path, tmp_path: Path) -> None:
         build.build("answer", [source.with_name("absent.cpp")], compiler="g++", flags=FLAGS, cache=tmp_path)
 
 
-def test_a_killed_compiler_is_said(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("kill -9 $$", r"was killed \(SIGKILL\)"),
+        ("kill -40 $$", r"was killed \(signal 40\)"),
+        ("exit 0", "ended with status 0 and did not write answer-"),
+    ],
+)
+def test_a_compiler_that_dies_or_writes_nothing_is_said(ends: str, said: str, source: Path, tmp_path: Path) -> None:
     script = tmp_path / "dying"
-    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nkill -9 $$\n')
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{ends}\n')
     script.chmod(0o755)
-    with pytest.raises(build.BuildError, match=r"was killed \(SIGKILL\)"):
+    with pytest.raises(build.BuildError, match=said):
         build.build("answer", [source], compiler=str(script), flags=FLAGS, cache=tmp_path / "cache")
 
 
@@ -180,6 +220,34 @@ def test_a_folder_that_cannot_be_written(
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
 
 
+def test_a_folder_that_others_can_write_to_is_not_used(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    shared = tmp_path / "llm-inference-lab" / "kernels"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    monkeypatch.setenv("SPECDEC_BUILD_DIR", str(shared))
+    with pytest.raises(build.BuildError, match=r"SPECDEC_BUILD_DIR=.*kernels is writable for others: .* `chmod go-w`"):
+        build.build("answer", [source], compiler="g++", flags=FLAGS)
+    monkeypatch.delenv("SPECDEC_BUILD_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = build.build("answer", [source], compiler="g++", flags=FLAGS)
+    assert answer_of(library) == 41
+    assert library.parent != shared
+    assert "(writable for others)" in capsys.readouterr().err
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    folder = build.own_temporary()
+    assert build.own_temporary() == folder
+    folder.chmod(0o777)
+    assert build.own_temporary() not in (folder, build.own_temporary())
+
+
 def test_the_folder_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPECDEC_BUILD_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -188,9 +256,7 @@ def test_the_folder_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert build.cache_folder() == tmp_path / "mine"
 
 
-def test_names_and_force_py(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.extension_name("cpp", Path("phase-5-kernels-kvcache")) == "phase_5_kernels_kvcache_cpp"
-    assert build.extension_name("cpp") != build.extension_name("cpp", Path("phase-6-gpu-streams-graphs"))
+def test_force_py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPECDEC_FORCE_PY", raising=False)
     assert build.why_not() is None
     monkeypatch.setenv("SPECDEC_FORCE_PY", "1")

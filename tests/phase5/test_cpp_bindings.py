@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,7 +116,7 @@ def test_a_target_and_its_draft_need_a_cache_each(fast: cpp.CppModel) -> None:
 def test_a_model_that_is_not_finished_does_not_run(fast: cpp.CppModel) -> None:
     from phase5.kernels.cpp.weights import describe
 
-    raw = cpp.library().Engine(describe(TINY), 1, "")
+    raw = cpp.library().Engine(describe(TINY), 1, cpp.chosen_isa())
     cache = fast.new_cache(1, 8)
     with pytest.raises(ValueError, match="not finished"):
         raw.step(fast.view(cache), [1], [0], [0], [1], [0], [], [0], [], 0, 0, 0, 0)
@@ -122,7 +124,7 @@ def test_a_model_that_is_not_finished_does_not_run(fast: cpp.CppModel) -> None:
         raw.finish()
     for wrong in ({"heads": 0}, {"layers": 2**31 - 1}, {"kv_heads": 3}, {"vocab": -5}, {"activation": 9}):
         with pytest.raises(ValueError, match=r"size|heads|activation"):
-            cpp.library().Engine({**describe(TINY), "heads": 4, **wrong}, 1, "")
+            cpp.library().Engine({**describe(TINY), "heads": 4, **wrong}, 1, cpp.chosen_isa())
 
 
 def test_logits_that_are_not_finite_end_every_loop(fast: cpp.CppModel) -> None:
@@ -159,11 +161,59 @@ def test_heads_that_share_keys_are_split_between_threads(threads: int) -> None:
 
 def test_random_calls_end_in_an_exception_or_a_result() -> None:
     """In a process of its own: a signal is a failure, and would be this process's."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
-    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    run_fuzz(CALLS, {})
+
+
+@pytest.mark.slow
+def test_random_calls_touch_no_memory_that_is_not_theirs(tmp_path: Path) -> None:
+    """10,000 calls of a library built with the address sanitizer, which ends the process at the first wrong access."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_file():
+        pytest.skip("this compiler has no address sanitizer")
+    flags = "-fsanitize=address -O1 -g"
+    more = {"SPECDEC_CXXFLAGS": flags, "SPECDEC_BUILD_DIR": str(tmp_path), "LD_PRELOAD": runtime}
+    run_fuzz(10_000, {**more, "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++"})
+
+
+def run_fuzz(calls: int, environment: dict[str, str]) -> None:
+    command = [sys.executable, __file__, str(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-4000:])
     results, refusals = map(int, done.stdout.split())
-    assert results + refusals == CALLS
+    assert results + refusals == calls
     assert results > 50 < refusals
+
+
+FORKED = """
+import os, signal, sys
+from tests.phase5.test_cpp_bindings import TINY, cpp, model_of
+
+fast = cpp.CppModel(model_of(TINY, 0), "float32", int(sys.argv[1]))
+cache = fast.new_cache(1, 16)
+before = fast.step(cache, [[3]]).logits
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # what hangs is killed
+    try:
+        print("same" if fast.step(cache, [[3]]).logits.equal(before) else "other", flush=True)
+    except RuntimeError as error:
+        print(error, flush=True)
+    mine = cpp.CppModel(model_of(TINY, 0), "float32", int(sys.argv[1]))
+    print("same" if mine.step(mine.new_cache(1, 16), [[3]]).logits.equal(before) else "other", flush=True)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(("threads", "said"), [(1, "same"), (2, "the model's threads are in another process")])
+def test_a_fork_works_or_is_refused(threads: int, said: str) -> None:
+    command, root = [sys.executable, "-c", FORKED, str(threads)], Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    old, new = done.stdout.splitlines()
+    assert old.startswith(said)
+    assert new == "same"
 
 
 def fuzz(calls: int = CALLS) -> None:
@@ -258,4 +308,4 @@ def fuzz(calls: int = CALLS) -> None:
 
 
 if __name__ == "__main__":
-    fuzz()
+    fuzz(int(sys.argv[1]))

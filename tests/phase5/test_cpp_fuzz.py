@@ -133,7 +133,7 @@ def step_case(seed: int) -> None:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("count", [100, pytest.param(3334, marks=pytest.mark.slow)])
 def test_products_of_any_shape(isa: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cpp.library().has_isa(isa):
+    if not cpp.has_isa(isa):
         pytest.skip(f"this processor lacks {isa}")
     monkeypatch.setenv("SPECDEC_CPU_ISA", isa)
     engine = cpp.CppModel(model_of(TINY, 0), "float32", 2)
@@ -144,7 +144,7 @@ def test_products_of_any_shape(isa: str, count: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_steps_of_any_shape(isa: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cpp.library().has_isa(isa):
+    if not cpp.has_isa(isa):
         pytest.skip(f"this processor lacks {isa}")
     monkeypatch.setenv("SPECDEC_CPU_ISA", isa)
     for seed in range(count):

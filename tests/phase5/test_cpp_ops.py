@@ -50,7 +50,7 @@ def test_the_same_distribution_and_the_same_token(
     params: SamplingParams, vocab: int, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if isa:
-        if not cpp.library().has_isa(isa):
+        if not cpp.has_isa(isa):
             pytest.skip(f"this processor lacks {isa}")
         monkeypatch.setenv("SPECDEC_CPU_ISA", isa)
     logits = logits_of(40, vocab)
@@ -64,7 +64,7 @@ def test_the_same_distribution_and_the_same_token(
 @pytest.fixture(params=["", "avx2", "portable"])
 def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        if not cpp.library().has_isa(request.param):
+        if not cpp.has_isa(request.param):
             pytest.skip(f"this processor lacks {request.param}")
         monkeypatch.setenv("SPECDEC_CPU_ISA", request.param)
 

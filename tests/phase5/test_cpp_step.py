@@ -36,7 +36,7 @@ def loaded(folder: Path) -> Transformer:
 
 
 def has(isa: str) -> bool:
-    return bool(cpp.library().has_isa(isa))
+    return cpp.has_isa(isa)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from torch import Tensor
 from common import philox
 from common.errors import UserError
 from phase5 import KeyedDecisions, KeyedRandomness, SamplingParams
-from phase5.kernels import TORCH, Kernels, build, check, registry
+from phase5.kernels import TORCH, Kernels, check, registry
 from phase5.kernels.check_attention import Setting, asked
 from phase5.kernels.check_layers import FORMATS, plain, quantised
 from phase5.kernels.cuda import attention, library
@@ -308,8 +308,6 @@ def test_a_wrong_kernel_is_found_out(
     (folder / file).write_text(text.replace(right, wrong), encoding="utf-8")
     monkeypatch.setattr(library, "FOLDER", folder)
     monkeypatch.setenv("SPECDEC_BUILD_DIR", str(tmp_path))
-    number = MUTATIONS.index(mutation)  # pybind11 loads a module of one name once
-    monkeypatch.setattr(build, "extension_name", lambda part: f"wrong_{number}_{part}")
     wrong_library = library._build.__wrapped__("cuda", library.SOURCES, True, "")
     for module in ("attention", "linear", "tokens"):
         monkeypatch.setattr(f"phase5.kernels.cuda.{module}.on_device", lambda *_, **__: wrong_library)

@@ -1,9 +1,9 @@
-"""Compiles C++ and CUDA when it is first needed, and keeps the library for the next time.
+"""Compile C++ and CUDA when a kernel is first needed, and keep the result for the next time.
 
-A library's file is named by a hash of all that decides what is in it: the sources and the headers they include, the
-compiler's version, the flags, the machine's architecture. So nothing stale can be loaded, and there is nothing to
-clean. A build goes into a folder of its own under a lock; the finished library is renamed into its place, with its
-checksum beside it: one that a killed build or a full disk left half written is never loaded, but built again.
+Every object and every library is named by a hash of all that decides its content: the source and the headers that it
+includes, the compiler's version, the flags, the machine's architecture. A stale file is never loaded, and sources that
+two phases share are compiled once. A build runs in a folder of its own under a lock. The finished file is renamed into
+place, with its checksum beside it, so a file that a killed build or a full disk left half written is built again.
 
     from engine.kernels import build
     library = build.build("hello", [Path("hello.cpp")], compiler="g++", flags=["-O2", "-shared", "-fPIC"])
@@ -20,11 +20,14 @@ import platform
 import re
 import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +39,8 @@ from common.errors import UserError
 
 INCLUDE = re.compile(rb'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 SHOWN = 40  # lines of a compiler's message
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+COMPILERS = threading.Semaphore(CORES)  # compilers that run at a time, of all builds together
 
 
 class BuildError(UserError):
@@ -47,13 +52,6 @@ def why_not() -> str | None:
     if os.environ.get("SPECDEC_FORCE_PY", "").lower() not in ("", "0", "false"):
         return f"SPECDEC_FORCE_PY={os.environ['SPECDEC_FORCE_PY']} forbids compiled kernels"
     return None
-
-
-def extension_name(part: str, folder: Path | None = None) -> str:
-    """A module name of this phase's own, so that the libraries of two phases can live in one process."""
-    package = Path(__file__).resolve().parents[1]
-    owner = folder or (package.parent if package.name == "engine" else package)  # installed, a phase is its package
-    return re.sub(r"\W", "_", f"{owner.name}_{part}")
 
 
 def python_flags() -> list[str]:
@@ -74,17 +72,20 @@ def build(
     cache: Path | None = None,
     own_flags: Mapping[str, Sequence[str]] | None = None,
     link_flags: Sequence[str] = (),
+    cpu_seconds: float = 0,
 ) -> Path:
-    """The shared library made of the sources; compiled only where it is not in the cache.
+    """Return the shared library made of the sources; compile only what is not in the cache.
 
     flags go to the compilation of every source and to linking; own_flags[file name] to that source alone, after them;
-    link_flags to linking alone. BuildError says what failed.
+    link_flags to linking alone. cpu_seconds > 0: what compiling costs about; a note on stderr then says how long it
+    will take. BuildError says what failed.
     """
     program = shutil.which(compiler)
     if program is None:
         raise BuildError(f"no compiler {compiler!r} on the PATH; install it, or choose --kernels torch")
     own = {file: list(theirs) for file, theirs in (own_flags or {}).items()}
-    key = fingerprint(sources, [version(program), *flags, "own", repr(sorted(own.items())), "link", *link_flags])
+    common = [version(program), *flags]
+    key = fingerprint(sources, [*common, "own", repr(sorted(own.items())), "link", *link_flags])
     folder = cache_folder(cache)
     library = folder / f"{name}-{key}{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
     if is_whole(library):
@@ -94,50 +95,65 @@ def build(
             return library
         for left in folder.glob(f"{name}.building-*"):  # by builds that were killed: their lock is free, and ours now
             shutil.rmtree(left, ignore_errors=True)
+        if cpu_seconds > 0:
+            about = max(1, round(cpu_seconds / CORES))
+            print(f"note: compiling {name} for this machine, once: about {about} s on {CORES} cores", file=sys.stderr)
         work = Path(tempfile.mkdtemp(prefix=f"{name}.building-", dir=folder))
+
+        def compiled(source: Path) -> Path:
+            mine = own.get(source.name, [])
+            target = folder / f"{source.stem}-{fingerprint([source], [*common, *mine])}.o"
+            if not is_whole(target):
+                made = work / target.name
+                options = [flag for flag in flags if flag not in ("-shared", "--shared")]
+                execute([program, *options, *mine, "-c", str(source), "-o", str(made)])
+                keep(made, target)
+            return target
+
         try:
-            made = compile_all(program, list(sources), work, list(flags), own, list(link_flags))
-            # The checksum comes first: a library without one is never taken for whole.
-            (work / "sum").write_text(checksum(made), encoding="ascii")
-            os.replace(work / "sum", sum_file(library))
-            os.replace(made, library)
+            with ThreadPoolExecutor(CORES) as pool:
+                objects = list(pool.map(compiled, sources))
+            shared = [] if "-shared" in flags else ["-shared"]
+            execute([program, *flags, *shared, *map(str, objects), *link_flags, "-o", str(work / "library")])
+            keep(work / "library", library)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return library
 
 
-def compile_all(
-    program: str, sources: list[Path], work: Path, flags: list[str], own: Mapping[str, list[str]], link: list[str]
-) -> Path:
-    """Every source to an object, several at a time, and all of them to a library in the folder `work`."""
-    objects = [work / f"{number}-{source.stem}.o" for number, source in enumerate(sources)]
-    compiled = [flag for flag in flags if flag not in ("-shared", "--shared")]
-    jobs = [
-        [program, *compiled, *own.get(source.name, []), "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        list(pool.map(execute, jobs))
-    made = work / "library"
-    execute(
-        [program, *flags, *(["-shared"] if "-shared" not in flags else []), *map(str, objects), *link, "-o", str(made)]
-    )
-    return made
+def keep(made: Path, target: Path) -> None:
+    """Move a finished file into the cache. Its checksum comes first: a file without one is never taken for whole."""
+    total = made.with_name(made.name + ".sum")
+    total.write_text(checksum(made), encoding="ascii")
+    os.replace(total, sum_file(target))
+    os.replace(made, target)
 
 
 def execute(command: list[str]) -> None:
-    """Run a compiler. BuildError with its message where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode == 0:
+    """Run a compiler that writes the file behind `-o`. BuildError with its message where it fails or writes nothing."""
+    with COMPILERS:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    made = Path(command[command.index("-o") + 1])
+    if done.returncode == 0 and made.is_file() and made.stat().st_size > 0:
         return
     source = next((part for part in command if part.endswith((".cpp", ".cu", ".cc"))), "the library")
-    if done.returncode < 0:
-        how = f"was killed ({signal.Signals(-done.returncode).name})"
+    if done.returncode == 0:
+        how = f"ended with status 0 and did not write {made.name}"
+    elif done.returncode < 0:
+        how = f"was killed ({signal_name(-done.returncode)})"
     else:
         how = f"failed (status {done.returncode})"
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     said = "\n".join(lines[:SHOWN]) + (f"\n... and {len(lines) - SHOWN} more lines" if len(lines) > SHOWN else "")
     raise BuildError(f"{Path(command[0]).name} {how} on {Path(source).name}: {' '.join(command)}\n{said}".rstrip())
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; real-time signals have no name of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 @lru_cache
@@ -193,80 +209,97 @@ def checksum(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
-def is_whole(library: Path) -> bool:
-    """Whether the library is there, as it was when it was finished."""
+def is_whole(file: Path) -> bool:
+    """Whether the file is there, as it was when it was finished, and not shorter than its ELF header says.
+
+    The loader maps a library without a look at its length: touching what is missing is a SIGBUS, not an error.
+    """
     try:
-        return sum_file(library).read_text(encoding="ascii") == checksum(library)
+        if sum_file(file).read_text(encoding="ascii") != checksum(file):
+            return False
+        with file.open("rb") as opened:
+            header = opened.read(64)
     except (OSError, UnicodeDecodeError):
         return False
+    if header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian: on other systems the loader checks
+        return True
+    if len(header) < 64:
+        return False
+    (sections,) = struct.unpack_from("<Q", header, 40)  # the section headers, which linkers write last
+    size, count = struct.unpack_from("<HH", header, 58)
+    return int(file.stat().st_size) >= sections + size * count
 
 
 def cache_folder(asked: Path | None = None) -> Path:
-    """Where libraries are kept: `asked`, SPECDEC_BUILD_DIR, or the user's cache. A temporary one, said aloud, where
-    that cannot be written."""
+    """Return where libraries are kept: `asked`, SPECDEC_BUILD_DIR, or the user's cache.
+
+    A library is code, so the folder must be the user's own, and nobody else may write to it. A temporary folder serves,
+    with a note, where the user's cache cannot be used. BuildError where SPECDEC_BUILD_DIR is writable for others.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    wanted = asked or Path(os.environ.get("SPECDEC_BUILD_DIR") or home / "llm-inference-lab" / "kernels")
-    if can_write(wanted):
+    named = os.environ.get("SPECDEC_BUILD_DIR")
+    wanted = asked or Path(named or home / "llm-inference-lab" / "kernels")
+    wrong = why_unusable(wanted)
+    if wrong is None:
         return wanted
+    if named and asked is None and "others" in wrong:
+        raise BuildError(
+            f"SPECDEC_BUILD_DIR={named} is {wrong}: a library planted there would be run; "
+            f"use `chmod go-w` on a folder of your own whose content you trust, or name another"
+        )
     instead = own_temporary()
-    print(f"note: compiled kernels cannot be kept in {wanted} (not writable), and go to {instead}", file=sys.stderr)
+    print(f"note: compiled kernels cannot be kept in {wanted} ({wrong}), and go to {instead}", file=sys.stderr)
     return instead
 
 
-def can_write(folder: Path) -> bool:
-    """Tried, not asked: a file system that is mounted read-only says so only when it is written to."""
+def why_unusable(folder: Path) -> str | None:
+    """Why libraries are not kept in the folder, which is made where it is absent; None if they can be.
+
+    Writing is tried, not asked: a file system that is mounted read-only says so only when it is written to.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
-            return True
+            pass
+        status = folder.stat()
     except OSError:
-        return False
+        return "not writable"
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        return "writable for others"
+    return None
 
 
 def own_temporary() -> Path:
     """A folder for temporary libraries that nobody else can have put one into."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"llm-inference-lab-kernels-{user}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if not folder.is_symlink() and status.st_uid == user and status.st_mode & 0o077 == 0:
-            return folder
-    except OSError:
-        pass
+    if not folder.is_symlink() and why_unusable(folder) is None:
+        return folder
     return Path(tempfile.mkdtemp(prefix="llm-inference-lab-kernels-"))
 
 
 def load(path: Path, name: str) -> ModuleType:
-    """Import the extension module `name` from a library. BuildError where it does not load."""
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    """Import the extension module `name` from a library, once: phases with equal sources share the module.
+
+    BuildError where it does not load.
+    """
+    full = f"{path.name.partition('.')[0]}.{name}"  # the part before the dot names the content
+    if full in sys.modules:
+        return sys.modules[full]
+    loader = importlib.machinery.ExtensionFileLoader(full, str(path))
+    spec = importlib.util.spec_from_file_location(full, path, loader=loader)
     assert spec is not None
     try:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError as error:
         raise BuildError(f"the library {path} does not load: {error}") from None
+    sys.modules[full] = module
     return module
 
 
-def build_and_load(
-    name: str,
-    sources: Sequence[Path],
-    *,
-    compiler: str,
-    flags: Sequence[str],
-    cache: Path | None = None,
-    own_flags: Mapping[str, Sequence[str]] | None = None,
-    link_flags: Sequence[str] = (),
-) -> ModuleType:
-    """build, then load; a library from the cache that does not load is built once more."""
-
-    def make() -> Path:
-        return build(
-            name, sources, compiler=compiler, flags=flags, cache=cache, own_flags=own_flags, link_flags=link_flags
-        )
-
+def load_built(name: str, make: Callable[[], Path]) -> ModuleType:
+    """Load the module `name` from the library that `make` builds; one that does not load is built once more."""
     library = make()
     try:
         return load(library, name)

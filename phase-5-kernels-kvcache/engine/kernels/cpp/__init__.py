@@ -4,7 +4,7 @@
     fast = CppModel(loaded.model, "bfloat16")
     fast.step(cache, [tokens]).logits
 
-What runs on which processor is chosen when the library is loaded: SPECDEC_CPU_ISA=avx512|avx2|portable forces one.
+The best instruction set of the processor is compiled and used: SPECDEC_CPU_ISA=avx512|avx2|portable forces one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from . import library as _library
 from .eagle import CppEagle
-from .library import chosen_isa, default_threads, library
+from .library import chosen_isa, default_threads, has_isa, library
 from .medusa import CppMedusa
 from .model import CppModel, Stepped
 from .ops import sample, verify_sample
@@ -46,6 +46,7 @@ __all__ = [
     "Stepped",
     "chosen_isa",
     "default_threads",
+    "has_isa",
     "library",
     "ops",
     "prepare",

@@ -1,14 +1,17 @@
-"""The compiled library: one object per instruction set, of which the processor's best is chosen when a model is made.
+"""The compiled code: a library that all instruction sets share, and one library for each of them, built when needed.
 
-SPECDEC_CPU_ISA=avx2 python generate.py --kernels cpp --prompt "import "
+SPECDEC_CPU_ISA=avx2 python generate.py --kernels cpp --prompt "from pathlib import"
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,20 @@ from .. import build
 
 SOURCE = Path(__file__).resolve().parent / "src"
 ISAS = ("avx512", "avx2", "portable")
-UNUSUAL = ("avx512-plain",)  # AVX-512 without the bf16 and VNNI instructions: for tests on processors that have them
+# Best first. avx512-plain is AVX-512 without the bf16 and VNNI instructions.
+OBJECTS = {"avx512": "isa_avx512_dot", "avx512-plain": "isa_avx512", "avx2": "isa_avx2", "portable": "isa_portable"}
 SOURCES = ("bindings", "engine", "speculate", "sampling", "pack", "threads", "isa")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
 EXACT = ["-ffp-contract=off"]  # a sum's bits must not depend on which loop the compiler fused
 QUIET = ["-w"]
 WIDE = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 OWN_FLAGS = {
+    "bindings.cpp": ["-O1"],  # calls and checks, no arithmetic
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": WIDE,
     "isa_avx512_dot.cpp": [*WIDE, "-mavx512vnni", "-mavx512bf16"],
 }
+CPU_SECONDS = 52  # of compiling an instruction set and what all share
 
 
 def is_x86() -> bool:
@@ -61,36 +67,67 @@ def why_not() -> str | None:
     return None
 
 
-@lru_cache
-def library() -> Any:
-    """The module. BuildError with the compiler's message, UserError where nothing may or can be compiled."""
+def make(name: str, sources: Sequence[str], cpu_seconds: float = 0) -> Path:
+    """Build a library of these sources. BuildError with the compiler's message, UserError if nothing may be built."""
     if (reason := why_not()) is not None:
         raise UserError(f"--kernels cpp cannot run: {reason}")
     compiler = find_compiler()
     assert compiler is not None
-    names = [*SOURCES, "isa_portable", *(["isa_avx2", "isa_avx512", "isa_avx512_dot"] if is_x86() else [])]
     extra = os.environ.get("SPECDEC_CXXFLAGS", "").split()  # sanitizers, for instance
-    name = build.extension_name("cpp")
-    return build.build_and_load(
+    return build.build(
         name,
-        [SOURCE / f"{file}.cpp" for file in sorted(names, key=lambda file: not file.startswith("isa_"))],
+        [SOURCE / f"{file}.cpp" for file in sources],
         compiler=compiler,
-        flags=[*FLAGS, *EXACT, *QUIET, *build.python_flags(), f"-DEXTENSION_NAME={name}", *extra],
-        own_flags=OWN_FLAGS if is_x86() else {},
-        link_flags=["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [],
+        flags=[*FLAGS, *EXACT, *QUIET, *build.python_flags(), *extra],
+        own_flags=OWN_FLAGS,
+        link_flags=["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl"],
+        cpu_seconds=cpu_seconds,
     )
+
+
+@lru_cache
+def library() -> Any:
+    """Return the module, with the best instruction set of this processor loaded. Errors: see `make`.
+
+    Both libraries are compiled at the same time. Another instruction set is compiled when `load_isa` asks for it.
+    """
+    best = best_isa()
+    with ThreadPoolExecutor(1) as pool:
+        isa = pool.submit(make, OBJECTS[best], [OBJECTS[best]], CPU_SECONDS)
+        module = build.load_built("lab_cpp", lambda: make("lab_cpp", SOURCES))
+        module.load_isa(str(isa.result()), f"lab_{OBJECTS[best]}")
+    return module
+
+
+@lru_cache
+def has_isa(name: str) -> bool:
+    """Whether this processor has the instruction set."""
+    return bool(ctypes.CDLL(str(make("processor", ["processor"]))).processor_has(name.encode()))
+
+
+def best_isa() -> str:
+    """The best instruction set that this processor has: a key of OBJECTS."""
+    return next(name for name in OBJECTS if has_isa(name))
+
+
+@lru_cache
+def load_isa(name: str) -> str:
+    """Make an instruction set (a key of OBJECTS) ready for use, and return its name."""
+    if name != best_isa():
+        library().load_isa(str(make(OBJECTS[name], [OBJECTS[name]], CPU_SECONDS)), f"lab_{OBJECTS[name]}")
+    return name
 
 
 def chosen_isa() -> str:
     """The instruction set: SPECDEC_CPU_ISA, or the best that the processor has. UserError for one that it lacks."""
     asked = os.environ.get("SPECDEC_CPU_ISA", "").lower()
-    if not asked:
-        return str(library().best_isa())
-    if asked not in (*ISAS, *UNUSUAL):
+    if asked not in ("", *ISAS, *OBJECTS):
         raise UserError(f"SPECDEC_CPU_ISA={asked} is unknown; use {', '.join(ISAS)}")
-    if not library().has_isa(asked):
-        raise UserError(f"SPECDEC_CPU_ISA={asked}: this processor lacks it; its best is {library().best_isa()}")
-    return asked
+    if asked == "avx512" and not has_isa(asked):
+        asked = "avx512-plain"
+    if asked and not has_isa(asked):
+        raise UserError(f"SPECDEC_CPU_ISA={asked}: this processor lacks it; its best is {best_isa()}")
+    return load_isa(asked or best_isa())
 
 
 def default_threads() -> int:

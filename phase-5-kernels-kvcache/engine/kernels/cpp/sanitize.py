@@ -31,7 +31,12 @@ def run(sanitizer: str, folder: Path) -> str:
     if compiler is None:
         raise UserError("the sanitizers need a C++ compiler (g++ or clang++)")
     names = [name for name in SOURCES if name != "bindings"]
-    names += ["selftest", "isa_portable", *(["isa_avx2", "isa_avx512", "isa_avx512_dot"] if is_x86() else [])]
+    names += [
+        "selftest",
+        "processor",
+        "isa_portable",
+        *(["isa_avx2", "isa_avx512", "isa_avx512_dot"] if is_x86() else []),
+    ]
     source = Path(__file__).resolve().parent / "src"
     flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
 

@@ -90,13 +90,16 @@ def nvcc_flags(arch: str) -> list[str]:
 
 @lru_cache
 def _build(part: str, sources: tuple[str, ...], emulate: bool, arch: str) -> ModuleType:
-    name = build.extension_name(f"{part}_emulated" if emulate else part)
-    flags = [f"-DMODULE={name}", *build.python_flags()]
+    name = f"lab_{part}_emulated" if emulate else f"lab_{part}"
     files = [FOLDER / source for source in sources]
-    if emulate:
-        kernels = {file.name: ["-x", "c++"] for file in files if file.suffix == ".cu"}
-        return build.build_and_load(name, files, compiler="g++", flags=[*GXX, *HALF, *flags], own_flags=kernels)
-    return build.build_and_load(name, files, compiler="nvcc", flags=[*nvcc_flags(arch), *flags])
+    kernels = {file.name: ["-x", "c++"] for file in files if file.suffix == ".cu"} if emulate else {}
+    compiler, flags, seconds = ("g++", [*GXX, *HALF], 60) if emulate else ("nvcc", nvcc_flags(arch), 150)
+    flags = [*flags, f"-DMODULE={name}", *build.python_flags()]
+
+    def make() -> Path:
+        return build.build(name, files, compiler=compiler, flags=flags, own_flags=kernels, cpu_seconds=seconds)
+
+    return build.load_built(name, make)
 
 
 def build_library(part: str, sources: tuple[str, ...], device: torch.device) -> ModuleType:

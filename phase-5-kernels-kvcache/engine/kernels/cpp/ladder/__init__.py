@@ -19,7 +19,7 @@ from common.errors import UserError
 from ....model import Transformer
 from ....rope import frequencies
 from ... import build
-from ..library import find_compiler, is_x86, library
+from ..library import find_compiler, has_isa, is_x86
 
 OMP = ["-fopenmp"]
 PLAIN = ["-O2", "-fno-tree-vectorize", "-std=c++17", "-fPIC"]  # as written: the compiler adds no vectors
@@ -36,10 +36,8 @@ class Kind:
     isa: str | None = None  # what the processor must have
 
     def why_not(self) -> str | None:
-        if self.isa is not None and (not is_x86() or not library().has_isa(self.isa)):
+        if self.isa is not None and (not is_x86() or not has_isa(self.isa)):
             return f"this processor lacks {self.isa}"
-        if self.isa == "avx512" and library().best_isa() != "avx512":
-            return "this processor has no dot product of bfloat16"
         return None
 
 
@@ -113,8 +111,7 @@ class Rung:
         if compiler is None:
             raise UserError("the ladder needs a C++ compiler (g++ or clang++)")
         source = Path(__file__).parent / f"{self.kind.file}.cpp"
-        name = build.extension_name(self.kind.file)
-        return ctypes.CDLL(str(build.build(name, [source], compiler=compiler, flags=self.kind.flags)))
+        return ctypes.CDLL(str(build.build(self.kind.file, [source], compiler=compiler, flags=self.kind.flags)))
 
     def _address(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
         kept = tensor.detach().to(dtype).contiguous()

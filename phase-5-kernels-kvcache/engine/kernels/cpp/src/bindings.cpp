@@ -51,17 +51,16 @@ void need(bool good, const char* what) {
 
 const Isa& isa_of(const std::string& name) {
     const Isa* isa = find_isa(name.c_str());
-    need(isa != nullptr, "no such instruction set");
+    need(isa != nullptr, "the instruction set is not loaded");
     return *isa;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(EXTENSION_NAME, module) {
+PYBIND11_MODULE(lab_cpp, module) {
     module.attr("PANEL") = PANEL;
     module.attr("MAX_BLOCK") = MAX_BLOCK;
-    module.def("has_isa", [](const std::string& name) { return find_isa(name.c_str()) != nullptr; });
-    module.def("best_isa", [] { return std::string(find_isa("")->name); });
+    module.def("load_isa", [](const std::string& path, const std::string& symbol) { load_isa(path.c_str(), symbol.c_str()); });
     module.def("uniform", &uniform);
 
     py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena", py::module_local())

@@ -1,4 +1,4 @@
-// What every instruction set brings, and which of them this processor has.
+// What every instruction set brings, and which of them are loaded.
 #pragma once
 
 #include "model.h"
@@ -23,13 +23,16 @@ struct Isa {
     double (*read)(const float* from, size_t count);  // a sum: for measuring how fast memory is read
 };
 
-extern const Isa portable;
-#if defined(__x86_64__)
-extern const Isa avx2, avx512, avx512_dot;
-#endif
+// The objects of the instruction sets, one per library (isa_*.cpp). `portable` runs everywhere.
+extern "C" __attribute__((visibility("default"))) const Isa lab_isa_portable, lab_isa_avx2, lab_isa_avx512, lab_isa_avx512_dot;
 
-// By name (avx512, avx512-plain, avx2, portable), or the best for an empty name. Null where this processor lacks it, or
-// where no such name is known.
+// Make an instruction set known under its name. The caller has made sure that this processor has it.
+void add_isa(const Isa* isa);
+// The same, of the library at this path, which stays loaded; `symbol` names the object. std::runtime_error where it does
+// not load.
+void load_isa(const char* path, const char* symbol);
+
+// By name (avx512, avx512-plain, avx2, portable). Null where it has not been added.
 const Isa* find_isa(const char* name);
 
 }  // namespace lab

@@ -271,11 +271,18 @@ void speculation(Kind weights, const Isa* isa) {
 
 }  // namespace
 
+extern "C" int processor_has(const char* name);
+
 int main() {
     int cases = 0;
-    for (const char* name : {"avx512", "avx512-plain", "avx2", "portable"}) {
-        const Isa* isa = find_isa(name);
-        if (isa == nullptr) continue;
+    const Isa* every[] = {
+#if defined(__x86_64__)
+        &lab_isa_avx512_dot, &lab_isa_avx512, &lab_isa_avx2,
+#endif
+        &lab_isa_portable,
+    };
+    for (const Isa* isa : every) {
+        if (!processor_has(isa->name)) continue;
         for (Kind weights : {Kind::f32, Kind::bf16, Kind::f16, Kind::i8, Kind::i4})
             for (Kind cache : {Kind::f32, Kind::bf16, Kind::f16, Kind::i8}) one_model(weights, cache, isa), ++cases;
         for (Kind weights : {Kind::f32, Kind::bf16, Kind::i8}) speculation(weights, isa), ++cases;
