@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,10 +21,10 @@ from common.tokenizer import Tokenizer
 
 from .config import ModelConfig, context_note
 from .model import Transformer
-from .quantize import Format, linear_names, quantize_linear
+from .quantize import Format, linear_names, quantize_linear, quantized_linear
 from .quantize_files import is_quantized, load_quantized
 from .sequence import Ending
-from .weights import give_back_freed, places, reserve
+from .weights import fill, places, reserve
 
 # What a family calls our tensors. A value with several names is one stored matrix that holds them side by side.
 _LLAMA = {
@@ -133,7 +132,6 @@ def load_transformer(
     model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
     reserved = dict(model.named_parameters())
     expected, filled = places(reserved, config), dict[str, Tensor]()
-    lacking = Counter(place.name for place in expected.values())  # single tensors, by the one that holds them
     to_round = {f"{linear}.weight" for linear in linear_names(model, quant_head)} if format else set()
     unknown: list[str] = []
     for stored_name, stored in checkpoint.tensors():
@@ -156,15 +154,13 @@ def load_transformer(
                     f"{checkpoint.name}: tensor {stored_name} has shape {list(tensor.shape)}, "
                     f"config.json asks for {list(place.shape)}"
                 )
+            elif format and place.name in to_round:
+                quantized = quantized_linear(model, place.name.removesuffix(".weight"), format, device)
+                quantized.round_rows(place.rows.start or 0, tensor, stored_name)
             else:
                 if place.name not in filled:
-                    kind = torch.float32 if place.name in to_round else dtype
-                    filled[place.name] = _assign(model, place.name, reserved[place.name].shape, kind, device)
-                filled[place.name][place.rows] = tensor
-                lacking[place.name] -= 1
-                if format and place.name in to_round and not lacking[place.name]:
-                    del filled[place.name]
-                    quantize_linear(model, place.name.removesuffix(".weight"), format)
+                    filled[place.name] = _assign(model, place.name, reserved[place.name].shape, dtype, device)
+                fill(filled[place.name][place.rows], tensor)
     if config.tied:
         model.head.weight = model.embedding.weight
         expected.pop("head.weight", None)
@@ -172,8 +168,6 @@ def load_transformer(
             quantize_linear(model, "head", format)
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
-    if format:
-        give_back_freed()
     return model.eval()
 
 

@@ -71,6 +71,17 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.empty(shape[1], shape[0] + gap, dtype=dtype)[:, : shape[0]].T
 
 
+def fill(place: Tensor, values: Tensor) -> None:
+    """Copy values into memory from `reserve`, and cast them to its dtype.
+
+    A matrix that is laid out input-major is transposed first, in the file's dtype: that is faster than to write across
+    strides.
+    """
+    if place.ndim == 2 and place.stride(0) < place.stride(1):
+        place, values = place.T, values.T.contiguous()
+    place.copy_(values)
+
+
 def give_back_freed() -> None:
     """What was freed between tensors that stayed goes back to the system, where the C library can be asked (glibc)."""
     if sys.platform == "linux":
@@ -84,4 +95,4 @@ def lay_out(module: nn.Module) -> None:
         if isinstance(linear, nn.Linear):
             weight = linear.weight
             linear.weight = nn.Parameter(reserve(tuple(weight.shape), weight.dtype, weight.device), requires_grad=False)
-            linear.weight.copy_(weight)
+            fill(linear.weight, weight)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,10 +21,10 @@ from common.tokenizer import Tokenizer
 
 from .config import ModelConfig, context_note
 from .model import Transformer
-from .quantize import Format, linear_names, quantize_linear
+from .quantize import Format, linear_names, quantize_linear, quantized_linear
 from .quantize_files import is_quantized, load_quantized
 from .sequence import Ending
-from .weights import give_back_freed, places, reserve
+from .weights import Place, fill, places, reserve
 
 # What a family calls our tensors. A value with several names is one stored matrix that holds them side by side.
 _LLAMA = {
@@ -99,11 +98,19 @@ class LoadedModel:
 
 
 def load(
-    name: str, dtype: torch.dtype, device: torch.device, format: Format | None = None, quant_head: bool = False
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: Format | None = None,
+    quant_head: bool = False,
+    *,
+    as_stored: bool = False,
 ) -> LoadedModel:
     """An embedded model's name, a folder or a hub id, in the wanted dtype on the wanted device.
 
     With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
+    `as_stored` keeps matrices output-major, as files have them, for kernels that pack them; some then are views of the
+    file. torch's products on a CPU want them laid out by `weights.reserve`.
     """
     checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
@@ -116,7 +123,7 @@ def load(
             raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
         model = load_quantized(checkpoint, config, dtype, device)
     else:
-        model = load_transformer(checkpoint, config, dtype, device, format, quant_head)
+        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, as_stored)
     return LoadedModel(model, tokenizer, checkpoint)
 
 
@@ -127,13 +134,13 @@ def load_transformer(
     device: torch.device,
     format: Format | None = None,
     quant_head: bool = False,
+    as_stored: bool = False,
 ) -> Transformer:
     """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
     config = with_stored_head(checkpoint, config)
     model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
     reserved = dict(model.named_parameters())
     expected, filled = places(reserved, config), dict[str, Tensor]()
-    lacking = Counter(place.name for place in expected.values())  # single tensors, by the one that holds them
     to_round = {f"{linear}.weight" for linear in linear_names(model, quant_head)} if format else set()
     unknown: list[str] = []
     for stored_name, stored in checkpoint.tensors():
@@ -156,15 +163,16 @@ def load_transformer(
                     f"{checkpoint.name}: tensor {stored_name} has shape {list(tensor.shape)}, "
                     f"config.json asks for {list(place.shape)}"
                 )
+            elif format and place.name in to_round:
+                quantized = quantized_linear(model, place.name.removesuffix(".weight"), format, device)
+                quantized.round_rows(place.rows.start or 0, tensor, stored_name)
+            elif as_stored and place.name.startswith("layers.") and is_whole(place, tensor, dtype):
+                _set(model, place.name, tensor)
             else:
                 if place.name not in filled:
-                    kind = torch.float32 if place.name in to_round else dtype
-                    filled[place.name] = _assign(model, place.name, reserved[place.name].shape, kind, device)
-                filled[place.name][place.rows] = tensor
-                lacking[place.name] -= 1
-                if format and place.name in to_round and not lacking[place.name]:
-                    del filled[place.name]
-                    quantize_linear(model, place.name.removesuffix(".weight"), format)
+                    shape = reserved[place.name].shape
+                    filled[place.name] = _assign(model, place.name, shape, dtype, device, as_stored)
+                fill(filled[place.name][place.rows], tensor)
     if config.tied:
         model.head.weight = model.embedding.weight
         expected.pop("head.weight", None)
@@ -172,8 +180,6 @@ def load_transformer(
             quantize_linear(model, "head", format)
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
-    if format:
-        give_back_freed()
     return model.eval()
 
 
@@ -213,13 +219,24 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
         yield f"{ours}.{kind}", stored
 
 
-def _assign(model: Transformer, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _assign(
+    model: Transformer, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, as_stored: bool
+) -> Tensor:
     """Give a parameter memory of the wanted kind; what it is to hold is copied there, and cast on the way."""
-    owner, _, attribute = name.rpartition(".")
-    inside = owner.startswith("layers.")
+    inside = name.startswith("layers.") and not as_stored
     tensor = reserve(shape, dtype, device) if inside else torch.empty(shape, dtype=dtype, device=device)
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    _set(model, name, tensor)
     return tensor
+
+
+def _set(model: Transformer, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def is_whole(place: Place, tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a stored matrix can be read where the file holds it: it is no part of a fused one, and not cast."""
+    return place.rows == slice(None) and tensor.ndim == 2 and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def _complaint(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], unknown: list[str]) -> str:

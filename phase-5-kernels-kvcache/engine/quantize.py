@@ -24,6 +24,7 @@ from .model import Linear, Transformer
 from .packing import PackedLinear
 
 GROUPS = (32, 64, 128)
+ROWS = 64  # of a matrix that are rounded at a time, so that what is computed stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ class Grid(NamedTuple):
 
     def levels(self, weights: Tensor, format: Format) -> Tensor:
         """The nearest level of each weight [out, groups, group], in float32."""
-        return torch.round(weights / self.scale.float() + self.zero.float()).clamp_(*format.levels)
+        levels = weights / self.scale.float()
+        if format.name == "int4":  # the zero of int8 is 0
+            levels += self.zero.float()
+        return levels.round_().clamp_(*format.levels)
 
     def values(self, levels: Tensor) -> Tensor:
         return (levels.float() - self.zero.float()) * self.scale.float()
@@ -154,12 +158,25 @@ class QuantLinear(nn.Module):
         grid, levels, factor = rounded
         shape = len(levels), levels[0].numel()
         linear = QuantLinear(shape, format, False, factor is not None, levels.device)
-        linear.values.copy_(pack(levels) if format.name == "int4" else levels.flatten(1))
-        linear.scales.copy_(grid.scale[..., 0])
-        if linear.zeros is not None:
-            linear.zeros.copy_(grid.zero[..., 0])
+        linear.put(0, grid, levels)
         linear.factor, linear.bias = factor, bias
         return linear
+
+    def put(self, first: int, grid: Grid, levels: Tensor) -> None:
+        """Store rows `first`, `first` + 1, ...: levels [rows, groups, group]."""
+        rows = slice(first, first + len(levels))
+        self.values[rows] = pack(levels) if self.format.name == "int4" else levels.flatten(1).to(torch.int8)
+        self.scales[rows] = grid.scale[..., 0]
+        if self.zeros is not None:
+            self.zeros[rows] = grid.zero[..., 0]
+
+    def round_rows(self, first: int, weight: Tensor, where: str) -> None:
+        """Round weight [rows, in] to nearest, and store it from row `first` on. UserError for weights not finite."""
+        for start in range(0, len(weight), ROWS):
+            grid, levels, _ = rtn(weight[start : start + ROWS].to(self.values.device), self.format)
+            if not bool(torch.isfinite(grid.scale).all()):
+                raise UserError(f"{where} holds weights that are no finite numbers, and cannot be quantised")
+            self.put(first + start, grid, levels)
 
     def matrix(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """The rows start .. stop written out, [rows, in]; the factor of the activations is not in them."""
@@ -206,11 +223,33 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 Rounding = Callable[[Tensor, Format], Rounded]
 
 
-def quantize_linear(model: Transformer, name: str, format: Format, rounding: Rounding = rtn) -> None:
-    """Replace the Linear of this name. UserError names it where its width or its weights do not allow that."""
+def quantized_linear(model: Transformer, name: str, format: Format, device: torch.device) -> QuantLinear:
+    """Return the QuantLinear of this name; where a Linear is, replace it by an empty one.
+
+    UserError names the matrix where its width does not allow that.
+    """
+    linear = model.get_submodule(name)
+    if isinstance(linear, QuantLinear):
+        return linear
+    assert isinstance(linear, Linear)
+    format.grouped(linear.weight[:1], name)
+    made = QuantLinear((linear.out_features, linear.in_features), format, False, False, device)
+    made.bias = linear.bias
+    replace(model, name, made)
+    return made
+
+
+def quantize_linear(model: Transformer, name: str, format: Format, rounding: Rounding | None = None) -> None:
+    """Replace the Linear of this name, rounded to nearest or by `rounding`.
+
+    UserError names it where its width or its weights do not allow that.
+    """
     linear = model.get_submodule(name)
     assert isinstance(linear, Linear)
     weight = linear.weight.detach()
+    if rounding is None:
+        quantized_linear(model, name, format, weight.device).round_rows(0, weight, name)
+        return
     format.grouped(weight[:1], name)
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{name} holds weights that are no finite numbers, and cannot be quantised")

@@ -49,6 +49,11 @@ from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import TYPICAL, best_shape
 from .verify import Certain, Decisions, KeyedDecisions
+from .weights import lay_out
+
+
+def is_fake(name: str) -> bool:
+    return name.partition(":")[0] == "fake"
 
 
 class Session:
@@ -60,6 +65,7 @@ class Session:
         self.options = options
         self.params = options.sampling_params()
         self.precision: dict[str, Precision] = {}  # of each model that was loaded here
+        self.backends = self._backends()
         self.loaded = self._load(options.model, options.quant)
         self.encoder = TokenizerCache(self.loaded.tokenizer)
         self.policy = options.acceptance_policy()
@@ -74,11 +80,13 @@ class Session:
         self.runner: Runner | None = None  # of the target, in the last run
         self.prices = Prices()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
-        weight = self.loaded.model.embedding.weight
-        self.backends = Backends(options, weight.device, weight.dtype)
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
+        if self.backends.whole_steps:
+            for model in models:
+                if isinstance(model, Transformer) and not self.backends.in_cpp(model):
+                    lay_out(model.layers)
         self.compiler = Compiler() if options.compile else None
         if self.compiler:
             self.compiler.compile(self.loaded.model, *drafting)
@@ -88,22 +96,39 @@ class Session:
                 if not self.backends.in_cpp(module):
                     pack_matrices(module)
 
+    def _backends(self) -> Backends:
+        """Who computes, chosen before a weight is read: matrices that C++ will pack are loaded as files have them."""
+        if is_fake(self.options.model):
+            return Backends(self.options, torch.device("cpu"), torch.float32)
+        return Backends(self.options, resolve_device(self.options.device), self._resolve(self.options.model).dtype)
+
+    def _resolve(self, name: str) -> Precision:
+        if name not in self.precision:
+            self.precision[name] = resolve_precision(
+                self.options.dtype,
+                self.options.amp,
+                resolve_device(self.options.device),
+                lambda: ModelConfig.from_hf(open_checkpoint(name, ModelConfig.from_hf).config),
+            )
+        return self.precision[name]
+
     def _load(self, name: str, quant: QuantName) -> LoadedModel:
-        if name.partition(":")[0] == "fake":
+        if is_fake(name):
             if quant != "none":
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
         device = resolve_device(self.options.device)
-        self.precision[name] = resolve_precision(
-            self.options.dtype,
-            self.options.amp,
-            device,
-            lambda: ModelConfig.from_hf(open_checkpoint(name, ModelConfig.from_hf).config),
-        )
         format = None
         if quant != "none":
             format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
-        return load(name, self.precision[name].dtype, device, format, self.options.quant_head)
+        return load(
+            name,
+            self._resolve(name).dtype,
+            device,
+            format,
+            self.options.quant_head,
+            as_stored=self.backends.whole_steps,
+        )
 
     def sequences(self, texts: list[str]) -> list[Sequence]:
         """One sequence for every sample of every prompt. UserError if all at once would not fit in memory."""

@@ -38,7 +38,7 @@ class CppMedusa:
         every = [plan for of in plans.values() for plan in of]
         exact = beside.exact_activations
         arena = library().Arena(sum(plan.shape(exact).bytes for plan in every) + 64 * len(every))
-        self._packed = {name: [pack(plan, arena, exact) for plan in of] for name, of in plans.items()}
+        self._packed = {name: [pack(plan, arena, exact, beside.threads) for plan in of] for name, of in plans.items()}
 
     def _product(self, packed: Any, x: Tensor) -> Tensor:
         """x [1, inputs] -> [1, D]."""

@@ -86,7 +86,7 @@ class CppModel:
         self.weight_bytes = sum(plan.shape(exact_activations).bytes for plan in every)
         arena = library().Arena(self.weight_bytes + 64 * len(every))
         for plan in every:
-            self._set(plan, pack(plan, arena, exact_activations))
+            self._set(plan, pack(plan, arena, exact_activations, self.threads))
             if release:
                 release_matrix(plan)
         set_vectors(self._engine, model)

@@ -1,4 +1,4 @@
-"""A model's matrices into panels: read from the torch model one after the other, in a few rows at a time.
+"""A model's matrices into panels: read from the torch model one after the other, some rows to a thread.
 
 Matrices that are quantised already keep their levels; others are rounded to nearest, as engine/quantize.py does it.
 """
@@ -6,6 +6,7 @@ Matrices that are quantised already keep their levels; others are rounded to nea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 KIND_OF = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-ROWS = 128  # of a matrix that are rounded at a time
+ROWS = 128  # of a matrix that a thread takes at a time; a multiple of a panel
 
 
 @dataclass(frozen=True)
@@ -102,37 +103,49 @@ def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
         yield plan(-1, "head", model.head, head)
 
 
-def pack(plan: Plan, arena: Any, exact: bool | None) -> Any:
-    """The matrix in panels, in the arena's memory."""
+def pack(plan: Plan, arena: Any, exact: bool | None, threads: int) -> Any:
+    """The matrix in panels, in the arena's memory; `threads` fill it."""
     packed = library().Packed(arena, plan.shape(exact))
     module = plan.module
-    if isinstance(module, QuantLinear):
-        fill_levels(packed, 0, module)
-        if module.factor is not None:
-            factor = module.factor.float().contiguous()
-            packed.set_factor(factor.data_ptr())
-    else:
-        weight = module.weight.detach()
-        format = None
-        if plan.format in ("int8", "int4"):
-            format = Format("int8") if plan.format == "int8" else int4_format(module.in_features)
-        for first in range(0, len(weight), ROWS):
-            rows = weight[first : first + ROWS].contiguous()
-            if format is None:
-                packed.fill(first, len(rows), rows.data_ptr(), KIND_OF[rows.dtype])
-            else:
-                fill_levels(packed, first, QuantLinear.of(rtn(rows, format), format, None))
+    quantised = module if isinstance(module, QuantLinear) else None
+    format = None
+    if quantised is None and plan.format in ("int8", "int4"):
+        format = Format("int8") if plan.format == "int8" else int4_format(module.in_features)
+
+    def fill(first: int) -> None:
+        rows = slice(first, first + ROWS)
+        if quantised is not None:
+            zeros = None if quantised.zeros is None else quantised.zeros[rows]
+            fill_levels(packed, first, quantised.values[rows], quantised.scales[rows], zeros)
+            return
+        weight = module.weight.detach()[rows].contiguous()
+        if format is None:
+            packed.fill(first, len(weight), weight.data_ptr(), KIND_OF[weight.dtype])
+        else:
+            rounded = QuantLinear.of(rtn(weight, format), format, None)
+            fill_levels(packed, first, rounded.values, rounded.scales, rounded.zeros)
+
+    starts = range(0, module.out_features, ROWS)
+    if format is None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, starts))
+    else:  # torch rounds, with threads of its own
+        for first in starts:
+            fill(first)
+    if quantised is not None and quantised.factor is not None:
+        factor = quantised.factor.float().contiguous()
+        packed.set_factor(factor.data_ptr())
     if module.bias is not None:
         bias = module.bias.detach().float().contiguous()
         packed.set_bias(bias.data_ptr())
     return packed
 
 
-def fill_levels(packed: Any, first: int, rows: QuantLinear) -> None:
-    levels, scales = rows.values.contiguous(), rows.scales.contiguous()
-    zeros = None if rows.zeros is None else rows.zeros.contiguous()
+def fill_levels(packed: Any, first: int, levels: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    levels, scales = levels.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
     at_zeros = 0 if zeros is None else zeros.data_ptr()
-    packed.fill_levels(first, rows.out_features, levels.data_ptr(), scales.data_ptr(), at_zeros)
+    packed.fill_levels(first, len(levels), levels.data_ptr(), scales.data_ptr(), at_zeros)
 
 
 def describe(config: ModelConfig) -> dict[str, object]:
@@ -179,6 +192,10 @@ def set_vectors(engine: Any, model: Any) -> None:
 
 def release_matrix(plan: Plan) -> None:
     """Give back what a torch module holds, once it is packed: it cannot compute any more."""
-    if isinstance(plan.module, Linear) and plan.which != "head":
+    if plan.which == "head":
+        pass  # drafters read it
+    elif isinstance(plan.module, Linear):
         plan.module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-        give_back_freed()
+    elif isinstance(plan.module, QuantLinear):
+        plan.module.values = plan.module.values.new_empty(0)
+    give_back_freed()

@@ -51,10 +51,41 @@ Matrix dimensions(const Shape& shape) {
 
 size_t scale_count(const Matrix& m) { return size_t(m.outputs) * (m.kind == Kind::i4 ? m.padded / m.scale_group : 1); }
 
+constexpr int size_of(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
+
 float read(const void* from, Kind kind, size_t at) {
     if (kind == Kind::f32) return static_cast<const float*>(from)[at];
     const uint16_t bits = static_cast<const uint16_t*>(from)[at];
     return kind == Kind::bf16 ? float_of_bf16(bits) : float_of_half(bits);
+}
+
+#if defined(__clang__)
+#define LAB_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LAB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
+constexpr int WORDS = 32;  // of a row that are moved at a time
+
+// to[w * PANEL + i] = lines[i][w], four by four.
+void transpose(const uint32_t (&lines)[PANEL][WORDS], int words, uint32_t* to) {
+    typedef uint32_t Four __attribute__((vector_size(16)));
+    for (int w = 0; w < words; w += 4) {
+        for (int i = 0; i < PANEL; i += 4) {
+            Four a, b, c, d;
+            memcpy(&a, &lines[i][w], 16);
+            memcpy(&b, &lines[i + 1][w], 16);
+            memcpy(&c, &lines[i + 2][w], 16);
+            memcpy(&d, &lines[i + 3][w], 16);
+            const Four ab = LAB_SHUFFLE(a, b, 0, 4, 1, 5), cd = LAB_SHUFFLE(c, d, 0, 4, 1, 5);
+            const Four AB = LAB_SHUFFLE(a, b, 2, 6, 3, 7), CD = LAB_SHUFFLE(c, d, 2, 6, 3, 7);
+            const Four rows[4] = {
+                LAB_SHUFFLE(ab, cd, 0, 1, 4, 5), LAB_SHUFFLE(ab, cd, 2, 3, 6, 7),
+                LAB_SHUFFLE(AB, CD, 0, 1, 4, 5), LAB_SHUFFLE(AB, CD, 2, 3, 6, 7),
+            };
+            for (int n = 0; n < 4 && w + n < words; ++n) memcpy(to + size_t(w + n) * PANEL + i, &rows[n], 16);
+        }
+    }
 }
 
 template <class T>
@@ -118,48 +149,92 @@ void Packed::check(int first, int count, const void* rows) const {
 void Packed::fill(int first, int count, const void* rows, Kind kind) {
     check(first, count, rows);
     need(kind < Kind::i8 && matrix.kind < Kind::i8, "levels come with scales");
-    const int step = together(matrix.kind);
-    for (int row = 0; row < count; ++row) {
-        const int at = place(first + row), lane = at % PANEL;
-        uint8_t* panel = writable(matrix.data) + size_t(at / PANEL) * matrix.panel_bytes();
-        for (int k = 0; k < matrix.inputs; ++k) {
-            const float x = read(rows, kind, size_t(row) * matrix.inputs + k);
-            uint8_t* to = panel + size_t(k / step) * row_bytes(matrix.kind);
-            const size_t element = size_t(lane) * step + k % step;
-            if (matrix.kind == Kind::f32) reinterpret_cast<float*>(to)[element] = x;
-            else reinterpret_cast<uint16_t*>(to)[element] = matrix.kind == Kind::bf16 ? bf16_of_float(x) : half_of_float(x);
+    const size_t row_size = size_t(matrix.inputs) * size_of(kind);
+    if (matrix.kind == Kind::f16) {  // one input in two bytes: no words to move
+        for (int row = 0; row < count; ++row) {
+            const int at = place(first + row);
+            auto* to = reinterpret_cast<uint16_t*>(panel_of(at)) + at % PANEL;
+            for (int k = 0; k < matrix.inputs; ++k) {
+                const size_t from = size_t(row) * matrix.inputs + k;
+                to[size_t(k) * PANEL] = kind == Kind::f16 ? static_cast<const uint16_t*>(rows)[from] : half_of_float(read(rows, kind, from));
+            }
         }
+        return;
     }
+    fill_words(first, count, [&](int row, int begin, int words, uint32_t* to) {
+        const auto* from = static_cast<const uint8_t*>(rows) + size_t(row) * row_size;
+        const int step = together(matrix.kind), k = begin * step, inputs = words * step;
+        const int there = k + inputs <= matrix.inputs ? inputs : matrix.inputs - k;
+        if (there < inputs) memset(to, 0, size_t(words) * 4);
+        if (kind == matrix.kind) {
+            memcpy(to, from + size_t(k) * size_of(kind), size_t(there) * size_of(kind));
+        } else if (matrix.kind == Kind::f32) {
+            for (int i = 0; i < there; ++i) reinterpret_cast<float*>(to)[i] = read(from, kind, size_t(k + i));
+        } else {
+            for (int i = 0; i < there; ++i) reinterpret_cast<uint16_t*>(to)[i] = bf16_of_float(read(from, kind, size_t(k + i)));
+        }
+    });
 }
 
 void Packed::fill_levels(int first, int count, const void* levels, const uint16_t* scales, const uint16_t* zeros) {
     check(first, count, levels);
     need(matrix.kind >= Kind::i8 && scales != nullptr && (zeros != nullptr) == shape.zeros, "levels come with their scales and zeros");
     const int groups = matrix.kind == Kind::i4 ? matrix.padded / matrix.scale_group : 1, half = matrix.scale_group / 2;
+    fill_words(first, count, [&](int row, int begin, int words, uint32_t* to) {
+        if (matrix.kind == Kind::i8) {
+            // Unsigned, as the dot instruction wants one side: 128 more, which is taken off again in every sum.
+            const auto* from = static_cast<const uint8_t*>(levels) + size_t(row) * matrix.inputs;
+            const int k = begin * 4, there = k + words * 4 <= matrix.inputs ? words * 4 : matrix.inputs - k;
+            if (there < words * 4) memset(to, 0, size_t(words) * 4);
+            if (there > 0) memcpy(to, from + k, size_t(there));
+            for (int w = 0; w < words; ++w) to[w] ^= 0x80808080u;
+            return;
+        }
+        // Of eight inputs, 0 .. 3 are the low halves of the word's bytes and 4 .. 7 the high ones.
+        const auto* from = static_cast<const uint8_t*>(levels) + size_t(row) * groups * half;
+        for (int w = 0; w < words; ++w) {
+            const int k = (begin + w) * 8, of = k % matrix.scale_group;
+            const uint8_t* both = from + size_t(k / matrix.scale_group) * half + of % half;
+            uint32_t low, high;
+            memcpy(&low, both, 4);
+            memcpy(&high, both + 4, 4);
+            to[w] = of < half ? (low & 0x0f0f0f0fu) | (high & 0x0f0f0f0fu) << 4 : (low >> 4 & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u);
+        }
+    });
     for (int row = 0; row < count; ++row) {
         const int at = place(first + row), lane = at % PANEL;
-        uint8_t* panel = writable(matrix.data) + size_t(at / PANEL) * matrix.panel_bytes();
-        if (matrix.kind == Kind::i8) {
-            const int8_t* from = static_cast<const int8_t*>(levels) + size_t(row) * matrix.inputs;
-            // Unsigned, as the dot instruction wants one side: 128 more, which is taken off again in every sum.
-            for (int k = 0; k < matrix.padded; ++k)
-                panel[size_t(k / 4) * 4 * PANEL + size_t(lane) * 4 + k % 4] = uint8_t((k < matrix.inputs ? from[k] : 0) + 128);
-            writable(matrix.scales)[at] = float_of_bf16(scales[row]);
-            continue;
+        if (matrix.kind == Kind::i8) writable(matrix.scales)[at] = float_of_bf16(scales[row]);
+        else
+            for (int g = 0; g < groups; ++g) {
+                const size_t to = (size_t(at / PANEL) * groups + g) * PANEL + lane;
+                writable(matrix.halves)[to] = scales[size_t(row) * groups + g];
+                if (zeros != nullptr) writable(matrix.zeros)[to] = zeros[size_t(row) * groups + g];
+            }
+    }
+}
+
+uint8_t* Packed::panel_of(int at) { return writable(matrix.data) + size_t(at / PANEL) * matrix.panel_bytes(); }
+
+// Rows that are neighbours in a panel are taken together, some words at a time: their words are read along the rows and
+// written across them, a whole line of the cache at once.
+template <class Read>
+void Packed::fill_words(int first, int count, Read read_words) {
+    uint32_t lines[PANEL][WORDS];
+    const int words = matrix.padded / together(matrix.kind);
+    for (int row = 0; row < count;) {
+        const int at = place(first + row), lane = at % PANEL;
+        int lanes = 1;
+        while (row + lanes < count && lane + lanes < PANEL && place(first + row + lanes) == at + lanes) ++lanes;
+        auto* panel = reinterpret_cast<uint32_t*>(panel_of(at)) + lane;
+        for (int begin = 0; begin < words; begin += WORDS) {
+            const int some = words - begin < WORDS ? words - begin : WORDS;
+            for (int i = 0; i < lanes; ++i) read_words(row + i, begin, some, lines[i]);
+            if (lanes == PANEL) transpose(lines, some, panel + size_t(begin) * PANEL);
+            else
+                for (int w = 0; w < some; ++w)
+                    for (int i = 0; i < lanes; ++i) panel[size_t(begin + w) * PANEL + i] = lines[i][w];
         }
-        const uint8_t* from = static_cast<const uint8_t*>(levels) + size_t(row) * groups * half;
-        for (int k = 0; k < matrix.inputs; ++k) {
-            const int of = k % matrix.scale_group;
-            const uint8_t both = from[size_t(k / matrix.scale_group) * half + of % half];
-            const uint8_t level = of < half ? both & 15 : both >> 4;
-            uint8_t& to = panel[size_t(k / 8) * 4 * PANEL + size_t(lane) * 4 + k % 4];
-            to = uint8_t(k % 8 < 4 ? (to & 0xf0) | level : (to & 0x0f) | level << 4);
-        }
-        for (int g = 0; g < groups; ++g) {
-            const size_t to = (size_t(at / PANEL) * groups + g) * PANEL + lane;
-            writable(matrix.halves)[to] = scales[size_t(row) * groups + g];
-            if (zeros != nullptr) writable(matrix.zeros)[to] = zeros[size_t(row) * groups + g];
-        }
+        row += lanes;
     }
 }
 

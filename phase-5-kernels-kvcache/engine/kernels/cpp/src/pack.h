@@ -57,6 +57,10 @@ public:
 private:
     void check(int first, int count, const void* rows) const;
     int place(int row) const;  // where a row goes
+    uint8_t* panel_of(int at);
+    // read_words(row, begin, count, to): 32-bit words begin .. begin + count - 1 of a row, as a lane of the panel has them.
+    template <class Read>
+    void fill_words(int first, int count, Read read_words);
     std::shared_ptr<Arena> arena_;
 };
 
