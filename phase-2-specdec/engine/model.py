@@ -159,17 +159,20 @@ class Transformer(nn.Module):
             x = x + self.positions(at + self.config.position_offset)
         else:
             rotation = self.rotation(T, x) if positions is None else self.rotation_at(positions, x)
-        mask = self.mask(T, x)
+        masks = {window: self.mask(T, x, window) for window in set(self.config.windows)}
         group = self.config.heads // self.config.kv_heads
-        grouped = mask.repeat(group, 1)[None]  # [1, group*T, T], the same for every row and key / value head
-        for layer in self.layers[:-1]:
-            x = layer(x, rotation, grouped)
+        # [1, group*T, T] by window, the same for every row and key / value head
+        grouped = {window: mask.repeat(group, 1)[None] for window, mask in masks.items()}
+        *early, last = self.layers
+        for number, layer in enumerate(early):
+            x = layer(x, rotation, grouped[self.config.window_of(number)])
+        window = self.config.window_of(len(early))
         if wanted is None:
-            x = self.layers[-1](x, rotation, grouped)
+            x = last(x, rotation, grouped[window])
         else:
             rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-            grouped = mask[wanted].repeat_interleave(self.config.kv_heads, 0).repeat(1, group, 1)
-            x = self.layers[-1](x, rotation, grouped, (rows, wanted))
+            asked = masks[window][wanted].repeat_interleave(self.config.kv_heads, 0).repeat(1, group, 1)
+            x = last(x, rotation, asked, (rows, wanted))
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -191,10 +194,10 @@ class Transformer(nn.Module):
         angles = positions.float()[:, None, None] * inverse.to(positions.device)
         return rotation_tables(angles, scale, like.dtype)
 
-    def mask(self, length: int, like: Tensor) -> Tensor:
-        """[T, T]: 0 where query (row) may see key (column), -inf where not."""
+    def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
+        """[T, T]: 0 where query (row) may see key (column), -inf where not: the future, and what left the window."""
         blocked = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
-        mask = blocked.triu(1)  # the future
-        if self.config.window is not None:
-            mask += blocked.tril(-self.config.window)  # what slid out of the window
+        mask = blocked.triu(1)
+        if window is not None:
+            mask += blocked.tril(-window)
         return mask

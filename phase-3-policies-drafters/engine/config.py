@@ -77,8 +77,12 @@ class ModelConfig:
     output_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
-    window: int | None = None  # attention reaches this many tokens back, itself included
+    windows: tuple[int | None, ...] = (None,)  # how far back each layer sees, itself included; repeated if fewer
     tied: bool = False  # the output matrix is the embedding
+
+    def window_of(self, layer: int) -> int | None:
+        """How far back a layer sees, itself included; None: to the start."""
+        return self.windows[layer % len(self.windows)]
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -144,7 +148,7 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
         output_bias=attention_bias,
         mlp_bias=mlp_bias,
         qk_norm=family == "qwen3",
-        window=_window(family, config),
+        windows=_windows(family, config),
         tied=config.get("tie_word_embeddings", False),
     )
 
@@ -215,14 +219,14 @@ def _activation(name: str) -> Literal["silu", "gelu_tanh", "gelu", "relu"]:
     return known[name]
 
 
-def _window(family: str, config: Mapping[str, Any]) -> int | None:
-    """The window that all layers slide in, or None where none does. UserError where layers differ.
+def _windows(family: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The window of each layer, None where it sees everything. UserError where `layer_types` says something else.
 
-    `layer_types` names every layer. Without it all layers of a Mistral slide, and those of a Qwen from
-    `max_window_layers` on, if `use_sliding_window` is true.
+    `layer_types` names every layer; transformers takes a Mistral that has it for a Ministral. Without it all layers of
+    a Mistral slide, and those of a Qwen from `max_window_layers` on, if `use_sliding_window` is true.
     """
     if family not in ("mistral", "qwen2", "qwen3"):
-        return None
+        return (None,)
     layers = config["num_hidden_layers"]
     window: int | None = config.get("sliding_window", 4096)
     if family != "mistral" and not config.get("use_sliding_window"):
@@ -233,16 +237,9 @@ def _window(family: str, config: Mapping[str, Any]) -> int | None:
         kinds = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise UserError(f"layer_types of config.json should name {FULL} or {SLIDING} for each of {layers} layers")
-    if SLIDING not in kinds:
-        return None
-    if window is None:
+    if window is None and SLIDING in kinds:
         raise UserError(f"layer_types of config.json names {SLIDING}, and sliding_window gives no window")
-    if FULL in kinds:
-        raise UserError(
-            f"{family} with {kinds.count(SLIDING)} of {layers} layers in a sliding window (layer_types, or "
-            "max_window_layers) is not supported; supported is a window in all layers, or in none"
-        )
-    return window
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from common import philox
 from common.errors import UserError
 
 from .config import ModelConfig
-from .model import Embedding, Transformer
+from .model import Embedding, Masks, Transformer
 
 SHARPNESS = 2.0  # of the logits: a few tokens hold most of the probability
 _SUPPORT, _LOGITS, _AGREES = 101, 102, 103  # purposes of their own, apart from those of sampling
@@ -57,12 +57,12 @@ class FakeModel(Transformer):
         tokens: Tensor,
         positions: Tensor | None = None,
         wanted: Tensor | None = None,
-        mask: Tensor | None = None,
+        masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """The number of each context, int64 [B, T or W, 1]: its last two tokens, in a tree along the branch."""
         T = tokens.shape[1]
-        seen = torch.ones(T, T, dtype=torch.bool).tril()[None] if mask is None else mask == 0
+        seen = torch.ones(T, T, dtype=torch.bool).tril()[None] if masks is None else masks[None] == 0
         order = torch.arange(T).expand_as(seen).masked_fill(~seen.tril(-1), -1).amax(-1).expand_as(tokens)
         before = tokens.gather(1, order.clamp(min=0)).masked_fill(order < 0, 0)
         numbers = before * self.config.vocab_size + tokens

@@ -17,6 +17,7 @@ from .rope import frequencies, rotate, rotation_tables
 
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or [B, T, 1, head_dim]
 Wanted = tuple[Tensor, Tensor]  # row numbers [B, 1] and positions [B, W]: x[wanted] is [B, W, D]
+Masks = dict[int | None, Tensor]  # by a layer's window: [T, T] or [B, T, T], 0 where a query may look, -inf where not
 
 
 def times(x: Tensor, other: Tensor) -> Tensor:
@@ -223,14 +224,14 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         wanted: Tensor | None = None,
-        mask: Tensor | None = None,
+        masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
 
-        The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `mask` ([B, T, T], 0 where
-        a query may look and -inf where not) replaces the causal one, and positions may differ by row ([B, T]): a tree
-        of guesses has several tokens for one position.
+        The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
+        replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
+        position.
         """
         T = tokens.shape[1]
         x = self.embedding(tokens)
@@ -240,10 +241,12 @@ class Transformer(nn.Module):
             x = x + self.positions(at + self.config.position_offset)
         else:
             rotation = self.rotation(T, x) if positions is None else self.rotation_at(positions, x)
-        every, last = self.masks(self.mask(T, x) if mask is None else mask, wanted)
+        given = {window: self.mask(T, x, window) for window in set(self.config.windows)} if masks is None else masks
+        ways = {window: self.masks(mask, wanted) for window, mask in given.items()}
         asked = None if wanted is None else (torch.arange(len(tokens), device=tokens.device)[:, None], wanted)
         tapped = []
         for number, layer in enumerate(self.layers):
+            every, last = ways[self.config.window_of(number)]
             if number < len(self.layers) - 1:
                 x = layer(x, rotation, every)
                 if number in taps:
@@ -281,10 +284,10 @@ class Transformer(nn.Module):
         angles = positions.float()[..., None, None] * inverse.to(positions.device)
         return rotation_tables(angles, scale, like.dtype)
 
-    def mask(self, length: int, like: Tensor) -> Tensor:
-        """[T, T]: 0 where query (row) may see key (column), -inf where not."""
+    def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
+        """[T, T]: 0 where query (row) may see key (column), -inf where not: the future, and what left the window."""
         blocked = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
-        mask = blocked.triu(1)  # the future
-        if self.config.window is not None:
-            mask += blocked.tril(-self.config.window)  # what slid out of the window
+        mask = blocked.triu(1)
+        if window is not None:
+            mask += blocked.tril(-window)
         return mask

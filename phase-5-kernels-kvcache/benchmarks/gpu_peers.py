@@ -68,13 +68,13 @@ class CompiledLoop:
             x = x + model.positions(positions + config.position_offset)
         else:
             rotation = self.tables[0][positions], self.tables[1][positions]
-        mask = self.places[None, :] <= positions[:, None]  # [T, tokens]
-        if config.window is not None:
-            mask = mask & (positions[:, None] - self.places[None, :] < config.window)
+        away = positions[:, None] - self.places[None, :]  # [T, tokens]
+        masks = {window: (away >= 0) & (away < (window or self.tokens)) for window in set(config.windows)}
         for number, layer in enumerate(model.layers):
             query, key, value = layer.before(x, rotation, None)  # type: ignore[operator]
             self.keys[number].index_copy_(2, positions, key.transpose(1, 2))
             self.values[number].index_copy_(2, positions, value.transpose(1, 2))
+            mask = masks[config.window_of(number)]
             mixed = F.scaled_dot_product_attention(
                 query.transpose(1, 2), self.keys[number], self.values[number], mask, enable_gqa=True
             )

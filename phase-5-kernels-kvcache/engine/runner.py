@@ -252,17 +252,18 @@ class CachedRunner:
 
         With `last` of the last position alone: for a prefill, of which nothing is read.
         """
-        weight, cache, window = self.model.embedding.weight, self.texts.cache, self.model.config.window
+        weight, cache, windows = self.model.embedding.weight, self.texts.cache, set(self.model.config.windows)
         T = max(work.count for work in works)
-        masks = []
+        masks: dict[int | None, list[Tensor | None]] = {window: [] for window in windows}
         for work in works:
             number, ancestors = work.row.number, None if work.draft.is_chain else work.ancestors().to(weight.device)
             cache.make_room(number, work.count)
             first, held = cache.first(number), cache.length(number)
-            mask = seen(work.positions, first, held, ancestors, window, weight)
-            masks.append(mask if mask is None or work.count == T else beside_padding(mask, T, held - first))
+            for window in windows:
+                mask = seen(work.positions, first, held, ancestors, window, weight)
+                masks[window].append(mask if mask is None or work.count == T else beside_padding(mask, T, held - first))
         rows, counts = [work.row.number for work in works], [work.count for work in works]
-        behind = Behind(cache, rows, counts, masks, self.model.kernels)
+        behind = {window: Behind(cache, rows, counts, masks[window], self.model.kernels) for window in windows}
         wanted = torch.tensor([[T - 1]], device=weight.device) if last else None
         tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
         positions: Tensor | range = range(len(works[0].row.held), len(works[0].row.held) + T)

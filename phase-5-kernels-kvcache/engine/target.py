@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .context import visible, window_start
-from .model import Transformer
+from .model import Masks, Transformer
 from .shapes import padded_length
 from .tree import Tree
 
@@ -68,34 +68,33 @@ def target_forward(
     if all(draft.is_chain for draft in drafts):
         hidden, tapped = model.states(tokens, wanted=wanted, taps=taps)
     else:
-        positions, mask = tree_layout(model, [len(window) for window in windows], drafts, longest)
-        hidden, tapped = model.states(tokens, positions, wanted, mask, taps)
+        positions, masks = tree_layout(model, [len(window) for window in windows], drafts, longest)
+        hidden, tapped = model.states(tokens, positions, wanted, masks, taps)
     at = hidden if known is None else hidden[torch.arange(len(texts), device=device)[:, None], read]
     states = None if known is None else hidden if tapped is None else torch.cat((hidden, tapped), -1)
     return Target(model.logits(at), states, [list(range(len(row))) for row in asked])
 
 
-def tree_layout(model: Transformer, lengths: list[int], drafts: list[Tree], longest: int) -> tuple[Tensor, Tensor]:
-    """Positions [R, T] and mask [R, T, T] of texts with trees behind them: a node sees the text and its ancestors."""
+def tree_layout(model: Transformer, lengths: list[int], drafts: list[Tree], longest: int) -> tuple[Tensor, Masks]:
+    """Positions [R, T] and masks [R, T, T] of texts with trees behind them: a node sees the text and its ancestors."""
     weight = model.embedding.weight
     within = torch.arange(longest, device=weight.device).clamp(max=model.config.context - 1)  # padding may lie past it
     positions = within.repeat(len(drafts), 1)
-    mask = model.mask(longest, weight).repeat(len(drafts), 1, 1)
+    causal = {window: model.mask(longest, weight, window) for window in set(model.config.windows)}
+    masks = {window: mask.repeat(len(drafts), 1, 1) for window, mask in causal.items()}
     for row, (length, draft) in enumerate(zip(lengths, drafts, strict=True)):
         if not draft.tokens:
             continue
-        size = len(draft.tokens)
-        depths = torch.tensor(draft.depths, device=weight.device)
-        at = slice(length, length + size)
-        positions[row, at] = length - 1 + depths
-        mask[row, at, at] = mask.new_full((), float("-inf")).where(
-            ~draft.ancestors().to(weight.device), mask.new_zeros(())
-        )
-        if model.config.window is not None:
-            away = positions[row, at, None] - positions[row]
-            text = away[:, :length] < model.config.window
-            mask[row, at, :length] = torch.where(text, 0.0, float("-inf")).to(mask)
-    return positions, mask
+        end = length + len(draft.tokens)
+        positions[row, length:end] = length - 1 + torch.tensor(draft.depths, device=weight.device)
+        ancestors = draft.ancestors().to(weight.device)
+        away = positions[row, length:end, None] - positions[row, :end]
+        for window, mask in masks.items():
+            sees = torch.cat((ancestors.new_ones(len(draft.tokens), length), ancestors), 1)
+            if window is not None:
+                sees &= away < window
+            mask[row, length:end, :end] = torch.where(sees, 0.0, float("-inf")).to(mask)
+    return positions, masks
 
 
 def of_similar_length(lengths: list[int], forward: int = 64) -> list[list[int]]:

@@ -99,7 +99,7 @@ def total_variation(a: Law, b: Law) -> float:
     return sum(abs(a.get(key, 0.0) - b.get(key, 0.0)) for key in a.keys() | b.keys()) / 2
 
 
-def plain_law(target: TableModel, params: Any, ending: Any, prompt: list[int]) -> Law:
+def plain_law(target: phase2.Transformer, params: Any, ending: Any, prompt: list[int]) -> Law:
     """The distribution of plain decoding's output."""
 
     def run(walker: Walker) -> tuple[int, ...]:
@@ -109,7 +109,13 @@ def plain_law(target: TableModel, params: Any, ending: Any, prompt: list[int]) -
 
 
 def speculative_law(
-    target: TableModel, draft: TableModel, params: Any, ending: Any, prompt: list[int], k: int, parts: Any = phase2
+    target: phase2.Transformer,
+    draft: phase2.Transformer,
+    params: Any,
+    ending: Any,
+    prompt: list[int],
+    k: int,
+    parts: Any = phase2,
 ) -> Law:
     """The distribution of speculative decoding's output. `parts` may hold a mutated drafter or loop."""
 
@@ -131,6 +137,19 @@ def tables(
     target = torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
     draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
     return [TableModel(table.to(dtype), context) for table in (target, draft)]
+
+
+def layered(windows: tuple[int | None, ...], seed: int) -> phase2.Transformer:
+    """A small model over three tokens whose layers have these windows; the weights depend on the seed alone."""
+    config = phase2.ModelConfig(
+        family="mistral", vocab_size=3, layers=len(windows), width=8, heads=2, kv_heads=1, head_dim=4, ffn_width=8,
+        context=64, norm="rms", norm_eps=1e-5, positions="rope", activation="silu", gated=True, windows=windows,
+    )  # fmt: skip
+    model, generator = phase2.Transformer(config).double().eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+    return model
 
 
 def mutated(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
@@ -158,6 +177,7 @@ def proof() -> types.SimpleNamespace:
     return types.SimpleNamespace(
         TableModel=TableModel,
         Walker=Walker,
+        layered=layered,
         mutated=mutated,
         plain_law=plain_law,
         speculative_law=speculative_law,

@@ -115,6 +115,18 @@ def test_past_a_jump_of_the_window(proof: SimpleNamespace) -> None:
     assert proof.total_variation(proof.speculative_law(target, draft, params, NO_END, [1, 0, 2], 2), expected) < EXACT
 
 
+def test_a_window_per_layer(proof: SimpleNamespace) -> None:
+    """The target's first layer sees two tokens and its second all of them; in the draft it is the other way round."""
+    target, draft = proof.layered((2, None), seed=1), proof.layered((None, 2), seed=2)
+    params = phase2.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3)
+    expected = proof.plain_law(target, params, NO_END, [1, 0, 2])
+    got = proof.speculative_law(target, draft, params, NO_END, [1, 0, 2], 2)
+    assert proof.total_variation(got, expected) < FLOAT32
+    for windows in ((2, 2), (None, None), (None, 2)):
+        other = proof.plain_law(proof.layered(windows, seed=1), params, NO_END, [1, 0, 2])
+        assert proof.total_variation(other, expected) > 1e-3  # it does matter which layer has the window
+
+
 def test_longer_texts_by_merging_states(proof: SimpleNamespace) -> None:
     """Five tokens, K = 3, step by step: equal texts are one state, however they came about."""
     target, draft = proof.tables(3, seed=10)

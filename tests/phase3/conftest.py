@@ -41,7 +41,7 @@ class TableModel(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         wanted: Tensor | None = None,
-        mask: Tensor | None = None,
+        masks: Any = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         seen = tokens if wanted is None else tokens.gather(1, wanted)
@@ -53,7 +53,7 @@ class TableModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.table
 
-    def mask(self, length: int, like: Tensor) -> Tensor:
+    def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
         return torch.full((length, length), float("-inf"), dtype=like.dtype).triu(1)
 
 
@@ -194,7 +194,19 @@ class Proof:
         draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
         return self.table_model(target.to(dtype), context), self.table_model(draft.to(dtype), context)
 
-    def plain_law(self, target: TableModel, params: Any, prompt: list[int], ending: Any = None) -> Law:
+    def layered(self, windows: tuple[int | None, ...], seed: int) -> Any:
+        """A small Transformer over three tokens whose layers have these windows; the weights depend on the seed."""
+        config = self.engine.ModelConfig(
+            family="mistral", vocab_size=3, layers=len(windows), width=8, heads=2, kv_heads=1, head_dim=4, ffn_width=8,
+            context=64, norm="rms", norm_eps=1e-5, positions="rope", activation="silu", gated=True, windows=windows,
+        )  # fmt: skip
+        model, generator = self.engine.Transformer(config).double().eval(), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+        return model
+
+    def plain_law(self, target: Any, params: Any, prompt: list[int], ending: Any = None) -> Law:
         """The distribution of plain decoding's output."""
 
         def run(walker: Walker) -> tuple[int, ...]:
@@ -204,7 +216,7 @@ class Proof:
 
     def histories(
         self,
-        target: TableModel,
+        target: Any,
         drafter: Callable[[Walker, Purpose], Any],
         params: Any,
         prompt: list[int],

@@ -93,6 +93,19 @@ def test_the_memory_of_inputs_is_that_of_the_whole_text(target: phase3.LoadedMod
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_beside_layers_with_windows_eagles_layer_has_its_own_reach(make_checkpoint: Callable[..., Path]) -> None:
+    keys = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+    target = phase3.load(str(make_checkpoint("qwen2", **keys)), torch.float32, CPU)
+    head, params = random_eagle(target, (0,)), phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
+    assert target.config.windows == (None, 4)
+    assert head.config.windows == (None,)
+    drafter = EagleDrafter(target.model, head, params, phase3.Certain())
+    sequence = phase3.Sequence(list(range(30, 42)), params, phase3.Ending())
+    steps = list(phase3.speculative_decode(target.model, drafter, [sequence], params))
+    assert sum(stats.proposed for step in steps for stats in step.stats) > 0
+    assert sequence.tokens == phase3.generate(target.model, [sequence.prompt], params)[0].tokens
+
+
 def test_zero_heads_repeat_the_target(target: phase3.LoadedModel) -> None:
     heads = MedusaHeads(MedusaShape(3, 2), target.config.width)
     heads.initialise(target.model, "zero")

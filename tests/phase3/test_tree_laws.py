@@ -9,7 +9,7 @@ import pytest
 
 import phase3
 
-EXACT = 1e-12
+EXACT, FLOAT32 = 1e-12, 1e-5
 SHAPES = {"two and two": [-1, -1, 0, 0], "both have children": [-1, -1, 0, 1, 1], "all three": [-1, -1, -1, 0]}
 PARAMS = phase3.SamplingParams(temperature=1.0, max_new_tokens=3)
 
@@ -61,6 +61,21 @@ def test_dynamic_trees(proof: Any, name: Any) -> None:
     policy = phase3.make_policy(name)
     expected = proof.plain_law(target, PARAMS, [1])
     assert proof.total_variation(proof.law(target, make, PARAMS, [1], policy, levels), expected) < EXACT
+
+
+@pytest.mark.parametrize("name", ["rejection", "longest_prefix", "coupled"])
+def test_a_window_per_layer(proof: Any, name: Any) -> None:
+    """The target's first layer sees two tokens and its second all of them: so does every branch of a tree."""
+    target, draft = proof.layered((2, None), seed=1), proof.tables(3, seed=27)[1]
+    params, policy = phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3), phase3.make_policy(name)
+    expected = proof.plain_law(target, params, [1, 0, 2])
+    got = proof.law(
+        target, static(draft, SHAPES["two and two"], policy, params), params, [1, 0, 2], policy, levels
+    )
+    assert proof.total_variation(got, expected) < FLOAT32
+    for windows in ((2, 2), (None, None), (None, 2)):
+        other = proof.plain_law(proof.layered(windows, seed=1), params, [1, 0, 2])
+        assert proof.total_variation(other, expected) > 1e-3  # it does matter which layer has the window
 
 
 def test_end_of_text_inside_a_tree(proof: Any) -> None:

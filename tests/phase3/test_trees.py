@@ -27,10 +27,27 @@ def test_a_chain_is_the_tree_without_branches(tokens: list[int]) -> None:
     assert tree.parents == [-1, 0, 1][: len(tokens)]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "qwen3"])
-def test_a_tree_in_one_forward_is_each_of_its_branches(make_checkpoint: Callable[..., Path], family: str) -> None:
-    """Mistral's window of 8 is shorter than the text: distances count along the branch, not by place in the row."""
-    loaded = phase3.load(str(make_checkpoint(family)), torch.float32, CPU)
+MIXED = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 2}),
+        ("qwen2", {**MIXED, "sliding_window": 8}),
+        ("qwen2", {**MIXED, "sliding_window": 2}),
+        ("gpt2", {}),
+        ("opt", {}),
+        ("qwen3", {}),
+    ],
+)
+def test_a_tree_in_one_forward_is_each_of_its_branches(
+    make_checkpoint: Callable[..., Path], family: str, keys: dict[str, Any]
+) -> None:
+    """A window of 8 is shorter than the text, and one of 2 than a branch: distances count along the branch."""
+    loaded = phase3.load(str(make_checkpoint(family, **keys)), torch.float32, CPU)
     texts = [list(range(20, 34)), list(range(40, 47))]  # ragged: the second row is padded
     trees = [BUSHY, phase3.Tree([3, 4], [-1, -1])]
     target = phase3.target_forward(loaded.model, texts, trees, known=[0, 0])

@@ -101,7 +101,7 @@ def test_a_forward_leaves_what_it_was_given(pair: tuple[Any, Any]) -> None:
         x = x + model.positions(torch.arange(9) + model.config.position_offset) if hasattr(model, "positions") else x
         rotation = None if hasattr(model, "positions") else model.rotation(9, x)
         before = x.clone()
-        first = model.layers[0](x, rotation, model.mask(9, x)[None, None])
+        first = model.layers[0](x, rotation, model.mask(9, x, model.config.window_of(0))[None, None])
     assert torch.equal(x, before)
     torch.testing.assert_close(tapped, first)
 

@@ -122,6 +122,11 @@ def test_a_model_that_is_not_finished_does_not_run(fast: cpp.CppModel) -> None:
         raw.step(fast.view(cache), [1], [0], [0], [1], [0], [], [0], [], 0, 0, 0, 0)
     with pytest.raises(ValueError, match="norm is missing"):
         raw.finish()
+    with pytest.raises(ValueError, match="a window is at least 0"):
+        raw.set_window(0, -1)
+    for layer in (-1, 1):
+        with pytest.raises(IndexError):
+            raw.set_window(layer, 4)
     for wrong in ({"heads": 0}, {"layers": 2**31 - 1}, {"kv_heads": 3}, {"vocab": -5}, {"activation": 9}):
         with pytest.raises(ValueError, match=r"size|heads|activation"):
             cpp.library().Engine({**describe(TINY), "heads": 4, **wrong}, 1, cpp.chosen_isa())

@@ -99,7 +99,8 @@ def step_case(seed: int) -> None:
         output_bias=choose.random() < 0.5,
         mlp_bias=choose.random() < 0.5,
         qk_norm=choose.random() < 0.3,
-        window=choose.choice([None, None, choose.randint(1, 20)]),
+        layers=2,
+        windows=tuple(choose.choice([None, None, choose.randint(1, 20)]) for _ in range(2)),
     )
     model = model_of(config, seed)
     fast = cpp.CppModel(model, "float32", choose.randint(1, 3))
@@ -114,9 +115,11 @@ def step_case(seed: int) -> None:
             if parent >= 0:
                 ancestors[at] |= ancestors[parent]
         places = cpp.model.places(held, parents)
-        positions, mask = torch.tensor(places), seen(places, 0, held, ancestors, config.window, torch.empty(0))
+        positions, behind = torch.tensor(places), dict[int | None, Behind]()
+        for window in config.windows:
+            mask = seen(places, 0, held, ancestors, window, torch.empty(0))
+            behind[window] = Behind(theirs, [row], [count], [mask])
         with torch.inference_mode():
-            behind = Behind(theirs, [row], [count], [mask])
             expected = model.logits(model.states(torch.tensor([tokens]), positions[None], cached=behind)[0])[0]
         got = fast.step(ours, [tokens], rows=[row], parents=[parents], wanted=range(count)).logits
         assert got is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from phase5.tree import Tree
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "mixed")
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ISAS = ("avx512", "avx512-plain", "avx2", "portable")
@@ -46,19 +47,21 @@ def folders(make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
     def folder(family: str) -> Path:
         if family not in made:
             # 64 features, so that groups of int4 fit
-            made[family] = make_checkpoint(family, **widths(family))
+            made[family] = make_checkpoint("qwen2" if family == "mixed" else family, **widths(family))
         return made[family]
 
     return folder
 
 
-def widths(family: str) -> dict[str, int]:
+def widths(family: str) -> dict[str, Any]:
     if family == "gpt2":
         return {"n_embd": 64}
     if family == "opt":
         return {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96}
-    heads = {} if family in ("mistral", "qwen3") else {"num_attention_heads": 4}
-    return {"hidden_size": 64, "intermediate_size": 96, **heads}
+    more: dict[str, Any] = {} if family in ("mistral", "qwen3") else {"num_attention_heads": 4}
+    if family == "mixed":  # the first layer sees eight tokens, the second all
+        more |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    return {"hidden_size": 64, "intermediate_size": 96, **more}
 
 
 def tokens_of(count: int, seed: int = 0) -> list[int]:
@@ -78,8 +81,9 @@ def torch_step(
         ancestors = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
         ancestors[text:, text:] = tree.ancestors()
     positions = torch.tensor(places)
-    mask = seen(places, 0, held, ancestors, model.config.window, torch.empty(0))
-    behind = Behind(cache, [0], [len(tokens)], [mask])
+    windows = set(model.config.windows)
+    masks = {window: [seen(places, 0, held, ancestors, window, torch.empty(0))] for window in windows}
+    behind = {window: Behind(cache, [0], [len(tokens)], masks[window]) for window in windows}
     with torch.inference_mode():
         hidden, _ = model.states(torch.tensor([tokens]), positions[None], cached=behind)
         return hidden[0], model.logits(hidden)[0]
@@ -139,7 +143,7 @@ def test_rounded_activations_stay_near(weights: Weights, folders: Callable[[str]
 
 
 @pytest.mark.parametrize("kind", CACHES, ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mixed"])
 def test_every_cache(kind: torch.dtype, family: str, folders: Callable[[str], Path]) -> None:
     """What is written is what storage.py writes, but for a rounding here and there; what is read is that."""
     model = loaded(folders(family))
@@ -219,7 +223,7 @@ def test_the_same_bits_for_any_number_of_tokens_and_threads(
             assert torch.equal(torch.cat(rows), expected), (threads, width)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mixed"])
 def test_a_tree_is_its_lines(family: str, folders: Callable[[str], Path]) -> None:
     """Every node's logits are those of its line decoded alone, bit for bit; and near the torch model's."""
     model = loaded(folders(family))

@@ -76,10 +76,11 @@ def test_trees(kind: str, tree: str, session: Any, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral", "mixed"])
 def test_other_families(family: str, session: Any, make_checkpoint: Callable[..., Path]) -> None:
     """With a window that slides, norms of queries and keys, biases, learned positions."""
-    other = str(make_checkpoint(family))
+    mixed = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
+    other = str(make_checkpoint("qwen3", **mixed) if family == "mixed" else make_checkpoint(family))
     for kv in ["static", "ring"] if family == "mistral" else ["static"]:
         plain = tokens(session(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
         drafting = session(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)

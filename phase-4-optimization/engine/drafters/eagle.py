@@ -49,7 +49,7 @@ class EagleHead(nn.Module):
     def __init__(self, shape: EagleShape, target: ModelConfig) -> None:
         super().__init__()
         self.shape, self.taps = shape, shape.taps
-        self.config = dataclasses.replace(target, layers=1, ffn_width=shape.ffn_width, window=None)
+        self.config = dataclasses.replace(target, layers=1, ffn_width=shape.ffn_width, windows=(None,))
         width = target.width
         self.reduce = nn.Linear(width * (1 + len(shape.taps)), width, bias=False) if shape.taps else None
         self.token_norm, self.state_norm = make_norm(self.config), make_norm(self.config)

@@ -52,7 +52,7 @@ class Places:
     counts: Tensor
     tables: Tensor | None  # pages
     wrap: int  # slots of a ring; 0: positions never wrap
-    sights: dict[int, tuple[object, object]] = field(default_factory=dict)  # see sight.py
+    sights: dict[tuple[int, int], tuple[object, object]] = field(default_factory=dict)  # see sight.py
 
     @property
     def ends(self) -> list[int]:

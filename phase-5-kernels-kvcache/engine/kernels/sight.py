@@ -58,15 +58,13 @@ class Sight:
 
 
 def sight_of(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
-    """The last one if it is of the same masks, as from layer to layer."""
-    known = places.sights.get(W)
-    if known is not None and known[0] is masks:
-        found = known[1]
-        assert isinstance(found, Sight)
-        return found
-    made = _make(op, places, masks, W)
-    places.sights[W] = (masks, made)
-    return made
+    """Made once for the same masks, as from layer to layer; layers of different windows have masks of their own."""
+    known = places.sights.get((W, id(masks)))
+    if known is None:  # the masks are kept with it: no other list takes their id
+        known = places.sights[W, id(masks)] = masks, _make(op, places, masks, W)
+    found = known[1]
+    assert isinstance(found, Sight)
+    return found
 
 
 def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:

@@ -40,7 +40,7 @@ class CppEagle(CppModel):
     ) -> None:
         """beside: the target in C++, whose output matrix is read here too, and whose format and threads are taken."""
         parts = SimpleNamespace(
-            config=dataclasses.replace(head.config, window=head.shape.reach),
+            config=dataclasses.replace(head.config, windows=(head.shape.reach,)),
             embedding=target.embedding,
             layers=[head.block],
             norm=head.norm,

@@ -90,6 +90,8 @@ class CppModel:
             if release:
                 release_matrix(plan)
         set_vectors(self._engine, model)
+        for number in range(model.config.layers):
+            self._engine.set_window(number, model.config.window_of(number) or 0)
         self._rotations = 0
         self._finish()
         self._views: WeakKeyDictionary[StaticCache, Any] = WeakKeyDictionary()

@@ -71,7 +71,7 @@ class Rung:
 
     def __init__(self, kind: Kind, model: Transformer, capacity: int, threads: int) -> None:
         config = model.config
-        if config.positions != "rope" or not config.gated or config.qkv_bias or config.qk_norm or config.window:
+        if config.positions != "rope" or not config.gated or config.qkv_bias or config.qk_norm or any(config.windows):
             raise UserError(f"the ladder runs Llama models, and this is a {config.family}")
         self.kind, self.vocab = kind, config.vocab_size
         self._kept: list[Any] = []

@@ -29,7 +29,7 @@ Model model_of(const py::dict& d) {
     Model m;
     auto number = [&](const char* name) { return d[name].cast<int>(); };
     m.layers = number("layers"), m.width = number("width"), m.heads = number("heads"), m.kv_heads = number("kv_heads");
-    m.head_dim = number("head_dim"), m.ffn = number("ffn"), m.vocab = number("vocab"), m.window = number("window");
+    m.head_dim = number("head_dim"), m.ffn = number("ffn"), m.vocab = number("vocab");
     m.position_offset = number("position_offset");
     m.gated = d["gated"].cast<bool>(), m.rope = d["rope"].cast<bool>();
     const int activation = number("activation");
@@ -112,6 +112,7 @@ PYBIND11_MODULE(lab_cpp, module) {
         .def_property_readonly("narrow_bf16", [](const Engine& e) { return e.isa->narrow_bf16; })
         .def_property_readonly("threads", &Engine::threads)
         .def("set_matrix", &Engine::set_matrix)
+        .def("set_window", &Engine::set_window)
         .def("set_vector", [](Engine& e, int layer, const std::string& which, uintptr_t values, size_t count) {
             need(values != 0, "the vector has no memory");
             e.set_vector(layer, which, floats(values, count));

@@ -39,7 +39,7 @@ const Model& Engine::checked(const Model& m) {
         need(number > 0 && number <= MOST, "a size of the model is below 1 or absurd");
     need(m.heads % m.kv_heads == 0, "the heads cannot share the key-value heads evenly");
     need(int64_t(m.heads) * m.head_dim <= MOST && int64_t(m.layers) <= MOST / 64, "a size of the model is absurd");
-    need(m.window >= 0 && m.position_offset >= 0, "window and position offset are at least 0");
+    need(m.position_offset >= 0, "the position offset is at least 0");
     return m;
 }
 
@@ -84,6 +84,11 @@ void Engine::set_vector(int layer, const std::string& which, std::vector<float> 
         else if (which == "key_norm") to.key_norm = data;
         else throw std::invalid_argument("no vector " + which);
     }
+}
+
+void Engine::set_window(int layer, int window) {
+    need(window >= 0, "a window is at least 0");
+    layers_.at(size_t(layer)).window = window;
 }
 
 void Engine::set_rotation(std::vector<float> cos, std::vector<float> sin) {

@@ -41,6 +41,7 @@ public:
 
     void set_matrix(int layer, const std::string& which, std::shared_ptr<Packed> matrix);
     void set_vector(int layer, const std::string& which, std::vector<float> values);
+    void set_window(int layer, int window);
     void set_rotation(std::vector<float> cos, std::vector<float> sin);
     void finish();  // everything is there: memory for the steps is taken
 

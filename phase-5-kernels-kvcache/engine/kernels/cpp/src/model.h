@@ -57,6 +57,7 @@ struct Layer {
     const float* query_norm = nullptr;  // [head_dim]
     const float* key_norm = nullptr;
     Matrix qkv, output, up, down;       // up: with a gate, panels of gate and up take turns
+    int window = 0;                     // positions that attention reaches back, itself included; 0: all
 };
 
 struct Table {  // rows of a table as the checkpoint has them
@@ -67,7 +68,6 @@ struct Table {  // rows of a table as the checkpoint has them
 
 struct Model {
     int layers = 0, width = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0;
-    int window = 0;  // 0: none
     int position_offset = 0;
     bool gated = true, rope = true;
     Activation activation = Activation::silu;

@@ -36,6 +36,7 @@ struct Made {
     std::vector<std::tuple<int, std::string, std::shared_ptr<Packed>>> matrices;
     std::vector<std::tuple<int, std::string, std::vector<float>>> vectors;
     std::vector<float> embedding, positions, cos, sin;
+    std::vector<int> windows;
 
     std::shared_ptr<Packed> matrix(Kind kind, int outputs, int inputs, bool wide, bool pair, bool bias) {
         const int group = 32;
@@ -63,13 +64,14 @@ struct Made {
         const bool groups = kind == Kind::i4;
         if (groups) m.head_dim = 32;
         m.width = groups ? 32 * between(1, 3) : between(1, 70), m.ffn = groups ? 32 * between(1, 3) : between(1, 90);
-        m.vocab = vocab ? vocab : between(2, 90), m.window = between(0, 2) == 0 ? between(1, 15) : 0;
+        m.vocab = vocab ? vocab : between(2, 90);
         m.gated = between(0, 1) == 1, m.rope = between(0, 1) == 1, m.activation = Activation(between(0, 3));
         const bool wide = between(0, 1) == 1, layer_norm = between(0, 1) == 1, qk = between(0, 1) == 1;
         auto vector = [&](int layer, const char* name, int count) {
             vectors.emplace_back(layer, name, normals(size_t(count), 0.2f, 1));
         };
         for (int layer = 0; layer < m.layers; ++layer) {
+            windows.push_back(between(0, 2) == 0 ? between(1, 15) : 0);
             matrices.emplace_back(layer, "qkv", matrix(kind, m.qkv_width(), m.width, wide, false, true));
             matrices.emplace_back(layer, "output", matrix(kind, m.width, m.heads * m.head_dim, wide, false, false));
             matrices.emplace_back(layer, "up", matrix(kind, m.gated ? 2 * m.ffn : m.ffn, m.width, wide, m.gated, true));
@@ -94,6 +96,7 @@ struct Made {
         auto made = std::make_unique<Engine>(model, threads, isa);
         for (auto& [layer, name, packed] : matrices) made->set_matrix(layer, name, packed);
         for (auto& [layer, name, values] : vectors) made->set_vector(layer, name, values);
+        for (int layer = 0; layer < model.layers; ++layer) made->set_window(layer, windows[size_t(layer)]);
         made->set_rotation(cos, sin);
         made->finish();
         return made;

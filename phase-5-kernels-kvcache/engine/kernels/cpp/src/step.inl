@@ -132,7 +132,7 @@ static void attention_of(const Block& block, int layer, int thread, int threads)
         const Range heads = share(group, item % parts, parts);
         const int head = kv_head * group + heads.begin;
         attend(
-            *block.cache, layer, block.tokens[m], kv_head, model.window,
+            *block.cache, layer, block.tokens[m], kv_head, model.layer[layer].window,
             block.qkv + size_t(m) * model.layer[layer].qkv.outputs + size_t(head) * d, heads.end - heads.begin,
             block.scores[thread], block.score_stride, block.mixed + (size_t(m) * model.heads + head) * d
         );
