@@ -134,6 +134,7 @@ class QuantLinear(nn.Module):
     scales: Tensor  # [out, groups]
     zeros: Tensor | None  # [out, groups]
     factor: Tensor | None  # [in]
+    order: Tensor | None  # int64 [in]: the input feature that each column of the levels is of; None: in order
 
     def __init__(self, shape: tuple[int, int], format: Format, bias: bool, factor: bool, device: torch.device) -> None:
         """`shape` is (out, in). Memory is reserved and not filled."""
@@ -151,6 +152,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", reserve(self.out_features, groups, dtype=torch.bfloat16))
         self.register_buffer("zeros", reserve(self.out_features, groups) if format.has_zeros else None)
         self.register_buffer("factor", reserve(self.in_features) if factor else None)
+        self.register_buffer("order", None)
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device), requires_grad=False) if bias else None
 
     @staticmethod
@@ -179,7 +181,7 @@ class QuantLinear(nn.Module):
             self.put(first + start, grid, levels)
 
     def matrix(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """The rows start .. stop written out, [rows, in]; the factor of the activations is not in them."""
+        """The rows start .. stop written out, [rows, in]; their columns stand in `order`, and `factor` is not in them."""
         rows = slice(start, stop)
         levels = self.values[rows]
         if self.format.name == "int8":
@@ -191,18 +193,25 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """What takes the place of Linear's matrix: float32 [out, in], with all that the activations meet."""
         matrix = self.matrix(torch.float32)
-        return matrix if self.factor is None else matrix * self.factor.float()
+        matrix = matrix if self.factor is None else matrix * self.factor.float()
+        return matrix if self.order is None else matrix[:, self.order.argsort()]
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """x [..., in] in the order of the columns."""
+        return x if self.order is None else x[..., self.order]
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
+        x = self.ordered(x)
         if self.factor is not None:
             x = x * self.factor.to(x.dtype)
         return F.linear(x, self.matrix(x.dtype, start, stop), None if self.bias is None else self.bias[start:stop])
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Of the values, and of all that belongs to them: scales, zeros, factor."""
-        others = [tensor.nbytes for tensor in (self.scales, self.zeros, self.factor) if tensor is not None]
+        """Of the values, and of all that belongs to them: scales, zeros, factor, order."""
+        parts = (self.scales, self.zeros, self.factor, self.order)
+        others = [tensor.nbytes for tensor in parts if tensor is not None]
         return self.values.nbytes, sum(others)
 
 

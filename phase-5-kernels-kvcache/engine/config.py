@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from common.errors import UserError
 
+from .quantize_schemes import METHODS, read_scheme
+
 FAMILIES = {
     "GPT2LMHeadModel": "gpt2",
     "OPTForCausalLM": "opt",
@@ -108,13 +110,17 @@ class ModelConfig:
 
 
 def _refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
+    """UserError unless the model is not quantised, or in a form that is read here."""
     about = config.get("quantization_config")
     method = about.get("quant_method") if isinstance(about, dict) else about
     if about is None and config.get("quantization") is not None:
         method = "mlx"  # writes no method
-    if (about is not None or method is not None) and method != OWN_QUANTIZATION:
+    if isinstance(about, dict) and method in METHODS:
+        read_scheme(about)
+    elif (about is not None or method is not None) and method != OWN_QUANTIZATION:
         raise UserError(
-            f"the model is quantised by {method!r}, which is not read here: take the model as it was before"
+            f"the model is quantised by {method!r}, which is not read here; supported are {', '.join(METHODS)}: "
+            "or take the model as it was before"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,8 +22,10 @@ from common.tokenizer import Tokenizer
 
 from .config import ModelConfig, context_note
 from .model import Transformer
-from .quantize import Format, linear_names, quantize_linear, quantized_linear
+from .quantize import Format, QuantLinear, linear_names, quantize_linear, quantized_linear, replace
 from .quantize_files import is_quantized, load_quantized
+from .quantize_others import PARTS, format_of, quantised, repacked, scheme_of, set_order
+from .quantize_schemes import Scheme
 from .sequence import Ending
 from .weights import Place, fill, places, reserve
 
@@ -118,12 +121,13 @@ def load(
     if note := context_note(checkpoint.config):
         print(f"{note} ({name})", file=sys.stderr)
     tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
-    if is_quantized(checkpoint):
-        if format is not None:
-            raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
+    scheme = scheme_of(checkpoint)
+    if is_quantized(checkpoint) and format is not None:
+        raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
+    if is_quantized(checkpoint) and scheme is None:
         model = load_quantized(checkpoint, config, dtype, device)
     else:
-        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, as_stored)
+        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, scheme, as_stored)
     return LoadedModel(model, tokenizer, checkpoint)
 
 
@@ -134,19 +138,27 @@ def load_transformer(
     device: torch.device,
     format: Format | None = None,
     quant_head: bool = False,
+    scheme: Scheme | None = None,
     as_stored: bool = False,
 ) -> Transformer:
-    """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
+    """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen.
+
+    With `scheme`, the file holds matrices that another tool has quantised.
+    """
     config = with_stored_head(checkpoint, config)
     model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
-    reserved = dict(model.named_parameters())
+    if scheme is not None:
+        _make_room(model, checkpoint, scheme, device)
+    packed = dict(model.named_buffers())  # what quantised matrices consist of
+    reserved = {**dict(model.named_parameters()), **packed}
     expected, filled = places(reserved, config), dict[str, Tensor]()
+    whole, orders = dict(expected), defaultdict[str, list[Tensor]](list)
     to_round = {f"{linear}.weight" for linear in linear_names(model, quant_head)} if format else set()
     unknown: list[str] = []
-    for stored_name, stored in checkpoint.tensors():
+    for stored_name, stored in checkpoint.tensors() if scheme is None else repacked(checkpoint, scheme):
         if _BUFFERS.search(stored_name) or (config.tied and stored_name == "lm_head.weight"):
             continue
-        if stored.dtype not in _NUMBERS:
+        if stored.dtype not in _NUMBERS and not (scheme and stored_name.endswith((".values", ".order"))):
             raise UserError(
                 f"{checkpoint.name}: tensor {stored_name} holds {stored.dtype}, which needs scales; "
                 "supported are float32, bfloat16, float16 (and float64): take the model as it was before"
@@ -155,7 +167,13 @@ def load_transformer(
         if not parts:
             unknown.append(stored_name)
         for name, tensor in parts:
+            matrix = whole.get(f"{name.removesuffix('.order')}.values")
+            if name.endswith(".order") and matrix is not None:  # the parts of a fused matrix share one
+                orders[matrix.name.removesuffix(".values")].append(tensor)
+                continue
             place = expected.pop(name, None)
+            if place is None and scheme is not None and name.endswith(".bias") and not bool(tensor.any()):
+                continue  # early GPTQ tools wrote a bias of zeros beside every matrix
             if place is None:
                 unknown.append(stored_name)
             elif place.shape != tensor.shape:
@@ -166,13 +184,18 @@ def load_transformer(
             elif format and place.name in to_round:
                 quantized = quantized_linear(model, place.name.removesuffix(".weight"), format, device)
                 quantized.round_rows(place.rows.start or 0, tensor, stored_name)
-            elif as_stored and place.name.startswith("layers.") and is_whole(place, tensor, dtype):
+            elif as_stored and place.name not in packed and is_whole(place, tensor, dtype):
                 _set(model, place.name, tensor)
             else:
                 if place.name not in filled:
-                    shape = reserved[place.name].shape
-                    filled[place.name] = _assign(model, place.name, shape, dtype, device, as_stored)
+                    shape, ready = reserved[place.name].shape, packed.get(place.name)
+                    made = _assign(model, place.name, shape, dtype, device, as_stored) if ready is None else ready
+                    filled[place.name] = made
                 fill(filled[place.name][place.rows], tensor)
+    for name, found in orders.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        set_order(linear, found, f"{checkpoint.name}: {name}")
     if config.tied:
         model.head.weight = model.embedding.weight
         expected.pop("head.weight", None)
@@ -181,6 +204,24 @@ def load_transformer(
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
     return model.eval()
+
+
+def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, device: torch.device) -> None:
+    """Put a QuantLinear where the file holds a quantised matrix. UserError where that is but a part of a fused one."""
+    whole = places(dict(model.named_parameters()), model.config)
+    parts = Counter(place.name for place in whole.values())
+    stored = [f"{owner}.weight" for owner in quantised(checkpoint, scheme)]
+    names = [name for each in stored for name, _ in _translate(each, torch.empty(3), model.config) if name in whole]
+    for name, count in Counter(whole[name].name for name in names).items():
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        if not isinstance(linear, nn.Linear) or count < parts[name]:
+            raise UserError(
+                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or in parts alone, and the engine "
+                "computes it at once: take the model as it was before"
+            )
+        shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+        format = format_of(scheme, linear.in_features, f"{checkpoint.name}: {name.removesuffix('.weight')}")
+        replace(model, name.removesuffix(".weight"), QuantLinear(shape, format, bias, False, device))
 
 
 def with_stored_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
@@ -206,14 +247,15 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
     number = re.search(r"\.(\d+)\.", f".{module}.")
     key = re.sub(r"(^|\.)\d+\.", r"\1N.", module, count=1)
     ours = names.get(key) or names.get(f"transformer.{key}") or names.get(f"model.{key}")
-    if ours is None or kind not in ("weight", "bias"):
+    if ours is None or kind not in ("weight", "bias", *PARTS):
         return
     ours = ours.replace("N", number[1]) if number else ours
     if config.family == "gpt2" and kind == "weight" and stored.ndim == 2 and "layers" in ours:
         stored = stored.T  # GPT-2 stores its matrices as Conv1D: [in, out]
     if "+" in ours:
         prefix, _, last = ours.rpartition(".")
-        for part, tensor in zip(last.split("+"), stored.chunk(3), strict=True):
+        pieces = [stored] * 3 if kind == "order" else stored.chunk(3)
+        for part, tensor in zip(last.split("+"), pieces, strict=True):
             yield f"{prefix}.{part}.{kind}", tensor
     else:
         yield f"{ours}.{kind}", stored
@@ -235,8 +277,9 @@ def _set(model: Transformer, name: str, tensor: Tensor) -> None:
 
 
 def is_whole(place: Place, tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a stored matrix can be read where the file holds it: it is no part of a fused one, and not cast."""
-    return place.rows == slice(None) and tensor.ndim == 2 and tensor.dtype == dtype and tensor.is_contiguous()
+    """Whether a layer's matrix can be read where the file holds it: it is no part of a fused one, and not cast."""
+    inside = place.name.startswith("layers.") and place.rows == slice(None)
+    return inside and tensor.ndim == 2 and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def _complaint(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], unknown: list[str]) -> str:

@@ -69,9 +69,7 @@ def test_a_window_per_layer(proof: Any, name: Any) -> None:
     target, draft = proof.layered((2, None), seed=1), proof.tables(3, seed=27)[1]
     params, policy = phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3), phase3.make_policy(name)
     expected = proof.plain_law(target, params, [1, 0, 2])
-    got = proof.law(
-        target, static(draft, SHAPES["two and two"], policy, params), params, [1, 0, 2], policy, levels
-    )
+    got = proof.law(target, static(draft, SHAPES["two and two"], policy, params), params, [1, 0, 2], policy, levels)
     assert proof.total_variation(got, expected) < FLOAT32
     for windows in ((2, 2), (None, None), (None, 2)):
         other = proof.plain_law(proof.layered(windows, seed=1), params, [1, 0, 2])

@@ -165,8 +165,8 @@ def test_files_of_another_model_or_format_are_refused(
     with_config(quantization_config={**about, "name": "int2"})
     with pytest.raises(UserError, match=r"name 'int2', group 64, asymmetric True; expected int8 or int4, one of 32"):
         load(quantized)
-    with_config(quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UserError, match=r"is quantised by 'gptq', which is not read here"):
+    with_config(quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match=r"is quantised by 'fp8', which is not read here"):
         load(quantized)
     wider = make_checkpoint("llama", **{**SHAPES["llama"], "intermediate_size": 192})
     shutil.copy(wider / "config.json", file)

@@ -60,7 +60,11 @@ def widths(family: str) -> dict[str, Any]:
         return {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96}
     more: dict[str, Any] = {} if family in ("mistral", "qwen3") else {"num_attention_heads": 4}
     if family == "mixed":  # the first layer sees eight tokens, the second all
-        more |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        more |= {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }
     return {"hidden_size": 64, "intermediate_size": 96, **more}
 
 

@@ -35,8 +35,9 @@ def quantised(
     made = QuantLinear.of(rtn(weight, format), format, None)
     if bias:
         made.bias = nn.Parameter(poisoned(torch.device("cpu"), torch.float32, outputs, seed=2), False)
-    if factor:
+    if factor:  # and an order
         made.factor = torch.linspace(0.5, 2, inputs).half()
+        made.order = torch.randperm(inputs, generator=torch.Generator().manual_seed(4))
     return made.to(device)
 
 
@@ -61,7 +62,7 @@ def layers(device: torch.device, full: bool, dtype: torch.dtype, even: bool) -> 
     for number, format in enumerate(FORMATS):
         inputs = 256 if format.group == 128 else 192
         outputs = 34 if even else 33
-        name = f"{format}{', factor' if number % 2 else ''}"
+        name = f"{format}{', factor and order' if number % 2 else ''}"
         yield name, quantised(device, format, outputs, inputs, number > 1, number % 2 == 1), inputs
 
 

@@ -21,6 +21,7 @@ from common.philox import Purpose
 
 from ...kv_cache import CacheShape, StaticCache
 from ...model import Transformer
+from ...quantize import QuantLinear
 from ...rope import frequencies
 from ...runner import Speculated
 from ...sampling import SamplingParams, not_finite
@@ -86,7 +87,10 @@ class CppModel:
         self.weight_bytes = sum(plan.shape(exact_activations).bytes for plan in every)
         arena = library().Arena(self.weight_bytes + 64 * len(every))
         for plan in every:
-            self._set(plan, pack(plan, arena, exact_activations, self.threads))
+            packed = pack(plan, arena, exact_activations, self.threads)
+            if isinstance(plan.module, QuantLinear) and plan.module.order is not None:
+                packed.set_order(plan.module.order.tolist())
+            self._set(plan, packed)
             if release:
                 release_matrix(plan)
         set_vectors(self._engine, model)

@@ -82,7 +82,8 @@ def _run(
         of_dtype(op, x.dtype, matrix=matrix.values)
     require(op, not gated or matrix.outputs % 2 == 0, f"there are {matrix.outputs} outputs", "two halves")
     library = on_device(op, x=x, weight=matrix.values, bias=matrix.bias)
-    rows, columns = rows_of(x), matrix.outputs // 2 if gated else matrix.outputs
+    rows = rows_of(layer.ordered(x) if isinstance(layer, QuantLinear) else x)
+    columns = matrix.outputs // 2 if gated else matrix.outputs
     M = len(rows)
     if x.ndim > 1 and x.shape[-2] > MANY:
         whole = fused.gated_linear(layer, x) if gated else reference.linear(layer, x, start, start + matrix.outputs)

@@ -197,7 +197,8 @@ def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gat
         require(op, same, f"x is {x.dtype} and the matrix {matrix.values.dtype}", "one dtype for both")
     if gated:
         require(op, matrix.outputs % 2 == 0, f"there are {matrix.outputs} outputs", "two halves")
-    rows, columns = rows_of(x), matrix.outputs // 2 if gated else matrix.outputs
+    rows = rows_of(layer.ordered(x) if isinstance(layer, QuantLinear) else x)
+    columns = matrix.outputs // 2 if gated else matrix.outputs
     out = x.new_empty(*x.shape[:-1], columns)
     block_n, block_k, parts, inner = blocks(matrix, columns)
     if gated:  # both halves meet in one program, so the inputs are not split

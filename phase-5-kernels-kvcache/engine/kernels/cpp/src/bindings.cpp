@@ -83,7 +83,8 @@ PYBIND11_MODULE(lab_cpp, module) {
             p.fill_levels(first, count, pointer<void>(levels), pointer<uint16_t>(scales), pointer<uint16_t>(zeros));
         })
         .def("set_bias", [](Packed& p, uintptr_t bias) { p.set_bias(pointer<float>(bias)); })
-        .def("set_factor", [](Packed& p, uintptr_t factor) { p.set_factor(pointer<float>(factor)); });
+        .def("set_factor", [](Packed& p, uintptr_t factor) { p.set_factor(pointer<float>(factor)); })
+        .def("set_order", &Packed::set_order);
 
     py::class_<View>(module, "View", py::module_local())
         .def(py::init([](int kind, int rows, int kv_heads, int capacity, int head_dim, std::vector<uintptr_t> keys,

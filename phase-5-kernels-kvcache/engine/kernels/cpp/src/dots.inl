@@ -328,9 +328,15 @@ LAB_INLINE void quantise(const float* x, int count, int8_t* to, float& scale, in
 
 // Activations x [count, inputs] (stride floats apart) in the form that the matrix takes, written to `memory`.
 static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, float* spare, uint8_t* memory) {
-    if (w.factor != nullptr) {
-        for (int m = 0; m < count; ++m)
-            for (int k = 0; k < w.inputs; ++k) spare[size_t(m) * w.inputs + k] = x[m * stride + k] * w.factor[k];
+    if (w.factor != nullptr || w.order != nullptr) {
+        auto* row = (float*)memory;  // x may be `spare` itself
+        for (int m = 0; m < count; ++m) {
+            for (int k = 0; k < w.inputs; ++k) {
+                row[k] = x[m * stride + (w.order != nullptr ? w.order[k] : k)];
+                if (w.factor != nullptr) row[k] *= w.factor[k];
+            }
+            memcpy(spare + size_t(m) * w.inputs, row, size_t(w.inputs) * 4);
+        }
         x = spare;
         stride = size_t(w.inputs);
     }

@@ -36,7 +36,8 @@ struct Matrix {
     const float* scales = nullptr;     // i8: [outputs]
     const uint16_t* halves = nullptr;  // i4: scales [panel][input / scale_group][PANEL], bfloat16
     const uint16_t* zeros = nullptr;   // i4: likewise, float16; null: 8
-    const float* factor = nullptr;     // [inputs]: what activations are multiplied with first
+    const int* order = nullptr;        // [inputs]: the activation that each input takes; null: in order
+    const float* factor = nullptr;     // [inputs]: what activations are multiplied with then
     const float* bias = nullptr;       // [outputs]
 
     size_t panel_bytes() const { return size_t(padded / together(kind)) * row_bytes(kind); }

@@ -248,4 +248,12 @@ void Packed::set_factor(const float* factor) {
     memcpy(writable(matrix.factor), factor, size_t(matrix.inputs) * 4);
 }
 
+void Packed::set_order(std::vector<int> order) {
+    need(order_.empty(), "the matrix has an order already");
+    need(order.size() == size_t(matrix.inputs), "an order has a number for every input");
+    for (int from : order) need(from >= 0 && from < matrix.inputs, "an order names an input that is not there");
+    order_ = std::move(order);
+    matrix.order = order_.data();
+}
+
 }  // namespace lab

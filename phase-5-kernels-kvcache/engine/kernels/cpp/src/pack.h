@@ -50,6 +50,7 @@ public:
     void fill_levels(int first, int count, const void* levels, const uint16_t* scales, const uint16_t* zeros);
     void set_bias(const float* bias);      // [outputs]
     void set_factor(const float* factor);  // [inputs]
+    void set_order(std::vector<int> order);  // [inputs]: the activation that each takes
 
     Matrix matrix;
     const Shape shape;
@@ -61,6 +62,7 @@ private:
     // read_words(row, begin, count, to): 32-bit words begin .. begin + count - 1 of a row, as a lane of the panel has them.
     template <class Read>
     void fill_words(int first, int count, Read read_words);
+    std::vector<int> order_;
     std::shared_ptr<Arena> arena_;
 };
 
