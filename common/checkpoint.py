@@ -70,6 +70,7 @@ def open_checkpoint(name: str, check: Check | None = None) -> Checkpoint:
     downloaded.
     Raises UserError for an unknown name, and for a folder without a readable config.json or without weights.
     """
+    check = _naming(name, check)
     folder = _folder(name, check)
     config = read_json(folder / "config.json")
     if check is not None:
@@ -77,6 +78,20 @@ def open_checkpoint(name: str, check: Check | None = None) -> Checkpoint:
     generation = folder / "generation_config.json"
     weight_files(folder)  # missing weights are reported here, not when the first tensor is wanted
     return Checkpoint(name, folder, config, read_json(generation) if generation.is_file() else {})
+
+
+def _naming(name: str, check: Check | None) -> Check | None:
+    """The same check, whose errors say which model they are about."""
+    if check is None:
+        return None
+
+    def named(config: dict[str, Any]) -> None:
+        try:
+            check(config)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+    return named
 
 
 def _folder(name: str, check: Check | None) -> Path:

@@ -10,7 +10,8 @@ import, so it is imported only for a folder that has no tokenizer.json (OPT, for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from common.errors import UserError
-from common.files import one_line, read_json
+from common.files import one_line, read_json, shown
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 SENTENCEPIECE_BYTE = re.compile("<0x..>")
@@ -38,7 +39,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._first: list[int] = []  # put before every text; most tokenizers do it by their template
         self._limit: int | None = None
-        self._model = ""
+        self._model = "the model"
+        self.added_ids = frozenset(added)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
@@ -57,8 +59,8 @@ class Tokenizer:
                 found = source.get(f"{kind}_token_id")
                 found = [found] if isinstance(found, int) else found
                 if found:
-                    if not isinstance(found, list) or not all(isinstance(token_id, int) for token_id in found):
-                        raise UserError(f"{folder}: {kind}_token_id should be a token id or a list, got {found!r}")
+                    if not isinstance(found, list) or not all(map(_is_id, found)):
+                        raise UserError(f"{folder}: {kind}_token_id should be a token id or a list, got {shown(found)}")
                     return tuple(found)
             token_id = own(kind)
             return () if token_id is None else (token_id,)
@@ -86,19 +88,36 @@ class Tokenizer:
         """The highest id plus one, added tokens included. A model's logits can be wider (padding), never narrower."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def pieces(self) -> dict[int, str]:
+        """Every token that the file has, as the vocabulary spells it, by its id; added tokens included."""
+        return {token_id: piece for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that this tokenizer puts around one (Llama 2: a begin token).
 
         Where the file's template is silent, `add_bos_token` of tokenizer_config.json is obeyed (DeepSeek).
         """
         _refuse_surrogates(text)
-        return self._checked(self._backend.encode(text).ids)
+        with self._encoding():
+            ids = self._backend.encode(text).ids
+        return self._checked(ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of many texts, as `encode` gives them, on all cores; where in a text a token stands is not noted."""
         for text in texts:
             _refuse_surrogates(text)
-        return [self._checked(encoding.ids) for encoding in self._backend.encode_batch_fast(texts)]
+        with self._encoding():
+            encodings = self._backend.encode_batch_fast(texts)
+        return [self._checked(encoding.ids) for encoding in encodings]
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """UserError for a text that the file has no tokens for: without an unknown token there may be such."""
+        try:
+            yield
+        except Exception as error:  # the package raises nothing narrower
+            raise UserError(f"{self._model}: the tokenizer cannot encode the text ({one_line(error)})") from None
 
     def _checked(self, encoded: list[int]) -> list[int]:
         ids = self._first + encoded
@@ -178,6 +197,10 @@ class IncrementalDecoder:
     def _held_text(self) -> str:
         before = self._tokenizer.decode(self._shown)
         return self._tokenizer.decode(self._shown + self._held)[len(before) :]
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
 from common.errors import UserError
-from common.files import one_line, read_json
+from common.files import one_line, read_checked, shown
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever only looks for files does not need it
     import torch
@@ -28,15 +30,24 @@ INDEX = ".index.json"
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 
 
+class Index(BaseModel):
+    """What an index says of its shards."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+INDEX_FILE = TypeAdapter(Index)
+
+
 def shard_names(index: Path) -> list[str]:
     """The files that an index names, each once. Raises UserError where it is not an index."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: expected a 'weight_map' from tensor names to files")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted(set(read_checked(index, INDEX_FILE).weight_map.values()))
     for name in names:
-        if name in (".", "..") or "/" in name or "\\" in name:  # a checkpoint does not reach outside its folder
-            raise UserError(f"{index}: names the shard {name!r}, which is not a file beside the index")
+        outside = name in ("", ".", "..") or "/" in name or "\\" in name  # a checkpoint does not leave its folder
+        if outside or not name.isprintable() or len(name.encode()) > 255:
+            raise UserError(f"{index}: names the shard {shown(name)}, which is not a file beside the index")
     return names
 
 

@@ -45,9 +45,10 @@ def run(arguments: list[str]) -> int:
     name = parser.parse_args(arguments).name
 
     checkpoint = open_checkpoint(name)
-    architectures = checkpoint.config.get("architectures") or ["not named in config.json"]
+    named = checkpoint.config.get("architectures") or ["not named in config.json"]
     print(f"folder        {checkpoint.folder}")
-    print(f"architecture  {', '.join(architectures)} (model type {checkpoint.config.get('model_type', 'not named')})")
+    architectures = ", ".join(map(str, named if isinstance(named, list) else [named]))
+    print(f"architecture  {architectures} (model type {checkpoint.config.get('model_type', 'not named')})")
 
     values_by_dtype: Counter[str] = Counter()
     tensors = parameters = stored_bytes = 0

@@ -110,7 +110,8 @@ def load_transformer(
 ) -> Transformer:
     """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
     config = with_stored_head(checkpoint, config)
-    model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
+    with torch.device("meta"):  # names and shapes: sizes that the tensors do not have shall cost no memory
+        model = Transformer(config)
     expected = dict(model.named_parameters())
     unknown: list[str] = []
     for stored_name, stored in checkpoint.tensors():
@@ -173,7 +174,8 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
         stored = stored.T  # GPT-2 stores its matrices as Conv1D: [in, out]
     if "+" in ours:
         prefix, _, last = ours.rpartition(".")
-        for part, tensor in zip(last.split("+"), stored.chunk(3), strict=True):
+        parts = torch.atleast_1d(stored).tensor_split(3)
+        for part, tensor in zip(last.split("+"), parts, strict=True):
             yield f"{prefix}.{part}.{kind}", tensor
     else:
         yield f"{ours}.{kind}", stored

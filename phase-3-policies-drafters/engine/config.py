@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.errors import UserError
+from common.files import shown
+
+from .config_file import read_keys
 
 FAMILIES = {
     "GPT2LMHeadModel": "gpt2",
@@ -89,6 +92,7 @@ class ModelConfig:
         """Read a Hugging Face `config.json`. UserError names what is not supported, and what is."""
         _refuse_foreign_quantization(config)
         family = _family(config)
+        config = read_keys(config)
         if config.get("is_encoder_decoder"):
             raise UserError("is_encoder_decoder of config.json is true; supported are decoders only")
         for key, only in ONLY.get(family, {}).items():
@@ -96,10 +100,23 @@ class ModelConfig:
             if value != only:
                 raise UserError(f"{key} of config.json is {value!r}; of a {family} model only {only!r} is supported")
         try:
-            read = {"gpt2": _gpt2, "opt": _opt}.get(family, _llama_like)
-            return read(family, config)
+            read = {"gpt2": _gpt2, "opt": _opt}.get(family, _llama_like)(family, config)
         except KeyError as error:
             raise UserError(f"config.json of a {family} model lacks the key {error}") from None
+        _check_heads(read)
+        return read
+
+
+def _check_heads(config: ModelConfig) -> None:
+    """Sizes that are good each by itself and do not go together."""
+    if config.heads % config.kv_heads:
+        raise UserError(
+            f"num_attention_heads of config.json is {config.heads}; it should be a multiple of num_key_value_heads, "
+            f"{config.kv_heads}"
+        )
+    if config.head_dim < 1 or (config.positions == "rope" and config.head_dim % 2):
+        rule = "at least 1" if config.head_dim < 1 else "even: rotary positions turn pairs of features"
+        raise UserError(f"config.json gives heads of {config.head_dim} features; their number should be {rule}")
 
 
 def _refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
@@ -109,18 +126,21 @@ def _refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
         method = "mlx"  # writes no method
     if (about is not None or method is not None) and method != OWN_QUANTIZATION:
         raise UserError(
-            f"the model is quantised by {method!r}, which is not read here: take the model as it was before"
+            f"the model is quantised by {shown(method)}, which is not read here: take the model as it was before"
         )
 
 
 def _family(config: Mapping[str, Any]) -> str:
     """By `architectures`; by `model_type` where it names none, or the bare decoder (`GPT2Model`)."""
     names = config.get("architectures") or []
-    name = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')}"
+    if not isinstance(names, list):
+        raise UserError(f"config.json: architectures should be a list of names, got {shown(names)}")
+    name = names[0] if names else None
     bare = [causal.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model") for causal in FAMILIES]
     family = config.get("model_type") if not names or name in bare else FAMILIES.get(str(name))
     if family not in FAMILIES.values():
-        raise UserError(f"unsupported architecture {name}; supported are {', '.join(FAMILIES)}")
+        named = f"model_type {shown(config.get('model_type'))}" if name is None else shown(name)
+        raise UserError(f"unsupported architecture {named}; supported are {', '.join(FAMILIES)}")
     return str(family)
 
 

@@ -146,7 +146,8 @@ def load_transformer(
     With `scheme`, the file holds matrices that another tool has quantised.
     """
     config = with_stored_head(checkpoint, config)
-    model = Transformer(config)  # reserves memory without touching it, so this costs nothing yet
+    with torch.device("meta"):  # names and shapes: sizes that the tensors do not have shall cost no memory
+        model = Transformer(config)
     if scheme is not None:
         _make_room(model, checkpoint, scheme, device)
     packed = dict(model.named_buffers())  # what quantised matrices consist of
@@ -254,7 +255,7 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
         stored = stored.T  # GPT-2 stores its matrices as Conv1D: [in, out]
     if "+" in ours:
         prefix, _, last = ours.rpartition(".")
-        pieces = [stored] * 3 if kind == "order" else stored.chunk(3)
+        pieces = [stored] * 3 if kind == "order" else torch.atleast_1d(stored).tensor_split(3)
         for part, tensor in zip(last.split("+"), pieces, strict=True):
             yield f"{prefix}.{part}.{kind}", tensor
     else:

@@ -175,7 +175,22 @@ def test_missing_shard_is_named_before_anything_is_loaded(llama: LlamaForCausalL
         open_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "../model.safetensors"}}'])
+INDICES = [
+    "{",
+    "[]",
+    "{}",
+    '{"weight_map": {}}',
+    '{"weight_map": {"a": 5}}',
+    '{"weight_map": {"a": ["b"]}}',
+    '{"weight_map": {"a": "../model.safetensors"}}',
+    '{"weight_map": {"a": ""}}',
+    '{"weight_map": {"a": "b\\u0000"}}',
+    json.dumps({"weight_map": {"a": "b" * 300}}),
+    json.dumps({"weight_map": {"a": "é" * 200}}),
+]
+
+
+@pytest.mark.parametrize("index", INDICES)
 def test_a_wrong_index(folder: Path, index: str) -> None:
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)

@@ -205,7 +205,7 @@ def test_download_then_cache_then_offline(hub: Hub, client: Client, tmp_path: Pa
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights(hub: Hub, client: Client) -> None:
     hub.repositories["owner/name"] = files() | {"config.json": b'{"model_type": "unsupported"}'}
     outcome = client.open("owner/name")
-    assert (outcome.status, outcome.message) == (2, "not supported")
+    assert (outcome.status, outcome.message) == (2, "owner/name: not supported")
     assert hub.downloads("") == ["config.json"]
 
 

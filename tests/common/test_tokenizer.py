@@ -286,6 +286,37 @@ def test_a_wrong_end_token_names_the_folder(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path, {}, {"eos_token_id": "two"})
 
 
+@pytest.mark.parametrize("wrong", [-1, 2**31, 10**30, True, 1.5, [1, "2"], [None], [[1]], {"a": 1}])
+def test_ids_that_no_token_can_have(tmp_path: Path, wrong: Any) -> None:
+    save(llama(), tmp_path)
+    for generation_config, config in (({"eos_token_id": wrong}, {}), ({}, {"bos_token_id": wrong})):
+        with pytest.raises(UserError, match="_token_id should be a token id or a list, got "):
+            Tokenizer.load(tmp_path, config, generation_config)
+
+
+def test_a_template_with_a_token_that_the_model_lacks(tmp_path: Path) -> None:
+    backend = llama()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2**32 - 1)])
+    save(backend, tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, {}, {})
+    tokenizer.refuse_from(300, "the/model")
+    with pytest.raises(UserError, match=r"the/model: the text holds token 4294967295 \(None\)"):
+        tokenizer.encode("the")
+
+
+def test_a_text_for_which_there_are_no_tokens(tmp_path: Path) -> None:
+    """No token for the unknown is named: the library raises an error of no particular kind."""
+    backend = Backend(models.Unigram([("a", -1.0)], unk_id=None))
+    save(backend, tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, {}, {})
+    tokenizer.refuse_from(300, "the/model")
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(UserError, match="the/model: the tokenizer cannot encode the text"):
+        tokenizer.encode("b")
+    with pytest.raises(UserError, match="the/model: the tokenizer cannot encode the text"):
+        tokenizer.encode_batch(["a", "b"])
+
+
 def test_bytes_that_are_no_utf8_are_refused() -> None:
     with pytest.raises(UserError, match="not UTF-8"):
         MAKES["byte_level"].encode("caf\udce9")
