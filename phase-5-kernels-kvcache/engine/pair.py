@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 
 from common.checkpoint import open_checkpoint
+from common.companions import companion
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
@@ -22,11 +22,9 @@ def resolve_draft(option: str, target: LoadedModel) -> str | None:
         return None
     if option != "auto":
         return option
-    file = target.checkpoint.folder / "lab.json"
-    if target.checkpoint.name.startswith("fake") or not file.is_file():
+    if target.checkpoint.name.startswith("fake"):
         return None
-    name: str = json.loads(file.read_text(encoding="utf-8"))["draft"]
-    return name
+    return companion(target.checkpoint.folder, "draft")
 
 
 def check_pair(target: LoadedModel, draft: LoadedModel) -> None:
