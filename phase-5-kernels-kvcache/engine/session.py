@@ -7,7 +7,6 @@ print(session.complete(["import "])[0].text)
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -47,7 +46,7 @@ from .sequence import Sequence
 from .speculative import speculative_decode
 from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
-from .tree_shapes import TYPICAL, best_shape
+from .tree_shapes import best_shape, measured_acceptance
 from .verify import Certain, Decisions, KeyedDecisions
 from .weights import lay_out
 
@@ -290,10 +289,7 @@ class Session:
 
     def tree_acceptance(self) -> list[list[float]]:
         """By depth and rank: as measured for the model's own drafters, else a typical one."""
-        file = self.loaded.checkpoint.folder / "tree_acceptance.json"
-        measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        table: list[list[float]] = measured.get(self.options.drafter, TYPICAL)
-        return table
+        return measured_acceptance(self.loaded.checkpoint.folder, self.options.drafter)
 
     def _search(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:
         """Beam search, one prompt after the other: no token is certain before its search ends."""

@@ -10,11 +10,34 @@ finds the same by dynamic programming over subtrees; here a heap does.
 from __future__ import annotations
 
 import heapq
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from common.errors import UserError
+from common.files import read_checked, shown
 
 from .tree import Tree
 
 # For drafters whose acceptance nobody has measured: six levels of eight ranks, each rank a third of the one before it.
 TYPICAL = [[0.65 * 3.0**-rank for rank in range(8)] for _ in range(6)]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Table = Annotated[list[Annotated[list[Share], Field(max_length=1024)]], Field(min_length=1, max_length=64)]
+FILE = TypeAdapter(dict[str, Table], config=ConfigDict(strict=True))  # of tree_acceptance.json: by drafter
+
+
+def measured_acceptance(folder: Path, drafter: str) -> list[list[float]]:
+    """a[d][r] as `bench.py --calibrate` wrote it into a checkpoint's folder for its drafter; a typical one without.
+
+    UserError names the file and the value that can be no share.
+    """
+    file = folder / "tree_acceptance.json"
+    table = (read_checked(file, FILE) if file.is_file() else {}).get(drafter, TYPICAL)
+    if not any(table[0]):
+        raise UserError(f"{file}: {drafter}.0 should hold a share above 0, got {shown(table[0])}: no tree would grow")
+    return table
 
 
 def acceptance_by_rank(steps: list[tuple[Tree, list[int]]], levels: int, ranks: int) -> list[list[float]]:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -357,18 +358,35 @@ def test_wrong_heads_are_refused(trained: HeadTrainer, make_checkpoint: Callable
     (tmp_path / "heads.json").write_text(json.dumps({**about, "shape": {"colour": 1}}))
     with pytest.raises(UserError, match="not a description"):
         load_heads(tmp_path, target, kind)
+    for wrong in (
+        {"heads": 10**9},
+        {"heads": -1},
+        {"reach": 0},
+        {"ffn_width": 10**9},
+        {"taps": ["a"]},
+        {"taps": 5},
+        [1],
+        5,
+    ):
+        (tmp_path / "heads.json").write_text(json.dumps({**about, "shape": wrong}))
+        with pytest.raises(UserError, match=r"heads.json: not a description of|heads.safetensors: tensor"):
+            load_heads(tmp_path, target, kind)
 
 
-def test_a_target_names_its_heads(trained: HeadTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_names_its_heads(trained: HeadTrainer) -> None:
+    """In lab.json, by a folder inside its own."""
     target, kind = trained.target, trained.options.kind
-    names = target.checkpoint.folder / "lab.json"
+    inside, names = target.checkpoint.folder / "its-heads", target.checkpoint.folder / "lab.json"
     try:
         names.write_text(json.dumps({kind: "its-heads"}))
-        monkeypatch.setattr("phase3.drafters.heads.MODELS", tmp_path)
-        save_heads(tmp_path / "its-heads", trained.heads, target)
-        assert find_heads("auto", target, kind) == tmp_path / "its-heads"
+        save_heads(inside, trained.heads, target)
+        assert find_heads("auto", target, kind) == inside.resolve()
+        names.write_text(json.dumps({kind: "../its-heads"}))
+        with pytest.raises(UserError, match=f"{kind} of .*lab.json should be an embedded model or a folder inside"):
+            find_heads("auto", target, kind)
     finally:
         names.unlink()
+        shutil.rmtree(inside)
 
 
 def test_a_corpus_without_text_is_refused(target: phase3.LoadedModel, corpus: list[Path], tmp_path: Path) -> None:

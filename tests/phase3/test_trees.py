@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import phase3
+from common.errors import UserError
 from common.prompts import load_prompts
+from phase3.tree_shapes import TYPICAL, measured_acceptance
 
 CPU = torch.device("cpu")
 BUSHY = phase3.Tree([5, 6, 7, 8, 9, 10], [-1, -1, 0, 0, 1, 3])
@@ -200,3 +203,29 @@ def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None
         if children:
             likeliest = tree.chosen_from[node].topk(len(children)).indices.tolist()
             assert children == likeliest
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"model": []}, "model should have at least 1 item"),
+        ({"model": [[0.5], 3]}, "model.1 should be a valid list, got 3"),
+        ({"model": [[1.5]]}, "model.0.0 should be less than or equal to 1, got 1.5"),
+        ({"model": [[float("nan")]]}, "model.0.0 should be .*, got nan"),
+        ({"medusa": [["0.5"]]}, "medusa.0.0 should be a valid number, got '0.5'"),
+        ({"model": [[0.0, 0.0], [0.5]]}, r"model.0 should hold a share above 0, got \[0.0, 0.0\]"),
+        ({"model": [[]]}, r"model.0 should hold a share above 0, got \[\]"),
+        ({"model": [[0.5]] * 65}, "model should have at most 64 items"),
+    ],
+)
+def test_shares_that_cannot_be(tmp_path: Path, document: dict[str, Any], words: str) -> None:
+    (tmp_path / "tree_acceptance.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=f"tree_acceptance.json: {words}"):
+        measured_acceptance(tmp_path, "model")
+
+
+def test_measured_shares_or_typical_ones(tmp_path: Path) -> None:
+    assert measured_acceptance(tmp_path, "model") == TYPICAL
+    (tmp_path / "tree_acceptance.json").write_text('{"model": [[0.5, 0], []]}')
+    assert measured_acceptance(tmp_path, "model") == [[0.5, 0.0], []]
+    assert measured_acceptance(tmp_path, "medusa") == TYPICAL

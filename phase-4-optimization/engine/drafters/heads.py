@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
 from common.checkpoint import MODELS
+from common.companions import companion
 from common.errors import UserError
-from common.files import one_line, read_json
+from common.files import one_line, read_json, wrong_value
 from common.weights import read_tensors
 
 from ..config import ModelConfig
@@ -25,6 +27,7 @@ from .medusa import MedusaHeads, MedusaShape
 
 HeadsKind = Literal["medusa", "eagle"]
 Heads = MedusaHeads | EagleHead
+SHAPES = {"medusa": TypeAdapter[Any](MedusaShape), "eagle": TypeAdapter[Any](EagleShape)}
 
 
 def build_heads(kind: HeadsKind, shape: dict[str, Any], target: ModelConfig) -> Heads:
@@ -42,8 +45,7 @@ def find_heads(option: str, target: LoadedModel, kind: HeadsKind) -> Path:
     """The folder of the heads to use. `auto`: the one that the target's folder names in lab.json, if it names one."""
     name: str | None = option
     if option == "auto":
-        file = target.checkpoint.folder / "lab.json"
-        name = read_json(file).get(kind) if file.is_file() else None
+        name = companion(target.checkpoint.folder, kind)
     if target.checkpoint.name.partition(":")[0] == "fake":
         raise UserError(f"the fake model has no hidden states for {kind} heads to read; use another --drafter")
     if name is None:
@@ -90,9 +92,11 @@ def load_heads(folder: Path, target: LoadedModel, kind: HeadsKind) -> Heads:
             f"{target.checkpoint.name} ({target.checkpoint.content_hash()}); {training_command(target, kind)}"
         )
     try:
+        SHAPES[kind].validate_python(about["shape"])
         heads = build_heads(kind, about["shape"], target.config)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'heads.json'}: not a description of {kind} heads ({one_line(error)})") from None
+    except (KeyError, TypeError, ValidationError) as error:
+        wrong = wrong_value(error, "shape") if isinstance(error, ValidationError) else one_line(error)
+        raise UserError(f"{folder / 'heads.json'}: not a description of {kind} heads ({wrong})") from None
     stored = {name: tensor.clone() for name, tensor in read_tensors(folder / "heads.safetensors")}
     kept = places(heads.state_dict(), layer_config(heads, target.config))
     expected = {name: list(place.shape) for name, place in kept.items()}

@@ -10,10 +10,11 @@ the one before it guessed: that makes them cheap, and it bounds how good they ca
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -33,8 +34,8 @@ HeadInit = Literal["zero", "copy", "random"]
 
 @dataclass(frozen=True)
 class MedusaShape:
-    heads: int = 4
-    blocks: int = 1
+    heads: Annotated[int, Field(ge=1, le=32)] = 4  # bounds are those of a file: see heads.py
+    blocks: Annotated[int, Field(ge=0, le=16)] = 1
     taps: tuple[int, ...] = ()  # layers whose outputs the heads read beside the last state; the paper has none
     read_token: bool = False  # and token t+1, which is known; the paper's do not (Ankner et al. 2024, Hydra, do)
 

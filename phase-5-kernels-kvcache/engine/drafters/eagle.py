@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -38,8 +39,8 @@ GUESSES = 4 * 64  # of one draft: a dynamic tree may extend four nodes on each o
 
 @dataclass(frozen=True)
 class EagleShape:
-    ffn_width: int
-    reach: int = 256  # how many positions back the layer looks, itself included; its window in training
+    ffn_width: Annotated[int, Field(ge=1, le=2**20)]  # bounds are those of a file: see heads.py
+    reach: Annotated[int, Field(ge=1, le=2**20)] = 256  # positions back that it looks, itself included
     taps: tuple[int, ...] = ()  # layers whose outputs it reads beside the last state
 
 
