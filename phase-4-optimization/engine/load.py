@@ -188,10 +188,10 @@ def load_transformer(
     if config.tied:
         model.head.weight = model.embedding.weight
         expected.pop("head.weight", None)
-        if format and quant_head:
-            quantize_linear(model, "head", format)
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
+    if config.tied and format and quant_head:
+        quantize_linear(model, "head", format)
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import Checkpoint
 from common.errors import UserError
+from common.files import shown
 
 from .config import ModelConfig
 from .model import Transformer
@@ -27,6 +28,7 @@ from .quantize import GROUPS, Format, QuantLinear, linear_names, replace
 
 KEY = "quantization_config"
 METHOD = "llm-inference-lab"  # what `quant_method` says: others have layouts of their own
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # of what is not quantised
 BESIDE = ("*.json", "*.txt", "*.model")  # the tokenizer's files, generation_config.json, lab.json
 
 
@@ -60,15 +62,17 @@ def load_quantized(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The model of a quantised checkpoint. UserError, naming the tensor, for what is missing, unknown or corrupt."""
-    model = Transformer(config)
     about = checkpoint.config[KEY]
     format = read_format(checkpoint.name, about)
-    for name in linear_names(model, bool(about.get("head"))):
+    meta = torch.device("meta")  # names and shapes: sizes that the tensors do not have shall cost no memory
+    with meta:
+        model = Transformer(config)
+    for name in linear_names(model, about.get("head", False)):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         format.grouped(linear.weight[:1], f"{checkpoint.name}: {name}")
         shape = linear.out_features, linear.in_features
-        replace(model, name, QuantLinear(shape, format, linear.bias is not None, bool(about.get("factor")), device))
+        replace(model, name, QuantLinear(shape, format, linear.bias is not None, about.get("factor", False), meta))
     expected = model.state_dict()
     if config.tied:
         expected.pop("head.weight", None)
@@ -84,6 +88,8 @@ def load_quantized(
             )
         if name in packed:
             _check_packed(checkpoint.name, name, stored, place.dtype)
+        elif stored.dtype not in STORED:
+            raise UserError(f"{checkpoint.name}: tensor {name} holds {stored.dtype}; expected one of {STORED}")
         owner, _, attribute = name.rpartition(".")
         tensor = stored.to(device=device, dtype=place.dtype if name in packed else dtype, copy=True)
         setattr(
@@ -108,15 +114,20 @@ def read_format(name: str, about: Any) -> Format:
     if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         method = about.get("quant_method") if isinstance(about, dict) else about
         raise UserError(
-            f"{name} is quantised by {method!r}, which is not read here: take the model as it was before, with --quant"
+            f"{name} is quantised by {shown(method)}, which is not read here: take the model as it was before, with "
+            "--quant"
         )
-    kind, group, asymmetric = about.get("name"), about.get("group"), about.get("asymmetric")
-    if kind not in ("int8", "int4") or group not in GROUPS or not isinstance(asymmetric, bool):
+    kind: Any = about.get("name")
+    group: Any = about.get("group")
+    flags = {key: about.get(key, False) for key in ("asymmetric", "head", "factor")}
+    known = kind in ("int8", "int4") and type(group) is int and group in GROUPS
+    if not known or any(type(flag) is not bool for flag in flags.values()):
+        said = ", ".join(f"{key} {shown(value)}" for key, value in {"name": kind, "group": group, **flags}.items())
         raise UserError(
-            f"{name}: {KEY} of config.json has name {kind!r}, group {group!r}, asymmetric {asymmetric!r}; "
-            f"expected int8 or int4, one of {', '.join(map(str, GROUPS))}, true or false"
+            f"{name}: {KEY} of config.json has {said}; expected int8 or int4, one of {', '.join(map(str, GROUPS))}, "
+            "true or false"
         )
-    return Format(kind, group, asymmetric)
+    return Format(kind, group, flags["asymmetric"])
 
 
 def _check_packed(checkpoint: str, name: str, stored: Tensor, dtype: torch.dtype) -> None:

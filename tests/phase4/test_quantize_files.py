@@ -119,6 +119,10 @@ SPOILT: list[tuple[str, Callable[[dict[str, Tensor]], object]]] = [
     (rf"tensor {FFN}\.values holds torch\.int8", lambda t: t.update({f"{FFN}.values": t[f"{FFN}.values"].char()})),
     (rf"tensor {FFN}\.scales is missing", lambda t: t.pop(f"{FFN}.scales")),
     (
+        r"tensor embedding\.weight holds torch\.int8; expected one of \(torch\.float32",
+        lambda t: t.update({"embedding.weight": t["embedding.weight"].char()}),
+    ),
+    (
         r"tensor layers\.9\.ffn\.down\.values is not one of a llama model in int4 in groups of 64, asymmetric",
         lambda t: t.update({"layers.9.ffn.down.values": t[f"{FFN}.values"].clone()}),
     ),
@@ -163,7 +167,7 @@ def test_files_of_another_model_or_format_are_refused(
     with pytest.raises(UserError, match=r"tensor layers\.\d\.\S+ (has shape|holds|is not one of)"):
         load(quantized)
     with_config(quantization_config={**about, "name": "int2"})
-    with pytest.raises(UserError, match=r"name 'int2', group 64, asymmetric True; expected int8 or int4, one of 32"):
+    with pytest.raises(UserError, match=r"name 'int2', group 64, asymmetric True.*; expected int8 or int4, one of 32"):
         load(quantized)
     with_config(quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match=r"is quantised by 'fp8', which is not read here"):
@@ -222,3 +226,32 @@ def test_the_command_line_writes_what_generate_reads(
     with pytest.raises(UserError, match="--method gptq is for int4"):
         script.main([*shared, "--quant", "int8", "--method", "gptq", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"group": 64.0}, "group 64.0"),
+        ({"group": [64]}, r"group \[64\]"),
+        ({"name": ["int4"]}, r"name \['int4'\]"),
+        ({"asymmetric": 1}, "asymmetric 1"),
+        ({"head": "yes"}, "head 'yes'"),
+        ({"factor": None}, "factor None"),
+        ({"quant_method": {"a": 1}}, r"quantised by {'a': 1}"),
+    ],
+)
+def test_what_the_description_cannot_say(quantized: Path, keys: dict[str, Any], words: str) -> None:
+    file = quantized / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {**config["quantization_config"], **keys}}))
+    with pytest.raises(UserError, match=words):
+        load(quantized)
+
+
+def test_sizes_that_the_tensors_do_not_have_cost_no_memory(quantized: Path) -> None:
+    file = quantized / "config.json"
+    config = json.loads(file.read_text())
+    for key, size in {"vocab_size": 2**24, "intermediate_size": 2**22, "num_hidden_layers": 1024}.items():
+        file.write_text(json.dumps({**config, key: size}))
+        with pytest.raises(UserError, match=r"has shape|is missing"):
+            load(quantized)
