@@ -41,7 +41,7 @@ from engine import (
     speculative_decode,
 )
 from engine.forced import forced_acceptance
-from engine.pair import check_pair, resolve_draft
+from engine.pair import check_pair, fit_vocabulary, resolve_draft
 
 DEFINITIONS = {
     "speed": "speedup: seconds per token of plain decoding over this variant's, same engine, in turns; at "
@@ -189,6 +189,7 @@ def main(arguments: list[str]) -> int:
         lesson = Lesson(options, results, device)
         for cast in [resolve_dtype(dtype, device) for dtype in options.dtypes] or lesson.dtypes():
             target, draft = load(options.model, cast, device), load(name, cast, device)
+            fit_vocabulary(draft.model, target.config.vocab_size)
             for temperature in options.temperatures:
                 lesson.speed(target, draft, temperature)
                 lesson.forced(target, draft, temperature)

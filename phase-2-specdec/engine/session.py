@@ -23,7 +23,7 @@ from .fake import FakeModel
 from .generate import Clock, Generation, Watch, decode, finish
 from .load import LoadedModel, load
 from .options import Options
-from .pair import check_pair, load_fake, resolve_draft
+from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .sampling import KeyedRandomness
 from .sequence import Sequence
 from .speculative import Step, StepStats, speculative_decode
@@ -43,6 +43,7 @@ class Session:
         self.draft = self._load(name) if name else None
         if self.draft:
             check_pair(self.loaded, self.draft)
+            fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
 
     def _load(self, name: str) -> LoadedModel:

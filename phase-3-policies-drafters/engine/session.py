@@ -28,7 +28,7 @@ from .fake import FakeModel
 from .generate import Clock, Generation, Watch, decode, finish
 from .load import LoadedModel, load
 from .options import Options
-from .pair import check_pair, load_fake, resolve_draft
+from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .sampling import KeyedRandomness
 from .sequence import Sequence
 from .speculative import Step, StepStats, speculative_decode
@@ -54,6 +54,7 @@ class Session:
             self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
         if self.draft:
             check_pair(self.loaded, self.draft)
+            fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.costs = Costs()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
 

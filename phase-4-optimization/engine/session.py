@@ -33,7 +33,7 @@ from .generate import Clock, Generation, Watch, decode, finish
 from .load import LoadedModel, load
 from .options import Options, QuantName
 from .packing import pack_matrices
-from .pair import check_pair, load_fake, resolve_draft
+from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, each_within, resolve_precision
 from .profiler import stage
 from .quantize import Format
@@ -65,6 +65,7 @@ class Session:
             self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
         if self.draft:
             check_pair(self.loaded, self.draft)
+            fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.costs = Costs()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
         self.compiler = Compiler() if options.compile else None

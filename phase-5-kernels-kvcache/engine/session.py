@@ -35,7 +35,7 @@ from .load import LoadedModel, load
 from .model import Transformer
 from .options import Options, QuantName
 from .packing import pack_matrices
-from .pair import check_pair, load_fake, resolve_draft
+from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, each_within, resolve_precision
 from .prices import Prices
 from .profiler import stage
@@ -76,6 +76,7 @@ class Session:
             self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
         if self.draft:
             check_pair(self.loaded, self.draft)
+            fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.runner: Runner | None = None  # of the target, in the last run
         self.prices = Prices()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
