@@ -36,7 +36,7 @@ from common.errors import UserError
 from common.harness import open_results
 from common.options import parse_options, run_main
 from engine import load
-from engine.pair import check_pair, resolve_draft
+from engine.pair import check_pair, fit_vocabulary, resolve_draft
 
 SECTIONS: dict[Section, Callable[[Lab], None]] = {
     "drafters": measure_drafters,
@@ -74,6 +74,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{options.model} has no draft of its own; name one with --draft")
     draft = load(name, dtype, device)
     check_pair(target, draft)
+    fit_vocabulary(draft.model, target.config.vocab_size)
     loaded = {options.model: target, name: draft}
     hashes = {which: model.checkpoint.content_hash() for which, model in loaded.items()}
     definitions = SPEED | DRAFTERS | POLICIES | CHOICE | CONTROLLERS | LOOKUP | PHASES
