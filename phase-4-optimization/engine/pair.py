@@ -16,6 +16,7 @@ from common.tokenizer import Tokenizer
 from .fake import FakeModel, parse_agreement
 from .load import LoadedModel
 from .model import Linear, Transformer
+from .quantize import QuantLinear, replace
 
 FAKE_TOKENIZER = "stdlib-10m"
 
@@ -83,12 +84,12 @@ def fit_vocabulary(draft: Transformer, size: int) -> None:
     tied = draft.head.weight is draft.embedding.weight
     draft.embedding.weight = _resized(draft.embedding.weight, size)
     draft.embedding.num_embeddings = size
-    draft.head = _resized_head(draft.head, size, draft.embedding.weight)
+    replace(draft, "head", _resized_head(draft.head, size, draft.embedding.weight))
     if tied:
         draft.head.weight = draft.embedding.weight
 
 
-def _resized_head(head: Linear, size: int, like: Tensor) -> Linear:
+def _resized_head(head: Linear | QuantLinear, size: int, like: Tensor) -> Linear | QuantLinear:
     """With a bias where ids are added, in the format of `like`: 0, and -inf for those."""
     bias = like.new_zeros(head.out_features) if head.bias is None else head.bias
     fitted = _resized_matrix(head, size)
@@ -97,7 +98,9 @@ def _resized_head(head: Linear, size: int, like: Tensor) -> Linear:
     return fitted
 
 
-def _resized_matrix(head: Linear, size: int) -> Linear:
+def _resized_matrix(head: Linear | QuantLinear, size: int) -> Linear | QuantLinear:
+    if isinstance(head, QuantLinear):
+        return head.resized(size)
     fitted = Linear(head.in_features, size, bias=False, device="meta")
     fitted.weight = _resized(head.weight, size)
     return fitted

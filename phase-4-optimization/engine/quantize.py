@@ -180,6 +180,16 @@ class QuantLinear(nn.Module):
                 raise UserError(f"{where} holds weights that are no finite numbers, and cannot be quantised")
             self.put(first + start, grid, levels)
 
+    def resized(self, rows: int) -> QuantLinear:
+        """The first outputs, and zeros for others where there are fewer; without a bias."""
+        fitted = QuantLinear((rows, self.in_features), self.format, False, self.factor is not None, self.values.device)
+        for name, tensor in self.named_buffers():
+            if name not in ("factor", "order"):
+                added = tensor.new_zeros(max(0, rows - len(tensor)), *tensor.shape[1:])
+                tensor = torch.cat((tensor[:rows], added))
+            setattr(fitted, name, tensor)
+        return fitted
+
     def matrix(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """The rows start .. stop written out, [rows, in]; their columns stand in `order`, and `factor` is not in them."""
         rows = slice(start, stop)

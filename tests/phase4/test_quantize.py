@@ -198,3 +198,16 @@ def test_what_cannot_be_quantised_is_named(folder: Path) -> None:
         quantize_model(again, Format("int8"))
     with pytest.raises(UserError, match="the fake model has no matrices to quantise"):
         phase4.Session(phase4.Options(model="fake", draft="none", quant="int8"))
+
+
+@pytest.mark.parametrize("format", [Format("int8"), Format("int4", 32), Format("int4", 32, True)], ids=repr)
+def test_a_quantised_head_is_fitted_to_other_ids(format: Format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(10, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    linear = QuantLinear.of(rtn(weight, format), format, None)
+    for rows in (14, 10, 7):
+        fitted, kept = linear.resized(rows), min(rows, 10)
+        logits = fitted(x)
+        assert logits.shape == (3, rows)
+        torch.testing.assert_close(logits[:, :kept], linear(x)[:, :kept])
+        assert not logits[:, kept:].any()
