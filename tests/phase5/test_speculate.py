@@ -22,6 +22,7 @@ from phase5.kernels import cpp
 from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.kv_cache import KVOptions
 from phase5.model import Transformer
+from phase5.pair import fit_vocabulary
 from phase5.policies import AcceptancePolicy, Judged, OwnChoice, Rejection
 from phase5.runner import Drawing, Speculated
 from phase5.sampling import KeyedRandomness, SamplingParams, probabilities
@@ -208,6 +209,24 @@ def test_the_law_is_tested(small: Pair) -> None:
     """A rule that lets every token stand is found, and one that lets the first that fell stand."""
     assert chances(small, lambda step: [*step.draft, step.next_token]) < 1e-4
     assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next_token]) < 1e-4
+
+
+@pytest.mark.parametrize("own", [12, 20])
+def test_a_draft_of_another_width_keeps_the_targets_law(small: Pair, own: int) -> None:
+    near = copy.deepcopy(small.near)
+    fit_vocabulary(near, own)
+    near.head.register_parameter("bias", None)
+    with torch.no_grad():
+        extra = near.head.weight[16:]
+        extra.copy_(torch.randn(extra.shape, generator=torch.Generator().manual_seed(3)) * 0.2)
+    fit_vocabulary(near, 16)
+    padded = small._replace(near=near, drafter=cpp.CppModel(near, "float32", 2))
+    cache = padded.drafter.new_cache(1, 16)
+    tokens, probs = padded.drafter.draft_chain(cache, 0, [1, 15, 3], 8, SamplingParams(temperature=1.0))
+    assert max(tokens) < min(own, 16)
+    assert not probs[:, own:].any()
+    torch.testing.assert_close(probs[0], near(torch.tensor([[1, 15, 3]]))[0, -1].softmax(-1), rtol=1e-4, atol=1e-6)
+    assert chances(padded, as_said) > 1e-4
 
 
 def plain_text(pair: Pair, params: SamplingParams, ending: Ending) -> Sequence:
