@@ -20,7 +20,14 @@ from common.files import one_line, read_json
 from common.weights import INDEX, WEIGHTS, shard_names
 
 # What a tokenizer is built from where the repository has no tokenizer.json.
-TOKENIZER_PARTS = ("special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+TOKENIZER_PARTS = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+)
 
 
 class NotOnHubError(UserError):

@@ -2,6 +2,7 @@
 
 `tokenizer.json` is read with the `tokenizers` package, which is there in milliseconds. transformers takes seconds to
 import, so it is imported only for a folder that has no tokenizer.json (OPT, for one), to build the same from its parts.
+A SentencePiece model is converted in common/sentencepiece_model.py.
 
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     tokenizer.decode(tokenizer.encode("import re"))
@@ -23,7 +24,8 @@ from common.files import one_line, read_json, shown
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 SENTENCEPIECE_BYTE = re.compile("<0x..>")
-PARTS = ("vocab.json", "vocab.txt", "tokenizer.model")  # any of these: there is something to build a tokenizer from
+SENTENCEPIECE = "tokenizer.model"
+PARTS = ("vocab.json", "vocab.txt")  # any of these: there is something to build a tokenizer from
 
 
 class Tokenizer:
@@ -47,12 +49,13 @@ class Tokenizer:
     def load(cls, folder: Path, config: dict[str, Any], generation_config: dict[str, Any]) -> Tokenizer:
         """The tokenizer in a checkpoint's folder.
 
-        Its begin and end tokens are those of `generation_config`, else of `config`, else of tokenizer_config.json.
+        Its begin and end tokens are those of `generation_config`, else of `config`, else of tokenizer_config.json, else
+        of a SentencePiece model.
         Raises UserError, naming the folder, where the files are missing or damaged.
         """
-        backend = _load_backend(folder)
         path = folder / "tokenizer_config.json"
         tokenizer_config = read_json(path) if path.is_file() else {}
+        backend, names = _load_backend(folder, tokenizer_config)
 
         def ids(kind: str) -> tuple[int, ...]:
             for source in (generation_config, config):
@@ -66,7 +69,7 @@ class Tokenizer:
             return () if token_id is None else (token_id,)
 
         def own(kind: str) -> int | None:
-            token = tokenizer_config.get(f"{kind}_token")
+            token = tokenizer_config.get(f"{kind}_token", names.get(f"{kind}_token"))
             spelled = token.get("content") if isinstance(token, dict) else token
             return backend.token_to_id(spelled) if isinstance(spelled, str) else None
 
@@ -210,15 +213,21 @@ def _refuse_surrogates(text: str) -> None:
         raise UserError("the text holds bytes that are not UTF-8") from None
 
 
-def _load_backend(folder: Path) -> Backend:
+def _load_backend(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
+    """The tokenizer, and the names of its begin and end where its own file says them."""
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
-            return Backend.from_file(str(path))
+            return Backend.from_file(str(path)), {}
         except Exception as error:  # the package raises nothing narrower
             raise UserError(f"{folder}: tokenizer.json cannot be read ({one_line(error)})") from None
+    if (folder / SENTENCEPIECE).is_file():
+        from common.sentencepiece_model import load_sentencepiece
+
+        return load_sentencepiece(folder, tokenizer_config)
     if not any((folder / part).is_file() for part in PARTS):
-        raise UserError(f"{folder}: no tokenizer; expected tokenizer.json, or one of {', '.join(PARTS)}")
+        wanted = ", ".join((*PARTS, SENTENCEPIECE))
+        raise UserError(f"{folder}: no tokenizer; expected tokenizer.json, or one of {wanted}")
     from transformers import AutoTokenizer
 
     try:
@@ -230,4 +239,4 @@ def _load_backend(folder: Path) -> Backend:
         ) from None
     if not isinstance(backend, Backend):
         raise UserError(f"{folder}: no tokenizer.json, and none can be made of the tokenizer's other files")
-    return backend
+    return backend, {}

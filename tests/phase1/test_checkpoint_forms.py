@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -157,6 +158,25 @@ def test_opt_as_bin_without_tokenizer_json(make_checkpoint: Make, tmp_path: Path
     loaded = phase1.load(str(old), torch.float32, CPU)
     assert loaded.tokenizer.eos_ids == (2,)
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("import os")) == "import os"
+
+
+def test_a_folder_with_a_sentencepiece_model_alone(make_checkpoint: Make, tmp_path: Path) -> None:
+    """As Llama 2 and Mistral were first published: no tokenizer.json."""
+    old = copy(make_checkpoint("llama", vocab_size=480), tmp_path / "old")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (old / name).unlink()
+    (tmp_path / "text").write_text(Path(__file__).read_text())
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(old / "tokenizer"), vocab_size=480, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    session = phase1.Session(phase1.Options(model=str(old), max_tokens=8, device="cpu", dtype="float32"))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(old / "tokenizer.model"))
+    prompt = [1, *library.encode("import os")]
+    assert session.loaded.tokenizer.encode("import os") == prompt
+    made = session.complete(["import os"])[0]
+    assert library.decode([*prompt, *made.tokens]) == "import os" + made.text
 
 
 def test_several_eos_ids(make_checkpoint: Make, tmp_path: Path) -> None:
