@@ -1,8 +1,8 @@
 """A SentencePiece model, `tokenizer.model`, as a tokenizer of the `tokenizers` package.
 
 Folders of Llama 2, Mistral and their kin that have no tokenizer.json have this. What of the model changes a text's ids
-is taken over, or refused: so the ids and the texts are those of the sentencepiece library. (transformers converts too; without
-a tokenizer_config.json it leaves out the begin token and the space before a text.)
+is taken over, or refused: so the ids and the texts are those of the sentencepiece library. (transformers converts too;
+without a tokenizer_config.json it leaves out the begin token and the space before a text.)
 
     backend, names = load_sentencepiece(folder, tokenizer_config)
 """

@@ -15,7 +15,6 @@ from common.errors import UserError
 from common.files import shown
 
 from .config_file import read_keys
-
 from .quantize_schemes import METHODS, read_scheme
 
 FAMILIES = {

@@ -217,8 +217,8 @@ def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, devic
         linear = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(linear, nn.Linear) or count < parts[name]:
             raise UserError(
-                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or in parts alone, and the engine "
-                "computes it at once: take the model as it was before"
+                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or in parts alone, and the "
+                "engine computes it at once: take the model as it was before"
             )
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
         format = format_of(scheme, linear.in_features, f"{checkpoint.name}: {name.removesuffix('.weight')}")

@@ -191,7 +191,7 @@ class QuantLinear(nn.Module):
         return fitted
 
     def matrix(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """The rows start .. stop written out, [rows, in]; their columns stand in `order`, and `factor` is not in them."""
+        """The rows start .. stop written out, [rows, in]: columns in `order`, without `factor`."""
         rows = slice(start, stop)
         levels = self.values[rows]
         if self.format.name == "int8":

@@ -115,7 +115,7 @@ def test_cuda(
 def test_a_ring_is_refused(folders: dict[str, str]) -> None:
     """What its full layers look back on would be overwritten."""
     made = phase5.Session(phase5.Options(model=folders["mistral"], kernels="torch", kv="ring", device="cpu"))
-    with pytest.raises(UserError, match="--kv ring.*not trained with window attention in every layer; use static"):
+    with pytest.raises(UserError, match=r"--kv ring.*not trained with window attention in every layer; use static"):
         made.complete(["import os"])
 
 

@@ -33,7 +33,8 @@ PHASES = {
     3: [
         "--drafter ngram", "--drafter medusa --temperature 1", "--drafter eagle --temperature 1",
         "--drafter extrapolate",
-        "--policy longest_prefix --temperature 1", "--policy coupled --temperature 1", "--policy typical --temperature 1",
+        "--policy longest_prefix --temperature 1", "--policy coupled --temperature 1",
+        "--policy typical --temperature 1",
         "--policy topk_agree --temperature 1", "--policy conf_threshold --temperature 1",
         "--tree static --temperature 1", "--tree dynamic --temperature 1", "--drafter medusa --tree static",
         "--drafter eagle --tree dynamic", "--controller adaptive --temperature 1",

@@ -21,7 +21,6 @@ import re
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -225,9 +224,9 @@ def is_whole(file: Path) -> bool:
         return True
     if len(header) < 64:
         return False
-    (sections,) = struct.unpack_from("<Q", header, 40)  # the section headers, which linkers write last
-    size, count = struct.unpack_from("<HH", header, 58)
-    return int(file.stat().st_size) >= sections + size * count
+    sections = int.from_bytes(header[40:48], "little")  # the section headers, which linkers write last
+    size, count = (int.from_bytes(header[at : at + 2], "little") for at in (58, 60))
+    return file.stat().st_size >= sections + size * count
 
 
 def cache_folder(asked: Path | None = None) -> Path:

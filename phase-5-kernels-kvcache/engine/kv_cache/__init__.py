@@ -68,8 +68,8 @@ def make_cache(
     if options.kind == "ring":
         if window is None:
             raise UserError(
-                "--kv ring forgets what lies behind the window, and this model was not trained with window attention in "
-                "every layer; use static or paged: past the context they prefill again at a jump"
+                "--kv ring forgets what lies behind the window, and this model was not trained with window attention "
+                "in every layer; use static or paged: past the context they prefill again at a jump"
             )
         return RingCache(shape, rows, window, dtype, computed, device)
     if options.kind == "paged":
