@@ -41,7 +41,7 @@ class Options(BaseSettings):
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
     draft: str = Field(default="auto", description="a model that guesses ahead; none; auto: the model's own, if any")
     k: int = Field(default=4, ge=1, description="draft tokens per target forward")
-    show: bool = Field(default=False, description="colour the text by who wrote it, and count what stood")
+    show: bool = Field(default=False, description="colour the text by who wrote it, and count what was accepted")
     explain: bool = Field(default=False, description="afterwards: why it was faster, or why not")
     metrics_detailed: bool = Field(default=False, description="with --json: every step's figures")
     record: Path | None = Field(default=None, description="write the run, step by step, to this file")

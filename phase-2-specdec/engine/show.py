@@ -1,4 +1,4 @@
-"""`--show`: who wrote which token. Colours in the terminal, marks elsewhere, and how many stood per step."""
+"""`--show`: who wrote which token. Colours in the terminal, marks elsewhere, and how many were accepted per step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,34 @@ from common.tokenizer import IncrementalDecoder, Tokenizer
 
 from .speculative import Step
 
-STYLES = {"accepted": "green", "corrected": "red", "bonus": "cyan"}
+STYLES = {"accepted": "green", "corrected": "underline red", "bonus": "cyan"}
+MARKS = {"accepted": ("[", "]"), "corrected": ("{", "}"), "bonus": ("<", ">")}
+LEGEND = {
+    "accepted": "draft tokens that were accepted",
+    "corrected": "the target's own in place of a rejected one",
+    "bonus": "the target's own where none was rejected",
+}
 
 
 class Show:
-    """Prints the first sequence's tokens as steps come in, coloured by what became of the draft."""
+    """Prints the first sequence's tokens as steps come in, marked by what became of the draft.
+
+    A terminal gets colours. A file or a pipe gets brackets around every token, as does a terminal without colours.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
+        self.coloured = self.console.color_system is not None and not self.console.no_color
         self.tokenizer, self.decoder = tokenizer, IncrementalDecoder(tokenizer)
         self.lengths: Counter[int] = Counter()
-        legend = Text("draft tokens that stood", STYLES["accepted"])
-        legend.append(" / the target's own where one fell", STYLES["corrected"])
-        legend.append(" / and after a draft that stood whole", STYLES["bonus"])
-        Console(stderr=True, highlight=False).print(legend)
+        legend = Text(" / ").join(self._marked(words, kind) for kind, words in LEGEND.items())
+        Console(stderr=True, highlight=False, soft_wrap=True).print(legend)
+
+    def _marked(self, text: str, kind: str) -> Text:
+        if self.coloured:
+            return Text(text, STYLES[kind])
+        before, after = MARKS[kind]
+        return Text(f"{before}{text}{after}")
 
     def step(self, step: Step) -> None:
         sequence, stats = step.sequences[0], step.stats[0]
@@ -35,13 +49,13 @@ class Show:
         new = sequence.tokens[step.starts[0] :]
         for i, token in enumerate(new):
             kind = "accepted" if i < stats.accepted else "bonus" if stats.accepted == stats.k else "corrected"
-            self.console.print(Text(self.decoder.push(token), STYLES[kind]), end="")
+            self.console.print(self._marked(self.decoder.push(token), kind), end="")
         if sequence.finish_reason is not None:
-            self.console.print(self.decoder.flush())
+            self.console.print(Text(self.decoder.flush()))
 
     def histogram(self) -> None:
-        """On stderr: for each number of accepted tokens, how many steps had it."""
+        """On stderr: for each number of accepted tokens, how many steps had it. Nothing before the first step."""
         total = sum(self.lengths.values())
-        for length in range(max(self.lengths, default=0) + 1):
+        for length in range(max(self.lengths, default=-1) + 1):
             share = self.lengths[length] / total
             print(f"{length:3} accepted: {self.lengths[length]:5} steps {'#' * round(50 * share)}", file=sys.stderr)

@@ -164,8 +164,11 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     session = Session(options)
     sequences = session.sequences(texts)
     warn_about_length(session, sequences)
-    printer = Printer(sequences, quiet=options.as_json or options.show)
-    show = Show(session.loaded.tokenizer) if options.show else None
+    drafts = session.speculative and options.beams == 1
+    if options.show and not drafts:
+        print("note: --show has nothing to mark: no token of this run is drafted", file=sys.stderr)
+    show = Show(session.loaded.tokenizer) if options.show and drafts else None
+    printer = Printer(sequences, quiet=options.as_json or show is not None)
     recorder = Recorder(options.record, session, sequences) if options.record else None
     if recorder and session.backends.fast:
         print("note: --record takes steps one at a time; without it several run in one C++ call", file=sys.stderr)

@@ -75,7 +75,7 @@ class Options(BaseSettings):
     max_k: int = Field(default=8, ge=1, description="most tokens a controller drafts")
     target_acceptance: float = Field(default=0.7, gt=0, lt=1, description="of adaptive: the rate it steers to")
     confidence: float = Field(default=0.4, ge=0, le=1, description="of confidence: draft while the draft is this sure")
-    show: bool = Field(default=False, description="colour the text by who wrote it, and count what stood")
+    show: bool = Field(default=False, description="colour the text by who wrote it, and count what was accepted")
     explain: bool = Field(default=False, description="afterwards: why it was faster, or why not")
     metrics_detailed: bool = Field(default=False, description="with --json: every step's figures")
     record: Path | None = Field(default=None, description="write the run, step by step, to this file")

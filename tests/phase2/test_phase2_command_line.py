@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -41,14 +42,48 @@ def test_json_counts_the_draft(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.about("engine/show.py, Show.step")
-def test_show_prints_the_text_and_a_histogram(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_marks_the_text_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     run(*FAKE, "--draft", "none")
     text = capsys.readouterr().out
+    run(*FAKE, "--draft", "fake:0.7", "--json")
+    stats = json.loads(capsys.readouterr().out)["completions"][0]["stats"]
     run(*FAKE, "--draft", "fake:0.7", "--show")
     out, err = capsys.readouterr()
-    assert out.rstrip("\n") == text.rstrip("\n")
+    added = {mark: out.count(mark) - text.count(mark) for mark in "[]{}<>"}
+    assert added["["] == added["]"] == stats["accepted"] > 0
+    assert added["{"] + added["<"] == stats["new_tokens"] - stats["accepted"]
+    assert added["{"] > 0
+    assert len(out.rstrip("\n")) == len(text.rstrip("\n")) + 2 * stats["new_tokens"]
     assert "4 accepted:" in err
-    assert "draft tokens that stood" in err
+    assert "[draft tokens that were accepted]" in err
+
+
+@pytest.mark.about("engine/show.py, Show.step")
+def test_show_colours_the_text_in_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(*FAKE, "--draft", "none")
+    text = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    run(*FAKE, "--draft", "fake:0.7", "--show")
+    out, _ = capsys.readouterr()
+    assert "\x1b[32m" in out
+    assert re.sub(r"\x1b\[[\d;]*m", "", out).rstrip("\n") == text.rstrip("\n")
+
+
+@pytest.mark.no_exercise
+@pytest.mark.parametrize(
+    "plain", [["--draft", "none"], ["--beams", "2"], ["--model", "stdlib-10m", "--beams", "2", "--max-tokens", "2"]]
+)
+def test_show_of_a_plain_run_is_its_text(capsys: pytest.CaptureFixture[str], plain: list[str]) -> None:
+    assert run(*FAKE, *plain) == 0
+    text = capsys.readouterr().out
+    assert run(*FAKE, *plain, "--show") == 0
+    out, err = capsys.readouterr()
+    assert out == text
+    assert "nothing to mark" in err
 
 
 @pytest.mark.about("engine/explain.py, print_explanation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -88,9 +89,20 @@ def test_show_and_explain_know_drafters_that_sometimes_have_nothing(
     text = capsys.readouterr().out
     assert run(*FAKE, "--drafter", drafter, "--show", "--explain") == 0
     out, err = capsys.readouterr()
-    assert out.rstrip("\n") == text.rstrip("\n")
+    assert len(out.rstrip("\n")) == len(text.rstrip("\n")) + 2 * 40  # every token has its marks
     assert "0 accepted:" in err
     assert "Speculation was" in err
+
+
+@pytest.mark.about("engine/show.py, print_tree")
+def test_show_tree_begins_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FAKE, "--draft", "fake:0.7", "--tree", "static", "--show-tree") == 0
+    lines = capsys.readouterr().err.splitlines()
+    headings = [i for i, line in enumerate(lines) if re.fullmatch(r"\d+ of \d+ nodes accepted", line)]
+    assert headings
+    assert all(lines[i - 1] == "" for i in headings)
+    assert any(line.endswith(" accepted") for line in lines if line not in {lines[i] for i in headings})
+    assert sum(line.endswith(" follows") for line in lines) == len(headings)
 
 
 def test_nothing_leaks_from_one_run_into_the_next() -> None:
