@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from common.errors import UserError
+from common.streams import interruptions, prepare_streams, release_stdout, say
 
 Options = TypeVar("Options", bound=BaseSettings)
 
@@ -157,17 +158,28 @@ def parse_options(options: type[Options], arguments: Sequence[str], program: str
 
 
 def run_main(main: Callable[[list[str]], int], arguments: list[str]) -> NoReturn:
-    """Run a command line: exit 2 with one line on a UserError, 130 on Ctrl-C (what was printed stays)."""
-    try:
-        status = main(arguments)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    sys.exit(status)
+    """Run a command line and exit. Where it fails, one line on stderr says why; what was printed stays.
+
+    Status 2: a UserError, or a file or stream that cannot be written (a full disk). 130, 143, 129: Ctrl-C, SIGTERM,
+    SIGHUP. 141: the reader of stdout went away, as in `... | head`.
+    """
+    with interruptions() as signals:
+        try:
+            prepare_streams()
+            status = main(arguments)
+            sys.stdout.flush()
+        except UserError as error:
+            say(f"error: {error}")
+            status = 2
+        except KeyboardInterrupt:
+            say("\ninterrupted")
+            status = 130
+        except BrokenPipeError:
+            status = 141
+        except OSError as error:
+            what = error.filename or "the output cannot be written to its end"
+            say(f"error: {what}: {error.strerror or error}")
+            status = 2
+        finally:
+            release_stdout()
+    sys.exit(128 + signals[0] if status and signals else status)

@@ -37,7 +37,10 @@ def read_prompts(options: Options) -> list[str]:
             raise UserError("no prompt: stdin is closed; give --prompt TEXT or --prompt-file FILE")
         if sys.stdin.isatty():
             print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-        prompts.append(sys.stdin.read())
+        try:
+            prompts.append(sys.stdin.read())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"stdin cannot be read as text ({error}); expected UTF-8") from None
     if not all(prompts):
         raise UserError("the prompt is empty: give --prompt TEXT, --prompt-file FILE, or text on stdin")
     return prompts
@@ -51,14 +54,15 @@ class Printer:
         self.headed = len(sequences) > 1
         self.titled = 0
 
-    def update(self) -> None:
+    def update(self, interrupted: bool = False) -> None:
+        """Print what became certain. `interrupted`: no more comes, so every completion is shown as far as it got."""
         while self.waiting:
             number, sequence = self.waiting[0]
             if self.headed and self.titled < number:
                 print(f"--- completion {number} ---")
                 self.titled = number
             print(sequence.take_text(), end="", flush=True)
-            if sequence.finish_reason is None:
+            if sequence.finish_reason is None and not interrupted:
                 return
             print(flush=True)
             self.waiting.pop(0)
@@ -181,8 +185,12 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
                 recorder.step(step)
     except KeyboardInterrupt:
         interrupted = True
-    if recorder:
-        recorder.finish()
+        printer.update(interrupted)
+        if show:
+            print()  # its text stopped within a line
+    finally:
+        if recorder:
+            recorder.finish()
     if show:
         show.histogram()
     if options.explain and not interrupted:

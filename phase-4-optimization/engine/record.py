@@ -72,7 +72,9 @@ class Recorder:
         self.steps, self.seen, self.began = self.steps + 1, None, self._now()
 
     def finish(self) -> None:
-        """Write the footer. A sequence without a finish reason was interrupted."""
+        """Write the footer, unless writing has failed before. A sequence without a finish reason was interrupted."""
+        if self.file.closed:
+            return
         ends = [
             {"sequence": number, "finish_reason": each.finish_reason or "interrupted", "text": each.text}
             for number, each in enumerate(self.sequences)
@@ -267,14 +269,16 @@ class Recorder:
         return (time.perf_counter() - self.clock.began) * 1e3
 
     def _write(self, line: dict[str, Any]) -> None:
-        """One unbuffered write: an interrupt comes before or after it, never within."""
+        """One unbuffered write: an interrupt comes before or after it, never within. A failure closes the file."""
         content = json.dumps(line, allow_nan=False).encode() + b"\n"
         try:
-            complete = self.file.write(content) == len(content)
+            written = self.file.write(content)
+            if written < len(content):
+                self.file.truncate(self.file.tell() - written)  # only whole lines stay
+                raise OSError("not to its end; is the disk full?")
         except OSError as error:
+            self.file.close()
             raise UserError(f"--record {self.path}: cannot be written ({error.strerror or error})") from None
-        if not complete:
-            raise UserError(f"--record {self.path}: cannot be written to its end; is the disk full?")
 
 
 def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, float]:

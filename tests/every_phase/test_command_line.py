@@ -18,28 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.options import run_main
 from common.phases import Phase
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(phase: Phase) -> ModuleType:
-    return importlib.import_module(f"{phase.package}.cli")
-
-
-@pytest.fixture
-def run(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("--prompt", ...)` -> (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            run_main(cli.main, [str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:

@@ -1,0 +1,30 @@
+"""The command line of the phase at hand, run within this process."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+from common.options import run_main
+from common.phases import Phase
+
+
+@pytest.fixture
+def cli(phase: Phase) -> ModuleType:
+    return importlib.import_module(f"{phase.package}.cli")
+
+
+@pytest.fixture
+def run(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`run("--prompt", ...)` -> (exit status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            run_main(cli.main, [str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call
