@@ -22,6 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import launch  # noqa: F401 (it has to come first)
 import torch
 from pydantic import Field
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import launch  # noqa: F401 (it has to come first)
 import torch
 from pydantic import Field
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import get_args
 
+import launch  # noqa: F401 (it has to come first)
 import torch
 from benchmarks.calibrate import calibrate
 from benchmarks.choice import CHOICE

@@ -1,10 +1,12 @@
 """Continue a text with this phase's engine.
 
-python generate.py --prompt "import " --max-tokens 32
+python generate.py --prompt "from pathlib import" --max-tokens 32
 python generate.py --help
 """
 
 import sys
+
+import launch  # noqa: F401 (it has to come first)
 
 from common.options import run_main
 from engine.cli import main

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from typing import get_args
 
+import launch  # noqa: F401 (it has to come first)
 import torch
 from benchmarks.memory import MEMORY, measure_memory
 from benchmarks.pictures import draw

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from typing import get_args
 
+import launch  # noqa: F401 (it has to come first)
 import torch
 from benchmarks.fast import FAST, measure_fast
 from benchmarks.lengths import LENGTHS, measure_lengths

@@ -17,8 +17,8 @@ import sys, time
 from common.options import run_main
 
 def main(arguments):
-    print("began", flush=True)
     try:
+        print("began", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("kept")
@@ -38,9 +38,17 @@ run_main(main, [])
 """
 
 
+def take_signals() -> None:
+    """Whatever this process has inherited, as a background job does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(program: str, *before: str, stdout: Any = None) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-c", program]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE, preexec_fn=take_signals
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +22,14 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /d
 
 
 @pytest.fixture
-def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """`signalled(number)`: this process gets the signal after the third step of a run."""
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     whole = engine.Session.run
 
     def prepare(number: int) -> None:
@@ -35,7 +41,9 @@ def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[
 
         monkeypatch.setattr(engine.Session, "run", run)
 
-    return prepare
+    yield prepare
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -1,0 +1,42 @@
+"""Before anything is imported: what scripts say outside of the environment, and Ctrl-C while imports run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.phases import Phase
+
+SLOW = 'import time\nprint("importing", flush=True)\ntime.sleep(60)\n'
+
+
+@pytest.mark.parametrize("script", ["generate.py", "bench.py"])
+def test_outside_of_the_environment_one_line_says_what_to_run(phase: Phase, script: str) -> None:
+    bare = subprocess.run([sys.executable, "-S", "-E", phase.folder / script], capture_output=True, text=True)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert bare.stderr.count("\n") == 1
+    assert bare.stderr.startswith(f"error: {sys.executable} has no package 'common'")
+    assert f"`.venv/bin/python {phase.folder.name}/{script}`" in bare.stderr
+
+
+def test_interrupted_imports_leave_no_traceback(phase: Phase, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SLOW)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, phase.folder / "generate.py", "--prompt", "x"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
