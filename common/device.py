@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from common.errors import UserError
+from common.limits import room
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,11 +107,15 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that tensors on this device may still take (on MPS, which shares the host's memory, what the host has)."""
+    """Bytes that tensors on this device may still take.
+
+    On a CPU, and on MPS, which shares its memory: what the host has, or the limits of this process if they leave less.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return int(psutil.virtual_memory().available)
+    host, limited = int(psutil.virtual_memory().available), room()
+    return host if limited is None else min(host, limited)
 
 
 def reset_peak(device: torch.device) -> bool:

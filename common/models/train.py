@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.checkpoint import open_checkpoint
 from common.errors import UserError
+from common.flags import Threads
 from common.models import qat
 from common.models.batches import Batches, encode_documents, plan_stages
 from common.models.corpus import read_corpus, read_files
@@ -72,7 +73,7 @@ class TrainOptions(BaseSettings):
     bf16: bool = Field(default=True, description="autocast the matrix products to bfloat16")
     compile: bool = Field(default=True, description="torch.compile the loss")
     checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
     save_every: int = Field(default=200, ge=1)
     eval_every: int = Field(default=200, ge=1)
     stop_after: int = Field(default=0, ge=0, description="stop after this step, to be resumed later; 0: never")

@@ -8,6 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from common.flags import Threads
+
 from .sampling import SamplingParams
 
 
@@ -32,13 +34,13 @@ class Options(BaseSettings):
     seed: int = Field(default=0, description="the same seed gives the same text")
     stop: list[str] = Field(default=[], description="end before this text; repeatable")
     n: int = Field(default=1, ge=1, description="samples of each prompt")
-    beams: int = Field(default=1, ge=1, description="beam search with this many beams; 1 is off")
+    beams: int = Field(default=1, ge=1, le=1024, description="beam search with this many beams; 1 is off")
     length_penalty: float = Field(
         default=1.0, allow_inf_nan=False, description="of beam search: above 0 favours length"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
     config: Path | None = Field(default=None, description="YAML file with these options")
     as_json: bool = Field(default=False, alias="json", description="one JSON document on stdout instead of text")
 

@@ -14,7 +14,7 @@ from common.device import available_memory, resolve_device, resolve_dtype
 from common.errors import UserError
 
 from .beam import beam_search
-from .cost import forward_bytes
+from .cost import forward_bytes, ranking_bytes
 from .generate import Clock, Generation, decode, finish
 from .load import load
 from .options import Options
@@ -48,11 +48,12 @@ class Session:
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
         rows = len(prompts) * self.options.n * self.options.beams
         length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
-        needed, free = forward_bytes(config, rows, length, weight.itemsize), available_memory(weight.device)
+        needed = forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
+        free = available_memory(weight.device)
         if needed > free:
             raise UserError(
                 f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
-                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
+                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
             )
 
     def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:

@@ -40,3 +40,8 @@ def forward_bytes(config: ModelConfig, rows: int, length: int, bytes_per_value: 
 def weight_bytes(config: ModelConfig, bytes_per_weight: float) -> int:
     """Bytes of weights that a forward reads: every layer, and the output matrix."""
     return round((config.layers * layer_parameters(config) + config.width * config.vocab_size) * bytes_per_weight)
+
+
+def ranking_bytes(config: ModelConfig, beams: int) -> int:
+    """Memory in which beam search ranks every token behind every beam: three scores (float32), a count (int64)."""
+    return beams * config.vocab_size * (3 * 4 + 8)

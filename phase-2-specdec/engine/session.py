@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.results import environment
 
 from .beam import beam_search
-from .cost import forward_bytes
+from .cost import forward_bytes, ranking_bytes
 from .drafting import ModelDrafter
 from .fake import FakeModel
 from .generate import Clock, Generation, Watch, decode, finish
@@ -67,11 +67,12 @@ class Session:
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
         rows = len(prompts) * self.options.n * self.options.beams
         length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
-        needed, free = forward_bytes(config, rows, length, weight.itemsize), available_memory(weight.device)
+        needed = forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
+        free = available_memory(weight.device)
         if needed > free:
             raise UserError(
                 f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
-                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
+                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
             )
 
     def header(self) -> dict[str, object]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings
 
+from common.flags import Threads
+
 from .drafters.heads import HeadsKind
 from .drafters.medusa import HeadInit
 
@@ -50,7 +52,7 @@ class HeadOptions(BaseSettings):
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     bf16: bool = Field(default=True, description="autocast the matrix products to bfloat16")
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
     save_every: int = Field(default=200, ge=1)
     eval_every: int = Field(default=200, ge=1)
     eval_rows: int = Field(default=64, ge=1, description="held-out windows to measure on")

@@ -24,7 +24,7 @@ from .beam import beam_search
 from .compile import Compiler
 from .config import ModelConfig
 from .controllers import Costs
-from .cost import forward_bytes
+from .cost import forward_bytes, ranking_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
@@ -111,11 +111,12 @@ class Session:
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
         rows = len(prompts) * self.options.n * self.options.beams
         length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
-        needed, free = forward_bytes(config, rows, length, weight.itemsize), available_memory(weight.device)
+        needed = forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
+        free = available_memory(weight.device)
         if needed > free:
             raise UserError(
                 f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
-                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
+                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
             )
 
     def _warm_up(self) -> None:

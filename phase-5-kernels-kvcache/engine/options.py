@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from common.flags import Threads
+
 from .controllers import ControllerName, KController, make_controller
 from .kernels.registry import Asked
 from .kv_cache import Format, Kind, KVOptions
@@ -45,13 +47,13 @@ class Options(BaseSettings):
     seed: int = Field(default=0, description="the same seed gives the same text")
     stop: list[str] = Field(default=[], description="end before this text; repeatable")
     n: int = Field(default=1, ge=1, description="samples of each prompt")
-    beams: int = Field(default=1, ge=1, description="beam search with this many beams; 1 is off")
+    beams: int = Field(default=1, ge=1, le=1024, description="beam search with this many beams; 1 is off")
     length_penalty: float = Field(
         default=1.0, allow_inf_nan=False, description="of beam search: above 0 favours length"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
     draft: str = Field(default="auto", description="a model that guesses ahead; none; auto: the model's own, if any")
     k: int = Field(default=4, ge=1, description="draft tokens per target forward; of a tree, levels")
     drafter: DrafterName = Field(default="model", description="who guesses: the draft model, or something cheaper")

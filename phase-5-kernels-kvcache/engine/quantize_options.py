@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings
 
+from common.flags import Threads
+
 from .quantize_calibrated import Method
 
 
@@ -28,7 +30,7 @@ class QuantizeOptions(BaseSettings):
     window: int = Field(default=512, ge=1, description="tokens per row of these")
     seed: int = Field(default=0, ge=0, description="which windows of the text")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:

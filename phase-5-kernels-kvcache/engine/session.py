@@ -24,7 +24,7 @@ from .backends import Backends
 from .beam import beam_search
 from .compile import Compiler
 from .config import ModelConfig
-from .cost import forward_bytes
+from .cost import forward_bytes, ranking_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
@@ -169,14 +169,14 @@ class Session:
         if needed > free:
             raise UserError(
                 f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB at once, and "
-                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n or --max-tokens"
+                f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
             )
 
     def _needed_bytes(self, rows: int, length: int) -> int:
         """Without a cache, of one forward over all; with one, of the cache, of a chunk of a prompt and of a step."""
         config, weight, kv = self.loaded.config, self.loaded.model.embedding.weight, self.options.kv_options()
         if kv.kind == "off" or self.options.beams > 1 or not self.loaded.model.has_cache:
-            return forward_bytes(config, rows, length, weight.itemsize)
+            return forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
         cache = needed_bytes(kv, cache_shape(config), rows, length + DRAFT_ROOM, weight.dtype, config.window)
         chunk = forward_bytes(config, 1, length, weight.itemsize) * min(CHUNK, length) // length
         return cache + chunk + forward_bytes(config, rows, 1, weight.itemsize)

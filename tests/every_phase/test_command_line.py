@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
+from common.flags import most_threads
 from common.phases import Phase
 
 Run = Callable[..., tuple[int, str, str]]
@@ -159,10 +160,13 @@ def test_an_interrupted_run_keeps_what_it_has(
         (["--max-tokens", "2.5"], ["--max-tokens", "integer"]),
         (["--n", "0"], ["--n"]),
         (["--threads", "-2"], ["--threads"]),
+        (["--threads", "1000000"], ["--threads", f"at most {most_threads()}"]),
+        (["--threads", "99999999999"], ["--threads", f"at most {most_threads()}"]),
         (["--repetition-penalty", "0"], ["--repetition-penalty"]),
         (["--presence-penalty", "3"], ["--presence-penalty"]),
         (["--stop", ""], ["stop"]),
         (["--beams", "0"], ["--beams"]),
+        (["--beams", "100000"], ["--beams", "1024"]),
         (["--beams", "4", "--temperature", "1"], ["--beams", "--temperature"]),
         (["--beams", "4", "--n", "2"], ["--beams", "--n"]),
         (["--beams", "4", "--stop", "x"], ["--beams", "--stop"]),
@@ -185,6 +189,15 @@ def test_wrong_options_get_one_line(run: Run, llama_folder: Path, arguments: lis
 def test_more_prompts_than_memory_allows(run: Run, llama_folder: Path) -> None:
     result = run("--model", llama_folder, "--prompt", "x", "--n", 10**9, "--temperature", 1)
     assert_refused(result, "GiB", "1000000000", "--n")
+
+
+def test_more_beams_than_memory_allows(
+    run: Run, llama_folder: Path, engine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beams = ["--model", llama_folder, "--prompt", "x", "--max-tokens", 2, "--beams"]
+    monkeypatch.setattr(f"{engine.__name__}.session.available_memory", lambda device: 4 * 2**20)
+    assert run(*beams, 8)[0] == 0
+    assert_refused(run(*beams, 1000), "GiB", "1000 completions", "--beams")
 
 
 def test_a_prompt_longer_than_the_context_is_noted_once(run: Run, llama_folder: Path) -> None:

@@ -1,0 +1,65 @@
+"""How much memory the limits of this process leave: its cgroup's (a container's), and RLIMIT_AS (`ulimit -v`).
+
+The host may have more: psutil asks the host alone, and a process that goes past a cgroup's limit is killed.
+
+python -c "from common.limits import room; print(room())"
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+MEMBERSHIP = Path("/proc/self/cgroup")  # lines of `number:controllers:path`, see cgroups(7)
+MOUNT = Path("/sys/fs/cgroup")
+# Of versions 2 and 1: the limit, what is used, and the name in memory.stat of the file pages that can be dropped.
+VERSIONS = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _groups() -> Iterator[tuple[Path, str]]:
+    """The folders of this process's memory cgroups, outer ones included, each with its version's controller."""
+    for line in _read(MEMBERSHIP).splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in VERSIONS:
+            if controller not in controllers.split(","):
+                continue
+            mount = MOUNT / controller
+            # In a container the path can be the host's, of which only the mount's own folder is there.
+            inner = mount / path.lstrip("/")
+            for folder in (inner, *inner.parents):
+                yield folder, controller
+                if folder == mount:
+                    break
+
+
+def _left(folder: Path, controller: str) -> int | None:
+    """What a cgroup leaves; None without a limit."""
+    limit, used, droppable = VERSIONS[controller]
+    texts = _read(folder / limit).strip(), _read(folder / used).strip()
+    if not all(text.isdecimal() for text in texts):  # no such file, or `max`
+        return None
+    found = re.search(rf"^{droppable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return int(texts[0]) - int(texts[1]) + (int(found[1]) if found else 0)
+
+
+def room() -> int | None:
+    """Bytes that this process may still take by its limits; None where it has none."""
+    left = [each for group in _groups() if (each := _left(*group)) is not None]
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if addresses != resource.RLIM_INFINITY:
+        left.append(addresses - psutil.Process().memory_info().vms)
+    return max(0, min(left)) if left else None
