@@ -74,7 +74,16 @@ def build_parser(options: type[BaseSettings], program: str) -> argparse.Argument
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose `off` is a word: what is true or false is for each option to say."""
+    """YAML whose `off` is a word: what is true or false is for each option to say. A key comes once, `-` or `_`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -112,7 +121,7 @@ def _with_file(options: type[Options], values: dict[str, Any]) -> type[Options]:
             cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             file = InitSettingsSource(settings_cls, init_kwargs=values)
-            return sources["init_settings"], sources["env_settings"], file
+            return *super().settings_customise_sources(settings_cls, **sources), file
 
     return typing.cast(type[Options], WithFile)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from common.flags import Threads
+from common.flags import OFF, ON, Threads
 
 from .controllers import ControllerName, Costs, KController, make_controller
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
@@ -95,8 +95,8 @@ class Options(BaseSettings):
     @classmethod
     def _profile_is_a_folder_or_a_switch(cls, value: object) -> object:
         """1 is the folder `profile`, 0 is off: SPECDEC_PROFILE=1, --profile 0. A folder of such a name is ./1."""
-        switch: dict[str, object] = {"1": Path("profile"), "true": Path("profile"), "0": None, "false": None, "": None}
-        return switch.get(str(value).lower(), value)
+        word = str(value).lower()
+        return Path("profile") if word in ON else None if word in ("", *OFF) else value
 
     @model_validator(mode="after")
     def _show_is_text(self) -> Self:

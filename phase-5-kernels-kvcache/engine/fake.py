@@ -85,8 +85,8 @@ class FakeModel(Transformer):
 
 def parse_agreement(name: str) -> float:
     """`fake` is 1, `fake:0.7` is 0.7."""
-    _, _, number = name.partition(":")
+    _, colon, number = name.partition(":")
     try:
-        return float(number) if number else 1.0
+        return float(number) if colon else 1.0
     except ValueError:
         raise UserError(f"{name}: the agreement of a fake draft is a number in [0, 1], as in fake:0.7") from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from common.flags import Threads
+from common.flags import OFF, ON, Threads, flag
 
 from .controllers import ControllerName, KController, make_controller
 from .kernels.registry import Asked
@@ -23,6 +22,7 @@ DrafterName = Literal["model", "ngram", "extrapolate", "medusa", "eagle"]
 QuantName = Literal["none", "int8", "int4"]
 
 
+APPEND = "SPECDEC_ENABLE_KV_APPEND"
 BRANCHING = ("model", "medusa", "eagle")
 
 
@@ -105,14 +105,21 @@ class Options(BaseSettings):
     @classmethod
     def _profile_is_a_folder_or_a_switch(cls, value: object) -> object:
         """1 is the folder `profile`, 0 is off: SPECDEC_PROFILE=1, --profile 0. A folder of such a name is ./1."""
-        switch: dict[str, object] = {"1": Path("profile"), "true": Path("profile"), "0": None, "false": None, "": None}
-        return switch.get(str(value).lower(), value)
+        word = str(value).lower()
+        return Path("profile") if word in ON else None if word in ("", *OFF) else value
 
-    @field_validator("kv", mode="after")
     @classmethod
-    def _appending_may_be_switched_off(cls, value: Kind) -> Kind:
-        """SPECDEC_ENABLE_KV_APPEND=0 is --kv off."""
-        return "off" if os.environ.get("SPECDEC_ENABLE_KV_APPEND") == "0" else value
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """SPECDEC_ENABLE_KV_APPEND=0 is --kv off, after --kv and SPECDEC_KV, and before a file."""
+        switched = {} if flag(APPEND, default=True) else {"kv": "off"}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=switched)
 
     @model_validator(mode="after")
     def _show_is_text(self) -> Self:
@@ -187,6 +194,8 @@ class Options(BaseSettings):
 
     @model_validator(mode="after")
     def _cache_fits(self) -> Self:
+        if self.kv != "off" and not flag(APPEND, default=True):
+            raise ValueError(f"{APPEND}=0 keeps no cache, and --kv {self.kv} asks for one: leave one of them out")
         if self.kv == "off" and self.kv_dtype != "auto":
             raise ValueError(f"--kv-dtype {self.kv_dtype} is the format of a cache, and --kv off keeps none")
         if self.kv_slots and self.kv != "static":
@@ -195,8 +204,10 @@ class Options(BaseSettings):
             raise ValueError(f"--kv-pages is for --kv paged, and --kv is {self.kv}")
         drafted = self.tree_nodes if self.tree != "off" else max(self.k, self.max_k)
         if self.kv == "ring" and self.draft != "none" and drafted >= SPARE:
-            flag = "--tree-nodes" if self.tree != "off" else "--k and --max-k"
-            raise ValueError(f"--kv ring takes {SPARE} tokens a step, one of them no guess: {flag} at most {SPARE - 1}")
+            option = "--tree-nodes" if self.tree != "off" else "--k and --max-k"
+            raise ValueError(
+                f"--kv ring takes {SPARE} tokens a step, one of them no guess: {option} at most {SPARE - 1}"
+            )
         return self
 
     def kv_options(self) -> KVOptions:

@@ -217,6 +217,8 @@ def test_wrong_yaml_and_environment_are_named(run: Run, tmp_path: Path, monkeypa
     assert_refused(run("--config", file, "--prompt", "x"), str(file))
     file.write_text("a: [1\n")
     assert_refused(run("--config", file, "--prompt", "x"), "YAML")
+    file.write_text("top-k: 1\nseed: 2\ntop_k: 3\n")
+    assert_refused(run("--config", file, "--prompt", "x"), "YAML", "top_k", "twice", "line 3")
     monkeypatch.setenv("SPECDEC_MAX_TOKENS", "lots")
     assert_refused(run("--prompt", "x"), "SPECDEC_MAX_TOKENS", "lots")
 

@@ -133,6 +133,7 @@ def test_the_verdict_says_when_speculation_loses() -> None:
         (["--draft", "no-such-draft"], ["no-such-draft"]),
         (["--draft", "fake:1.5"], ["[0, 1]"]),
         (["--draft", "fake:often"], ["fake:often"]),
+        (["--draft", "fake:"], ["fake:", "fake:0.7"]),
         pytest.param(["--draft", "fake:0.5", "--beams", "2"], ["--beams", "--draft"], marks=pytest.mark.no_exercise),
         (["--draft", "fake:0.5", "--record", "no/such/folder/run.jsonl"], ["--record", "no/such/folder"]),
         pytest.param(["--record", "run.jsonl", "--beams", "2"], ["--beams", "--record"], marks=pytest.mark.no_exercise),

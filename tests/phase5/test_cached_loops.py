@@ -341,14 +341,6 @@ def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch
     assert session(kv_dtype="int8", **few)._needed_bytes(8, 900) < session(**few)._needed_bytes(8, 900) * 0.6
 
 
-@pytest.mark.no_exercise
-def test_appending_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "0")
-    assert phase5.Options().kv_options().kind == "off"
-    monkeypatch.setenv("SPECDEC_ENABLE_KV_APPEND", "1")
-    assert phase5.Options().kv_options().kind == "static"
-
-
 def test_plain_and_cached_write_what_phase_4_writes() -> None:
     before = phase4.Session(phase4.Options(dtype="float32", max_tokens=20, device="cpu", draft="none")).complete(
         texts(3)

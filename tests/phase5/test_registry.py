@@ -136,8 +136,12 @@ def test_plain_torch_can_be_forced(backends: dict[str, Any], monkeypatch: pytest
     assert report["why_not"]["cpp"] == "SPECDEC_FORCE_PY=1 asks for torch alone"
     with pytest.raises(UserError, match="SPECDEC_FORCE_PY=1"):
         registry.choose("cpp", CPU)
-    monkeypatch.setenv("SPECDEC_FORCE_PY", "0")
-    assert registry.choose("cpp", CPU).kernels.linear == nothing
+    for word in ("0", "false", "off", ""):
+        monkeypatch.setenv("SPECDEC_FORCE_PY", word)
+        assert registry.choose("cpp", CPU).kernels.linear == nothing
+    monkeypatch.setenv("SPECDEC_FORCE_PY", "perhaps")
+    with pytest.raises(UserError, match="SPECDEC_FORCE_PY: expected 1 or 0"):
+        registry.choose("auto", CPU)
 
 
 def test_a_model_and_a_policy_use_what_was_chosen(make_checkpoint: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from common.flags import flag
 
 from . import TORCH, Kernels, ledger
 from .build import BuildError
@@ -48,7 +48,7 @@ class Selection(NamedTuple):
 
 def forced() -> bool:
     """Whether SPECDEC_FORCE_PY asks for plain torch."""
-    return os.environ.get("SPECDEC_FORCE_PY", "0") not in ("", "0")
+    return flag("SPECDEC_FORCE_PY")
 
 
 def module_of(backend: Backend) -> ModuleType | None:

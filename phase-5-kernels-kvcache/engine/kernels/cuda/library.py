@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 
 from common.errors import UserError
+from common.flags import flag
 
 from .. import build
 
@@ -48,7 +49,7 @@ HALF = ("-mf16c",) if platform.machine() == "x86_64" else ()  # float16 in hardw
 
 def emulated() -> bool:
     """Whether the CPU stands in for a card."""
-    return os.environ.get("SPECDEC_CUDA_EMULATE", "0") not in ("", "0")
+    return flag("SPECDEC_CUDA_EMULATE")
 
 
 def why_not(device: torch.device) -> str | None:
