@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from common.flags import Threads
 from common.models import qat
 from common.models.batches import Batches, encode_documents, plan_stages
 from common.models.corpus import read_corpus, read_files
+from common.models.resuming import keep_log, read_checkpoint, write_checkpoint
 from common.models.train_tokenizer import save_tokenizer
 from common.options import parse_options, run_main
 
@@ -77,6 +77,11 @@ class TrainOptions(BaseSettings):
     save_every: int = Field(default=200, ge=1)
     eval_every: int = Field(default=200, ge=1)
     stop_after: int = Field(default=0, ge=0, description="stop after this step, to be resumed later; 0: never")
+
+    def decisive(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that it continues."""
+        machine = {"out", "device", "threads", "compile", "save_every", "eval_every", "stop_after"}
+        return self.model_dump(mode="json", exclude=machine)
 
 
 def build_model(options: TrainOptions, vocab_size: int) -> LlamaForCausalLM:
@@ -220,26 +225,22 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one; log lines past it are dropped."""
-        if not self.checkpoint.exists():
-            return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step = state["step"]
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < self.step]
-        self.log.write_text("".join(line + "\n" for line in kept))
+        state = read_checkpoint(self.checkpoint, self.options.decisive(), self.device)
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step = state["step"]
+        keep_log(self.log, self.step)
 
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "options": self.options.decisive(),
             "step": self.step,
         }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.checkpoint)  # a kill leaves the old checkpoint, never half a new one
+        write_checkpoint(self.checkpoint, state)
 
     def train_step(self) -> float:
         options = self.options

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from common.benchmark import progress
 from common.errors import UserError
+from common.models.resuming import keep_log, read_checkpoint, write_checkpoint
 
 from .drafters.heads import Heads, build_heads, target_states
 from .drafters.medusa import HeadInit, MedusaHeads
@@ -135,22 +135,13 @@ class HeadTrainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one; log lines past it are dropped."""
-        if not self.checkpoint.exists():
-            return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        for name, value in self.options.decisive().items():
-            if state["options"].get(name) != value:
-                was = state["options"].get(name)
-                raise UserError(
-                    f"{self.out} holds a run with --{name.replace('_', '-')} {was}; give it, or another --out"
-                )
-        self.heads.load_state_dict(state["heads"])
-        for optimizer, saved in zip(self.optimizer.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < self.step]
-        self.log.write_text("".join(line + "\n" for line in kept))
+        state = read_checkpoint(self.checkpoint, self.options.decisive(), self.device)
+        if state is not None:
+            self.heads.load_state_dict(state["heads"])
+            for optimizer, saved in zip(self.optimizer.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds = state["step"], state["seconds"]
+        keep_log(self.log, self.step)
 
     def save(self) -> None:
         state = {
@@ -160,9 +151,7 @@ class HeadTrainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.checkpoint)  # a kill leaves the old checkpoint, never half a new one
+        write_checkpoint(self.checkpoint, state)
 
     def train_step(self) -> float:
         options = self.options

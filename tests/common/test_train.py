@@ -101,7 +101,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert len(train(tmp_path, data, "--stop-after", "3")) == 3
     assert not (tmp_path / "model").exists()
     with (tmp_path / "log.jsonl").open("a") as log:  # a step that was logged but not saved when the run was killed
-        log.write('{"step": 3, "loss": 99.0}\n')
+        log.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')  # and one that was cut off
+    with pytest.raises(UserError, match=r"holds a run with --lr 0\.01, not 0\.02"):
+        train(tmp_path, data, "--lr", "0.02")
     assert train(tmp_path, data) == pytest.approx(losses, rel=1e-5)
     with (
         safe_open(finished / "model/model.safetensors", "pt") as whole,
