@@ -131,6 +131,19 @@ class Tokenizer:
             )
         return ids
 
+    def joins_next(self, text: str) -> bool:
+        """Whether a text ends in white space that this tokenizer would join to the word that follows.
+
+        To most tokenizers ` word` is one token, so a model has hardly seen a text go on after a space of its own.
+        """
+        end = text[-16:]
+        if not end[-1:].isspace():
+            return False
+        last = (
+            self._backend.encode(end + word, add_special_tokens=False).ids[-1] for word in ("a", "s", "t", "x", "the")
+        )
+        return any(self.token_text(token_id)[:1].isspace() for token_id in last)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens, and ids that no token has, are left out; nothing is tidied up."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))

@@ -2,7 +2,7 @@
 
 python quantize.py --model stdlib-10m --quant int4 --out runs/stdlib-10m-int4
 python quantize.py --model stdlib-10m --quant int4 --method awq --group 128 --asymmetric --out runs/awq
-python generate.py --model runs/stdlib-10m-int4 --prompt "import "
+python generate.py --model runs/stdlib-10m-int4 --prompt "from pathlib import"
 """
 
 from __future__ import annotations

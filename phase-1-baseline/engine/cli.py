@@ -109,12 +109,22 @@ def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
         )
 
 
+def warn_about_white_space(session: Session, texts: list[str]) -> None:
+    if any(session.loaded.tokenizer.joins_next(text) for text in texts):
+        print(
+            "note: a prompt ends in white space, which this tokenizer joins to the next word; the model goes on better "
+            "without it",
+            file=sys.stderr,
+        )
+
+
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program=Path(sys.argv[0]).name)
     texts = read_prompts(options)
     session = Session(options)
     sequences = session.sequences(texts)
     warn_about_length(session, sequences)
+    warn_about_white_space(session, texts)
     printer = Printer(sequences, quiet=options.as_json)
     clock = Clock()
     interrupted = False

@@ -3,7 +3,7 @@
 A header, a line per step and sequence, a footer. `common/recording.schema.json` describes every field. All figures are
 read from what the loop has decided already, after each step: recording changes no token.
 
-    python generate.py --prompt "import " --temperature 1 --record run.jsonl
+    python generate.py --prompt "from pathlib import" --temperature 1 --record run.jsonl
 """
 
 from __future__ import annotations

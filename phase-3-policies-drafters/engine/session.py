@@ -1,7 +1,7 @@
 """A loaded model and the options to run it with: what the command line, the demo and the benches all call.
 
 session = Session(Options(max_tokens=16))
-print(session.complete(["import "])[0].text)
+print(session.complete(["from pathlib import"])[0].text)
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Whatever the format, three things are computed in float32, because each adds up 
 - logits on their way into sampling and acceptance (sampling.py, `probabilities`): a ratio of two rounded
   probabilities would accept and reject wrongly, and a rounded sum is no distribution.
 
-    python generate.py --dtype auto --prompt "import "
-    python generate.py --amp --prompt "import "
+    python generate.py --dtype auto --prompt "from pathlib import"
+    python generate.py --amp --prompt "from pathlib import"
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 `layers.0.ffn.down.values`, `.scales`, `.zeros`, `.factor`; all others are as the source had them, in its dtype.
 
 python quantize.py --model stdlib-10m --quant int4 --out runs/int4
-python generate.py --model runs/int4 --prompt "import "
+python generate.py --model runs/int4 --prompt "from pathlib import"
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Nothing falls back in silence: what runs and why others do not is in `stats["kernels"]`, and asking by name for what
 cannot run is an error.
 
-    python generate.py --kernels torch --prompt "import " --json
+    python generate.py --kernels torch --prompt "from pathlib import" --json
 """
 
 from __future__ import annotations

@@ -152,6 +152,15 @@ def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
         )
 
 
+def warn_about_white_space(session: Session, texts: list[str]) -> None:
+    if any(session.loaded.tokenizer.joins_next(text) for text in texts):
+        print(
+            "note: a prompt ends in white space, which this tokenizer joins to the next word; the model goes on better "
+            "without it",
+            file=sys.stderr,
+        )
+
+
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program=Path(sys.argv[0]).name)
     texts = read_prompts(options)
@@ -168,6 +177,7 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     session = Session(options)
     sequences = session.sequences(texts)
     warn_about_length(session, sequences)
+    warn_about_white_space(session, texts)
     drafts = session.speculative and options.beams == 1
     if options.show and not drafts:
         print("note: --show has nothing to mark: no token of this run is drafted", file=sys.stderr)

@@ -5,7 +5,7 @@ matrix products is one loop: a norm, a rotation, a gate no longer pass through m
 share their graphs. There are few: the layers that compute every position, the last one, which computes those that are
 read, and both once more for trees, whose positions and masks differ by row.
 
-    python generate.py --compile --prompt "import "
+    python generate.py --compile --prompt "from pathlib import"
 """
 
 from __future__ import annotations

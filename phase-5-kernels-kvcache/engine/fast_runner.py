@@ -2,7 +2,7 @@
 
 What a text is, and what of it the cache still has, is as in runner.py; only who computes is another.
 
-    python generate.py --kernels cpp --prompt "import "
+    python generate.py --kernels cpp --prompt "from pathlib import"
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from engine import SamplingParams, generate, load
 loaded = load("stdlib-10m", torch.float32, torch.device("cpu"))
-print(generate(loaded.model, [loaded.tokenizer.encode("import ")], SamplingParams())[0].tokens)
+print(generate(loaded.model, [loaded.tokenizer.encode("from pathlib import")], SamplingParams())[0].tokens)
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One-hot distributions of vocabulary size are made where somebody reads them (a recording does), and nowhere else.
 
-    python generate.py --prompt "import " --json
+    python generate.py --prompt "from pathlib import" --json
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A decoding loop says what it turns to, `stage("verify")`, and the time until the
 the ranges of a step leave no gap. Where nothing is profiled, a call looks up one context variable; torch's own
 `record_function` costs some microseconds, profiled or not.
 
-    python generate.py --prompt "import " --profile profile
+    python generate.py --prompt "from pathlib import" --profile profile
 
 writes the folder profile/run-1, the next run profile/run-2: trace.json (for https://ui.perfetto.dev), operators.txt,
 operators.csv, memory.json and steps.json.

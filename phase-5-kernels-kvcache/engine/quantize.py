@@ -5,7 +5,7 @@ features of one. A weight is (level - zero) * scale, with 255 levels or 16 of th
 for every product, in plain torch: that saves memory and costs time, and is the reference that faster kernels must agree
 with. (Without a cache a forward has many rows and is bound by arithmetic; bytes decide once a token costs one row.)
 
-python generate.py --quant int4 --prompt "import "
+python generate.py --quant int4 --prompt "from pathlib import"
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The loops ask a runner, and do not know which it is. `owner` names a text from step to step (a loop's sequences do).
 
     runner = make_runner(loaded.model, KVOptions(), rows=1, tokens=300)
-    runner.logits(["a text"], [loaded.tokenizer.encode("import ")])
+    runner.logits(["a text"], [loaded.tokenizer.encode("from pathlib import")])
 """
 
 from __future__ import annotations

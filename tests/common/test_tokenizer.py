@@ -334,3 +334,14 @@ def test_the_embedded_tokenizer_loads_without_transformers(tmp_path: Path) -> No
         [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["import re 4096 (0,)", "[]"]
+
+
+@makes
+def test_white_space_that_joins_the_next_word_is_told(tokenizer: Tokenizer) -> None:
+    assert [
+        text for text in ("the ", "the  ", "\n    the ", "the\n", "the,", "the", "") if tokenizer.joins_next(text)
+    ] == [
+        "the ",
+        "the  ",
+        "\n    the ",
+    ]

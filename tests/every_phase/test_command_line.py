@@ -35,12 +35,23 @@ def assert_refused(result: tuple[int, str, str], *words: str) -> None:
 
 
 def test_text_goes_to_stdout_and_one_line_to_stderr(run: Run, llama_folder: Path) -> None:
-    status, out, err = run("--model", llama_folder, "--prompt", "import ", "--max-tokens", 5)
+    status, out, err = run("--model", llama_folder, "--prompt", "import", "--max-tokens", 5)
     assert status == 0
     assert out.endswith("\n")
     assert err.count("\n") == 1
     assert "5 tokens" in err
     assert "float32" in err
+
+
+def test_a_prompt_that_ends_in_white_space_is_noted(run: Run) -> None:
+    def notes(*prompts: str) -> list[str]:
+        given = [word for prompt in prompts for word in ("--prompt", prompt)]
+        err = run("--model", "stdlib-1m", "--max-tokens", 1, *given)[2]
+        return [line for line in err.splitlines() if "white space" in line]
+
+    assert notes("import", "def f(self):\n") == []
+    (note,) = notes("import", "import ", "def f(self):\n    ")
+    assert note.startswith("note: a prompt ends in white space")
 
 
 def test_json_document(run: Run, llama_folder: Path, phase: Phase) -> None:

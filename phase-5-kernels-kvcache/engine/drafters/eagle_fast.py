@@ -2,7 +2,7 @@
 
 What the drafter remembers, and what of it the layer's cache still has, is as in eagle.py; only who computes is another.
 
-    python generate.py --kernels cpp --drafter eagle --prompt "import "
+    python generate.py --kernels cpp --drafter eagle --prompt "from pathlib import"
 """
 
 from __future__ import annotations
