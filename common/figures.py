@@ -1,10 +1,11 @@
-"""One PNG from a grid of plots: no display, room for every label, a light grid, saved even over an older file.
+"""One PNG from a grid of plots: no display, room for every label, a light grid, colours and markers that all can tell
+apart, saved even over an older file.
 
 matplotlib is imported when a figure is drawn, because it takes a second; `pyplot` is left alone, which keeps every
 figure that it makes in a list of its own and wants a display.
 
     with figure(Path("speed.png")) as [axes]:
-        axes.plot([1, 2, 3], [3, 1, 2], "o-", label="measured")
+        axes.plot([1, 2, 3], [3, 1, 2], **look(0), label="measured")
         axes.legend()
 """
 
@@ -13,10 +14,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# Of Okabe and Ito (2008, "Color Universal Design"): readers who do not see red and green apart tell these apart. The
+# eighth, yellow, is too faint on white.
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, "#000000")
+GREY = "#7F7F7F"  # of what is only there to compare with
+MARKERS = "osD^vP*Xph<>"
+
+
+def look(at: int) -> dict[str, Any]:
+    """Colour and marker of the at-th line of a panel: no two of the first 84 are the same, and few in either alone."""
+    return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
 
 
 @contextmanager
@@ -41,6 +54,7 @@ def figure(
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
+        axes.set_prop_cycle(color=COLOURS)
     if title:
         whole.suptitle(title, parse_math=False)
     yield panels
@@ -62,8 +76,8 @@ def distributions(
         for panel in axes:  # parse_math: a token may hold a $
             panel.set_yticks(places, tokens, family="monospace", fontsize=8, parse_math=False)
         for panel, (name, probabilities) in zip(axes, panels.items(), strict=False):
-            panel.barh(places, probabilities, color="tab:blue")
-            panel.barh(places, first, fill=False, edgecolor="tab:gray", linewidth=0.8)
+            panel.barh(places, probabilities, color=BLUE)
+            panel.barh(places, first, fill=False, edgecolor=GREY, linewidth=0.8)
             panel.set_title(name, fontsize=10)
             panel.margins(y=0.01)
         for panel in axes[-columns:]:

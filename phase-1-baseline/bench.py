@@ -28,7 +28,7 @@ from pydantic import Field
 
 from common.benchmark import BenchOptions, Outcome, print_document
 from common.device import dtype_name, resolve_device, resolve_dtype
-from common.figures import distributions, figure
+from common.figures import distributions, figure, look
 from common.harness import Bench, Variant, open_results, product
 from common.matrix_products import matrix_products
 from common.options import parse_options, run_main
@@ -265,8 +265,8 @@ class Lesson(Bench):
         with figure(file, title=title) as [axes]:
             lengths, ms, rates = zip(*at, strict=True)
             predicted = [each * found / rate for each, found in zip(ms, rates, strict=True)]
-            axes.plot(lengths, predicted, "s--", label="operations / matmul rate")
-            axes.plot(lengths, ms, "o-", label="measured")
+            axes.plot(lengths, predicted, **look(1), linestyle="--", label="operations / matmul rate")
+            axes.plot(lengths, ms, **look(0), label="measured")
             axes.set(xlabel="tokens in the sequence", ylabel="ms for one more token", ylim=(0, None))
             axes.legend()
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from common.benchmark import BenchOptions, Outcome, print_document
 from common.device import dtype_name, resolve_device, resolve_dtype
 from common.errors import UserError
-from common.figures import figure
+from common.figures import figure, look
 from common.harness import Bench, Variant, open_results
 from common.loops import loop_share
 from common.options import parse_options, run_main
@@ -153,7 +153,7 @@ class Lesson(Bench):
             for axes, (dtype, temperature) in zip(grid, panels, strict=False):
                 here = [row for row in rows if (row["dtype"], row["temperature"]) == (dtype, temperature)]
                 ks = [int(row["variant"].removeprefix("K=")) for row in here]
-                axes.errorbar(ks, [row["speedup"] for row in here], yerr=around(here), fmt="o-", capsize=3)
+                axes.errorbar(ks, [row["speedup"] for row in here], yerr=around(here), capsize=3, **look(0))
                 axes.axhline(1, color="black", linewidth=0.6)
                 axes.set(title=f"{dtype}, temperature {temperature:g}", xlabel="draft tokens K")
             grid[0].set_ylabel("times as fast as plain decoding")

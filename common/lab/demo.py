@@ -19,7 +19,7 @@ import torch
 
 from common.benchmark import BenchOptions, Outcome, print_table
 from common.errors import UserError
-from common.figures import figure
+from common.figures import BLUE, GREY, figure
 from common.harness import Bench, Variant, open_results
 from common.lab.arguments import Parser
 from common.peers import TransformersPeer
@@ -90,7 +90,7 @@ def draw(lines: list[dict[str, Any]], title: str, file: Path) -> None:
     with figure(file, size=(9.0, 1.2 + 0.6 * len(lines)), title=title) as [axes]:
         named = [f"{line['phase']}: {line['adds']}" if line["phase"] else line["adds"] for line in lines]
         labels = [textwrap.fill(words, 48) for words in named]
-        colours = ["tab:blue" if line["phase"] else "tab:grey" for line in lines]
+        colours = [BLUE if line["phase"] else GREY for line in lines]
         bars = axes.barh(labels, [line["tokens_per_s"] for line in lines], color=colours)
         texts = [f"{line['tokens_per_s']:.0f} ({line.get('speedup', 1.0):.1f}x)" for line in lines]
         axes.bar_label(bars, texts, padding=3)

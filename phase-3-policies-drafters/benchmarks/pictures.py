@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.figures import figure
+from common.figures import figure, look
 from common.tables import AGAIN
 from engine.drafters.heads import find_heads
 from engine.policies import LOSSLESS
@@ -20,7 +20,7 @@ from .policies import STRENGTHS
 from .runs import PLAIN, Lab
 
 Line = dict[str, Any]
-MARKERS = "osD^vP*X"
+BESIDE: Line = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend that would lie on points
 
 
 def draw(lab: Lab, folder: Path) -> None:
@@ -101,12 +101,12 @@ def survival(lab: Lab, file: Path) -> None:
                     if of_kind:
                         shape = max(of_kind, key=in_order)
                         shares = shapes[shape]["survival"]
-                        drawn: Line = {"marker": MARKERS[at], "linestyle": style, "color": f"C{at}", "markersize": 4}
+                        drawn: Line = {**look(at), "linestyle": style, "markersize": 4}
                         panel.plot(range(1, len(shares) + 1), shares, label=f"{drafter} {shape}", **drawn)
             panel.set(title=f"forced text, temperature {temperature:g}", xlabel="position (of a tree: level)")
             panel.set_xticks(range(1, 1 + max(len(line["survival"]) for line in here)))
         axes[0].set_ylabel("share of drafts accepted up to here")
-        axes[-1].legend(fontsize=7)
+        axes[-1].legend(fontsize=7, **BESIDE)
 
 
 def error_of(line: Line) -> tuple[float, float]:
@@ -133,10 +133,10 @@ def speed_against_distance(lab: Lab, file: Path) -> None:
                 errors = np.array([error_of(line) for line in points]).T
                 values = ", then ".join(line["variant"].partition(" ")[2] for line in points)
                 label = f"{policy} {values}".strip()
-                panel.errorbar(xs, ys, errors, marker=MARKERS[at], markersize=5, capsize=2, label=label, color=f"C{at}")
+                panel.errorbar(xs, ys, errors, **look(at), markersize=5, capsize=2, label=label)
             panel.set(title=f"temperature {temperature:g}", xlabel="total variation of a step's first token")
         axes[0].set_ylabel("times as fast as plain decoding")
-        axes[-1].legend(fontsize=7)
+        axes[-1].legend(fontsize=7, **BESIDE)
 
 
 def depths(lab: Lab, file: Path) -> None:
@@ -148,7 +148,7 @@ def depths(lab: Lab, file: Path) -> None:
             for at, name in enumerate(ADAPTING):
                 first = next((row for row in rows if row.cell == cell and row.variant == name), None)
                 ks = first.figures.get("depths", [1]) if first else []
-                style: Line = {"marker": MARKERS[at], "markersize": 4, "where": "mid", "color": f"C{at}"}
+                style: Line = {**look(at), "markersize": 4, "where": "mid"}
                 panel.step(range(1, len(ks) + 1), ks, label=name, alpha=0.8, **style)
             title = f"{cell['draft']} draft, temperature {cell['temperature']:g}"
             panel.set(title=title, xlabel="step", ylabel="draft tokens")
@@ -171,9 +171,9 @@ def training_logs(lab: Lab) -> dict[str, list[Line]]:
 def training_curves(logs: dict[str, list[Line]], file: Path) -> None:
     """What a chain would give on held-out text, as training went on."""
     with figure(file) as [axes]:
-        for marker, (kind, rows) in zip(MARKERS, logs.items(), strict=False):
+        for at, (kind, rows) in enumerate(logs.items()):
             seen = [row for row in rows if "heldout" in row]
             gains = [1 + sum(row["heldout"]["survival"]) for row in seen]
-            axes.plot([row["step"] + 1 for row in seen], gains, f"{marker}-", label=kind)
+            axes.plot([row["step"] + 1 for row in seen], gains, label=kind, **look(at))
         axes.set(xlabel="training step", ylabel="expected tokens per target forward, held-out text")
         axes.legend()

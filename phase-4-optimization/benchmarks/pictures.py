@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.figures import figure
+from common.figures import COLOURS, figure, look
 
 from .profile import FAMILIES
 from .runs import Lab
 
 Line = Mapping[str, Any]
-COLOURS = ("tab:blue", "tab:orange", "tab:gray", "tab:purple")  # of stacked parts: told apart in grey and colour-blind
 RANGES = {"draft_share": "draft", "verify_share": "verify", "accept_share": "accept", "sample_share": "sample"}
 
 
@@ -44,7 +43,7 @@ def speed(lines: Sequence[Line], file: Path, mark: str) -> None:
     size = (6.4, 1.6 + 0.4 * len(names))
     with figure(file, 1, len(temperatures), size, f"times as fast as phase 3{mark}", sharey=True) as panels:
         for axes, temperature in zip(panels, temperatures, strict=True):
-            for shift, decoding, marker in ((-0.12, "plain", "o"), (0.12, "drafted", "s")):
+            for at, (shift, decoding) in enumerate(((-0.12, "plain"), (0.12, "drafted"))):
                 found = [
                     line
                     for line in lines
@@ -54,7 +53,7 @@ def speed(lines: Sequence[Line], file: Path, mark: str) -> None:
                 ]
                 if found:
                     places = [names.index(str(line["variant"]).rpartition(" ")[0]) + shift for line in found]
-                    with_interval(axes, found, places, "speedup", marker=marker, capsize=3, label=decoding)
+                    with_interval(axes, found, places, "speedup", capsize=3, label=decoding, **look(at))
             axes.axvline(1, color="black", linewidth=0.8)
             axes.set(title=f"temperature {temperature:g}", xlabel="times as fast, with 95% intervals")
             axes.set_yticks(range(len(names)), names)
@@ -71,7 +70,7 @@ def quality(lines: Sequence[Line], file: Path, mark: str) -> None:
     """The loss of perplexity of every way to store the weights, with its size beside its name."""
     names = [f"{line['variant']}, {line.get('linear_mib', 1):.1f} MiB" for line in lines]
     with figure(file, 1, 1, (7.2, 1.4 + 0.35 * len(lines)), f"what smaller weights cost{mark}") as (axes,):
-        with_interval(axes, lines, range(len(lines)), "perplexity_percent", marker="o", capsize=3)
+        with_interval(axes, lines, range(len(lines)), "perplexity_percent", capsize=3, **look(0))
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(lines)), names)
         axes.invert_yaxis()
@@ -97,7 +96,7 @@ def profile(lines: Sequence[Line], traces: Sequence[Line], file: Path, mark: str
 
 def stack(axes: Any, labels: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
     begun = [0.0] * len(labels)
-    for colour, (name, lengths) in zip(COLOURS, parts.items(), strict=True):
+    for colour, (name, lengths) in zip(COLOURS, parts.items(), strict=False):
         axes.barh(labels, lengths, left=begun, label=name, color=colour, edgecolor="white", linewidth=0.5)
         begun = [a + b for a, b in zip(begun, lengths, strict=True)]
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts), frameon=False)

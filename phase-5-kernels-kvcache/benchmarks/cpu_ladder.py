@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common.benchmark import Outcome, WrongResult
-from common.figures import figure
+from common.figures import GREY, figure, look
 from common.harness import Variant
 from common.prompts import Prompt
 from engine import SamplingParams, load
@@ -189,11 +189,11 @@ def draw_roofline(lab: Lab, file: Path) -> None:
         places = [0.25 * 2 ** (step / 8) for step in range(41)]
         for style, (name, line) in zip(("--", "-.", ":"), roofs.items(), strict=False):
             roof = [min(line["gb_per_s"] * place, arithmetic) for place in places]
-            axes.plot(places, roof, style, color="grey", linewidth=1, label=f"{name}: {line['gb_per_s']:.0f} GB/s")
+            axes.plot(places, roof, style, color=GREY, linewidth=1, label=f"{name}: {line['gb_per_s']:.0f} GB/s")
         axes.axhline(arithmetic, color="black", linewidth=1, label="float32 arithmetic")
-        for marker, line in zip("osD^vP*Xph<>", rungs, strict=False):
+        for place, line in enumerate(rungs):
             intensity = line["gflop_per_s"] / line["gb_per_s"]
-            axes.plot(intensity, line["gflop_per_s"], marker, label=line["variant"])
+            axes.plot(intensity, line["gflop_per_s"], linestyle="", label=line["variant"], **look(place))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])

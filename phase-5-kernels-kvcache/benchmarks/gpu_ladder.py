@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.benchmark import WrongResult
 from common.errors import UserError
-from common.figures import figure
+from common.figures import GREY, figure, look
 from common.harness import Variant
 from common.tables import AGAIN
 from engine.kernels import registry
@@ -143,11 +143,11 @@ def draw_gpu_ladder(lab: Lab, file: Path) -> None:
         return
     with figure(file, 1, 2, (6.2, 4.2), f"the CUDA ladders{lab.mark}") as panels:
         for axes, op in zip(panels, ("linear", "attention"), strict=True):
-            for marker, shape in zip("osD^", dict.fromkeys(x["shape"] for x in lines if x["op"] == op), strict=False):
+            for place, shape in enumerate(dict.fromkeys(x["shape"] for x in lines if x["op"] == op)):
                 mine = [line for line in lines if line["op"] == op and line["shape"] == shape]
                 shares = [line.get("of_bandwidth", 1.0) for line in mine]
-                axes.plot([line["variant"] for line in mine], shares, f"{marker}-", label=shape)
-            axes.axhline(1, color="tab:gray", linewidth=0.8)
+                axes.plot([line["variant"] for line in mine], shares, label=shape, **look(place))
+            axes.axhline(1, color=GREY, linewidth=0.8)
             axes.set_title("linear, 1 row" if op == "linear" else "decode_attention, 1 query")
             axes.set_xlabel("rung")
             axes.set_ylabel("share of a copy's bandwidth")

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.figures import figure
+from common.figures import figure, look
 
 from .cpu_ladder import draw_roofline
 from .gpu_ladder import draw_gpu_ladder
 from .runs import Lab
-
-MARKERS = "osD^vP*X"
 
 
 def draw(lab: Lab, folder: Path) -> None:
@@ -39,12 +37,12 @@ def lengths(lab: Lab, file: Path) -> None:
     with figure(file, max(1, len(shapes)), 2, (5.6, 4.0), f"one more token behind a text{lab.mark}") as panels:
         for shape, (time, memory) in zip(shapes, zip(panels[::2], panels[1::2], strict=True), strict=False):
             of_shape = [line for line in lines if line["shape"] == shape]
-            for marker, name in zip(MARKERS, dict.fromkeys(line["variant"] for line in of_shape), strict=False):
+            for place, name in enumerate(dict.fromkeys(line["variant"] for line in of_shape)):
                 mine = [line for line in of_shape if line["variant"] == name]
                 at = [line["length"] for line in mine]
-                time.plot(at, [line["ms_per_token"] for line in mine], f"{marker}-", label=name)
+                time.plot(at, [line["ms_per_token"] for line in mine], label=name, **look(place))
                 if all("cache_mib" in line for line in mine):
-                    memory.plot(at, [line["cache_mib"] for line in mine], f"{marker}-", label=name)
+                    memory.plot(at, [line["cache_mib"] for line in mine], label=name, **look(place))
             time.set_yscale("log")
             time.set_ylabel("ms (logarithmic)")
             memory.set_ylabel("MiB of cache")
@@ -60,12 +58,12 @@ def verification(lab: Lab, file: Path) -> None:
     lines = lines_of(lab, "verification", "ms_per_token")
     with figure(file, 1, 1, (7.2, 4.2), f"what verification costs{lab.mark}") as (axes,):
         cells = dict.fromkeys((line["cache"], line["length"]) for line in lines)
-        for marker, (kind, length) in zip(MARKERS, cells, strict=False):
+        for place, (kind, length) in enumerate(cells):
             mine = [line for line in lines if (line["cache"], line["length"]) == (kind, length)]
             costs = [1 / line.get("speedup", 1.0) for line in mine]
             axes.errorbar(
                 [int(line["variant"]) for line in mine], costs, errors(mine, costs),
-                fmt=f"{marker}{'--' if kind == 'off' else '-'}", capsize=2, label=f"{kind}, {length}",
+                linestyle="--" if kind == "off" else "-", capsize=2, label=f"{kind}, {length}", **look(place),
             )  # fmt: skip
         axes.set_xlabel("new tokens in one forward")
         axes.set_ylabel("times as long as one")
@@ -88,9 +86,9 @@ def survival(lab: Lab, section: str, file: Path) -> None:
     if not lines:
         return
     with figure(file, title=f"draft tokens that stand, {lab.options.model}{lab.mark}") as (axes,):
-        for marker, line in zip(MARKERS, lines, strict=False):
+        for place, line in enumerate(lines):
             depth = range(1, len(line["survival"]) + 1)
-            axes.plot(depth, line["survival"], f"{marker}-", label=f"{line['variant']}, {line['temperature']:g}")
+            axes.plot(depth, line["survival"], label=f"{line['variant']}, {line['temperature']:g}", **look(place))
         axes.set_ylim(0, 1)
         axes.set_xlabel("position in the draft")
         axes.set_ylabel("share of the drafts that stand so far")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from common.figures import distributions, figure
+from common.figures import COLOURS, distributions, figure, look
+from common.phases import ROOT
 
 
 def png_size(file: Path) -> tuple[int, int]:
@@ -54,3 +59,43 @@ def test_distributions_fill_their_panels_and_tokens_are_no_formulas(tmp_path: Pa
     panels = {f"knob {n}": [0.5, 0.25] for n in range(5)}
     distributions(file, ["'$x_{'", "'$'"], panels, title="what follows $x_{", columns=4)
     assert png_size(file)[0] == 4 * 330
+
+
+SEEN = {  # Machado, Oliveira and Fernandes (2009): what people without one kind of cone see, in linear RGB
+    "no red cones": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green cones": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
+
+
+def lab(colour: str, seen: list[list[float]] | None) -> np.ndarray[Any, Any]:
+    """CIELAB of a colour `#rrggbb`, as someone sees it."""
+    srgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    if seen is not None:
+        linear = np.clip(np.array(seen) @ linear, 0, 1)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ linear / np.array([0.9505, 1.0, 1.089]))  # near black this is off, and far from the rest
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("seen", [None, *SEEN.values()], ids=["all cones", *SEEN])
+def test_colours_differ_for_every_reader(seen: list[list[float]] | None) -> None:
+    for one, other in itertools.combinations(COLOURS, 2):
+        difference = float(np.linalg.norm(lab(one, seen) - lab(other, seen)))
+        assert difference > 15, (one, other)  # 1 is hardly seen; tab:orange and tab:green are that close to some
+
+
+def test_markers_and_colours_of_a_panel_are_distinct() -> None:
+    looks = [tuple(look(at).values()) for at in range(84)]
+    assert len(set(looks)) == 84
+    assert len({colour for colour, _ in looks[:7]}) == len({marker for _, marker in looks[:7]}) == 7
+
+
+def test_no_picture_has_colours_of_its_own() -> None:
+    """Named colours and matplotlib's cycle are for nothing but black, white and light grey."""
+    own = re.compile(r"""["'](tab:\w+|C\d|red|green|orange|blue|gr[ae]y)["']|f["']C\{|zip\(["'][osD^v]+["']""")
+    files = [*ROOT.glob("phase-*/*.py"), *ROOT.glob("phase-*/benchmarks/*.py"), *ROOT.glob("common/**/*.py")]
+    files += ROOT.glob("phase-*/lesson.ipynb")
+    drawing = [file for file in files if "plt" in (text := file.read_text()) or "figure(" in text]
+    assert len(drawing) > 8
+    assert [f"{file.name}: {found[0]}" for file in drawing for found in own.finditer(file.read_text())] == []
