@@ -18,6 +18,8 @@ USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <=
 LINK_PHASES = rm -rf $(VENV)/phases && mkdir -p $(VENV)/phases && for phase in phase-*; do \
     number=$${phase\#phase-}; ln -s "../../$$phase/engine" "$(VENV)/phases/phase$${number%%-*}"; done
 
+NOTEBOOKS := --nbmake --nbmake-timeout=600 phase-*/lesson.ipynb
+
 # `make gpu` writes into OUT; with DRY_RUN=1, which needs no card and computes nothing, into a folder in it.
 OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
@@ -36,12 +38,10 @@ diff: $(STAMP)  ## how phase N differs from the one before: make diff N=2
 	@$(BIN)/lab diff $(or $(N),$(error name a phase: make diff N=2))
 
 test: lint  ## lab drift, ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
-	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu" $(NOTEBOOKS) tests
 
 test-all: lint  ## every test, the slow ones too; those for a graphics card where there is one
-	$(BIN)/pytest --nbmake --nbmake-timeout=300 phase-*/lesson.ipynb
-	$(BIN)/pytest
+	$(BIN)/pytest $(NOTEBOOKS) tests
 
 sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
 	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m engine.kernels.cpp.sanitize
