@@ -11,6 +11,7 @@ TORCH_INDEX ?= $(shell cat $(VENV)/torch-index 2>/dev/null)
 # The stamp's name holds a checksum of all that decides what is installed (and where: scripts hold absolute paths).
 KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(TORCH_INDEX)'; pwd; } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/installed-$(KEY)
+NOTEBOOKS := $(VENV)/notebooks-$(KEY)
 
 USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
@@ -25,7 +26,7 @@ OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
 GPU_BENCH ?= --rounds 3
 
-.PHONY: help demo diff test test-all sanitize gpu lint install clean
+.PHONY: help demo diff notebook test test-all sanitize gpu lint install clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
@@ -36,6 +37,9 @@ demo: $(STAMP)  ## run every phase on the embedded models and print one table
 
 diff: $(STAMP)  ## how phase N differs from the one before: make diff N=2
 	@$(BIN)/lab diff $(or $(N),$(error name a phase: make diff N=2))
+
+notebook: $(NOTEBOOKS)  ## open the notebook of phase N, and install JupyterLab for it: make notebook N=2
+	$(BIN)/python -m jupyterlab $(or $(wildcard phase-$(N)-*/lesson.ipynb),$(error name a phase: make notebook N=2))
 
 test: lint  ## lab drift, ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu" $(NOTEBOOKS) tests
@@ -107,6 +111,11 @@ $(STAMP):
 	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	fi; \
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[dev]'; \
+	touch $@
+
+$(NOTEBOOKS): $(STAMP)
+	rm -f $(VENV)/notebooks-*
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[notebook]'
 	touch $@
 
 clean:  ## remove .venv, caches and build products

@@ -20,6 +20,7 @@ case "$1 $2" in
     -V*) echo Python 3.12.0 ;;
     "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >> log ;;
     "-m pip") shift 2 && echo "pip $*" >> log ;;
+    "-m jupyterlab") shift 2 && echo "jupyterlab $*" >> log ;;
 esac
 """
 
@@ -111,7 +112,7 @@ def test_help_is_the_default_and_installs_nothing(clone: Path) -> None:
     run, calls = _make(clone)
     assert run.returncode == 0
     assert calls == []
-    for target in ("demo", "test", "test-all", "gpu", "lint", "clean"):
+    for target in ("demo", "notebook", "test", "test-all", "gpu", "lint", "clean"):
         assert f"\n  {target} " in run.stdout
 
 
@@ -164,3 +165,16 @@ def test_gpu_dry_run_needs_no_card_and_leaves_results_alone(lab: Path, monkeypat
     assert calls[-1] == "-m common.gpu_manifest out/dry-run"
     assert (lab / "out/phase-1-one/results.jsonl").exists()
     assert not (lab / "out/dry-run/phase-1-one/results.jsonl").exists()
+
+
+def test_notebook_installs_jupyterlab_once_and_opens_the_phase(lab: Path) -> None:
+    (lab / "phase-2-two" / "lesson.ipynb").write_text("{}")
+    _make(lab, "install", "PYTHON=stub-python")
+    opened = "jupyterlab phase-2-two/lesson.ipynb"
+    assert _make(lab, "notebook", "N=2")[1] == ["pip install -q -c .venv/constraints.txt -e .[notebook]", opened]
+    assert _make(lab, "notebook", "N=2")[1] == [opened]
+    for arguments in ([], ["N=7"]):
+        run, calls = _make(lab, "notebook", *arguments)
+        assert run.returncode != 0
+        assert "name a phase: make notebook N=2" in run.stderr
+        assert calls == []

@@ -37,7 +37,8 @@ def test_every_phase_is_mapped_to_its_engine() -> None:
 def test_every_dependency_is_pinned_within_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, filter(_is_pin, lines))}
-    for text in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in PROJECT["project"]["dependencies"] + extras["dev"] + extras["notebook"]:
         wanted = Requirement(text)
         pin = pins[canonicalize_name(wanted.name)]
         assert pin.startswith("==")
