@@ -82,8 +82,9 @@ def resolve_precision(name: DtypeName, amp: bool, device: torch.device, config: 
     times, origin = layer_times(config())
     ratio = times["float32"] / times["bfloat16"]
     faster = "bfloat16" if ratio > 1.1 else "float32"  # a tie is no reason to round
+    times_as_fast = f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"  # without instructions for bfloat16: 0.03
     return Precision(
-        DTYPES[faster], why=f"auto: a layer is {ratio:.1f} times as fast in bfloat16 as in float32, {origin}"
+        DTYPES[faster], why=f"auto: a layer is {times_as_fast} times as fast in bfloat16 as in float32, {origin}"
     )
 
 

@@ -165,6 +165,12 @@ def test_the_doctor_sees_every_backend() -> None:
     assert by_name["kernels cuda"][0] is None or torch.cuda.is_available()
 
 
+def test_the_doctor_says_that_whole_steps_run_in_cpp(backends: dict[str, Any]) -> None:
+    backends.update(cpp=backend("linear", "rope"))
+    (text,) = (there for name, there, _ in registry.examine(CPU) if name == "kernels cpp")
+    assert text == "whole steps of a model; apart from them the ops linear, rope"
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SPECDEC_FORCE_PY")}
     root = str(PHASE.parent)

@@ -199,6 +199,8 @@ def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
             continue
         ops = operations(backend)
         text = f"{len(ops)} of {len(Kernels._fields)} ops"
+        if backend == "cpp":
+            text = f"whole steps of a model; apart from them the ops {', '.join(ops)}"
         if backend in FOR_CARDS:
             listed = {op: ledger.entry(backend, op) for op in ops}
             cards = sorted({entry["device"] for entry in listed.values() if entry is not None})
