@@ -21,6 +21,7 @@ from common.lab.compare import FileDiff
 
 CONTEXT = 3  # unchanged lines shown around a change
 FOLDED = 5  # fewer hidden lines than this are not worth a fold
+OPEN = 1500  # changed lines up to which the files of a page are open; those of a longer one are opened one by one
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --text: #1f2328; --faint: #656d76; --line: #d8dee4; --head: #f6f8fa;
@@ -49,6 +50,15 @@ nav td { padding: 0 1.2rem 0 0; }
 .one td.add:not(.number), .one td.remove:not(.number) { background: none; }
 .code .void { background: var(--void); }
 .fold > summary { padding: .1rem .8rem; color: var(--faint); background: var(--head); font-size: 13px; cursor: pointer }
+@media (max-width: 50rem) { /* a phone: the old line above the new one, and unchanged ones once */
+body { padding: .5rem; }
+nav { overflow-x: auto; }
+.file > summary { position: static; flex-wrap: wrap; }
+.file > summary .path { white-space: normal; overflow-wrap: anywhere; }
+.code, .code tbody { display: block; }
+.code colgroup, .code .void, .two td.same:nth-child(-n+2) { display: none; }
+.code tr { display: grid; grid-template-columns: 4rem 1fr; }
+}
 """
 
 Row = tuple[str, int | None, int | None]  # kind, line of the old file, line of the new one (from 0)
@@ -97,7 +107,7 @@ def cells(kind: str, line: int | None, code: list[str]) -> str:
     return f'<td class="number {kind}">{line + 1} {sign}</td><td class="{kind}">{code[line]}</td>'
 
 
-def file_html(diff: FileDiff, number: int) -> str:
+def file_html(diff: FileDiff, number: int, opened: bool) -> str:
     """One file: two columns where both phases have it, else one."""
     change = diff.change
     old, new = coloured(change.path, diff.old), coloured(change.path, diff.new)
@@ -113,7 +123,7 @@ def file_html(diff: FileDiff, number: int) -> str:
             after = cells("same" if tag == "equal" else "add", j, new) if "new" in sides else ""
             lines.append(f"<tr>{before}{after}</tr>")
         table = (
-            f'<table class="code{" one" if len(sides) == 1 else ""}"><colgroup>{columns}</colgroup>\n'
+            f'<table class="code {"one" if len(sides) == 1 else "two"}"><colgroup>{columns}</colgroup>\n'
             + "\n".join(lines)
             + "\n</table>"
         )
@@ -121,8 +131,9 @@ def file_html(diff: FileDiff, number: int) -> str:
         body.append(fold if folded else table)
     added, removed = diff.counts()
     return (
-        f'<details class="file" id="file-{number}" open><summary><span class="path">{change.sign} {escape(change.path)}'
-        f'</span><span>{escape(change.words)}</span><span class="count">+{added} &minus;{removed}</span>'
+        f'<details class="file" id="file-{number}"{" open" if opened else ""}><summary>'
+        f'<span class="path">{change.sign} {escape(change.path)}</span><span>{escape(change.words)}</span>'
+        f'<span class="count">+{added} &minus;{removed}</span>'
         '<a href="#top">top</a></summary>\n' + "\n".join(body) + "\n</details>"
     )
 
@@ -143,7 +154,8 @@ def contents(diffs: list[FileDiff]) -> str:
 
 def page(title: str, diffs: list[FileDiff]) -> str:
     """The whole page."""
-    files = "\n".join(file_html(diff, number) for number, diff in enumerate(diffs))
+    opened = sum(sum(diff.counts()) for diff in diffs) <= OPEN
+    files = "\n".join(file_html(diff, number, opened) for number, diff in enumerate(diffs))
     return (
         '<!DOCTYPE html>\n<html lang="en" id="top">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

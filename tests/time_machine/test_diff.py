@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.lab import diff
+from common.lab import diff, diff_html
 from common.phases import ROOT
 
 README_2 = """\
@@ -281,6 +281,26 @@ def test_the_page_folds_long_unchanged_runs_and_colours_for_light_and_dark(page:
     assert '<a class="path" href="#file-3">engine/loop.py</a>' in text
     assert "the rule, &amp; &lt;more&gt;" in text
     assert '<td class="count">rule</td>' in text
+
+
+def test_the_files_of_a_long_page_are_closed(
+    page: tuple[Page, str], lab_diff: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, short = page
+    assert len(re.findall(r'<details class="file" id="file-\d" open>', short)) == 8
+    monkeypatch.setattr(diff_html, "OPEN", 1)
+    lab_diff("1", "2", "--html", str(tmp_path / "long.html"))
+    long = (tmp_path / "long.html").read_text()
+    assert len(re.findall(r'<details class="file" id="file-\d">', long)) == 8
+
+
+def test_on_a_phone_both_sides_are_there(page: tuple[Page, str]) -> None:
+    _, text = page
+    narrow = text[text.index("@media (max-width") : text.index("</style>")]
+    assert "grid-template-columns" in narrow
+    assert 'class="code two"' in text
+    assert 'class="code one"' in text
+    assert ".two td.same:nth-child(-n+2)" in narrow  # an unchanged line is shown once
 
 
 def test_make_diff_names_the_phase() -> None:
