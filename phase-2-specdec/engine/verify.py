@@ -32,7 +32,18 @@ class Decisions(Randomness, Protocol):
 
 
 class KeyedDecisions(KeyedRandomness):
-    """The keyed noise of common/philox.py: one uniform per sample, position and purpose."""
+    """Draws and decides by keyed random numbers (common/philox.py): every decision has a key of its own.
+
+    | decision                                       | purpose  | words of the key |
+    |------------------------------------------------|----------|------------------|
+    | a token of the target: plain, or after a draft | SAMPLE   | one per token id |
+    | a draft token                                  | DRAFT    | the first        |
+    | accept or reject a draft token                 | ACCEPT   | the first        |
+    | the token in place of a rejected one           | RESIDUAL | the first        |
+
+    The key's position is the token's own, counted from the start of the prompt. A draft token behind a rejected one
+    decides nothing: the next step draws at its position again, with the same key.
+    """
 
     def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         """Gumbel-max for plain sampling; for drafts and residuals one uniform and the inverse distribution function."""

@@ -1,0 +1,162 @@
+"""Every random number of every loop is the one that the table of KeyedDecisions names, and none decides two things."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from common.phases import Phase, phases
+from common.philox import Purpose
+from tests.support import keys
+from tests.support.small import sequences_of, small_session
+
+PROMPTS = [[1, 2, 3, 1, 2], [7]]
+SAMPLES = [0, 3]
+MODEL = {"draft": "fake:0.7"}
+STATIC = {"tree": "static", "k": 3, "tree_nodes": 8}
+DYNAMIC = {"tree": "dynamic", "k": 3, "tree_nodes": 8}
+LOSSLESS = ("coupled", "longest_prefix")
+LOSSY = ("conf_threshold", "topk_agree", "typical")
+CERTAIN = {"own", "accept", "residual"}
+DRAWN = {*CERTAIN, "draft"}
+# Options, the first phase that has them, and the rules by which something is decided.
+WAYS: dict[str, tuple[dict[str, Any], int, set[str]]] = {
+    "plain": ({"draft": "none"}, 2, {"own"}),
+    "model": (MODEL, 2, DRAWN),
+    "model, top-p": ({**MODEL, "top_p": 0.8, "temperature": 1.3}, 2, DRAWN),
+    "ngram": ({"drafter": "ngram"}, 3, CERTAIN),
+    "ngram, coupled": ({"drafter": "ngram", "policy": "coupled"}, 3, {"own"}),
+    "confidence": ({**MODEL, "controller": "confidence"}, 3, DRAWN),
+    **{f"model, {name}": ({**MODEL, "policy": name}, 3, {"own", "draft"}) for name in (*LOSSLESS, *LOSSY)},
+    "static tree": ({**MODEL, **STATIC}, 3, {*CERTAIN, "children"}),
+    "static tree, coupled": ({**MODEL, **STATIC, "policy": "coupled"}, 3, {"own", "children"}),
+    "static tree, longest_prefix": ({**MODEL, **STATIC, "policy": "longest_prefix"}, 3, {"own"}),
+    "static tree, typical": ({**MODEL, **STATIC, "policy": "typical"}, 3, {"own"}),
+    "dynamic tree": ({**MODEL, **DYNAMIC}, 3, {"own"}),
+    "dynamic tree, coupled": ({**MODEL, **DYNAMIC, "policy": "coupled"}, 3, {"own"}),
+}
+
+
+@pytest.fixture(params=list(WAYS))
+def way(request: pytest.FixtureRequest, phase: Phase) -> tuple[dict[str, Any], set[str]]:
+    options, since, rules = WAYS[request.param]
+    if phase.number < since:
+        pytest.skip(f"comes with phase {since}")
+    return options, rules
+
+
+def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> list[keys.Part]:
+    """All parts of all steps. watched: steps without a draft are made one at a time, and have their logits."""
+    found: list[keys.Part] = []
+
+    def watch(active: list[Any], logits: torch.Tensor) -> None:
+        found.extend(keys.parts_of_plain(engine, active, logits, made.params))
+
+    for step in made.run(sequences, engine.Clock(), watch if watched else None):
+        if step is not None:
+            found.extend(keys.parts(engine, step, made.params))
+    return found
+
+
+def decided(made: Any, found: list[keys.Part]) -> list[keys.Decision]:
+    """All decisions of a run."""
+    policy, noise = "rejection", Purpose.DRAFT
+    if (chosen := getattr(made, "policy", None)) is not None:
+        noise = chosen.draft_noise
+        if not chosen.lossless:
+            policy = "lossy"
+        elif type(chosen).__name__ == "OwnChoice":
+            policy = "own choice"
+    return [each for part in found for each in keys.decisions(part, made.params.seed, policy, noise)]
+
+
+def test_every_number_is_the_one_that_the_table_names(
+    phase: Phase, way: tuple[dict[str, Any], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch, for two samples of each of two prompts: by what was decided, and by what was asked for."""
+    engine = importlib.import_module(phase.package)
+    options, rules = way
+    made = small_session(engine, monkeypatch, **options)
+    sequences = sequences_of(engine, made, PROMPTS, SAMPLES)
+    with keys.asked_of_philox(monkeypatch) as asked:
+        found = run(engine, made, sequences)
+    everything = decided(made, found)
+    counts = keys.check(everything)
+    assert set(counts) == rules
+    assert min(counts.values()) > 10
+    named = {each.key for each in everything}
+    assert named <= asked
+    # What is asked for besides decides nothing: it lies behind a rejected token, or pads a row of a batch.
+    assert {key.purpose for key in asked - named} <= {Purpose.DRAFT, Purpose.ACCEPT}
+    if "draft" in rules and "residual" in rules:
+        assert later_in_a_block(everything, found) >= {"accept", "residual", "own"}
+
+
+def later_in_a_block(everything: list[keys.Decision], found: list[keys.Part]) -> set[str]:
+    """Rules by which something was decided behind an accepted token: only there a wrong position shows."""
+    starts = {(part.owner, part.length) for part in found}
+    return {each.rule for each in everything if (each.owner, each.key.position) not in starts}
+
+
+def test_the_table_is_the_one_in_the_docstring(engine: Any, phase: Phase) -> None:
+    if phase.number == 1:
+        pytest.skip("nothing but plain sampling")
+    lines = [line.split("|") for line in engine.KeyedDecisions.__doc__.splitlines() if line.count("|") == 4]
+    written = {cells[1].strip(): cells[2].strip() for cells in lines[2:]}
+    assert written == {rule.decision: rule.purpose.name for rule in keys.RULES.values() if rule.since <= phase.number}
+
+
+CPP: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "model": ({"k": 4}, DRAWN),
+    "model, coupled": ({"k": 4, "policy": "coupled"}, {"own", "draft"}),
+    "model, longest_prefix": ({"k": 4, "policy": "longest_prefix"}, {"own", "draft"}),
+    "ngram": ({"drafter": "ngram"}, CERTAIN),
+    "static tree": (STATIC, {*CERTAIN, "children"}),
+    "medusa": ({"drafter": "medusa", "k": 3}, DRAWN),
+    "eagle": ({"drafter": "eagle", "k": 3}, DRAWN),
+}
+TEXT = "def read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write(path"
+cpp_phases = [phase for phase in phases() if phase.number >= 5]
+
+
+def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
+    """On the embedded models, whose steps run in C++."""
+    engine = importlib.import_module(phase.package)
+    registry = importlib.import_module(f"{phase.package}.kernels.registry")
+    if (reason := registry.why_not("cpp", torch.device("cpu"))) is not None:
+        pytest.skip(f"no C++ backend here: {reason}")
+    chosen = {"kernels": "cpp", "device": "cpu", "dtype": "float32", "temperature": 1.0, "max_tokens": 60, "seed": 7}
+    return engine, engine.Session(engine.Options(**{**chosen, **options}))
+
+
+@pytest.mark.no_exercise  # which has no C++
+@pytest.mark.parametrize("phase", cpp_phases, ids=lambda phase: phase.package)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("static tree", "medusa") else []) for way in CPP]
+)
+def test_and_in_cpp(phase: Phase, way: str) -> None:
+    """Where a draft is proposed; several steps are made in one call."""
+    options, rules = CPP[way]
+    engine, made = cpp_session(phase, **options)
+    counts: Counter[str] = keys.check(decided(made, run(engine, made, made.sequences([TEXT]), watched=False)))
+    assert set(counts) == rules
+    assert min(counts.values()) >= 5
+
+
+@pytest.mark.no_exercise
+@pytest.mark.parametrize("phase", cpp_phases, ids=lambda phase: phase.package)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}], ids=["plain", "filtered"])
+def test_and_in_plain_decoding_in_cpp(phase: Phase, options: dict[str, Any]) -> None:
+    """Watched token by token every number is right; several tokens in one call are the same tokens."""
+    engine, made = cpp_session(phase, draft="none", **options)
+    written = []
+    for watched in (True, False):
+        sequences = made.sequences([TEXT])
+        found = run(engine, made, sequences, watched)
+        written.append(sequences[0].tokens)
+        assert keys.check(decided(made, found)) == ({"own": len(written[-1])} if watched else {})
+    assert written[0] == written[1]

@@ -1,0 +1,213 @@
+"""Which random number decides what: the table of KeyedDecisions as code, and a check of whole runs by it.
+
+`decisions` goes through all that a step decided and decides it again by the key that the table names: a number with
+another key, or used in another way, is found by what it decides, in torch and in C++ alike. `asked_of_philox` lists the
+numbers that a loop in torch asks for: one that decides something else is found by the list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import philox
+from common.philox import Purpose
+
+
+class Key(NamedTuple):
+    """A random number, or with Gumbel noise one for every token id (`word` is then 0)."""
+
+    seed: int
+    sample: int
+    position: int
+    purpose: Purpose
+    word: int = 0
+
+
+class Rule(NamedTuple):
+    """A row of the table in the docstring of KeyedDecisions."""
+
+    decision: str
+    purpose: Purpose
+    since: int  # the first phase that has it
+
+
+RULES = {
+    "own": Rule("a token of the target: plain, or after a draft", Purpose.SAMPLE, 2),
+    "draft": Rule("a draft token", Purpose.DRAFT, 2),
+    "children": Rule("the children of a node, where they are drawn", Purpose.DRAFT, 3),
+    "accept": Rule("accept or reject a draft token", Purpose.ACCEPT, 2),
+    "residual": Rule("the token in place of a rejected one", Purpose.RESIDUAL, 2),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    owner: object  # whose text: requests of one seed share their numbers
+    rule: str
+    key: Key
+    found: object
+    right: object  # by the key that the table names
+    counts: bool  # False: a draft token that the walk never came to, or one that shares the number of the target's own
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step decided for one sequence, in the same form for every phase. Node -1 is the text."""
+
+    owner: object  # the sequence
+    sample: int
+    length: int  # of the sequence before the step: the position of the next token
+    tokens: list[int]  # what was proposed, parents first
+    parents: list[int]
+    kind: Literal["chain", "drawn tree", "chosen tree"]
+    origins: Tensor | None  # row 1 + i [V]: what the children of node i were drawn from; None: they were certain
+    target: Tensor  # row 1 + i [V]: the target's distribution behind node i
+    path: list[int]  # nodes that were accepted
+    following: int
+
+    def children(self, node: int) -> list[int]:
+        return [child for child, parent in enumerate(self.parents) if parent == node]
+
+    def depth(self, node: int) -> int:
+        return 0 if node < 0 else 1 + self.depth(self.parents[node])
+
+
+def parts_of_plain(engine: Any, sequences: list[Any], logits: Tensor, params: Any) -> Iterator[Part]:
+    """Of a step without a draft, as `watch` sees it: the sequences have their new token already."""
+    for sequence, row in zip(sequences, logits, strict=True):
+        yield _plain(engine, sequence, len(sequence.tokens) - 1, row, sequence.tokens[-1], params)
+
+
+def _plain(engine: Any, sequence: Any, start: int, logits: Tensor, token: int, params: Any) -> Part:
+    target = engine.probabilities(logits[None], params, [sequence.prompt], [sequence.tokens[:start]])
+    return Part(sequence, sequence.sample, len(sequence.prompt) + start, [], [], "chain", None, target, [], token)
+
+
+def parts(engine: Any, step: Any, params: Any) -> Iterator[Part]:
+    """Of a step of speculation, of any phase."""
+    for row, (sequence, start) in enumerate(zip(step.sequences, step.starts, strict=True)):
+        origins = None if step.draft.probs is None else step.draft.probs[row]
+        kind: Literal["chain", "drawn tree", "chosen tree"] = "chain"
+        if hasattr(step, "paths"):
+            path, following = step.paths[row].nodes, step.paths[row].next_token
+            if step.logits is not None:
+                yield _plain(engine, sequence, start, step.logits[row], following, params)
+                continue
+            tokens, parents, target = step.trees[row].tokens, step.trees[row].parents, step.judged.probs[row]
+            if step.draft.trees is not None:
+                origins = step.trees[row].probs
+                kind = "chosen tree" if origins is None else "drawn tree"
+        else:  # phase 2
+            tokens = step.draft.tokens[row, : step.stats[row].k].tolist()
+            parents, target = list(range(-1, len(tokens) - 1)), step.target_probs[row]
+            path, following = list(range(int(step.verdict.accepted[row]))), int(step.verdict.next_tokens[row])
+        length = len(sequence.prompt) + start
+        yield Part(sequence, sequence.sample, length, tokens, parents, kind, origins, target, path, following)
+
+
+def decisions(part: Part, seed: int, policy: str, noise: Purpose) -> Iterator[Decision]:
+    """All that was decided in a step. policy: `rejection`, `own choice` or `lossy`; noise: of the draws of drafts."""
+    yield from _drafted(part, seed, noise)
+    if policy == "rejection" and part.kind != "chosen tree":
+        yield from _by_rejection(part, seed)
+        return
+    for depth, found in enumerate([*(part.tokens[node] for node in part.path), part.following]):
+        if policy != "lossy" or depth == len(part.path):
+            key = Key(seed, part.sample, part.length + depth, RULES["own"].purpose)
+            behind = part.target[part.path[depth - 1] + 1 if depth else 0]
+            yield Decision(part.owner, "own", key, found, largest(behind, key, 1)[0], True)
+
+
+def _drafted(part: Part, seed: int, noise: Purpose) -> Iterator[Decision]:
+    """What was proposed. `coupled` drafts with the target's own noise: its drafts have no number of their own."""
+    if part.origins is None:
+        return
+    for node in range(-1, len(part.tokens)):
+        if not (children := part.children(node)):
+            continue
+        key = Key(seed, part.sample, part.length + part.depth(node), noise)
+        found, origin = [part.tokens[child] for child in children], part.origins[node + 1]
+        gumbel = part.kind == "drawn tree" or noise == Purpose.SAMPLE
+        right = largest(origin, key, len(children)) if gumbel else [inverse(origin, key)]
+        counts = noise != Purpose.SAMPLE and node in (-1, *part.path)
+        yield Decision(part.owner, "children" if part.kind == "drawn tree" else "draft", key, found, right, counts)
+
+
+def _by_rejection(part: Part, seed: int) -> Iterator[Decision]:
+    """Recursive rejection (Sequoia, Algorithm 2), of which the rule for chains is the case of one child."""
+    for depth, node in enumerate([-1, *part.path]):
+        position, children = part.length + depth, part.children(node)
+        target = part.target[node + 1]
+        for number, child in enumerate(children):
+            token = part.tokens[child]
+            if number == 0:
+                draft = torch.eye(len(target))[token] if part.origins is None else part.origins[node + 1]
+            key = Key(seed, part.sample, position, RULES["accept"].purpose, number)
+            accepted = child in part.path
+            ratio = min(1.0, float(target[token] / draft[token]))
+            yield Decision(part.owner, "accept", key, accepted, uniform(key) < ratio, True)
+            if accepted:
+                break
+            residual = (target - draft).clamp(min=0)
+            target = residual / residual.sum() if residual.sum() > 0 else target
+            draft = draft.index_fill(0, torch.tensor(token), 0.0)
+            draft = draft / draft.sum() if draft.sum() > 0 else draft
+    rule = "residual" if children else "own"
+    key = Key(seed, part.sample, position, RULES[rule].purpose)
+    right = inverse(target, key) if children else largest(target, key, 1)[0]
+    yield Decision(part.owner, rule, key, part.following, right, True)
+
+
+def uniform(key: Key) -> float:
+    numbers = philox.uniforms(key.seed, *_row(key), key.purpose, key.word + 1)
+    return float(numbers[0, key.word])
+
+
+def inverse(probs: Tensor, key: Key) -> int:
+    """The first token of probs [V] at which their running sum exceeds the number's share of the whole."""
+    sums = probs.double().cumsum(0)
+    return int((sums <= uniform(key) * sums[-1]).sum())
+
+
+def largest(probs: Tensor, key: Key, count: int) -> list[int]:
+    """The tokens with the largest log p + Gumbel noise, in order: draws without replacement (Kool et al. 2019)."""
+    scores = probs.log() + philox.gumbel(key.seed, *_row(key), key.purpose, len(probs))[0]
+    return scores.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def _row(key: Key) -> tuple[Tensor, Tensor]:
+    return torch.tensor([key.sample]), torch.tensor([key.position])
+
+
+def check(found: list[Decision]) -> Counter[str]:
+    """Every decision is that of the table, and no number decided two things. How many decisions there were by rule."""
+    assert [each for each in found if each.found != each.right] == []
+    uses = Counter((each.owner, each.key) for each in found if each.counts)
+    assert [key for key, count in uses.items() if count > 1] == []
+    return Counter(each.rule for each in found)
+
+
+@contextmanager
+def asked_of_philox(patch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
+    """The keys of all numbers that are asked for meanwhile, in torch; those of the fake model's logits apart."""
+    asked: set[Key] = set()
+    uniforms = philox.uniforms
+
+    def noting(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+        if purpose in tuple(Purpose):
+            word = count - 1 if purpose == Purpose.ACCEPT else 0
+            rows = zip(sample.tolist(), position.tolist(), strict=True)
+            asked.update(Key(seed, s, p, Purpose(purpose), word) for s, p in rows)
+        return uniforms(seed, sample, position, purpose, count)
+
+    with patch.context() as within:
+        within.setattr(philox, "uniforms", noting)
+        yield asked
