@@ -173,9 +173,11 @@ def law(model: Transformer) -> Tensor:
     return both
 
 
-def chances(small: Pair, verdict: Callable[[Speculated], list[int]], seeds: int = 4000) -> float:
+def chances(
+    small: Pair, verdict: Callable[[Speculated], list[int]], policy: str = "rejection", seeds: int = 4000
+) -> float:
     """How likely so uneven a sample of the first two tokens is under the target's law (chi-square)."""
-    V = small.model.config.vocab_size
+    V, rule = small.model.config.vocab_size, POLICIES[policy]
     seen = torch.zeros(V, V)
     caches = small.target.new_cache(1, 16), small.drafter.new_cache(1, 16)
     for seed in range(seeds):
@@ -184,7 +186,8 @@ def chances(small: Pair, verdict: Callable[[Speculated], list[int]], seeds: int 
             cache.truncate(0, 0)
         [*steps] = small.target.speculate(
             caches[0], 0, [1, 2, 3], small.drafter, caches[1], 0, [1, 2, 3], 2,
-            SamplingParams(temperature=1.0, seed=seed), own=False, sample=0, position=3, steps=2,
+            SamplingParams(temperature=1.0, seed=seed), own=isinstance(rule, OwnChoice), sample=0, position=3, steps=2,
+            noise=rule.draft_noise,
         )  # fmt: skip
         for each in steps:
             found += verdict(each)
@@ -201,8 +204,9 @@ def as_said(step: Speculated) -> list[int]:
     return [*step.draft[: step.accepted], step.next_token]
 
 
-def test_two_tokens_are_distributed_as_the_targets(small: Pair) -> None:
-    assert chances(small, as_said) > 1e-4
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_two_tokens_are_distributed_as_the_targets(small: Pair, policy: str) -> None:
+    assert chances(small, as_said, policy) > 1e-4
 
 
 def test_the_law_is_tested(small: Pair) -> None:

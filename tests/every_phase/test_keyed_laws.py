@@ -1,0 +1,243 @@
+"""Keyed random numbers give the laws that the enumeration proves of independent ones (chi-square tests).
+
+Quick: the sources alone, the rule of every policy, and trees, each over thousands of samples at once. Slow: whole
+loops, every policy with every way to draft.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from common.phases import Phase
+from common.philox import Purpose
+from tests.support.small import sequences_of, small_session, tables
+
+RARE = 1e-4  # a sample this uneven is none of the law's
+DRAWS = 20_000
+SIZE = 4
+LOSSLESS = ("rejection", "coupled", "longest_prefix")
+LOSSY = ("conf_threshold", "topk_agree", "typical")
+SOME = {"tau": 0.3, "agree_k": 2, "epsilon": 0.9, "delta": 0.9}  # such that some tokens are good enough
+
+
+def likelihood(counts: Tensor, law: Tensor) -> float:
+    """How likely counts at least so uneven are under the law; cells that are rarer than 5 times count as one."""
+    counts, expected = counts.double().flatten(), law.double().flatten() * counts.sum()
+    assert float(law.sum()) == pytest.approx(1, abs=1e-5)
+    assert int(counts[law.flatten() == 0].sum()) == 0
+    common = expected >= 5
+    cells = [(counts[common], expected[common]), (counts[~common].sum()[None], expected[~common].sum()[None])]
+    observed, wanted = (torch.cat(each) for each in zip(*cells, strict=True))
+    kept = wanted > 0
+    return float(stats.chisquare(observed[kept], wanted[kept] * (observed.sum() / wanted.sum())).pvalue)
+
+
+def law(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+@pytest.fixture
+def keyed(phase: Phase) -> Any:
+    """The phase's source of random numbers, with seed 3."""
+    if phase.number == 1:
+        pytest.skip("nothing but plain sampling, which test_sampling.py checks")
+    return importlib.import_module(phase.package).KeyedDecisions(3)
+
+
+@pytest.fixture
+def branching(keyed: Any, phase: Phase) -> Any:
+    if phase.number == 2:
+        pytest.skip("trees come with phase 3")
+    return keyed
+
+
+def rows(count: int = DRAWS) -> tuple[Tensor, Tensor]:
+    """Samples and positions of so many rows, no two alike."""
+    each = torch.arange(count)
+    return each % 50, 7 + each // 50
+
+
+@pytest.mark.parametrize("purpose", [Purpose.SAMPLE, Purpose.DRAFT, Purpose.RESIDUAL])
+def test_draws_follow_the_distribution(keyed: Any, purpose: Purpose) -> None:
+    probs = law(1, SIZE)
+    tokens = keyed.draw(probs.expand(DRAWS, SIZE), *rows(), purpose)
+    assert likelihood(torch.bincount(tokens, minlength=SIZE), probs) > RARE
+
+
+def test_neighbours_are_independent(keyed: Any) -> None:
+    """Of each row the draft token, accepting it, what follows it, and the draft token at the next position."""
+    probs, (samples, positions) = law(2, SIZE), rows()
+    every = probs.expand(DRAWS, SIZE)
+    coin = keyed.decide(torch.full((DRAWS, 1), 0.4), samples, positions[:, None])[:, 0].long()
+    drawn = [keyed.draw(every, samples, positions, purpose) for purpose in (Purpose.DRAFT, Purpose.RESIDUAL)]
+    drawn.append(keyed.draw(every, samples, positions + 1, Purpose.DRAFT))
+    joint = torch.tensor([0.6, 0.4])
+    cells = coin
+    for tokens in drawn:
+        joint, cells = joint[..., None] * probs, cells * SIZE + tokens
+    assert likelihood(torch.bincount(cells, minlength=joint.numel()), joint) > RARE
+
+
+@pytest.mark.parametrize("purpose", [Purpose.DRAFT, Purpose.SAMPLE])
+def test_several_tokens_are_drawn_in_order_without_replacement(branching: Any, purpose: Purpose) -> None:
+    probs = law(3, SIZE)
+    pairs = branching.draw_several(probs.expand(DRAWS, SIZE), 2, *rows(), purpose)
+    expected = probs[:, None] * probs / (1 - probs[:, None])
+    counts = torch.bincount(pairs[:, 0] * SIZE + pairs[:, 1], minlength=SIZE * SIZE)
+    assert likelihood(counts, expected * (1 - torch.eye(SIZE))) > RARE
+
+
+def test_siblings_are_tried_with_numbers_of_their_own(branching: Any) -> None:
+    chances, (samples, positions) = torch.tensor([0.3, 0.5, 0.7]), rows()
+    cells = torch.zeros(DRAWS, dtype=torch.long)
+    for trial, chance in enumerate(chances):
+        decided = branching.decide(chance.expand(DRAWS, 1), samples, positions[:, None], trial)[:, 0]
+        cells = cells * 2 + decided.long()
+    yes = torch.stack((1 - chances, chances), 1)
+    assert likelihood(torch.bincount(cells, minlength=8), torch.einsum("a,b,c->abc", *yes)) > RARE
+
+
+def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, target: Tensor, source: Any) -> Any:
+    """The verdict over rows() of chains of one token; target [DRAWS, 2, SIZE]."""
+    samples, positions = rows()
+    widths = torch.ones(DRAWS, dtype=torch.long)
+    if not hasattr(engine, "make_policy"):
+        return engine.verify(tokens, probs, target, widths, samples, positions, source)
+    draft, said = engine.Draft(tokens, probs, [1] * DRAWS), engine.Judged(target, target)
+    return engine.make_policy(policy, **SOME).judge(draft, said, widths, samples, positions, source)
+
+
+@pytest.mark.parametrize(
+    ("policy", "certain"), [*itertools.product((*LOSSLESS, *LOSSY), [False]), *itertools.product(LOSSLESS, [True])]
+)
+def test_chains_of_one_token(phase: Phase, keyed: Any, policy: str, certain: bool) -> None:
+    """The first token follows the target (with a lossy policy: what it promises), and so does the one behind it."""
+    if phase.number == 2 and policy != "rejection":
+        pytest.skip("comes with phase 3")
+    engine = importlib.import_module(phase.package)
+    target, behind = law(4, SIZE), law(5, SIZE, SIZE)
+    draft = torch.eye(SIZE)[2] if certain else law(6, SIZE)
+    noise = Purpose.SAMPLE if policy == "coupled" else Purpose.DRAFT
+    tokens = torch.full((DRAWS,), 2) if certain else keyed.draw(draft.expand(DRAWS, SIZE), *rows(), noise)
+    probs = None if certain else draft.expand(DRAWS, 1, SIZE)
+    said = torch.stack((target.expand(DRAWS, SIZE), behind[tokens]), 1)
+    verdict = judged(engine, policy, tokens[:, None], probs, said, keyed)
+    accepted, following = verdict.accepted == 1, verdict.next_tokens
+    first = torch.where(accepted, tokens, following)
+    expected = target
+    if policy in LOSSY:
+        good = engine.make_policy(policy, **SOME).good(target)
+        expected = draft * good + (1 - (draft * good).sum()) * target
+    assert likelihood(torch.bincount(first, minlength=SIZE), expected) > RARE
+    stood = torch.bincount(tokens[accepted], minlength=SIZE).double()
+    assert 0 < int(stood.sum()) < DRAWS
+    pairs = torch.bincount(tokens[accepted] * SIZE + following[accepted], minlength=SIZE * SIZE)
+    assert likelihood(pairs, (stood / stood.sum())[:, None] * behind) > RARE
+
+
+TREES = 1000
+
+
+@pytest.mark.parametrize("policy", LOSSLESS)
+def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> None:
+    """Drawn without replacement where the policy wants it, else the likeliest; the first token is the target's."""
+    engine = importlib.import_module(phase.package)
+    rule = engine.make_policy(policy)
+    target, behind, draft = law(4, SIZE), law(5, SIZE, SIZE), law(6, SIZE)
+    samples, positions = rows(TREES)
+    drawn = branching.draw_several(draft.expand(TREES, SIZE), 2, samples, positions, rule.draft_noise)
+    if not rule.draws_children:
+        drawn = draft.topk(2).indices.expand(TREES, 2)
+    probs = torch.zeros(3, SIZE)
+    probs[0] = draft
+    first, second = [], []
+    for children, sample, position in zip(drawn.tolist(), samples.tolist(), positions.tolist(), strict=True):
+        tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
+        said = torch.stack((target, *behind[children]))[None]
+        path = rule.descend(tree, engine.Judged(said, said), sample, position, branching)
+        if path.nodes:
+            second.append((children[path.nodes[0]], path.next_token))
+        first.append(children[path.nodes[0]] if path.nodes else path.next_token)
+    assert likelihood(torch.bincount(torch.tensor(first), minlength=SIZE), target) > RARE
+    assert 0.5 * TREES < len(second) < TREES
+    pairs = torch.zeros(SIZE, SIZE)
+    for before, after in second:
+        pairs[before, after] += 1
+    assert likelihood(pairs, (pairs.sum(1, keepdim=True) / pairs.sum()) * behind) > RARE
+
+
+SHORT = {"max_tokens": 3, "k": 2, "draft": "fake:0.7"}
+DRAFTING: dict[str, dict[str, Any]] = {
+    "model": {},
+    "confidence": {"controller": "confidence"},
+    "ngram": {"drafter": "ngram"},
+    "static tree": {"tree": "static", "tree_nodes": 6},
+    "dynamic tree": {"tree": "dynamic", "tree_nodes": 5},
+}
+VOCABULARY = 3
+PROMPT = [0, 1, 1, 0, 1]  # the n-gram drafter finds its end twice
+
+
+def plain_law() -> Tensor:
+    """[3, 3, 3] the law of three tokens behind the prompt, by the target's table over the last two."""
+    table = tables(VOCABULARY)[0].double().softmax(-1).view(VOCABULARY, VOCABULARY, VOCABULARY)
+    first = table[PROMPT[-2], PROMPT[-1]]
+    second = table[PROMPT[-1]]  # [first, second]
+    return first[:, None, None] * second[:, :, None] * table
+
+
+def whole_texts(phase: Phase, options: dict[str, Any], patch: pytest.MonkeyPatch, count: int) -> Tensor:
+    """How often each text of three tokens was written, by so many samples of one batch."""
+    engine = importlib.import_module(phase.package)
+    made = small_session(engine, patch, VOCABULARY, **{**SHORT, **options})
+    sequences = sequences_of(engine, made, [PROMPT], list(range(count)))
+    proposed = 0
+    for step in made.run(sequences, engine.Clock()):
+        proposed += sum(each.proposed for each in step.stats)
+    assert proposed > count
+    tokens = torch.tensor([sequence.tokens for sequence in sequences])
+    cells = (tokens[:, 0] * VOCABULARY + tokens[:, 1]) * VOCABULARY + tokens[:, 2]
+    return torch.bincount(cells, minlength=VOCABULARY**3)
+
+
+@pytest.mark.parametrize("policy", ["rejection", "coupled"])
+def test_whole_loops_with_a_draft_model(phase: Phase, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of two tokens: one number for both, or for a draft and what follows, would show."""
+    if phase.number < (2 if policy == "rejection" else 3):
+        pytest.skip("comes later")
+    options = {} if phase.number == 2 else {"policy": policy}
+    assert likelihood(whole_texts(phase, options, monkeypatch, 700), plain_law()) > RARE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", list(DRAFTING))
+@pytest.mark.parametrize("policy", LOSSLESS)
+def test_whole_loops(phase: Phase, policy: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if phase.number < 3:
+        pytest.skip("comes with phase 3")
+    counts = whole_texts(phase, {**DRAFTING[how], "policy": policy}, monkeypatch, 2000)
+    assert likelihood(counts, plain_law()) > RARE
+
+
+MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reversed": lambda pairs: pairs.flip(1),
+    "with replacement": lambda pairs: torch.stack((pairs[:, 0], pairs[:, 1].roll(1)), 1),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_the_law_of_pairs_is_tested(branching: Any, mistake: str) -> None:
+    probs = law(3, SIZE)
+    pairs = MISTAKES[mistake](branching.draw_several(probs.expand(DRAWS, SIZE), 2, *rows(), Purpose.DRAFT))
+    distinct = pairs[pairs[:, 0] != pairs[:, 1]]
+    expected = probs[:, None] * probs / (1 - probs[:, None]) * (1 - torch.eye(SIZE))
+    counts = torch.bincount(distinct[:, 0] * SIZE + distinct[:, 1], minlength=SIZE * SIZE)
+    assert likelihood(counts, expected) < RARE
