@@ -1,9 +1,12 @@
-"""20,000 tokens in a ring: memory stays what it was, and the last token sees what it should."""
+"""Texts far past the context: memory stays what it was, and every token is the one that phase 1 writes."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import phase1
 import phase5
+from common.checkpoint import MODELS
+from phase5.kernels import registry
 from phase5.kv_cache import KVOptions
 from phase5.runner import CachedRunner, WholeRunner, cache_shape, make_runner
 
@@ -71,3 +77,45 @@ def test_twenty_thousand_tokens_at_constant_memory(
         torch.testing.assert_close(found, static.logits(["text"], [text]), atol=1e-4, rtol=1e-4)
         if length <= 3_000:  # the mask of a whole text is of its length squared
             torch.testing.assert_close(found, whole.logits(["text"], [text]), atol=1e-4, rtol=1e-4)
+
+
+CONTEXT, PAST = 64, 5_000
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stdlib-10m with a context of 64 tokens: its window jumps every 16. Its draft jumps elsewhere, past 1,024."""
+    folder = tmp_path_factory.mktemp("short") / "stdlib-10m"
+    shutil.copytree(MODELS / "stdlib-10m", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    return folder
+
+
+def written(engine: Any, folder: Path, temperature: float, **options: Any) -> list[int]:
+    chosen = {"dtype": "float32", "device": "cpu", "max_tokens": CONTEXT + PAST, "temperature": temperature, **options}
+    made = engine.Session(engine.Options(model=str(folder), **chosen))
+    made.params = dataclasses.replace(made.params, ignore_eos=True)
+    tokens: list[int] = made.complete(["import os\n"])[0].tokens
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def phase_1_writes(short: Path) -> Callable[[float], list[int]]:
+    """What plain decoding without a cache writes; it takes minutes, so each text is written once."""
+    return cache(lambda temperature: written(phase1, short, temperature))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("kernels", "kind"), [("torch", "dynamic"), ("torch", "static"), ("torch", "paged"), ("cpp", "static")]
+)
+def test_the_default_draft_model_five_thousand_tokens_past_the_context(
+    kernels: str, kind: str, temperature: float, short: Path, phase_1_writes: Callable[[float], list[int]]
+) -> None:
+    if kernels == "cpp" and (reason := registry.why_not("cpp", torch.device("cpu"))) is not None:
+        pytest.skip(f"no C++ backend here: {reason}")
+    options = {"kernels": kernels, "kv": kind, "policy": "coupled"}  # at temperature 0 any policy writes the same
+    found = written(phase5, short, temperature, **options)
+    assert len(found) == CONTEXT + PAST
+    assert found == phase_1_writes(temperature)
