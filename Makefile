@@ -19,14 +19,14 @@ USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <=
 LINK_PHASES = rm -rf $(VENV)/phases && mkdir -p $(VENV)/phases && for phase in phase-*; do \
     number=$${phase\#phase-}; ln -s "../../$$phase/engine" "$(VENV)/phases/phase$${number%%-*}"; done
 
-NOTEBOOKS := --nbmake --nbmake-timeout=600 phase-*/lesson.ipynb
+LESSONS := --nbmake --nbmake-timeout=600 phase-*/lesson.ipynb
 
 # `make gpu` writes into OUT; with DRY_RUN=1, which needs no card and computes nothing, into a folder in it.
 OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
 GPU_BENCH ?= --rounds 3
 
-.PHONY: help demo diff notebook test test-all sanitize gpu lint install clean
+.PHONY: help demo diff notebook test test-all mutants sanitize gpu lint install clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
@@ -42,10 +42,14 @@ notebook: $(NOTEBOOKS)  ## open the notebook of phase N, and install JupyterLab 
 	$(BIN)/python -m jupyterlab $(or $(wildcard phase-$(N)-*/lesson.ipynb),$(error name a phase: make notebook N=2))
 
 test: lint  ## lab drift, ruff, mypy --strict, the notebooks, and the tests that are quick and need no graphics card
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu" $(NOTEBOOKS) tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu" $(LESSONS) tests
 
 test-all: lint  ## every test, the slow ones too; those for a graphics card where there is one
-	$(BIN)/pytest $(NOTEBOOKS) tests
+	$(BIN)/pytest $(LESSONS) tests
+
+mutants: $(STAMP)  ## change the engine in many small ways, one at a time, and see that tests notice: make mutants ONLY=verify.py
+	@$(LINK_PHASES)
+	PYTHONPATH=.:$(VENV)/phases $(BIN)/python -m tests.support.mutation $(ONLY)
 
 sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
 	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m engine.kernels.cpp.sanitize

@@ -206,6 +206,13 @@ def test_of_equal_logits_the_lowest_id_is_chosen(engine: ModuleType) -> None:
     assert engine.sampling.most_likely(scores, 3).tolist() == [[False, True, True, True, False, False]]
 
 
+@pytest.mark.parametrize(("options", "kept"), [({"top_p": 0.5}, 2), ({"top_p": 0.75}, 3), ({"min_p": 1.0}, 4)])
+def test_tokens_exactly_at_the_edge_of_a_filter(engine: ModuleType, options: dict[str, Any], kept: int) -> None:
+    """Four tokens of probability 1/4: half of the mass is two of them. And min_p = 1 keeps all that are likeliest."""
+    probs = engine.probabilities(torch.zeros(1, 4), engine.SamplingParams(temperature=1.0, **options))
+    assert probs[0].tolist() == pytest.approx([1 / kept] * kept + [0] * (4 - kept))
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-30])
 def test_the_coldest_temperatures_are_greedy(engine: ModuleType, temperature: float) -> None:
     logits = random_logits(3) * 1e4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import phase2
 from common.philox import Purpose
 from phase2.model import Embedding
+from tests.support.mutants import mutated
 
 Law = dict[Any, float]
 
@@ -150,25 +150,6 @@ def layered(windows: tuple[int | None, ...], seed: int) -> phase2.Transformer:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
     return model
-
-
-def mutated(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
-    """The module with pieces of its source replaced. A piece that is not there fails, so no mutant goes stale."""
-    source = inspect.getsource(module)
-    for old, new in changes:
-        assert source.count(old) >= 1, f"no longer in {module.__name__}: {old}"
-        source = source.replace(old, new)
-    mutant = types.ModuleType(module.__name__)
-    mutant.__package__ = module.__package__
-    import sys
-
-    original = sys.modules[module.__name__]
-    sys.modules[module.__name__] = mutant  # dataclasses look their module up
-    try:
-        exec(compile(source, module.__file__ or "mutant", "exec"), mutant.__dict__)
-    finally:
-        sys.modules[module.__name__] = original
-    return mutant
 
 
 @pytest.fixture(scope="session")

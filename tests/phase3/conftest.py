@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import types
 from collections import defaultdict
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import phase3
 from common.philox import Purpose
+from tests.support.mutants import mutated
 
 Law = dict[Any, float]
 SLIVER = 1e-15  # a branch this narrow is rounding
@@ -255,24 +255,8 @@ class Proof:
         return lambda walker, noise: Favourite(size, self.engine)
 
     def mutated(self, name: str, *changes: tuple[str, str], **names: Any) -> types.ModuleType:
-        """A module of the engine with pieces of its source replaced, and then some of its names.
-
-        A piece that is not there fails, so no mutant goes stale.
-        """
-        module = sys.modules[f"{self.engine.__name__}.{name}"]
-        source = inspect.getsource(module)
-        for old, new in changes:
-            assert source.count(old) >= 1, f"no longer in {name}: {old}"
-            source = source.replace(old, new)
-        mutant = types.ModuleType(module.__name__)
-        mutant.__package__ = module.__package__
-        sys.modules[module.__name__] = mutant  # dataclasses look their module up
-        try:
-            exec(compile(source, module.__file__ or "mutant", "exec"), mutant.__dict__)
-        finally:
-            sys.modules[module.__name__] = module
-        mutant.__dict__.update(names)
-        return mutant
+        """A module of the engine with pieces of its source replaced, and then some of its names."""
+        return mutated(sys.modules[f"{self.engine.__name__}.{name}"], *changes, **names)
 
     Walker = Walker
     Replay = Replay

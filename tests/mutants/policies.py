@@ -1,0 +1,104 @@
+"""Phase 3: policies, trees, and what drafts chains and trees."""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from tests.support.mutants import mutants
+
+ENGINE = "phase-3-policies-drafters/engine"
+KEYS = ("tests/every_phase/test_keys.py", "-k", "phase3")
+LAWS = ("tests/phase3/test_policies.py", "tests/phase3/test_tree_laws.py", "tests/phase3/test_phase3_lossless.py")
+POLICIES = mutants(
+    f"{ENGINE}/policies.py",
+    (KEYS[0], *LAWS, "tests/phase3/test_same_tokens.py", *KEYS[1:]),
+    # Keys.
+    ("draw_one(target, sample, at, decisions, purpose)", "draw_one(target, sample, position, decisions, purpose)"),
+    ("purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE", "purpose = Purpose.SAMPLE"),
+    ("purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE", "purpose = Purpose.RESIDUAL"),
+    ("Purpose.RESIDUAL if tree.children(node)", "Purpose.ACCEPT if tree.children(node)"),
+    ("torch.full_like(ratio, at, dtype=torch.long), trial)", "torch.full_like(ratio, position, dtype=torch.long), trial)"),
+    ("torch.full_like(ratio, at, dtype=torch.long), trial)", "torch.full_like(ratio, at, dtype=torch.long), 0)"),
+    ("token = draw_one(probs[node + 1], sample, position + len(nodes), decisions)", "token = draw_one(probs[node + 1], sample, position, decisions)"),
+    ("at = positions[active] + column", "at = positions[active]"),
+    ("samples[active], at, Purpose.SAMPLE)", "samples[active], at, Purpose.RESIDUAL)"),
+    ("return Purpose.SAMPLE if self.shared_noise else Purpose.DRAFT", "return Purpose.DRAFT if self.shared_noise else Purpose.SAMPLE"),
+    ("next_tokens = decisions.draw(following, samples, positions + accepted, Purpose.SAMPLE)", "next_tokens = decisions.draw(following, samples, positions, Purpose.SAMPLE)"),
+    ("draw_one(judged.probs[0, node + 1], sample, position + len(nodes), decisions)", "draw_one(judged.probs[0, node + 1], sample, position, decisions)"),
+    # Recursive rejection.
+    ("ratio = (target[token] / draft[token])", "ratio = (draft[token] / target[token])"),
+    ("residual = (target - draft).clamp(min=0)", "residual = (target - draft).abs()"),
+    ("target = residual / mass if mass > 0 else target", "target = target"),
+    ("draft[token] = 0\n", "draft[token] = draft[token]\n"),
+    ("draft = draft / left if left > 0 else draft", "draft = draft"),
+    ("target, draft = probs[node + 1], tree.probs[node + 1]", "target, draft = probs[node + 1], tree.probs[0]"),
+    ("if tree.probs is None:\n            return own_descent", "if tree.probs is not None:\n            return own_descent"),
+    # The target's own choice.
+    ("if tree.tokens[child] == token]", "if tree.tokens[child] != token]"),
+    ("judged.probs[active, column], samples", "judged.probs[active, 0], samples"),
+    ("(own[active] == draft.tokens[active, column]) & (column < widths[active])", "(own[active] == draft.tokens[active, column])"),
+    # Lossy policies.
+    ("return opinion >= self.tau", "return opinion > self.tau"),
+    ("most_likely(opinion, min(self.k, opinion.shape[-1]))", "most_likely(opinion, min(self.k + 1, opinion.shape[-1]))"),
+    ("entropy = -torch.xlogy(opinion, opinion)", "entropy = torch.xlogy(opinion, opinion)"),
+    (".clamp(max=self.epsilon)", ".clamp(min=self.epsilon)"),
+    ("stands = good & (torch.arange(K", "stands = good | (torch.arange(K"),
+    ("accepted = stands.long().cumprod(dim=1).sum(dim=1)", "accepted = stands.long().sum(dim=1)"),
+    ("node = fitting[0]\n", "node = fitting[-1]\n"),
+)  # fmt: skip
+
+CHAINS = mutants(
+    f"{ENGINE}/drafters/chains.py",
+    (KEYS[0], "tests/phase3/test_phase3_lossless.py", *KEYS[1:]),
+    ("[sequence.length + len(self.tokens[row])]]", "[sequence.length]]"),
+    ("[[sequence.sample], [sequence.length", "[[0], [sequence.length"),
+    ("keys[0], keys[1], self.noise)", "keys[0], keys[1], Purpose.DRAFT)"),
+    ("keys[0], keys[1], self.noise)", "keys[0], keys[1], Purpose.ACCEPT)"),
+    ("self.probs[row].append(probs[0])", "self.probs[row].append(logits.softmax(-1))"),
+    ("if len(self.tokens[row]) < width]", "if len(self.tokens[row]) <= width]"),
+    ("return self.sequences[row].tokens + self.tokens[row]", "return self.sequences[row].tokens"),
+)  # fmt: skip
+
+TREE_LAWS = (KEYS[0], "tests/phase3/test_trees.py", "tests/phase3/test_tree_laws.py", *KEYS[1:])
+TREES = mutants(
+    f"{ENGINE}/drafters/trees.py",
+    TREE_LAWS,
+    ("[sequence.length + depth]]", "[sequence.length]]"),
+    ("keys[0], keys[1], self.noise)[0].tolist()", "keys[0], keys[1], self.noise)[0].flip(-1).tolist()"),
+    ("keys[0], keys[1], self.noise)[0].tolist()", "keys[0], keys[1], Purpose.SAMPLE)[0].tolist()"),
+    ("self.drawn = drawn and not params.greedy", "self.drawn = drawn"),
+    ("params = self.params if self.drawn else self.ranking", "params = self.ranking"),
+    ("count = min(count, int((probs > 0).sum()))", "pass"),
+    ("if not self.drawn:\n            return ranked", "if True:\n            return ranked"),
+    ("torch.stack([rows.get(node, nothing) for node", "torch.stack([rows[-1] for node"),
+    ("worth.append(value * (worth[node] if node >= 0 else 1.0))", "worth.append(value)"),
+    ("key=lambda node: -worth[node])[: self.nodes]", "key=lambda node: worth[node])[: self.nodes]"),
+    ("key=lambda node: -worth[node])[: self.nodes]", "key=lambda node: -worth[node])[: self.nodes + 1]"),
+    ("frontier = [node for node in best_nodes if node >= first][: self.beam]", "frontier = [node for node in best_nodes if node >= first][:1]"),
+    ("probs.gather(1, best).tolist(), best.tolist()", "probs.gather(1, best).tolist(), best.flip(-1).tolist()"),
+    ("if value > 0:\n", "if value >= 0:\n"),
+)  # fmt: skip
+
+TREE = mutants(
+    f"{ENGINE}/tree.py",
+    TREE_LAWS,
+    ("depths.append(1 if parent < 0 else depths[parent] + 1)", "depths.append(1 if parent < 0 else depths[parent])"),
+    ("return self.parents == list(range(-1, len(self.parents) - 1))", "return self.parents == list(range(len(self.parents)))"),
+    ("if parent == node]", "if parent == node][::-1]"),
+    ("above = self.line(self.parents[node]) if self.parents[node] >= 0 else []", "above = self.line(self.parents[node]) if self.parents[node] > 0 else []"),
+    ("related[node] |= related[parent]", "related[node, parent] = True"),
+    ("if parent >= 0:\n                related", "if parent > 0:\n                related"),
+    ("node = self.parents[node]\n        kept", "break\n        kept"),
+)  # fmt: skip
+
+SHAPES = mutants(
+    f"{ENGINE}/tree_shapes.py",
+    ("tests/phase3/test_trees.py",),
+    ("tried[depth][rank] += 1", "tried[depth][rank] += child == node"),
+    ("falling = [[max(row[r:]) for r in range(len(row))] for row in acceptance]", "falling = acceptance"),
+    ("heapq.heappush(waiting, (value * falling[depth][0], (*ranks, 0)))", "heapq.heappush(waiting, (value, (*ranks, 0)))"),
+    ("value / falling[depth - 1][ranks[-1]] * falling[depth - 1][sibling[-1]]", "value * falling[depth - 1][sibling[-1]]"),
+    ("if value == 0:", "if value != value:"),
+    ("chances[parent] if parent >= 0 else 1.0", "1.0"),
+)  # fmt: skip
+
+MUTANTS = [*POLICIES, *CHAINS, *TREES, *TREE, *SHAPES]
