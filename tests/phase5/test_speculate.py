@@ -204,7 +204,9 @@ def as_said(step: Speculated) -> list[int]:
     return [*step.draft[: step.accepted], step.next_token]
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize(
+    "policy", ["rejection", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coupled", "longest_prefix"))]
+)
 def test_two_tokens_are_distributed_as_the_targets(small: Pair, policy: str) -> None:
     assert chances(small, as_said, policy) > 1e-4
 
