@@ -208,7 +208,7 @@ def load_transformer(
 
 
 def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, device: torch.device) -> None:
-    """Put a QuantLinear where the file holds a quantised matrix. UserError where that is but a part of a fused one."""
+    """Put a QuantLinear where the file holds a quantised matrix. UserError where that is a part of a fused one."""
     whole = places(dict(model.named_parameters()), model.config)
     parts = Counter(place.name for place in whole.values())
     stored = [f"{owner}.weight" for owner in quantised(checkpoint, scheme)]
@@ -217,7 +217,7 @@ def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, devic
         linear = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(linear, nn.Linear) or count < parts[name]:
             raise UserError(
-                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or in parts alone, and the "
+                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or in part alone, and the "
                 "engine computes it at once: take the model as it was before"
             )
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None

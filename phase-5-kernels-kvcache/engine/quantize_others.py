@@ -1,13 +1,13 @@
 """Matrices that GPTQ, AWQ or compressed-tensors quantised, as quantize.py has them; no weight is rounded again.
 
-A weight is (level - zero) * scale there as here. Levels and zeros are whole numbers and stay what they are; their order
-in memory changes. Scales become bfloat16, which is what kernels read: those of a model in bfloat16 are that already, one
-in float16 moves by up to 0.2%, and a note says so. Where inputs share a scale in larger groups than kernels know, such as
-one group over the whole width, the groups are divided and the scale is repeated.
+A weight is (level - zero) * scale there as here. Levels and zeros are whole numbers and stay what they are; the order
+in memory changes. Scales become bfloat16, which kernels read: those of a model in bfloat16 are that already, one
+in float16 moves by up to 0.4%, and a note says so. Where inputs share a scale in larger groups than kernels know, as
+in one group over the whole width, the groups are divided and the scale is repeated.
 
-    gptq                  qweight [in / 8, out]          qzeros [groups, out / 8]   scales [groups, out]   g_idx [in]
-    awq                   qweight [in, out / 8]          qzeros [groups, out / 8]   scales [groups, out]
-    compressed-tensors    weight_packed [out, in / 8]    weight_zero_point [out / 8, groups]   weight_scale [out, groups]
+    gptq                  qweight [in / 8, out]         qzeros [groups, out / 8]  scales [groups, out]  g_idx [in]
+    awq                   qweight [in, out / 8]         qzeros [groups, out / 8]  scales [groups, out]
+    compressed-tensors    weight_packed [out, in / 8]   weight_zero_point [out / 8, groups]  weight_scale [out, groups]
                           or weight, int8 [out, in]
 
 An int32 holds eight numbers of four bits (or four of eight), the first in the lowest bits; AWQ's order is AWQ_PLACES.
@@ -168,7 +168,7 @@ def unpacked(words: Tensor, bits: int, places: Sequence[int] | None = None) -> T
 
 
 def convert(where: str, stored: Stored, scheme: Scheme) -> dict[str, Tensor]:
-    """`values`, `scales`, `zeros` and `order` as quantize.py has them. UserError for what does not fit or is no number."""
+    """`values`, `scales`, `zeros` and `order` as quantize.py has them. UserError for what does not fit."""
     levels, scales, zeros, group_of = stored
     out, width = levels.shape
     format = format_of(scheme, width, where)

@@ -91,7 +91,9 @@ def _compressed(about: Mapping[str, Any]) -> Scheme:
         _only(activations, name, "type", "int")
     group = None if weights["strategy"] == "channel" else _group(name, weights.get("group_size"))
     packed = layout["format"] == "pack-quantized"
-    return Scheme(name, bits, group, not symmetric, packed=packed, rounds_activations=activations is not None)
+    return Scheme(
+        "compressed-tensors", bits, group, not symmetric, packed=packed, rounds_activations=activations is not None
+    )
 
 
 def _group(method: str, size: Any) -> int | None:
