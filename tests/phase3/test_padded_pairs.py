@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import phase3
-from phase3.model import Embedding, Linear
+from phase3.model import Embedding, Linear, Masks
 from phase3.pair import fit_vocabulary
 
 EXACT = 1e-12
@@ -36,7 +36,7 @@ class OneHot(phase3.Transformer):
         tokens: Tensor,
         positions: Tensor | None = None,
         wanted: Tensor | None = None,
-        mask: Tensor | None = None,
+        masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         return self.embedding(tokens if wanted is None else tokens.gather(1, wanted)), None

@@ -88,8 +88,8 @@ def test_cpp(family: str, folders: dict[str, str], expected: Any) -> None:
 def with_attention_of(backend: str, folder: str) -> phase5.Transformer:
     kernels = registry.choose(backend, CPU).kernels
     model = phase5.load(folder, torch.float32, CPU).model
-    attention = {"decode_attention": kernels.decode_attention, "flash_prefill": kernels.flash_prefill}
-    registry.use(model, TORCH._replace(**attention))
+    decode, prefill = kernels.decode_attention, kernels.flash_prefill
+    registry.use(model, TORCH._replace(decode_attention=decode, flash_prefill=prefill))
     return model
 
 
@@ -144,6 +144,6 @@ def test_a_repeating_text_past_the_context(kind: str, how: str, repeated: tuple[
         "ngram": {"drafter": "ngram"},
         "tree": {"draft": options["model"], "k": 3, "tree": "static", "tree_nodes": 6},
     }
-    backend = {"kernels": "cpp"} if kind == "cpp" else {"kernels": "torch", "kv": kind}
+    backend: dict[str, Any] = {"kernels": "cpp"} if kind == "cpp" else {"kernels": "torch", "kv": kind}
     (done,) = phase5.Session(phase5.Options(**options, **backend, **drafting[how])).complete([REPEATING])
     assert done.tokens == expected
