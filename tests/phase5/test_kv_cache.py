@@ -143,6 +143,7 @@ def test_a_full_static_cache_says_how_much_is_needed() -> None:
     cache = make_cache(KVOptions("static", slots=10), SHAPE, 1, 96, torch.float32, CPU, None)
     append(cache, 0, list(range(8)))
     cache.keep(0, list(range(8)))
+    cache.make_room(0, 2)  # it may be filled to its last place
     with pytest.raises(UserError, match=r"holds 10 tokens per text, and 11 are needed: give a larger --kv-slots"):
         cache.make_room(0, 3)
     check(cache, 0, list(range(8)))
