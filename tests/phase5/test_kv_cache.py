@@ -194,6 +194,20 @@ def test_a_ring_stays_as_large_as_it_is() -> None:
     check(cache, 0, held)
 
 
+@pytest.mark.about("engine/kv_cache/ring.py, RingCache.shortest")
+def test_how_far_a_ring_can_be_cut_back() -> None:
+    """Of 48 tokens it has the last 40: the window of 24 that the 32nd ends begins with the first of them."""
+    cache, held = cache_of("ring"), list(range(48))
+    for start in range(0, 48, 16):
+        append(cache, 0, held[start : start + 16])
+        cache.keep(0, list(range(16)))
+    with pytest.raises(ValueError, match="overwritten"):
+        cache.truncate(0, 30)
+    cache.truncate(0, 31)
+    append(cache, 0, [99])
+    check(cache, 0, held[:31], [99])
+
+
 @pytest.mark.about("engine/kv_cache/static.py, StaticCache.truncate")
 def test_rolling_back_allocates_nothing_of_the_caches_size() -> None:
     cache = cache_of("static", tokens=4096)
