@@ -206,6 +206,9 @@ def test_how_far_a_ring_can_be_cut_back() -> None:
     cache.truncate(0, 31)
     append(cache, 0, [99])
     check(cache, 0, held[:31], [99])
+    cache.truncate(0, 0)  # another text: nothing of it is overwritten
+    append(cache, 0, [7, 8])
+    check(cache, 0, [], [7, 8])
 
 
 @pytest.mark.about("engine/kv_cache/static.py, StaticCache.truncate")
