@@ -37,6 +37,7 @@ def _output(*command: str) -> str | None:
 def git_state(root: Path) -> tuple[str | None, bool | None]:
     """The commit of the repository at `root` and whether its tracked files differ; None where `root` is none.
 
+    Results do not count: one bench writes them before the next begins, and nothing that is measured reads them.
     A folder inside a repository does not count: an installed copy may lie in some other repository, whose commit says
     nothing about the code.
     """
@@ -44,7 +45,8 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
     commit = _output("git", "-C", str(root), "rev-parse", "--verify", "HEAD")
     if top is None or commit is None or Path(top).resolve() != root.resolve():
         return None, None
-    return commit, bool(_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"))
+    sources = ("--", ":(exclude,glob)**/results/**")
+    return commit, bool(_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", *sources))
 
 
 def cpu_name() -> str:

@@ -85,7 +85,7 @@ class Session:
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
         if self.backends.whole_steps:
             for model in models:
-                if isinstance(model, Transformer) and not self.backends.in_cpp(model):
+                if not isinstance(model, FakeModel) and not self.backends.in_cpp(model):
                     lay_out(model.layers)
         self.compiler = Compiler() if options.compile else None
         if self.compiler:

@@ -94,7 +94,6 @@ def test_show_and_explain_know_drafters_that_sometimes_have_nothing(
     assert "Speculation was" in err
 
 
-@pytest.mark.about("engine/show.py, print_tree")
 def test_show_tree_begins_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*FAKE, "--draft", "fake:0.7", "--tree", "static", "--show-tree") == 0
     lines = capsys.readouterr().err.splitlines()

@@ -35,6 +35,7 @@ from types import ModuleType
 from filelock import FileLock
 
 from common.errors import UserError
+from common.flags import flag
 
 INCLUDE = re.compile(rb'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 SHOWN = 40  # lines of a compiler's message
@@ -48,7 +49,7 @@ class BuildError(UserError):
 
 def why_not() -> str | None:
     """Why nothing may be compiled, or None."""
-    if os.environ.get("SPECDEC_FORCE_PY", "").lower() not in ("", "0", "false"):
+    if flag("SPECDEC_FORCE_PY"):
         return f"SPECDEC_FORCE_PY={os.environ['SPECDEC_FORCE_PY']} forbids compiled kernels"
     return None
 
