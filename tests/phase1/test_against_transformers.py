@@ -31,11 +31,11 @@ def check_greedy(folder: str, texts: list[str], new_tokens: int) -> list[list[in
     return outputs
 
 
-def test_40_code_prompts() -> None:
+def test_10_code_prompts() -> None:
     prompts = load_prompts("code")
-    outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::5]], 64)
-    assert len(outputs) == 40
-    assert len({tuple(tokens) for tokens in outputs}) > 35  # different prompts are continued differently
+    outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::20]], 64)
+    assert len(outputs) == 10
+    assert len({tuple(tokens) for tokens in outputs}) > 8  # different prompts are continued differently
 
 
 @pytest.mark.slow
