@@ -137,10 +137,10 @@ def test_chains_of_one_token(phase: Phase, keyed: Any, policy: str, certain: boo
         good = engine.make_policy(policy, **SOME).good(target)
         expected = draft * good + (1 - (draft * good).sum()) * target
     assert likelihood(torch.bincount(first, minlength=SIZE), expected) > RARE
-    stood = torch.bincount(tokens[accepted], minlength=SIZE).double()
-    assert 0 < int(stood.sum()) < DRAWS
+    kept = torch.bincount(tokens[accepted], minlength=SIZE).double()
+    assert 0 < int(kept.sum()) < DRAWS
     pairs = torch.bincount(tokens[accepted] * SIZE + following[accepted], minlength=SIZE * SIZE)
-    assert likelihood(pairs, (stood / stood.sum())[:, None] * behind) > RARE
+    assert likelihood(pairs, (kept / kept.sum())[:, None] * behind) > RARE
 
 
 TREES = 1000

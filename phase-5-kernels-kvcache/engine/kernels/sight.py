@@ -58,7 +58,7 @@ class Sight:
 
 
 def sight_of(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
-    """Made once for the same masks, as from layer to layer; layers of different windows have masks of their own."""
+    """Computed once per mask: layers of one window share a mask, and layers of different windows have their own."""
     known = places.sights.get((W, id(masks)))
     if known is None:  # the masks are kept with it: no other list takes their id
         known = places.sights[W, id(masks)] = masks, _make(op, places, masks, W)

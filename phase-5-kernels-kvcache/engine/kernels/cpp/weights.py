@@ -158,7 +158,6 @@ def describe(config: ModelConfig) -> dict[str, object]:
         "head_dim": config.head_dim,
         "ffn": config.ffn_width,
         "vocab": config.vocab_size,
-        "window": config.window or 0,
         "position_offset": config.position_offset,
         "gated": config.gated,
         "rope": config.positions == "rope",
