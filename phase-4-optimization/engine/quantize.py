@@ -167,7 +167,7 @@ class QuantLinear(nn.Module):
     def put(self, first: int, grid: Grid, levels: Tensor) -> None:
         """Store rows `first`, `first` + 1, ...: levels [rows, groups, group]."""
         rows = slice(first, first + len(levels))
-        self.values[rows] = pack(levels) if self.format.name == "int4" else levels.flatten(1).to(torch.int8)
+        self.values[rows] = pack(levels) if self.format.name == "int4" else levels.flatten(1)
         self.scales[rows] = grid.scale[..., 0]
         if self.zeros is not None:
             self.zeros[rows] = grid.zero[..., 0]

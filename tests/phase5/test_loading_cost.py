@@ -101,9 +101,12 @@ def test_a_billion_weights_are_ready_soon_and_in_little_memory(weights: str, tmp
     folder = tmp_path / "llama-1b"
     write_llama(folder, MODELS / "stdlib-10m", layers=22, width=2048, ffn=5632)
     python(READ, str(folder))  # the files are in the page cache
-    (reading,) = python(READ, str(folder))
-    seconds, peak, packed = python(LOAD, str(folder), weights)
-    assert seconds < 2.5 * reading, (seconds, reading)
+    readings, loads = [], []
+    for _ in range(3):  # a machine's speed wanders: both by turns, and the least of each
+        readings += python(READ, str(folder))
+        loads.append(python(LOAD, str(folder), weights))
+    seconds, peak, packed = min(loads)
+    assert seconds < 2.5 * min(readings), (seconds, readings)
     assert peak < 1.25 * packed, (peak, packed)
 
 
