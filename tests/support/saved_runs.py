@@ -28,7 +28,7 @@ PHASES = {
     1: ["", "--top-p 0.9 --temperature 0.8", "--repetition-penalty 1.3", "--beams 3", "--n 3 --temperature 1"],
     2: [
         "--draft none", "--k 3", "--k 5 --temperature 1", "--temperature 0.7 --top-k 40",
-        "--draft fake:0.7 --model fake",
+        "--draft fake:0.7 --model fake", "--stop self --n 2 --temperature 1",
     ],
     3: [
         "--drafter ngram", "--drafter medusa --temperature 1", "--drafter eagle --temperature 1",
@@ -38,7 +38,7 @@ PHASES = {
         "--policy topk_agree --temperature 1", "--policy conf_threshold --temperature 1",
         "--tree static --temperature 1", "--tree dynamic --temperature 1", "--drafter medusa --tree static",
         "--drafter eagle --tree dynamic", "--controller adaptive --temperature 1",
-        "--controller confidence --temperature 1",
+        "--controller confidence --temperature 1", "--draft none --n 2 --temperature 1",
     ],
     4: [
         "--quant int8", "--quant int4 --temperature 1", "--amp --max-tokens 8",
