@@ -31,8 +31,8 @@ from common.options import parse_options, run_main
 from common.prompts import Prompt
 from common.results import Scalar
 from engine import (
-    Certain,
-    KeyedDecisions,
+    GreedySource,
+    KeyedSource,
     LoadedModel,
     ModelDrafter,
     SamplingParams,
@@ -41,8 +41,8 @@ from engine import (
     load,
     speculative_decode,
 )
-from engine.forced import forced_acceptance
 from engine.pair import check_pair, fit_vocabulary, resolve_draft
+from engine.teacher_forced import teacher_forced_acceptance
 
 DEFINITIONS = {
     "speed": "speedup: seconds per token of plain decoding over this variant's, same engine, in turns; at "
@@ -107,10 +107,10 @@ class Lesson(Bench):
     ) -> Outcome:
         assert prompt is not None
         params = replace(params, seed=self.options.seed + round_)
-        decisions = Certain() if params.greedy else KeyedDecisions(params.seed)
+        source = GreedySource() if params.greedy else KeyedSource(params.seed)
         sequence = Sequence(target.tokenizer.encode(prompt.text), params, target.ending)
-        drafter = ModelDrafter(draft.model, params, decisions)
-        steps = [s.stats[0] for s in speculative_decode(target.model, drafter, [sequence], params, k, decisions)]
+        drafter = ModelDrafter(draft.model, params, source)
+        steps = [s.stats[0] for s in speculative_decode(target.model, drafter, [sequence], params, k, source)]
         drafted, tokens = [step for step in steps if step.proposed], sequence.tokens
         figures = {
             "forwards": len(steps),
@@ -127,13 +127,13 @@ class Lesson(Bench):
     def forced(self, target: LoadedModel, draft: LoadedModel, temperature: float) -> None:
         """Acceptance along the true text, a row per prompt and K: nothing here is timed."""
         params = SamplingParams(temperature=temperature, max_new_tokens=10**6, seed=self.options.seed, ignore_eos=True)
-        decisions = Certain() if params.greedy else KeyedDecisions(params.seed)
-        drafter, encode = ModelDrafter(draft.model, params, decisions), target.tokenizer.encode
+        source = GreedySource() if params.greedy else KeyedSource(params.seed)
+        drafter, encode = ModelDrafter(draft.model, params, source), target.tokenizer.encode
         dtype = dtype_name(target.model.embedding.weight.dtype)
 
         def follow(prompt: Prompt, k: int) -> Outcome:
             truth = encode(prompt.continuation)[: 2 * self.options.max_tokens]
-            accepted = forced_acceptance(target.model, drafter, encode(prompt.text), truth, params, k, decisions)
+            accepted = teacher_forced_acceptance(target.model, drafter, encode(prompt.text), truth, params, k, source)
             given, steps = sum(accepted) + len(accepted), len(accepted)
             return Outcome(given, {"forwards": steps, "drafts": steps, "survived": survived(accepted, k)})
 

@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     ) as results:
         lab = Lab(options, results, device)
         for section in sections(options, device.type == "cuda"):
-            torch.set_num_threads(threads)  # a session whose steps run in C++ leaves torch one
+            torch.set_num_threads(threads)  # a llm whose steps run in C++ leaves torch one
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)

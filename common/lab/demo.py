@@ -38,18 +38,18 @@ def phase_runner(phase: Phase, new_tokens: int) -> tuple[Variant, Any]:
     """A run of one prompt with this phase's engine, and the loaded model."""
     engine = importlib.import_module(phase.package)
     before = torch.get_num_threads()
-    session = engine.Session(engine.Options(max_tokens=new_tokens, dtype="float32"))
+    llm = engine.LLM(engine.Options(max_tokens=new_tokens, dtype="float32"))
     threads = torch.get_num_threads()  # one whose steps run outside of torch leaves it a single thread
     torch.set_num_threads(before)
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
         assert prompt is not None
         torch.set_num_threads(threads)
-        done = session.complete([prompt.text])[0]
+        done = llm.generate([prompt.text])[0]
         torch.set_num_threads(before)
         return Outcome(len(done.tokens), {"forwards": done.stats.target_forwards}, done.tokens)
 
-    return run, session.loaded
+    return run, llm.loaded
 
 
 def peer_runner(loaded: Any, new_tokens: int) -> Variant:

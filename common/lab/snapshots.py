@@ -3,8 +3,8 @@
 The list is the first indented block of the section `## What changed since phase N`, one file a line:
 
     + engine/verify.py   the acceptance rule alone
-    ~ engine/session.py  loads the draft, chooses the loop
-        Session.run, Session.header
+    ~ engine/llm.py  loads the draft, chooses the loop
+        LLM.run, LLM.header
     - engine/old.py      why it went
 
 A sign (`+` added, `~` changed, `-` removed), the path below the phase's folder, two spaces, words. Under a changed

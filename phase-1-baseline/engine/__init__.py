@@ -4,26 +4,26 @@ from .beam import beam_search
 from .config import ModelConfig, RopeConfig
 from .context import visible, window_start
 from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
 from .options import Options
-from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
+from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
-from .session import Session
 
 __all__ = [
+    "LLM",
     "Clock",
     "Ending",
     "Generation",
-    "KeyedRandomness",
+    "KeyedSampler",
     "LoadedModel",
     "ModelConfig",
     "Options",
-    "Randomness",
     "RopeConfig",
+    "Sampler",
     "SamplingParams",
     "Sequence",
-    "Session",
     "Stats",
     "Transformer",
     "beam_search",

@@ -13,9 +13,9 @@ from common.options import parse_options
 from common.phases import phase_of
 
 from .generate import Clock
+from .llm import LLM
 from .options import Options
 from .sequence import Sequence
-from .session import Session
 
 PHASE = phase_of(__file__)
 
@@ -64,7 +64,7 @@ class Printer:
             self.waiting.pop(0)
 
 
-def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
+def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
     """The document of `--json`. A completion that was interrupted says so, and keeps its tokens."""
     completions = [
         {
@@ -76,31 +76,31 @@ def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[st
         }
         for sequence in sequences
     ]
-    settings = session.options.model_dump(mode="json", by_alias=True)
+    settings = llm.options.model_dump(mode="json", by_alias=True)
     return {
         "phase": PHASE,
-        "model": session.loaded.checkpoint.name,
+        "model": llm.loaded.checkpoint.name,
         "settings": settings,
         "completions": completions,
     }
 
 
-def summary(session: Session, sequences: list[Sequence], clock: Clock) -> str:
+def summary(llm: LLM, sequences: list[Sequence], clock: Clock) -> str:
     """One line for people: how much, how fast, with what."""
     stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
     if not stats:
         return "no tokens"
     tokens, seconds = sum(s.new_tokens for s in stats), max(s.total_ms for s in stats) / 1e3
     first = min(s.ttft_ms for s in stats)
-    weight = session.loaded.model.embedding.weight
+    weight = llm.loaded.model.embedding.weight
     return (
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, first after {first:.0f} ms "
-        f"({session.loaded.checkpoint.name}, {dtype_name(weight.dtype)}, {weight.device})"
+        f"({llm.loaded.checkpoint.name}, {dtype_name(weight.dtype)}, {weight.device})"
     )
 
 
-def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
-    context = session.loaded.config.context
+def warn_about_length(llm: LLM, sequences: list[Sequence]) -> None:
+    context = llm.loaded.config.context
     if any(sequence.length > context for sequence in sequences):
         print(
             f"note: a prompt is longer than the context of {context} tokens; the model sees its last part, "
@@ -109,8 +109,8 @@ def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
         )
 
 
-def warn_about_white_space(session: Session, texts: list[str]) -> None:
-    if any(session.loaded.tokenizer.joins_next(text) for text in texts):
+def warn_about_white_space(llm: LLM, texts: list[str]) -> None:
+    if any(llm.loaded.tokenizer.joins_next(text) for text in texts):
         print(
             "note: a prompt ends in white space, which this tokenizer joins to the next word; the model goes on better "
             "without it",
@@ -121,20 +121,20 @@ def warn_about_white_space(session: Session, texts: list[str]) -> None:
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program=Path(sys.argv[0]).name)
     texts = read_prompts(options)
-    session = Session(options)
-    sequences = session.sequences(texts)
-    warn_about_length(session, sequences)
-    warn_about_white_space(session, texts)
+    llm = LLM(options)
+    sequences = llm.sequences(texts)
+    warn_about_length(llm, sequences)
+    warn_about_white_space(llm, texts)
     printer = Printer(sequences, quiet=options.as_json)
     clock = Clock()
     interrupted = False
     try:
-        for _ in session.run(sequences, clock):
+        for _ in llm.run(sequences, clock):
             printer.update()
     except KeyboardInterrupt:
         interrupted = True
         printer.update(interrupted)
     if options.as_json:
-        print(json.dumps(report(session, sequences, clock)))
-    print(summary(session, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
+        print(json.dumps(report(llm, sequences, clock)))
+    print(summary(llm, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
     return 130 if interrupted else 0

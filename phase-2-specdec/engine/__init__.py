@@ -6,35 +6,35 @@ from .context import visible, window_start
 from .drafting import Draft, Drafter, ModelDrafter
 from .fake import FakeModel
 from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
 from .options import Options
-from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
+from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
-from .session import Session
 from .speculative import Step, StepStats, speculative_decode
-from .verify import Certain, Decisions, KeyedDecisions, Verdict, verify
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
-    "Certain",
+    "LLM",
     "Clock",
-    "Decisions",
     "Draft",
     "Drafter",
     "Ending",
     "FakeModel",
     "Generation",
-    "KeyedDecisions",
-    "KeyedRandomness",
+    "GreedySource",
+    "KeyedSampler",
+    "KeyedSource",
     "LoadedModel",
     "ModelConfig",
     "ModelDrafter",
     "Options",
-    "Randomness",
+    "RandomSource",
     "RopeConfig",
+    "Sampler",
     "SamplingParams",
     "Sequence",
-    "Session",
     "Stats",
     "Step",
     "StepStats",

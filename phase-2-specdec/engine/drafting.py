@@ -12,7 +12,7 @@ from common.philox import Purpose
 
 from .generate import next_logits
 from .model import Transformer
-from .sampling import Randomness, SamplingParams, probabilities
+from .sampling import Sampler, SamplingParams, probabilities
 from .sequence import Sequence
 
 
@@ -43,8 +43,8 @@ class Drafter(Protocol):
 class ModelDrafter:
     """A model of the same vocabulary, asked k times, through the same sampling parameters as the target."""
 
-    def __init__(self, model: Transformer, params: SamplingParams, randomness: Randomness) -> None:
-        self.model, self.params, self.randomness = model, params, randomness
+    def __init__(self, model: Transformer, params: SamplingParams, sampler: Sampler) -> None:
+        self.model, self.params, self.sampler = model, params, sampler
 
     def propose(self, sequences: list[Sequence], k: int) -> Draft:
         drafted: list[list[int]] = [[] for _ in sequences]
@@ -56,9 +56,7 @@ class ModelDrafter:
             outputs = [s.tokens + new for s, new in zip(sequences, drafted, strict=True)]
             logits = next_logits(self.model, [p + o for p, o in zip(prompts, outputs, strict=True)])
             probs = probabilities(logits, self.params, prompts, outputs)  # [R, V]
-            tokens = self.randomness.draw(
-                probs, samples.to(probs.device), (lengths + j).to(probs.device), Purpose.DRAFT
-            )
+            tokens = self.sampler.draw(probs, samples.to(probs.device), (lengths + j).to(probs.device), Purpose.DRAFT)
             used.append(probs)
             for new, token in zip(drafted, tokens.tolist(), strict=True):
                 new.append(token)

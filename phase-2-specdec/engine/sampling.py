@@ -72,8 +72,8 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
-class Randomness(Protocol):
-    """Where all randomness of a decoding loop enters. Tests replace it to walk every possible outcome."""
+class Sampler(Protocol):
+    """Where all sampler of a decoding loop enters. Tests replace it to walk every possible outcome."""
 
     def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
         """One token per row from probs [R, V]; samples and positions int64 [R]; returns int64 [R]."""
@@ -81,7 +81,7 @@ class Randomness(Protocol):
 
 
 @dataclass(frozen=True)
-class KeyedRandomness:
+class KeyedSampler:
     """Gumbel-max with the keyed noise of common/philox.py."""
 
     seed: int
@@ -170,7 +170,7 @@ def probabilities(
 def choose(
     logits: Tensor,
     params: SamplingParams,
-    randomness: Randomness,
+    sampler: Sampler,
     samples: Rows[int],
     positions: Rows[int],
     prompts: Rows[Rows[int]],
@@ -186,4 +186,4 @@ def choose(
         return best.argmax(-1).tolist()
     probs = probabilities(logits, params, prompts, outputs)
     keys = torch.tensor([samples, positions], device=logits.device)
-    return randomness.draw(probs, keys[0], keys[1], philox.Purpose.SAMPLE).tolist()
+    return sampler.draw(probs, keys[0], keys[1], philox.Purpose.SAMPLE).tolist()

@@ -22,7 +22,7 @@ from .drafting import Draft, Drafter
 from .model import Transformer
 from .sampling import SamplingParams, probabilities
 from .sequence import Sequence
-from .verify import Certain, Decisions, KeyedDecisions, Verdict, verify
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def speculative_step(
     sequences: list[Sequence],
     params: SamplingParams,
     k: int,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Step:
     """Draft, verify, accept, for every given sequence at once; each takes its tokens and may end."""
     device = model.embedding.weight.device
@@ -117,7 +117,7 @@ def speculative_step(
         torch.tensor(widths, device=device),
         torch.tensor([s.sample for s in sequences], device=device),
         torch.tensor([s.length for s in sequences], device=device),
-        decisions,
+        source,
     )
     accepted, next_tokens = verdict.accepted.tolist(), verdict.next_tokens.tolist()
     starts, gained = [len(s.tokens) for s in sequences], []
@@ -156,9 +156,9 @@ def speculative_decode(
     sequences: list[Sequence],
     params: SamplingParams,
     k: int,
-    decisions: Decisions | None = None,
+    source: RandomSource | None = None,
 ) -> Iterator[Step]:
     """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace."""
-    decisions = decisions or (Certain() if params.greedy else KeyedDecisions(params.seed))
+    source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        yield speculative_step(model, drafter, active, params, k, decisions)
+        yield speculative_step(model, drafter, active, params, k, source)

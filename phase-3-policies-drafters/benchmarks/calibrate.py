@@ -1,7 +1,7 @@
 """Acceptance by depth and rank of every drafter that can branch, for the best shape of its trees.
 
 Samples at temperature 1 from prompts of the `calibrate` half, with a tree much wider than one would use: its main line
-tries every rank at every level. The table goes beside the model, where the engine's session looks for it.
+tries every rank at every level. The table goes beside the model, where the engine's llm looks for it.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ def smoothed(table: list[list[float]], walks: list[int]) -> list[list[float]]:
 
 def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
     """At most LEVELS x RANKS; a drafter that cannot look so far has fewer levels."""
-    session = lab.session(drafter=drafter, temperature=1.0, k=LEVELS)
-    params, policy, made = session.params, session.policy, cast(Brancher, drafter_of(session))
-    decisions, levels = engine.KeyedDecisions(params.seed), min(LEVELS, made.deepest)
+    llm = lab.llm(drafter=drafter, temperature=1.0, k=LEVELS)
+    params, policy, made = llm.params, llm.policy, cast(Brancher, drafter_of(llm))
+    source, levels = engine.KeyedSource(params.seed), min(LEVELS, made.deepest)
     shape = engine.best_shape(EXPLORATORY, NODES)
-    tree_drafter = StaticTreeDrafter(made, params, shape, decisions, policy.draft_noise, policy.draws_children)
+    tree_drafter = StaticTreeDrafter(made, params, shape, source, policy.draft_noise, policy.draws_children)
     texts = [prompt.text for prompt in lab.prompts(half="calibrate")]
     seen: list[tuple[engine.Tree, list[int]]] = []
     with progress(f"calibrating {drafter}", len(texts)) as show:
         for number, text in enumerate(texts):
             loop = engine.speculative_decode(
-                session.loaded.model,
+                llm.loaded.model,
                 tree_drafter,
-                session.sequences([text]),
+                llm.sequences([text]),
                 params,
                 policy,
                 lambda: engine.FixedController(LEVELS),
-                decisions,
+                source,
             )
             seen += [(step.trees[0], step.paths[0].nodes) for step in loop]
             show(str(number))

@@ -117,7 +117,7 @@ def toy_distance(policy: AcceptancePolicy, temperature: float, size: int = 3) ->
     params = engine.SamplingParams(temperature=temperature, max_new_tokens=3)
 
     def plain(start: int, walk: Walk) -> tuple[int, ...]:
-        return tuple(engine.generate(models[0], [[start]], params, randomness=walk)[0].tokens)
+        return tuple(engine.generate(models[0], [[start]], params, sampler=walk)[0].tokens)
 
     def speculative(start: int, walk: Walk) -> tuple[int, ...]:
         sequence = engine.Sequence([start], params, engine.Ending())

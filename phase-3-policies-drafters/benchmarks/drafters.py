@@ -1,6 +1,6 @@
 """Drafters x shapes x temperatures: how many tokens a target forward gives, and what that is worth in time.
 
-On text that is forced (held-out code, see engine/forced.py), on samples and on greedy output.
+On text that is forced (held-out code, see engine/teacher_forced.py), on samples and on greedy output.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from common.benchmark import Outcome
 from common.errors import UserError
 from common.prompts import Prompt
 from engine.drafters import make_drafter
-from engine.forced import forced_acceptance
 from engine.options import BRANCHING
+from engine.teacher_forced import teacher_forced_acceptance
 
-from .runs import Choice, Lab, Session, survived
+from .runs import LLM, Choice, Lab, survived
 
 DRAFTERS = {
     "drafters": "sampled (temperature 1) or greedy (0) output, by drafter and shape; shape: a chain of K tokens, or a "
@@ -55,39 +55,39 @@ def levels(nodes: int) -> int:
 
 def shapes(lab: Lab, drafter: str, longest: int | None = None) -> list[Shape]:
     """The chains and trees that the options name, as far as the drafter can go; `longest` adds a chain."""
-    deepest = getattr(drafter_of(lab.session(drafter=drafter)), "deepest", LONGEST)
+    deepest = getattr(drafter_of(lab.llm(drafter=drafter)), "deepest", LONGEST)
     wanted = sorted({min(k, deepest) for k in (*lab.options.chains, *([longest] if longest else []))})
     trees = [(tree, n) for tree in ("static", "dynamic") for n in lab.options.nodes if drafter in BRANCHING]
     return [*(Shape("off", k, k) for k in wanted), *(Shape(tree, levels(n), n) for tree, n in trees)]
 
 
-def drafter_of(session: Session) -> engine.Drafter:
-    """What the session would draft with, its random numbers as in decoding."""
-    params, policy = session.params, session.policy
-    decisions = engine.Certain() if params.greedy else engine.KeyedDecisions(params.seed)
-    draft = session.draft.model if session.draft else None
-    model, noise = session.loaded.model, policy.draft_noise
-    made: Any = make_drafter(session.options, model, draft, params, decisions, noise, session.heads)
-    return made if session.options.tree == "off" else session._tree_drafter(made, decisions)
+def drafter_of(llm: LLM) -> engine.Drafter:
+    """What the llm would draft with, its random numbers as in decoding."""
+    params, policy = llm.params, llm.policy
+    source = engine.GreedySource() if params.greedy else engine.KeyedSource(params.seed)
+    draft = llm.draft.model if llm.draft else None
+    model, noise = llm.loaded.model, policy.draft_noise
+    made: Any = make_drafter(llm.options, model, draft, params, source, noise, llm.heads)
+    return made if llm.options.tree == "off" else llm._tree_drafter(made, source)
 
 
 def forced(lab: Lab, **wanted: Any) -> Callable[[Prompt], Outcome]:
     """Counts the draft tokens that are accepted at each point of a prompt's true continuation."""
-    made = cache(lambda: (session := lab.session(**wanted), drafter_of(session)))
+    made = cache(lambda: (llm := lab.llm(**wanted), drafter_of(llm)))
 
     def count(prompt: Prompt) -> Outcome:
-        session, drafter = made()
-        params = dataclasses.replace(session.params, max_new_tokens=10**6, ignore_eos=True)
-        decisions = engine.Certain() if params.greedy else engine.KeyedDecisions(params.seed)
-        k, tokenizer = session.options.k, session.loaded.tokenizer
+        llm, drafter = made()
+        params = dataclasses.replace(llm.params, max_new_tokens=10**6, ignore_eos=True)
+        source = engine.GreedySource() if params.greedy else engine.KeyedSource(params.seed)
+        k, tokenizer = llm.options.k, llm.loaded.tokenizer
         # Without the token by which some tokenizers begin every text.
         truth = [token for token in tokenizer.encode(prompt.continuation) if token not in tokenizer.special_ids]
         truth = truth[: lab.options.max_tokens + k]
         if len(truth) <= k:
             raise UserError(f"{prompt.id} goes on for {len(truth)} tokens; more than {k} are needed")
-        text = tokenizer.encode(prompt.text)[-(session.loaded.config.context - len(truth)) :]
-        model, policy = session.loaded.model, session.policy
-        accepted = forced_acceptance(model, drafter, text, truth, params, policy, k, decisions)
+        text = tokenizer.encode(prompt.text)[-(llm.loaded.config.context - len(truth)) :]
+        model, policy = llm.loaded.model, llm.policy
+        accepted = teacher_forced_acceptance(model, drafter, text, truth, params, policy, k, source)
         drafts = len(accepted)
         figures = {"forwards": drafts, "drafts": drafts, "survived": survived(accepted, k)}
         return Outcome(sum(accepted) + drafts, figures)

@@ -30,14 +30,14 @@ def earlier(lab: Lab, module: Any, temperature: float, **wanted: Any) -> Variant
     """An earlier phase, with the same model, device, dtype and seed."""
 
     @cache
-    def session() -> Any:
-        options = lab.session(temperature=temperature).options
+    def llm() -> Any:
+        options = lab.llm(temperature=temperature).options
         names = ("model", "max_tokens", "temperature", "seed", "device", "dtype")
-        return module.Session(module.Options(**{name: getattr(options, name) for name in names}, **wanted))
+        return module.LLM(module.Options(**{name: getattr(options, name) for name in names}, **wanted))
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
         assert prompt is not None
-        return decode(session(), prompt, round_)
+        return decode(llm(), prompt, round_)
 
     return run
 

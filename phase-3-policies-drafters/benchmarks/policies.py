@@ -111,7 +111,7 @@ def distances(lab: Lab) -> None:
         return Outcome(1, {"toy_tv": toy_distance(policy, temperature)})
 
     policies: Mapping[tuple[float, str], Lossy] = {
-        (temperature, setting.label): cast(Lossy, lab.session(temperature=temperature, **setting.options).policy)
+        (temperature, setting.label): cast(Lossy, lab.llm(temperature=temperature, **setting.options).policy)
         for temperature in temperatures
         for setting in lossy()
     }

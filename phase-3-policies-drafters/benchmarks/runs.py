@@ -89,8 +89,8 @@ class Options(BenchOptions):
         return self.k or ([2, 4] if self.quick else [2, 4, 6, 8])
 
 
-class Session(engine.Session):
-    """A session that does not load again what another has loaded."""
+class LLM(engine.LLM):
+    """A llm that does not load again what another has loaded."""
 
     def __init__(self, options: engine.Options, loaded: dict[str, engine.LoadedModel]) -> None:
         self._loaded = loaded
@@ -107,13 +107,13 @@ class Session(engine.Session):
         return self._loaded[name]
 
 
-def decode(session: Any, prompt: Prompt, round_: int) -> Outcome:
-    """Decode one prompt with a session of any phase, and count; only decoding is timed."""
-    session.params = dataclasses.replace(session.params, seed=session.options.seed + round_)
+def decode(llm: Any, prompt: Prompt, round_: int) -> Outcome:
+    """Decode one prompt with a llm of any phase, and count; only decoding is timed."""
+    llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
     began = time.perf_counter()
-    (done,) = session.complete([prompt.text])
+    (done,) = llm.generate([prompt.text])
     seconds = time.perf_counter() - began
-    kept = getattr(session, "steps", {})  # phase 1's has none
+    kept = getattr(llm, "steps", {})  # phase 1's has none
     steps = [stats for of_sequence in kept.values() for stats in of_sequence]
     kept.clear()
     looped = round(loop_share(done.tokens) * len(done.tokens))
@@ -153,7 +153,7 @@ class Lab(Bench):
     def target(self) -> engine.LoadedModel:
         return self.loaded[self.options.model]
 
-    def session(self, **wanted: Any) -> Session:
+    def llm(self, **wanted: Any) -> LLM:
         """With options of generate.py. UserError where what they name is not there."""
         chosen = {
             "model": self.options.model,
@@ -164,7 +164,7 @@ class Lab(Bench):
             "dtype": dtype_name(self.target.model.embedding.weight.dtype),
             **wanted,
         }
-        return Session(engine.Options(**chosen), self.loaded)
+        return LLM(engine.Options(**chosen), self.loaded)
 
     @cached_property
     def left_out(self) -> dict[str, str]:
@@ -172,7 +172,7 @@ class Lab(Bench):
         found: dict[str, str] = {}
         for name in self.options.drafters:
             try:
-                self.session(drafter=name)
+                self.llm(drafter=name)
             except UserError as error:
                 found[name] = str(error)
         return found
@@ -195,12 +195,12 @@ class Lab(Bench):
         return self.with_options(budget=share * self.options.budget)
 
     def way(self, **wanted: Any) -> Variant:
-        """A variant that decodes with these options of generate.py; its session is made at the first run."""
-        session = cache(lambda: self.session(**wanted))
+        """A variant that decodes with these options of generate.py; its llm is made at the first run."""
+        llm = cache(lambda: self.llm(**wanted))
 
         def run(prompt: Prompt | None, round_: int) -> Outcome:
             assert prompt is not None
-            return decode(session(), prompt, round_)
+            return decode(llm(), prompt, round_)
 
         return run
 

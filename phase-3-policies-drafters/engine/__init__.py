@@ -16,6 +16,7 @@ from .drafters import DynamicTreeDrafter, ExtrapolateDrafter, ModelDrafter, Ngra
 from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
 from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
 from .options import Options
@@ -23,33 +24,31 @@ from .policies import (
     AcceptancePolicy,
     ConfThreshold,
     Judged,
-    OwnChoice,
     Path,
     Rejection,
+    SampleMatch,
     TopkAgree,
     Typical,
     make_policy,
 )
-from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
+from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
-from .session import Session
 from .speculative import Step, StepStats, speculative_decode
 from .target import Target, target_forward
 from .tree import Tree
 from .tree_shapes import acceptance_by_rank, best_shape, expected_tokens
-from .verify import Certain, Decisions, KeyedDecisions, Verdict, verify
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
+    "LLM",
     "AcceptancePolicy",
     "AdaptiveController",
     "Bounds",
     "Brancher",
-    "Certain",
     "Clock",
     "ConfThreshold",
     "ConfidenceController",
     "CostController",
-    "Decisions",
     "Draft",
     "Drafter",
     "DynamicTreeDrafter",
@@ -58,10 +57,11 @@ __all__ = [
     "FakeModel",
     "FixedController",
     "Generation",
+    "GreedySource",
     "Judged",
     "KController",
-    "KeyedDecisions",
-    "KeyedRandomness",
+    "KeyedSampler",
+    "KeyedSource",
     "LoadedModel",
     "ModelConfig",
     "ModelDrafter",
@@ -69,14 +69,14 @@ __all__ = [
     "NgramIndex",
     "Options",
     "Outcome",
-    "OwnChoice",
     "Path",
-    "Randomness",
+    "RandomSource",
     "Rejection",
     "RopeConfig",
+    "SampleMatch",
+    "Sampler",
     "SamplingParams",
     "Sequence",
-    "Session",
     "StaticTreeDrafter",
     "Stats",
     "Step",

@@ -14,10 +14,10 @@ from common.phases import phase_of
 
 from .explain import account, plain_step_ms, print_explanation
 from .generate import Clock
+from .llm import LLM
 from .options import Options
 from .record import Recorder
 from .sequence import Sequence
-from .session import Session
 from .show import Show, print_tree
 
 PHASE = phase_of(__file__)
@@ -67,7 +67,7 @@ class Printer:
             self.waiting.pop(0)
 
 
-def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
+def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
     """The document of `--json`. A completion that was interrupted says so, and keeps its tokens."""
     completions = [
         {
@@ -75,42 +75,42 @@ def report(session: Session, sequences: list[Sequence], clock: Clock) -> dict[st
             "tokens": sequence.tokens,
             "text": sequence.text,
             "finish_reason": sequence.finish_reason or "interrupted",
-            "stats": completion_stats(session, sequence, clock) if sequence.tokens else {},
+            "stats": completion_stats(llm, sequence, clock) if sequence.tokens else {},
         }
         for sequence in sequences
     ]
-    settings = session.options.model_dump(mode="json", by_alias=True)
+    settings = llm.options.model_dump(mode="json", by_alias=True)
     return {
         "phase": PHASE,
-        "model": session.loaded.checkpoint.name,
+        "model": llm.loaded.checkpoint.name,
         "settings": settings,
         "completions": completions,
     }
 
 
-def completion_stats(session: Session, sequence: Sequence, clock: Clock) -> dict[str, object]:
+def completion_stats(llm: LLM, sequence: Sequence, clock: Clock) -> dict[str, object]:
     """The figures of plain decoding, and what became of the draft tokens."""
-    steps = session.steps.get(sequence, [])
+    steps = llm.steps.get(sequence, [])
     proposed, accepted = sum(step.proposed for step in steps), sum(step.accepted for step in steps)
     stats = {
         **dataclasses.asdict(clock.stats(sequence)),
-        "draft": session.draft_name,
+        "draft": llm.draft_name,
         "proposed": proposed,
         "accepted": accepted,
         "acceptance": accepted / proposed if proposed else None,
     }
-    if session.options.metrics_detailed:
+    if llm.options.metrics_detailed:
         stats["per_step"] = [dataclasses.asdict(step) for step in steps]
     return stats
 
 
-def explain(session: Session, sequences: list[Sequence], clock: Clock) -> None:
+def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
     """Decode the first prompt again without the draft, a few tokens, to learn what a plain step costs; then account."""
-    if not session.speculative:
+    if not llm.speculative:
         print("nothing to explain: there is no draft (--draft NAME)", file=sys.stderr)
         return
     sequence = sequences[0]
-    costs = account(session.steps[sequence], plain_step_ms(session.loaded.model, sequence))
+    costs = account(llm.steps[sequence], plain_step_ms(llm.loaded.model, sequence))
     if costs is None:
         print("nothing to explain: no step drafted anything (one token at a time was asked for)", file=sys.stderr)
         return
@@ -118,22 +118,22 @@ def explain(session: Session, sequences: list[Sequence], clock: Clock) -> None:
     print_explanation(costs, plain_total / clock.stats(sequence).total_ms)
 
 
-def summary(session: Session, sequences: list[Sequence], clock: Clock) -> str:
+def summary(llm: LLM, sequences: list[Sequence], clock: Clock) -> str:
     """One line for people: how much, how fast, with what."""
     stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
     if not stats:
         return "no tokens"
     tokens, seconds = sum(s.new_tokens for s in stats), max(s.total_ms for s in stats) / 1e3
     first = min(s.ttft_ms for s in stats)
-    weight = session.loaded.model.embedding.weight
+    weight = llm.loaded.model.embedding.weight
     return (
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, first after {first:.0f} ms "
-        f"({session.loaded.checkpoint.name}, {dtype_name(weight.dtype)}, {weight.device})"
+        f"({llm.loaded.checkpoint.name}, {dtype_name(weight.dtype)}, {weight.device})"
     )
 
 
-def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
-    context = session.loaded.config.context
+def warn_about_length(llm: LLM, sequences: list[Sequence]) -> None:
+    context = llm.loaded.config.context
     if any(sequence.length > context for sequence in sequences):
         print(
             f"note: a prompt is longer than the context of {context} tokens; the model sees its last part, "
@@ -142,8 +142,8 @@ def warn_about_length(session: Session, sequences: list[Sequence]) -> None:
         )
 
 
-def warn_about_white_space(session: Session, texts: list[str]) -> None:
-    if any(session.loaded.tokenizer.joins_next(text) for text in texts):
+def warn_about_white_space(llm: LLM, texts: list[str]) -> None:
+    if any(llm.loaded.tokenizer.joins_next(text) for text in texts):
         print(
             "note: a prompt ends in white space, which this tokenizer joins to the next word; the model goes on better "
             "without it",
@@ -154,25 +154,25 @@ def warn_about_white_space(session: Session, texts: list[str]) -> None:
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program=Path(sys.argv[0]).name)
     texts = read_prompts(options)
-    session = Session(options)
-    sequences = session.sequences(texts)
-    warn_about_length(session, sequences)
-    warn_about_white_space(session, texts)
-    drafts = session.speculative and options.beams == 1
+    llm = LLM(options)
+    sequences = llm.sequences(texts)
+    warn_about_length(llm, sequences)
+    warn_about_white_space(llm, texts)
+    drafts = llm.speculative and options.beams == 1
     if options.show and not drafts:
         print("note: --show has nothing to mark: no token of this run is drafted", file=sys.stderr)
-    show = Show(session.loaded.tokenizer) if options.show and drafts else None
+    show = Show(llm.loaded.tokenizer) if options.show and drafts else None
     printer = Printer(sequences, quiet=options.as_json or show is not None)
-    recorder = Recorder(options.record, session, sequences) if options.record else None
+    recorder = Recorder(options.record, llm, sequences) if options.record else None
     clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        for step in session.run(sequences, clock, recorder.watch if recorder else None):
+        for step in llm.run(sequences, clock, recorder.watch if recorder else None):
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
             if step and options.show_tree and sequences[0] in step.sequences:
-                print_tree(step, session.loaded.tokenizer)
+                print_tree(step, llm.loaded.tokenizer)
             if recorder:
                 recorder.step(step)
     except KeyboardInterrupt:
@@ -186,8 +186,8 @@ def main(arguments: list[str]) -> int:
     if show:
         show.histogram()
     if options.explain and not interrupted:
-        explain(session, sequences, clock)
+        explain(llm, sequences, clock)
     if options.as_json:
-        print(json.dumps(report(session, sequences, clock)))
-    print(summary(session, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
+        print(json.dumps(report(llm, sequences, clock)))
+    print(summary(llm, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
     return 130 if interrupted else 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .context import visible
 from .model import Transformer
-from .sampling import KeyedRandomness, Randomness, SamplingParams, choose
+from .sampling import KeyedSampler, Sampler, SamplingParams, choose
 from .sequence import Ending, FinishReason, Sequence
 
 Watch = Callable[[list[Sequence], Tensor], None]
@@ -117,15 +117,13 @@ def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
     return torch.cat(parts)[order.argsort()]
 
 
-def decode_step(
-    model: Transformer, sequences: list[Sequence], params: SamplingParams, randomness: Randomness
-) -> Tensor:
+def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, sampler: Sampler) -> Tensor:
     """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
     logits = next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences])
     tokens = choose(
         logits,
         params,
-        randomness,
+        sampler,
         samples=[sequence.sample for sequence in sequences],
         positions=[sequence.length for sequence in sequences],
         prompts=[sequence.prompt for sequence in sequences],
@@ -140,16 +138,16 @@ def decode(
     model: Transformer,
     sequences: list[Sequence],
     params: SamplingParams,
-    randomness: Randomness | None = None,
+    sampler: Sampler | None = None,
     watch: Watch | None = None,
 ) -> Iterator[list[Sequence]]:
     """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
 
     `watch` is called after every step, before the sequences are given out.
     """
-    randomness = randomness or KeyedRandomness(params.seed)
+    sampler = sampler or KeyedSampler(params.seed)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        logits = decode_step(model, active, params, randomness)
+        logits = decode_step(model, active, params, sampler)
         if watch is not None:
             watch(active, logits)
         yield active
@@ -166,7 +164,7 @@ def generate(
     params: SamplingParams,
     ending: Ending | None = None,
     samples: list[int] | None = None,
-    randomness: Randomness | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Generation]:
     """Complete every prompt (token ids), all in one batch; prompts may differ in length.
 
@@ -178,7 +176,7 @@ def generate(
     ending = ending or Ending()
     sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
     clock = Clock()
-    for active in decode(model, sequences, params, randomness):
+    for active in decode(model, sequences, params, sampler):
         for sequence in active:
             clock.mark(sequence)
     return [finish(sequence, clock.stats(sequence)) for sequence in sequences]

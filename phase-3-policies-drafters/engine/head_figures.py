@@ -17,22 +17,22 @@ from .drafters.eagle import EagleDrafter
 from .drafters.heads import Heads, target_states
 from .drafters.medusa import MedusaDrafter, MedusaHeads
 from .drafting import Drafter
-from .forced import forced_acceptance
 from .head_loss import acceptance
 from .load import LoadedModel
 from .policies import Rejection
 from .sampling import SamplingParams
 from .sequence import Sequence
 from .speculative import speculative_decode
-from .verify import Decisions, KeyedDecisions
+from .teacher_forced import teacher_forced_acceptance
+from .verify import KeyedSource, RandomSource
 
 
 def learned_drafter(
-    heads: Heads, target: LoadedModel, params: SamplingParams, decisions: Decisions, noise: Purpose = Purpose.DRAFT
+    heads: Heads, target: LoadedModel, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
 ) -> Drafter:
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target.model, heads, params, decisions, noise)
-    return EagleDrafter(target.model, heads, params, decisions, noise)
+        return MedusaDrafter(target.model, heads, params, source, noise)
+    return EagleDrafter(target.model, heads, params, source, noise)
 
 
 @torch.no_grad()
@@ -78,15 +78,15 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
     with progress("tokens per target forward", 2 * len(suite)) as step:
         for number, prompt in enumerate(suite):
             params = SamplingParams(temperature=1.0, seed=seed + number, max_new_tokens=length, ignore_eos=True)
-            decisions = KeyedDecisions(params.seed)
+            source = KeyedSource(params.seed)
             text = target.tokenizer.encode(prompt.text)
             truth = target.tokenizer.encode(prompt.continuation)[: length - 1]
-            drafter = learned_drafter(heads, target, params, decisions)
-            stood += forced_acceptance(target.model, drafter, text, truth, params, policy, k, decisions)
+            drafter = learned_drafter(heads, target, params, source)
+            stood += teacher_forced_acceptance(target.model, drafter, text, truth, params, policy, k, source)
             step("forced")
             sequence = Sequence(text, params, target.ending)
             controller = partial(FixedController, k)
-            for done in speculative_decode(target.model, drafter, [sequence], params, policy, controller, decisions):
+            for done in speculative_decode(target.model, drafter, [sequence], params, policy, controller, source):
                 emitted, forwards = emitted + done.stats[0].emitted, forwards + 1
             step("sampled")
     return {

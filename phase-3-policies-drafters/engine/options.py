@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.flags import Threads
 
-from .controllers import ControllerName, Costs, KController, make_controller
+from .controllers import ControllerName, CostModel, KController, make_controller
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .sampling import SamplingParams
 
@@ -148,7 +148,7 @@ class Options(BaseSettings):
         name = automatic if self.policy == "auto" else self.policy
         return make_policy(name, self.tau, self.agree_k, self.epsilon, self.delta)
 
-    def make_controller(self, costs: Costs | None = None) -> KController:
+    def make_controller(self, costs: CostModel | None = None) -> KController:
         """A fresh controller, for one sequence, which may share what it measures of time with others."""
         bounds = self.k, self.min_k, self.max_k
         return make_controller(self.controller, *bounds, self.target_acceptance, self.confidence, costs)

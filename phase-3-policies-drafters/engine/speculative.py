@@ -29,7 +29,7 @@ from .sampling import SamplingParams, probabilities
 from .sequence import Sequence
 from .target import Target, target_forward
 from .tree import Tree
-from .verify import Certain, Decisions, KeyedDecisions, Verdict
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     return width
 
 
-def judge(
+def accept(
     policy: AcceptancePolicy,
     draft: Draft,
     trees: list[Tree],
     target: Target,
     sequences: list[Sequence],
     params: SamplingParams,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> tuple[Judged, Verdict | None, list[Path]]:
     """Which draft tokens stand, by the policy, and what follows them."""
     logits = target.logits
@@ -107,11 +107,11 @@ def judge(
         for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
             nodes = len(tree.tokens)
             of_row = Judged(probs[row : row + 1, : nodes + 1], opinion[row : row + 1, : nodes + 1])
-            paths.append(policy.descend(tree, of_row, sequence.sample, sequence.length, decisions))
+            paths.append(policy.accept_tree(tree, of_row, sequence.sample, sequence.length, source))
         return judged, None, paths
     keys = [draft.widths, [s.sample for s in sequences], [s.length for s in sequences]]
     widths, samples, positions = torch.tensor(keys, device=logits.device)
-    verdict = policy.judge(draft, judged, widths, samples, positions, decisions)
+    verdict = policy.verify(draft, judged, widths, samples, positions, source)
     stood = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
     return judged, verdict, [Path(list(range(accepted)), following) for accepted, following in stood]
 
@@ -122,12 +122,12 @@ def plain_step(
     sequences: list[Sequence],
     params: SamplingParams,
     controllers: list[KController],
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Step:
     """A step for which nobody asked for a draft: plain decoding, at its price."""
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     began = time.perf_counter()
-    logits = decode_step(model, sequences, params, decisions)
+    logits = decode_step(model, sequences, params, source)
     verify_ms = (time.perf_counter() - began) * 1e3
     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
     stats = [StepStats(0, 0, 0, 0, 1, length, 0.0, verify_ms, 0.0) for length in lengths]
@@ -145,7 +145,7 @@ def speculative_step(
     params: SamplingParams,
     policy: AcceptancePolicy,
     controllers: list[KController],
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Step:
     """Draft, verify, accept, for every given sequence at once; each takes its tokens and may end."""
     device = model.embedding.weight.device
@@ -155,7 +155,7 @@ def speculative_step(
         for sequence, controller in zip(sequences, controllers, strict=True)
     ]
     if not any(asked) and drafter.taps is None:
-        return plain_step(model, drafter, sequences, params, controllers, decisions)
+        return plain_step(model, drafter, sequences, params, controllers, source)
     draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
     synchronize(device)
     drafted = time.perf_counter()
@@ -166,14 +166,14 @@ def speculative_step(
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     judged, verdict, states, logits = None, None, None, None
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
-        logits = decode_step(model, sequences, params, decisions)
+        logits = decode_step(model, sequences, params, source)
         verified = time.perf_counter()
         paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
     else:
         target = target_forward(model, [s.prompt + s.tokens for s in sequences], trees, known, drafter.taps or ())
         synchronize(device)
         verified = time.perf_counter()
-        judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
+        judged, verdict, paths = accept(policy, draft, trees, target, sequences, params, source)
         for sequence, tree, path in zip(sequences, trees, paths, strict=True):
             for token in [*(tree.tokens[node] for node in path.nodes), path.next_token]:
                 if not sequence.append(token):
@@ -212,16 +212,16 @@ def speculative_decode(
     params: SamplingParams,
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
-    decisions: Decisions | None = None,
+    source: RandomSource | None = None,
 ) -> Iterator[Step]:
     """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace.
 
     `controller` makes a fresh controller for each sequence. By default rejection, and K = 4.
     """
     policy = policy or Rejection()
-    decisions = decisions or (Certain() if params.greedy else KeyedDecisions(params.seed))
+    source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
     make = controller or (lambda: FixedController(4))
     controllers = {sequence: make() for sequence in sequences}
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
-        yield speculative_step(model, drafter, active, params, policy, mine, decisions)
+        yield speculative_step(model, drafter, active, params, policy, mine, source)

@@ -27,7 +27,7 @@ from common.device import MIB, memory, reset_peak
 from common.harness import Bench
 from common.phases import ROOT
 from common.random_checkpoint import random_checkpoint
-from engine import Options, Session
+from engine import LLM, Options
 from engine.quantize import linears, stored_bytes
 
 MEMORY = {
@@ -81,13 +81,13 @@ def loading(folder: str, options: dict[str, str]) -> None:
     """Load a checkpoint in this process, and print what that took as JSON."""
     cpu = torch.device("cpu")
     wanted: dict[str, Any] = {"draft": "none", "device": "cpu", "max_tokens": 1, **options}
-    Session(Options(model="stdlib-1m", **wanted)).complete(["x"])  # libraries, and the kernels' own memory
+    LLM(Options(model="stdlib-1m", **wanted)).generate(["x"])  # libraries, and the kernels' own memory
     gc.collect()
     before = memory(cpu)["rss"]
     peak_is_ours = reset_peak(cpu)
-    session = Session(Options(model=folder, **wanted))
+    llm = LLM(Options(model=folder, **wanted))
     gc.collect()
-    used, model = memory(cpu), session.loaded.model
+    used, model = memory(cpu), llm.loaded.model
     values, scales = stored_bytes(model)
     layers = [linear for name, linear in linears(model) if name != "head"]
     inside = {id(tensor) for linear in layers for tensor in (*linear.parameters(), *linear.buffers())}

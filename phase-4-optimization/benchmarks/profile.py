@@ -42,15 +42,15 @@ class Decoding:
     """One phase's engine, decoding in one way, with a profiler for every run."""
 
     engine: Any  # of any phase
-    session: Any
+    llm: Any
 
     def profile(self, prompt: Prompt | None, folder: Path, traced: int) -> tuple[Profiler, list[int]]:
         assert prompt is not None
-        session = self.session
-        device = session.loaded.model.embedding.weight.device
-        with hooked(session, self.engine is engine), Profiler(folder, device, traced) as profiler:
-            sequences = session.sequences([prompt.text])
-            for _ in profiler.watch(session.run(sequences, self.engine.Clock())):
+        llm = self.llm
+        device = llm.loaded.model.embedding.weight.device
+        with hooked(llm, self.engine is engine), Profiler(folder, device, traced) as profiler:
+            sequences = llm.sequences([prompt.text])
+            for _ in profiler.watch(llm.run(sequences, self.engine.Clock())):
                 pass
         return profiler, sequences[0].tokens
 
@@ -75,12 +75,12 @@ class Decoding:
 
 
 @contextmanager
-def hooked(session: Any, says_it_itself: bool) -> Iterator[None]:
+def hooked(llm: Any, says_it_itself: bool) -> Iterator[None]:
     """An earlier phase's forward begins in the embedding and ends in the head: so these two say `stage`."""
     if says_it_itself:
         yield
         return
-    draft, target = getattr(session, "draft", None), session.loaded.model
+    draft, target = getattr(llm, "draft", None), llm.loaded.model
     following = "accept" if draft else "sample"
     hooks = [
         target.embedding.register_forward_pre_hook(lambda *_: stage("verify")),
@@ -107,10 +107,10 @@ def decodings(lab: Lab) -> dict[str, Decoding]:
                     if dtype == "bfloat16" and lab.no_bfloat16:
                         raise UserError(lab.no_bfloat16)
                     of = engine_of(phase)
-                    session = lab.session(of, dtype=dtype, **draft)
-                    if session is not None and way == "speculative" and not session.draft:
+                    llm = lab.llm(of, dtype=dtype, **draft)
+                    if llm is not None and way == "speculative" and not llm.draft:
                         raise UserError(f"{lab.options.model} names no draft model; pass --draft")
-                    found[name] = Decoding(of, session)
+                    found[name] = Decoding(of, llm)
                 except UserError as error:
                     lab.refuse("profile", {}, name, str(error))
     return found

@@ -1,7 +1,7 @@
-"""What the sections of the bench share: options, sessions, and one prompt decoded as a row keeps it.
+"""What the sections of the bench share: options, llms, and one prompt decoded as a row keeps it.
 
-session = lab.session(draft="none", dtype="bfloat16")
-lab.compare("speed", {}, {"bfloat16": partial(decode, session)}, lab.prompts())
+llm = lab.llm(draft="none", dtype="bfloat16")
+lab.compare("speed", {}, {"bfloat16": partial(decode, llm)}, lab.prompts())
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Options(BenchOptions):
 
 @dataclass(frozen=True)
 class Lab(Bench):
-    """A bench that makes sessions of this phase and of earlier ones."""
+    """A bench that makes llms of this phase and of earlier ones."""
 
     options: Options
 
@@ -87,8 +87,8 @@ class Lab(Bench):
         found = {line["variant"]: line["seconds_per_token"] for line in self.table("dtypes")}
         return f"a matrix product takes {found['bfloat16'] / found['float32']:.1f} times as long as in float32 here"
 
-    def session(self, of: Any = engine, **wanted: Any) -> Any:
-        """A session of a phase with options of its generate.py; None in a dry run. UserError for what cannot be had."""
+    def llm(self, of: Any = engine, **wanted: Any) -> Any:
+        """A llm of a phase with options of its generate.py; None in a dry run. UserError for what cannot be had."""
         if self.options.dry_run:
             return None
         chosen = {
@@ -99,7 +99,7 @@ class Lab(Bench):
             "dtype": "float32",
             **wanted,
         }
-        return of.Session(of.Options(**chosen))
+        return of.LLM(of.Options(**chosen))
 
 
 Measure = Callable[[Lab], None]
@@ -115,15 +115,15 @@ def engine_of(number: int) -> ModuleType:
         raise UserError(f"phase {number} is not there ({error}); `make install` installs the phases") from None
 
 
-def decode(session: Any, prompt: Prompt | None, round_: int) -> Outcome:
+def decode(llm: Any, prompt: Prompt | None, round_: int) -> Outcome:
     """One prompt, decoded; every round has its own seed."""
     assert prompt is not None
-    session.params = dataclasses.replace(session.params, seed=session.options.seed + round_)
+    llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
     began = time.perf_counter()
-    [done] = session.complete([prompt.text])
+    [done] = llm.generate([prompt.text])
     seconds = time.perf_counter() - began
-    steps = list(chain(*session.steps.values()))
-    session.steps.clear()
+    steps = list(chain(*llm.steps.values()))
+    llm.steps.clear()
     figures = {"forwards": done.stats.target_forwards, "looped": round(loop_share(done.tokens) * len(done.tokens))}
     if steps:
         figures |= {name: sum(getattr(step, name) for step in steps) for name in ("proposed", "accepted")}

@@ -54,9 +54,9 @@ PREVIOUS = f"phase {OWN - 1}"
 
 @dataclass
 class Run:
-    """A session that decodes, and what its rows say besides."""
+    """A llm that decodes, and what its rows say besides."""
 
-    session: Any  # of any phase; None in a dry run
+    llm: Any  # of any phase; None in a dry run
     greedy: bool
     about: Mapping[str, Any] = field(default_factory=dict)
     reference: Run | None = None  # the run whose greedy tokens the others are compared with; None: this one
@@ -64,11 +64,11 @@ class Run:
 
     def __call__(self, prompt: Prompt | None, round_: int) -> Outcome:
         assert prompt is not None
-        before = getattr(self.session, "compiled_graphs", 0)
-        outcome = decode(self.session, prompt, round_)
-        figures = {**outcome.figures, **self.about, "weights_mib": weights_mib(self.session.loaded.model)}
-        if getattr(self.session, "compiler", None):
-            figures["new_graphs"] = self.session.compiled_graphs - before
+        before = getattr(self.llm, "compiled_graphs", 0)
+        outcome = decode(self.llm, prompt, round_)
+        figures = {**outcome.figures, **self.about, "weights_mib": weights_mib(self.llm.loaded.model)}
+        if getattr(self.llm, "compiler", None):
+            figures["new_graphs"] = self.llm.compiled_graphs - before
         if self.greedy:
             self.tokens[prompt.id] = list(outcome.output)
             figures["agreed"] = agreed(self.tokens[prompt.id], (self.reference or self).of(prompt))
@@ -109,21 +109,21 @@ def choices(lab: Lab, setting: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def best(lab: Lab, of: Any, name: str, setting: Mapping[str, Any], temperature: float) -> tuple[str, Any]:
-    """The fastest way to draft, on the calibrate half, with its session. UserError where nothing can draft."""
+    """The fastest way to draft, on the calibrate half, with its llm. UserError where nothing can draft."""
     cell: dict[str, Scalar] = {"temperature": temperature, "setting": name}
     found: dict[str, Any] = {}
     for how, choice in choices(lab, setting).items():
         try:
-            session = lab.session(of, temperature=temperature, **setting, **choice)
-            if session is not None and not session.speculative:
+            llm = lab.llm(of, temperature=temperature, **setting, **choice)
+            if llm is not None and not llm.speculative:
                 raise UserError(f"{lab.options.model} names no draft model; pass --draft")
-            found[how] = session
+            found[how] = llm
         except UserError as error:
             lab.refuse("choice", cell, how, str(error))
     if not found:
         raise UserError("none of --drafters can draft here")
     if len(found) > 1:
-        runs = {how: partial(decode, session) for how, session in found.items()}
+        runs = {how: partial(decode, llm) for how, llm in found.items()}
         lab.with_rounds(1).compare("choice", cell, runs, lab.prompts(min(CHOOSING, lab.options.prompts), "calibrate"))
     times = {
         line["variant"]: line.get("seconds_per_token", math.inf)
@@ -134,11 +134,11 @@ def best(lab: Lab, of: Any, name: str, setting: Mapping[str, Any], temperature: 
     return how, found[how]
 
 
-def plain_of(session: Any) -> Any:
+def plain_of(llm: Any) -> Any:
     """The same loaded models, decoding without a draft."""
-    plain = copy.copy(session)
-    if session is not None:
-        plain.options = session.options.model_copy(update={"draft": "none"})
+    plain = copy.copy(llm)
+    if llm is not None:
+        plain.options = llm.options.model_copy(update={"draft": "none"})
     return plain
 
 
@@ -156,8 +156,8 @@ def measure_temperature(lab: Lab, temperature: float) -> None:
     settings |= {name: (OWN, SETTINGS[name]) for name in names}
     runs: dict[str, Run] = {}
     for name, (phase, setting) in settings.items():
-        for decoding, (session, about) in sessions(lab, phase, name, setting, temperature).items():
-            runs[f"{name} {decoding}"] = Run(session, greedy, about, runs.get(f"{PREVIOUS} plain"))
+        for decoding, (llm, about) in llms(lab, phase, name, setting, temperature).items():
+            runs[f"{name} {decoding}"] = Run(llm, greedy, about, runs.get(f"{PREVIOUS} plain"))
     if f"{PREVIOUS} plain" not in runs:  # the reason is a row
         return
     exact = [name for name in runs if name.rpartition(" ")[0] in SAME | {PREVIOUS}] if greedy else []
@@ -167,10 +167,10 @@ def measure_temperature(lab: Lab, temperature: float) -> None:
     lab.compare("speed", cell, runs, prompts, exact=exact, baselines=baselines, warmup=2)
 
 
-def sessions(
+def llms(
     lab: Lab, phase: int, name: str, setting: Mapping[str, Any], temperature: float
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """How a setting decodes, `plain` and `drafted`: a session, and what its rows say besides. A refusal is a row."""
+    """How a setting decodes, `plain` and `drafted`: a llm, and what its rows say besides. A refusal is a row."""
     cell, found = {"temperature": temperature}, dict[str, tuple[Any, dict[str, Any]]]()
     if ("amp" in setting or setting.get("dtype") == "bfloat16") and lab.no_bfloat16:
         lab.refuse("speed", cell, name, lab.no_bfloat16)
@@ -184,7 +184,7 @@ def sessions(
         return found
     try:
         same = {"temperature": temperature, **setting, "draft": "none"}
-        plain = plain_of(found["drafted"][0]) if found else lab.session(engine_of(phase), **same)
+        plain = plain_of(found["drafted"][0]) if found else lab.llm(engine_of(phase), **same)
     except UserError as error:
         lab.refuse("speed", cell, f"{name} plain", str(error))
         return found

@@ -42,7 +42,7 @@ class Compiler:
 
     def compile(self, *modules: torch.nn.Module) -> None:
         """Compile every layer in these modules when it is first called. No part is left to run uncompiled."""
-        # The limit is for one function over a process; the layers of all sessions are one function.
+        # The limit is for one function over a process; the layers of all llms are one function.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
         for module in modules:

@@ -138,7 +138,7 @@ def _recent() -> deque[float]:
 
 
 @dataclass
-class Costs:
+class CostModel:
     """What drafting and verifying took in the last few steps: of the machine and the models, not of a text."""
 
     draft_ms: deque[float] = field(default_factory=_recent)  # of one draft token
@@ -171,7 +171,7 @@ class CostController:
     accepted: int = 0  # of the last draft
     tried: list[float] = field(default_factory=list)
     stood: list[float] = field(default_factory=list)
-    costs: Costs = field(default_factory=Costs)  # may be known from texts before
+    costs: CostModel = field(default_factory=CostModel)  # may be known from texts before
     drafts: int = 0  # of this text
     length: int = 0
     declined: int = 0
@@ -243,7 +243,7 @@ def make_controller(
     max_k: int = 8,
     target_acceptance: float = 0.7,
     confidence: float = 0.4,
-    costs: Costs | None = None,
+    costs: CostModel | None = None,
 ) -> KController:
     """A fresh controller of this name, for one sequence. `cost` may know from other sequences what things cost."""
     if name == "fixed":
@@ -253,4 +253,4 @@ def make_controller(
         return AdaptiveController(k, bounds, target_acceptance)
     if name == "confidence":
         return ConfidenceController(bounds, confidence)
-    return CostController(bounds, costs=costs or Costs())
+    return CostController(bounds, costs=costs or CostModel())

@@ -2,7 +2,7 @@
 
 timeline = MemoryTimeline(device, lambda: "load")
 timeline.start()
-session = Session(options)
+llm = LLM(options)
 timeline.end()
 print(max(timeline.samples, key=lambda sample: sample["rss"]))
 """

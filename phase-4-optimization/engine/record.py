@@ -21,10 +21,10 @@ from common.errors import UserError
 from common.phases import phase_of
 
 from .generate import Clock
+from .llm import LLM
 from .policies import Rejection
 from .sampling import probabilities
 from .sequence import Sequence
-from .session import Session
 from .speculative import Step
 
 SCHEMA_VERSION = 1
@@ -38,8 +38,8 @@ class Recorder:
     `watch` in a step of plain decoding; whoever drives the loop calls `step` after every step, and `finish` at the end.
     """
 
-    def __init__(self, path: Path, session: Session, sequences: list[Sequence]) -> None:
-        self.path, self.session, self.sequences = path, session, sequences
+    def __init__(self, path: Path, llm: LLM, sequences: list[Sequence]) -> None:
+        self.path, self.llm, self.sequences = path, llm, sequences
         self.numbers = {sequence: number for number, sequence in enumerate(sequences)}
         self.totals = [
             {"new_tokens": 0, "steps": 0, "target_forwards": 0, "proposed": 0, "accepted": 0, "seconds": 0.0}
@@ -89,15 +89,15 @@ class Recorder:
         self.file.close()
 
     def _header(self) -> dict[str, Any]:
-        prompts = [each.prompt for each in self.sequences[:: self.session.options.n]]
+        prompts = [each.prompt for each in self.sequences[:: self.llm.options.n]]
         return {
             "type": "header",
             "schema_version": SCHEMA_VERSION,
             "phase": phase_of(__file__),
-            **self.session.header(),
+            **self.llm.header(),
             "prompts": [{"tokens": prompt, "strings": self._strings(prompt)} for prompt in prompts],
             "sequences": [
-                {"sequence": number, "prompt": number // self.session.options.n, "sample": each.sample}
+                {"sequence": number, "prompt": number // self.llm.options.n, "sample": each.sample}
                 for number, each in enumerate(self.sequences)
             ],
         }
@@ -124,7 +124,7 @@ class Recorder:
 
     def _comparison(self, step: Step, row: int) -> str | None:
         """How draft tokens were accepted; None where there are none."""
-        policy, tree = self.session.policy, step.trees[row]
+        policy, tree = self.llm.policy, step.trees[row]
         if not tree.tokens:
             return None
         if not policy.lossless:
@@ -263,7 +263,7 @@ class Recorder:
         return [self._string(token) for token in tokens]
 
     def _string(self, token: int) -> str:
-        return self.session.loaded.tokenizer.token_text(token)
+        return self.llm.loaded.tokenizer.token_text(token)
 
     def _now(self) -> float:
         return (time.perf_counter() - self.clock.began) * 1e3

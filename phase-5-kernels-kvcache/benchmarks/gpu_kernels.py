@@ -22,8 +22,8 @@ from engine.kernels import TORCH, check, registry
 from engine.kv_cache import CacheShape, PagedCache, StaticCache
 from engine.model import Linear
 from engine.quantize import Format, QuantLinear
-from engine.sampling import KeyedRandomness, SamplingParams
-from engine.verify import KeyedDecisions
+from engine.sampling import KeyedSampler, SamplingParams
+from engine.verify import KeyedSource
 
 from .gpu_timing import Replay, alone, copies_for, measure_copy, on_card, record, replay
 from .runs import Lab
@@ -210,13 +210,13 @@ def make_verdict(K: int, V: int, device: torch.device, copies: int) -> list[tupl
     for _ in range(copies):
         target, draft = (torch.randn(1, n, V, device=device).softmax(-1) for n in (K + 1, K))
         keys = [torch.tensor([value], device=device) for value in (K, 0, 100)]
-        made.append((draft.argmax(-1), draft, target, *keys, KeyedDecisions(0)))
+        made.append((draft.argmax(-1), draft, target, *keys, KeyedSource(0)))
     return made
 
 
 def make_sample(params: SamplingParams, V: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
     logits = [torch.randn(1, V, dtype=torch.bfloat16, device=device) for _ in range(copies)]
-    return [(each, params, KeyedRandomness(0), [0], [100], [[]], [[]]) for each in logits]
+    return [(each, params, KeyedSampler(0), [0], [100], [[]], [[]]) for each in logits]
 
 
 def measure_gpu_kernels(lab: Lab) -> None:

@@ -158,9 +158,9 @@ def decoders(lab: Lab, path: Callable[[], str], drafts: bool) -> dict[str, Varia
     def ours(**options: Any) -> Callable[[], Decode]:
         @cache
         def made() -> Decode:
-            session = lab.session(model=path(), dtype="bfloat16", temperature=0.0, **options)
-            session.params = dataclasses.replace(session.params, ignore_eos=True)
-            return lambda prompt: session.complete([prompt.text])[0].tokens if prompt else []
+            llm = lab.llm(model=path(), dtype="bfloat16", temperature=0.0, **options)
+            llm.params = dataclasses.replace(llm.params, ignore_eos=True)
+            return lambda prompt: llm.generate([prompt.text])[0].tokens if prompt else []
 
         return made
 

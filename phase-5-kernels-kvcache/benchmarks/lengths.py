@@ -18,7 +18,7 @@ from common.device import synchronize
 from common.harness import Variant
 from common.prompts import Prompt
 from engine.kv_cache import KVOptions
-from engine.runner import CachedRunner, Runner, make_runner
+from engine.runner import CachedRunner, ModelRunner, make_runner
 from engine.weights import lay_out
 
 from .runs import Lab
@@ -72,13 +72,13 @@ def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
     """A run is one token behind the text; the one of the run before is taken back."""
 
     @cache
-    def made() -> tuple[engine.Transformer, Runner, list[int], float]:
+    def made() -> tuple[engine.Transformer, ModelRunner, list[int], float]:
         model = lab.load().model if shape != RANDOM else random_llama(lab.load().model)
         generator = torch.Generator().manual_seed(lab.options.seed)
         text = torch.randint(1, model.config.vocab_size, (size,), generator=generator).tolist()
         runner = make_runner(model, options, 1, size + 8)
         if isinstance(runner, CachedRunner):
-            runner.together = 1
+            runner.max_inline = 1
         runner.logits(["text"], [text])
         return model, runner, text, runner.prefill_ms
 

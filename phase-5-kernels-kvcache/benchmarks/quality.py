@@ -124,6 +124,6 @@ def heldout(lab: Lab) -> list[Tensor]:
 
 def fed(runner: CachedRunner, text: list[int]) -> Tensor:
     """The hidden states of the last piece, which goes along with one step."""
-    runner.together = PIECE
+    runner.max_inline = PIECE
     held = len(text) - PIECE
     return runner.step(["window"], [text], [NO_DRAFT], known=[held]).states_of(0, [], 0)

@@ -1,4 +1,4 @@
-"""What the sections of the bench share: options, sessions of this phase and others, and one prompt decoded as one run.
+"""What the sections of the bench share: options, llms of this phase and others, and one prompt decoded as one run.
 
 lab.decoder(draft="none", kv="static")(prompt, 0)
 """
@@ -60,7 +60,7 @@ class Options(BenchOptions):
 
 
 class Decoder:
-    """Decodes one prompt, anew at every call. The session is made at the first one: a dry run loads nothing."""
+    """Decodes one prompt, anew at every call. The llm is made at the first one: a dry run loads nothing."""
 
     def __init__(self, make: Callable[[], Any], figures: Mapping[str, Any] | None = None) -> None:
         self.make, self.figures = cache(make), dict(figures or {})
@@ -68,10 +68,10 @@ class Decoder:
     def __call__(self, prompt: Prompt | None, round_: int) -> Outcome:
         """At temperature > 0 every round has its own seed."""
         assert prompt is not None
-        session = self.make()
-        session.params = dataclasses.replace(session.params, seed=session.options.seed + round_)
-        (done,) = session.complete([prompt.text])
-        kept = getattr(session, "steps", {})
+        llm = self.make()
+        llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
+        (done,) = llm.generate([prompt.text])
+        kept = getattr(llm, "steps", {})
         steps = [step for of_sequence in kept.values() for step in of_sequence]
         kept.clear()
         figures = {"forwards": done.stats.target_forwards, **times(done.stats), **drafting(steps), **self.figures}
@@ -146,8 +146,8 @@ class Lab(Bench):
         found: engine.LoadedModel = self.loaded[self.dtype]
         return found
 
-    def session(self, of: Any = engine, **wanted: Any) -> Any:
-        """A session of this phase or of another, with options of its generate.py."""
+    def llm(self, of: Any = engine, **wanted: Any) -> Any:
+        """A llm of this phase or of another, with options of its generate.py."""
         chosen = {
             "model": self.options.model,
             "draft": self.options.draft,
@@ -159,10 +159,10 @@ class Lab(Bench):
             **({"kernels": "torch"} if of is engine else {}),
             **wanted,
         }
-        return of.Session(of.Options(**chosen))
+        return of.LLM(of.Options(**chosen))
 
     def decoder(self, of: Any = engine, figures: Mapping[str, Any] | None = None, **wanted: Any) -> Variant:
-        return Decoder(lambda: self.session(of, **wanted), figures)
+        return Decoder(lambda: self.llm(of, **wanted), figures)
 
     def drafting(self, controller: str = "cost", **wanted: Any) -> dict[str, Variant]:
         """Every drafter that was asked for, by its name."""

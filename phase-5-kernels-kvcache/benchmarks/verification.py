@@ -15,7 +15,7 @@ from common.benchmark import Outcome
 from common.harness import Variant
 from common.prompts import Prompt
 from engine.kv_cache import KVOptions
-from engine.runner import Runner, make_runner
+from engine.runner import ModelRunner, make_runner
 from engine.tree import Tree
 
 from .runs import Lab
@@ -36,7 +36,7 @@ def measure_verification(lab: Lab) -> None:
 
 def of_cache(lab: Lab, name: Any, length: int) -> None:
     @cache
-    def made() -> tuple[Runner, list[int]]:
+    def made() -> tuple[ModelRunner, list[int]]:
         model = lab.load().model
         generator = torch.Generator().manual_seed(lab.options.seed)
         text = torch.randint(1, model.config.vocab_size, (length + 16,), generator=generator).tolist()

@@ -17,6 +17,7 @@ from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
 from .generate import Clock, Generation, Stats, decode, generate, stream
 from .kv_cache import KVOptions
+from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
 from .options import Options
@@ -24,36 +25,34 @@ from .policies import (
     AcceptancePolicy,
     ConfThreshold,
     Judged,
-    OwnChoice,
     Path,
     Rejection,
+    SampleMatch,
     TopkAgree,
     Typical,
     make_policy,
 )
-from .runner import CachedRunner, Runner, WholeRunner, make_runner
-from .sampling import KeyedRandomness, Randomness, SamplingParams, choose, probabilities
+from .runner import CachedRunner, ModelRunner, UncachedRunner, make_runner
+from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
-from .session import Session
 from .speculative import speculative_decode
 from .steps import Step, StepStats
 from .target import Target, next_logits, target_forward
 from .tree import Tree
 from .tree_shapes import acceptance_by_rank, best_shape, expected_tokens
-from .verify import Certain, Decisions, KeyedDecisions, Verdict, verify
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
+    "LLM",
     "AcceptancePolicy",
     "AdaptiveController",
     "Bounds",
     "Brancher",
     "CachedRunner",
-    "Certain",
     "Clock",
     "ConfThreshold",
     "ConfidenceController",
     "CostController",
-    "Decisions",
     "Draft",
     "Drafter",
     "DynamicTreeDrafter",
@@ -62,27 +61,28 @@ __all__ = [
     "FakeModel",
     "FixedController",
     "Generation",
+    "GreedySource",
     "Judged",
     "KController",
     "KVOptions",
-    "KeyedDecisions",
-    "KeyedRandomness",
+    "KeyedSampler",
+    "KeyedSource",
     "LoadedModel",
     "ModelConfig",
     "ModelDrafter",
+    "ModelRunner",
     "NgramDrafter",
     "NgramIndex",
     "Options",
     "Outcome",
-    "OwnChoice",
     "Path",
-    "Randomness",
+    "RandomSource",
     "Rejection",
     "RopeConfig",
-    "Runner",
+    "SampleMatch",
+    "Sampler",
     "SamplingParams",
     "Sequence",
-    "Session",
     "StaticTreeDrafter",
     "Stats",
     "Step",
@@ -92,8 +92,8 @@ __all__ = [
     "Transformer",
     "Tree",
     "Typical",
+    "UncachedRunner",
     "Verdict",
-    "WholeRunner",
     "acceptance_by_rank",
     "beam_search",
     "best_shape",

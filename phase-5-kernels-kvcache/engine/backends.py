@@ -20,7 +20,7 @@ from .drafters import EagleHead, MedusaHeads
 from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .model import Transformer
-from .runner import Runner, make_runner
+from .runner import ModelRunner, make_runner
 
 if TYPE_CHECKING:
     from .kernels.cpp import CppEagle, CppMedusa, CppModel
@@ -120,10 +120,10 @@ class Backends:
         """Whether torch computes nothing of this model, or of these heads."""
         return module in self.fast or (isinstance(module, EagleHead | MedusaHeads) and self.heads is not None)
 
-    def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
+    def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> ModelRunner:
         """A runner for so many texts of at most so many tokens."""
         if model in self.fast:
-            from .fast_runner import make_fast_runner
+            from .cpp_runner import make_cpp_runner
 
-            return make_fast_runner(model, self.fast[model], options, rows, tokens)
+            return make_cpp_runner(model, self.fast[model], options, rows, tokens)
         return make_runner(model, options, rows, tokens)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .prices import Prices, usual
+from .cost_model import CostModel, usual
 
 if TYPE_CHECKING:
     from .steps import StepStats
@@ -177,9 +177,9 @@ class CostController:
     Expected tokens: 1 + s_1 + ... + s_K, where s_j is the product of the chances a_1 .. a_j that the draft's i-th token
     stands once those before it do. Each a_i is a weighted count of what was seen, older steps counting less; a_1 starts
     from `prior`, each other leans on the one before it, and is that one where nothing was tried yet. Expected time: K
-    draft tokens, and a target forward with them, at the prices of the last few steps (prices.py). While prices are not
-    known drafts are short, and so is a text's first. While it declines it looks again after `retry` steps, then after
-    twice as many, and so on, for a few steps: the first finds the draft's weights far away.
+    draft tokens, and a target forward with them, at the cost of the last few steps (cost_model.py). Without
+    measurements drafts are short, and so is a sequence's first. While it declines it tries again after `retry` steps,
+    then after twice as many, and so on, for a few steps: in the first, the draft's weights are not in the CPU's caches.
     """
 
     bounds: Bounds
@@ -193,7 +193,7 @@ class CostController:
     accepted: int = 0  # of the last draft
     tried: list[float] = field(default_factory=list)
     stood: list[float] = field(default_factory=list)
-    prices: Prices = field(default_factory=Prices)  # may be known from texts before
+    cost_model: CostModel = field(default_factory=CostModel)  # may be known from texts before
     drafts: int = 0  # of this text
     plain: int = 0  # positions that the target computes in a step without a draft
     declined: int = 0
@@ -212,9 +212,9 @@ class CostController:
 
     def next_k(self) -> int:
         self.declining = False
-        if not self.prices.known or not self.plain:
+        if not self.cost_model.known or not self.plain:
             return self.bounds.clip(self.accepted + 1 if self.drafts else self.first_k)
-        if self.prices.wants_plain:
+        if self.cost_model.wants_plain:
             return 0
         if self.looking:
             self.looking -= 1
@@ -234,21 +234,21 @@ class CostController:
     def holds(self) -> int:
         if self.declining:
             return self.wait - self.declined
-        settled = self.prices.known and self.plain and self.drafts > 1 and not self.looking
+        settled = self.cost_model.known and self.plain and self.drafts > 1 and not self.looking
         return AHEAD if settled else 1
 
     def best(self) -> int:
         """0, or the K within the bounds, that promises most tokens per millisecond at the present length."""
-        prices = self.prices
-        draft, fixed = usual(prices.draft_ms), usual(prices.fixed_ms)
-        best, most = 0, 1 / prices.verify_ms(0, self.plain)
+        cost_model = self.cost_model
+        draft, fixed = usual(cost_model.draft_ms), usual(cost_model.fixed_ms)
+        best, most = 0, 1 / cost_model.verify_ms(0, self.plain)
         chance, tokens, survives = self.stood[0] / self.tried[0], 1.0, 1.0
         for k in range(1, self.bounds.high + 1):
             if k > 1:
                 chance = (self.stood[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
             survives *= chance
             tokens += survives
-            cost = prices.verify_ms(k, self.plain) + k * draft + fixed
+            cost = cost_model.verify_ms(k, self.plain) + k * draft + fixed
             if k >= self.bounds.low and tokens / cost > most:
                 best, most = k, tokens / cost
         return best
@@ -257,7 +257,7 @@ class CostController:
         return False
 
     def observe(self, step: StepStats) -> None:
-        self.prices.observe(step)
+        self.cost_model.observe(step)
         self.plain = step.plain
         self.declined += self.declining
         for at in range(self.bounds.high):
@@ -280,7 +280,7 @@ def make_controller(
     max_k: int = 8,
     target_acceptance: float = 0.7,
     confidence: float = 0.4,
-    prices: Prices | None = None,
+    cost_model: CostModel | None = None,
 ) -> KController:
     """A fresh controller of this name, for one sequence. `cost` may know prices from other sequences."""
     if name == "fixed":
@@ -290,4 +290,4 @@ def make_controller(
         return AdaptiveController(k, bounds, target_acceptance)
     if name == "confidence":
         return ConfidenceController(bounds, confidence)
-    return CostController(bounds, prices=prices or Prices())
+    return CostController(bounds, cost_model=cost_model or CostModel())

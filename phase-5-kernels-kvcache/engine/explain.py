@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from common.benchmark import interleave, median, print_table, seconds
 
-from .runner import Runner
+from .runner import ModelRunner
 from .sequence import Sequence
 from .steps import StepStats
 
@@ -69,7 +69,7 @@ class Account:
         return smallest(lambda a: sum(a**j for j in range(self.k + 1)) * self.plain_ms >= step)
 
 
-def plain_step_ms(runner: Runner, sequence: Sequence, repeats: int = 5) -> float:
+def plain_step_ms(runner: ModelRunner, sequence: Sequence, repeats: int = 5) -> float:
     """Median time of a plain decoding step at the middle of this sequence."""
     text = sequence.prompt + sequence.tokens[: len(sequence.tokens) // 2]
     device = runner.model.embedding.weight.device

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import philox
 from common.errors import UserError
 
-from .attending import Behind
+from .attention import CachedAttention
 from .config import ModelConfig
 from .model import Embedding, Masks, Transformer
 
@@ -62,7 +62,7 @@ class FakeModel(Transformer):
         wanted: Tensor | None = None,
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
-        cached: dict[int | None, Behind] | None = None,
+        cached: dict[int | None, CachedAttention] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The number of each context, int64 [B, T or W, 1]: its last two tokens, in a tree along the branch."""
         T = tokens.shape[1]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from .kv_cache import KVOptions, OutOfPages
+from .kv_cache import KVOptions, OutOfBlocks
 from .model import Transformer
 from .profiler import stage
-from .runner import Drawing, Runner, make_runner
-from .sampling import KeyedRandomness, Randomness, SamplingParams, check_finite
+from .runner import Drawing, ModelRunner, make_runner
+from .sampling import KeyedSampler, Sampler, SamplingParams, check_finite
 from .sequence import Ending, FinishReason, Sequence
 
 Watch = Callable[[list[Sequence], Tensor], None]
@@ -89,26 +89,26 @@ class Clock:
         )
 
 
-def decode_step(runner: Runner, sequences: list[Sequence], params: SamplingParams, randomness: Randomness) -> Tensor:
+def decode_step(runner: ModelRunner, sequences: list[Sequence], params: SamplingParams, sampler: Sampler) -> Tensor:
     """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
     stage("verify")
     logits = runner.logits(list(sequences), [sequence.prompt + sequence.tokens for sequence in sequences])
     stage("sample")
-    for sequence, token in zip(sequences, sample(runner, logits, sequences, params, randomness), strict=True):
+    for sequence, token in zip(sequences, sample(runner, logits, sequences, params, sampler), strict=True):
         if not sequence.append(token):
             runner.release(sequence)
     return logits
 
 
 def sample(
-    runner: Runner, logits: Tensor, sequences: list[Sequence], params: SamplingParams, randomness: Randomness
+    runner: ModelRunner, logits: Tensor, sequences: list[Sequence], params: SamplingParams, sampler: Sampler
 ) -> list[int]:
     """The token that follows each sequence, by logits [R, V]. UserError for logits that are not finite."""
     check_finite(logits)
     return runner.model.kernels.sample(
         logits,
         params,
-        randomness,
+        sampler,
         samples=[sequence.sample for sequence in sequences],
         positions=[sequence.length for sequence in sequences],
         prompts=[sequence.prompt for sequence in sequences],
@@ -117,10 +117,10 @@ def sample(
 
 
 def decode(
-    runner: Runner,
+    runner: ModelRunner,
     sequences: list[Sequence],
     params: SamplingParams,
-    randomness: Randomness | None = None,
+    sampler: Sampler | None = None,
     watch: Watch | None = None,
 ) -> Iterator[list[Sequence]]:
     """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
@@ -128,9 +128,9 @@ def decode(
     `watch` is called after every step, before the sequences are given out; tokens drawn at once have no logits to show,
     so with it they are drawn one at a time.
     """
-    randomness = randomness or KeyedRandomness(params.seed)
+    sampler = sampler or KeyedSampler(params.seed)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        if watch is None and len(active) == 1 and (tokens := several(runner, active[0], params, randomness)[0]):
+        if watch is None and len(active) == 1 and (tokens := several(runner, active[0], params, sampler)[0]):
             for token in tokens:
                 more = active[0].append(token)
                 if not more:
@@ -140,8 +140,8 @@ def decode(
                     break
             continue
         try:
-            logits = decode_step(runner, active, params, randomness)
-        except OutOfPages as error:
+            logits = decode_step(runner, active, params, sampler)
+        except OutOfBlocks as error:
             refuse(runner, sequences, error)
             continue
         if watch is not None:
@@ -149,7 +149,7 @@ def decode(
         yield active
 
 
-def refuse(runner: Runner, sequences: list[Sequence], error: OutOfPages) -> Sequence:
+def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -> Sequence:
     """The request that found no page is refused and gives its pages back; the others go on. Raises if it is alone."""
     if len(sequences) == 1:
         raise error
@@ -160,10 +160,10 @@ def refuse(runner: Runner, sequences: list[Sequence], error: OutOfPages) -> Sequ
 
 
 def several(
-    runner: Runner,
+    runner: ModelRunner,
     sequence: Sequence,
     params: SamplingParams,
-    randomness: Randomness,
+    sampler: Sampler,
     count: int = AT_ONCE,
     taps: tuple[int, ...] | None = None,
 ) -> tuple[list[int], Tensor | None]:
@@ -174,7 +174,7 @@ def several(
     count = min(count, params.max_new_tokens - len(sequence.tokens))
     if not sequence.tokens or count < 2:
         return [], None
-    how = Drawing(params, randomness, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False, taps=taps)
+    how = Drawing(params, sampler, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False, taps=taps)
     return runner.draw(sequence, sequence.prompt + sequence.tokens, count, how) or ([], None)
 
 
@@ -189,7 +189,7 @@ def generate(
     params: SamplingParams,
     ending: Ending | None = None,
     samples: list[int] | None = None,
-    randomness: Randomness | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Generation]:
     """Complete every prompt (token ids), all in one batch; prompts may differ in length.
 
@@ -202,7 +202,7 @@ def generate(
     sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
     clock = Clock()
     runner = make_runner(model, KVOptions(), len(sequences), max(map(len, prompts)) + params.max_new_tokens)
-    for active in decode(runner, sequences, params, randomness):
+    for active in decode(runner, sequences, params, sampler):
         for sequence in active:
             clock.mark(sequence)
     return [finish(sequence, clock.stats(sequence)) for sequence in sequences]

@@ -17,7 +17,6 @@ from .drafters.eagle import EagleDrafter
 from .drafters.heads import Heads, target_states
 from .drafters.medusa import MedusaDrafter, MedusaHeads
 from .drafting import Drafter
-from .forced import forced_acceptance
 from .head_loss import acceptance
 from .kv_cache import KVOptions
 from .load import LoadedModel
@@ -26,15 +25,16 @@ from .runner import make_runner
 from .sampling import SamplingParams
 from .sequence import Sequence
 from .speculative import speculative_decode
-from .verify import Decisions, KeyedDecisions
+from .teacher_forced import teacher_forced_acceptance
+from .verify import KeyedSource, RandomSource
 
 
 def learned_drafter(
-    heads: Heads, target: LoadedModel, params: SamplingParams, decisions: Decisions, noise: Purpose = Purpose.DRAFT
+    heads: Heads, target: LoadedModel, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
 ) -> Drafter:
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target.model, heads, params, decisions, noise)
-    return EagleDrafter(target.model, heads, params, decisions, noise)
+        return MedusaDrafter(target.model, heads, params, source, noise)
+    return EagleDrafter(target.model, heads, params, source, noise)
 
 
 @torch.no_grad()
@@ -80,16 +80,16 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
     with progress("tokens per target forward", 2 * len(suite)) as step:
         for number, prompt in enumerate(suite):
             params = SamplingParams(temperature=1.0, seed=seed + number, max_new_tokens=length, ignore_eos=True)
-            decisions = KeyedDecisions(params.seed)
+            source = KeyedSource(params.seed)
             text = target.tokenizer.encode(prompt.text)
             truth = target.tokenizer.encode(prompt.continuation)[: length - 1]
-            drafter = learned_drafter(heads, target, params, decisions)
+            drafter = learned_drafter(heads, target, params, source)
             runner = make_runner(target.model, KVOptions(), rows=3, tokens=len(text) + len(truth) + k)
-            stood += forced_acceptance(runner, drafter, text, truth, params, policy, k, decisions)
+            stood += teacher_forced_acceptance(runner, drafter, text, truth, params, policy, k, source)
             step("forced")
             sequence = Sequence(text, params, target.ending)
             controller = partial(FixedController, k)
-            for done in speculative_decode(runner, drafter, [sequence], params, policy, controller, decisions):
+            for done in speculative_decode(runner, drafter, [sequence], params, policy, controller, source):
                 emitted, forwards = emitted + done.stats[0].emitted, forwards + 1
             step("sampled")
     return {

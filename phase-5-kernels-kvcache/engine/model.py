@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attending import Attending, Behind, Within
+from .attention import AttentionBackend, CachedAttention, FullAttention
 from .config import ModelConfig
 from .kernels import TORCH, Kernels
 from .kernels.reference import times
@@ -188,12 +188,12 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, attending: Attending, wanted: Wanted | None = None
+        self, x: Tensor, rotation: Rotation | None, backend: AttentionBackend, wanted: Wanted | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T or W, D]."""
-        late = rotation if wanted is None and attending.turns else None
+        late = rotation if wanted is None and backend.turns else None
         query, key, value = self.before(x, rotation if late is None else None, wanted)
-        return self.after(x, attending.attend(self.attention.number, query, key, value, late), wanted)
+        return self.after(x, backend.attend(self.attention.number, query, key, value, late), wanted)
 
     def before(self, x: Tensor, rotation: Rotation | None, wanted: Wanted | None) -> tuple[Tensor, Tensor, Tensor]:
         """What attention asks and is asked."""
@@ -251,7 +251,7 @@ class Transformer(nn.Module):
         wanted: Tensor | None = None,
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
-        cached: dict[int | None, Behind] | None = None,
+        cached: dict[int | None, CachedAttention] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
 
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
             x = x + self.positions.weight[first : first + T]
         else:
             x = x + self.positions(at + self.config.position_offset)
-        ways: dict[int | None, tuple[Attending, Attending]]
+        ways: dict[int | None, tuple[AttentionBackend, AttentionBackend]]
         if cached is None:
             given = {window: self.mask(T, x, window) for window in set(self.config.windows)} if masks is None else masks
             ways = {window: self.masks(mask, wanted) for window, mask in given.items()}
@@ -290,13 +290,13 @@ class Transformer(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden, torch.cat(tapped, -1) if tapped else None
 
-    def masks(self, mask: Tensor, wanted: Tensor | None) -> tuple[Within, Within]:
+    def masks(self, mask: Tensor, wanted: Tensor | None) -> tuple[FullAttention, FullAttention]:
         """A mask [T, T] or [B, T, T] as attention takes it, for all positions, and for W."""
         every = mask[None, None] if mask.ndim == 2 else mask[:, None]
         if wanted is None:
-            return Within(every), Within(every)
+            return FullAttention(every), FullAttention(every)
         rows = mask[wanted] if mask.ndim == 2 else mask[torch.arange(len(mask), device=mask.device)[:, None], wanted]
-        return Within(every), Within(rows[:, None])
+        return FullAttention(every), FullAttention(rows[:, None])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""

@@ -11,11 +11,11 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from common.flags import OFF, ON, Threads, flag
 
 from .controllers import ControllerName, KController, make_controller
+from .cost_model import CostModel
 from .kernels.registry import Asked
 from .kv_cache import Format, Kind, KVOptions
 from .kv_cache.ring import SPARE
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
-from .prices import Prices
 from .sampling import SamplingParams
 
 DrafterName = Literal["model", "ngram", "extrapolate", "medusa", "eagle"]
@@ -232,7 +232,7 @@ class Options(BaseSettings):
         name = automatic if self.policy == "auto" else self.policy
         return make_policy(name, self.tau, self.agree_k, self.epsilon, self.delta)
 
-    def make_controller(self, prices: Prices | None = None) -> KController:
+    def make_controller(self, cost_model: CostModel | None = None) -> KController:
         """A fresh controller, for one sequence, which may share what it measures of time with others."""
         bounds = self.k, self.min_k, self.max_k
-        return make_controller(self.controller, *bounds, self.target_acceptance, self.confidence, prices)
+        return make_controller(self.controller, *bounds, self.target_acceptance, self.confidence, cost_model)

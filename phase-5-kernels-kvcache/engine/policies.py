@@ -2,9 +2,9 @@
 
 Lossless: the output follows the target's distribution exactly, whatever the draft is.
 - Rejection (Leviathan et al. 2023; Chen et al. 2023): the rule of verify.py, the one that accepts most.
-- OwnChoice, as `longest_prefix`: the target draws its own token at every position, with the noise of plain sampling; a
-  draft token stands while it is the same. Output equals plain sampling token for token.
-- OwnChoice, as `coupled`: the same, and the drafter draws with that very noise too, so the two choose alike as often as
+- SampleMatch, as `longest_prefix`: the target draws its own token at every position, with the noise of plain sampling.
+  Draft tokens are accepted while they equal the target's. The output equals plain sampling token for token.
+- SampleMatch, as `coupled`: the same, and the drafter draws with that noise too, so target and draft agree as often as
   one shared Gumbel vector allows (Daliri et al. 2025, drafter-invariant speculative decoding; Kolmogorov couplings).
 
 Lossy: a token stands if the target finds it good enough; what follows is drawn from the target. The text is then no
@@ -30,7 +30,7 @@ from .drafting import Draft
 from .kernels import TORCH, Kernels
 from .sampling import most_likely
 from .tree import Tree
-from .verify import Certain, Decisions, KeyedDecisions, Verdict
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict
 
 PolicyName = Literal["rejection", "coupled", "longest_prefix", "conf_threshold", "topk_agree", "typical"]
 LOSSLESS = ("rejection", "coupled", "longest_prefix")
@@ -62,13 +62,13 @@ class AcceptancePolicy(Protocol):
         """Whether the children in a tree of fixed shape are to be drawn; else they are the drafter's favourites."""
         ...
 
-    def judge(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    def verify(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
     ) -> Verdict:
         """For R chains: how many tokens stand, and what follows. samples, positions as for verify()."""
         ...
 
-    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
         """For one tree ([1, N+1, V]): the way down that stands, and the token that follows it."""
         ...
 
@@ -96,24 +96,22 @@ class Rejection:
     draws_children = True
     kernels = TORCH
 
-    def judge(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    def verify(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
     ) -> Verdict:
         if (settled := judged.verdict(self.kernels, draft, widths)) is not None:
             return settled
-        return self.kernels.verify_sample(
-            draft.tokens, draft.probs, judged.probs, widths, samples, positions, decisions
-        )
+        return self.kernels.verify_sample(draft.tokens, draft.probs, judged.probs, widths, samples, positions, source)
 
-    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
         """Drawn children: recursive rejection. Chosen ones: the target's own draw, which accepts as much."""
         if tree.probs is None:
-            return own_descent(tree, judged.probs[0], sample, position, decisions)
-        return recursive_rejection(tree, judged.probs[0], sample, position, decisions)
+            return match_tree(tree, judged.probs[0], sample, position, source)
+        return recursive_rejection(tree, judged.probs[0], sample, position, source)
 
 
 @dataclass(frozen=True)
-class OwnChoice:
+class SampleMatch:
     """A draft token stands while the target, with the noise of plain sampling, draws the same one."""
 
     shared_noise: bool  # whether the drafter draws with that noise as well
@@ -128,21 +126,21 @@ class OwnChoice:
     def draft_noise(self) -> Purpose:
         return Purpose.SAMPLE if self.shared_noise else Purpose.DRAFT
 
-    def judge(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    def verify(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
     ) -> Verdict:
         if (settled := judged.verdict(self.kernels, draft, widths)) is not None:
             return settled
         (R, K), V = draft.tokens.shape, judged.probs.shape[-1]
         ratios = judged.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
-        if isinstance(decisions, KeyedDecisions) and self.kernels.verify_prefix is not TORCH.verify_prefix:
+        if isinstance(source, KeyedSource) and self.kernels.verify_prefix is not TORCH.verify_prefix:
             # Drawn at all positions at once, and counted there: for a card a wait per position is dearer than a draw.
             at = positions[:, None] + torch.arange(K + 1, device=positions.device)
             each = samples[:, None].expand_as(at).reshape(-1)
-            own = decisions.draw(judged.probs.reshape(-1, V), each, at.reshape(-1), Purpose.SAMPLE).view(R, K + 1)
+            own = source.draw(judged.probs.reshape(-1, V), each, at.reshape(-1), Purpose.SAMPLE).view(R, K + 1)
             accepted = self.kernels.verify_prefix(draft.tokens, own, widths)
             return Verdict(accepted, own.gather(1, accepted[:, None])[:, 0], ratios)
-        if isinstance(decisions, Certain):
+        if isinstance(source, GreedySource):
             choices = judged.probs.argmax(-1)
             accepted = self.kernels.verify_prefix(draft.tokens, choices, widths)
             return Verdict(accepted, choices.gather(1, accepted[:, None])[:, 0], ratios)
@@ -150,7 +148,7 @@ class OwnChoice:
         active = torch.arange(R, device=widths.device)  # rows whose draft has stood so far
         for column in range(K + 1):
             at = positions[active] + column
-            own[active] = decisions.draw(judged.probs[active, column], samples[active], at, Purpose.SAMPLE)
+            own[active] = source.draw(judged.probs[active, column], samples[active], at, Purpose.SAMPLE)
             if column == K:
                 break
             active = active[(own[active] == draft.tokens[active, column]) & (column < widths[active])]
@@ -159,8 +157,8 @@ class OwnChoice:
                 break
         return Verdict(accepted, own, ratios)
 
-    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
-        return own_descent(tree, judged.probs[0], sample, position, decisions)
+    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
+        return match_tree(tree, judged.probs[0], sample, position, source)
 
 
 class Lossy:
@@ -174,18 +172,18 @@ class Lossy:
         """bool [..., V]: which tokens may stand under opinions [..., V]."""
         raise NotImplementedError
 
-    def judge(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, decisions: Decisions
+    def verify(
+        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
     ) -> Verdict:
         R, K = draft.tokens.shape
         good = self.good(judged.opinion[:, :K]).gather(-1, draft.tokens[..., None])[..., 0]  # [R, K]
         stands = good & (torch.arange(K, device=widths.device) < widths[:, None])
         accepted = stands.long().cumprod(dim=1).sum(dim=1)
         following = judged.probs[torch.arange(R, device=widths.device), accepted]
-        next_tokens = decisions.draw(following, samples, positions + accepted, Purpose.SAMPLE)
+        next_tokens = source.draw(following, samples, positions + accepted, Purpose.SAMPLE)
         return Verdict(accepted, next_tokens, good.to(judged.probs.dtype))
 
-    def descend(self, tree: Tree, judged: Judged, sample: int, position: int, decisions: Decisions) -> Path:
+    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
         """At every node on to the first child that is good enough."""
         good = self.good(judged.opinion[0])  # [N+1, V]
         nodes: list[int] = []
@@ -193,7 +191,7 @@ class Lossy:
         while fitting := [child for child in tree.children(node) if bool(good[node + 1, tree.tokens[child]])]:
             node = fitting[0]
             nodes.append(node)
-        return Path(nodes, draw_one(judged.probs[0, node + 1], sample, position + len(nodes), decisions))
+        return Path(nodes, draw_one(judged.probs[0, node + 1], sample, position + len(nodes), source))
 
 
 @dataclass(frozen=True)
@@ -241,23 +239,23 @@ def make_policy(
     if name == "rejection":
         return Rejection()
     if name in ("coupled", "longest_prefix"):
-        return OwnChoice(shared_noise=name == "coupled")
+        return SampleMatch(shared_noise=name == "coupled")
     if name == "conf_threshold":
         return ConfThreshold(tau)
     return TopkAgree(agree_k) if name == "topk_agree" else Typical(epsilon, delta)
 
 
-def draw_one(probs: Tensor, sample: int, position: int, decisions: Decisions, purpose: Purpose = Purpose.SAMPLE) -> int:
+def draw_one(probs: Tensor, sample: int, position: int, source: RandomSource, purpose: Purpose = Purpose.SAMPLE) -> int:
     keys = torch.tensor([[sample], [position]], device=probs.device)
-    return int(decisions.draw(probs[None], keys[0], keys[1], purpose))
+    return int(source.draw(probs[None], keys[0], keys[1], purpose))
 
 
-def own_descent(tree: Tree, probs: Tensor, sample: int, position: int, decisions: Decisions) -> Path:
+def match_tree(tree: Tree, probs: Tensor, sample: int, position: int, source: RandomSource) -> Path:
     """The target draws its own token at every node ([N+1, V]), as plain sampling would, and follows it where it can."""
     nodes: list[int] = []
     node = -1
     while True:
-        token = draw_one(probs[node + 1], sample, position + len(nodes), decisions)
+        token = draw_one(probs[node + 1], sample, position + len(nodes), source)
         following = [child for child in tree.children(node) if tree.tokens[child] == token]
         if not following:
             return Path(nodes, token)
@@ -265,7 +263,7 @@ def own_descent(tree: Tree, probs: Tensor, sample: int, position: int, decisions
         nodes.append(node)
 
 
-def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, decisions: Decisions) -> Path:
+def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, source: RandomSource) -> Path:
     """Children that were drawn without replacement, tried in that order (Chen et al. 2024, Sequoia, Algorithm 2).
 
     A child x stands with probability min(1, target(x) / draft(x)). If it falls, the target becomes its residual
@@ -283,7 +281,7 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, d
             trials.append(Trial(child, target, draft))
             token = tree.tokens[child]
             ratio = (target[token] / draft[token]).clamp(max=1).view(1, 1)
-            if bool(decisions.decide(ratio, samples, torch.full_like(ratio, at, dtype=torch.long), trial)):
+            if bool(source.decide(ratio, samples, torch.full_like(ratio, at, dtype=torch.long), trial)):
                 stood = child
                 break
             residual = (target - draft).clamp(min=0)
@@ -295,6 +293,6 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, d
             draft = draft / left if left > 0 else draft
         if stood is None:
             purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE
-            return Path(nodes, draw_one(target, sample, at, decisions, purpose), trials)
+            return Path(nodes, draw_one(target, sample, at, source, purpose), trials)
         node = stood
         nodes.append(node)

@@ -20,14 +20,14 @@ from torch import Tensor
 from common.device import synchronize
 from common.philox import Purpose
 
-from .attending import Behind, beside_padding, seen
+from .attention import CachedAttention, beside_padding, seen
 from .config import ModelConfig
 from .context import window_start
-from .kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache
+from .kv_cache import CacheShape, KVCache, KVOptions, OutOfBlocks, make_cache
+from .kv_cache.manager import CacheEntry, CacheManager
 from .kv_cache.ring import SPARE
-from .kv_cache.texts import Row, Texts
 from .model import Transformer
-from .sampling import Randomness, SamplingParams
+from .sampling import Sampler, SamplingParams
 from .target import Target, next_logits, target_forward
 from .tree import Tree
 
@@ -42,7 +42,7 @@ class Drawing(NamedTuple):
     """From what tokens are drawn, and with which random numbers: of a sample, from a position on, for a purpose."""
 
     params: SamplingParams
-    source: Randomness
+    source: Sampler
     sample: int
     position: int
     purpose: Purpose
@@ -66,7 +66,7 @@ class Speculated(NamedTuple):
     accept_ms: float
 
 
-class Runner(Protocol):
+class ModelRunner(Protocol):
     model: Transformer
     prefill_ms: float  # spent so far on what texts began with
     computed: list[int]  # positions of each text that the last step put through the model
@@ -106,7 +106,14 @@ class Runner(Protocol):
         ...
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+        self,
+        owner: Hashable,
+        text: list[int],
+        count: int,
+        how: Drawing,
+        drafter: ModelRunner,
+        sample_match: bool,
+        steps: int,
     ) -> list[Speculated]:
         """Whole steps in one call: the drafter's model draws `count` tokens, this one says which of them stand.
 
@@ -120,7 +127,7 @@ class Runner(Protocol):
         ...
 
 
-class WholeRunner:
+class UncachedRunner:
     """`--kv off`: every forward computes the whole of every text."""
 
     def __init__(self, model: Transformer) -> None:
@@ -157,7 +164,14 @@ class WholeRunner:
         return None
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+        self,
+        owner: Hashable,
+        text: list[int],
+        count: int,
+        how: Drawing,
+        drafter: ModelRunner,
+        sample_match: bool,
+        steps: int,
     ) -> list[Speculated]:
         return []
 
@@ -168,12 +182,12 @@ class WholeRunner:
 class CachedRunner:
     """What a text has besides its last token is prefilled in chunks; then every step computes one token and a draft.
 
-    Up to `together` new tokens go along with a step instead: a draft model's text is a token behind after a draft that
-    stood as a whole.
+    Up to `max_inline` new tokens are computed within the step instead: after a fully accepted draft, the draft model's
+    cache is one token behind.
     """
 
-    def __init__(self, model: Transformer, texts: Texts, chunk: int = CHUNK, together: int = 16) -> None:
-        self.model, self.texts, self.chunk, self.together = model, texts, chunk, together
+    def __init__(self, model: Transformer, texts: CacheManager, chunk: int = CHUNK, max_inline: int = 16) -> None:
+        self.model, self.texts, self.chunk, self.max_inline = model, texts, chunk, max_inline
         self.prefill_ms = 0.0
         self.computed: list[int] = []
 
@@ -198,7 +212,7 @@ class CachedRunner:
                 for at, (owner, text, draft) in enumerate(zip(owners, texts, drafts, strict=True))
             ]
             logits, states = self._verify(works, known is not None, taps)
-        except OutOfPages as error:
+        except OutOfBlocks as error:
             error.owner = self.texts.owner(error.row)
             raise
         self.computed = [work.prefilled + work.count for work in works]
@@ -231,7 +245,7 @@ class CachedRunner:
         first = len(window) if known is None else min(max(known - start, 0), len(window) - 1)
         states: list[Tensor] = []
         before = len(row.held)
-        if len(window) - len(row.held) > self.together:
+        if len(window) - len(row.held) > self.max_inline:
             began = time.perf_counter()
             while len(row.held) < len(window) - 1:
                 held = len(row.held)
@@ -263,7 +277,7 @@ class CachedRunner:
                 mask = seen(work.positions, first, held, ancestors, window, weight)
                 masks[window].append(mask if mask is None or work.count == T else beside_padding(mask, T, held - first))
         rows, counts = [work.row.number for work in works], [work.count for work in works]
-        behind = {window: Behind(cache, rows, counts, masks[window], self.model.kernels) for window in windows}
+        behind = {window: CachedAttention(cache, rows, counts, masks[window], self.model.kernels) for window in windows}
         wanted = torch.tensor([[T - 1]], device=weight.device) if last else None
         tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
         positions: Tensor | range = range(len(works[0].row.held), len(works[0].row.held) + T)
@@ -284,7 +298,14 @@ class CachedRunner:
         return None
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+        self,
+        owner: Hashable,
+        text: list[int],
+        count: int,
+        how: Drawing,
+        drafter: ModelRunner,
+        sample_match: bool,
+        steps: int,
     ) -> list[Speculated]:
         return []
 
@@ -296,7 +317,7 @@ class CachedRunner:
 class Work:
     """What a forward is to do for one text."""
 
-    row: Row
+    row: CacheEntry
     new: list[int]  # of its tokens, those that come behind what the row holds
     draft: Tree
     first: int  # position in the window from which on states are asked for; past the text where none are
@@ -342,11 +363,11 @@ def room(model: Transformer, options: KVOptions, rows: int, tokens: int, compute
     return make_cache(options, cache_shape(config), rows, longest, computed, weight.device, config.window)
 
 
-def make_runner(model: Transformer, options: KVOptions, rows: int, tokens: int) -> Runner:
+def make_runner(model: Transformer, options: KVOptions, rows: int, tokens: int) -> ModelRunner:
     """A runner for so many texts of at most so many tokens, output included. UserError where the cache cannot be."""
     if options.kind == "off" or not model.has_cache:
-        return WholeRunner(model)
-    texts = Texts(room(model, options, rows, tokens, model.embedding.weight.dtype), rows)
+        return UncachedRunner(model)
+    texts = CacheManager(room(model, options, rows, tokens, model.embedding.weight.dtype), rows)
     if options.kind == "ring":  # takes few tokens at a time
-        return CachedRunner(model, texts, chunk=SPARE, together=1)
+        return CachedRunner(model, texts, chunk=SPARE, max_inline=1)
     return CachedRunner(model, texts)

@@ -22,18 +22,18 @@ from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
 from .generate import decode_step, refuse, sample
 from .greedy import Greedy
-from .kv_cache import OutOfPages
+from .kv_cache import OutOfBlocks
+from .multi_step import drafted_steps, plain_steps
 from .policies import AcceptancePolicy, Judged, Path, Rejection
 from .profiler import stage
-from .runner import Runner
+from .runner import ModelRunner
 from .sampling import SamplingParams, check_finite, penalise, probabilities
 from .sequence import Sequence
 from .steps import Step as Step  # where others look for it
 from .steps import StepStats, StepTimes, step_stats, take
 from .target import Target
-from .together import drafted_steps, plain_steps
 from .tree import Tree
-from .verify import Certain, Decisions, KeyedDecisions, Verdict
+from .verify import GreedySource, KeyedSource, RandomSource, Verdict
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -48,14 +48,14 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     return width
 
 
-def judge(
+def accept(
     policy: AcceptancePolicy,
     draft: Draft,
     trees: list[Tree],
     target: Target,
     sequences: list[Sequence],
     params: SamplingParams,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> tuple[Judged, Verdict | None, list[Path]]:
     """Which draft tokens stand, by the policy, and what follows them."""
     logits = target.logits
@@ -68,7 +68,7 @@ def judge(
             lines = [sequence.tokens, *(sequence.tokens + tree.line(node) for node in range(len(tree.tokens)))]
             prompts += [sequence.prompt] * logits.shape[1]
             outputs += lines + lines[-1:] * (logits.shape[1] - len(lines))
-    certain = params.greedy and draft.probs is None and isinstance(decisions, Certain)
+    certain = params.greedy and draft.probs is None and isinstance(source, GreedySource)
     if certain and policy.lossless and draft.trees is None:
         flat = logits.flatten(0, 1)
         check_finite(flat)
@@ -82,27 +82,27 @@ def judge(
         for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
             nodes = len(tree.tokens)
             of_row = Judged(judged.probs[row : row + 1, : nodes + 1], judged.opinion[row : row + 1, : nodes + 1])
-            paths.append(policy.descend(tree, of_row, sequence.sample, sequence.length, decisions))
+            paths.append(policy.accept_tree(tree, of_row, sequence.sample, sequence.length, source))
         return judged, None, paths
     keys = [draft.widths, [s.sample for s in sequences], [s.length for s in sequences]]
     widths, samples, positions = torch.tensor(keys, device=logits.device)
-    verdict = policy.judge(draft, judged, widths, samples, positions, decisions)
+    verdict = policy.verify(draft, judged, widths, samples, positions, source)
     stood = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
     return judged, verdict, [Path(list(range(accepted)), following) for accepted, following in stood]
 
 
 def plain_step(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequences: list[Sequence],
     params: SamplingParams,
     controllers: list[KController],
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Step:
     """A step for which nobody asked for a draft: plain decoding, at its price."""
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     began = time.perf_counter()
-    logits = decode_step(runner, sequences, params, decisions)
+    logits = decode_step(runner, sequences, params, source)
     verify_ms = (time.perf_counter() - began) * 1e3
     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
     counts = zip(lengths, runner.computed, strict=True)
@@ -118,14 +118,14 @@ def plain_step(
 
 
 def speculative_step(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequences: list[Sequence],
     asked: list[int],
     params: SamplingParams,
     policy: AcceptancePolicy,
     controllers: list[KController],
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Step:
     """Draft, verify, accept, for every given sequence at once; each takes its tokens and may end."""
     device = runner.model.embedding.weight.device
@@ -145,7 +145,7 @@ def speculative_step(
     starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
     judged, verdict, states, logits, kept = None, None, None, None, 0.0
     if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
-        logits = decode_step(runner, sequences, params, decisions)
+        logits = decode_step(runner, sequences, params, source)
         verified = time.perf_counter()
         paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
     else:
@@ -155,10 +155,10 @@ def speculative_step(
         verified = time.perf_counter()
         stage("accept")
         if any(tree.tokens for tree in trees):
-            judged, verdict, paths = judge(policy, draft, trees, target, sequences, params, decisions)
+            judged, verdict, paths = accept(policy, draft, trees, target, sequences, params, source)
         else:  # the forward was for its states
             logits = target.logits[:, 0]
-            tokens = sample(runner, logits, sequences, params, decisions)
+            tokens = sample(runner, logits, sequences, params, source)
             paths = [Path([], token) for token in tokens]
         deciding = time.perf_counter()
         for sequence, path in zip(sequences, paths, strict=True):
@@ -183,16 +183,16 @@ def speculative_step(
 
 
 def next_steps(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequences: list[Sequence],
     params: SamplingParams,
     policy: AcceptancePolicy,
     controllers: list[KController],
-    decisions: Decisions,
-    together: bool,
+    source: RandomSource,
+    multi_step: bool,
 ) -> Iterator[Step]:
-    """The next step of all sequences; of a single one, if `together`, as many as can be made in one call."""
+    """The next step of all sequences; of a single one, if `multi_step`, as many as can be made in one call."""
     context = runner.model.config.context
     asked = [
         block_width(sequence, controller.next_k(), context)
@@ -200,45 +200,45 @@ def next_steps(
     ]
     plain = not any(asked)
     made = 0
-    if together and len(sequences) == 1:
+    if multi_step and len(sequences) == 1:
         one, controller = sequences[0], controllers[0]
         for step in (
-            plain_steps(runner, drafter, one, params, controller, decisions)
+            plain_steps(runner, drafter, one, params, controller, source)
             if plain
-            else drafted_steps(runner, drafter, one, asked[0], params, policy, controller, decisions)
+            else drafted_steps(runner, drafter, one, asked[0], params, policy, controller, source)
         ):
             made += 1
             yield step
     if not made and plain and drafter.taps is None:
-        yield plain_step(runner, drafter, sequences, params, controllers, decisions)
+        yield plain_step(runner, drafter, sequences, params, controllers, source)
     elif not made:
-        yield speculative_step(runner, drafter, sequences, asked, params, policy, controllers, decisions)
+        yield speculative_step(runner, drafter, sequences, asked, params, policy, controllers, source)
 
 
 def speculative_decode(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequences: list[Sequence],
     params: SamplingParams,
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
-    decisions: Decisions | None = None,
-    together: bool = True,
+    source: RandomSource | None = None,
+    multi_step: bool = True,
 ) -> Iterator[Step]:
     """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace.
 
-    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4. together: several steps
+    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4. multi_step: several steps
     may be made in one call, which does not say what each of them took; the tokens are the same.
     """
     policy = policy or Rejection()
-    decisions = decisions or (Certain() if params.greedy else KeyedDecisions(params.seed))
+    source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
     make = controller or (lambda: FixedController(4))
     controllers = {sequence: make() for sequence in sequences}
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
         try:
-            yield from next_steps(runner, drafter, active, params, policy, mine, decisions, together)
-        except OutOfPages as error:  # of the target's cache or the draft's
+            yield from next_steps(runner, drafter, active, params, policy, mine, source, multi_step)
+        except OutOfBlocks as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
             if drafter.taps is None:  # a drafter that reads states keeps none of the others'
                 drafter.observe(Outcome([refused], [0], None))

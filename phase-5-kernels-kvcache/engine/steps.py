@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .drafting import Draft
 from .policies import Judged, Path
-from .runner import Runner
+from .runner import ModelRunner
 from .sequence import Sequence
 from .tree import Tree
 
@@ -100,7 +100,7 @@ def step_stats(
     )
 
 
-def take(runner: Runner, sequence: Sequence, tokens: list[int]) -> None:
+def take(runner: ModelRunner, sequence: Sequence, tokens: list[int]) -> None:
     """The sequence gains these tokens, up to where it ends."""
     for token in tokens:
         if not sequence.append(token):

@@ -20,11 +20,11 @@ from torch import Tensor
 from common import philox
 from common.philox import Purpose
 
-from .sampling import KeyedRandomness, Randomness, ranked
+from .sampling import KeyedSampler, Sampler, ranked
 
 
-class Decisions(Randomness, Protocol):
-    """Where the randomness of verification enters. Tests replace it to walk every possible outcome."""
+class RandomSource(Sampler, Protocol):
+    """Where the sampler of verification enters. Tests replace it to walk every possible outcome."""
 
     def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
         """True with the given probability [R, K], each at its own position (int64 [R, K]); samples int64 [R].
@@ -38,7 +38,7 @@ class Decisions(Randomness, Protocol):
         ...
 
 
-class KeyedDecisions(KeyedRandomness):
+class KeyedSource(KeyedSampler):
     """Draws and decides by keyed random numbers (common/philox.py): every decision has a key of its own.
 
     | decision                                       | purpose  | words of the key                      |
@@ -75,7 +75,7 @@ class KeyedDecisions(KeyedRandomness):
         return uniform.view(rows, columns).to(probability.dtype) < probability
 
 
-class Certain:
+class GreedySource:
     """Temperature 0: distributions are one-hot, so nothing is left to chance."""
 
     def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
@@ -104,7 +104,7 @@ def verify(
     widths: Tensor,
     samples: Tensor,
     positions: Tensor,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Verdict:
     """Apply the rule to R rows at once, in float32 or better.
 
@@ -118,7 +118,7 @@ def verify(
         ratios = target_of
     else:
         ratios = (target_of / draft_probs.gather(-1, draft_tokens[..., None])[..., 0]).clamp(max=1)
-    stands = decisions.decide(ratios, samples, positions[:, None] + columns) & (columns < widths[:, None])
+    stands = source.decide(ratios, samples, positions[:, None] + columns) & (columns < widths[:, None])
     accepted = stands.long().cumprod(dim=1).sum(dim=1)  # up to the first that falls
 
     following = target_probs[rows, accepted]  # [R, V]
@@ -127,7 +127,7 @@ def verify(
     if bool((~rejected).any()):
         full = rows[~rejected]
         at = positions[full] + accepted[full]
-        next_tokens[full] = decisions.draw(following[full], samples[full], at, Purpose.SAMPLE)
+        next_tokens[full] = source.draw(following[full], samples[full], at, Purpose.SAMPLE)
     if bool(rejected.any()):
         cut = rows[rejected]
         fell = accepted[cut]
@@ -138,5 +138,5 @@ def verify(
         mass = residual.sum(-1, keepdim=True)
         # Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
         residual = torch.where(mass > 0, residual / mass, following[cut])
-        next_tokens[cut] = decisions.draw(residual, samples[cut], positions[cut] + fell, Purpose.RESIDUAL)
+        next_tokens[cut] = source.draw(residual, samples[cut], positions[cut] + fell, Purpose.RESIDUAL)
     return Verdict(accepted, next_tokens, ratios)

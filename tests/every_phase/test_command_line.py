@@ -140,7 +140,7 @@ def test_config_yaml_holds_every_option_with_its_default(phase: Phase) -> None:
 def test_an_interrupted_run_keeps_what_it_has(
     run: Run, engine: ModuleType, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = engine.Session.run
+    whole = engine.LLM.run
 
     def interrupted(*arguments: Any) -> Any:
         for step, _ in enumerate(whole(*arguments), start=1):
@@ -148,7 +148,7 @@ def test_an_interrupted_run_keeps_what_it_has(
             if step == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Session, "run", interrupted)
+    monkeypatch.setattr(engine.LLM, "run", interrupted)
     status, out, err = run("--model", llama_folder, "--prompt", "import ", "--json")
     assert status == 130
     completion = json.loads(out)["completions"][0]
@@ -206,7 +206,7 @@ def test_more_beams_than_memory_allows(
     run: Run, llama_folder: Path, engine: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beams = ["--model", llama_folder, "--prompt", "x", "--max-tokens", 2, "--beams"]
-    monkeypatch.setattr(f"{engine.__name__}.session.available_memory", lambda device: 4 * 2**20)
+    monkeypatch.setattr(f"{engine.__name__}.llm.available_memory", lambda device: 4 * 2**20)
     assert run(*beams, 8)[0] == 0
     assert_refused(run(*beams, 1000), "GiB", "1000 completions", "--beams")
 

@@ -253,13 +253,13 @@ def test_only_rows_of_similar_length_share_a_forward(engine: ModuleType) -> None
 def test_a_session_completes_texts(engine: ModuleType, llama_folder: Path, loaded: Any) -> None:
     """Greedy, sampled twice, and with beams, as the command line would."""
     model = str(llama_folder)
-    greedy = engine.Session(engine.Options(model=model, max_tokens=6)).complete(["import os", "x"])
+    greedy = engine.LLM(engine.Options(model=model, max_tokens=6)).generate(["import os", "x"])
     prompts = [loaded.tokenizer.encode(text) for text in ("import os", "x")]
     assert [g.tokens for g in greedy] == tokens_of(engine, loaded, prompts, max_new_tokens=6)
     assert greedy[0].text == loaded.tokenizer.decode(greedy[0].tokens)
-    two = engine.Session(engine.Options(model=model, max_tokens=6, n=2, temperature=1.0)).complete(["x"])
+    two = engine.LLM(engine.Options(model=model, max_tokens=6, n=2, temperature=1.0)).generate(["x"])
     assert two[0].tokens != two[1].tokens
-    best = engine.Session(engine.Options(model=model, max_tokens=6, beams=3)).complete(["x"])[0]
+    best = engine.LLM(engine.Options(model=model, max_tokens=6, beams=3)).generate(["x"])[0]
     params = engine.SamplingParams(max_new_tokens=6)
     assert best.tokens == engine.beam_search(loaded.model, prompts[1], params, loaded.ending, 3).tokens
     assert best.stats.target_forwards >= best.stats.new_tokens

@@ -29,11 +29,11 @@ def test_a_session_on_the_card_equals_plain_decoding(engine: ModuleType) -> None
     """Whatever the phase decodes with by default, greedy output is that of its plain loop."""
     text = load_prompts("code", "test")[0].text
     options = {"prompt": [text], "device": "cuda", "dtype": "float32", "max_tokens": 32}
-    session = engine.Session(engine.Options(**options))
-    (done,) = session.complete([text])
+    llm = engine.LLM(engine.Options(**options))
+    (done,) = llm.generate([text])
     params = engine.SamplingParams(max_new_tokens=32)
-    prompt = session.loaded.tokenizer.encode(text)
-    (plain,) = engine.generate(session.loaded.model, [prompt], params, session.loaded.ending)
+    prompt = llm.loaded.tokenizer.encode(text)
+    (plain,) = engine.generate(llm.loaded.model, [prompt], params, llm.loaded.ending)
     assert done.tokens == plain.tokens
 
 

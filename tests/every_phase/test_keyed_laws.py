@@ -49,7 +49,7 @@ def keyed(phase: Phase) -> Any:
     """The phase's source of random numbers, with seed 3."""
     if phase.number == 1:
         pytest.skip("nothing but plain sampling, which test_sampling.py checks")
-    return importlib.import_module(phase.package).KeyedDecisions(3)
+    return importlib.import_module(phase.package).KeyedSource(3)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, targe
     if not hasattr(engine, "make_policy"):
         return engine.verify(tokens, probs, target, widths, samples, positions, source)
     draft, said = engine.Draft(tokens, probs, [1] * DRAWS), engine.Judged(target, target)
-    return engine.make_policy(policy, **SOME).judge(draft, said, widths, samples, positions, source)
+    return engine.make_policy(policy, **SOME).verify(draft, said, widths, samples, positions, source)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     for children, sample, position in zip(drawn.tolist(), samples.tolist(), positions.tolist(), strict=True):
         tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
         said = torch.stack((target, *behind[children]))[None]
-        path = rule.descend(tree, engine.Judged(said, said), sample, position, branching)
+        path = rule.accept_tree(tree, engine.Judged(said, said), sample, position, branching)
         if path.nodes:
             second.append((children[path.nodes[0]], path.next_token))
         first.append(children[path.nodes[0]] if path.nodes else path.next_token)

@@ -1,4 +1,4 @@
-"""Every random number of every loop is the one that the table of KeyedDecisions names, and none decides two things."""
+"""Every random number of every loop is the one that the table of KeyedSource names, and none decides two things."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def decided(made: Any, found: list[keys.Part]) -> list[keys.Decision]:
         noise = chosen.draft_noise
         if not chosen.lossless:
             policy = "lossy"
-        elif type(chosen).__name__ == "OwnChoice":
+        elif type(chosen).__name__ == "SampleMatch":
             policy = "own choice"
     return [each for part in found for each in keys.decisions(part, made.params.seed, policy, noise)]
 
@@ -105,7 +105,7 @@ def later_in_a_block(everything: list[keys.Decision], found: list[keys.Part]) ->
 def test_the_table_is_the_one_in_the_docstring(engine: Any, phase: Phase) -> None:
     if phase.number == 1:
         pytest.skip("nothing but plain sampling")
-    lines = [line.split("|") for line in engine.KeyedDecisions.__doc__.splitlines() if line.count("|") == 4]
+    lines = [line.split("|") for line in engine.KeyedSource.__doc__.splitlines() if line.count("|") == 4]
     written = {cells[1].strip(): cells[2].strip() for cells in lines[2:]}
     assert written == {rule.decision: rule.purpose.name for rule in keys.RULES.values() if rule.since <= phase.number}
 
@@ -130,7 +130,7 @@ def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
     if (reason := registry.why_not("cpp", torch.device("cpu"))) is not None:
         pytest.skip(f"no C++ backend here: {reason}")
     chosen = {"kernels": "cpp", "device": "cpu", "dtype": "float32", "temperature": 1.0, "max_tokens": 60, "seed": 7}
-    return engine, engine.Session(engine.Options(**{**chosen, **options}))
+    return engine, engine.LLM(engine.Options(**{**chosen, **options}))
 
 
 @pytest.mark.no_exercise  # which has no C++

@@ -111,7 +111,7 @@ def use(engine: ModuleType, phase: int, folder: Path) -> None:
         options |= {"tree": "static", "k": 2}
     if phase >= 5:
         options |= {"kernels": "torch"}
-    engine.Session(engine.Options(**options)).complete(["import os"])
+    engine.LLM(engine.Options(**options)).generate(["import os"])
 
 
 def run(engine: ModuleType, phase: int, folder: Path, seeds: range) -> Counter[str]:

@@ -40,8 +40,8 @@ def test_the_output_is_that_of_plain_decoding(
     given: dict[str, Any] = {"model": str(target), "device": "cpu", "dtype": "float32", "max_tokens": 16, "k": 3}
     for way in ways(phase.number):
         plain = {key: value for key, value in way.items() if key in ("kernels", "temperature")}
-        expected = engine.Session(engine.Options(**given, **plain, draft="none")).complete(["import os\n"])
-        got = engine.Session(engine.Options(**given, **way, draft=str(draft))).complete(["import os\n"])
+        expected = engine.LLM(engine.Options(**given, **plain, draft="none")).generate(["import os\n"])
+        got = engine.LLM(engine.Options(**given, **way, draft=str(draft))).generate(["import os\n"])
         assert got[0].tokens == expected[0].tokens, way
 
 
@@ -53,8 +53,8 @@ def test_what_is_drawn_fits_both(
         pytest.skip("nothing drafts yet")
     target, draft = (make_checkpoint("llama", vocab_size=width) for width in widths)
     given = {"model": str(target), "draft": str(draft), "device": "cpu", "dtype": "float32"}
-    session = engine.Session(engine.Options(**given, max_tokens=40, temperature=1.5, n=4))
-    tokens = [token for text in session.complete(["import os\n"]) for token in text.tokens]
+    llm = engine.LLM(engine.Options(**given, max_tokens=40, temperature=1.5, n=4))
+    tokens = [token for text in llm.generate(["import os\n"]) for token in text.tokens]
     assert 320 <= max(tokens) < widths[0] or widths[0] == 320 > max(tokens)
-    steps = [step for of_text in session.steps.values() for step in of_text]
+    steps = [step for of_text in llm.steps.values() for step in of_text]
     assert sum(step.proposed for step in steps) > sum(step.accepted for step in steps) > 0

@@ -53,12 +53,10 @@ class Operations(TorchDispatchMode):
 
 def run(engine: ModuleType, options: dict[str, Any], record: Path | None) -> tuple[list[list[int]], list[str]]:
     """The tokens of two prompts, and the operations of the loop, those of the recorder not counted."""
-    session = engine.Session(engine.Options(**options))
-    sequences = session.sequences(["x y z x y", "a longer text"])
-    recorder = (
-        importlib.import_module(f"{engine.__name__}.record").Recorder(record, session, sequences) if record else None
-    )
-    steps = session.run(sequences, engine.Clock(), recorder.watch if recorder else None)
+    llm = engine.LLM(engine.Options(**options))
+    sequences = llm.sequences(["x y z x y", "a longer text"])
+    recorder = importlib.import_module(f"{engine.__name__}.record").Recorder(record, llm, sequences) if record else None
+    steps = llm.run(sequences, engine.Clock(), recorder.watch if recorder else None)
     names, ended, going = list[str](), cast(Any, object()), True
     while going:
         with Operations() as counted:

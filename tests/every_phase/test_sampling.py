@@ -118,9 +118,9 @@ def test_sampled_frequencies_follow_the_probabilities(engine: ModuleType, knobs:
     draws = 20_000
     params = engine.SamplingParams(**{"temperature": 1.0, **knobs})
     probs = engine.probabilities(random_logits(1) / 3, params)
-    randomness = engine.KeyedRandomness(seed=11)
+    sampler = engine.KeyedSampler(seed=11)
     positions = torch.arange(draws)
-    tokens = randomness.draw(probs.expand(draws, -1), torch.zeros_like(positions), positions, philox.Purpose.SAMPLE)
+    tokens = sampler.draw(probs.expand(draws, -1), torch.zeros_like(positions), positions, philox.Purpose.SAMPLE)
     counts = np.bincount(tokens.numpy(), minlength=VOCABULARY)
     expected = probs[0].double().numpy() * draws
     assert counts[expected == 0].sum() == 0
@@ -134,11 +134,11 @@ def test_sampled_frequencies_follow_the_probabilities(engine: ModuleType, knobs:
 def test_a_row_is_drawn_alike_alone_and_in_a_batch(engine: ModuleType) -> None:
     probs = engine.probabilities(random_logits(6), engine.SamplingParams(temperature=1.0))
     samples, positions = torch.tensor([0, 0, 1, 1, 2, 5]), torch.tensor([3, 4, 3, 9, 0, 7])
-    randomness = engine.KeyedRandomness(seed=2)
-    together = randomness.draw(probs, samples, positions, philox.Purpose.SAMPLE)
+    sampler = engine.KeyedSampler(seed=2)
+    together = sampler.draw(probs, samples, positions, philox.Purpose.SAMPLE)
     for row in range(6):
         one = slice(row, row + 1)
-        alone = randomness.draw(probs[one], samples[one], positions[one], philox.Purpose.SAMPLE)
+        alone = sampler.draw(probs[one], samples[one], positions[one], philox.Purpose.SAMPLE)
         assert alone.item() == together[row].item()
 
 
@@ -226,7 +226,7 @@ def test_logits_that_are_not_finite_are_an_error(engine: ModuleType, temperature
     params = engine.SamplingParams(temperature=temperature)
     logits = random_logits(2)
     logits[1] = broken
-    keyed = engine.KeyedRandomness(0)
+    keyed = engine.KeyedSampler(0)
     for dtype, cause in ((torch.float32, "not finite"), (torch.float16, "float16, which ends at 65504")):
         with pytest.raises(UserError, match=cause):
             engine.probabilities(logits.to(dtype), params)
@@ -255,7 +255,7 @@ def test_an_overflow_in_float16_ends_the_run(engine: ModuleType, how: str, tmp_p
     drafts = [{}] if "draft" not in engine.Options.model_fields else [{"draft": "none"}, {"draft": "stdlib-1m"}]
     for draft in drafts if how != "beams" else [{}]:
         with pytest.raises(UserError, match="not finite"):
-            engine.Session(engine.Options(**options, **draft)).complete(["import os"])
+            engine.LLM(engine.Options(**options, **draft)).generate(["import os"])
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         signal.SIGHUP: signal.SIG_DFL,
     }
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    whole = engine.Session.run
+    whole = engine.LLM.run
 
     def prepare(number: int) -> None:
         def run(*arguments: Any) -> Any:
@@ -39,7 +39,7 @@ def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
                 if count == 3:
                     os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(engine.Session, "run", run)
+        monkeypatch.setattr(engine.LLM, "run", run)
 
     yield prepare
     for number, handler in before.items():

@@ -171,11 +171,11 @@ def test_a_folder_with_a_sentencepiece_model_alone(make_checkpoint: Make, tmp_pa
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
         num_threads=1, minloglevel=2,
     )  # fmt: skip
-    session = phase1.Session(phase1.Options(model=str(old), max_tokens=8, device="cpu", dtype="float32"))
+    llm = phase1.LLM(phase1.Options(model=str(old), max_tokens=8, device="cpu", dtype="float32"))
     library = sentencepiece.SentencePieceProcessor(model_file=str(old / "tokenizer.model"))
     prompt = [1, *library.encode("import os")]
-    assert session.loaded.tokenizer.encode("import os") == prompt
-    made = session.complete(["import os"])[0]
+    assert llm.loaded.tokenizer.encode("import os") == prompt
+    made = llm.generate(["import os"])[0]
     assert library.decode([*prompt, *made.tokens]) == "import os" + made.text
 
 

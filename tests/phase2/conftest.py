@@ -41,9 +41,9 @@ class TableModel(phase2.Transformer):
 class Walker:
     """Stands in for the random numbers of a loop, and takes every way through it in turn.
 
-    A draw branches over all tokens that are possible, a decision over yes and no, each with its probability. Decisions
-    that share a key share one uniform number, as they would with keyed noise: what an earlier one has told about it
-    (an interval) holds for the later one.
+    A draw branches over all tokens that are possible, a decision over yes and no, each with its probability.
+    Decisions that share a key share one uniform number, as they would with keyed noise: the interval that an earlier
+    decision has found for it holds for a later one.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def plain_law(target: phase2.Transformer, params: Any, ending: Any, prompt: list
     """The distribution of plain decoding's output."""
 
     def run(walker: Walker) -> tuple[int, ...]:
-        return tuple(phase2.generate(target, [prompt], params, ending, randomness=walker)[0].tokens)
+        return tuple(phase2.generate(target, [prompt], params, ending, sampler=walker)[0].tokens)
 
     return Walker().law(run)
 

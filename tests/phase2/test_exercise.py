@@ -54,7 +54,7 @@ def judge(
     target: list[list[float]] = TARGET,
 ) -> tuple[phase2.Verdict, Scripted, str]:
     """The verdict on some rows with the same distributions, what was drawn, and the inputs in words."""
-    decisions, rows, k = Scripted(uniforms), len(tokens), len(tokens[0])
+    source, rows, k = Scripted(uniforms), len(tokens), len(tokens[0])
     verdict = phase2.verify(
         torch.tensor(tokens, dtype=torch.long).view(rows, k),
         None if one_hot else torch.tensor([draft[:k]] * rows, dtype=torch.float64),
@@ -62,11 +62,11 @@ def judge(
         torch.tensor(widths),
         torch.arange(rows),
         torch.full((rows,), START),
-        decisions,
+        source,
     )
     inputs = {"draft_tokens": tokens, "widths": widths, "draft_probs": None if one_hot else draft[:k]}
     inputs |= {"target_probs": target[: k + 1], "uniforms": uniforms, "positions": [START] * rows}
-    return verdict, decisions, "\n".join(f"{name} {value}" for name, value in inputs.items())
+    return verdict, source, "\n".join(f"{name} {value}" for name, value in inputs.items())
 
 
 rule = pytest.mark.about("engine/verify.py, verify")
@@ -104,22 +104,22 @@ def test_tokens_stand_up_to_the_first_that_falls(uniforms: list[float], accepted
 def test_the_residual_replaces_what_falls(
     uniforms: list[float], position: int, residual: list[float], token: int
 ) -> None:
-    verdict, decisions, inputs = judge([[0, 2]], [uniforms], [2])
-    assert decisions.draws == [(0, position, "RESIDUAL", residual)], inputs
+    verdict, source, inputs = judge([[0, 2]], [uniforms], [2])
+    assert source.draws == [(0, position, "RESIDUAL", residual)], inputs
     assert verdict.next_tokens.tolist() == [token], inputs
 
 
 @rule
 def test_the_residual_of_a_certain_draft() -> None:
     """One-hot: the target's distribution without the token that fell."""
-    _, decisions, inputs = judge([[0, 2]], [[HIGH, LOW]], [2], one_hot=True)
-    assert decisions.draws == [(0, 7, "RESIDUAL", [0.0, 0.2222, 0.3333, 0.4444])], inputs
+    _, source, inputs = judge([[0, 2]], [[HIGH, LOW]], [2], one_hot=True)
+    assert source.draws == [(0, 7, "RESIDUAL", [0.0, 0.2222, 0.3333, 0.4444])], inputs
 
 
 @rule
 def test_a_bonus_token_follows_a_draft_that_stands_whole() -> None:
-    verdict, decisions, inputs = judge([[0, 2]], [[LOW, LOW]], [2])
-    assert decisions.draws == [(0, 9, "SAMPLE", TARGET[2])], inputs
+    verdict, source, inputs = judge([[0, 2]], [[LOW, LOW]], [2])
+    assert source.draws == [(0, 9, "SAMPLE", TARGET[2])], inputs
     assert verdict.next_tokens.tolist() == [2], inputs
 
 
@@ -127,18 +127,18 @@ def test_a_bonus_token_follows_a_draft_that_stands_whole() -> None:
 @pytest.mark.parametrize("width", [0, 1])
 def test_tokens_past_a_rows_width_do_not_count(width: int) -> None:
     """They neither stand nor fall: after the last that counts, the target goes on by itself."""
-    verdict, decisions, inputs = judge([[0, 2]], [[LOW, LOW]], [width])
+    verdict, source, inputs = judge([[0, 2]], [[LOW, LOW]], [width])
     assert verdict.accepted.tolist() == [width], inputs
-    assert decisions.draws == [(0, START + width, "SAMPLE", TARGET[width])], inputs
+    assert source.draws == [(0, START + width, "SAMPLE", TARGET[width])], inputs
 
 
 @rule
 def test_rows_are_judged_each_on_its_own() -> None:
     uniforms = [[LOW, LOW], [HIGH, LOW], [LOW, HIGH], [LOW, LOW]]
-    verdict, decisions, inputs = judge([[0, 2], [0, 2], [0, 2], [1, 0]], uniforms, [2, 2, 2, 1])
+    verdict, source, inputs = judge([[0, 2], [0, 2], [0, 2], [1, 0]], uniforms, [2, 2, 2, 1])
     assert verdict.accepted.tolist() == [2, 0, 1, 1], inputs
     assert verdict.next_tokens.tolist() == [2, 2, 0, 0], inputs
-    assert sorted(draw[:3] for draw in decisions.draws) == [
+    assert sorted(draw[:3] for draw in source.draws) == [
         (0, 9, "SAMPLE"), (1, 7, "RESIDUAL"), (2, 8, "RESIDUAL"), (3, 8, "SAMPLE"),
     ], inputs  # fmt: skip
 
@@ -146,69 +146,69 @@ def test_rows_are_judged_each_on_its_own() -> None:
 @rule
 def test_an_empty_residual_is_no_division_by_zero() -> None:
     """Rounding can reject a token of two equal distributions; then the target's own is as good."""
-    _, decisions, inputs = judge([[1, 0]], [[1.0, LOW]], [2], draft=TARGET)
-    assert decisions.draws == [(0, 7, "RESIDUAL", TARGET[0])], inputs
+    _, source, inputs = judge([[1, 0]], [[1.0, LOW]], [2], draft=TARGET)
+    assert source.draws == [(0, 7, "RESIDUAL", TARGET[0])], inputs
 
 
 @rule
 def test_no_draft_is_a_plain_step() -> None:
-    verdict, decisions, inputs = judge([[]], [[]], [0], one_hot=True)
+    verdict, source, inputs = judge([[]], [[]], [0], one_hot=True)
     assert verdict.accepted.tolist() == [0], inputs
-    assert decisions.draws == [(0, START, "SAMPLE", TARGET[0])], inputs
+    assert source.draws == [(0, START, "SAMPLE", TARGET[0])], inputs
 
 
 SEED, MANY = 3, 60
 PROBS = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
 
 
-@pytest.mark.about("engine/verify.py, KeyedDecisions.draw")
+@pytest.mark.about("engine/verify.py, KeyedSource.draw")
 @pytest.mark.parametrize("purpose", [Purpose.DRAFT, Purpose.RESIDUAL, Purpose.SAMPLE])
 def test_keyed_draws(purpose: Purpose) -> None:
     """SAMPLE as plain decoding draws; else the first token at which the cumulated probability passes the uniform."""
     samples, positions = torch.arange(MANY) % 3, torch.arange(MANY)
-    got = phase2.KeyedDecisions(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose)
+    got = phase2.KeyedSource(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose)
     if purpose == Purpose.SAMPLE:
-        expected = phase2.KeyedRandomness(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose).tolist()
+        expected = phase2.KeyedSampler(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose).tolist()
     else:
         uniforms = philox.uniforms(SEED, samples, positions, purpose, 1)[:, 0].tolist()
         expected = [1 if u < 0.5 else 3 if u < 0.7 else 4 for u in uniforms]
     assert got.tolist() == expected, f"probs {rounded(PROBS)} for each of {MANY} positions, seed {SEED}, {purpose.name}"
 
 
-@pytest.mark.about("engine/verify.py, KeyedDecisions.decide")
+@pytest.mark.about("engine/verify.py, KeyedSource.decide")
 def test_keyed_decisions() -> None:
     """Yes where the ACCEPT uniform of sample and position is below the probability; alike alone and in a batch."""
     samples, positions = torch.tensor([0, 5]), torch.tensor([[7, 8, 9], [3, 4, 5]])
     chance = torch.tensor([[0.5, 0.2, 1.0], [0.9, 0.0, 0.5]])
     uniforms = philox.uniforms(SEED, samples.repeat_interleave(3), positions.flatten(), Purpose.ACCEPT, 1).view(2, 3)
-    decisions, inputs = phase2.KeyedDecisions(SEED), f"probability {rounded(chance)}, uniforms {rounded(uniforms)}"
-    assert decisions.decide(chance, samples, positions).tolist() == (uniforms < chance).tolist(), inputs
-    alone = decisions.decide(chance[1:], samples[1:], positions[1:])
+    source, inputs = phase2.KeyedSource(SEED), f"probability {rounded(chance)}, uniforms {rounded(uniforms)}"
+    assert source.decide(chance, samples, positions).tolist() == (uniforms < chance).tolist(), inputs
+    alone = source.decide(chance[1:], samples[1:], positions[1:])
     assert alone.tolist() == (uniforms < chance)[1:].tolist(), f"the second row alone: {inputs}"
 
 
 @pytest.mark.about("engine/verify.py, Certain.draw")
 def test_certain_draws() -> None:
     one_hot, zeros = torch.eye(4)[[2, 0, 3]], torch.zeros(3, dtype=torch.long)
-    assert phase2.Certain().draw(one_hot, zeros, zeros, Purpose.SAMPLE).tolist() == [2, 0, 3], rounded(one_hot)
+    assert phase2.GreedySource().draw(one_hot, zeros, zeros, Purpose.SAMPLE).tolist() == [2, 0, 3], rounded(one_hot)
 
 
 @pytest.mark.about("engine/verify.py, Certain.decide")
 def test_certain_decisions() -> None:
     chance = torch.tensor([[1.0, 0.0, 1.0]])
-    got = phase2.Certain().decide(chance, torch.zeros(1), torch.tensor([[7, 8, 9]]))
+    got = phase2.GreedySource().decide(chance, torch.zeros(1), torch.tensor([[7, 8, 9]]))
     assert got.tolist() == [[True, False, True]], f"probability {rounded(chance)}"
 
 
 def propose(proof: SimpleNamespace, k: int, **settings: Any) -> tuple[Any, Scripted, Any, Any]:
     """What a drafter proposes after two texts that end in 1 and in 4, its draws, its table, and the parameters."""
     model = proof.tables(5, seed=2)[1]
-    decisions, params = Scripted([]), phase2.SamplingParams(**{"temperature": 1.0, **settings})
+    source, params = Scripted([]), phase2.SamplingParams(**{"temperature": 1.0, **settings})
     sequences = [
         phase2.Sequence([0, 1], params, phase2.Ending(), 0),
         phase2.Sequence([2, 3, 2, 4], params, phase2.Ending(), 1),
     ]
-    return phase2.ModelDrafter(model, params, decisions).propose(sequences, k), decisions, model.table, params
+    return phase2.ModelDrafter(model, params, source).propose(sequences, k), source, model.table, params
 
 
 drafting = pytest.mark.about("engine/drafting.py, ModelDrafter.propose")
@@ -235,8 +235,8 @@ def test_each_token_is_drawn_after_the_ones_before(proof: SimpleNamespace, setti
 
 @drafting
 def test_draws_are_keyed_by_sample_position_and_purpose(proof: SimpleNamespace) -> None:
-    _, decisions, _, _ = propose(proof, 2)
-    keys = sorted(draw[:3] for draw in decisions.draws)
+    _, source, _, _ = propose(proof, 2)
+    keys = sorted(draw[:3] for draw in source.draws)
     assert keys == [(0, 2, "DRAFT"), (0, 3, "DRAFT"), (1, 4, "DRAFT"), (1, 5, "DRAFT")], (
         "texts of 2 and of 4 tokens, k 2"
     )

@@ -94,7 +94,7 @@ def step(
     params = phase2.SamplingParams(**settings)
     sequences = [phase2.Sequence([5, 0], params, phase2.Ending(eos), sample) for sample in range(len(drafts))]
     drafter = Given(drafts)
-    done = speculative_step(proof.TableModel(COUNTING), drafter, sequences, params, k, phase2.Certain())
+    done = speculative_step(proof.TableModel(COUNTING), drafter, sequences, params, k, phase2.GreedySource())
     return done, sequences, drafter, f"text [5, 0], drafts {drafts}, k {k}, eos {eos}, {settings or 'greedy'}"
 
 
@@ -160,7 +160,7 @@ def test_a_batch_is_decoded_to_its_end(proof: SimpleNamespace) -> None:
     """With the counting model as its own draft everything stands; a row that has ended takes part no more."""
     model, params = proof.TableModel(COUNTING), phase2.SamplingParams(max_new_tokens=7)
     sequences = [phase2.Sequence([start], params, phase2.Ending((4,))) for start in (0, 4)]
-    drafter = phase2.ModelDrafter(model, params, phase2.Certain())
+    drafter = phase2.ModelDrafter(model, params, phase2.GreedySource())
     steps = list(phase2.speculative_decode(model, drafter, sequences, params, 2))
     inputs = "texts [0] and [4], k 2, eos 4, at most 7 tokens"
     assert [sequence.tokens for sequence in sequences] == [[1, 2, 3, 4], [5, 0, 1, 2, 3, 4]], inputs
@@ -174,10 +174,10 @@ def test_its_own_decisions_are_keyed_by_the_seed(proof: SimpleNamespace, tempera
     target, draft = proof.tables(5, seed=3)
     params = phase2.SamplingParams(temperature=temperature, max_new_tokens=20, seed=6)
     outputs = []
-    for decisions in (None, phase2.KeyedDecisions(6) if temperature else phase2.Certain()):
+    for source in (None, phase2.KeyedSource(6) if temperature else phase2.GreedySource()):
         sequence = phase2.Sequence([1], params, phase2.Ending())
-        drafter = phase2.ModelDrafter(draft, params, phase2.KeyedDecisions(6) if temperature else phase2.Certain())
-        for _ in phase2.speculative_decode(target, drafter, [sequence], params, 3, decisions):
+        drafter = phase2.ModelDrafter(draft, params, phase2.KeyedSource(6) if temperature else phase2.GreedySource())
+        for _ in phase2.speculative_decode(target, drafter, [sequence], params, 3, source):
             pass
         outputs.append(sequence.tokens)
-    assert outputs[0] == outputs[1], f"temperature {temperature}, seed 6, decisions None and given"
+    assert outputs[0] == outputs[1], f"temperature {temperature}, seed 6, source None and given"

@@ -177,14 +177,14 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "bonus from the distribution before": (
         "verify",
-        ("decisions.draw(following[full]", "decisions.draw(target_probs[full, (accepted[full] - 1).clamp(min=0)]"),
+        ("source.draw(following[full]", "source.draw(target_probs[full, (accepted[full] - 1).clamp(min=0)]"),
     ),
     "unfiltered draft_probs": ("drafting", ("used.append(probs)", "used.append(logits.softmax(-1))")),
     "argmax draft with soft draft_probs": (
         "drafting",
         (
-            "tokens = self.randomness.draw(",
-            "tokens = probs.argmax(-1)\n            _ = lambda: self.randomness.draw(",
+            "tokens = self.sampler.draw(",
+            "tokens = probs.argmax(-1)\n            _ = lambda: self.sampler.draw(",
         ),
     ),
     "penalties blind to the draft": (

@@ -117,10 +117,10 @@ def test_an_interrupted_run_leaves_whole_lines(
 
 @pytest.mark.about("engine/record.py, Recorder.step")
 def test_a_line_is_in_the_file_when_its_step_ends(tmp_path: Path) -> None:
-    session = phase2.Session(phase2.Options(model="fake", draft="fake:0.7", max_tokens=24, temperature=1.0))
-    sequences = session.sequences(["x y z"])
-    recorder, written = Recorder(tmp_path / "run.jsonl", session, sequences), 1
-    for step in session.run(sequences, recorder.clock, recorder.watch):
+    llm = phase2.LLM(phase2.Options(model="fake", draft="fake:0.7", max_tokens=24, temperature=1.0))
+    sequences = llm.sequences(["x y z"])
+    recorder, written = Recorder(tmp_path / "run.jsonl", llm, sequences), 1
+    for step in llm.run(sequences, recorder.clock, recorder.watch):
         recorder.step(step)
         written += 1
         content = (tmp_path / "run.jsonl").read_bytes()

@@ -39,11 +39,11 @@ def speculate(
     samples: list[int] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """The finished sequences and the steps."""
-    decisions = phase2.Certain() if params.greedy else phase2.KeyedDecisions(params.seed)
-    drafter = phase2.ModelDrafter(draft, params, decisions)
+    source = phase2.GreedySource() if params.greedy else phase2.KeyedSource(params.seed)
+    drafter = phase2.ModelDrafter(draft, params, source)
     numbers = samples or [0] * len(prompts)
     sequences = [phase2.Sequence(p, params, ending, s) for p, s in zip(prompts, numbers, strict=True)]
-    return sequences, list(phase2.speculative_decode(target, drafter, sequences, params, k, decisions))
+    return sequences, list(phase2.speculative_decode(target, drafter, sequences, params, k, source))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_two_vocabularies_do_not_go_together(make_checkpoint: Callable[..., Path
     small = make_checkpoint("llama")
     options = phase2.Options(model="stdlib-10m", draft=str(small))
     with pytest.raises(UserError, match=r"must share a vocabulary; token \d+ is '.*' and '.*'$"):
-        phase2.Session(options)
+        phase2.LLM(options)
 
 
 @pytest.mark.about("engine/pair.py, check_pair")
@@ -247,7 +247,7 @@ def test_a_draft_with_a_shorter_context_is_noted(
 ) -> None:
     target = make_checkpoint("llama")
     draft = make_checkpoint("llama", max_position_embeddings=32)
-    session = phase2.Session(phase2.Options(model=str(target), draft=str(draft), max_tokens=60))
+    llm = phase2.LLM(phase2.Options(model=str(target), draft=str(draft), max_tokens=60))
     assert "32" in capsys.readouterr().err
-    plain = phase2.Session(phase2.Options(model=str(target), draft="none", max_tokens=60))
-    assert session.complete(["import os"])[0].tokens == plain.complete(["import os"])[0].tokens
+    plain = phase2.LLM(phase2.Options(model=str(target), draft="none", max_tokens=60))
+    assert llm.generate(["import os"])[0].tokens == plain.generate(["import os"])[0].tokens

@@ -210,7 +210,7 @@ class Proof:
         """The distribution of plain decoding's output."""
 
         def run(walker: Walker) -> tuple[int, ...]:
-            return tuple(self.engine.generate(target, [prompt], params, ending, randomness=walker)[0].tokens)
+            return tuple(self.engine.generate(target, [prompt], params, ending, sampler=walker)[0].tokens)
 
         return Walker().law(run)
 

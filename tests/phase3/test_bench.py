@@ -125,9 +125,9 @@ def test_a_run_is_one_prompt_with_its_rounds_seed_and_counts_that_add_up(part: A
     engine = sys.modules["engine"]
     prompt = Prompt("one", "own", "test", "def pop(", "", "")
     options = {"model": "fake:1", "draft": "fake:0.7", "temperature": 1.0, "max_tokens": 16, "seed": 3}
-    session = engine.Session(engine.Options(**options))
-    first, other = runs.decode(session, prompt, 0), runs.decode(session, prompt, 1)
-    again = engine.Session(engine.Options(**{**options, "seed": 4}))
+    llm = engine.LLM(engine.Options(**options))
+    first, other = runs.decode(llm, prompt, 0), runs.decode(llm, prompt, 1)
+    again = engine.LLM(engine.Options(**{**options, "seed": 4}))
     assert runs.decode(again, prompt, 0).output == other.output != first.output
     for outcome in (first, other):
         figures = outcome.figures
@@ -211,7 +211,7 @@ def test_calibration_is_what_the_session_reads(tmp_path: Path, part: Any) -> Non
     assert table[0][0] > 0.3 > table[0][7]  # the first guess stands often, the eighth hardly ever
     part("runs")
     engine = sys.modules["engine"]
-    assert engine.Session(engine.Options(model=str(folder), draft="stdlib-1m")).tree_acceptance() == table
+    assert engine.LLM(engine.Options(model=str(folder), draft="stdlib-1m")).tree_acceptance() == table
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 import phase3
 from common.errors import UserError
 from phase3 import AdaptiveController, Bounds, ConfidenceController, CostController, FixedController, StepStats
-from phase3.controllers import Costs
+from phase3.controllers import CostModel
 
 
 def seen(k: int, accepted: int, length: int = 100, draft_ms: float = 1.0, verify_ms: float = 10.0) -> StepStats:
@@ -182,7 +182,7 @@ def test_cost_chooses_the_brute_force_maximum(draft_ms: float, chance: float) ->
 
 def test_cost_knows_from_the_text_before_what_things_cost() -> None:
     """Times are shared, what stood is not: the second text's first draft is short, its second already the best."""
-    costs = Costs()
+    costs = CostModel()
     first, second = (CostController(Bounds(1, 8), costs=costs) for _ in range(2))
     trajectory(first, [3, 4, 8, 8, 8, 8])
     assert second.next_k() == second.first_k
@@ -218,12 +218,12 @@ def test_rows_of_a_batch_choose_as_they_would_alone(name: Any, temperature: floa
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=40, seed=3)
 
     def decode(prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
-        decisions = phase3.Certain() if params.greedy else phase3.KeyedDecisions(params.seed)
-        drafter = phase3.ModelDrafter(draft, params, decisions)
+        source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
+        drafter = phase3.ModelDrafter(draft, params, source)
         sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in prompts]
         widths: dict[Any, list[int]] = {sequence: [] for sequence in sequences}
         for step in phase3.speculative_decode(
-            model, drafter, sequences, params, None, lambda: phase3.make_controller(name, confidence=0.5), decisions
+            model, drafter, sequences, params, None, lambda: phase3.make_controller(name, confidence=0.5), source
         ):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 widths[sequence].append(stats.proposed)

@@ -27,10 +27,10 @@ class Counted(phase3.FakeModel):
 def speculate(model: Any, draft: Any, params: Any, policy: str, controller: Any, ending: Any = None) -> tuple[Any, Any]:
     """The sequence after a prompt of one token, and the stats of its steps."""
     rule = phase3.make_policy(policy)  # type: ignore[arg-type]
-    decisions = phase3.Certain() if params.greedy else phase3.KeyedDecisions(params.seed)
-    drafter = phase3.ModelDrafter(draft, params, decisions, rule.draft_noise)
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
+    drafter = phase3.ModelDrafter(draft, params, source, rule.draft_noise)
     sequence = phase3.Sequence([1], params, ending or phase3.Ending())
-    steps = phase3.speculative_decode(model, drafter, [sequence], params, rule, lambda: controller, decisions)
+    steps = phase3.speculative_decode(model, drafter, [sequence], params, rule, lambda: controller, source)
     return sequence, [step.stats[0] for step in steps]
 
 

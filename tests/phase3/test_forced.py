@@ -8,15 +8,15 @@ import pytest
 
 import phase3
 from common.philox import Purpose
-from phase3.forced import forced_acceptance
+from phase3.teacher_forced import teacher_forced_acceptance
 
 
-def make_drafter(name: str, target: Any, draft: Any, params: Any, decisions: Any, noise: Purpose) -> Any:
+def make_drafter(name: str, target: Any, draft: Any, params: Any, source: Any, noise: Purpose) -> Any:
     if name == "ngram":
         return phase3.NgramDrafter(1, 3)
     if name == "extrapolate":
-        return phase3.ExtrapolateDrafter(target, params, decisions, noise)
-    return phase3.ModelDrafter(draft, params, decisions, noise)
+        return phase3.ExtrapolateDrafter(target, params, source, noise)
+    return phase3.ModelDrafter(draft, params, source, noise)
 
 
 @pytest.mark.parametrize("drafter", ["model", "ngram", "extrapolate"])
@@ -27,17 +27,17 @@ def test_on_its_own_output_it_accepts_what_decoding_accepted(drafter: str, polic
     model, draft, prompt = phase3.FakeModel(12, 512), phase3.FakeModel(12, 512, 0.7), [1, 2, 3, 1, 2]
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=120, seed=5)
     rule = phase3.make_policy(policy)
-    decisions = phase3.Certain() if params.greedy else phase3.KeyedDecisions(params.seed)
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
 
     def guess() -> Any:
-        return make_drafter(drafter, model, draft, params, decisions, rule.draft_noise)
+        return make_drafter(drafter, model, draft, params, source, rule.draft_noise)
 
     sequence = phase3.Sequence(prompt, params, phase3.Ending())
     steps = phase3.speculative_decode(
-        model, guess(), [sequence], params, rule, lambda: phase3.FixedController(3), decisions
+        model, guess(), [sequence], params, rule, lambda: phase3.FixedController(3), source
     )
     expected = [step.stats[0].accepted for step in steps]
-    stood = forced_acceptance(model, guess(), prompt, sequence.tokens, params, rule, 3, decisions)
+    stood = teacher_forced_acceptance(model, guess(), prompt, sequence.tokens, params, rule, 3, source)
     assert stood == expected[: len(stood)]
     assert sum(expected[: len(stood)]) + len(stood) >= 120 - 4
     assert sum(stood) > 0
@@ -48,9 +48,9 @@ def test_the_text_moves_on_by_what_stood_and_one_more(agreement: float, share: i
     """A fake that always agrees, or never, on text that nobody sampled."""
     model, draft = phase3.FakeModel(40, 512), phase3.FakeModel(40, 512, agreement)
     params = phase3.SamplingParams(temperature=1.0, max_new_tokens=1000)
-    decisions = phase3.KeyedDecisions(0)
-    drafter = phase3.ModelDrafter(draft, params, decisions)
+    source = phase3.KeyedSource(0)
+    drafter = phase3.ModelDrafter(draft, params, source)
     truth = [(7 * i * i + i) % 40 for i in range(83)]
-    stood = forced_acceptance(model, drafter, [1, 2], truth, params, phase3.make_policy("rejection"), 3, decisions)
+    stood = teacher_forced_acceptance(model, drafter, [1, 2], truth, params, phase3.make_policy("rejection"), 3, source)
     assert set(stood) == {share}
     assert len(stood) == (20 if share else 80)

@@ -22,12 +22,12 @@ from common.errors import UserError
 from phase3.drafters.eagle import EagleDrafter, EagleHead, EagleShape, Lookahead
 from phase3.drafters.heads import HeadsKind, build_heads, find_heads, load_heads, save_heads, target_states
 from phase3.drafters.medusa import MedusaDrafter, MedusaHeads, MedusaShape
-from phase3.forced import forced_acceptance
 from phase3.head_data import MixedBatches, count_table, write_text
 from phase3.head_figures import learned_drafter, text_figures
 from phase3.head_loss import Objective, Overlap, acceptance
 from phase3.head_options import HeadOptions
 from phase3.head_training import HeadTrainer, check_finite, learning_rate
+from phase3.teacher_forced import teacher_forced_acceptance
 
 CPU = torch.device("cpu")
 COURSE = {"steps": 30, "batch_tokens": 256, "warmup": 3, "window": 32, "lr": 1e-2, "eval_rows": 4}
@@ -80,10 +80,10 @@ def test_a_draft_computes_what_was_trained(target: phase3.LoadedModel, taps: tup
 def test_the_memory_of_inputs_is_that_of_the_whole_text(target: phase3.LoadedModel) -> None:
     """After many ragged steps the drafter's inputs are those that the final text gives at once, cut to its reach."""
     reach, params = 12, phase3.SamplingParams(temperature=1.0, max_new_tokens=30, ignore_eos=True)
-    head, decisions = random_eagle(target, (0,), reach), phase3.KeyedDecisions(0)
-    drafter = EagleDrafter(target.model, head, params, decisions)
+    head, source = random_eagle(target, (0,), reach), phase3.KeyedSource(0)
+    drafter = EagleDrafter(target.model, head, params, source)
     sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in ([30, 31, 32], list(range(40, 60)))]
-    steps = phase3.speculative_decode(target.model, drafter, sequences, params, decisions=decisions)
+    steps = phase3.speculative_decode(target.model, drafter, sequences, params, source=source)
     for _ in itertools.islice(steps, 8):
         for sequence in sequences:
             text = torch.tensor([sequence.prompt + sequence.tokens])
@@ -100,7 +100,7 @@ def test_beside_layers_with_windows_eagles_layer_has_its_own_reach(make_checkpoi
     head, params = random_eagle(target, (0,)), phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
     assert target.config.windows == (None, 4)
     assert head.config.windows == (None,)
-    drafter = EagleDrafter(target.model, head, params, phase3.Certain())
+    drafter = EagleDrafter(target.model, head, params, phase3.GreedySource())
     sequence = phase3.Sequence(list(range(30, 42)), params, phase3.Ending())
     steps = list(phase3.speculative_decode(target.model, drafter, [sequence], params))
     assert sum(stats.proposed for step in steps for stats in step.stats) > 0
@@ -124,7 +124,7 @@ def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[
     for parameter in heads.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     params = phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
-    drafter = MedusaDrafter(target.model, heads, params, phase3.Certain())
+    drafter = MedusaDrafter(target.model, heads, params, phase3.GreedySource())
     sequence = phase3.Sequence([30, 31, 32], params, phase3.Ending())
     for _ in itertools.islice(phase3.speculative_decode(target.model, drafter, [sequence], params), 4):
         text = torch.tensor([sequence.prompt + sequence.tokens])
@@ -266,13 +266,13 @@ def test_saved_heads_load_and_draft(trained: HeadTrainer, temperature: float, tm
     save_heads(tmp_path, trained.heads, target)
     heads = load_heads(find_heads(str(tmp_path), target, trained.options.kind), target, trained.options.kind)
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=40, ignore_eos=True)
-    decisions = phase3.Certain() if params.greedy else phase3.KeyedDecisions(0)
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(0)
     prompts = [target.tokenizer.encode(text) for text in ("def function_", "return", "if left:\n")]
     sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in prompts]
     policy = phase3.make_policy("longest_prefix" if params.greedy else "rejection")
-    drafter = learned_drafter(heads, target, params, decisions)
+    drafter = learned_drafter(heads, target, params, source)
     accepted = 0
-    for step in phase3.speculative_decode(target.model, drafter, sequences, params, policy, decisions=decisions):
+    for step in phase3.speculative_decode(target.model, drafter, sequences, params, policy, source=source):
         accepted += sum(stats.accepted for stats in step.stats)
     assert accepted > 0 or params.greedy
     if params.greedy:
@@ -285,18 +285,18 @@ def test_on_given_text_every_point_is_drafted_for(trained: HeadTrainer) -> None:
     target, params = trained.target, phase3.SamplingParams(temperature=1.0, ignore_eos=True)
     asked: list[int] = []
 
-    class Asked(phase3.KeyedDecisions):
+    class Asked(phase3.KeyedSource):
         def decide(self, probability: torch.Tensor, *rest: Any) -> torch.Tensor:
             asked.append(probability.shape[1])
             return super().decide(probability, *rest)
 
     for prompt, without in (([30, 31, 32], 0), ([30], 1)):
         asked.clear()
-        decisions = Asked(0)
-        drafter = learned_drafter(trained.heads, target, params, decisions)
+        source = Asked(0)
+        drafter = learned_drafter(trained.heads, target, params, source)
         truth = list(range(40, 70))
         policy = phase3.make_policy("rejection")
-        forced_acceptance(target.model, drafter, prompt, truth, params, policy, 3, decisions)
+        teacher_forced_acceptance(target.model, drafter, prompt, truth, params, policy, 3, source)
         assert asked.count(0) == without
         assert asked.count(3) == len(asked) - without
 
@@ -306,7 +306,7 @@ def test_past_the_context(trained: HeadTrainer) -> None:
     target, params = trained.target, phase3.SamplingParams(max_new_tokens=60, ignore_eos=True)
     prompt = list(range(20, 110))  # of a context of 128
     sequence = phase3.Sequence(prompt, params, phase3.Ending())
-    drafter = learned_drafter(trained.heads, target, params, phase3.Certain())
+    drafter = learned_drafter(trained.heads, target, params, phase3.GreedySource())
     policy = phase3.make_policy("longest_prefix")
     for _ in phase3.speculative_decode(target.model, drafter, [sequence], params, policy):
         pass

@@ -71,9 +71,9 @@ def test_a_controllers_bounds_are_options(capsys: pytest.CaptureFixture[str]) ->
         ({"policy": "conf_threshold", "tau": 0.7}, phase3.ConfThreshold(0.7)),
         ({"policy": "topk_agree", "agree_k": 9}, phase3.TopkAgree(9)),
         ({"policy": "typical", "epsilon": 0.2, "delta": 0.6}, phase3.Typical(0.2, 0.6)),
-        ({"policy": "coupled", "lossless": True}, phase3.OwnChoice(shared_noise=True)),
-        ({"policy": "longest_prefix", "temperature": 1.0}, phase3.OwnChoice(shared_noise=False)),
-        ({"lossless": True}, phase3.OwnChoice(shared_noise=False)),  # auto, greedy
+        ({"policy": "coupled", "lossless": True}, phase3.SampleMatch(shared_noise=True)),
+        ({"policy": "longest_prefix", "temperature": 1.0}, phase3.SampleMatch(shared_noise=False)),
+        ({"lossless": True}, phase3.SampleMatch(shared_noise=False)),  # auto, greedy
     ],
 )
 def test_policies_and_their_parameters_are_options(options: dict[str, Any], policy: Any) -> None:
@@ -113,17 +113,17 @@ def test_nothing_leaks_from_one_run_into_the_next() -> None:
         [sys.executable, script, *arguments, "--json"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     fresh = json.loads(output)["completions"][0]
-    session = phase3.Session(
+    llm = phase3.LLM(
         phase3.Options(
             model="fake", drafter="ngram", controller="adaptive", policy="coupled", temperature=1.0, max_tokens=60
         )
     )
-    session.complete(["b a b a a a b b", "c d c d"])
-    session.complete(["a b a b a b a"])
-    (sequence,), clock = session.sequences(["a b a b a b a"]), phase3.Clock()
-    for _ in session.run([sequence], clock):
+    llm.generate(["b a b a a a b b", "c d c d"])
+    llm.generate(["a b a b a b a"])
+    (sequence,), clock = llm.sequences(["a b a b a b a"]), phase3.Clock()
+    for _ in llm.run([sequence], clock):
         pass
-    steps = session.steps[sequence]
+    steps = llm.steps[sequence]
     assert sequence.tokens == fresh["tokens"]
     assert len(steps) == fresh["stats"]["steps"]
     assert sum(step.proposed for step in steps) == fresh["stats"]["proposed"] > 0

@@ -34,7 +34,7 @@ def distance(
 
 DROPS_A_DRAWN_TOKEN = (
     "if self.stop is not None and self.stop(row, asked[0]):",
-    "drawn = int(self.decisions.draw(probs, torch.tensor([sequence.sample]), "
+    "drawn = int(self.source.draw(probs, torch.tensor([sequence.sample]), "
     "torch.tensor([sequence.length + len(self.tokens[row])]), self.noise))\n"
     "        if self.stop is not None and self.stop(row, asked[0, [drawn]]):",
 )
@@ -46,7 +46,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "argmax draft with soft draft_probs": (
         "drafters.chains",
-        ("self.decisions.draw(probs, keys[0], keys[1], self.noise)", "probs.argmax(-1)"),
+        ("self.source.draw(probs, keys[0], keys[1], self.noise)", "probs.argmax(-1)"),
     ),
     "penalties blind to the draft": (
         "speculative",
@@ -85,7 +85,7 @@ def test_own_choices_do_not_care_how_a_draft_was_chosen(proof: Any, name: Any) -
 OWN_CHOICE_MUTANTS = {
     "draws once more where the draft fell": (
         "return Verdict(accepted, own, ratios)",
-        "again = decisions.draw(judged.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
+        "again = source.draw(judged.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
         "        return Verdict(accepted, torch.where(accepted < widths, again, own), ratios)",
     ),
     "looks at what follows the draft token": (

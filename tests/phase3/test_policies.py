@@ -17,7 +17,7 @@ from common.philox import Purpose
 EXACT = 1e-12
 
 
-class Recording(phase3.Certain):
+class Recording(phase3.GreedySource):
     """Takes the most likely token, and keeps what it was asked to draw from."""
 
     def __init__(self) -> None:
@@ -56,21 +56,21 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
     # The same for a whole block: the tokens up to the first that is not good stand, and no more.
     for tokens in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
         probs = torch.eye(3, dtype=torch.float64)[[1, 2, 0, 1]][None]  # what the next tokens are drawn from
-        decisions = Recording()
+        source = Recording()
         draft = phase3.Draft(torch.tensor([tokens]), None, [3])
         keys = torch.tensor([[3], [0], [7]])
-        verdict = policy.judge(draft, phase3.Judged(probs, opinion.expand(1, 4, 3)), *keys, decisions)
+        verdict = policy.verify(draft, phase3.Judged(probs, opinion.expand(1, 4, 3)), *keys, source)
         accepted = next((i for i, token in enumerate(tokens) if token not in good), 3)
         assert int(verdict.accepted) == accepted
         assert int(verdict.next_tokens) == [1, 2, 0, 1][accepted]
-        assert decisions.asked == [(probs[0, accepted].tolist(), 7 + accepted, Purpose.SAMPLE)]
+        assert source.asked == [(probs[0, accepted].tolist(), 7 + accepted, Purpose.SAMPLE)]
 
 
 def test_of_equal_opinions_the_lower_ids_are_the_likeliest() -> None:
     assert phase3.TopkAgree(2).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [1, 3]
     assert phase3.TopkAgree(3).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [0, 1, 3]
     keys = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), Purpose.DRAFT
-    assert phase3.Certain().draw_several(torch.full((1, 50), 0.02), 3, *keys).tolist() == [[0, 1, 2]]
+    assert phase3.GreedySource().draw_several(torch.full((1, 50), 0.02), 3, *keys).tolist() == [[0, 1, 2]]
 
 
 def test_a_certain_target_lets_only_its_token_stand() -> None:
@@ -204,12 +204,12 @@ def test_acceptance_under_keyed_noise(seed: int) -> None:
         "coupled": (1 / ratio.sum(-1)).sum(),
         "longest_prefix": (p * q).sum(),
     }
-    decisions, shares = phase3.KeyedDecisions(seed), {}
+    source, shares = phase3.KeyedSource(seed), {}
     for name, share in expected.items():
         policy = phase3.make_policy(name)  # type: ignore[arg-type]
-        tokens = decisions.draw(q.expand(draws, -1), zeros, positions, policy.draft_noise)
+        tokens = source.draw(q.expand(draws, -1), zeros, positions, policy.draft_noise)
         draft = phase3.Draft(tokens[:, None], q.expand(draws, 1, size), [1] * draws)
-        verdict = policy.judge(draft, judged, zeros + 1, zeros, positions, decisions)
+        verdict = policy.verify(draft, judged, zeros + 1, zeros, positions, source)
         shares[name] = float(verdict.accepted.double().mean())
         assert abs(shares[name] - share) < 4 * math.sqrt(share * (1 - share) / draws)
     assert shares["longest_prefix"] < shares["coupled"] < shares["rejection"]

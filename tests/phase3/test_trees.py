@@ -120,10 +120,10 @@ def pair() -> tuple[Any, Any]:
     return phase3.load("stdlib-10m", torch.float32, CPU), phase3.load("stdlib-1m", torch.float32, CPU)
 
 
-def drafters(pair: tuple[Any, Any], params: Any, policy: Any, decisions: Any) -> dict[str, Any]:
-    base = phase3.ModelDrafter(pair[1].model, params, decisions, policy.draft_noise)
+def drafters(pair: tuple[Any, Any], params: Any, policy: Any, source: Any) -> dict[str, Any]:
+    base = phase3.ModelDrafter(pair[1].model, params, source, policy.draft_noise)
     shape = phase3.best_shape([[0.6, 0.2, 0.1]] * 4, 12)
-    static = phase3.StaticTreeDrafter(base, params, shape, decisions, policy.draft_noise, policy.draws_children)
+    static = phase3.StaticTreeDrafter(base, params, shape, source, policy.draft_noise, policy.draws_children)
     return {"static": static, "dynamic": phase3.DynamicTreeDrafter(base, params, 12)}
 
 
@@ -135,10 +135,10 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=20, frequency_penalty=0.3)
     prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:2]]
     policy = phase3.make_policy("coupled")
-    decisions = phase3.Certain() if params.greedy else phase3.KeyedDecisions(params.seed)
-    drafter = drafters(pair, params, policy, decisions)[kind]
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
+    drafter = drafters(pair, params, policy, source)[kind]
     sequences = [phase3.Sequence(prompt, params, target.ending) for prompt in prompts]
-    steps = list(phase3.speculative_decode(target.model, drafter, sequences, params, policy, decisions=decisions))
+    steps = list(phase3.speculative_decode(target.model, drafter, sequences, params, policy, source=source))
     expected = [g.tokens for g in phase3.generate(target.model, prompts, params, target.ending)]
     assert [sequence.tokens for sequence in sequences] == expected
     assert sum(stats.accepted for step in steps for stats in step.stats) > 5
@@ -170,7 +170,7 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
 
     monkeypatch.setattr("phase3.drafters.model.target_forward", counting)
     params = phase3.SamplingParams(temperature=1.0)
-    base = phase3.ModelDrafter(pair[1].model, params, phase3.KeyedDecisions(0))
+    base = phase3.ModelDrafter(pair[1].model, params, phase3.KeyedSource(0))
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
     tree = phase3.DynamicTreeDrafter(base, params, nodes).grow(sequence, 7)
     assert len(tree.tokens) == nodes
@@ -191,8 +191,8 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
 def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None:
     params = phase3.SamplingParams(temperature=1.0)
     target = pair[0]
-    decisions = phase3.KeyedDecisions(0)
-    drafter = drafters(pair, params, phase3.Rejection(), decisions)["dynamic"]
+    source = phase3.KeyedSource(0)
+    drafter = drafters(pair, params, phase3.Rejection(), source)["dynamic"]
     sequence = phase3.Sequence(target.tokenizer.encode("import os\n\ndef "), params, target.ending)
     tree = drafter.grow(sequence, 4)
     assert len(tree.tokens) == 12

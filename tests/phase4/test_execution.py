@@ -124,11 +124,11 @@ def test_only_plain_matrices_of_bfloat16_are_packed(make_checkpoint: Callable[..
     folder = str(make_checkpoint("llama"))
     packed = {}
     for options in ({"dtype": "bfloat16"}, {"dtype": "float32"}, {"amp": True}, {"quant": "int8", "dtype": "bfloat16"}):
-        session = phase4.Session(phase4.Options(model=folder, draft="none", max_tokens=3, device="cpu", **options))
-        modules = list(session.loaded.model.modules())
+        llm = phase4.LLM(phase4.Options(model=folder, draft="none", max_tokens=3, device="cpu", **options))
+        modules = list(llm.loaded.model.modules())
         packed[str(options)] = sum(isinstance(module, PackedLinear) for module in modules)
-        assert len(session.complete(["import "])[0].tokens) == 3
-    layers = session.loaded.config.layers
+        assert len(llm.generate(["import "])[0].tokens) == 3
+    layers = llm.loaded.config.layers
     expected = 4 * layers if can_pack(torch.empty(0, dtype=torch.bfloat16)) else 0
     assert list(packed.values()) == [expected, 0, 0, 0]
 
@@ -209,13 +209,13 @@ def test_nothing_to_compile_with_is_an_error(tmp_path: Path) -> None:
 def test_compiled_layers_write_the_same_and_compile_once(how: list[str]) -> None:
     """At most 3 graphs are compiled after the warm-up, whatever the lengths; all lengths share those of the warm-up."""
     options = {name.removeprefix("--"): value for name, value in zip(how[::2], how[1::2], strict=True)}
-    sessions = [
-        phase4.Session(phase4.Options(max_tokens=24, dtype="float32", compile=compiled, **options))  # type: ignore[arg-type]
+    llms = [
+        phase4.LLM(phase4.Options(max_tokens=24, dtype="float32", compile=compiled, **options))  # type: ignore[arg-type]
         for compiled in (False, True)
     ]
-    warm = sessions[1].compiled_graphs
+    warm = llms[1].compiled_graphs
     assert warm >= 2
     for text in ("import ", "def read_config(path):\n    with open(path) as file:\n        return ", "x"):
-        tokens = [session.complete([text])[0].tokens for session in sessions]
+        tokens = [llm.generate([text])[0].tokens for llm in llms]
         assert tokens[0] == tokens[1]
-    assert sessions[1].compiled_graphs - warm <= 3
+    assert llms[1].compiled_graphs - warm <= 3

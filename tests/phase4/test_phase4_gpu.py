@@ -23,8 +23,8 @@ CUDA = torch.device("cuda")
 TEXT = load_prompts("code", "test")[0].text
 
 
-def session(**options: Any) -> phase4.Session:
-    return phase4.Session(phase4.Options(**{"device": "cuda", "dtype": "float32", "max_tokens": 24, **options}))
+def llm(**options: Any) -> phase4.LLM:
+    return phase4.LLM(phase4.Options(**{"device": "cuda", "dtype": "float32", "max_tokens": 24, **options}))
 
 
 @torch.inference_mode()
@@ -44,40 +44,40 @@ def assert_close(got: Tensor, exact: Tensor, enough: float) -> None:
 def test_half_precision_logits_are_close(dtype: str, enough: float) -> None:
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this card has no bfloat16")
-    assert_close(logits(session(dtype=dtype).loaded), logits(session().loaded), enough)
+    assert_close(logits(llm(dtype=dtype).loaded), logits(llm().loaded), enough)
 
 
 def test_auto_is_half_precision_and_says_so() -> None:
-    found = session(dtype="auto", draft="none")
+    found = llm(dtype="auto", draft="none")
     assert found.loaded.model.embedding.weight.dtype in (torch.bfloat16, torch.float16)
     assert "auto" in str(found.precision["stdlib-10m"])
 
 
 def test_autocast_casts_the_products_and_decodes() -> None:
-    exact, cast = session(), session(amp=True)
+    exact, cast = llm(), llm(amp=True)
     with cast.computing():
         got = logits(cast.loaded)
     assert_close(got, logits(exact.loaded), 0.03)
-    assert len(cast.complete([TEXT])[0].tokens) == 24
+    assert len(cast.generate([TEXT])[0].tokens) == 24
     assert cast.loaded.model.embedding.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("quant", "enough"), [("int8", 0.05), ("int4", 0.4)])
 def test_quantised_logits_are_close(quant: str, enough: float) -> None:
-    assert_close(logits(session(quant=quant).loaded), logits(session().loaded), enough)
+    assert_close(logits(llm(quant=quant).loaded), logits(llm().loaded), enough)
 
 
 @pytest.mark.parametrize("draft", ["none", "auto"])
 def test_compiled_gives_the_same_tokens(draft: str) -> None:
-    plain, compiled = session(draft=draft), session(draft=draft, compile=True)
-    assert compiled.complete([TEXT])[0].tokens == plain.complete([TEXT])[0].tokens
+    plain, compiled = llm(draft=draft), llm(draft=draft, compile=True)
+    assert compiled.generate([TEXT])[0].tokens == plain.generate([TEXT])[0].tokens
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_the_card_holds_the_weights_once(dtype: str, size: int) -> None:
     gc.collect()
     before = memory(CUDA)["cuda_allocated"]
-    loaded = session(dtype=dtype, draft="none").loaded
+    loaded = llm(dtype=dtype, draft="none").loaded
     whole = {tensor.data_ptr(): tensor.numel() for tensor in loaded.model.parameters()}
     taken = memory(CUDA)["cuda_allocated"] - before
     assert taken * 2**20 == pytest.approx(sum(whole.values()) * size, rel=0.05)

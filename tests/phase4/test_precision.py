@@ -204,10 +204,10 @@ def test_softmax_is_float32(
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"amp": True}])
 def test_acceptance_sees_float32(options: dict[str, object]) -> None:
-    session = phase4.Session(phase4.Options(temperature=1.0, max_tokens=6, k=2, **options))  # type: ignore[arg-type]
-    sequences = session.sequences(["import os"])
+    llm = phase4.LLM(phase4.Options(temperature=1.0, max_tokens=6, k=2, **options))  # type: ignore[arg-type]
+    sequences = llm.sequences(["import os"])
     seen = 0
-    for step in session.run(sequences, phase4.Clock()):
+    for step in llm.run(sequences, phase4.Clock()):
         assert step is not None
         if step.judged is None:
             continue
@@ -225,17 +225,17 @@ def test_acceptance_sees_float32(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_amp_keeps_float32_weights_and_casts_the_products(make_checkpoint: Callable[..., Path], family: str) -> None:
     options = {"model": str(make_checkpoint(family)), "max_tokens": 4, "draft": "none"}
-    session = phase4.Session(phase4.Options(amp=True, **options))  # type: ignore[arg-type]
-    model = session.loaded.model
+    llm = phase4.LLM(phase4.Options(amp=True, **options))  # type: ignore[arg-type]
+    model = llm.loaded.model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    tokens = torch.tensor([session.loaded.tokenizer.encode("def f(x): return x")])
+    tokens = torch.tensor([llm.loaded.tokenizer.encode("def f(x): return x")])
     with torch.inference_mode():
         exact = model(tokens)
-        with session.computing():
+        with llm.computing():
             cast = model(tokens)
     assert cast.dtype == torch.bfloat16
     assert 0 < (cast.float() - exact).abs().max() < 0.05 * exact.abs().max()
-    for _ in session.run(session.sequences(["x"]), phase4.Clock()):
+    for _ in llm.run(llm.sequences(["x"]), phase4.Clock()):
         assert not torch.is_autocast_enabled("cpu")  # whoever takes the steps computes as before
 
 
@@ -249,8 +249,8 @@ def test_amp_decodes_with_cast_products(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(phase4.model.Transformer, "logits", logits)
     for amp in (True, False):
-        session = phase4.Session(phase4.Options(amp=amp, dtype="float32", max_tokens=2, draft="none"))
-        session.complete(["import os"])
+        llm = phase4.LLM(phase4.Options(amp=amp, dtype="float32", max_tokens=2, draft="none"))
+        llm.generate(["import os"])
         assert seen == [amp] * 2
         seen.clear()
 

@@ -42,9 +42,9 @@ def steps_of(folder: Path) -> dict[str, Any]:
 
 def decode(profiler: Profiler, draft: str = "none", max_tokens: int = 40) -> list[int]:
     """Tokens of a run of the toy model, whose steps are as short as steps get."""
-    session = phase4.Session(phase4.Options(model="fake", draft=draft, max_tokens=max_tokens, device="cpu"))
-    sequences = session.sequences(["a b c"])
-    for _ in profiler.watch(session.run(sequences, phase4.Clock())):
+    llm = phase4.LLM(phase4.Options(model="fake", draft=draft, max_tokens=max_tokens, device="cpu"))
+    sequences = llm.sequences(["a b c"])
+    for _ in profiler.watch(llm.run(sequences, phase4.Clock())):
         pass
     return sequences[0].tokens
 
@@ -104,11 +104,11 @@ def test_the_trace_and_the_clock_agree(capsys: pytest.CaptureFixture[str], tmp_p
 
 def test_the_steps_are_the_wall_time_of_decoding(tmp_path: Path) -> None:
     """The clock outside agrees: a range that were left out of the steps would show here."""
-    session = phase4.Session(phase4.Options(model="fake", draft="none", max_tokens=40, device="cpu"))
+    llm = phase4.LLM(phase4.Options(model="fake", draft="none", max_tokens=40, device="cpu"))
     with Profiler(tmp_path, CPU, traced=0) as profile:
-        sequences = session.sequences(["a b c"])
+        sequences = llm.sequences(["a b c"])
         began = time.perf_counter()
-        for _ in profile.watch(session.run(sequences, phase4.Clock())):
+        for _ in profile.watch(llm.run(sequences, phase4.Clock())):
             pass
         wall = (time.perf_counter() - began) * 1e3
     assert sum(map(profile.total, RANGES)) >= 0.9 * wall

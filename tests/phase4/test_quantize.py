@@ -172,9 +172,9 @@ def test_a_quantised_target_is_decoded_losslessly(
     shared |= {"dtype": "float32", **settings}
 
     def tokens(**drafting: Any) -> list[int]:
-        session = phase4.Session(phase4.Options(**{**shared, **drafting}))
-        assert isinstance(session.loaded.model.layers[0].get_submodule("attention.output"), QuantLinear)
-        return session.complete(["def function(left"])[0].tokens
+        llm = phase4.LLM(phase4.Options(**{**shared, **drafting}))
+        assert isinstance(llm.loaded.model.layers[0].get_submodule("attention.output"), QuantLinear)
+        return llm.generate(["def function(left"])[0].tokens
 
     plain = tokens(draft="none")
     assert tokens(draft=str(folder)) == plain
@@ -189,7 +189,7 @@ def test_what_cannot_be_quantised_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=message):
         quantize_model(loaded.model, Format("int4", 128))
     with pytest.raises(UserError, match="64 input features, and groups of 128"):
-        phase4.Session(phase4.Options(model=str(folder), draft="none", quant="int4", quant_group=128))
+        phase4.LLM(phase4.Options(model=str(folder), draft="none", quant="int4", quant_group=128))
     loaded.model.get_parameter(f"{first}.weight")[3, 5] = torch.inf
     with pytest.raises(UserError, match=f"{first} holds weights that are no finite numbers"):
         quantize_linear(loaded.model, first, Format("int8"))
@@ -197,7 +197,7 @@ def test_what_cannot_be_quantised_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match="quantised already, int8"):
         quantize_model(again, Format("int8"))
     with pytest.raises(UserError, match="the fake model has no matrices to quantise"):
-        phase4.Session(phase4.Options(model="fake", draft="none", quant="int8"))
+        phase4.LLM(phase4.Options(model="fake", draft="none", quant="int8"))
 
 
 @pytest.mark.parametrize("format", [Format("int8"), Format("int4", 32), Format("int4", 32, True)], ids=repr)

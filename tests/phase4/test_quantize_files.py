@@ -184,10 +184,10 @@ def test_files_of_another_model_or_format_are_refused(
 
 def test_what_is_quantised_is_not_quantised_again(quantized: Path) -> None:
     with pytest.raises(UserError, match="is quantised already; leave out --quant"):
-        phase4.Session(phase4.Options(model=str(quantized), draft="none", quant="int4"))
+        phase4.LLM(phase4.Options(model=str(quantized), draft="none", quant="int4"))
     options: dict[str, Any] = {"model": str(quantized), "device": "cpu", "dtype": "float32", "max_tokens": 12}
-    plain = phase4.Session(phase4.Options(**options, draft="none")).complete(["import "])
-    drafted = phase4.Session(phase4.Options(**options, draft=str(quantized))).complete(["import "])
+    plain = phase4.LLM(phase4.Options(**options, draft="none")).generate(["import "])
+    drafted = phase4.LLM(phase4.Options(**options, draft=str(quantized))).generate(["import "])
     assert drafted[0].tokens == plain[0].tokens
 
 

@@ -127,10 +127,10 @@ def test_bytes_that_are_no_text_are_refused_and_not_counted(tokenizer: Tokenizer
 
 
 def test_a_session_looks_its_prompts_up() -> None:
-    session = phase4.Session(phase4.Options(model="fake", max_tokens=3, n=2, temperature=1.0))
-    first = [done.tokens for done in session.complete(["import os", "def f("])]
-    assert [done.tokens for done in session.complete(["import os", "def f("])] == first
-    assert (session.encoder.stats.hits, session.encoder.stats.misses) == (2, 2)
+    llm = phase4.LLM(phase4.Options(model="fake", max_tokens=3, n=2, temperature=1.0))
+    first = [done.tokens for done in llm.generate(["import os", "def f("])]
+    assert [done.tokens for done in llm.generate(["import os", "def f("])] == first
+    assert (llm.encoder.stats.hits, llm.encoder.stats.misses) == (2, 2)
 
 
 def test_statistics_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

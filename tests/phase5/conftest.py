@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import phase5
-from phase5 import attending
+from phase5 import attention
 from phase5.kernels import Kernels, registry
 from phase5.kernels.cuda import library
 
@@ -74,19 +74,19 @@ def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def session_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`session_on(kernels, **options)`: a session whose target and policy run on these kernels.
+def llm_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`llm_on(kernels, **options)`: a llm whose target and policy run on these kernels.
 
     What drafts stays on torch but for its attention; that changes no token.
     """
 
     def make(kernels: Kernels, **options: Any) -> Any:
         def behind(*arguments: Any, **more: Any) -> Any:
-            return dataclasses.replace(attending.Behind(*arguments, **more), kernels=kernels)
+            return dataclasses.replace(attention.CachedAttention(*arguments, **more), kernels=kernels)
 
         monkeypatch.setattr("phase5.runner.Behind", behind)
-        monkeypatch.setattr("phase5.session.pack_matrices", lambda module: None)
-        made = phase5.Session(phase5.Options(**{"max_tokens": 8, "draft": "none", "kernels": "torch", **options}))
+        monkeypatch.setattr("phase5.llm.pack_matrices", lambda module: None)
+        made = phase5.LLM(phase5.Options(**{"max_tokens": 8, "draft": "none", "kernels": "torch", **options}))
         registry.use(made.loaded.model, kernels)
         registry.use(made.policy, kernels)
         return made

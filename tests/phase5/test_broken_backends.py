@@ -63,11 +63,11 @@ def test_auto_goes_on_without_what_cannot_be_built(
     cpp = importlib.import_module("phase5.kernels.cpp")
     monkeypatch.setattr(cpp, "library", cpp.library.__wrapped__)  # another test may have built it already
     options: dict[str, Any] = {"model": str(make_checkpoint("llama")), "device": "cpu", "draft": "none"}
-    session = phase5.Session(phase5.Options(**options, max_tokens=3))
+    llm = phase5.LLM(phase5.Options(**options, max_tokens=3))
     with pytest.raises(BuildError, match=rf"g\+\+ {said}(.|\n)*fatal: no room"):
-        phase5.Session(phase5.Options(**options, kernels="cpp"))
-    assert len(session.complete(["x"])[0].tokens) == 3
-    report = session.backends.report
+        phase5.LLM(phase5.Options(**options, kernels="cpp"))
+    assert len(llm.generate(["x"])[0].tokens) == 3
+    report = llm.backends.report
     assert set(report["ops"].values()) == {"torch"}
     assert report["step"] == "torch"
     assert "fatal: no room" in report["why_not"]["cpp"]
@@ -130,9 +130,9 @@ def test_interpreted_kernels_read_matrices_as_they_were_loaded(
         "dtype": "bfloat16",
         "max_tokens": 2,
     }
-    session = phase5.Session(phase5.Options(**options, kernels="triton", draft="none"))
-    assert session.backends.report["ops"] == dict.fromkeys(Kernels._fields, "triton")
-    assert len(session.complete(["x"])[0].tokens) == 2
+    llm = phase5.LLM(phase5.Options(**options, kernels="triton", draft="none"))
+    assert llm.backends.report["ops"] == dict.fromkeys(Kernels._fields, "triton")
+    assert len(llm.generate(["x"])[0].tokens) == 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to emulate CUDA with")

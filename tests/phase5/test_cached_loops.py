@@ -23,7 +23,7 @@ from phase5.drafters import make_drafter
 from phase5.drafters.eagle import EagleDrafter, Lookahead
 from phase5.kernels import registry
 from phase5.kv_cache import Kind, KVOptions, storage
-from phase5.runner import NO_DRAFT, CachedRunner, WholeRunner, make_runner
+from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, make_runner
 
 CPU = torch.device("cpu")
 KINDS = ["dynamic", "static", "paged"]
@@ -59,13 +59,13 @@ def texts(count: int) -> list[str]:
     return [prompt.text for prompt in load_prompts("code", "test")[:count]]
 
 
-def session(**options: Any) -> Any:
+def llm(**options: Any) -> Any:
     chosen = {"dtype": "float32", "max_tokens": 20, "device": "cpu", "kernels": "torch", **options}
-    return phase5.Session(phase5.Options(**chosen))
+    return phase5.LLM(phase5.Options(**chosen))
 
 
 class Watched:
-    """Runners as a session makes them, kept so that their caches can be looked into."""
+    """Runners as a llm makes them, kept so that their caches can be looked into."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runners: list[CachedRunner] = []
@@ -85,7 +85,7 @@ def difference(runner: CachedRunner) -> float:
             continue
         fresh = make_runner(runner.model, options, 1, len(row.held) + 1)
         assert isinstance(fresh, CachedRunner)
-        fresh.together = 1
+        fresh.max_inline = 1
         fresh._begin("fresh", [*row.held, 0], NO_DRAFT, None, ())
         for layer in range(runner.model.config.layers):
             here = runner.texts.cache.read(layer, row.number, 0)
@@ -102,7 +102,7 @@ def test_every_step_leaves_what_a_prefill_gives(
 ) -> None:
     """Of prompts of different lengths in one batch, for the target's cache and the draft's."""
     watched = Watched(monkeypatch)
-    made = session(kv=kind, temperature=temperature, max_tokens=12, **DRAFTING[how])
+    made = llm(kv=kind, temperature=temperature, max_tokens=12, **DRAFTING[how])
     sequences = made.sequences(texts(2))
     for _ in made.run(sequences, phase5.Clock()):
         for runner in watched.runners:
@@ -114,7 +114,7 @@ def test_every_step_leaves_what_a_prefill_gives(
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "auto"), ("float32", "float16"), ("float32", "int8")])
 def test_narrow_caches_stay_near(dtype: str, kv_dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
-    made = session(kv=kind, dtype=dtype, kv_dtype=kv_dtype, tree="static", tree_nodes=6)
+    made = llm(kv=kind, dtype=dtype, kv_dtype=kv_dtype, tree="static", tree_nodes=6)
     for _ in made.run(made.sequences(texts(1)), phase5.Clock()):
         assert difference(watched.runners[0]) < WITHIN[dtype if kv_dtype == "auto" else kv_dtype]
 
@@ -124,8 +124,8 @@ def test_narrow_caches_stay_near(dtype: str, kv_dtype: str, kind: str, monkeypat
 def test_tokens_and_steps_are_those_without_a_cache(how: str, kind: str) -> None:
     found = {}
     for kv in ("off", kind):
-        made = session(kv=kv, **DRAFTING[how])
-        done = made.complete(texts(3))
+        made = llm(kv=kv, **DRAFTING[how])
+        done = made.generate(texts(3))
         found[kv] = [(each.tokens, each.stats.steps) for each in done]
     assert found[kind] == found["off"]
 
@@ -134,7 +134,7 @@ def test_tokens_and_steps_are_those_without_a_cache(how: str, kind: str) -> None
 def test_the_target_computes_the_prompt_and_every_draft_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """prompt - 1 positions are prefilled; each step computes one token and its draft."""
     watched = Watched(monkeypatch)
-    made = session(**DRAFTING[how])
+    made = llm(**DRAFTING[how])
     sequences = made.sequences(texts(1))
     drafted = [len(step.trees[0].tokens) for step in made.run(sequences, phase5.Clock())]
     assert watched.runners[0].texts.positions == len(sequences[0].prompt) - 1 + sum(n + 1 for n in drafted)
@@ -142,7 +142,7 @@ def test_the_target_computes_the_prompt_and_every_draft_once(how: str, monkeypat
 
 def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
-    made = session(kv="paged", n=4, temperature=1.0, draft="none", max_tokens=4)
+    made = llm(kv="paged", n=4, temperature=1.0, draft="none", max_tokens=4)
     sequences = made.sequences(texts(1))
     length = len(sequences[0].prompt)
     caches: list[phase5.kv_cache.PagedCache] = []
@@ -163,7 +163,7 @@ def test_a_request_that_finds_no_page_is_refused_and_the_others_go_on(how: str) 
     options = {"kv": "paged", "max_tokens": 36, **DRAFTING[how]}  # three pages for a short prompt
     long, short = "x = 1\n" * 50, ["import os", "class Stack:"]
     for prompts, pages, begun in (([short[0], long, short[1]], 8, False), (short, 3, True)):
-        whole, done = (session(**options, **more).complete(prompts) for more in ({}, {"kv_pages": pages}))
+        whole, done = (llm(**options, **more).generate(prompts) for more in ({}, {"kv_pages": pages}))
         refused = [each for each in done if each.finish_reason == "refused"]
         assert len(refused) == 1
         assert bool(refused[0].tokens) == begun
@@ -186,8 +186,8 @@ def test_the_command_line_tells_of_a_refusal(capsys: pytest.CaptureFixture[str])
 
 def test_a_cache_that_is_not_there_is_said() -> None:
     for options, why in (({"kv": "off"}, "--kv off"), ({"beams": 2}, "beam search"), ({"model": "fake"}, "nothing to")):
-        made = session(draft="none", max_tokens=3, **options)
-        made.complete(["x y"])
+        made = llm(draft="none", max_tokens=3, **options)
+        made.generate(["x y"])
         assert made.remembered()["kind"] == "off"
         assert why in made.remembered()["why"]
 
@@ -195,10 +195,7 @@ def test_a_cache_that_is_not_there_is_said() -> None:
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callable[..., Path]) -> None:
     folder = str(make_checkpoint("llama", max_position_embeddings=64))
     options = {"model": folder, "max_tokens": 100, "draft": folder, "k": 3}
-    assert (
-        session(**options).complete(["import "])[0].tokens
-        == session(kv="off", **options).complete(["import "])[0].tokens
-    )
+    assert llm(**options).generate(["import "])[0].tokens == llm(kv="off", **options).generate(["import "])[0].tokens
 
 
 @pytest.mark.parametrize(
@@ -226,10 +223,10 @@ def test_constant_and_periodic_texts_past_the_context(
         "model": {"draft": str(looping), "k": 3},
     }
     text = "".join([" 0", " 1", " 2", " 3", " 4", " 5", " 6"][at % period] for at in range(80))
-    first = phase1.Session(phase1.Options(dtype="float32", device="cpu", **options))
-    (expected,) = first.complete([text])
-    made = session(kv=kind, kernels=kernels, **options, **drafting[how])
-    (done,) = made.complete([text])
+    first = phase1.LLM(phase1.Options(dtype="float32", device="cpu", **options))
+    (expected,) = first.generate([text])
+    made = llm(kv=kind, kernels=kernels, **options, **drafting[how])
+    (done,) = made.generate([text])
     assert done.tokens == expected.tokens
     assert penalty == 1 or len(set(done.tokens[-32:])) <= 8  # it does repeat itself
 
@@ -258,14 +255,14 @@ def test_deep_dynamic_trees_fit_into_the_cache(
         options = {"model": str(looping), "draft": str(looping), "tree_nodes": 8}
     found = {}
     for kv in ("off", kind):
-        made = session(kv=kv, tree="dynamic", k=32 if "drafter" in options else 7, max_tokens=40, **options)
-        found[kv] = [each.tokens for each in made.complete(["import ", "def f(x"])]
+        made = llm(kv=kv, tree="dynamic", k=32 if "drafter" in options else 7, max_tokens=40, **options)
+        found[kv] = [each.tokens for each in made.generate(["import ", "def f(x"])]
     assert found[kind] == found["off"]
 
 
 def test_eagles_layer_has_room_for_all_that_a_deep_tree_extends() -> None:
     """However full it is: four nodes on each of 64 levels, but for the last, which nobody extends."""
-    made = session(drafter="eagle")
+    made = llm(drafter="eagle")
     layer = Lookahead(made.heads, made.loaded.model, 300)
     fed = max(n for n in range(300) if layer.has_room(n))
     with torch.inference_mode():
@@ -281,16 +278,16 @@ def test_eagles_layer_has_room_for_all_that_a_deep_tree_extends() -> None:
 def test_other_families(family: str, make_checkpoint: Callable[..., Path]) -> None:
     folder = str(make_checkpoint(family))
     prompts = ["import os", "def function(left, right):\n    return"]
-    expected = [each.tokens for each in session(model=folder, kv="off", draft="none").complete(prompts)]
+    expected = [each.tokens for each in llm(model=folder, kv="off", draft="none").generate(prompts)]
     for kind in (*KINDS, *(["ring"] if family == "mistral" else [])):
         for options in ({"draft": "none"}, {"draft": folder, "k": 3}):
-            assert [e.tokens for e in session(model=folder, kv=kind, **options).complete(prompts)] == expected, kind
+            assert [e.tokens for e in llm(model=folder, kv=kind, **options).generate(prompts)] == expected, kind
 
 
-@pytest.mark.about("engine/kv_cache/texts.py, Texts.begin")
+@pytest.mark.about("engine/kv_cache/manager.py, CacheManager.begin")
 def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Callable[..., Path]) -> None:
     model = phase5.load(str(make_checkpoint("llama")), torch.float32, CPU).model
-    runner, whole = make_runner(model, KVOptions(), 2, 64), WholeRunner(model)
+    runner, whole = make_runner(model, KVOptions(), 2, 64), UncachedRunner(model)
     assert isinstance(runner, CachedRunner)
     for text in ([5, 6, 7, 8], [5, 6, 7, 8, 9], [5, 6, 10], [11], [5, 6, 10, 12]):
         torch.testing.assert_close(runner.logits(["a"], [text]), whole.logits(["a"], [text]), atol=1e-5, rtol=1e-4)
@@ -301,7 +298,7 @@ def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Cal
 
 def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its cache holds of the text is what a layer fed with all inputs at once holds."""
-    made = session(drafter="eagle", max_tokens=24, tree="dynamic", k=3, tree_nodes=8)
+    made = llm(drafter="eagle", max_tokens=24, tree="dynamic", k=3, tree_nodes=8)
     drafters: list[EagleDrafter] = []
 
     def make(*arguments: Any) -> EagleDrafter:
@@ -310,7 +307,7 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
         drafters.append(made)
         return made
 
-    monkeypatch.setattr("phase5.session.make_drafter", make)
+    monkeypatch.setattr("phase5.llm.make_drafter", make)
     sequences = made.sequences(texts(1))
     for step in made.run(sequences, phase5.Clock()):
         if step.trees[0].tokens and sequences[0].finish_reason is None:
@@ -326,35 +323,33 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="--kv ring forgets"):
-        session(kv="ring", draft="none").complete(["import "])
-    made = session(kv_slots=30, draft="none")
+        llm(kv="ring", draft="none").generate(["import "])
+    made = llm(kv_slots=30, draft="none")
     needed = len(made.encoder.encode(texts(1))[0]) + 20
     with pytest.raises(UserError, match=rf"holds 30 tokens per text, and {needed} are needed .*a larger --kv-slots"):
-        made.complete(texts(1))
+        made.generate(texts(1))
     for drafting, more in (({"draft": "none"}, 0), (DRAFTING["model"], 0), (DRAFTING["eagle, static tree"], 8)):
         with pytest.raises(UserError, match=f"and {needed + more} are needed"):
-            session(kv_slots=needed + more - 1, **drafting).complete(texts(1))
-        assert len(session(kv_slots=needed + more, **drafting).complete(texts(1))[0].tokens) == 20
+            llm(kv_slots=needed + more - 1, **drafting).generate(texts(1))
+        assert len(llm(kv_slots=needed + more, **drafting).generate(texts(1))[0].tokens) == 20
     pages = -(-needed // 16)
     with pytest.raises(UserError, match=f"out of pages: there are {pages - 1} of 16 tokens, and {pages} are needed"):
-        session(kv="paged", kv_pages=pages - 1, draft="none").complete(texts(1))
+        llm(kv="paged", kv_pages=pages - 1, draft="none").generate(texts(1))
 
 
 @pytest.mark.no_exercise
 def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the whole square of all texts without a cache; with one of the cache, and of a chunk of one text."""
-    monkeypatch.setattr("phase5.session.available_memory", lambda device: 100 * 2**20)
+    monkeypatch.setattr("phase5.llm.available_memory", lambda device: 100 * 2**20)
     few = {"draft": "none", "max_tokens": 900, "n": 8, "temperature": 1.0}
-    assert len(session(kv="static", **few).sequences(["x"])) == 8
+    assert len(llm(kv="static", **few).sequences(["x"])) == 8
     for wrong in ({"kv": "off"}, {"n": 40}, {"kv": "paged", "n": 40}):
         with pytest.raises(UserError, match=r"completions of up to 9\d\d tokens need about \d+\.\d GiB at once"):
-            session(**{**few, **wrong}).sequences(["x"])
-    assert session(kv_dtype="int8", **few)._needed_bytes(8, 900) < session(**few)._needed_bytes(8, 900) * 0.6
+            llm(**{**few, **wrong}).sequences(["x"])
+    assert llm(kv_dtype="int8", **few)._needed_bytes(8, 900) < llm(**few)._needed_bytes(8, 900) * 0.6
 
 
 def test_plain_and_cached_write_what_phase_4_writes() -> None:
-    before = phase4.Session(phase4.Options(dtype="float32", max_tokens=20, device="cpu", draft="none")).complete(
-        texts(3)
-    )
+    before = phase4.LLM(phase4.Options(dtype="float32", max_tokens=20, device="cpu", draft="none")).generate(texts(3))
     for kind in KINDS:
-        assert [e.tokens for e in session(kv=kind, draft="none").complete(texts(3))] == [e.tokens for e in before]
+        assert [e.tokens for e in llm(kv=kind, draft="none").generate(texts(3))] == [e.tokens for e in before]

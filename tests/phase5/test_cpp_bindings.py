@@ -21,7 +21,7 @@ from phase5.kernels import cpp
 from phase5.kernels.cpp.ops import sampling_of
 from phase5.model import Transformer
 from phase5.sampling import SamplingParams
-from phase5.verify import Certain, KeyedDecisions
+from phase5.verify import GreedySource, KeyedSource
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 HOSTILE = (-(2**31), -1000, -1, 0, 1, 2, 3, 7, 31, 32, 39, 40, 41, 63, 64, 1000, 2**20, 2**30, 2**31 - 1)
@@ -58,7 +58,7 @@ def verdict(tokens: list[int], widths: list[int], V: int = 100, more: dict[str, 
         "positions": keys,
         **(more or {}),
     }
-    given: list[Any] = [*arguments.values(), KeyedDecisions(0)]
+    given: list[Any] = [*arguments.values(), KeyedSource(0)]
     return cpp.verify_sample(*given)
 
 
@@ -143,7 +143,7 @@ def test_logits_that_are_not_finite_end_every_loop(fast: cpp.CppModel) -> None:
                 call(broken.new_cache(1, 16), 0, [1, 2], 3, params)
         for logits in (torch.full((1, 9), float("nan")), torch.tensor([[0.0, float("inf")]])):
             with pytest.raises(UserError, match="not finite"):
-                cpp.sample(logits, params, KeyedDecisions(0), [0], [0], [[1]], [[]])
+                cpp.sample(logits, params, KeyedSource(0), [0], [0], [[1]], [[]])
 
 
 @pytest.mark.parametrize("threads", range(2, 9))
@@ -275,8 +275,8 @@ def fuzz(calls: int = CALLS) -> None:
         widths = torch.tensor([small() for _ in range(R)], dtype=torch.long)
         probs = torch.rand(R, K + any_of([0, 1, 1, 1]), V)
         keys = torch.zeros(R, dtype=torch.long)
-        decisions: Any = any_of([Certain(), KeyedDecisions(3)])
-        return cpp.verify_sample(tokens, any_of([None, probs[:, :K]]), probs, widths, keys, keys, decisions)
+        source: Any = any_of([GreedySource(), KeyedSource(3)])
+        return cpp.verify_sample(tokens, any_of([None, probs[:, :K]]), probs, widths, keys, keys, source)
 
     def chose() -> Any:
         logits = torch.randn(2, 40)

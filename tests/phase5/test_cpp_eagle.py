@@ -17,7 +17,7 @@ from phase5.kernels import cpp
 from phase5.model import Transformer
 from phase5.sampling import SamplingParams, probabilities
 from phase5.tree import Tree
-from phase5.verify import KeyedDecisions
+from phase5.verify import KeyedSource
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -53,7 +53,7 @@ def test_a_chain_and_a_tree(family: str, make_checkpoint: Callable[..., Path]) -
             of_torch = probabilities(target.logits(feature), params)
             torch.testing.assert_close(probs[at], of_torch[0], rtol=1e-3, atol=1e-5)
             keys = torch.tensor([1]), torch.tensor([30 + at])
-            assert token == int(KeyedDecisions(5).draw(probs[at][None], *keys, Purpose.DRAFT))
+            assert token == int(KeyedSource(5).draw(probs[at][None], *keys, Purpose.DRAFT))
 
         tree = Tree([5, 6, 7, 8], [-1, -1, 0, 1])
         fresh, theirs = Lookahead(head, target, 128), FastLookahead(layer, head, target, 128)

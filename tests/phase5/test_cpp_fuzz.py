@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from phase5.attending import Behind, seen
+from phase5.attention import CachedAttention, seen
 from phase5.config import ModelConfig
 from phase5.kernels import cpp
 from phase5.kernels.cpp.weights import KINDS
@@ -115,10 +115,10 @@ def step_case(seed: int) -> None:
             if parent >= 0:
                 ancestors[at] |= ancestors[parent]
         places = cpp.model.places(held, parents)
-        positions, behind = torch.tensor(places), dict[int | None, Behind]()
+        positions, behind = torch.tensor(places), dict[int | None, CachedAttention]()
         for window in config.windows:
             mask = seen(places, 0, held, ancestors, window, torch.empty(0))
-            behind[window] = Behind(theirs, [row], [count], [mask])
+            behind[window] = CachedAttention(theirs, [row], [count], [mask])
         with torch.inference_mode():
             expected = model.logits(model.states(torch.tensor([tokens]), positions[None], cached=behind)[0])[0]
         got = fast.step(ours, [tokens], rows=[row], parents=[parents], wanted=range(count)).logits

@@ -47,9 +47,9 @@ def test_every_head_says_what_it_says_in_torch(
 def test_in_a_loop_torch_computes_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(**options: Any) -> Any:
         chosen = {"dtype": "float32", "device": "cpu", "max_tokens": 32, "drafter": "medusa", **options}
-        session = phase5.Session(phase5.Options(**chosen))
-        session.complete([prompt.text for prompt in load_prompts("code", "test")[:2]])
-        return session
+        llm = phase5.LLM(phase5.Options(**chosen))
+        llm.generate([prompt.text for prompt in load_prompts("code", "test")[:2]])
+        return llm
 
     def never(*arguments: Any) -> None:
         raise AssertionError("Medusa's heads ran in torch")

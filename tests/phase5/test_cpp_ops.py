@@ -16,8 +16,8 @@ from phase5 import load
 from phase5.kernels import cpp
 from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.model import Transformer
-from phase5.sampling import KeyedRandomness, SamplingParams, choose, probabilities
-from phase5.verify import Certain, KeyedDecisions, verify
+from phase5.sampling import KeyedSampler, SamplingParams, choose, probabilities
+from phase5.verify import GreedySource, KeyedSource, verify
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -57,8 +57,8 @@ def test_the_same_distribution_and_the_same_token(
     torch.testing.assert_close(fast_probabilities(logits, params), probabilities(logits, params), rtol=2e-6, atol=1e-7)
     keys = list(range(40)), [3 * at + 1 for at in range(40)]
     texts = [[1, 2]] * 40
-    expected = choose(logits, params, KeyedRandomness(params.seed), *keys, texts, texts)
-    assert cpp.sample(logits, params, KeyedRandomness(params.seed), *keys, texts, texts) == expected
+    expected = choose(logits, params, KeyedSampler(params.seed), *keys, texts, texts)
+    assert cpp.sample(logits, params, KeyedSampler(params.seed), *keys, texts, texts) == expected
 
 
 @pytest.fixture(params=["", "avx2", "portable"])
@@ -111,16 +111,14 @@ def test_any_number_of_tokens_may_be_kept() -> None:
     for top_k in (2**31 - 1, 5_000_000_000, 10**30):
         params = SamplingParams(temperature=1.0, top_k=top_k)
         keys: Any = [0, 1, 2], [4, 5, 6], [[1]] * 3, [[]] * 3
-        assert cpp.sample(logits, params, KeyedRandomness(0), *keys) == choose(
-            logits, params, KeyedRandomness(0), *keys
-        )
+        assert cpp.sample(logits, params, KeyedSampler(0), *keys) == choose(logits, params, KeyedSampler(0), *keys)
 
 
 def test_penalties_and_other_randomness_are_kept() -> None:
     logits = logits_of(4, 50)
     params = SamplingParams(temperature=0.8, repetition_penalty=1.5, frequency_penalty=0.5, seed=4)
     arguments = ([0, 1, 2, 3], [5, 6, 7, 8], [[1, 2], [3], [4], [5]], [[1, 1], [9], [8], [7, 7, 7]])
-    keyed = KeyedRandomness(4)
+    keyed = KeyedSampler(4)
     assert cpp.sample(logits, params, keyed, *arguments) == choose(logits, params, keyed, *arguments)
 
     class Last:
@@ -136,7 +134,7 @@ def test_noise_is_distributed_as_the_probabilities() -> None:
     tokens = cpp.sample(
         logits.expand(count, 5),
         SamplingParams(temperature=1.0),
-        KeyedRandomness(0),
+        KeyedSampler(0),
         [0] * count,
         list(range(count)),
         [[]] * count,
@@ -158,8 +156,8 @@ def test_the_rule_of_acceptance(one_hot: bool, vocab: int) -> None:
     tokens = torch.stack([draft_probs[:, k].argmax(-1) for k in range(K)], 1)
     widths = torch.arange(rows) % (K + 1)
     arguments = (tokens, None if one_hot else draft_probs, target_probs, widths, *keys)
-    expected = verify(*arguments, KeyedDecisions(11))
-    got = cpp.verify_sample(*arguments, KeyedDecisions(11))
+    expected = verify(*arguments, KeyedSource(11))
+    got = cpp.verify_sample(*arguments, KeyedSource(11))
     assert torch.equal(got.accepted, expected.accepted)
     assert torch.equal(got.next_tokens, expected.next_tokens)
     counted = torch.arange(K) < widths[:, None]
@@ -170,7 +168,15 @@ def test_the_rule_of_acceptance(one_hot: bool, vocab: int) -> None:
 def test_certain_verification() -> None:
     target = torch.eye(7)[torch.tensor([[1, 2, 3, 4], [1, 5, 3, 4]])]
     draft = torch.tensor([[1, 2, 3], [1, 2, 3]])
-    arguments = (draft, None, target, torch.tensor([3, 3]), torch.zeros(2).long(), torch.zeros(2).long(), Certain())
+    arguments = (
+        draft,
+        None,
+        target,
+        torch.tensor([3, 3]),
+        torch.zeros(2).long(),
+        torch.zeros(2).long(),
+        GreedySource(),
+    )
     got, expected = cpp.verify_sample(*arguments), verify(*arguments)
     assert got.accepted.tolist() == expected.accepted.tolist() == [3, 1]
     assert got.next_tokens.tolist() == expected.next_tokens.tolist() == [4, 5]
@@ -194,14 +200,14 @@ def test_a_chain_is_that_of_single_steps(
     cache = fast.new_cache(1, 64)
     drawn, probs = fast.draft_chain(cache, 0, prompt, K, params, sample=2, position=40, noise=noise)
     single = fast.new_cache(1, 64)
-    text, decisions = list(prompt), Certain() if params.greedy else KeyedDecisions(params.seed)
+    text, source = list(prompt), GreedySource() if params.greedy else KeyedSource(params.seed)
     new = list(prompt)
     for at in range(K):
         logits = fast.step(single, [new]).logits
         single.keep(0, list(range(len(new))))
         assert logits is not None
         of_torch = probabilities(logits, params)
-        token = int(decisions.draw(of_torch, torch.tensor([2]), torch.tensor([40 + at]), noise))
+        token = int(source.draw(of_torch, torch.tensor([2]), torch.tensor([40 + at]), noise))
         assert drawn[at] == token
         if params.greedy:
             assert torch.equal(probs[at], logits[0])  # the logits: a greedy draft is certain
@@ -230,7 +236,7 @@ def test_a_whole_generation_is_that_of_single_steps(
         logits = fast.step(single, [new]).logits
         assert logits is not None
         single.keep(0, list(range(len(new))))
-        [expected] = choose(logits, params, KeyedRandomness(params.seed), [1], [len(text)], [prompt], [[]])
+        [expected] = choose(logits, params, KeyedSampler(params.seed), [1], [len(text)], [prompt], [[]])
         assert token == expected
         text.append(token)
         new = [token]
@@ -251,7 +257,7 @@ def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
         logits = fast.step(cache, [new]).logits
         assert logits is not None
         cache.keep(0, list(range(len(new))))
-        assert cpp.sample(logits, params, KeyedRandomness(8), [0], [len(text)], [[]], [[]]) == [token]
+        assert cpp.sample(logits, params, KeyedSampler(8), [0], [len(text)], [[]], [[]]) == [token]
         text.append(token)
         new = [token]
 
@@ -276,7 +282,7 @@ def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
     target[:, 0, :vocab] = probs
     draft = torch.full((rows, 1), vocab)
     keys = torch.arange(rows), torch.arange(rows) * 3
-    got = cpp.verify_sample(draft, None, target, torch.ones(rows).long(), *keys, KeyedDecisions(seed))
+    got = cpp.verify_sample(draft, None, target, torch.ones(rows).long(), *keys, KeyedSource(seed))
     assert not got.accepted.any()
     return got.next_tokens
 
@@ -285,7 +291,7 @@ def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
 def test_the_inverse_distribution_is_that_of_a_running_sum(vocab: int) -> None:
     rows = 400
     probs = (logits_of(rows, vocab, 5) * 2).softmax(-1)
-    expected = KeyedDecisions(9).draw(probs, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)
+    expected = KeyedSource(9).draw(probs, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)
     assert torch.equal(drawn_by_inverse(probs, 9), expected)
     assert len(expected.unique()) > 3
 
@@ -309,5 +315,5 @@ def test_the_inverse_distribution_gives_nothing_of_probability_zero(vocab: int) 
     assert torch.equal(tokens[: rows // 10], only)
     assert torch.equal(
         tokens[rows // 10 :],
-        KeyedDecisions(2).draw(weights, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)[rows // 10 :],
+        KeyedSource(2).draw(weights, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)[rows // 10 :],
     )

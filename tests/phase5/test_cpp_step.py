@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from phase5 import load
-from phase5.attending import Behind, seen
+from phase5.attention import CachedAttention, seen
 from phase5.kernels import cpp
 from phase5.kernels.cpp.weights import Weights
 from phase5.kv_cache import CacheShape, StaticCache
@@ -87,7 +87,7 @@ def torch_step(
     positions = torch.tensor(places)
     windows = set(model.config.windows)
     masks = {window: [seen(places, 0, held, ancestors, window, torch.empty(0))] for window in windows}
-    behind = {window: Behind(cache, [0], [len(tokens)], masks[window]) for window in windows}
+    behind = {window: CachedAttention(cache, [0], [len(tokens)], masks[window]) for window in windows}
     with torch.inference_mode():
         hidden, _ = model.states(torch.tensor([tokens]), positions[None], cached=behind)
         return hidden[0], model.logits(hidden)[0]

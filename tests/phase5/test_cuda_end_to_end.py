@@ -37,23 +37,23 @@ def kernels(emulate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.M
 
 
 @pytest.fixture
-def session(
-    kernels: Kernels, folder: str, session_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def llm(
+    kernels: Kernels, folder: str, llm_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     # On a CPU the loader lays matrices out as its products like them; on a card, as here, rows follow each other.
     loader = importlib.import_module("phase5.load")
     monkeypatch.setattr(loader, "reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
-    return partial(session_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
+    return partial(llm_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
 
 
-def tokens(session: Any) -> list[list[int]]:
-    return [each.tokens for each in session.complete(PROMPTS)]
+def tokens(llm: Any) -> list[list[int]]:
+    return [each.tokens for each in llm.generate(PROMPTS)]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session: Any, folder: str) -> None:
-    plain = tokens(session(**KINDS[kind]))
-    drafting = session(draft=folder, draft_quant="int8", k=4, **KINDS[kind])
+def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, llm: Any, folder: str) -> None:
+    plain = tokens(llm(**KINDS[kind]))
+    drafting = llm(draft=folder, draft_quant="int8", k=4, **KINDS[kind])
     assert tokens(drafting) == plain
     accepted = sum(stats.accepted for steps in drafting.steps.values() for stats in steps)
     assert accepted > 8  # otherwise nothing was verified together
@@ -62,26 +62,26 @@ def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session
 @pytest.mark.slow
 @pytest.mark.parametrize("kv", ["dynamic", "paged"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_in_every_cache(kind: str, kv: str, session: Any, folder: str) -> None:
-    plain = tokens(session(kv=kv, **KINDS[kind]))
-    assert tokens(session(kv=kv, draft=folder, draft_quant="int8", k=6, **KINDS[kind])) == plain
+def test_in_every_cache(kind: str, kv: str, llm: Any, folder: str) -> None:
+    plain = tokens(llm(kv=kv, **KINDS[kind]))
+    assert tokens(llm(kv=kv, draft=folder, draft_quant="int8", k=6, **KINDS[kind])) == plain
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("tree", ["static", "dynamic"])
-def test_trees(kind: str, tree: str, session: Any, folder: str) -> None:
-    plain = tokens(session(**KINDS[kind]))
-    assert tokens(session(draft=folder, draft_quant="int8", k=3, tree=tree, tree_nodes=7, **KINDS[kind])) == plain
+def test_trees(kind: str, tree: str, llm: Any, folder: str) -> None:
+    plain = tokens(llm(**KINDS[kind]))
+    assert tokens(llm(draft=folder, draft_quant="int8", k=3, tree=tree, tree_nodes=7, **KINDS[kind])) == plain
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral", "mixed"])
-def test_other_families(family: str, session: Any, make_checkpoint: Callable[..., Path]) -> None:
+def test_other_families(family: str, llm: Any, make_checkpoint: Callable[..., Path]) -> None:
     """With a window that slides, norms of queries and keys, biases, learned positions."""
     mixed = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
     other = str(make_checkpoint("qwen3", **mixed) if family == "mixed" else make_checkpoint(family))
     for kv in ["static", "ring"] if family == "mistral" else ["static"]:
-        plain = tokens(session(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
-        drafting = session(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)
+        plain = tokens(llm(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
+        drafting = llm(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)
         assert tokens(drafting) == plain

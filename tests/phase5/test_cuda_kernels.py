@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common import philox
 from common.errors import UserError
-from phase5 import KeyedDecisions, KeyedRandomness, SamplingParams
+from phase5 import KeyedSampler, KeyedSource, SamplingParams
 from phase5.kernels import TORCH, Kernels, check, registry
 from phase5.kernels.check_attention import Setting, asked
 from phase5.kernels.check_layers import FORMATS, plain, quantised
@@ -129,7 +129,7 @@ def test_random_numbers_have_the_same_bits(ops: Ops) -> None:
         for ratio, stands in ((chance, 0), (above, 1)):
             target = torch.stack((ratio, 1 - ratio), 1)[:, None].expand(R, 2, 2).contiguous()
             tokens, widths = torch.zeros(R, 1, dtype=torch.long), torch.ones(R, dtype=torch.long)
-            verdict = ops["verify_sample"](tokens, None, target, widths, samples, positions, KeyedDecisions(seed))
+            verdict = ops["verify_sample"](tokens, None, target, widths, samples, positions, KeyedSource(seed))
             assert (verdict.accepted == stands).all()
 
 
@@ -138,7 +138,7 @@ def test_sampling_follows_the_distribution(ops: Ops) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(300, 7).contiguous()
     for filters in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}):
         params = SamplingParams(temperature=1.3, **filters)
-        arguments: Any = (params, KeyedRandomness(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
+        arguments: Any = (params, KeyedSampler(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
         found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
         assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where a logarithm's last bit decides
         assert len(set(found)) > 1
@@ -148,7 +148,7 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: Ops) -> None:
     for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
         logits = torch.zeros(60, V)
         params = SamplingParams(temperature=1.0, top_p=top_p)
-        arguments: Any = (params, KeyedRandomness(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
+        arguments: Any = (params, KeyedSampler(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
         found = ops["sample"](logits, *arguments)
         assert max(found) <= round(V * top_p) + 1
         assert len(set(found)) > 3

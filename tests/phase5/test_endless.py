@@ -20,7 +20,7 @@ import phase5
 from common.checkpoint import MODELS
 from phase5.kernels import registry
 from phase5.kv_cache import KVOptions
-from phase5.runner import CachedRunner, WholeRunner, cache_shape, make_runner
+from phase5.runner import CachedRunner, UncachedRunner, cache_shape, make_runner
 
 TOKENS = 20_000
 WARM = 2_000  # tokens, after which nothing is new to the process
@@ -46,7 +46,7 @@ def test_twenty_thousand_tokens_at_constant_memory(
         "draft": "none",
         "temperature": 1.0,
     }
-    made = phase5.Session(phase5.Options(max_tokens=TOKENS, dtype="float32", device="cpu", **options))
+    made = phase5.LLM(phase5.Options(max_tokens=TOKENS, dtype="float32", device="cpu", **options))
     made.params = dataclasses.replace(made.params, ignore_eos=True)
     seen: dict[int, tuple[list[int], Tensor]] = {}
     logits = CachedRunner.logits
@@ -71,7 +71,7 @@ def test_twenty_thousand_tokens_at_constant_memory(
     assert len(set(sequences[0].tokens)) > 100
 
     model = made.loaded.model
-    whole, static = WholeRunner(model), make_runner(model, KVOptions("static"), 1, TOKENS + 1)
+    whole, static = UncachedRunner(model), make_runner(model, KVOptions("static"), 1, TOKENS + 1)
     for length in LOOKED_AT:
         text, found = seen[length]
         torch.testing.assert_close(found, static.logits(["text"], [text]), atol=1e-4, rtol=1e-4)
@@ -94,9 +94,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(engine: Any, folder: Path, temperature: float, **options: Any) -> list[int]:
     chosen = {"dtype": "float32", "device": "cpu", "max_tokens": CONTEXT + PAST, "temperature": temperature, **options}
-    made = engine.Session(engine.Options(model=str(folder), **chosen))
+    made = engine.LLM(engine.Options(model=str(folder), **chosen))
     made.params = dataclasses.replace(made.params, ignore_eos=True)
-    tokens: list[int] = made.complete(["import os\n"])[0].tokens
+    tokens: list[int] = made.generate(["import os\n"])[0].tokens
     return tokens
 
 

@@ -12,7 +12,7 @@ import torch
 import phase5
 from common.errors import UserError
 from common.prompts import load_prompts
-from phase5.fast_runner import FastRunner
+from phase5.cpp_runner import CppRunner
 from phase5.kernels import registry
 
 pytestmark = [
@@ -44,9 +44,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-def session(**options: Any) -> Any:
+def llm(**options: Any) -> Any:
     chosen = {"dtype": "float32", "max_tokens": 24, "device": "cpu", "kernels": "cpp", **options}
-    return phase5.Session(phase5.Options(**chosen))
+    return phase5.LLM(phase5.Options(**chosen))
 
 
 def texts(count: int) -> list[str]:
@@ -54,14 +54,14 @@ def texts(count: int) -> list[str]:
 
 
 def written(made: Any, count: int = 2) -> list[list[int]]:
-    return [each.tokens for each in made.complete(texts(count))]
+    return [each.tokens for each in made.generate(texts(count))]
 
 
 @pytest.mark.parametrize("how", list(DRAFTING))
 def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
-    fast, slow = session(**DRAFTING[how]), session(kernels="torch", **DRAFTING[how])
-    found = [[(each.tokens, each.stats.target_forwards) for each in made.complete(texts(3))] for made in (fast, slow)]
-    assert isinstance(fast.runner, FastRunner)
+    fast, slow = llm(**DRAFTING[how]), llm(kernels="torch", **DRAFTING[how])
+    found = [[(each.tokens, each.stats.target_forwards) for each in made.generate(texts(3))] for made in (fast, slow)]
+    assert isinstance(fast.runner, CppRunner)
     assert found[0] == found[1]
 
 
@@ -70,7 +70,7 @@ def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
 def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing of it in torch; its drafts are as good as torch's."""
     options = {"temperature": temperature, "max_tokens": 48, **DRAFTING[how]}
-    slow = session(kernels="torch", **options)
+    slow = llm(kernels="torch", **options)
     assert slow.backends.report["draft_step"] == "torch"
     written(slow)
 
@@ -79,7 +79,7 @@ def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pyt
 
     monkeypatch.setattr("phase5.drafters.eagle.EagleHead.forward", never)
     monkeypatch.setattr("phase5.drafters.eagle.EagleHead.inputs", never)
-    fast = session(**options)
+    fast = llm(**options)
     assert fast.backends.report["draft_step"] == "cpp"
     written(fast)
     counts = []
@@ -93,15 +93,15 @@ def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pyt
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize("how", ["model", "model, static tree", "ngram", "eagle"])
 def test_greedy_speculation_equals_plain_decoding_in_every_format(how: str, format: str) -> None:
-    plain = session(draft="none", max_tokens=40, **FORMATS[format])
-    drafted = session(max_tokens=40, **DRAFTING[how], **FORMATS[format])
+    plain = llm(draft="none", max_tokens=40, **FORMATS[format])
+    drafted = llm(max_tokens=40, **DRAFTING[how], **FORMATS[format])
     assert written(drafted) == written(plain)
 
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_coupled_speculation_equals_plain_sampling_in_every_format(format: str) -> None:
     options = {"temperature": 1.0, "max_tokens": 40, **FORMATS[format]}
-    plain, drafted = session(draft="none", **options), session(policy="coupled", k=4, **options)
+    plain, drafted = llm(draft="none", **options), llm(policy="coupled", k=4, **options)
     assert written(drafted) == written(plain)
     assert any(step.accepted for steps in drafted.steps.values() for step in steps)
 
@@ -111,10 +111,10 @@ def test_coupled_speculation_equals_plain_sampling_in_every_format(format: str) 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_speculation_equals_plain_decoding_on_200_prompts(temperature: float, format: str) -> None:
     options = {"temperature": temperature, "max_tokens": 32, **FORMATS[format]}
-    plain = session(draft="none", **options)
-    drafted = session(controller="cost", policy="coupled" if temperature else "auto", **options)
+    plain = llm(draft="none", **options)
+    drafted = llm(controller="cost", policy="coupled" if temperature else "auto", **options)
     for prompt in load_prompts("code"):
-        assert drafted.complete([prompt.text])[0].tokens == plain.complete([prompt.text])[0].tokens
+        assert drafted.generate([prompt.text])[0].tokens == plain.generate([prompt.text])[0].tokens
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -123,17 +123,17 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
     how: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"temperature": temperature, "top_p": 0.95, "top_k": 50, **DRAFTING[how]}
-    together = written(session(**options), 1)
-    monkeypatch.setattr(FastRunner, "draw", lambda *arguments: None)
-    assert written(session(**options), 1) == together
+    together = written(llm(**options), 1)
+    monkeypatch.setattr(CppRunner, "draw", lambda *arguments: None)
+    assert written(llm(**options), 1) == together
 
 
 @pytest.mark.parametrize("how", ["plain", "model", "ngram"])
 def test_steps_after_the_end_of_a_text_are_not_counted(how: str) -> None:
     """Plain decoding that ends with its fifth token has taken five steps, however many were drawn in the call."""
-    (whole,) = session(draft="none").complete(texts(1))
+    (whole,) = llm(draft="none").generate(texts(1))
     for kernels in ("cpp", "torch"):
-        made = session(kernels=kernels, **DRAFTING[how])
+        made = llm(kernels=kernels, **DRAFTING[how])
         ending = dataclasses.replace(made.loaded.ending, eos_ids=(whole.tokens[4],))
         (sequence,) = made.sequences(texts(1))
         sequence = phase5.Sequence(sequence.prompt, made.params, ending)
@@ -150,10 +150,10 @@ def test_steps_after_the_end_of_a_text_are_not_counted(how: str) -> None:
 @pytest.mark.parametrize("how", ["plain", "model", "eagle", "medusa"])
 def test_batches_and_samples_are_what_each_is_alone(how: str) -> None:
     """Prompts that begin alike share keys and values; what a drafter reads of the target is computed for each."""
-    made = session(temperature=1.0, **DRAFTING[how])
+    made = llm(temperature=1.0, **DRAFTING[how])
     prompts = [*texts(3), texts(3)[0] + " not"]
-    alone = [made.complete([text])[0].tokens for text in prompts]
-    assert [each.tokens for each in made.complete(prompts)] == alone
+    alone = [made.generate([text])[0].tokens for text in prompts]
+    assert [each.tokens for each in made.generate(prompts)] == alone
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -163,48 +163,48 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
 ) -> None:
     """Drafts after several plain tokens in one call are those after as many steps."""
     monkeypatch.setattr("phase5.controllers.CostController.best", lambda self: 0 if self.wait == self.retry else 3)
-    monkeypatch.setattr("phase5.prices.Prices.wants_plain", False)
+    monkeypatch.setattr("phase5.cost_model.CostModel.wants_plain", False)
     options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}
-    asked, draw = [], FastRunner.draw
+    asked, draw = [], CppRunner.draw
 
-    def counting(self: FastRunner, owner: Any, text: list[int], count: int, drawing: Any) -> Any:
+    def counting(self: CppRunner, owner: Any, text: list[int], count: int, drawing: Any) -> Any:
         asked.append(drawing.taps)
         return draw(self, owner, text, count, drawing)
 
     def run() -> list[Any]:
-        made = session(**options)
-        (done,) = made.complete(texts(1))
+        made = llm(**options)
+        (done,) = made.generate(texts(1))
         return [done.tokens, [(each.proposed, each.accepted) for steps in made.steps.values() for each in steps]]
 
-    monkeypatch.setattr(FastRunner, "draw", counting)
+    monkeypatch.setattr(CppRunner, "draw", counting)
     together = run()
     assert any(taps is not None for taps in asked)
     assert {proposed for proposed, _ in together[1]} >= {0, 3}
-    monkeypatch.setattr(FastRunner, "draw", lambda *arguments: None)
+    monkeypatch.setattr(CppRunner, "draw", lambda *arguments: None)
     assert run() == together
 
 
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) -> None:
     folder = str(make_checkpoint("llama"))
     options = {"model": folder, "draft": "none", "max_tokens": 160, "dtype": "float32"}
-    fast, slow = session(**options), session(kernels="torch", **options)
+    fast, slow = llm(**options), llm(kernels="torch", **options)
     assert written(fast, 1) == written(slow, 1)
 
 
 def test_what_computes_is_said() -> None:
-    assert session().backends.report["step"] == "cpp"
-    paged = session(kernels="auto", kv="paged").backends.report
+    assert llm().backends.report["step"] == "cpp"
+    paged = llm(kernels="auto", kv="paged").backends.report
     assert paged["step"] == "torch"
     assert "static cache" in paged["why_no_cpp_step"]
     for options, why in (({"kv": "paged"}, "static cache"), ({"model": "fake"}, "Transformer"), ({"beams": 2}, "beam")):
         with pytest.raises(UserError, match=why):
-            session(draft="none", **options)
+            llm(draft="none", **options)
 
 
 def test_without_a_compiler_torch_computes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
-    report = session(kernels="auto").backends.report
+    report = llm(kernels="auto").backends.report
     assert report["step"] == "torch"
     assert "SPECDEC_FORCE_PY" in json.dumps(report)
     with pytest.raises(UserError, match="SPECDEC_FORCE_PY"):
-        session(kernels="cpp")
+        llm(kernels="cpp")

@@ -23,16 +23,16 @@ HOW: dict[str, dict[str, Any]] = {"chain": {"k": 5}, "tree": {"k": 4, "tree": "s
 TOGETHER = 10  # prompts of a batch
 
 
-def tokens(session: Any, texts: list[str]) -> list[list[int]]:
+def tokens(llm: Any, texts: list[str]) -> list[list[int]]:
     batches = [texts[at : at + TOGETHER] for at in range(0, len(texts), TOGETHER)]
-    return [done.tokens for batch in batches for done in session.complete(batch)]
+    return [done.tokens for batch in batches for done in llm.generate(batch)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", registry.FOR_CARDS)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_greedy_speculation_writes_what_plain_decoding_writes(
-    kind: str, backend: Any, session_on: Callable[..., Any]
+    kind: str, backend: Any, llm_on: Callable[..., Any]
 ) -> None:
     device = torch.device("cuda")
     reason = registry.why_not(backend, device)
@@ -41,9 +41,9 @@ def test_greedy_speculation_writes_what_plain_decoding_writes(
     kernels = registry.choose(backend, device).kernels
     texts = [prompt.text for half in ("calibrate", "test") for prompt in load_prompts("code", half)]
     options = {"device": "cuda", "max_tokens": 32, **KINDS[kind]}
-    plain = session_on(kernels, **options)
+    plain = llm_on(kernels, **options)
     expected = tokens(plain, texts)
     for name, how in HOW.items():
-        found = tokens(session_on(kernels, **options, draft="auto", **how), texts)
+        found = tokens(llm_on(kernels, **options, draft="auto", **how), texts)
         different = [number for number, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
         assert not different, f"{name}: prompts {different[:5]}"

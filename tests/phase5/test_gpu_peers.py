@@ -33,12 +33,12 @@ def test_the_compiled_loop_decodes_as_the_engine_does(
     family: str, compiled: bool, make_checkpoint: Any, bench_part: Part
 ) -> None:
     folder = str(make_checkpoint(family))
-    session = phase5.Session(
+    llm = phase5.LLM(
         phase5.Options(model=folder, dtype="float32", device="cpu", draft="none", kernels="torch", max_tokens=12)
     )
-    wanted = session.complete(["import os"])[0].tokens
-    prompt = session.loaded.tokenizer.encode("import os")
-    loop = bench_part(5, "gpu_peers").CompiledLoop(session.loaded.model, len(prompt) + 12, compiled=compiled)
+    wanted = llm.generate(["import os"])[0].tokens
+    prompt = llm.loaded.tokenizer.encode("import os")
+    loop = bench_part(5, "gpu_peers").CompiledLoop(llm.loaded.model, len(prompt) + 12, compiled=compiled)
     assert loop.generate(prompt, 12)[: len(wanted)] == wanted
     with pytest.raises(ValueError, match="there is room for"):
         loop.generate(prompt, 13)
@@ -50,12 +50,12 @@ def test_a_shape_with_random_weights_loads_in_both(shape: str, bench_part: Part)
         options = phase5.Options(
             model=str(folder), dtype="float32", device="cpu", draft="none", kernels="torch", max_tokens=8
         )
-        session = phase5.Session(options)
-        wanted = session.complete(["import os"])[0].tokens
+        llm = phase5.LLM(options)
+        wanted = llm.generate(["import os"])[0].tokens
         found = (
             bench_part(5, "gpu_peers")
             .StaticPeer(folder, torch.float32, CPU)
-            .decode(session.loaded.tokenizer.encode("import os"), 8)
+            .decode(llm.loaded.tokenizer.encode("import os"), 8)
         )
     assert len(found) == 8
     assert found[: len(wanted)] == wanted

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import UserError
-from phase5.kv_cache import CacheShape, KVCache, KVOptions, OutOfPages, make_cache, needed_bytes, storage
+from phase5.kv_cache import CacheShape, KVCache, KVOptions, OutOfBlocks, make_cache, needed_bytes, storage
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=4)
@@ -156,7 +156,7 @@ def test_a_row_that_gets_no_page_harms_no_other() -> None:
     cache.keep(0, list(range(20)))
     append(cache, 1, list(range(50, 60)))
     cache.keep(1, list(range(10)))
-    with pytest.raises(OutOfPages, match=r"1 of 16 tokens are needed and 0 of 3 are free"):
+    with pytest.raises(OutOfBlocks, match=r"1 of 16 tokens are needed and 0 of 3 are free"):
         cache.make_room(1, 7)
     check(cache, 0, list(range(20)))
     check(cache, 1, list(range(50, 60)))

@@ -42,15 +42,15 @@ def status(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
 
 library()
-phase5.Session(phase5.Options(model="stdlib-1m", draft="none", device="cpu", kernels="cpp"))  # what is imported late
+phase5.LLM(phase5.Options(model="stdlib-1m", draft="none", device="cpu", kernels="cpp"))  # what is imported late
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 began = time.process_time()
 options = {"dtype": "bfloat16"} if sys.argv[2] == "bfloat16" else {"dtype": "bfloat16", "quant": "int8"}
-session = phase5.Session(phase5.Options(model=sys.argv[1], draft="none", device="cpu", kernels="cpp", **options))
+llm = phase5.LLM(phase5.Options(model=sys.argv[1], draft="none", device="cpu", kernels="cpp", **options))
 seconds = time.process_time() - began
-fast = session.backends.fast[session.loaded.model]
-tables = session.loaded.model.embedding.weight.nbytes
+fast = llm.backends.fast[llm.loaded.model]
+tables = llm.loaded.model.embedding.weight.nbytes
 print(seconds, status("VmHWM") - before, (fast.weight_bytes + tables) / 2**20)
 """
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import phase5
-from phase5.attending import beside_padding, seen
+from phase5.attention import beside_padding, seen
 from phase5.kernels import TORCH, Kernels, places, registry, sight
 from phase5.kernels.fused import PARTS
-from phase5.kernels.sight import in_order
+from phase5.kernels.key_ranges import in_order
 from phase5.kv_cache import CacheShape, DynamicCache, RingCache, StaticCache
 
 CPU = torch.device("cpu")
@@ -53,13 +53,13 @@ def counting(backend: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
-def run(tiny: str, backend: str, prompt: str, **options: Any) -> phase5.Session:
+def run(tiny: str, backend: str, prompt: str, **options: Any) -> phase5.LLM:
     if options.get("draft") == "itself":
         options.update(draft=tiny, k=3)
     told = {"model": tiny, "device": "cpu", "kernels": backend, "draft": "none", "max_tokens": 4, **options}
-    session = phase5.Session(phase5.Options(**told))
-    session.complete([prompt])
-    return session
+    llm = phase5.LLM(phase5.Options(**told))
+    llm.generate([prompt])
+    return llm
 
 
 def all_are_called(tiny: str, backend: str, calls: Counter[str]) -> None:
@@ -86,13 +86,13 @@ def test_every_cuda_kernel_is_called(
 
 def test_torch_calls_the_parts_and_says_so(tiny: str) -> None:
     calls = Counter[str]()
-    session = phase5.Session(phase5.Options(model=tiny, device="cpu", kernels="torch", draft=tiny, k=3, max_tokens=4))
-    assert session.backends.report["by_parts"] == {op: list(parts) for op, parts in PARTS.items()}
+    llm = phase5.LLM(phase5.Options(model=tiny, device="cpu", kernels="torch", draft=tiny, k=3, max_tokens=4))
+    assert llm.backends.report["by_parts"] == {op: list(parts) for op, parts in PARTS.items()}
     others = {op: function for op, function in TORCH._asdict().items() if op not in PARTS}  # the model knows torch's
     kernels = TORCH._replace(**{op: counted(calls, op, function) for op, function in others.items()})
-    for target in (session.loaded.model, session.policy):
+    for target in (llm.loaded.model, llm.policy):
         registry.use(target, kernels)
-    session.complete([LONG])
+    llm.generate([LONG])
     assert {"add_rms_norm", "verify_greedy", *(part for parts in PARTS.values() for part in parts)} <= set(calls)
 
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.no_exercise]  # `lab check` has the 
 
 def written(made: Any, prompts: list[str]) -> list[list[int]]:
     """One prompt after the other: in a batch, rounding would depend on the batch."""
-    return [made.complete([prompt])[0].tokens for prompt in prompts]
+    return [made.generate([prompt])[0].tokens for prompt in prompts]
 
 
 def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
@@ -40,7 +40,7 @@ def some_fell(made: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    return written(phase1.Session(phase1.Options(**COMMON)), PROMPTS)
+    return written(phase1.LLM(phase1.Options(**COMMON)), PROMPTS)
 
 
 @pytest.mark.parametrize("how", list(DRAFTING))
@@ -66,7 +66,7 @@ def test_the_trained_model(kernels: str, kind: str, how: str, expected: list[lis
     options: dict[str, Any] = {"kernels": kernels, "kv": kind, **DRAFTING[how], **COMMON}
     if kind != "off":
         options["kv_dtype"] = "float32"
-    made = phase5.Session(phase5.Options(**options))
+    made = phase5.LLM(phase5.Options(**options))
     assert differing(written(made, PROMPTS), expected) == []
     assert some_fell(made) == (how == "speculative")
 
@@ -78,7 +78,7 @@ SHORT = [prompt[:40] for prompt in PROMPTS]
 def windowed(make_checkpoint: Callable[..., Path]) -> tuple[str, list[list[int]]]:
     """A model that looks back 8 tokens, and what phase 1 writes with it."""
     folder = str(make_checkpoint("mistral"))
-    return folder, written(phase1.Session(phase1.Options(model=folder, **COMMON)), SHORT)
+    return folder, written(phase1.LLM(phase1.Options(model=folder, **COMMON)), SHORT)
 
 
 @pytest.mark.parametrize("kind", ["off", "dynamic", "static", "ring", "paged"])
@@ -92,12 +92,12 @@ def test_a_model_with_window_attention(how: str, kind: str, windowed: tuple[str,
         "ngram": {"drafter": "ngram", "k": 4},
     }
     options: dict[str, Any] = {"model": folder, "kernels": "torch", "kv": kind, **drafting[how], **COMMON}
-    made = phase5.Session(phase5.Options(**options))
+    made = phase5.LLM(phase5.Options(**options))
     assert differing(written(made, SHORT), expected) == []
     assert some_fell(made) == (how == "ngram")
 
 
 def test_ring_is_refused_for_the_trained_model() -> None:
-    made = phase5.Session(phase5.Options(kernels="torch", kv="ring", draft="none", **COMMON))
+    made = phase5.LLM(phase5.Options(kernels="torch", kv="ring", draft="none", **COMMON))
     with pytest.raises(UserError, match="--kv ring forgets what lies behind the window, and this model was not"):
-        made.complete(PROMPTS[:1])
+        made.generate(PROMPTS[:1])

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 import phase5
 from common.philox import Purpose
 from phase5 import load
-from phase5.fast_runner import FastRunner, make_fast_runner
+from phase5.cpp_runner import CppRunner, make_cpp_runner
 from phase5.generate import decode
 from phase5.kernels import cpp
 from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.kv_cache import KVOptions
 from phase5.model import Transformer
 from phase5.pair import fit_vocabulary
-from phase5.policies import AcceptancePolicy, Judged, OwnChoice, Rejection
+from phase5.policies import AcceptancePolicy, Judged, Rejection, SampleMatch
 from phase5.runner import Drawing, Speculated
-from phase5.sampling import KeyedRandomness, SamplingParams, probabilities
+from phase5.sampling import KeyedSampler, SamplingParams, probabilities
 from phase5.sequence import Ending, Sequence
 from phase5.speculative import speculative_decode
-from phase5.verify import Certain, Decisions, KeyedDecisions
+from phase5.verify import GreedySource, KeyedSource, RandomSource
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -41,8 +41,8 @@ WAYS = {
 }
 POLICIES: dict[str, AcceptancePolicy] = {
     "rejection": Rejection(),
-    "longest_prefix": OwnChoice(False),
-    "coupled": OwnChoice(True),
+    "longest_prefix": SampleMatch(False),
+    "coupled": SampleMatch(True),
 }
 
 
@@ -99,19 +99,19 @@ def small(llama_folder: Path) -> Pair:
     return pair_of(model.requires_grad_(False).eval(), 0.4)
 
 
-def runners(pair: Pair, tokens: int) -> tuple[FastRunner, FastRunner]:
-    target = make_fast_runner(pair.model, pair.target, STATIC, 1, tokens)
-    return target, make_fast_runner(pair.near, pair.drafter, STATIC, 1, tokens)
+def runners(pair: Pair, tokens: int) -> tuple[CppRunner, CppRunner]:
+    target = make_cpp_runner(pair.model, pair.target, STATIC, 1, tokens)
+    return target, make_cpp_runner(pair.near, pair.drafter, STATIC, 1, tokens)
 
 
 def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, calls: list[int]) -> Any:
     """Tokens, and every step; calls[i]: how many steps the i-th call makes."""
     target, drafter = runners(pair, 120)
     text, done = list(PROMPT), list[Speculated]()
-    decisions: Decisions = Certain() if params.greedy else KeyedDecisions(params.seed)
+    source: RandomSource = GreedySource() if params.greedy else KeyedSource(params.seed)
     for steps in calls:
-        how = Drawing(params, decisions, 2, len(text), policy.draft_noise)
-        found = target.speculate("a text", text, count, how, drafter, isinstance(policy, OwnChoice), steps)
+        how = Drawing(params, source, 2, len(text), policy.draft_noise)
+        found = target.speculate("a text", text, count, how, drafter, isinstance(policy, SampleMatch), steps)
         assert len(found) == steps
         for each in found:
             text += [*each.draft[: each.accepted], each.next_token]
@@ -122,7 +122,7 @@ def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, 
 def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int) -> Iterator[Any]:
     """The same step by step: a chain, a forward over it, and the rule of policies.py in torch."""
     caches = pair.target.new_cache(1, 120), pair.drafter.new_cache(1, 120)
-    decisions: Decisions = Certain() if params.greedy else KeyedDecisions(params.seed)
+    source: RandomSource = GreedySource() if params.greedy else KeyedSource(params.seed)
     text = list(PROMPT)
     for _ in range(steps):
         new = [text[cache.lengths[0] :] for cache in caches]
@@ -135,7 +135,7 @@ def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, cou
         probs = probabilities(logits, params)[None]
         draft = phase5.drafting.Draft(torch.tensor([drawn]), None if params.greedy else draft_probs[None], [count])
         keys = torch.tensor([count]), torch.tensor([2]), torch.tensor([len(text)])
-        verdict = policy.judge(draft, Judged(probs, probs), *keys, decisions)
+        verdict = policy.verify(draft, Judged(probs, probs), *keys, source)
         accepted, following = int(verdict.accepted), int(verdict.next_tokens)
         yield drawn, accepted, following, draft_probs, fast_probabilities(logits, params), verdict.ratios
         text += [*drawn[:accepted], following]
@@ -186,8 +186,8 @@ def chances(
             cache.truncate(0, 0)
         [*steps] = small.target.speculate(
             caches[0], 0, [1, 2, 3], small.drafter, caches[1], 0, [1, 2, 3], 2,
-            SamplingParams(temperature=1.0, seed=seed), own=isinstance(rule, OwnChoice), sample=0, position=3, steps=2,
-            noise=rule.draft_noise,
+            SamplingParams(temperature=1.0, seed=seed), own=isinstance(rule, SampleMatch), sample=0, position=3,
+            steps=2, noise=rule.draft_noise,
         )  # fmt: skip
         for each in steps:
             found += verdict(each)
@@ -253,14 +253,14 @@ def test_a_text_that_ends_within_a_call_ends_as_in_plain_decoding(pair: Pair, te
     params = SamplingParams(temperature=temperature, max_new_tokens=60, seed=4)
     whole = plain_text(pair, params, Ending()).tokens
     target, drafter = runners(pair, 120)
-    policy = OwnChoice(True)
-    decisions: Decisions = Certain() if params.greedy else KeyedDecisions(4)
+    policy = SampleMatch(True)
+    source: RandomSource = GreedySource() if params.greedy else KeyedSource(4)
     for at in (1, 9, 10, 11, 12, 13):
         ending = Ending(eos_ids=(whole[at],))
         expected = plain_text(pair, params, ending)
         sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next text
-        drafting = phase5.drafters.ModelDrafter(drafter, params, decisions, policy.draft_noise)
-        steps = list(speculative_decode(target, drafting, [sequence], params, policy, lambda: Holding(4), decisions))
+        drafting = phase5.drafters.ModelDrafter(drafter, params, source, policy.draft_noise)
+        steps = list(speculative_decode(target, drafting, [sequence], params, policy, lambda: Holding(4), source))
         assert (sequence.tokens, sequence.finish_reason) == (expected.tokens, "eos")
         assert sum(stats.emitted for step in steps for stats in step.stats) == len(expected.tokens)
         assert len(target.texts.rows) == len(drafter.texts.rows) == 0
@@ -273,7 +273,7 @@ def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
     params = SamplingParams(max_new_tokens=limit)
     target, drafter = runners(pair, len(PROMPT) + limit)
     sequence = Sequence(PROMPT, params, Ending())
-    drafting = phase5.drafters.ModelDrafter(drafter, params, Certain())
+    drafting = phase5.drafters.ModelDrafter(drafter, params, GreedySource())
     steps = list(speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)))
     assert sequence.tokens == plain_text(pair, params, Ending()).tokens
     assert all(stats.k < limit for step in steps for stats in step.stats)
@@ -285,22 +285,22 @@ def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -
     context = pair.model.config.context
     params = SamplingParams(max_new_tokens=60)
     calls: list[int] = []
-    together = FastRunner.speculate
+    together = CppRunner.speculate
 
-    def noting(self: FastRunner, owner: Any, text: list[int], *arguments: Any) -> list[Speculated]:
+    def noting(self: CppRunner, owner: Any, text: list[int], *arguments: Any) -> list[Speculated]:
         done = together(self, owner, text, *arguments)
         assert not done or len(text) + sum(each.accepted + 1 for each in done) <= context + 1
         calls.append(len(done))
         return done
 
-    monkeypatch.setattr(FastRunner, "speculate", noting)
+    monkeypatch.setattr(CppRunner, "speculate", noting)
     for length in range(context - 50, context + 3, 4):
         prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
-        for _ in decode(runners(pair, length + 60)[0], [expected], params, KeyedRandomness(0)):
+        for _ in decode(runners(pair, length + 60)[0], [expected], params, KeyedSampler(0)):
             pass
         target, drafter = runners(pair, length + 60)
-        drafting = phase5.drafters.ModelDrafter(drafter, params, Certain())
+        drafting = phase5.drafters.ModelDrafter(drafter, params, GreedySource())
         for _ in speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)):
             pass
         assert sequence.tokens == expected.tokens

@@ -43,19 +43,19 @@ def kernels(interpreted: None) -> Kernels:
 
 
 @pytest.fixture
-def session(kernels: Kernels, folder: str, session_on: Callable[..., Any]) -> Callable[..., Any]:
-    """A session on Triton."""
-    return lambda **options: session_on(kernels, **{"model": folder, "device": "cpu", **options})
+def llm(kernels: Kernels, folder: str, llm_on: Callable[..., Any]) -> Callable[..., Any]:
+    """A llm on Triton."""
+    return lambda **options: llm_on(kernels, **{"model": folder, "device": "cpu", **options})
 
 
-def tokens(session: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:
-    return [each.tokens for each in session.complete(prompts)]
+def tokens(llm: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:
+    return [each.tokens for each in llm.generate(prompts)]
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=slow) if k == "int8 cache" else k for k in KINDS])
-def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session: Any, tiny: str) -> None:
-    plain = tokens(session(model=tiny, **KINDS[kind]))
-    drafting = session(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind])
+def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, llm: Any, tiny: str) -> None:
+    plain = tokens(llm(model=tiny, **KINDS[kind]))
+    drafting = llm(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind])
     assert tokens(drafting) == plain
     accepted = sum(stats.accepted for steps in drafting.steps.values() for stats in steps)
     assert accepted > 8  # otherwise nothing was verified together
@@ -64,9 +64,9 @@ def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, session
 @slow
 @pytest.mark.parametrize("kv", ["dynamic", "paged"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_in_every_cache(kind: str, kv: str, session: Any, folder: str) -> None:
-    plain = tokens(session(kv=kv, **KINDS[kind]))
-    assert tokens(session(kv=kv, draft=folder, draft_quant="int8", k=6, **KINDS[kind])) == plain
+def test_in_every_cache(kind: str, kv: str, llm: Any, folder: str) -> None:
+    plain = tokens(llm(kv=kv, **KINDS[kind]))
+    assert tokens(llm(kv=kv, draft=folder, draft_quant="int8", k=6, **KINDS[kind])) == plain
 
 
 @slow
@@ -74,21 +74,21 @@ def test_in_every_cache(kind: str, kv: str, session: Any, folder: str) -> None:
 @pytest.mark.parametrize(
     "how", [{"tree": "static", "tree_nodes": 7, "k": 3}, {"tree": "dynamic", "tree_nodes": 7, "k": 3}]
 )
-def test_trees(kind: str, how: dict[str, Any], session: Any, folder: str) -> None:
-    plain = tokens(session(**KINDS[kind]))
-    assert tokens(session(draft=folder, draft_quant="int8", **how, **KINDS[kind])) == plain
+def test_trees(kind: str, how: dict[str, Any], llm: Any, folder: str) -> None:
+    plain = tokens(llm(**KINDS[kind]))
+    assert tokens(llm(draft=folder, draft_quant="int8", **how, **KINDS[kind])) == plain
 
 
 @slow
 @pytest.mark.parametrize("policy", ["coupled", "rejection"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_at_temperature_1(kind: str, policy: str, session: Any, folder: str) -> None:
+def test_at_temperature_1(kind: str, policy: str, llm: Any, folder: str) -> None:
     """Coupled drafts change no token; with rejection the kernel decides as the reference does."""
     options = {"temperature": 1.0, "top_p": 0.95, "policy": policy, "max_tokens": 12, **KINDS[kind]}
-    drafting = session(draft=folder, draft_quant="int8", k=4, **options)
+    drafting = llm(draft=folder, draft_quant="int8", k=4, **options)
     found = tokens(drafting)
     if policy == "coupled":
-        assert found == tokens(session(**options))
+        assert found == tokens(llm(**options))
     else:
         registry.use(drafting.policy, TORCH)
         drafting.steps.clear()
@@ -97,20 +97,20 @@ def test_at_temperature_1(kind: str, policy: str, session: Any, folder: str) -> 
 
 @slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral", "mixed"])
-def test_other_families(family: str, session: Any, make_checkpoint: Callable[..., Path]) -> None:
+def test_other_families(family: str, llm: Any, make_checkpoint: Callable[..., Path]) -> None:
     """With a window that slides, norms of queries and keys, biases, learned positions."""
     mixed = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
     other = str(make_checkpoint("qwen3", **mixed) if family == "mixed" else make_checkpoint(family))
     kinds = ["static", "ring"] if family == "mistral" else ["static"]
     for kv in kinds:
-        plain = tokens(session(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
-        drafting = session(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)
+        plain = tokens(llm(model=other, kv=kv, dtype="bfloat16", max_tokens=16))
+        drafting = llm(model=other, kv=kv, dtype="bfloat16", max_tokens=16, draft=other, k=4)
         assert tokens(drafting) == plain
 
 
-def test_in_float32_torch_writes_the_same(session: Any, folder: str) -> None:
-    plain = tokens(session(dtype="float32"), PROMPTS[:2])
-    torch_alone = phase5.Session(
+def test_in_float32_torch_writes_the_same(llm: Any, folder: str) -> None:
+    plain = tokens(llm(dtype="float32"), PROMPTS[:2])
+    torch_alone = phase5.LLM(
         phase5.Options(model=folder, max_tokens=8, device="cpu", draft="none", dtype="float32", kv="off")
     )
     assert tokens(torch_alone, PROMPTS[:2]) == plain

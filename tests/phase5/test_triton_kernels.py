@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common import philox
 from common.errors import UserError
-from phase5 import KeyedDecisions, KeyedRandomness, SamplingParams
+from phase5 import KeyedSampler, KeyedSource, SamplingParams
 from phase5.kernels import TORCH, Kernels, check, reference, registry
 from phase5.kernels.check_attention import Setting, asked
 from phase5.kernels.check_layers import plain
@@ -156,8 +156,8 @@ def another_order_for_more(layer: nn.Module, x: Tensor, start: int = 0, stop: in
     return whole if x.shape[0] == 1 else whole * (1 + 1e-7 * x.shape[0])
 
 
-def other_noise(logits: Tensor, params: Any, randomness: Any, *rest: Any) -> list[int]:
-    return TORCH.sample(logits, params, KeyedRandomness(randomness.seed + 1), *rest)
+def other_noise(logits: Tensor, params: Any, sampler: Any, *rest: Any) -> list[int]:
+    return TORCH.sample(logits, params, KeyedSampler(sampler.seed + 1), *rest)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
     drawn = set()
     for position in range(16):
         params = SamplingParams(temperature=1.0, top_p=0.5)
-        drawn |= set(ops["sample"](torch.zeros(1, 8), params, KeyedRandomness(1), [0], [position], [[]], [[]]))
+        drawn |= set(ops["sample"](torch.zeros(1, 8), params, KeyedSampler(1), [0], [position], [[]], [[]]))
     assert drawn == {0, 1, 2, 3}
 
 
@@ -236,7 +236,7 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
         ),
         (
             lambda ops: ops["sample"](torch.zeros(1, 3), SamplingParams(temperature=1.0), object(), [0], [0], [], []),
-            "randomness of the kind object",
+            "sampler of the kind object",
         ),
         (lambda ops: ops["linear"](PackedLinear.__new__(PackedLinear), torch.zeros(1, 4)), "a form of its own"),
     ],
@@ -274,4 +274,4 @@ def test_the_unconstrained_product_is_right_too(ops: dict[str, Callable[..., Any
 
 def test_keyed_decisions_are_keyed_randomness() -> None:
     """What verify_sample takes its seed from."""
-    assert isinstance(KeyedDecisions(3), KeyedRandomness)
+    assert isinstance(KeyedSource(3), KeyedSampler)

@@ -17,10 +17,10 @@ import phase1
 import phase5
 from common.checkpoint import MODELS
 from common.errors import UserError
-from phase5.fast_runner import make_fast_runner
+from phase5.cpp_runner import make_cpp_runner
 from phase5.kernels import TORCH, cpp, registry
 from phase5.kv_cache import KVOptions
-from phase5.runner import NO_DRAFT, Runner, make_runner
+from phase5.runner import NO_DRAFT, ModelRunner, make_runner
 
 CPU = torch.device("cpu")
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -61,7 +61,7 @@ def expected(folders: dict[str, str]) -> Callable[[str, list[list[int]]], Tensor
     return logits
 
 
-def check(runner: Runner, family: str, expected: Callable[[str, list[list[int]]], Tensor]) -> None:
+def check(runner: ModelRunner, family: str, expected: Callable[[str, list[list[int]]], Tensor]) -> None:
     """A prompt, one more token twice, a chain that is accepted, and a tree."""
     for length, draft in ((20, NO_DRAFT), (21, NO_DRAFT), (22, phase5.Tree.chain(TOKENS[22:26])), (27, TREE)):
         found = runner.step(["a"], [TOKENS[:length]], [draft]).logits[0]
@@ -82,7 +82,7 @@ def test_every_cache(family: str, kind: Any, folders: dict[str, str], expected: 
 @pytest.mark.parametrize("family", list(FORMS))
 def test_cpp(family: str, folders: dict[str, str], expected: Any) -> None:
     model = phase5.load(folders[family], torch.float32, CPU).model
-    check(make_fast_runner(model, cpp.CppModel(model, threads=2), KVOptions(), 1, 40), family, expected)
+    check(make_cpp_runner(model, cpp.CppModel(model, threads=2), KVOptions(), 1, 40), family, expected)
 
 
 def with_attention_of(backend: str, folder: str) -> phase5.Transformer:
@@ -114,9 +114,9 @@ def test_cuda(
 
 def test_a_ring_is_refused(folders: dict[str, str]) -> None:
     """What its full layers look back on would be overwritten."""
-    made = phase5.Session(phase5.Options(model=folders["mistral"], kernels="torch", kv="ring", device="cpu"))
+    made = phase5.LLM(phase5.Options(model=folders["mistral"], kernels="torch", kv="ring", device="cpu"))
     with pytest.raises(UserError, match=r"--kv ring.*not trained with window attention in every layer; use static"):
-        made.complete(["import os"])
+        made.generate(["import os"])
 
 
 REPEATING = " 0 1 2" * 28
@@ -130,7 +130,7 @@ def repeated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "layer_types": [FULL, SLIDING]}
     changed(folder, **mistral, sliding_window=24, max_position_embeddings=96)
     options = {"model": str(folder), "max_tokens": 40, "repetition_penalty": 0.01, "device": "cpu", "dtype": "float32"}
-    (done,) = phase1.Session(phase1.Options(**options)).complete([REPEATING])  # type: ignore[arg-type]
+    (done,) = phase1.LLM(phase1.Options(**options)).generate([REPEATING])  # type: ignore[arg-type]
     return options, done.tokens
 
 
@@ -145,5 +145,5 @@ def test_a_repeating_text_past_the_context(kind: str, how: str, repeated: tuple[
         "tree": {"draft": options["model"], "k": 3, "tree": "static", "tree_nodes": 6},
     }
     backend: dict[str, Any] = {"kernels": "cpp"} if kind == "cpp" else {"kernels": "torch", "kv": kind}
-    (done,) = phase5.Session(phase5.Options(**options, **backend, **drafting[how])).complete([REPEATING])
+    (done,) = phase5.LLM(phase5.Options(**options, **backend, **drafting[how])).generate([REPEATING])
     assert done.tokens == expected

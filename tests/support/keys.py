@@ -1,4 +1,4 @@
-"""Which random number decides what: the table of KeyedDecisions as code, and a check of whole runs by it.
+"""Which random number decides what: the table of KeyedSource as code, and a check of whole runs by it.
 
 `decisions` goes through all that a step decided and decides it again by the key that the table names: a number with
 another key, or used in another way, is found by what it decides, in torch and in C++ alike. `asked_of_philox` lists the
@@ -32,7 +32,7 @@ class Key(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row of the table in the docstring of KeyedDecisions."""
+    """A row of the table in the docstring of KeyedSource."""
 
     decision: str
     purpose: Purpose

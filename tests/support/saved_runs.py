@@ -45,7 +45,8 @@ PHASES = {
         "--quant int4 --quant-asymmetric --draft none",
     ],
     5: [
-        *(f"--kernels torch --kv {kind}" for kind in ("off", "dynamic", "static", "ring", "paged")),
+        *(f"--kernels torch --kv {kind}" for kind in ("off", "dynamic", "static", "paged")),
+        "--kernels torch --kv paged --kv-dtype int8 --draft none",
         *(f"--kernels torch --kv {kind} --temperature 1 --n 2" for kind in ("static", "paged")),
         *(f"--kernels torch --kv paged --drafter {name} --temperature 1" for name in ("ngram", "medusa", "eagle")),
         *(f"--kernels cpp --dtype {dtype} --temperature 1" for dtype in ("float32", "bfloat16", "float16")),

@@ -1,4 +1,4 @@
-"""Models small enough for statistics: a target and a draft of a few tokens that agree somewhat, in a whole session.
+"""Models small enough for statistics: a target and a draft of a few tokens that agree somewhat, in a whole llm.
 
 made = small_session(engine, patch, draft="fake:0.7", policy="coupled")
 sequences = sequences_of(engine, made, [[1, 2], [3]], samples=[0, 1])
@@ -30,7 +30,7 @@ def tables(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def small_session(engine: Any, patch: pytest.MonkeyPatch, size: int = 12, **options: Any) -> Any:
-    """A session whose fake models have `size` tokens and logits from `tables`; at temperature 1."""
+    """A llm whose fake models have `size` tokens and logits from `tables`; at temperature 1."""
     target, draft = tables(size)
 
     def load_fake(name: str) -> Any:
@@ -41,11 +41,11 @@ def small_session(engine: Any, patch: pytest.MonkeyPatch, size: int = 12, **opti
         return dataclasses.replace(loaded, model=model)
 
     with patch.context() as within:
-        within.setattr(f"{engine.__name__}.session.load_fake", load_fake)
+        within.setattr(f"{engine.__name__}.llm.load_fake", load_fake)
         chosen: dict[str, Any] = {"model": "fake", "device": "cpu", "temperature": 1.0, "max_tokens": 24, "seed": 5}
         if "kernels" in engine.Options.model_fields:
             chosen["kernels"] = "torch"
-        return engine.Session(engine.Options(**{**chosen, **options}))
+        return engine.LLM(engine.Options(**{**chosen, **options}))
 
 
 def sequences_of(engine: Any, made: Any, prompts: list[list[int]], samples: list[int]) -> list[Any]:

@@ -39,8 +39,8 @@ def test_engines_import_their_own_modules_relatively(phase: Phase) -> None:
 
 def test_all_phases_live_in_one_process() -> None:
     engines = {phase.package: phase.folder / "engine" for phase in phases()}
-    sessions = {importlib.import_module(package).Session for package in engines}
-    assert len(sessions) == len(engines)
+    llms = {importlib.import_module(package).LLM for package in engines}
+    assert len(llms) == len(engines)
     for name, module in list(sys.modules.items()):
         package = name.split(".")[0]
         if package in engines:

@@ -27,7 +27,7 @@ from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder
 from .medusa import HeadInit
 from .memory import StateMemory
@@ -172,18 +172,18 @@ class EagleDrafter:
         target: Transformer,
         head: EagleHead,
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
         self.target, self.head = target, head
-        self.params, self.decisions, self.noise = params, decisions, noise
+        self.params, self.source, self.noise = params, source, noise
         self.taps: tuple[int, ...] | None = head.taps
         self.memory = StateMemory(keep=head.shape.reach)  # of the layer's inputs, which are made from the states
         self._ahead: Lookahead | None = None  # of the draft that is being made
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Nothing in the first step of a sequence, which gives the states."""
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for at in range(width if self.ready(sequence) else 0):
                 logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])

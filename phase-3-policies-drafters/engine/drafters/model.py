@@ -13,7 +13,7 @@ from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..target import target_forward
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder
 
 
@@ -24,12 +24,12 @@ class ModelDrafter:
     deepest = 64
 
     def __init__(
-        self, model: Transformer, params: SamplingParams, decisions: Decisions, noise: Purpose = Purpose.DRAFT
+        self, model: Transformer, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
-        self.model, self.params, self.decisions, self.noise = model, params, decisions, noise
+        self.model, self.params, self.source, self.noise = model, params, source, noise
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         while rows := chains.open():
             logits = next_logits(self.model, [sequences[row].prompt + chains.output(row) for row in rows])
             for row, of_row in zip(rows, logits, strict=True):

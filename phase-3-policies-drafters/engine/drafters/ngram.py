@@ -37,7 +37,7 @@ class NgramIndex:
 
 
 class NgramDrafter:
-    """Guesses that the text repeats itself. Costs next to nothing, and knows nothing of the model."""
+    """Guesses that the text repeats itself. CostModel next to nothing, and knows nothing of the model."""
 
     taps: tuple[int, ...] | None = None
 

@@ -21,7 +21,7 @@ from ..drafting import Brancher, Draft, Outcome, Stop
 from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 
 
 class TreeDrafter:
@@ -69,12 +69,12 @@ class StaticTreeDrafter(TreeDrafter):
         drafter: Brancher,
         params: SamplingParams,
         shape: list[int],
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose,
         drawn: bool,
     ) -> None:
         super().__init__(drafter, params)
-        self.shape, self.decisions, self.noise = Tree([0] * len(shape), shape), decisions, noise
+        self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
         self.drawn = drawn and not params.greedy
 
     def grow(self, sequence: Sequence, levels: int) -> Tree:
@@ -106,7 +106,7 @@ class StaticTreeDrafter(TreeDrafter):
         if not self.drawn:
             return ranked(probs, count).tolist()
         keys = torch.tensor([[sequence.sample], [sequence.length + depth]], device=probs.device)
-        return self.decisions.draw_several(probs[None], count, keys[0], keys[1], self.noise)[0].tolist()
+        return self.source.draw_several(probs[None], count, keys[0], keys[1], self.noise)[0].tolist()
 
 
 class DynamicTreeDrafter(TreeDrafter):

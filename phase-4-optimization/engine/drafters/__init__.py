@@ -9,7 +9,7 @@ from common.philox import Purpose
 from ..drafting import Drafter
 from ..model import Transformer
 from ..sampling import SamplingParams
-from ..verify import Decisions
+from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
 from .extrapolate import ExtrapolateDrafter
 from .heads import Heads, find_heads, load_heads
@@ -44,7 +44,7 @@ def make_drafter(
     target: Transformer,
     draft: Transformer | None,
     params: SamplingParams,
-    decisions: Decisions,
+    source: RandomSource,
     noise: Purpose,
     heads: Heads | None = None,
 ) -> Drafter:
@@ -52,10 +52,10 @@ def make_drafter(
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
-        return ExtrapolateDrafter(target, params, decisions, noise, options.alpha)
+        return ExtrapolateDrafter(target, params, source, noise, options.alpha)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, params, decisions, noise)
+        return MedusaDrafter(target, heads, params, source, noise)
     if isinstance(heads, EagleHead):
-        return EagleDrafter(target, heads, params, decisions, noise)
+        return EagleDrafter(target, heads, params, source, noise)
     assert draft is not None, "the drafter `model` needs a draft model"
-    return ModelDrafter(draft, params, decisions, noise)
+    return ModelDrafter(draft, params, source, noise)

@@ -10,7 +10,7 @@ from common.philox import Purpose
 from ..drafting import Draft, Stop
 from ..sampling import SamplingParams, probabilities
 from ..sequence import Sequence
-from ..verify import Decisions
+from ..verify import RandomSource
 
 
 class ChainBuilder:
@@ -21,12 +21,12 @@ class ChainBuilder:
         sequences: list[Sequence],
         widths: list[int],
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose,
         stop: Stop | None,
     ) -> None:
         self.sequences, self.widths, self.params = sequences, widths, params
-        self.decisions, self.noise, self.stop = decisions, noise, stop
+        self.source, self.noise, self.stop = source, noise, stop
         self.tokens: list[list[int]] = [[] for _ in sequences]
         self.probs: list[list[Tensor]] = [[] for _ in sequences]
 
@@ -47,7 +47,7 @@ class ChainBuilder:
             self.widths = [len(self.tokens[row]) if r == row else width for r, width in enumerate(self.widths)]
             return False
         keys = torch.tensor([[sequence.sample], [sequence.length + len(self.tokens[row])]], device=probs.device)
-        token = self.decisions.draw(probs, keys[0], keys[1], self.noise)
+        token = self.source.draw(probs, keys[0], keys[1], self.noise)
         self.tokens[row].append(int(token))
         self.probs[row].append(probs[0])
         return True

@@ -25,7 +25,7 @@ from ..model import Transformer
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder
 from .memory import StateMemory
 
@@ -108,18 +108,18 @@ class MedusaDrafter:
         target: Transformer,
         heads: MedusaHeads,
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
         self.target, self.heads = target, heads
-        self.params, self.decisions, self.noise = params, decisions, noise
+        self.params, self.source, self.noise = params, source, noise
         self.taps: tuple[int, ...] | None = heads.taps
         self.deepest = heads.shape.heads
-        self.memory = StateMemory(keep=2)  # one is read; forced.py asks for it while the text's last token is unseen
+        self.memory = StateMemory(keep=2)  # one is read; teacher_forced.py asks while the last token is unseen
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Nothing in the first step of a sequence, which gives the state."""
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for of_level in self.level_logits(sequence)[:width] if self.ready(sequence) else []:
                 if not chains.draw(row, of_level):

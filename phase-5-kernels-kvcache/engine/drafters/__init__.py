@@ -8,9 +8,9 @@ from common.philox import Purpose
 
 from ..drafting import Drafter
 from ..model import Transformer
-from ..runner import Runner
+from ..runner import ModelRunner
 from ..sampling import SamplingParams
-from ..verify import Decisions
+from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
 from .eagle_fast import FastEagleDrafter
 from .extrapolate import ExtrapolateDrafter
@@ -46,9 +46,9 @@ __all__ = [
 def make_drafter(
     options: Options,
     target: Transformer,
-    draft: Runner | None,
+    draft: ModelRunner | None,
     params: SamplingParams,
-    decisions: Decisions,
+    source: RandomSource,
     noise: Purpose,
     heads: Heads | None = None,
     fast: CppEagle | CppMedusa | None = None,
@@ -60,12 +60,12 @@ def make_drafter(
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
-        return ExtrapolateDrafter(target, params, decisions, noise, options.alpha)
+        return ExtrapolateDrafter(target, params, source, noise, options.alpha)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, params, decisions, noise, cast("CppMedusa | None", fast))
+        return MedusaDrafter(target, heads, params, source, noise, cast("CppMedusa | None", fast))
     if isinstance(heads, EagleHead):
         if fast is not None:
-            return FastEagleDrafter(cast("CppEagle", fast), target, heads, params, decisions, noise)
-        return EagleDrafter(target, heads, params, decisions, noise, cached=options.kv != "off")
+            return FastEagleDrafter(cast("CppEagle", fast), target, heads, params, source, noise)
+        return EagleDrafter(target, heads, params, source, noise, cached=options.kv != "off")
     assert draft is not None, "the drafter `model` needs a draft model"
-    return ModelDrafter(draft, params, decisions, noise)
+    return ModelDrafter(draft, params, source, noise)

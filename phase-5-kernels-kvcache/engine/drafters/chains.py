@@ -9,16 +9,16 @@ from common.philox import Purpose
 
 from ..drafting import Draft, Stop
 from ..runner import Drawing
-from ..sampling import KeyedRandomness, SamplingParams, probabilities
+from ..sampling import KeyedSampler, SamplingParams, probabilities
 from ..sequence import Sequence
-from ..verify import Certain, Decisions
+from ..verify import GreedySource, RandomSource
 
 
 def keyed(how: Drawing) -> bool:
     """Whether nothing but the parameters, and their own seed, says which tokens are drawn: other code can, too."""
     params, source = how.params, how.source
-    certain = params.greedy and (isinstance(source, Certain) or how.purpose == Purpose.SAMPLE)
-    seeded = isinstance(source, KeyedRandomness) and source.seed == params.seed
+    certain = params.greedy and (isinstance(source, GreedySource) or how.purpose == Purpose.SAMPLE)
+    seeded = isinstance(source, KeyedSampler) and source.seed == params.seed
     return (certain or seeded) and not params.penalised
 
 
@@ -30,12 +30,12 @@ class ChainBuilder:
         sequences: list[Sequence],
         widths: list[int],
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose,
         stop: Stop | None,
     ) -> None:
         self.sequences, self.widths, self.params = sequences, widths, params
-        self.decisions, self.noise, self.stop = decisions, noise, stop
+        self.source, self.noise, self.stop = source, noise, stop
         self.tokens: list[list[int]] = [[] for _ in sequences]
         self.probs: list[list[Tensor]] = [[] for _ in sequences]
 
@@ -56,7 +56,7 @@ class ChainBuilder:
             self.widths = [len(self.tokens[row]) if r == row else width for r, width in enumerate(self.widths)]
             return False
         keys = torch.tensor([[sequence.sample], [sequence.length + len(self.tokens[row])]], device=probs.device)
-        token = self.decisions.draw(probs, keys[0], keys[1], self.noise)
+        token = self.source.draw(probs, keys[0], keys[1], self.noise)
         self.tokens[row].append(int(token))
         self.probs[row].append(probs[0])
         return True

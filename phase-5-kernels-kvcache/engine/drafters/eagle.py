@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.philox import Purpose
 
-from ..attending import Attending, Behind, Within, seen
+from ..attention import AttentionBackend, CachedAttention, FullAttention, seen
 from ..config import ModelConfig
 from ..drafting import Draft, Outcome, Stop
 from ..kv_cache import CacheShape, StaticCache
@@ -29,7 +29,7 @@ from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder
 from .medusa import HeadInit
 from .memory import StateMemory
@@ -92,9 +92,11 @@ class EagleHead(nn.Module):
         joined: Tensor = self.join(torch.cat((self.token_norm(embedded), self.state_norm(features.to(wide))), -1))
         return joined.to(wide)
 
-    def forward(self, inputs: Tensor, rotation: Rotation | None, attending: Attending, wanted: Wanted | None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, rotation: Rotation | None, backend: AttentionBackend, wanted: Wanted | None
+    ) -> Tensor:
         """inputs [B, T, D] -> the predicted features [B, T or W, D]."""
-        predicted: Tensor = self.norm(self.block(inputs, rotation, attending, wanted))
+        predicted: Tensor = self.norm(self.block(inputs, rotation, backend, wanted))
         return predicted
 
     def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
@@ -118,7 +120,7 @@ class EagleHead(nn.Module):
             positions = torch.cat([steps + d for d in range(depth)])
             rotation = target.rotation_at(positions, feature) if self.config.positions == "rope" else None
             last = (torch.arange(B, device=tokens.device)[:, None], (steps + (depth - 1) * T).expand(B, T))
-            feature = self(torch.cat(inputs, 1), rotation, Within(mask[None, None]), last)
+            feature = self(torch.cat(inputs, 1), rotation, FullAttention(mask[None, None]), last)
             found.append(feature)
         return torch.stack(found)
 
@@ -182,7 +184,7 @@ class Lookahead:
         rotation = None
         if self.head.config.positions == "rope":
             rotation = self.target.rotation_of(places, inputs)
-        behind = Behind(self.cache, [0], [len(inputs)], [mask], self.target.kernels)
+        behind = CachedAttention(self.cache, [0], [len(inputs)], [mask], self.target.kernels)
         asked = None if wanted is None else (torch.zeros_like(wanted), wanted)
         predicted: Tensor = self.head(inputs[None], rotation, behind.only(wanted), asked)
         self.cache.keep(0, list(range(len(inputs))))
@@ -199,19 +201,19 @@ class EagleDrafter:
         target: Transformer,
         head: EagleHead,
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
         cached: bool = True,
     ) -> None:
         self.target, self.head, self.cached = target, head, cached
-        self.params, self.decisions, self.noise = params, decisions, noise
+        self.params, self.source, self.noise = params, source, noise
         self.taps: tuple[int, ...] | None = head.taps
         self.memory = StateMemory(keep=head.shape.reach)
         self._layers: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Nothing in the first step of a sequence, which gives the states."""
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for at in range(width if self.ready(sequence) else 0):
                 logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])

@@ -21,7 +21,7 @@ from ..runner import Drawing
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder, keyed
 from .eagle import EagleDrafter, EagleHead, Lookahead
 
@@ -82,20 +82,20 @@ class FastEagleDrafter(EagleDrafter):
         target: Transformer,
         head: EagleHead,
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
-        super().__init__(target, head, params, decisions, noise)
+        super().__init__(target, head, params, source, noise)
         self.fast = fast
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Chains that nobody may end early are drawn in C++ as well, where the kernels have their random numbers."""
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         rows = chains.open()
         for row in rows:
             text = sequences[row]
-            drawing = Drawing(self.params, self.decisions, text.sample, text.length, self.noise)
+            drawing = Drawing(self.params, self.source, text.sample, text.length, self.noise)
             if stop is not None or not keyed(drawing) or not self.ready(text):
                 return super().propose(sequences, widths, stop)
             layer, new = self._layer(text)

@@ -14,7 +14,7 @@ from ..drafting import Draft, Outcome, Stop
 from ..model import Transformer
 from ..sampling import SamplingParams
 from ..sequence import Sequence
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder
 from .memory import StateMemory
 
@@ -28,17 +28,17 @@ class ExtrapolateDrafter:
         self,
         target: Transformer,
         params: SamplingParams,
-        decisions: Decisions,
+        source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
         alpha: float = 1.0,
     ) -> None:
-        self.target, self.params, self.decisions, self.noise, self.alpha = target, params, decisions, noise, alpha
+        self.target, self.params, self.source, self.noise, self.alpha = target, params, source, noise, alpha
         self.memory = StateMemory(keep=2)
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Nothing in the first step of a sequence, which gives the states."""
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             states = self.memory.get(sequence)
             if states is None or len(states) < 2:

@@ -11,11 +11,11 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
-from ..runner import Drawing, Runner
+from ..runner import Drawing, ModelRunner
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
-from ..verify import Decisions
+from ..verify import RandomSource
 from .chains import ChainBuilder
 
 
@@ -26,16 +26,16 @@ class ModelDrafter:
     deepest = 64
 
     def __init__(
-        self, runner: Runner, params: SamplingParams, decisions: Decisions, noise: Purpose = Purpose.DRAFT
+        self, runner: ModelRunner, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
-        self.runner, self.params, self.decisions, self.noise = runner, params, decisions, noise
+        self.runner, self.params, self.source, self.noise = runner, params, source, noise
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        chains = ChainBuilder(sequences, widths, self.params, self.decisions, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         if stop is None:
             for row in chains.open():
                 sequence = sequences[row]
-                how = Drawing(self.params, self.decisions, sequence.sample, sequence.length, self.noise)
+                how = Drawing(self.params, self.source, sequence.sample, sequence.length, self.noise)
                 drawn = self.runner.draw(sequence, sequence.prompt + sequence.tokens, widths[row], how)
                 if drawn is not None:
                     chains.take(row, *drawn)

@@ -145,7 +145,7 @@ def related(parents: list[int]) -> Tensor:
 
 
 def mask_of(cache: KVCache, row: int, ancestors: Tensor, window: int | None, like: Tensor) -> Tensor:
-    """[W, n], 0 or -inf, as ../attending.py makes it."""
+    """[W, n], 0 or -inf, as ../attention.py makes it."""
     held = cache.length(row) - cache.first(row)
     depths = ancestors.sum(1) - 1
     open_ = torch.cat((torch.ones(len(ancestors), held, dtype=torch.bool), ancestors), 1)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampling import KeyedRandomness, SamplingParams
-from ..verify import Certain, KeyedDecisions
+from ..sampling import KeyedSampler, SamplingParams
+from ..verify import GreedySource, KeyedSource
 from .check import Case, Function, poisoned
 
 Cases = Callable[[torch.device, bool, tuple[torch.dtype, ...]], Iterator[Case]]
@@ -95,7 +95,7 @@ def sample_verdicts(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
                             torch.tensor(widths, device=device, dtype=torch.long),
                             many,
                             many * 1000 + 17,
-                            KeyedDecisions(seed),
+                            KeyedSource(seed),
                         )
                         return [verdict.accepted, verdict.next_tokens, verdict.ratios]
 
@@ -107,7 +107,7 @@ def sample_verdicts(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
         target = torch.nn.functional.one_hot(torch.tensor([[4, 1, 7], [2, 2, 0]], device=device), 9).float()
         tokens, wide = torch.tensor([[4, 1], [2, 5]], device=device), torch.tensor([2, 2], device=device)
         keys = torch.zeros(2, dtype=torch.long, device=device)
-        verdict = function(tokens, target[:, :2] * 0 + 1 / 9, target, wide, keys, keys, Certain())
+        verdict = function(tokens, target[:, :2] * 0 + 1 / 9, target, wide, keys, keys, GreedySource())
         return [verdict.accepted, verdict.next_tokens, verdict.ratios]
 
     yield Case("nothing left to chance", certain)
@@ -148,7 +148,7 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                     prompts, outputs = [[0, 1 % V]] * R, [[2 % V]] * R
                     seeds = (3, -5) if full else (2**33 - 3,)
                     tokens = [
-                        function(logits, params, KeyedRandomness(seed), numbers, places, prompts, outputs)
+                        function(logits, params, KeyedSampler(seed), numbers, places, prompts, outputs)
                         for seed in seeds
                     ]
                     return [torch.tensor(tokens)]
@@ -172,14 +172,14 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 texts = [[0, 1]] * 6
                 places = range(0, 400 if full else 10, 10)
                 keys = [([number] * 6, [place + row for row in range(6)]) for number, place in enumerate(places)]
-                drawn = [function(logits, params, KeyedRandomness(7), *key, texts, texts) for key in keys]
+                drawn = [function(logits, params, KeyedSampler(7), *key, texts, texts) for key in keys]
                 return [torch.tensor(drawn)]
 
             yield Case(f"equal logits, vocabulary {V}, {wanted or 'no filter'}", equal)
 
     def none(function: Function) -> list[Tensor]:
         logits = torch.zeros(0, 5, device=device)
-        return [torch.tensor(function(logits, SamplingParams(temperature=1.0), KeyedRandomness(0), [], [], [], []))]
+        return [torch.tensor(function(logits, SamplingParams(temperature=1.0), KeyedSampler(0), [], [], [], []))]
 
     yield Case("no rows", none)
 

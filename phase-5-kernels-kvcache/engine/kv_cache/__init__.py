@@ -19,7 +19,7 @@ from common.device import DTYPES
 from common.errors import UserError
 
 from .dynamic import DynamicCache
-from .paged import PAGE, OutOfPages, PagedCache
+from .paged import PAGE, OutOfBlocks, PagedCache
 from .protocol import CacheShape, KVCache
 from .ring import SPARE, RingCache
 from .static import StaticCache
@@ -33,7 +33,7 @@ __all__ = [
     "DynamicCache",
     "KVCache",
     "KVOptions",
-    "OutOfPages",
+    "OutOfBlocks",
     "PagedCache",
     "RingCache",
     "StaticCache",

@@ -20,7 +20,7 @@ from .storage import Storage
 PAGE = 16
 
 
-class OutOfPages(UserError):
+class OutOfBlocks(UserError):
     """This row cannot grow; all rows are as they were."""
 
     def __init__(self, message: str, row: int) -> None:
@@ -66,7 +66,7 @@ class PagedCache:
         shared = [at for at in range(start // PAGE, min(len(table), wanted)) if self.users[table[at]] > 1]
         lacking = max(0, wanted - len(table)) + len(shared)
         if lacking > len(self.free):
-            raise OutOfPages(
+            raise OutOfBlocks(
                 f"out of pages: {lacking} of {PAGE} tokens are needed and {len(self.free)} of {len(self.users)} are "
                 "free; give more --kv-pages, fewer prompts at a time, or a smaller --n or --max-tokens",
                 row,

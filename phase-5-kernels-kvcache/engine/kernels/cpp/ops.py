@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...sampling import KeyedRandomness, Randomness, SamplingParams, check_finite, choose, penalise
-from ...verify import Certain, Decisions, Verdict, verify
+from ...sampling import KeyedSampler, Sampler, SamplingParams, check_finite, choose, penalise
+from ...verify import GreedySource, RandomSource, Verdict, verify
 from .library import chosen_isa, library
 
 MASK = 2**64 - 1
@@ -37,21 +37,21 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 def sample(
     logits: Tensor,
     params: SamplingParams,
-    randomness: Randomness,
+    sampler: Sampler,
     samples: Sequence[int],
     positions: Sequence[int],
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
 ) -> list[int]:
-    """The next token of every row of logits [R, V]. Randomness that is not keyed is the caller's own: torch draws."""
-    if logits.dtype == torch.float64 or not (params.greedy or isinstance(randomness, KeyedRandomness)):
-        return choose(logits, params, randomness, samples, positions, prompts, outputs)
+    """The next token of every row of logits [R, V]. Sampler that is not keyed is the caller's own: torch draws."""
+    if logits.dtype == torch.float64 or not (params.greedy or isinstance(sampler, KeyedSampler)):
+        return choose(logits, params, sampler, samples, positions, prompts, outputs)
     check_finite(logits)
     logits = logits.float()
     if params.penalised:
         logits = penalise(logits, params, prompts, outputs)
     logits = logits.contiguous()
-    how = sampling_of(params, randomness.seed if isinstance(randomness, KeyedRandomness) else None)
+    how = sampling_of(params, sampler.seed if isinstance(sampler, KeyedSampler) else None)
     tokens: list[int] = library().choose(
         chosen_isa(), logits.data_ptr(), logits.shape[-1], how, list(samples), list(positions)
     )
@@ -65,16 +65,16 @@ def verify_sample(
     widths: Tensor,
     samples: Tensor,
     positions: Tensor,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Verdict:
-    """The rule of engine/verify.py; decisions neither keyed nor certain are the caller's own: torch decides.
+    """The rule of engine/verify.py; source neither keyed nor certain are the caller's own: torch decides.
 
     ValueError for shapes that do not fit together, and for draft tokens that are not in the vocabulary.
     """
-    keyed = isinstance(decisions, KeyedRandomness)
-    if target_probs.dtype == torch.float64 or not (keyed or isinstance(decisions, Certain)):
-        return verify(draft_tokens, draft_probs, target_probs, widths, samples, positions, decisions)
-    seed = decisions.seed & MASK if isinstance(decisions, KeyedRandomness) else 0
+    keyed = isinstance(source, KeyedSampler)
+    if target_probs.dtype == torch.float64 or not (keyed or isinstance(source, GreedySource)):
+        return verify(draft_tokens, draft_probs, target_probs, widths, samples, positions, source)
+    seed = source.seed & MASK if isinstance(source, KeyedSampler) else 0
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
     fits = target_probs.shape == (R, K + 1, V) and (draft_probs is None or draft_probs.shape == (R, K, V))
     if not fits or not widths.shape == samples.shape == positions.shape == (R,):

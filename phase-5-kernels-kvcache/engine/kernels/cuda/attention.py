@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
-from ..places import Layer, Places, in_row, layer_of, places_of, row_of
-from ..sight import Sight, sight_of, sight_row
+from ..key_ranges import KeyRanges, key_ranges, ranges_of_row
+from ..metadata import AttentionMetadata, Layer, in_row, layer_of, places_of, row_of
 from .rope import SHIFT, strides_of
 from .support import FORMATS, address, dense, floating, on_device, require, stream_of
 
@@ -74,17 +74,17 @@ def _attend(
     check_query(op, query, cache, rows, counts)
     query = dense(query)
     places = places_of(f"cuda {op}", cache, rows, counts, query.device)
-    sight = sight_of(f"cuda {op}", places, masks, query.shape[1])
+    sight = key_ranges(f"cuda {op}", places, masks, query.shape[1])
     if not isinstance(cache, DynamicCache):
         return _run(op, query, layer_of(cache, layer), places, sight, part)
     out = []
     for r, row in enumerate(rows):
         own = in_row(query.device)
-        out.append(_run(op, query[r : r + 1], row_of(cache, layer, row), own, sight_row(sight, r), part))
+        out.append(_run(op, query[r : r + 1], row_of(cache, layer, row), own, ranges_of_row(sight, r), part))
     return torch.cat(out) if out else torch.empty_like(query)
 
 
-def _run(op: str, query: Tensor, layer: Layer, places: Places, sight: Sight, part: int | None) -> Tensor:
+def _run(op: str, query: Tensor, layer: Layer, places: AttentionMetadata, sight: KeyRanges, part: int | None) -> Tensor:
     keys, values = layer.keys.values, layer.values.values
     library = on_device(op, query=query, cache=keys)
     (R, W, H, D), HK = query.shape, keys.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kv_cache import DynamicCache, KVCache
 from ...kv_cache.paged import PAGE
 from .. import reference
-from ..places import layer_of, places_of
+from ..metadata import layer_of, places_of
 from .support import FORMATS, address, dense, floating, of_dtype, on_device, require, same_shape, stream_of
 
 SHIFT = PAGE.bit_length() - 1

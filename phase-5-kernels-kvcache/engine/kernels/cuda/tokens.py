@@ -7,8 +7,8 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
-from ...sampling import KeyedRandomness, Randomness, SamplingParams, penalise
-from ...verify import Certain, Decisions, Verdict
+from ...sampling import KeyedSampler, Sampler, SamplingParams, penalise
+from ...verify import GreedySource, RandomSource, Verdict
 from .support import FORMATS, address, floating, of_dtype, on_device, require, rows_of, same_shape, stream_of
 
 
@@ -52,14 +52,14 @@ def verify_greedy(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple
     return _count("verify_greedy", draft_tokens, choices_of("verify_greedy", scores), widths, following=True)
 
 
-def seed_of(op: str, randomness: object) -> int | None:
-    """The seed of keyed randomness; None where nothing is left to chance."""
-    if isinstance(randomness, Certain):
+def seed_of(op: str, sampler: object) -> int | None:
+    """The seed of keyed sampler; None where nothing is left to chance."""
+    if isinstance(sampler, GreedySource):
         return None
-    kind = type(randomness).__name__
-    require(op, isinstance(randomness, KeyedRandomness), f"randomness of the kind {kind}", "keyed, or Certain")
-    assert isinstance(randomness, KeyedRandomness)
-    return randomness.seed
+    kind = type(sampler).__name__
+    require(op, isinstance(sampler, KeyedSampler), f"sampler of the kind {kind}", "keyed, or Certain")
+    assert isinstance(sampler, KeyedSampler)
+    return sampler.seed
 
 
 def keyed(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
@@ -77,12 +77,12 @@ def verify_sample(
     widths: Tensor,
     samples: Tensor,
     positions: Tensor,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Verdict:
     """As verify(): draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32
-    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other randomness than keyed or none."""
+    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other sampler than keyed or none."""
     op = "verify_sample"
-    seed = seed_of(op, decisions)
+    seed = seed_of(op, source)
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
     library = on_device(
         op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths,
@@ -108,13 +108,13 @@ def verify_sample(
 def sample(
     logits: Tensor,
     params: SamplingParams,
-    randomness: Randomness,
+    sampler: Sampler,
     samples: Rows[int],
     positions: Rows[int],
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """As choose(): the next token of every row of logits [R, V]. UserError for other randomness than keyed."""
+    """As choose(): the next token of every row of logits [R, V]. UserError for other sampler than keyed."""
     op = "sample"
     library = on_device(op, logits=logits)
     floating(op, logits=logits)
@@ -123,8 +123,8 @@ def sample(
     if params.greedy:
         greedy: list[int] = choices_of(op, logits).tolist()
         return greedy
-    seed = seed_of(op, randomness)
-    require(op, seed is not None, "a temperature above 0 and no randomness", "keyed randomness")
+    seed = seed_of(op, sampler)
+    require(op, seed is not None, "a temperature above 0 and no sampler", "keyed sampler")
     rows = rows_of(logits)
     R, V = rows.shape
     require(op, R == 0 or V > 0, "there are no scores", "a vocabulary")

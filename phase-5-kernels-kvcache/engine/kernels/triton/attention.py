@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
-from ..places import Layer, Places, in_row, layer_of, places_of, row_of
-from ..sight import Sight, sight_of, sight_row
+from ..key_ranges import KeyRanges, key_ranges, ranges_of_row
+from ..metadata import AttentionMetadata, Layer, in_row, layer_of, places_of, row_of
 from .append import dense
 from .slots import offset, tensors_of, ways
 from .support import INTERPRETED, dot, floating, launch, on_device, power, require
@@ -159,17 +159,17 @@ def decode_attention(
     require(op, part % BLOCK == 0 and part > 0, f"parts of {part} positions", f"a multiple of {BLOCK}")
     query = dense(query)
     places = places_of(op, cache, rows, counts, query.device)
-    sight = sight_of(op, places, masks, query.shape[1])
+    sight = key_ranges(op, places, masks, query.shape[1])
     if not isinstance(cache, DynamicCache):
         return _run(query, layer_of(cache, layer), places, sight, part)
     out = []
     for r in range(len(rows)):
         own = row_of(cache, layer, rows[r])
-        out.append(_run(query[r : r + 1], own, in_row(query.device), sight_row(sight, r), part))
+        out.append(_run(query[r : r + 1], own, in_row(query.device), ranges_of_row(sight, r), part))
     return torch.cat(out) if out else torch.empty_like(query)
 
 
-def _run(query: Tensor, layer: Layer, places: Places, sight: Sight, part: int) -> Tensor:
+def _run(query: Tensor, layer: Layer, places: AttentionMetadata, sight: KeyRanges, part: int) -> Tensor:
     tensors, (tables, slots, width) = tensors_of(layer), ways(places)
     on_device("decode_attention", query=query, cache=tensors[0])
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]

@@ -30,7 +30,7 @@ from common.terminal import print_table
 
 from ...model import Linear
 from ...quantize import Format, QuantLinear
-from ...sampling import KeyedRandomness, SamplingParams
+from ...sampling import KeyedSampler, SamplingParams
 from .. import check
 from ..check_attention import Setting, related
 from ..check_attention import asked as asked_of
@@ -147,7 +147,7 @@ def real(ops: tuple[str, ...] = ()) -> list[Launch]:
             )
         if "sample" in asked:
             params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
-            all_ops()["sample"](torch.zeros(1, 128256, dtype=dtype), params, KeyedRandomness(0), [0], [0], [[]], [[]])
+            all_ops()["sample"](torch.zeros(1, 128256, dtype=dtype), params, KeyedSampler(0), [0], [0], [[]], [[]])
     return list(found.values())
 
 

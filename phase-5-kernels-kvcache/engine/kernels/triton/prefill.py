@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
-from ..places import Layer, Places, in_row, layer_of, places_of, row_of
-from ..sight import Sight, sight_of, sight_row
+from ..key_ranges import KeyRanges, key_ranges, ranges_of_row
+from ..metadata import AttentionMetadata, Layer, in_row, layer_of, places_of, row_of
 from .append import dense
 from .attention import check_query, decode_attention, mix, scores_of, soften
 from .slots import offset, tensors_of, ways
@@ -63,7 +63,7 @@ def flash_prefill(
     check_query(op, query, cache, rows, counts)
     query = dense(query)
     places = places_of(op, cache, rows, counts, query.device)
-    sight = sight_of(op, places, masks, query.shape[1])
+    sight = key_ranges(op, places, masks, query.shape[1])
     if sight.lines is not None:
         return decode_attention(query, cache, layer, rows, counts, masks)
     if not isinstance(cache, DynamicCache):
@@ -71,11 +71,11 @@ def flash_prefill(
     out = []
     for r in range(len(rows)):
         own = row_of(cache, layer, rows[r])
-        out.append(_run(query[r : r + 1], own, in_row(query.device), sight_row(sight, r)))
+        out.append(_run(query[r : r + 1], own, in_row(query.device), ranges_of_row(sight, r)))
     return torch.cat(out) if out else torch.empty_like(query)
 
 
-def _run(query: Tensor, layer: Layer, places: Places, sight: Sight) -> Tensor:
+def _run(query: Tensor, layer: Layer, places: AttentionMetadata, sight: KeyRanges) -> Tensor:
     tensors, (tables, slots, width) = tensors_of(layer), ways(places)
     on_device("flash_prefill", query=query, cache=tensors[0])
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]

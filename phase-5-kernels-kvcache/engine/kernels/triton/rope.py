@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kv_cache import DynamicCache, KVCache
 from .. import reference
-from ..places import layer_of, places_of
+from ..metadata import layer_of, places_of
 from .append import check_new, dense, put
 from .slots import offset, tensors_of, ways
 from .support import floating, launch, on_device, power, require, same_shape

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...sampling import Randomness, SamplingParams, penalise
+from ...sampling import Sampler, SamplingParams, penalise
 from .noise import gumbel, keyed
 from .prefix import choices_of
 from .support import floating, launch, on_device, power, require, rows_of
@@ -144,13 +144,13 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
 def sample(
     logits: Tensor,
     params: SamplingParams,
-    randomness: Randomness,
+    sampler: Sampler,
     samples: Rows[int],
     positions: Rows[int],
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """As choose(): the next token of every row of logits [R, V]. UserError for other randomness than keyed."""
+    """As choose(): the next token of every row of logits [R, V]. UserError for other sampler than keyed."""
     op = "sample"
     on_device(op, logits=logits)
     if params.penalised:
@@ -158,8 +158,8 @@ def sample(
     if params.greedy:
         greedy: list[int] = choices_of(op, logits).tolist()
         return greedy
-    seed = seed_of(op, randomness)
-    require(op, seed is not None, "a temperature above 0 and no randomness", "keyed randomness")
+    seed = seed_of(op, sampler)
+    require(op, seed is not None, "a temperature above 0 and no sampler", "keyed sampler")
     floating(op, logits=logits)
     rows = rows_of(logits)
     (R, V), pairs = rows.shape, torch.tensor([samples, positions], device=logits.device)

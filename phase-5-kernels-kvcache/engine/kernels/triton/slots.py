@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv_cache.paged import PAGE
-from ..places import Layer, Places
+from ..metadata import AttentionMetadata, Layer
 
 NEVER = 1 << 30  # positions that wrap after so many do not
 
@@ -24,7 +24,7 @@ def offset(rows, tables, r, position, slots, table_width, s_place, s_slot, PAGED
     return place * s_place + slot * s_slot
 
 
-def ways(places: Places) -> tuple[Tensor, int, int]:
+def ways(places: AttentionMetadata) -> tuple[Tensor, int, int]:
     """Page tables (where there are none, something that is not read), slots of a place, width of the tables."""
     if places.tables is None:
         return places.rows, places.wrap or NEVER, 1

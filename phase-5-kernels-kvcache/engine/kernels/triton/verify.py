@@ -14,8 +14,8 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from ...sampling import KeyedRandomness
-from ...verify import Certain, Decisions, Verdict
+from ...sampling import KeyedSampler
+from ...verify import GreedySource, RandomSource, Verdict
 from .noise import chance, gumbel, keyed
 from .support import launch, on_device, power, require, same_shape
 
@@ -120,14 +120,14 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
         tl.store(following + r, drawn(here, mine, position + stood, V, BLOCK).to(tl.int64))
 
 
-def seed_of(op: str, randomness: object) -> int | None:
-    """The seed of keyed randomness; None where nothing is left to chance."""
-    if isinstance(randomness, Certain):
+def seed_of(op: str, sampler: object) -> int | None:
+    """The seed of keyed sampler; None where nothing is left to chance."""
+    if isinstance(sampler, GreedySource):
         return None
-    kind = type(randomness).__name__
-    require(op, isinstance(randomness, KeyedRandomness), f"randomness of the kind {kind}", "keyed, or Certain")
-    assert isinstance(randomness, KeyedRandomness)
-    return randomness.seed
+    kind = type(sampler).__name__
+    require(op, isinstance(sampler, KeyedSampler), f"sampler of the kind {kind}", "keyed, or Certain")
+    assert isinstance(sampler, KeyedSampler)
+    return sampler.seed
 
 
 def verify_sample(
@@ -137,12 +137,12 @@ def verify_sample(
     widths: Tensor,
     samples: Tensor,
     positions: Tensor,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Verdict:
     """As verify(): draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32
-    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other randomness than keyed or none."""
+    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other sampler than keyed or none."""
     op = "verify_sample"
-    seed = seed_of(op, decisions)
+    seed = seed_of(op, source)
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
     on_device(op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths)
     same_shape(op, "target_probs", target_probs, R, K + 1, V)

@@ -14,17 +14,17 @@ from .model import Transformer
 from .sampling import SamplingParams, probabilities
 from .sequence import Ending, Sequence
 from .speculative import target_logits
-from .verify import Decisions, verify
+from .verify import RandomSource, verify
 
 
-def forced_acceptance(
+def teacher_forced_acceptance(
     model: Transformer,
     drafter: Drafter,
     prompt: list[int],
     truth: list[int],
     params: SamplingParams,
     k: int,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> list[int]:
     """How many of k draft tokens stood at each point of `truth`, the text that follows `prompt` (token ids)."""
     sequence, stood = Sequence(prompt, params, Ending()), []
@@ -41,7 +41,7 @@ def forced_acceptance(
             torch.tensor([k], device=device),
             torch.tensor([sequence.sample], device=device),
             torch.tensor([sequence.length], device=device),
-            decisions,
+            source,
         )
         stood.append(int(verdict.accepted))
         drafter.observe([stood[-1]])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .places import Places
+from .metadata import AttentionMetadata
 
 FEW = 64  # tokens of a step, at most: those of a large tree
 
@@ -44,7 +44,7 @@ def is_in_order(mask: Tensor, before: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Sight:
+class KeyRanges:
     """For R rows of W queries: query w of row r sees the positions lo .. end - 1, int32 [R, W] each.
 
     With `lines` (int32 [R, W, L]) those from base[r] on stand for the positions lines[r, w, position - base[r]].
@@ -57,17 +57,17 @@ class Sight:
     lines: Tensor | None = None
 
 
-def sight_of(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
+def key_ranges(op: str, places: AttentionMetadata, masks: list[Tensor | None], W: int) -> KeyRanges:
     """Computed once per mask: layers of one window share a mask, and layers of different windows have their own."""
     known = places.sights.get((W, id(masks)))
     if known is None:  # the masks are kept with it: no other list takes their id
         known = places.sights[W, id(masks)] = masks, _make(op, places, masks, W)
     found = known[1]
-    assert isinstance(found, Sight)
+    assert isinstance(found, KeyRanges)
     return found
 
 
-def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
+def _make(op: str, places: AttentionMetadata, masks: list[Tensor | None], W: int) -> KeyRanges:
     if len(masks) != len(places.rows_asked):
         raise UserError(f"{op}: {len(masks)} masks; expected {len(places.rows_asked)}, one per row")
     lo, end, trees = [], [], dict[int, Tensor]()
@@ -94,8 +94,8 @@ def _make(op: str, places: Places, masks: list[Tensor | None], W: int) -> Sight:
     furthest = max((max(of_row, default=0) for of_row in end), default=0)
     table = torch.tensor([lo, end], dtype=torch.int32, device=device).view(2, len(masks), W)
     if not trees:
-        return Sight(table[0], table[1], furthest)
-    return Sight(table[0], table[1], furthest, *_lines(places, trees, lo, end, W))
+        return KeyRanges(table[0], table[1], furthest)
+    return KeyRanges(table[0], table[1], furthest, *_lines(places, trees, lo, end, W))
 
 
 def _extent(open_: Tensor) -> list[list[int]]:
@@ -109,7 +109,7 @@ def _extent(open_: Tensor) -> list[list[int]]:
 
 
 def _lines(
-    places: Places, trees: dict[int, Tensor], lo: list[list[int]], end: list[list[int]], W: int
+    places: AttentionMetadata, trees: dict[int, Tensor], lo: list[list[int]], end: list[list[int]], W: int
 ) -> tuple[Tensor, Tensor]:
     """base and lines; rows without a tree list nothing, for their base is behind all they see."""
     base, listed = [max(of_row, default=0) for of_row in end], dict[tuple[int, int], list[int]]()
@@ -132,8 +132,8 @@ def _first_hole(visible: list[bool], begin: int) -> int:
     return next((at for at in range(begin, len(visible)) if not visible[at]), len(visible))
 
 
-def sight_row(sight: Sight, r: int) -> Sight:
+def ranges_of_row(sight: KeyRanges, r: int) -> KeyRanges:
     """Of one row alone."""
     base = None if sight.base is None else sight.base[r : r + 1]
     lines = None if sight.lines is None else sight.lines[r : r + 1]
-    return Sight(sight.lo[r : r + 1], sight.end[r : r + 1], sight.furthest, base, lines)
+    return KeyRanges(sight.lo[r : r + 1], sight.end[r : r + 1], sight.furthest, base, lines)

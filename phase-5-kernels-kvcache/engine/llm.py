@@ -1,7 +1,7 @@
 """A loaded model and the options to run it with: what the command line, the demo and the benches all call.
 
-session = Session(Options(max_tokens=16))
-print(session.complete(["from pathlib import"])[0].text)
+llm = LLM(Options(max_tokens=16))
+print(llm.generate(["from pathlib import"])[0].text)
 """
 
 from __future__ import annotations
@@ -20,32 +20,42 @@ from common.device import available_memory, memory, resolve_device
 from common.errors import UserError
 from common.results import environment
 
+from .backends import Backends
 from .beam import beam_search
 from .compile import Compiler
 from .config import ModelConfig
-from .controllers import Costs
 from .cost import forward_bytes, ranking_bytes
+from .cost_model import CostModel
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher
 from .fake import FakeModel
 from .generate import Clock, Generation, Watch, decode, finish
+from .kv_cache import PAGE, needed_bytes
 from .load import LoadedModel, load
+from .model import Transformer
 from .options import Options, QuantName
 from .packing import pack_matrices
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, each_within, resolve_precision
 from .profiler import stage
 from .quantize import Format
-from .sampling import KeyedRandomness
+from .runner import CHUNK, DRAFT_ROOM, CachedRunner, ModelRunner, cache_shape
+from .sampling import KeyedSampler
 from .sequence import Sequence
-from .speculative import Step, StepStats, speculative_decode
+from .speculative import speculative_decode
+from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import best_shape, measured_acceptance
-from .verify import Certain, Decisions, KeyedDecisions
+from .verify import GreedySource, KeyedSource, RandomSource
+from .weights import lay_out
 
 
-class Session:
+def is_fake(name: str) -> bool:
+    return name.partition(":")[0] == "fake"
+
+
+class LLM:
     """Loads what the options name. UserError where that cannot be had."""
 
     def __init__(self, options: Options) -> None:
@@ -54,6 +64,7 @@ class Session:
         self.options = options
         self.params = options.sampling_params()
         self.precision: dict[str, Precision] = {}  # of each model that was loaded here
+        self.backends = self._backends()
         self.loaded = self._load(options.model, options.quant)
         self.encoder = TokenizerCache(self.loaded.tokenizer)
         self.policy = options.acceptance_policy()
@@ -66,39 +77,64 @@ class Session:
         if self.draft:
             check_pair(self.loaded, self.draft)
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
-        self.costs = Costs()  # of time, by which `--controller cost` goes
+        self.runner: ModelRunner | None = None  # of the target, in the last run
+        self.cost_model = CostModel()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
+        drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
+        models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
+        self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
+        if self.backends.whole_steps:
+            for model in models:
+                if not isinstance(model, FakeModel) and not self.backends.in_cpp(model):
+                    lay_out(model.layers)
         self.compiler = Compiler() if options.compile else None
         if self.compiler:
-            drafting = self.draft.model if self.draft else self.heads
-            self.compiler.compile(self.loaded.model, *([drafting] if drafting else []))
+            self.compiler.compile(self.loaded.model, *drafting)
             self.compiler.warm_up(self._warm_up)
-        else:
-            for module in (self.loaded.model, self.draft.model if self.draft else None, self.heads):
-                if module is not None:
+        elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
+            for module in (self.loaded.model, *drafting):
+                if not self.backends.in_cpp(module):
                     pack_matrices(module)
 
+    def _backends(self) -> Backends:
+        """Who computes, chosen before a weight is read: matrices that C++ will pack are loaded as files have them."""
+        if is_fake(self.options.model):
+            return Backends(self.options, torch.device("cpu"), torch.float32)
+        return Backends(self.options, resolve_device(self.options.device), self._resolve(self.options.model).dtype)
+
+    def _resolve(self, name: str) -> Precision:
+        if name not in self.precision:
+            self.precision[name] = resolve_precision(
+                self.options.dtype,
+                self.options.amp,
+                resolve_device(self.options.device),
+                lambda: ModelConfig.from_hf(open_checkpoint(name, ModelConfig.from_hf).config),
+            )
+        return self.precision[name]
+
     def _load(self, name: str, quant: QuantName) -> LoadedModel:
-        if name.partition(":")[0] == "fake":
+        if is_fake(name):
             if quant != "none":
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
         device = resolve_device(self.options.device)
-        self.precision[name] = resolve_precision(
-            self.options.dtype,
-            self.options.amp,
-            device,
-            lambda: ModelConfig.from_hf(open_checkpoint(name, ModelConfig.from_hf).config),
-        )
         format = None
         if quant != "none":
             format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
-        return load(name, self.precision[name].dtype, device, format, self.options.quant_head)
+        return load(
+            name,
+            self._resolve(name).dtype,
+            device,
+            format,
+            self.options.quant_head,
+            as_stored=self.backends.whole_steps,
+        )
 
     def sequences(self, texts: list[str]) -> list[Sequence]:
-        """One sequence for every sample of every prompt. UserError if one forward over all would not fit in memory."""
+        """One sequence for every sample of every prompt. UserError if all at once would not fit in memory."""
         stage("tokenize")
         prompts = self.encoder.encode(texts)
+        self._check_slots(prompts)
         self._check_memory(prompts)
         return [
             Sequence(prompt, self.params, self.loaded.ending, sample)
@@ -106,18 +142,44 @@ class Session:
             for sample in range(self.options.n)
         ]
 
+    def _check_slots(self, prompts: list[list[int]]) -> None:
+        """Now, and not midway. Slots are as many for every text; of pages, what serves the shortest may be enough."""
+        options, config = self.options, self.loaded.config
+        if options.kv == "off" or options.beams > 1 or not self.loaded.model.has_cache:
+            return
+        tree = options.tree_nodes if self.speculative and options.tree != "off" else 0
+        lengths = [min(len(prompt) + self.params.max_new_tokens, config.context) + tree for prompt in prompts]
+        what = "prompt, new tokens and a tree" if tree else "prompt and new tokens"
+        if 0 < options.kv_slots < max(lengths):
+            raise UserError(
+                f"the KV cache holds {options.kv_slots} tokens per text, and {max(lengths)} are needed ({what}): give "
+                "a larger --kv-slots, or 0 for as many as the request can need"
+            )
+        if 0 < options.kv_pages < (pages := -(-min(lengths) // PAGE)):
+            raise UserError(
+                f"out of pages: there are {options.kv_pages} of {PAGE} tokens, and {pages} are needed ({what}): give "
+                "more --kv-pages, or 0 for as many as the request can need"
+            )
+
     def _check_memory(self, prompts: list[list[int]]) -> None:
-        """All completions share one forward; better to say now that it is too large than to be killed midway."""
-        config, weight = self.loaded.config, self.loaded.model.embedding.weight
+        """All completions are decoded together; better to say now that it is too much than to be killed midway."""
         rows = len(prompts) * self.options.n * self.options.beams
-        length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
-        needed = forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
-        free = available_memory(weight.device)
+        length = min(max(map(len, prompts)) + self.params.max_new_tokens, self.loaded.config.context)
+        needed, free = self._needed_bytes(rows, length), available_memory(self.loaded.model.embedding.weight.device)
         if needed > free:
             raise UserError(
-                f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB in one forward, and "
+                f"{rows} completions of up to {length} tokens need about {needed / 2**30:.1f} GiB at once, and "
                 f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
             )
+
+    def _needed_bytes(self, rows: int, length: int) -> int:
+        """Without a cache, of one forward over all; with one, of the cache, of a chunk of a prompt and of a step."""
+        config, weight, kv = self.loaded.config, self.loaded.model.embedding.weight, self.options.kv_options()
+        if kv.kind == "off" or self.options.beams > 1 or not self.loaded.model.has_cache:
+            return forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
+        cache = needed_bytes(kv, cache_shape(config), rows, length + DRAFT_ROOM, weight.dtype, config.window)
+        chunk = forward_bytes(config, 1, length, weight.itemsize) * min(CHUNK, length) // length
+        return cache + chunk + forward_bytes(config, rows, 1, weight.itemsize)
 
     def _warm_up(self) -> None:
         """A few tokens behind prompts of several lengths, so that all is compiled before anything is timed."""
@@ -161,7 +223,7 @@ class Session:
     def run(self, sequences: list[Sequence], clock: Clock, watch: Watch | None = None) -> Iterator[Step | None]:
         """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None.
 
-        `watch` sees the steps of plain decoding.
+        `watch` sees the steps of plain decoding; with it no steps are made together in one call.
         """
         yield from each_within(self.computing, self._decode(sequences, clock, watch))
 
@@ -170,23 +232,27 @@ class Session:
             yield from self._search(sequences, clock)
             return
         if self.speculative:
-            yield from self._speculate(sequences, clock)
+            yield from self._speculate(sequences, clock, multi_step=watch is None)
             return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed), watch):
+        runner = self.runner = self._runner(self.loaded.model, sequences)
+        for active in decode(runner, sequences, self.params, KeyedSampler(self.params.seed), watch):
             for sequence in active:
                 clock.mark(sequence)
             yield None
 
-    def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
-        decisions = Certain() if self.params.greedy else KeyedDecisions(self.params.seed)
-        draft = self.draft.model if self.draft else None
+    def _speculate(self, sequences: list[Sequence], clock: Clock, multi_step: bool) -> Iterator[Step]:
+        source = GreedySource() if self.params.greedy else KeyedSource(self.params.seed)
+        runner = self.runner = self._runner(self.loaded.model, sequences)
+        draft = self._runner(self.draft.model, sequences) if self.draft else None
         noise = self.policy.draft_noise
-        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
+        drafter = make_drafter(
+            self.options, self.loaded.model, draft, self.params, source, noise, self.heads, self.backends.heads
+        )
         if self.options.tree != "off":
-            drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
-        controller = partial(self.options.make_controller, self.costs)
+            drafter = self._tree_drafter(cast(Brancher, drafter), source)
+        controller = partial(self.options.make_controller, self.cost_model)
         for step in speculative_decode(
-            self.loaded.model, drafter, sequences, self.params, self.policy, controller, decisions
+            runner, drafter, sequences, self.params, self.policy, controller, source, multi_step
         ):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)
@@ -195,12 +261,32 @@ class Session:
                 self.steps[sequence].append(stats)
             yield step
 
-    def _tree_drafter(self, drafter: Brancher, decisions: Decisions) -> TreeDrafter:
+    def remembered(self) -> dict[str, object]:
+        """What the target's cache was, and what it took; or why there was none."""
+        if not isinstance(self.runner, CachedRunner):
+            reasons = {"--kv off": self.options.kv == "off", "beam search computes whole texts": self.options.beams > 1}
+            why = next((why for why, holds in reasons.items() if holds), "the model has nothing to remember")
+            return {"kind": "off", "why": why}
+        texts = self.runner.texts
+        return {
+            "kind": self.options.kv,
+            "dtype": self.options.kv_dtype,
+            "mib": texts.cache.nbytes() / 2**20,
+            "positions": texts.positions,
+            "prefill_ms": self.runner.prefill_ms,
+        }
+
+    def _runner(self, model: Transformer, sequences: list[Sequence]) -> ModelRunner:
+        """With room for these sequences and their output."""
+        longest = max(len(sequence.prompt) for sequence in sequences) + self.params.max_new_tokens
+        return self.backends.runner(model, self.options.kv_options(), len(sequences), longest)
+
+    def _tree_drafter(self, drafter: Brancher, source: RandomSource) -> TreeDrafter:
         if self.options.tree == "dynamic":
             return DynamicTreeDrafter(drafter, self.params, self.options.tree_nodes)
         shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
         policy = self.policy
-        return StaticTreeDrafter(drafter, self.params, shape, decisions, policy.draft_noise, policy.draws_children)
+        return StaticTreeDrafter(drafter, self.params, shape, source, policy.draft_noise, policy.draws_children)
 
     def tree_acceptance(self) -> list[list[float]]:
         """By depth and rank: as measured for the model's own drafters, else a typical one."""
@@ -222,7 +308,7 @@ class Session:
             clock.mark(sequence, best.forwards)
             yield None
 
-    def complete(self, texts: list[str]) -> list[Generation]:
+    def generate(self, texts: list[str]) -> list[Generation]:
         """All completions, in the order of the prompts."""
         sequences, clock = self.sequences(texts), Clock()
         for _ in self.run(sequences, clock):

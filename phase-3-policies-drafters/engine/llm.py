@@ -1,7 +1,7 @@
 """A loaded model and the options to run it with: what the command line, the demo and the benches all call.
 
-session = Session(Options(max_tokens=16))
-print(session.complete(["from pathlib import"])[0].text)
+llm = LLM(Options(max_tokens=16))
+print(llm.generate(["from pathlib import"])[0].text)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.results import environment
 
 from .beam import beam_search
-from .controllers import Costs
+from .controllers import CostModel
 from .cost import forward_bytes, ranking_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
@@ -29,14 +29,14 @@ from .generate import Clock, Generation, Watch, decode, finish
 from .load import LoadedModel, load
 from .options import Options
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
-from .sampling import KeyedRandomness
+from .sampling import KeyedSampler
 from .sequence import Sequence
 from .speculative import Step, StepStats, speculative_decode
 from .tree_shapes import best_shape, measured_acceptance
-from .verify import Certain, Decisions, KeyedDecisions
+from .verify import GreedySource, KeyedSource, RandomSource
 
 
-class Session:
+class LLM:
     """Loads what the options name. UserError where that cannot be had."""
 
     def __init__(self, options: Options) -> None:
@@ -55,7 +55,7 @@ class Session:
         if self.draft:
             check_pair(self.loaded, self.draft)
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
-        self.costs = Costs()  # of time, by which `--controller cost` goes
+        self.costs = CostModel()  # of time, by which `--controller cost` goes
         self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
 
     def _load(self, name: str) -> LoadedModel:
@@ -121,21 +121,21 @@ class Session:
         if self.speculative:
             yield from self._speculate(sequences, clock)
             return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed), watch):
+        for active in decode(self.loaded.model, sequences, self.params, KeyedSampler(self.params.seed), watch):
             for sequence in active:
                 clock.mark(sequence)
             yield None
 
     def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
-        decisions = Certain() if self.params.greedy else KeyedDecisions(self.params.seed)
+        source = GreedySource() if self.params.greedy else KeyedSource(self.params.seed)
         draft = self.draft.model if self.draft else None
         noise = self.policy.draft_noise
-        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, decisions, noise, self.heads)
+        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, source, noise, self.heads)
         if self.options.tree != "off":
-            drafter = self._tree_drafter(cast(Brancher, drafter), decisions)
+            drafter = self._tree_drafter(cast(Brancher, drafter), source)
         controller = partial(self.options.make_controller, self.costs)
         for step in speculative_decode(
-            self.loaded.model, drafter, sequences, self.params, self.policy, controller, decisions
+            self.loaded.model, drafter, sequences, self.params, self.policy, controller, source
         ):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)
@@ -144,12 +144,12 @@ class Session:
                 self.steps[sequence].append(stats)
             yield step
 
-    def _tree_drafter(self, drafter: Brancher, decisions: Decisions) -> TreeDrafter:
+    def _tree_drafter(self, drafter: Brancher, source: RandomSource) -> TreeDrafter:
         if self.options.tree == "dynamic":
             return DynamicTreeDrafter(drafter, self.params, self.options.tree_nodes)
         shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
         policy = self.policy
-        return StaticTreeDrafter(drafter, self.params, shape, decisions, policy.draft_noise, policy.draws_children)
+        return StaticTreeDrafter(drafter, self.params, shape, source, policy.draft_noise, policy.draws_children)
 
     def tree_acceptance(self) -> list[list[float]]:
         """By depth and rank: as measured for the model's own drafters, else a typical one."""
@@ -171,7 +171,7 @@ class Session:
             clock.mark(sequence, best.forwards)
             yield None
 
-    def complete(self, texts: list[str]) -> list[Generation]:
+    def generate(self, texts: list[str]) -> list[Generation]:
         """All completions, in the order of the prompts."""
         sequences, clock = self.sequences(texts), Clock()
         for _ in self.run(sequences, clock):

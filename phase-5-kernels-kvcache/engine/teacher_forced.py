@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from .drafting import Drafter, Outcome
 from .policies import AcceptancePolicy
-from .runner import Runner
+from .runner import ModelRunner
 from .sampling import SamplingParams
 from .sequence import Ending, Sequence
-from .speculative import judge
+from .speculative import accept
 from .tree import Tree
-from .verify import Decisions
+from .verify import RandomSource
 
 
-def forced_acceptance(
-    runner: Runner,
+def teacher_forced_acceptance(
+    runner: ModelRunner,
     drafter: Drafter,
     prompt: list[int],
     truth: list[int],
     params: SamplingParams,
     policy: AcceptancePolicy,
     k: int,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> list[int]:
     """How many of k draft tokens (of a tree's levels) stood at each point of `truth`, which follows `prompt`.
 
@@ -44,7 +44,7 @@ def forced_acceptance(
         draft = drafter.propose([sequence], [k])
         trees = draft.trees or [Tree.chain(draft.tokens[0].tolist())]
         target = runner.step([sequence], [prompt + sequence.tokens], trees)
-        paths = judge(policy, draft, trees, target, [sequence], params, decisions)[2]
+        paths = accept(policy, draft, trees, target, [sequence], params, source)[2]
         stood.append(len(paths[0].nodes))
         for token in truth[len(sequence.tokens) :][: stood[-1] + 1]:
             sequence.append(token)

@@ -14,29 +14,29 @@ from .protocol import KVCache
 
 
 @dataclass
-class Row:
+class CacheEntry:
     number: int
     held: list[int] = field(default_factory=list)  # token ids, of which the cache has keys and values
     text: list[int] = field(default_factory=list)  # appended behind them in the last forward, and certain
     draft: list[int] = field(default_factory=list)  # likewise, and guesses
 
 
-class Texts:
+class CacheManager:
     """The rows of one model's cache, by whatever names the loop gives its texts."""
 
     def __init__(self, cache: KVCache, rows: int) -> None:
         self.cache = cache
-        self.rows: dict[Hashable, Row] = {}
+        self.rows: dict[Hashable, CacheEntry] = {}
         self.free = list(range(rows))[::-1]
         self.positions = 0  # that went through the model, all in all
 
-    def begin(self, owner: Hashable, window: list[int], borrow: bool = True) -> Row:
+    def begin(self, owner: Hashable, window: list[int], borrow: bool = True) -> CacheEntry:
         """The row of a text, cut back to what it shares with the text; its last token is always still to be seen.
 
         borrow: a new text may begin with what another row has. Not where more is wanted of it than keys and values.
         """
         if owner not in self.rows:
-            row = self.rows[owner] = Row(self.free.pop())
+            row = self.rows[owner] = CacheEntry(self.free.pop())
             if borrow:
                 self._borrow(row, window)
         row = self.rows[owner]
@@ -46,13 +46,13 @@ class Texts:
             self._truncate(row, common_prefix(row.held, window[:-1]))
         return row
 
-    def _truncate(self, row: Row, length: int) -> None:
+    def _truncate(self, row: CacheEntry, length: int) -> None:
         if length < self.cache.shortest(row.number):
             length = 0  # what it would look back on is overwritten
         self.cache.truncate(row.number, length)
         del row.held[length:]
 
-    def _borrow(self, row: Row, window: list[int]) -> None:
+    def _borrow(self, row: CacheEntry, window: list[int]) -> None:
         """Begin with what another row has of the same beginning."""
         others = [other for other in self.rows.values() if other is not row and self.cache.first(other.number) == 0]
         best = max(others, key=lambda other: common_prefix(other.held, window[:-1]), default=None)
@@ -61,7 +61,7 @@ class Texts:
             row.held = list(best.held)
             self._truncate(row, shared)
 
-    def appended(self, row: Row, text: list[int], draft: list[int]) -> None:
+    def appended(self, row: CacheEntry, text: list[int], draft: list[int]) -> None:
         """A forward has appended these tokens behind what the row holds."""
         row.text, row.draft = text, draft
         self.positions += len(text) + len(draft)
@@ -72,7 +72,7 @@ class Texts:
         """Of the last forward's draft, these nodes stand."""
         self.settle(self.rows[owner], nodes)
 
-    def settle(self, row: Row, nodes: list[int]) -> None:
+    def settle(self, row: CacheEntry, nodes: list[int]) -> None:
         if row.text:
             entries = [*range(len(row.text)), *(len(row.text) + node for node in nodes)]
             self.cache.keep(row.number, entries)

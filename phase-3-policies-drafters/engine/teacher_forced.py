@@ -12,13 +12,13 @@ from .model import Transformer
 from .policies import AcceptancePolicy
 from .sampling import SamplingParams
 from .sequence import Ending, Sequence
-from .speculative import judge
+from .speculative import accept
 from .target import target_forward
 from .tree import Tree
-from .verify import Decisions
+from .verify import RandomSource
 
 
-def forced_acceptance(
+def teacher_forced_acceptance(
     model: Transformer,
     drafter: Drafter,
     prompt: list[int],
@@ -26,7 +26,7 @@ def forced_acceptance(
     params: SamplingParams,
     policy: AcceptancePolicy,
     k: int,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> list[int]:
     """How many of k draft tokens (of a tree's levels) stood at each point of `truth`, which follows `prompt`.
 
@@ -45,7 +45,7 @@ def forced_acceptance(
         draft = drafter.propose([sequence], [k])
         trees = draft.trees or [Tree.chain(draft.tokens[0].tolist())]
         target = target_forward(model, [prompt + sequence.tokens], trees)
-        paths = judge(policy, draft, trees, target, [sequence], params, decisions)[2]
+        paths = accept(policy, draft, trees, target, [sequence], params, source)[2]
         stood.append(len(paths[0].nodes))
         for token in truth[len(sequence.tokens) :][: stood[-1] + 1]:
             sequence.append(token)

@@ -30,7 +30,7 @@ def usual(times: Iterable[float]) -> float:
 
 
 @dataclass
-class Prices:
+class CostModel:
     """Of the machine and the models, not of a text."""
 
     draft_ms: deque[float] = field(default_factory=_recent)  # of one draft token

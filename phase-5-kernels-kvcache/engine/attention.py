@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import TORCH, Kernels
-from .kernels.sight import FEW, in_order, is_in_order
+from .kernels.key_ranges import FEW, in_order, is_in_order
 from .kv_cache import KVCache
 
 
-class Attending(Protocol):
+class AttentionBackend(Protocol):
     @property
     def turns(self) -> bool:
         """Whether it takes queries and keys that were not turned to their positions yet, and turns them itself."""
@@ -36,7 +36,7 @@ class Attending(Protocol):
 
 
 @dataclass(frozen=True)
-class Within:
+class FullAttention:
     """No cache: the tokens of the forward are all there is. mask [1 or B, 1, W, T], 0 or -inf."""
 
     mask: Tensor
@@ -54,7 +54,7 @@ class Within:
 
 
 @dataclass(frozen=True)
-class Behind:
+class CachedAttention:
     """The first counts[r] tokens of row r of the forward stand behind what row rows[r] of a cache holds."""
 
     cache: KVCache
@@ -63,7 +63,7 @@ class Behind:
     masks: list[Tensor | None]  # of every row [W, n]; n: what can be read of the cache's row, and the new tokens
     kernels: Kernels = TORCH
 
-    def only(self, wanted: Tensor | None) -> Behind:
+    def only(self, wanted: Tensor | None) -> CachedAttention:
         """For the last layer, where the queries wanted [R, W] alone are asked."""
         if wanted is None:
             return self

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from phase5 import Bounds, CostController, StepStats
-from phase5.prices import Prices
+from phase5.cost_model import CostModel
 
-pytestmark = pytest.mark.about("engine/prices.py, Prices.observe")
+pytestmark = pytest.mark.about("engine/cost_model.py, CostModel.observe")
 
 
 def step(k: int, verify: float, draft: float = 0.5, accepted: int = 0, computed: int | None = None) -> StepStats:
@@ -29,29 +29,29 @@ def step(k: int, verify: float, draft: float = 0.5, accepted: int = 0, computed:
     )
 
 
-def told(*steps: StepStats) -> Prices:
-    prices = Prices()
+def told(*steps: StepStats) -> CostModel:
+    cost_model = CostModel()
     for each in steps:
-        prices.observe(each)
-    return prices
+        cost_model.observe(each)
+    return cost_model
 
 
 def test_what_was_tried_is_known_and_what_lies_between_is_on_a_line() -> None:
-    prices = told(step(0, 2.0), step(2, 3.0), step(6, 4.0))
-    assert prices.verify_ms(0, 1) == pytest.approx(2.0)
-    assert prices.verify_ms(2, 1) == pytest.approx(3.0)
-    assert prices.verify_ms(4, 1) == pytest.approx(3.5)
-    assert prices.verify_ms(8, 1) == pytest.approx(4 + 2 / 3)
+    cost_model = told(step(0, 2.0), step(2, 3.0), step(6, 4.0))
+    assert cost_model.verify_ms(0, 1) == pytest.approx(2.0)
+    assert cost_model.verify_ms(2, 1) == pytest.approx(3.0)
+    assert cost_model.verify_ms(4, 1) == pytest.approx(3.5)
+    assert cost_model.verify_ms(8, 1) == pytest.approx(4 + 2 / 3)
 
 
 def test_fewer_tokens_never_cost_more() -> None:
-    prices = told(step(0, 2.0), step(1, 9.0), step(4, 3.0))
-    assert prices.verify_ms(1, 1) == pytest.approx(3.0)
+    cost_model = told(step(0, 2.0), step(1, 9.0), step(4, 3.0))
+    assert cost_model.verify_ms(1, 1) == pytest.approx(3.0)
 
 
 def test_a_stalled_forward_and_a_prefill_teach_nothing() -> None:
-    prices = told(*[step(3, 3.0)] * 6, step(3, 300.0), step(3, 50.0, computed=200))
-    assert prices.verify_ms(3, 1) == pytest.approx(3.0)
+    cost_model = told(*[step(3, 3.0)] * 6, step(3, 300.0), step(3, 50.0, computed=200))
+    assert cost_model.verify_ms(3, 1) == pytest.approx(3.0)
 
 
 def test_without_a_cache_a_longer_text_costs_more() -> None:
@@ -60,11 +60,11 @@ def test_without_a_cache_a_longer_text_costs_more() -> None:
 
 
 def test_a_plain_step_is_wanted_until_it_is_known_and_again_after_a_while() -> None:
-    prices = told(step(0, 2.0), step(0, 2.0))
-    assert not prices.wants_plain
+    cost_model = told(step(0, 2.0), step(0, 2.0))
+    assert not cost_model.wants_plain
     for _ in range(65):
-        prices.observe(step(2, 3.0))
-    assert prices.wants_plain
+        cost_model.observe(step(2, 3.0))
+    assert cost_model.wants_plain
 
 
 @pytest.mark.parametrize(

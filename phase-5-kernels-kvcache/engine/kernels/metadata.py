@@ -40,7 +40,7 @@ class Layer(NamedTuple):
 
 
 @dataclass
-class Places:
+class AttentionMetadata:
     """For the R rows of one forward; on the device: rows, starts, counts int32 [R], tables int32 [R, width]."""
 
     rows_asked: list[int]
@@ -52,17 +52,17 @@ class Places:
     counts: Tensor
     tables: Tensor | None  # pages
     wrap: int  # slots of a ring; 0: positions never wrap
-    sights: dict[tuple[int, int], tuple[object, object]] = field(default_factory=dict)  # see sight.py
+    sights: dict[tuple[int, int], tuple[object, object]] = field(default_factory=dict)  # see key_ranges.py
 
     @property
     def ends(self) -> list[int]:
         return [length + count for length, count in zip(self.lengths, self.counts_asked, strict=True)]
 
 
-_LAST: WeakKeyDictionary[KVCache, Places] = WeakKeyDictionary()  # of every cache, those of its last forward
+_LAST: WeakKeyDictionary[KVCache, AttentionMetadata] = WeakKeyDictionary()  # of every cache, those of its last forward
 
 
-def places_of(op: str, cache: KVCache, rows: list[int], counts: list[int], device: torch.device) -> Places:
+def places_of(op: str, cache: KVCache, rows: list[int], counts: list[int], device: torch.device) -> AttentionMetadata:
     """Those of the last call if nothing has changed since, as from layer to layer. UserError names the op."""
     lengths = [cache.length(row) for row in rows]
     last = _LAST.get(cache)
@@ -93,15 +93,15 @@ def places_of(op: str, cache: KVCache, rows: list[int], counts: list[int], devic
             raise UserError(f"{op}: row {row} of the cache is to hold {length + count} tokens; it has room for {most}")
     numbers = torch.tensor([rows, lengths, counts], dtype=torch.int32, device=device)
     first = [cache.first(row) for row in rows]
-    made = Places(rows, counts, lengths, first, numbers[0], numbers[1], numbers[2], tables, wrap)
+    made = AttentionMetadata(rows, counts, lengths, first, numbers[0], numbers[1], numbers[2], tables, wrap)
     _LAST[cache] = made
     return made
 
 
-def in_row(device: torch.device) -> Places:
+def in_row(device: torch.device) -> AttentionMetadata:
     """For a row that is alone in its tensor, as in a dynamic cache: place 0."""
     zero = torch.zeros(1, dtype=torch.int32, device=device)
-    return Places([0], [], [], [], zero, zero, zero, None, 0)
+    return AttentionMetadata([0], [], [], [], zero, zero, zero, None, 0)
 
 
 def layer_of(cache: KVCache, layer: int) -> Layer:

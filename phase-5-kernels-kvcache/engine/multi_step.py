@@ -15,30 +15,30 @@ from .controllers import KController
 from .drafters.model import ModelDrafter
 from .drafting import Draft, Drafter, Outcome
 from .generate import AT_ONCE, several
-from .policies import AcceptancePolicy, Judged, OwnChoice, Path, Rejection
+from .policies import AcceptancePolicy, Judged, Path, Rejection, SampleMatch
 from .profiler import CURRENT, stage
-from .runner import Drawing, Runner, Speculated
+from .runner import Drawing, ModelRunner, Speculated
 from .sampling import SamplingParams
 from .sequence import Sequence
 from .steps import Step, StepStats, StepTimes, step_stats, take
 from .tree import Tree
-from .verify import Decisions
+from .verify import RandomSource
 
 
 def plain_steps(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequence: Sequence,
     params: SamplingParams,
     controller: KController,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Iterator[Step]:
     """Steps for which nobody asks for a draft: plain decoding, at its price. None where the runner cannot."""
     if drafter.taps is not None and drafter.known(sequence) != sequence.length - 1:
         return  # it wants more states than those of the tokens to come
     began = time.perf_counter()
     count = min(AT_ONCE, controller.holds)
-    tokens, states = several(runner, sequence, params, decisions, count, drafter.taps)
+    tokens, states = several(runner, sequence, params, source, count, drafter.taps)
     for at, token in enumerate(tokens):
         if sequence.finish_reason is not None:
             return
@@ -55,26 +55,28 @@ def plain_steps(
 
 
 def drafted_steps(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequence: Sequence,
     asked: int,
     params: SamplingParams,
     policy: AcceptancePolicy,
     controller: KController,
-    decisions: Decisions,
+    source: RandomSource,
 ) -> Iterator[Step]:
     """Steps with drafts of `asked` tokens by a model. None where the runner, the policy or the controller cannot."""
-    own_choice = isinstance(policy, OwnChoice)
-    if not isinstance(drafter, ModelDrafter) or not (own_choice or isinstance(policy, Rejection)):
+    sample_match = isinstance(policy, SampleMatch)
+    if not isinstance(drafter, ModelDrafter) or not (sample_match or isinstance(policy, Rejection)):
         return
     if controller.ends_early or CURRENT.get() is not None:  # a profile tells the parts of a step from one another
         return
     began = time.perf_counter()
     fitting = (params.max_new_tokens - len(sequence.tokens)) // (asked + 1)
     steps = max(1, min(controller.holds, fitting)) if sequence.tokens else 1  # the first token is waited for
-    how = Drawing(params, decisions, sequence.sample, sequence.length, policy.draft_noise)
-    done = runner.speculate(sequence, sequence.prompt + sequence.tokens, asked, how, drafter.runner, own_choice, steps)
+    how = Drawing(params, source, sequence.sample, sequence.length, policy.draft_noise)
+    done = runner.speculate(
+        sequence, sequence.prompt + sequence.tokens, asked, how, drafter.runner, sample_match, steps
+    )
     around = time.perf_counter() - began - sum(each.draft_ms + each.verify_ms + each.accept_ms for each in done) / 1e3
     for at, each in enumerate(done):
         if sequence.finish_reason is not None:
@@ -84,7 +86,7 @@ def drafted_steps(
 
 
 def _step(
-    runner: Runner,
+    runner: ModelRunner,
     drafter: Drafter,
     sequence: Sequence,
     asked: int,

@@ -15,15 +15,15 @@ from torch import Tensor
 from .drafters.chains import keyed
 from .kernels.cpp import CppModel
 from .kv_cache import KVOptions, StaticCache
-from .kv_cache.texts import Texts
+from .kv_cache.manager import CacheManager
 from .model import Transformer
-from .runner import NO_DRAFT, CachedRunner, Drawing, Runner, Speculated, Work, room
+from .runner import NO_DRAFT, CachedRunner, Drawing, ModelRunner, Speculated, Work, room
 
 
-class FastRunner(CachedRunner):
+class CppRunner(CachedRunner):
     """Over a static cache, into which the kernels write."""
 
-    def __init__(self, model: Transformer, fast: CppModel, texts: Texts) -> None:
+    def __init__(self, model: Transformer, fast: CppModel, texts: CacheManager) -> None:
         super().__init__(model, texts)
         self.fast = fast
         assert isinstance(texts.cache, StaticCache)
@@ -115,11 +115,18 @@ class FastRunner(CachedRunner):
         return drawn, None if params.greedy and how.taps is None else probs
 
     def speculate(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing, drafter: Runner, own_choice: bool, steps: int
+        self,
+        owner: Hashable,
+        text: list[int],
+        count: int,
+        how: Drawing,
+        drafter: ModelRunner,
+        sample_match: bool,
+        steps: int,
     ) -> list[Speculated]:
         most = steps * (count + 1) - 1  # tokens past the text that are computed
         context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
-        if not isinstance(drafter, FastRunner) or not keyed(how) or len(text) + most > context:
+        if not isinstance(drafter, CppRunner) or not keyed(how) or len(text) + most > context:
             return []
         mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
         self.cache.make_room(mine.row.number, len(mine.new) + most)
@@ -134,7 +141,7 @@ class FastRunner(CachedRunner):
             its.new,
             count,
             how.params,
-            own=own_choice,
+            own=sample_match,
             sample=how.sample,
             position=how.position,
             noise=how.purpose,
@@ -149,6 +156,6 @@ class FastRunner(CachedRunner):
         return done
 
 
-def make_fast_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> FastRunner:
+def make_cpp_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> CppRunner:
     """As make_runner. UserError where the kernels do not take such a cache."""
-    return FastRunner(model, fast, Texts(room(model, options, rows, tokens, torch.float32), rows))
+    return CppRunner(model, fast, CacheManager(room(model, options, rows, tokens, torch.float32), rows))

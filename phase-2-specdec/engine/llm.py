@@ -1,7 +1,7 @@
 """A loaded model and the options to run it with: what the command line, the demo and the benches all call.
 
-session = Session(Options(max_tokens=16))
-print(session.complete(["from pathlib import"])[0].text)
+llm = LLM(Options(max_tokens=16))
+print(llm.generate(["from pathlib import"])[0].text)
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .generate import Clock, Generation, Watch, decode, finish
 from .load import LoadedModel, load
 from .options import Options
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
-from .sampling import KeyedRandomness
+from .sampling import KeyedSampler
 from .sequence import Sequence
 from .speculative import Step, StepStats, speculative_decode
-from .verify import Certain, KeyedDecisions
+from .verify import GreedySource, KeyedSource
 
 
-class Session:
+class LLM:
     """Loads what the options name. UserError where that cannot be had."""
 
     def __init__(self, options: Options) -> None:
@@ -98,16 +98,16 @@ class Session:
         if self.draft:
             yield from self._speculate(sequences, clock)
             return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed), watch):
+        for active in decode(self.loaded.model, sequences, self.params, KeyedSampler(self.params.seed), watch):
             for sequence in active:
                 clock.mark(sequence)
             yield None
 
     def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
         assert self.draft is not None, "run() asks for this only with a draft"
-        decisions = Certain() if self.params.greedy else KeyedDecisions(self.params.seed)
-        drafter = ModelDrafter(self.draft.model, self.params, decisions)
-        for step in speculative_decode(self.loaded.model, drafter, sequences, self.params, self.options.k, decisions):
+        source = GreedySource() if self.params.greedy else KeyedSource(self.params.seed)
+        drafter = ModelDrafter(self.draft.model, self.params, source)
+        for step in speculative_decode(self.loaded.model, drafter, sequences, self.params, self.options.k, source):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)
                 if self.options.metrics_detailed:
@@ -131,7 +131,7 @@ class Session:
             clock.mark(sequence, best.forwards)
             yield None
 
-    def complete(self, texts: list[str]) -> list[Generation]:
+    def generate(self, texts: list[str]) -> list[Generation]:
         """All completions, in the order of the prompts."""
         sequences, clock = self.sequences(texts), Clock()
         for _ in self.run(sequences, clock):

@@ -1,7 +1,7 @@
 """A loaded model and the options to run it with: what the command line, the demo and the benches all call.
 
-session = Session(Options(max_tokens=16))
-print(session.complete(["from pathlib import"])[0].text)
+llm = LLM(Options(max_tokens=16))
+print(llm.generate(["from pathlib import"])[0].text)
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .cost import forward_bytes, ranking_bytes
 from .generate import Clock, Generation, decode, finish
 from .load import load
 from .options import Options
-from .sampling import KeyedRandomness
+from .sampling import KeyedSampler
 from .sequence import Sequence
 
 
-class Session:
+class LLM:
     """Loads what the options name. UserError where that cannot be had."""
 
     def __init__(self, options: Options) -> None:
@@ -61,7 +61,7 @@ class Session:
         if self.options.beams > 1:
             yield from self._search(sequences, clock)
             return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedRandomness(self.params.seed)):
+        for active in decode(self.loaded.model, sequences, self.params, KeyedSampler(self.params.seed)):
             for sequence in active:
                 clock.mark(sequence)
             yield
@@ -82,7 +82,7 @@ class Session:
             clock.mark(sequence, best.forwards)
             yield
 
-    def complete(self, texts: list[str]) -> list[Generation]:
+    def generate(self, texts: list[str]) -> list[Generation]:
         """All completions, in the order of the prompts."""
         sequences, clock = self.sequences(texts), Clock()
         for _ in self.run(sequences, clock):
