@@ -16,7 +16,7 @@ import torch
 
 import phase5
 from phase5.attention import beside_padding, seen
-from phase5.kernels import TORCH, Kernels, places, registry, sight
+from phase5.kernels import TORCH, Kernels, key_ranges, metadata, registry
 from phase5.kernels.fused import PARTS
 from phase5.kernels.key_ranges import in_order
 from phase5.kv_cache import CacheShape, DynamicCache, RingCache, StaticCache
@@ -116,13 +116,13 @@ def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pyte
         cache.make_room(row, count)
         mask = seen(range(held, held + count), 0, held, None, None, like)
         masks.append(mask if mask is None or count == W else beside_padding(mask, W, held))
-    at = places.places_of("test", cache, rows, counts, CPU)
+    at = metadata.places_of("test", cache, rows, counts, CPU)
     copies = [None if mask is None else mask.clone() for mask in masks]
     assert [mask if mask is None else list(mask.shape) for mask in masks] == [[6, held + 6], [6, held + 4], None]
-    wanted = sight._make("test", at, copies, W)
+    wanted = key_ranges._make("test", at, copies, W)
     reads = Counter[str]()
-    monkeypatch.setattr(sight, "_extent", lambda open_: reads.update(["a mask"]))
-    found = sight._make("test", at, masks, W)
+    monkeypatch.setattr(key_ranges, "_extent", lambda open_: reads.update(["a mask"]))
+    found = key_ranges._make("test", at, masks, W)
     assert not reads
     assert (found.lo.tolist(), found.end.tolist(), found.furthest, found.lines) == (
         wanted.lo.tolist(), wanted.end.tolist(), wanted.furthest, None
@@ -132,8 +132,8 @@ def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pyte
 def test_what_is_not_in_the_table_is_read() -> None:
     """A part of it that begins elsewhere, or a copy of it that was changed, says something else."""
     mask = in_order(4, 10, torch.zeros(1))
-    assert sight.is_in_order(mask, 10)
-    assert not sight.is_in_order(mask, 9)
-    assert not sight.is_in_order(mask.clone(), 10)
-    assert not sight.is_in_order(in_order(4, 10, torch.zeros(1).half()), 9)
-    assert not sight.is_in_order(mask.T, 10)
+    assert key_ranges.is_in_order(mask, 10)
+    assert not key_ranges.is_in_order(mask, 9)
+    assert not key_ranges.is_in_order(mask.clone(), 10)
+    assert not key_ranges.is_in_order(in_order(4, 10, torch.zeros(1).half()), 9)
+    assert not key_ranges.is_in_order(mask.T, 10)
