@@ -6,7 +6,7 @@ python generate.py --help
 
 import sys
 
-import launch  # noqa: F401 (it has to come first)
+import launch  # noqa: F401 (must come first)
 
 from common.options import run_main
 from engine.cli import main

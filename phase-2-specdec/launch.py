@@ -1,7 +1,7 @@
-"""Imported first by generate.py and bench.py: one line where a package is missing, a quiet end on Ctrl-C meanwhile.
+"""Imported first by generate.py and bench.py: one line if a package is missing, a quiet end on Ctrl-C in imports.
 
-Without it, a Python outside of the environment ends in `No module named 'common'`, and Ctrl-C while torch is imported,
-which takes seconds, in a traceback. From common.options.run_main on, Ctrl-C is what it always is.
+Without this module, a Python outside of the environment ends in `No module named 'common'`, and Ctrl-C during the
+import of torch, which takes seconds, ends in a traceback. common.options.run_main restores the usual Ctrl-C.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ NEEDED = ("common", "torch", "pydantic_settings")
 
 
 def leave(*_: object) -> None:
-    """End at once with the status of Ctrl-C; a KeyboardInterrupt could come up within an import, which reports it."""
+    """Exit at once with the status of Ctrl-C; a KeyboardInterrupt within an import would be printed by the import."""
     os._exit(130)
 
 

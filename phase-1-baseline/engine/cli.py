@@ -1,4 +1,4 @@
-"""The command line: prompts in, text as it is made on stdout, one summary line on stderr (or one JSON document)."""
+"""The command line: reads prompts, streams text to stdout, prints one summary line to stderr (or one JSON document)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHASE = phase_of(__file__)
 
 
 def read_prompts(options: Options) -> list[str]:
-    """The prompts of the command line, else the whole of stdin. UserError if there is none or one is empty."""
+    """Return the prompts of the command line, else all of stdin. UserError if there is none or one is empty."""
     prompts = list(options.prompt)
     if options.prompt_file:
         try:
@@ -43,7 +43,7 @@ def read_prompts(options: Options) -> list[str]:
 
 
 class Printer:
-    """Shows completions in order, each as it is made; those that run ahead of their turn wait."""
+    """Prints completions in order, each while it is decoded; later ones wait for their turn."""
 
     def __init__(self, sequences: list[Sequence], quiet: bool) -> None:
         self.waiting = [] if quiet else list(enumerate(sequences, start=1))
@@ -51,7 +51,7 @@ class Printer:
         self.titled = 0
 
     def update(self, interrupted: bool = False) -> None:
-        """Print what became certain. `interrupted`: no more comes, so every completion is shown as far as it got."""
+        """Print all text that can no longer change. `interrupted`: print every completion as far as it got."""
         while self.waiting:
             number, sequence = self.waiting[0]
             if self.headed and self.titled < number:
@@ -65,7 +65,7 @@ class Printer:
 
 
 def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
-    """The document of `--json`. A completion that was interrupted says so, and keeps its tokens."""
+    """Return the document of `--json`. An interrupted completion keeps its tokens and is marked."""
     completions = [
         {
             "prompt_tokens": sequence.prompt,
@@ -86,7 +86,7 @@ def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, objec
 
 
 def summary(llm: LLM, sequences: list[Sequence], clock: Clock) -> str:
-    """One line for people: how much, how fast, with what."""
+    """Return one line for people: tokens, time, rate, model, dtype, device."""
     stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
     if not stats:
         return "no tokens"

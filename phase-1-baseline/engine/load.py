@@ -1,7 +1,7 @@
-"""From a checkpoint's tensors to a Transformer: names are mapped, shapes are checked, nothing is guessed.
+"""Load a checkpoint's tensors into a Transformer: names are mapped, shapes are checked, nothing is guessed.
 
-Tensors are taken one at a time from the memory-mapped file and cast on the way, so loading needs little more memory
-than the model itself.
+Tensors are read one at a time from the memory-mapped file and cast right away, so loading needs little more memory than
+the model itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .config import ModelConfig, context_note
 from .model import Transformer
 from .sequence import Ending
 
-# What a family calls our tensors. A value with several names is one stored matrix that holds them side by side.
+# The stored name of each of our tensors, by family. A value with several names: one stored matrix holds them in a row.
 _LLAMA = {
     "model.embed_tokens": "embedding",
     "model.norm": "norm",
@@ -66,19 +66,19 @@ _OPT = {
     "model.decoder.layers.N.fc1": "layers.N.ffn.up",
     "model.decoder.layers.N.fc2": "layers.N.ffn.down",
 }
-NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others are named as Llama is
+NAMES = {"gpt2": _GPT2, "opt": _OPT}  # all others use Llama's names
 
-# Tensors that older checkpoints carry and that are no weights: masks and tables that are computed.
+# Tensors of older checkpoints that are not weights: masks and tables that are computed.
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq|\.position_ids)$")
 
 
-_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights can be stored as
-_ENDS = ("embedding.weight", "head.weight")  # one and the same where a checkpoint is tied
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the dtypes of stored weights
+_ENDS = ("embedding.weight", "head.weight")  # one shared matrix in a tied checkpoint
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and what came with it."""
+    """A model that is ready to run, with its configuration and tokenizer."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -90,27 +90,27 @@ class LoadedModel:
 
     @property
     def ending(self) -> Ending:
-        """What ends a text of this model."""
+        """Return what ends a text of this model: its EOS ids and the tokenizer."""
         return Ending(self.tokenizer.eos_ids, self.tokenizer)
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """An embedded model's name, a folder or a hub id, in the wanted dtype on the wanted device."""
+    """Load an embedded model's name, a folder or a hub id, in the given dtype on the given device."""
     checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     config = ModelConfig.from_hf(checkpoint.config)
     if note := context_note(checkpoint.config):
         print(f"{note} ({name})", file=sys.stderr)
-    tokenizer.refuse_from(config.vocab_size, name)  # files with one more token, for padding, are common
+    tokenizer.refuse_from(config.vocab_size, name)  # tokenizer files often have one more token, for padding
     return LoadedModel(load_transformer(checkpoint, config, dtype, device), tokenizer, checkpoint)
 
 
 def load_transformer(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen."""
+    """Return the model with the checkpoint's weights. UserError names missing, unknown and misshapen tensors."""
     config = with_stored_head(checkpoint, config)
-    with torch.device("meta"):  # names and shapes: sizes that the tensors do not have shall cost no memory
+    with torch.device("meta"):  # names and shapes only; wrong sizes in config.json allocate no memory
         model = Transformer(config)
     expected = dict(model.named_parameters())
     unknown: list[str] = []
@@ -145,9 +145,9 @@ def load_transformer(
 
 
 def with_stored_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
-    """The configuration, untied where the file holds an output matrix other than its embedding.
+    """Return the configuration, untied if the file holds an output matrix that differs from its embedding.
 
-    Files whose `tie_word_embeddings` is wrong exist, and transformers goes by the tensors.
+    Some files have a wrong `tie_word_embeddings`; like transformers, the engine trusts the tensors.
     """
     if not config.tied:
         return config
@@ -161,7 +161,7 @@ def with_stored_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig
 
 
 def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our name and layout for one stored tensor: none if it is unknown, three if it holds query, key and value."""
+    """Yield our name and layout of one stored tensor: none if it is unknown, three if it holds query, key and value."""
     names = NAMES.get(config.family, _LLAMA)
     module, _, kind = stored_name.rpartition(".")
     number = re.search(r"\.(\d+)\.", f".{module}.")
@@ -182,11 +182,11 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
 
 
 def _assign(model: Transformer, name: str, tensor: Tensor) -> None:
-    """Put a tensor in its place; on a CPU, matrices inside the layers are stored input-major.
+    """Assign a tensor to its parameter; on a CPU, matrices inside the layers are stored input-major.
 
-    A matrix keeps its shape [out, in], but its memory runs along `out`, as GPT-2's Conv1D has it. For the few rows of
-    a short sequence the CPU's matrix product is then up to three times as fast: it adds whole rows of the matrix
-    instead of gathering dot products.
+    Such a matrix keeps its shape [out, in], but is contiguous along `out`, like GPT-2's Conv1D. For the few rows
+    of a short sequence, the CPU's matrix product is then up to three times as fast: the product adds whole rows of the
+    matrix instead of gathering dot products.
     """
     owner, _, attribute = name.rpartition(".")
     if tensor.device.type == "cpu" and tensor.ndim == 2 and owner.startswith("layers."):
@@ -209,7 +209,7 @@ def _complaint(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], 
 
 
 def _stored_name(ours: str, config: ModelConfig) -> str:
-    """What the family calls one of our tensors, so that an error speaks of names that the user's file has."""
+    """Return the family's name of one of our tensors, so that an error uses the names in the user's file."""
     module, _, kind = ours.rpartition(".")
     number = re.search(r"\d+", module)
     wanted = re.sub(r"\d+", "N", module, count=1)

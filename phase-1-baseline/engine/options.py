@@ -1,4 +1,4 @@
-"""Every option of this phase's command line, once: flags, `SPECDEC_` environment variables, YAML keys and defaults."""
+"""All options of this phase's command line: flags, `SPECDEC_` environment variables, YAML keys and defaults."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Options(BaseSettings):
             for name in ("temperature", "stop", "presence_penalty", "frequency_penalty"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"--beams does not go with --{name.replace('_', '-')}; beam search has no use for it"
+                        f"--beams does not go with --{name.replace('_', '-')}; beam search does not use it"
                     )
             if self.repetition_penalty != 1:
-                raise ValueError("--beams does not go with --repetition-penalty; beam search has no use for it")
+                raise ValueError("--beams does not go with --repetition-penalty; beam search does not use it")
             if self.n > 1:
-                raise ValueError("--beams does not go with --n: the search returns its one best text")
+                raise ValueError("--beams does not go with --n: the search returns one text")
         return self
 
     def sampling_params(self) -> SamplingParams:

@@ -1,7 +1,7 @@
 """One request while it is decoded: its tokens, and the rules by which it ends.
 
-Every decoding loop, plain or speculative, hands its tokens to `Sequence.append` one at a time, so that end of text,
-stop strings and the token limit cut the output at the same place whatever loop produced it.
+Every decoding loop, plain or speculative, passes its tokens to `Sequence.append` one at a time. So end of text, stop
+strings and the token limit cut the output at the same position in every loop.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FinishReason = Literal["length", "eos", "stop"]
 
 @dataclass(frozen=True)
 class Ending:
-    """What ends a text besides its length: ids (taken from the model), strings (which need the tokenizer)."""
+    """What ends a text besides its length: token ids (from the model) and stop strings (which need the tokenizer)."""
 
     eos_ids: tuple[int, ...] = ()
     tokenizer: Tokenizer | None = None
 
 
 class Sequence:
-    """Prompt and output of one request. `tokens` is the output; a token that ends the text is part of it."""
+    """Prompt and output of one request. `tokens` is the output, including a token that ends the text."""
 
     def __init__(self, prompt: list[int], params: SamplingParams, ending: Ending, sample: int = 0) -> None:
         if not prompt:
@@ -36,18 +36,18 @@ class Sequence:
         self.prompt, self.params, self.sample = prompt, params, sample
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.text = ""  # what the output says so far, up to where a stop string cut it
+        self.text = ""  # the decoded output so far, cut at a stop string
         self._eos = () if params.ignore_eos else ending.eos_ids
         self._decoder = IncrementalDecoder(ending.tokenizer, prompt) if ending.tokenizer else None
-        self._released = 0  # how many characters `take_text` has handed out
+        self._released = 0  # characters that `take_text` has returned
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output together."""
+        """Count the tokens of prompt and output."""
         return len(self.prompt) + len(self.tokens)
 
     def append(self, token: int) -> bool:
-        """Take one token; True while more are wanted. After the end nothing is taken."""
+        """Append one token; True while more are wanted. After the end, tokens are ignored."""
         if self.finish_reason is not None:
             return False
         self.tokens.append(token)
@@ -62,7 +62,7 @@ class Sequence:
         return self.finish_reason is None
 
     def take_text(self) -> str:
-        """Text that has become certain since the last call: what may begin a stop string is held back."""
+        """Return the text that became final since the last call; a possible beginning of a stop string is held back."""
         end = len(self.text)
         if self.finish_reason is None:
             end -= max((_overlap(self.text, stop) for stop in self.params.stop), default=0)
@@ -85,5 +85,5 @@ class Sequence:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

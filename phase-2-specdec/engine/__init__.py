@@ -1,4 +1,4 @@
-"""Speculative decoding: a small model guesses, one target forward checks several guesses, nothing changes."""
+"""Speculative decoding: a small model drafts tokens, one target forward verifies several; the output is unchanged."""
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig

@@ -1,9 +1,9 @@
-"""`--explain`: why was speculation faster here, or why was it not? From the costs and acceptances of this very run.
+"""`--explain`: why speculation was faster here, or why not, from the costs and acceptances of this run.
 
-With c = the cost of one draft token in target forwards, and s_j = the share of drafts whose first j tokens all stand, a
-step gives 1 + s_1 + ... + s_K tokens and costs 1 + cK target forwards (plus the rule). If every token stood with the
-same chance a, independently, that would be the textbook's (1 - a^(K+1)) / ((1 - a)(cK + 1)) (Leviathan et al. 2023,
-Theorem 3.8).
+With c = the cost of one draft token in target forwards, and s_j = the share of drafts whose first j tokens are all
+accepted, a step gives 1 + s_1 + ... + s_K tokens and costs 1 + cK target forwards (plus the acceptance rule). If every
+token were accepted with the same probability a, independently, that would be (1 - a^(K+1)) / ((1 - a)(cK + 1))
+(Leviathan et al. 2023, Theorem 3.8).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .speculative import StepStats
 
 
 def survival(steps: list[StepStats], k: int) -> list[float]:
-    """s_1 .. s_k: of the drafts that were at least j long, the share whose first j tokens all stood."""
+    """Return s_1 .. s_k: of the drafts of at least j tokens, the share whose first j tokens were all accepted."""
     shares = []
     for j in range(1, k + 1):
         tried = [step for step in steps if step.proposed >= j]
@@ -30,29 +30,29 @@ def survival(steps: list[StepStats], k: int) -> list[float]:
 
 
 def tokens_per_forward(shares: list[float], k: int) -> float:
-    """What a step of k draft tokens gives on average."""
+    """Return the mean number of tokens that a step of k draft tokens gives."""
     return 1 + sum(shares[:k])
 
 
 def textbook_speedup(a: float, c: float, k: int) -> float:
-    """(1 - a^(k+1)) / ((1 - a)(ck + 1)), with its limit (k + 1) / (ck + 1) at a = 1."""
+    """Compute (1 - a^(k+1)) / ((1 - a)(ck + 1)), with its limit (k + 1) / (ck + 1) at a = 1."""
     tokens = k + 1 if a >= 1 else (1 - a ** (k + 1)) / (1 - a)
     return tokens / (c * k + 1)
 
 
 def smallest(good: Callable[[float], bool], steps: int = 1000) -> float | None:
-    """The smallest share in [0, 1] for which `good` holds (it holds from some share on), or None."""
+    """Return the smallest share in [0, 1] for which `good` holds (`good` is monotone), or None."""
     return next((i / steps for i in range(steps + 1) if good(i / steps)), None)
 
 
 @dataclass(frozen=True)
 class Account:
-    """The measured costs of a run, in milliseconds, and what follows from them."""
+    """The measured costs of a run, in milliseconds, and the speed-ups computed from them."""
 
     plain_ms: float  # one plain target step on the same sequence
     draft_ms: float  # one draft token
     verify_ms: float  # one verification
-    accept_ms: float  # the rule, and taking the tokens
+    accept_ms: float  # the acceptance rule, and appending the tokens
     shares: list[float]  # survival by position
 
     @property
@@ -60,18 +60,18 @@ class Account:
         return len(self.shares)
 
     def speedup(self, k: int) -> float:
-        """Predicted for another k, taking each position's survival as measured."""
+        """Predict the speed-up for another k, from the measured survival of each position."""
         step = k * self.draft_ms + self.verify_ms + self.accept_ms
         return tokens_per_forward(self.shares, k) * self.plain_ms / step
 
     def break_even_acceptance(self) -> float | None:
-        """The chance per token, equal at all positions, from which on this k pays; None if none does."""
+        """Return the acceptance per token, equal at all positions, from which this k pays; None if none does."""
         step = self.k * self.draft_ms + self.verify_ms + self.accept_ms
         return smallest(lambda a: sum(a**j for j in range(self.k + 1)) * self.plain_ms >= step)
 
 
 def plain_step_ms(model: Transformer, sequence: Sequence, repeats: int = 5) -> float:
-    """Median time of a plain decoding step at the middle of this sequence."""
+    """Measure the median time of a plain decoding step at the middle of this sequence."""
     text = sequence.prompt + sequence.tokens[: len(sequence.tokens) // 2]
     device = model.embedding.weight.device
     runs = interleave({"plain": lambda: next_logits(model, [text])}, repeats, warmup=2, device=device)["plain"]
@@ -79,7 +79,7 @@ def plain_step_ms(model: Transformer, sequence: Sequence, repeats: int = 5) -> f
 
 
 def account(steps: list[StepStats], plain_ms: float) -> Account | None:
-    """None where no step drafted anything."""
+    """Compute the account; None if no step drafted a token."""
     drafted = [step for step in steps if step.k > 0]
     if not drafted:
         return None
@@ -94,7 +94,7 @@ def account(steps: list[StepStats], plain_ms: float) -> Account | None:
 
 
 def verdict(costs: Account, measured: float) -> str:
-    """One paragraph for people."""
+    """Return one paragraph for people."""
     best = max(range(1, costs.k + 1), key=costs.speedup)
     threshold = costs.break_even_acceptance()
     need = (
@@ -118,13 +118,13 @@ def verdict(costs: Account, measured: float) -> str:
 
 
 def print_explanation(costs: Account, measured: float) -> None:
-    """The paragraph on stderr, the table on stdout's terminal side (stderr as well, so that stdout stays the text)."""
+    """Print the paragraph and the table on stderr, so that stdout holds only the text."""
     rows = [
         [k, costs.shares[k - 1], tokens_per_forward(costs.shares, k), costs.speedup(k)] for k in range(1, costs.k + 1)
     ]
     print_table(
         "By number of draft tokens",
-        ["K", "first K stood", "tokens per step", "predicted speed-up"],
+        ["K", "first K accepted", "tokens per step", "predicted speed-up"],
         rows,
         file=sys.stderr,
     )

@@ -1,7 +1,7 @@
-"""`--record FILE`: a run step by step, as JSON lines, complete enough to replay its arithmetic without the model.
+"""`--record FILE`: a run step by step as JSON lines, complete enough to replay its arithmetic without the model.
 
-A header, a line per step and sequence, a footer. `common/recording.schema.json` describes every field. All figures are
-read from what the loop has decided already, after each step: recording changes no token.
+The file has a header, a line per step and sequence, and a footer. `common/recording.schema.json` describes every field.
+All figures are read after each step from what the loop has decided already: recording changes no token.
 
     python generate.py --prompt "from pathlib import" --temperature 1 --record run.jsonl
 """
@@ -27,14 +27,14 @@ from .sequence import Sequence
 from .speculative import Step
 
 SCHEMA_VERSION = 1
-TOP = 5  # tokens of a distribution that are listed
+TOP = 5  # listed tokens of a distribution
 
 
 class Recorder:
     """Writes each step as it ends, a whole line in one system call. UserError if the file cannot be written.
 
     `sequences` are all of the run, and `clock` is its clock, which starts when the header is written. The loop calls
-    `watch` in a step of plain decoding; whoever drives the loop calls `step` after every step, and `finish` at the end.
+    `watch` in a step of plain decoding. The driver of the loop calls `step` after every step, and `finish` at the end.
     """
 
     def __init__(self, path: Path, llm: LLM, sequences: list[Sequence]) -> None:
@@ -45,7 +45,7 @@ class Recorder:
             for _ in sequences
         ]
         self.steps, self.began = 0, 0.0  # milliseconds on the run's clock
-        self.seen: tuple[list[Sequence], Tensor, float] | None = None  # of a step without a draft
+        self.seen: tuple[list[Sequence], Tensor, float] | None = None  # the last step without a draft
         try:
             self.file = path.open("wb", buffering=0)
         except OSError as error:
@@ -54,11 +54,11 @@ class Recorder:
         self.clock = Clock()
 
     def watch(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """A step without a draft: logits [R, V] that the sequences' last tokens were chosen by."""
+        """Keep logits [R, V] of a step without a draft, from which the sequences' last tokens were chosen."""
         self.seen = list(sequences), logits, self._now()
 
     def step(self, step: Step | None) -> None:
-        """Write a line for every sequence of the step: of `step`, or without one of what was watched last."""
+        """Write a line for every sequence of `step`, or, without one, of the step that was watched last."""
         if step is not None:
             for row in range(len(step.sequences)):
                 self._add(step.sequences[row], self._drafted(step, row))
@@ -102,7 +102,7 @@ class Recorder:
         }
 
     def _drafted(self, step: Step, row: int) -> dict[str, Any]:
-        """What became of the draft of one sequence, and what followed."""
+        """Return the outcome of one sequence's draft, and the token after it."""
         sequence, start, stats = step.sequences[row], step.starts[row], step.stats[row]
         target = step.target_probs[row]
         if not stats.k:
@@ -120,7 +120,7 @@ class Recorder:
         return {**line, **times, "k": stats.k, "counted": {"proposed": stats.proposed, "accepted": stats.accepted}}
 
     def _draft_probs(self, step: Step, row: int) -> Tensor:
-        """What the draft tokens were drawn from, [k, V]: one-hot where they were certain."""
+        """Return the distributions of the draft tokens, [k, V]: one-hot if the drafter gave none."""
         k = step.stats[row].k
         if step.draft.probs is not None:
             return step.draft.probs[row, :k]
@@ -147,7 +147,7 @@ class Recorder:
         return candidates
 
     def _plain(self, sequence: Sequence, start: int, logits: Tensor) -> dict[str, Any]:
-        """A step without a draft, by the logits [V] behind the text."""
+        """Return the line of a step without a draft, from the logits [V] after the sequence."""
         outputs = [sequence.tokens[:start]]
         probs = probabilities(logits[None], sequence.params, [sequence.prompt], outputs)[0]
         return self._line(sequence, start, probs, sequence.tokens[start], "plain")
@@ -161,9 +161,9 @@ class Recorder:
         origin: str,
         rejected: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Any]:
-        """What the lines of all steps have. start: output length before the step; target [V]: behind what was accepted.
+        """Return the fields of every step. start: output length before the step; target [V]: after the accepted tokens.
 
-        rejected: where `token` came from a residual, the target's and the draft's distributions [V] that it is of.
+        rejected: the target's and the draft's distributions [V] whose residual gave `token`, if any.
         """
         source, rest = target, None
         if rejected is not None:
@@ -198,7 +198,7 @@ class Recorder:
         }
 
     def _top(self, probs: Tensor) -> list[dict[str, Any]]:
-        """The likeliest tokens of probs [V], the lower id first among equals; none that is impossible."""
+        """List the likeliest tokens of probs [V], ties by lower id, without impossible ones."""
         values, tokens = probs.sort(descending=True, stable=True)
         likeliest = zip(tokens[:TOP].tolist(), values[:TOP].tolist(), strict=True)
         return [{"token": token, "string": self._string(token), "prob": prob} for token, prob in likeliest if prob > 0]
@@ -223,27 +223,27 @@ class Recorder:
         return (time.perf_counter() - self.clock.began) * 1e3
 
     def _write(self, line: dict[str, Any]) -> None:
-        """One unbuffered write: an interrupt comes before or after it, never within. A failure closes the file."""
+        """Write one line unbuffered, so that an interrupt comes before or after the line. A failure closes the file."""
         content = json.dumps(line, allow_nan=False).encode() + b"\n"
         try:
             written = self.file.write(content)
             if written < len(content):
                 self.file.truncate(self.file.tell() - written)  # only whole lines stay
-                raise OSError("not to its end; is the disk full?")
+                raise OSError("the line is incomplete; is the disk full?")
         except OSError as error:
             self.file.close()
             raise UserError(f"--record {self.path}: cannot be written ({error.strerror or error})") from None
 
 
 def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, float]:
-    """What verify() leaves of a target distribution [V] where a token of this draft [V] was rejected; and its mass."""
+    """Return verify()'s residual of the target's and the draft's distributions [V] after a rejection, and its mass."""
     left = (target - draft.to(target.device)).clamp(min=0)
     mass = float(left.sum())
     return (left / mass if mass > 0 else target), mass
 
 
 def accept_uniform(sequence: Sequence, position: int) -> float | None:
-    """The number that decided about a draft token at this position of the text; None at temperature 0."""
+    """Return the uniform number that decided on the draft token at this position; None at temperature 0."""
     if sequence.params.greedy:
         return None
     keys = torch.tensor([sequence.sample]), torch.tensor([position])

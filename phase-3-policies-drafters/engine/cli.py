@@ -1,4 +1,4 @@
-"""The command line: prompts in, text as it is made on stdout, one summary line on stderr (or one JSON document)."""
+"""The command line: reads prompts, streams text to stdout, prints one summary line to stderr (or one JSON document)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHASE = phase_of(__file__)
 
 
 def read_prompts(options: Options) -> list[str]:
-    """The prompts of the command line, else the whole of stdin. UserError if there is none or one is empty."""
+    """Return the prompts of the command line, else all of stdin. UserError if there is none or one is empty."""
     prompts = list(options.prompt)
     if options.prompt_file:
         try:
@@ -46,7 +46,7 @@ def read_prompts(options: Options) -> list[str]:
 
 
 class Printer:
-    """Shows completions in order, each as it is made; those that run ahead of their turn wait."""
+    """Prints completions in order, each while it is decoded; later ones wait for their turn."""
 
     def __init__(self, sequences: list[Sequence], quiet: bool) -> None:
         self.waiting = [] if quiet else list(enumerate(sequences, start=1))
@@ -54,7 +54,7 @@ class Printer:
         self.titled = 0
 
     def update(self, interrupted: bool = False) -> None:
-        """Print what became certain. `interrupted`: no more comes, so every completion is shown as far as it got."""
+        """Print all text that can no longer change. `interrupted`: print every completion as far as it got."""
         while self.waiting:
             number, sequence = self.waiting[0]
             if self.headed and self.titled < number:
@@ -68,7 +68,7 @@ class Printer:
 
 
 def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
-    """The document of `--json`. A completion that was interrupted says so, and keeps its tokens."""
+    """Return the document of `--json`. An interrupted completion keeps its tokens and is marked."""
     completions = [
         {
             "prompt_tokens": sequence.prompt,
@@ -89,7 +89,7 @@ def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, objec
 
 
 def completion_stats(llm: LLM, sequence: Sequence, clock: Clock) -> dict[str, object]:
-    """The figures of plain decoding, and what became of the draft tokens."""
+    """Return the figures of plain decoding, and the counts of draft tokens."""
     steps = llm.steps.get(sequence, [])
     proposed, accepted = sum(step.proposed for step in steps), sum(step.accepted for step in steps)
     stats = {
@@ -105,7 +105,7 @@ def completion_stats(llm: LLM, sequence: Sequence, clock: Clock) -> dict[str, ob
 
 
 def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
-    """Decode the first prompt again without the draft, a few tokens, to learn what a plain step costs; then account."""
+    """Decode a few tokens of the first prompt without the draft, to measure a plain step; then print the account."""
     if not llm.speculative:
         print("nothing to explain: there is no draft (--draft NAME)", file=sys.stderr)
         return
@@ -119,7 +119,7 @@ def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
 
 
 def summary(llm: LLM, sequences: list[Sequence], clock: Clock) -> str:
-    """One line for people: how much, how fast, with what."""
+    """Return one line for people: tokens, time, rate, model, dtype, device."""
     stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
     if not stats:
         return "no tokens"
@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> int:
         interrupted = True
         printer.update(interrupted)
         if show:
-            print()  # its text stopped within a line
+            print()  # the text ended within a line
     finally:
         if recorder:
             recorder.finish()

@@ -1,4 +1,4 @@
-"""What a forward costs on paper: floating-point operations, and bytes of weights read.
+"""The computed cost of a forward: floating-point operations, and bytes of weights read.
 
 from engine.cost import forward_flops, weight_bytes
 """
@@ -9,17 +9,17 @@ from .config import ModelConfig
 
 
 def layer_parameters(config: ModelConfig) -> int:
-    """Weights in the matrices of one layer (norms and biases are left out: they are thousandths)."""
+    """Count the weights in the matrices of one layer (without norms and biases, which are about a thousandth)."""
     attention = config.width * config.head_dim * 2 * (config.heads + config.kv_heads)
     return attention + (3 if config.gated else 2) * config.width * config.ffn_width
 
 
 def forward_flops(config: ModelConfig, length: int, wanted: int = 1) -> int:
-    """Operations of one forward over `length` tokens whose logits are read at `wanted` positions.
+    """Count the operations of one forward over `length` tokens whose logits are read at `wanted` positions.
 
-    A multiplication and an addition count as two. Each weight of a layer meets every token once: 2 * N per token.
-    Attention scores and mixes every pair of positions (the masked half is computed and thrown away):
-    4 * heads * head_dim per pair. In the last layer only keys and values are made for positions that are not wanted.
+    A multiplication and an addition count as two. Each weight of a layer is used once per token: 2 * N per token.
+    Attention multiplies twice for every pair of positions (the masked half is computed and discarded):
+    4 * heads * head_dim per pair. In the last layer, positions that are not wanted need keys and values only.
     """
     keys_and_values = 2 * config.width * config.head_dim * config.kv_heads
     pairs = 4 * config.heads * config.head_dim * length
@@ -29,7 +29,7 @@ def forward_flops(config: ModelConfig, length: int, wanted: int = 1) -> int:
 
 
 def forward_bytes(config: ModelConfig, rows: int, length: int, bytes_per_value: float) -> int:
-    """Memory that the activations of one forward need at their peak: the widest layer's tensors, alive at once."""
+    """Return the peak bytes of one forward's activations: the widest layer's tensors, alive at once."""
     stream = 4 * config.width + config.heads * config.head_dim
     feed_forward = 3 * config.ffn_width
     scores = 3 * config.heads * length  # scores, weights, and the copy of the mask
@@ -38,10 +38,10 @@ def forward_bytes(config: ModelConfig, rows: int, length: int, bytes_per_value: 
 
 
 def weight_bytes(config: ModelConfig, bytes_per_weight: float) -> int:
-    """Bytes of weights that a forward reads: every layer, and the output matrix."""
+    """Count the bytes of weights that a forward reads: every layer, and the output matrix."""
     return round((config.layers * layer_parameters(config) + config.width * config.vocab_size) * bytes_per_weight)
 
 
 def ranking_bytes(config: ModelConfig, beams: int) -> int:
-    """Memory in which beam search ranks every token behind every beam: three scores (float32), a count (int64)."""
+    """Return the bytes for ranking every token of every beam: three scores (float32) and a count (int64) each."""
     return beams * config.vocab_size * (3 * 4 + 8)

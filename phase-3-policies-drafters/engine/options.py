@@ -1,4 +1,4 @@
-"""Every option of this phase's command line, once: flags, `SPECDEC_` environment variables, YAML keys and defaults."""
+"""All options of this phase's command line: flags, `SPECDEC_` environment variables, YAML keys and defaults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Options(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
-    draft: str = Field(default="auto", description="a model that guesses ahead; none; auto: the model's own, if any")
+    draft: str = Field(default="auto", description="the draft model; none; auto: the model's own, if any")
     k: int = Field(default=4, ge=1, description="draft tokens per target forward; of a tree, levels")
     drafter: DrafterName = Field(default="model", description="who guesses: the draft model, or something cheaper")
     heads: str = Field(default="auto", description="of medusa and eagle: folder; auto: the model's own, if any")
@@ -71,9 +71,9 @@ class Options(BaseSettings):
     max_k: int = Field(default=8, ge=1, description="most tokens a controller drafts")
     target_acceptance: float = Field(default=0.7, gt=0, lt=1, description="of adaptive: the rate it steers to")
     confidence: float = Field(default=0.4, ge=0, le=1, description="of confidence: draft while the draft is this sure")
-    show: bool = Field(default=False, description="colour the text by who wrote it, and count what was accepted")
-    explain: bool = Field(default=False, description="afterwards: why it was faster, or why not")
-    metrics_detailed: bool = Field(default=False, description="with --json: every step's figures")
+    show: bool = Field(default=False, description="colour the tokens by their origin, and count accepted drafts")
+    explain: bool = Field(default=False, description="afterwards: why speculation was faster, or why not")
+    metrics_detailed: bool = Field(default=False, description="with --json: the figures of every step")
     record: Path | None = Field(default=None, description="write the run, step by step, to this file")
     config: Path | None = Field(default=None, description="YAML file with these options")
     as_json: bool = Field(default=False, alias="json", description="one JSON document on stdout instead of text")
@@ -81,7 +81,7 @@ class Options(BaseSettings):
     @model_validator(mode="after")
     def _show_is_text(self) -> Self:
         if self.show and self.as_json:
-            raise ValueError("--show colours text, and with --json stdout holds the document alone; choose one")
+            raise ValueError("--show does not go with --json, which prints only its document")
         return self
 
     @model_validator(mode="after")
@@ -114,19 +114,19 @@ class Options(BaseSettings):
             for name in ("temperature", "stop", "presence_penalty", "frequency_penalty"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"--beams does not go with --{name.replace('_', '-')}; beam search has no use for it"
+                        f"--beams does not go with --{name.replace('_', '-')}; beam search does not use it"
                     )
             if self.repetition_penalty != 1:
-                raise ValueError("--beams does not go with --repetition-penalty; beam search has no use for it")
+                raise ValueError("--beams does not go with --repetition-penalty; beam search does not use it")
             if self.n > 1:
-                raise ValueError("--beams does not go with --n: the search returns its one best text")
+                raise ValueError("--beams does not go with --n: the search returns one text")
             for name in ("policy", "controller", "drafter"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"--beams does not go with --{name}: nothing is drafted")
             if self.record is not None:
-                raise ValueError("--beams does not go with --record: a search has no step of which one token follows")
+                raise ValueError("--beams does not go with --record: a step of beam search gives no single token")
             if self.draft not in ("auto", "none"):
-                raise ValueError("--beams does not go with --draft: beam search looks for the likeliest text itself")
+                raise ValueError("--beams does not go with --draft: beam search does not use a draft")
         return self
 
     def sampling_params(self) -> SamplingParams:

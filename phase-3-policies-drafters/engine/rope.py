@@ -1,8 +1,8 @@
-"""Rotary position embeddings (Su et al. 2021, RoFormer) and the ways to stretch them over longer contexts.
+"""Rotary position embeddings (Su et al. 2021, RoFormer) and the ways to extend them to longer contexts.
 
-Each pair of features of a query or key is turned by an angle: position x frequency. The frequencies fall
-geometrically from 1 to 1/theta. A model made for a short context can be stretched to a longer one by lowering
-frequencies: all of them (`linear`, Chen et al. 2023), or only the slow ones, which have not seen a full turn in
+RoPE rotates each pair of features of a query or key by an angle: position x frequency. The frequencies decrease
+geometrically from 1 to 1/theta. A model trained on a short context is extended to a longer one by lowering
+frequencies: all of them (`linear`, Chen et al. 2023), or only the slow ones, which made no full rotation during
 training (`llama3`, Grattafiori et al. 2024; `yarn`, Peng et al. 2023).
 """
 
@@ -17,7 +17,7 @@ from .config import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Angles per position, float32 [head_dim / 2], and the factor that scales cos and sin (1 except in YaRN)."""
+    """Return angles per position, float32 [head_dim / 2], and the factor that scales cos and sin (1 except in YaRN)."""
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.scaling == "linear":
         return inverse / rope.factor, 1.0
@@ -31,16 +31,16 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
 def _llama3(rope: RopeConfig, inverse: Tensor) -> Tensor:
     """Keep fast frequencies, divide slow ones by `factor`, blend between the two wavelength bounds."""
     wavelength = 2 * math.pi / inverse
-    turns = rope.original_context / wavelength  # full turns within the original context
+    turns = rope.original_context / wavelength  # rotations within the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0, 1)
     return (1 - blend) * inverse / rope.factor + blend * inverse
 
 
 def _yarn(rope: RopeConfig, inverse: Tensor, head_dim: int) -> Tensor:
-    """Keep frequencies that turn more than `beta_fast` times, divide those below `beta_slow` turns by `factor`."""
+    """Keep frequencies of more than `beta_fast` rotations, divide those of fewer than `beta_slow` by `factor`."""
 
-    def feature_of(turns: float) -> float:  # which feature makes this many turns in the original context
+    def feature_of(turns: float) -> float:  # the feature with this many rotations
         return head_dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = feature_of(rope.beta_fast), feature_of(rope.beta_slow)
@@ -48,7 +48,7 @@ def _yarn(rope: RopeConfig, inverse: Tensor, head_dim: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
-        high += 0.001  # a step, not a division by zero
+        high += 0.001  # a ramp without a division by zero
     slow = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return inverse / rope.factor * slow + inverse * (1 - slow)
 
@@ -66,13 +66,13 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def rotation_tables(angles: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with the sign of each half, of angles [..., head_dim / 2]; both [..., head_dim]."""
+    """Return cos, and sin with the sign of each half, of angles [..., head_dim / 2]; both [..., head_dim]."""
     cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each feature against its partner half a head away: (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotate each feature with its partner half a head away: (a, b) -> (a cos - b sin, b cos + a sin).
 
     x [B, T, H, head_dim]; the tables [T, 1, head_dim] or [B, T, 1, head_dim].
     """

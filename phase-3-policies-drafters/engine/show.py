@@ -1,4 +1,4 @@
-"""`--show`: who wrote which token. Colours in the terminal, marks elsewhere, and how many were accepted per step."""
+"""`--show`: the origin of every token, in colours or brackets, and a histogram of accepted tokens per step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ STYLES = {"accepted": "green", "corrected": "underline red", "bonus": "cyan"}
 MARKS = {"accepted": ("[", "]"), "corrected": ("{", "}"), "bonus": ("<", ">")}
 LEGEND = {
     "accepted": "draft tokens that were accepted",
-    "corrected": "the target's own in place of a rejected one",
-    "bonus": "the target's own where none was rejected",
+    "corrected": "the target's own in place of a rejected token",
+    "bonus": "the target's own after a fully accepted draft",
 }
 
 
@@ -40,9 +40,9 @@ def print_tree(step: Step, tokenizer: Tokenizer) -> None:
 
 
 class Show:
-    """Prints the first sequence's tokens as steps come in, marked by what became of the draft.
+    """Prints the first sequence's tokens after each step, marked by what became of the draft.
 
-    A terminal gets colours. A file or a pipe gets brackets around every token, as does a terminal without colours.
+    A terminal gets colours. A file, a pipe or a terminal without colours gets brackets around every token.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -74,7 +74,7 @@ class Show:
             self.console.print(Text(self.decoder.flush()))
 
     def histogram(self) -> None:
-        """On stderr: for each number of accepted tokens, how many steps had it. Nothing before the first step."""
+        """Print on stderr how many steps had each number of accepted tokens. Prints nothing before the first step."""
         total = sum(self.lengths.values())
         for length in range(max(self.lengths, default=-1) + 1):
             share = self.lengths[length] / total

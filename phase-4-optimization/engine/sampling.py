@@ -1,11 +1,11 @@
-"""From logits to the distribution that is sampled, and from that to a token.
+"""From logits to the distribution that is sampled, and from the distribution to a token.
 
-The order is fixed, and the same as in transformers: repetition penalty, presence and frequency penalty, temperature,
-top-k, top-p, min-p. Whatever the model's dtype, probabilities are float32. Of equal logits the lower token id comes
+The order of operations is that of transformers: repetition penalty, presence and frequency penalty, temperature,
+top-k, top-p, min-p. Probabilities are float32, whatever the model's dtype. Among equal logits the lower token id comes
 first, at temperature 0 and in every filter.
 
-Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p plus Gumbel noise is a draw from p. The
-noise is a function of (seed, sample, position, purpose) and the token's id alone (common/philox.py), so a request
+Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p plus Gumbel noise is a sample of p. The
+noise is a function of (seed, sample, position, purpose) and the token's id alone (common/philox.py). So a request
 gives the same tokens alone, in a batch, or interrupted and started again.
 """
 
@@ -22,18 +22,18 @@ from torch import Tensor
 from common import philox
 from common.errors import UserError
 
-COLDEST = 1e-30  # below this temperature logits / temperature overflow float32: the limit, greedy, is taken
+COLDEST = 1e-30  # below it logits / temperature overflow float32, so the token is chosen greedily
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen, and when to stop. Temperature 0 is greedy: the most likely token, always.
+    """How tokens are chosen, and when decoding stops. Temperature 0 is greedy: always the most likely token.
 
     Penalties (all off by default):
-    - repetition (Keskar et al. 2019, CTRL): the logit of every token in prompt or output is divided by it where
-      positive, multiplied where negative.
-    - presence, frequency (OpenAI's API): subtracted from the logit of a token in the output, once, and once for every
-      time it occurred there. The prompt does not count.
+    - repetition (Keskar et al. 2019, CTRL): divides the logit of every token in prompt or output where it is positive,
+      and multiplies it where it is negative.
+    - presence, frequency (OpenAI's API): subtracted from the logit of a token in the output, once, and once per
+      occurrence. The prompt does not count.
     """
 
     temperature: float = 0.0
@@ -73,10 +73,10 @@ class SamplingParams:
 
 
 class Sampler(Protocol):
-    """Where all sampler of a decoding loop enters. Tests replace it to walk every possible outcome."""
+    """The source of all randomness of a decoding loop. Tests replace it to walk every possible outcome."""
 
     def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
-        """One token per row from probs [R, V]; samples and positions int64 [R]; returns int64 [R]."""
+        """Sample one token per row from probs [R, V]; samples and positions int64 [R]; returns int64 [R]."""
         ...
 
 
@@ -109,30 +109,30 @@ def penalise(logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]], o
 
 
 def check_finite(logits: Tensor) -> None:
-    """UserError, naming the cause, where logits [..., V] hold NaN or infinity. -inf is allowed beside finite ones."""
-    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of what holds NaN is NaN
+    """Raise UserError, naming the cause, if logits [..., V] hold NaN or inf. -inf beside finite logits is allowed."""
+    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with NaN is NaN
         raise not_finite(logits.dtype)
 
 
 def not_finite(dtype: torch.dtype) -> UserError:
-    """The error for logits of that format, and what to try."""
+    """Return the error for logits of this dtype that are not finite, with what to try."""
     if dtype == torch.float16:
         cause, way_out = "numbers overflowed in float16, which ends at 65504", "--dtype bfloat16 or --dtype float32"
     else:
-        cause = "numbers overflowed in the format of a weight, an activation or a cache, or the checkpoint holds such"
-        way_out = "--dtype float32, and no narrower format for anything"
+        cause = "a weight, an activation or a cache value overflowed its dtype, or the checkpoint holds such values"
+        way_out = "--dtype float32, without narrower formats"
     return UserError(f"the model's logits are not finite: {cause}; try {way_out}")
 
 
 def most_likely(scores: Tensor, count: int) -> Tensor:
-    """bool [..., V]: the `count` largest scores of each row; of equal ones those with the lower ids."""
+    """Mark the `count` largest scores of each row, bool [..., V]; among equal ones those with the lower ids."""
     least = scores.topk(count).values[..., -1:]
     above, equal = scores > least, scores == least
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def ranked(scores: Tensor, count: int) -> Tensor:
-    """The ids of the `count` largest scores [..., V], largest first; of equal ones the lower id: int64 [..., count]."""
+    """Return the ids of the `count` largest scores [..., V], largest first, ties by lower id: int64 [..., count]."""
     ids = most_likely(scores, count).nonzero()[:, -1].view(*scores.shape[:-1], count)  # ascending
     return ids.gather(-1, scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
 
@@ -140,10 +140,10 @@ def ranked(scores: Tensor, count: int) -> Tensor:
 def probabilities(
     logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]] = (), outputs: Rows[Rows[int]] = ()
 ) -> Tensor:
-    """The distribution that is sampled: logits [R, V] -> probabilities [R, V], float32 (float64 stays).
+    """Return the distribution that is sampled: logits [R, V] -> probabilities [R, V], float32 (float64 stays).
 
-    prompts and outputs are read only where a penalty is on. At temperature 0 the result is one-hot. UserError for
-    logits that are not finite.
+    prompts and outputs are read only if a penalty is on. At temperature 0 the result is one-hot. UserError for logits
+    that are not finite.
     """
     check_finite(logits)
     if logits.dtype != torch.float64:
@@ -158,7 +158,7 @@ def probabilities(
     if params.top_p < 1:
         ascending, order = (each.flip(-1) for each in logits.sort(dim=-1, descending=True, stable=True))
         dropped = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        dropped[..., -1] = False  # the most likely token always stays
+        dropped[..., -1] = False  # the most likely token is always kept
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
     probs = logits.softmax(-1)
     if params.min_p > 0:
@@ -176,7 +176,7 @@ def choose(
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """The next token of every row: the most likely one at temperature 0, else a draw keyed by sample and position.
+    """Choose the next token of every row: the most likely at temperature 0, else a sample keyed by sample and position.
 
     UserError for logits that are not finite.
     """

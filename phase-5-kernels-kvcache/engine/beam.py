@@ -1,8 +1,8 @@
 """Beam search: keep the few likeliest continuations at every step, and return the best one that ended.
 
-A hypothesis' score is the sum of its log-probabilities, divided by its length ** length_penalty when it ends
-(Wu et al. 2016 use another normaliser; this is transformers'). The search stops when no running hypothesis, scored at
-its present length, beats the worst of the kept endings; with `early_stopping`, as soon as `beams` of them have ended.
+A hypothesis' score is the sum of its log-probabilities, divided by length ** length_penalty when the hypothesis ends
+(as in transformers; Wu et al. 2016 use another normaliser). The search stops when no running hypothesis, scored at its
+present length, beats the worst ending that was kept. With `early_stopping` it stops as soon as `beams` of them ended.
 
     beam_search(loaded.model, prompt, SamplingParams(max_new_tokens=32), loaded.ending, beams=4)
 """
@@ -21,15 +21,15 @@ from .target import next_logits
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A continuation and its score: the summed log-probability while it runs, the normalised one once it ended."""
+    """A continuation and its score: the summed log-probability while running, the normalised one once ended."""
 
     tokens: list[int]
     score: float
-    forwards: int = 0  # of the model, over the whole search; set on the result
+    forwards: int = 0  # model forwards of the whole search; set on the result only
 
 
 def _expand(model: Transformer, prompt: list[int], running: list[Hypothesis], keep: int) -> list[Hypothesis]:
-    """The `keep` best one-token extensions of all running hypotheses, best first."""
+    """Return the `keep` best one-token extensions of all running hypotheses, best first."""
     texts = [prompt + hypothesis.tokens for hypothesis in running]
     scores = torch.tensor([hypothesis.score for hypothesis in running])[:, None]
     logits = next_logits(model, texts)
@@ -51,7 +51,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool = False,
 ) -> Hypothesis:
-    """The best of at most `beams` endings. Of `params`, only max_new_tokens and ignore_eos are used."""
+    """Return the best of at most `beams` endings. Of `params`, only max_new_tokens and ignore_eos are used."""
     eos = () if params.ignore_eos else ending.eos_ids
     running, ended = [Hypothesis([], 0.0)], list[Hypothesis]()
     steps = 0
@@ -59,7 +59,7 @@ def beam_search(
         steps += 1
         candidates = _expand(model, prompt, running, keep=max(2, 1 + len(eos)) * beams)
         over = [c.tokens[-1] in eos or steps == params.max_new_tokens for c in candidates]
-        # An ending counts only among the best `beams` candidates: behind them, a running one would be kept instead.
+        # An ending counts only among the best `beams` candidates; a worse one would displace a better hypothesis.
         just_ended = [c for c, done in zip(candidates[:beams], over, strict=False) if done]
         ended += [Hypothesis(c.tokens, c.score / steps**length_penalty) for c in just_ended]
         ended = sorted(ended, key=lambda h: -h.score)[:beams]

@@ -1,7 +1,7 @@
-"""What config.json may say: the type and the bounds of every key that the engine reads.
+"""The keys of config.json that the engine reads: the type and the bounds of each.
 
-The bounds lie far above every model that there is. A size within them that is wrong all the same does not fit the
-tensors beside it, which load.py finds out before it takes memory for any.
+The bounds lie far above every existing model. A size that is within its bounds but wrong does not fit the checkpoint's
+tensors; load.py reports that before memory is allocated.
 
     keys = read_keys(json.loads(Path("config.json").read_text()))
 """
@@ -24,7 +24,7 @@ Epsilon = Annotated[float, Field(gt=0, le=1)]
 
 
 class Keys(BaseModel):
-    """Values have exactly the types of JSON: "2" is no number. Other keys are not read, and null is an absent key."""
+    """Values have exactly their JSON types: "2" is not a number. Null counts as absent, and other keys are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -37,7 +37,7 @@ class Keys(BaseModel):
 
 
 class RopeKeys(Keys):
-    """`rope_parameters`, or `rope_scaling`; which kinds there are, config.py knows."""
+    """The keys of `rope_parameters` or `rope_scaling`; config.py checks the kind."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -69,12 +69,12 @@ class RopeKeys(Keys):
 
 
 class ConfigFile(Keys):
-    """All families in one: each has some of the keys. Which of them it needs, config.py knows."""
+    """The keys of all model families; each family has some of them. config.py checks which are required."""
 
     is_encoder_decoder: bool | None = None
     vocab_size: Size | None = None
     tie_word_embeddings: bool | None = None
-    # Llama, Mistral, Qwen2, Qwen3; OPT has some of their names
+    # Llama, Mistral, Qwen2, Qwen3; OPT shares some names
     hidden_size: Size | None = None
     num_hidden_layers: Layers | None = None
     num_attention_heads: Size | None = None
@@ -117,7 +117,7 @@ class ConfigFile(Keys):
 
 
 def read_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config.json that the engine reads, as far as it has them. UserError names one that cannot be."""
+    """Return the keys of a config.json that the engine reads and the file has. UserError names an invalid value."""
     try:
         keys = ConfigFile.model_validate(config)
     except ValidationError as error:

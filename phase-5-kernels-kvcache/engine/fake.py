@@ -1,10 +1,10 @@
-"""A toy language model with a known distribution: for tests, dry runs, and to turn one knob at a time.
+"""A toy language model with a known distribution, for tests, dry runs, and experiments with one parameter.
 
 The distribution of the next token depends on the last two tokens, through the counter-based generator of
-common/philox.py, so it is the same in every process and on every machine. Half of the vocabulary is possible after any
-two tokens. `fake:0.7` as a draft agrees with the target after 70% of all contexts, where its distribution is the
-target's own; after the others it is spread over exactly the tokens that the target rules out. So its acceptance is 0.7
-at every temperature, and nothing about it has to be trained.
+common/philox.py, so it is the same in every process and on every machine. After any two tokens half of the vocabulary
+is possible. The draft `fake:0.7` has the target's own distribution after 70% of all contexts. After the others its
+distribution is uniform over the tokens that the target excludes. So its acceptance is 0.7 at every temperature, and
+nothing has to be trained.
 
     python generate.py --model fake --draft fake:0.7 --prompt "x" --show
 """
@@ -22,18 +22,18 @@ from .config import ModelConfig
 from .model import Embedding, Masks, Transformer
 
 SHARPNESS = 2.0  # of the logits: a few tokens hold most of the probability
-_SUPPORT, _LOGITS, _AGREES = 101, 102, 103  # purposes of their own, apart from those of sampling
+_SUPPORT, _LOGITS, _AGREES = 101, 102, 103  # purposes that sampling does not use
 
 
 class FakeModel(Transformer):
-    """Has the methods of a Transformer that decoding uses. agreement 1 is the target itself."""
+    """A model with the methods of a Transformer that decoding uses. agreement 1 is the target itself."""
 
     def __init__(self, vocab_size: int, context: int, agreement: float = 1.0, seed: int = 0) -> None:
         if not 0 <= agreement <= 1:
             raise UserError(
                 f"the agreement of a fake draft must be in [0, 1], got {agreement}; write for example fake:0.7"
             )
-        nn.Module.__init__(self)  # not Transformer's: there is nothing to build
+        nn.Module.__init__(self)  # not Transformer's, which would build layers
         self.config = ModelConfig(
             family="fake",
             vocab_size=vocab_size,
@@ -51,7 +51,7 @@ class FakeModel(Transformer):
             gated=False,
         )
         self.agreement, self.seed = agreement, seed
-        self.embedding = Embedding(1, 1)  # no weights are needed; loops ask it for device and dtype
+        self.embedding = Embedding(1, 1)  # no weights; only its device and dtype are read
 
     has_cache = False  # what it says depends on two tokens: there is nothing to remember
 
@@ -73,7 +73,7 @@ class FakeModel(Transformer):
         return (numbers if wanted is None else numbers.gather(1, wanted))[..., None], None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [..., V] for contexts [..., 1]."""
+        """Compute float32 [..., V] for contexts [..., 1]."""
         numbers = hidden.reshape(-1)
         size = self.config.vocab_size
         order = philox.uniforms(self.seed, torch.zeros_like(numbers), numbers, _SUPPORT, size).argsort(-1)
@@ -84,7 +84,7 @@ class FakeModel(Transformer):
 
 
 def parse_agreement(name: str) -> float:
-    """`fake` is 1, `fake:0.7` is 0.7."""
+    """Parse the agreement: `fake` is 1, `fake:0.7` is 0.7."""
     _, colon, number = name.partition(":")
     try:
         return float(number) if colon else 1.0

@@ -161,7 +161,7 @@ def test_names_of_special_tokens_are_noted(
         err = capsys.readouterr().err
         assert err.startswith("note: draft ")
         assert err.count("\n") == 1
-        assert f"call 1 special or added tokens by other names, first {token}: " in err
+        assert f"have different names for 1 special or added tokens, first {token}: " in err
 
 
 @pytest.mark.about("engine/pair.py, check_pair")
