@@ -1,10 +1,10 @@
-"""What does a token cost when nothing is reused, and what do the ways to choose it cost and give?
+"""Measure what a token costs when nothing is reused, and what each way to choose it costs and gives.
 
-Five measurements: the time of a decoding step against the length of the sequence, beside what its floating-point
-operations predict; tokens per second against transformers' `generate`, without and with its cache, on the model and on
-a random GPT-2 shape; what a batch gains over one prompt at a time, what its padding wastes, and how much its matrix
-products alone would allow; what each sampling knob does to one distribution; and what greedy decoding, beam search and
-sampling write, and at what price.
+Five measurements: the time of a decoding step against the sequence length, beside the prediction from its
+floating-point operations; tokens per second against transformers' `generate`, without and with its cache, on the model
+and on a random GPT-2 shape; what a batch gains over one prompt at a time, what its padding wastes, and how much its
+matrix products alone would allow; what each sampling knob does to one distribution; and the quality and cost of greedy
+decoding, beam search and sampling.
 
     python bench.py --quick
     python bench.py --output results
@@ -22,7 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import launch  # noqa: F401 (it has to come first)
+import launch  # noqa: F401 (must come first)
 import torch
 from pydantic import Field
 
@@ -57,7 +57,7 @@ DEFINITIONS = {
 }
 KNOBS: list[tuple[str, Any]] = [("temperature", 1.0), ("temperature", 0.5), ("temperature", 2.0), ("top_k", 5)]
 KNOBS += [("top_p", 0.8), ("min_p", 0.1), ("presence_penalty", 1.5), ("repetition_penalty", 1.3)]
-KNOB_PROMPT, KNOB_OUTPUT = 50, 52  # a line of code is about to begin: many tokens fit, and some have been used before
+KNOB_PROMPT, KNOB_OUTPUT = 50, 52  # at the start of a line of code: many tokens are likely, some of them used before
 DECODERS = ["greedy", "4 beams", "sampling"]
 TABLES = {
     "curve": "One decoding step",
@@ -71,24 +71,24 @@ TABLES = {
 
 
 class Options(BenchOptions):
-    """What a token costs when nothing is reused."""
+    """The cost of a token when nothing is reused."""
 
     prompts: int = Field(12, ge=1, description="how many prompts are timed")
-    budget: float = Field(40, gt=0, description="or until one comparison has taken so many seconds")
+    budget: float = Field(40, gt=0, description="or until one comparison has taken this many seconds")
 
 
 def prompt_of(loaded: LoadedModel, length: int) -> list[int]:
-    """Some tokens; what they say does not matter for time, only how many they are."""
+    """Return arbitrary token ids; their number, not their meaning, decides the time."""
     return [1 + i % (loaded.config.vocab_size - 1) for i in range(length)]
 
 
 def flat(rows: list[list[int]]) -> list[int]:
-    """The tokens of all rows, each behind its length: rows of different lengths are never alike."""
+    """Return the tokens of all rows, each row preceded by its length, so that different rows never compare equal."""
     return [token for row in rows for token in (len(row), *row)]
 
 
 def continuation(loaded: LoadedModel, prompt: Prompt, length: int) -> list[int]:
-    """What truly follows a prompt, without the token by which some tokenizers begin every text."""
+    """Return the true tokens after a prompt, without the token by which some tokenizers begin every text."""
     tokens = loaded.tokenizer.encode(prompt.continuation)
     return [token for token in tokens if token not in loaded.tokenizer.special_ids][:length]
 
@@ -99,20 +99,20 @@ def one_by_one(model: Transformer, prompts: list[list[int]], params: SamplingPar
 
 @torch.inference_mode()
 def padded(model: Transformer, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
-    """Greedy decoding with all rows in one forward, padded to the longest: what the engine's grouping avoids."""
-    texts, device = [list(prompt) for prompt in prompts], model.embedding.weight.device
+    """Decode greedily with all rows in one forward, padded to the longest; the engine's grouping avoids this."""
+    sequences, device = [list(prompt) for prompt in prompts], model.embedding.weight.device
     for _ in range(params.max_new_tokens):
-        longest = max(map(len, texts))
-        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
-        last = torch.tensor([[len(text) - 1] for text in texts], device=device)
+        longest = max(map(len, sequences))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
+        last = torch.tensor([[len(row) - 1] for row in sequences], device=device)
         best = model.logits(model.hidden(tokens, wanted=last)[:, 0]).argmax(-1)
-        for text, token in zip(texts, best.tolist(), strict=True):
-            text.append(token)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+        for row, token in zip(sequences, best.tolist(), strict=True):
+            row.append(token)
+    return [row[len(prompt) :] for row, prompt in zip(sequences, prompts, strict=True)]
 
 
 def write(loaded: LoadedModel, decoder: str, prompt: list[int], length: int, sample: int, seed: int) -> list[int]:
-    """New tokens after a prompt, by greedy decoding, beam search or sampling at temperature 1."""
+    """Return new tokens after a prompt, by greedy decoding, beam search or sampling at temperature 1."""
     params = SamplingParams(temperature=float(decoder == "sampling"), max_new_tokens=length, seed=seed)
     if decoder == "4 beams":
         return beam_search(loaded.model, prompt, params, loaded.ending, beams=4).tokens
@@ -120,10 +120,10 @@ def write(loaded: LoadedModel, decoder: str, prompt: list[int], length: int, sam
 
 
 class Lesson(Bench):
-    """One method per measurement; what the results hold already is left out."""
+    """One method per measurement; measurements that the results hold already are skipped."""
 
     def curve(self, loaded: LoadedModel) -> None:
-        """Step time by length. All lengths take turns, and with them the machine at its best: one large product."""
+        """Time a step by sequence length, all lengths in turns with one large matrix product, the machine's peak."""
         lengths = [16, 64, 256] if self.options.quick else [16, 32, 64, 128, 256, 384, 512, 768, 1023]
         one = SamplingParams(max_new_tokens=1, ignore_eos=True)
 
@@ -142,7 +142,7 @@ class Lesson(Bench):
         self.compare("curve", {"dtype": dtype_name(dtype)}, runs)
 
     def against_transformers(self, loaded: LoadedModel, prompts: list[Prompt]) -> None:
-        """Tokens per second on the same weights, with the same tokens. Without prompts: behind 16 arbitrary tokens."""
+        """Compare tokens per second on the same weights and tokens. Without prompts: after 16 arbitrary tokens."""
         dtype, length = loaded.model.embedding.weight.dtype, self.options.max_tokens
         params, arbitrary = SamplingParams(max_new_tokens=length), prompt_of(loaded, 16)
         peer = cache(lambda: TransformersPeer(loaded.checkpoint.folder, dtype, self.device))  # loaded at the first call
@@ -162,11 +162,11 @@ class Lesson(Bench):
         runs: dict[str, Variant] = {"transformers, no cache": without, "this phase": ours}
         runs["transformers, cache"] = with_cache
         cell = {"model": loaded.checkpoint.folder.name, "dtype": dtype_name(dtype)}
-        # In half precision different orders of summation round differently, and a near tie may go either way.
+        # In half precision different orders of summation round differently, so a near tie can go either way.
         self.compare("peer", cell, runs, prompts, exact=list(runs)[1:] if dtype == torch.float32 else ())
 
     def batches(self, loaded: LoadedModel) -> None:
-        """Eight prompts in one batch against the same eight one after the other: short ones, and real ones."""
+        """Time eight prompts in one batch against the same eight one after the other: short ones, and real ones."""
         model, dtype = loaded.model, loaded.model.embedding.weight.dtype
         real = [loaded.tokenizer.encode(p.text)[: loaded.config.context // 2] for p in self.prompts(8)]
         short = [prompt_of(loaded, n) for n in (4, 6, 8, 8, 10, 12, 14, 16)]
@@ -206,13 +206,13 @@ class Lesson(Bench):
             "padded": tokens_of(partial(padded, model, prompts, params)),
             "matrix products": products,
         }
-        # In half precision a wide and a narrow product round differently, and a near tie may go either way.
+        # In half precision a wide and a narrow product round differently, so a near tie can go either way.
         exact = ["together", "padded"] if cell["dtype"] == "float32" else []
         self.compare("batch", cell, runs, exact=exact)
         self.count("shape", cell, "eight prompts", None, shape)
 
     def knobs(self, loaded: LoadedModel) -> None:
-        """One true distribution after each knob, in numbers and as a picture."""
+        """Record one real distribution after each knob, in numbers and as a picture."""
         prompt = self.prompts(KNOB_PROMPT + 1)[-1]
         before = loaded.tokenizer.encode(prompt.text)
         written = continuation(loaded, prompt, KNOB_OUTPUT)
@@ -235,7 +235,7 @@ class Lesson(Bench):
             distributions(self.options.output / "knobs.png", tokens, panels, title)
 
     def decoders(self, loaded: LoadedModel) -> None:
-        """What greedy decoding, beams and sampling write after real prompts, beside what really follows there."""
+        """Compare greedy decoding, beams and sampling after real prompts with the true continuations."""
         length = 24 if self.options.quick else self.options.max_tokens
 
         def judged(before: list[int], tokens: list[int]) -> Outcome:
@@ -257,7 +257,7 @@ class Lesson(Bench):
                 self.count("decoder", {}, "true text", prompt.id, partial(judged, before, true))
 
     def draw_curve(self, file: Path) -> None:
-        """Step time over length, and the time of as many operations at the rate of one large product."""
+        """Draw step time over length, and the time of as many operations at the rate of one large product."""
         peak, *steps = self.table("curve")
         at = [(int(row["variant"]), row["ms_per_token"], row.get("gflop_per_s", 1)) for row in steps[1:]]
         rate = peak.get("gflop_per_s", 1)

@@ -1,8 +1,8 @@
-"""How much faster is draft-and-verify, for which K, and how many tokens does a target forward give?
+"""Measure how much faster draft-and-verify is, for which K, and how many tokens a target forward gives.
 
 For every dtype, temperature and K: speculative against plain decoding of the same engine, prompt by prompt in turns.
-Greedy output in float32 has to be plain decoding's. And the tokens per target forward on held-out text that is forced,
-free of what the model itself likes to write.
+In float32 greedy output must equal plain decoding's. The bench also counts the tokens per target forward on forced
+held-out text, which does not depend on what the model itself prefers to write.
 
     python bench.py --quick
     python bench.py --output results
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import launch  # noqa: F401 (it has to come first)
+import launch  # noqa: F401 (must come first)
 import torch
 from pydantic import Field
 
@@ -62,7 +62,7 @@ TABLES = {
 
 
 class Options(BenchOptions):
-    """Speculative against plain decoding."""
+    """Speculative decoding against plain decoding."""
 
     draft: str = Field("auto", description="the draft; auto: the model's own")
     dtypes: list[Literal["float32", "bfloat16", "float16"]] = Field(
@@ -70,7 +70,7 @@ class Options(BenchOptions):
     )
     temperatures: list[float] = Field([0.0, 1.0], description="temperatures to measure; repeatable")
     k: list[int] = Field([1, 2, 3, 4, 5, 6, 8], description="numbers of draft tokens; repeatable")
-    budget: float = Field(300, gt=0, description="or until one comparison has taken so many seconds")
+    budget: float = Field(300, gt=0, description="or until one comparison has taken this many seconds")
     max_tokens: int = Field(32, ge=1, description="new tokens per prompt")
 
 
@@ -80,12 +80,12 @@ class Lesson(Bench):
     options: Options
 
     def speed(self, target: LoadedModel, draft: LoadedModel, temperature: float) -> None:
-        """Plain decoding and every K."""
+        """Time plain decoding and every K."""
         dtype = target.model.embedding.weight.dtype
         params = SamplingParams(temperature=temperature, max_new_tokens=self.options.max_tokens)
         runs: dict[str, Variant] = {"plain": partial(self.plain, target, params)}
         runs |= {f"K={k}": partial(self.speculative, target, draft, params, k) for k in self.options.k}
-        # In half precision wide and narrow forwards round differently, and a near tie may go either way.
+        # In half precision wide and narrow forwards round differently, so a near tie can go either way.
         exact = list(runs)[1:] if temperature == 0 and dtype == torch.float32 else []
         cell: dict[str, Scalar] = {"dtype": dtype_name(dtype), "temperature": temperature}
         self.compare("speed", cell, runs, self.prompts(), exact=exact)
@@ -125,7 +125,7 @@ class Lesson(Bench):
         return Outcome(len(tokens), figures, tokens)
 
     def forced(self, target: LoadedModel, draft: LoadedModel, temperature: float) -> None:
-        """Acceptance along the true text, a row per prompt and K: nothing here is timed."""
+        """Count acceptance along the true text, a row per prompt and K; nothing is timed."""
         params = SamplingParams(temperature=temperature, max_new_tokens=10**6, seed=self.options.seed, ignore_eos=True)
         source = GreedySource() if params.greedy else KeyedSource(params.seed)
         drafter, encode = ModelDrafter(draft.model, params, source), target.tokenizer.encode
@@ -146,7 +146,7 @@ class Lesson(Bench):
                 self.refuse("forced", cell, f"K={k}", "no prompt has a continuation to follow")
 
     def draw(self, file: Path, title: str) -> None:
-        """Speed-up over K with its interval, one panel per dtype and temperature."""
+        """Draw the speed-up over K with its interval, one panel per dtype and temperature."""
         rows = [row for row in self.table("speed") if str(row["variant"]).startswith("K=") and "speedup" in row]
         panels = list(dict.fromkeys((row["dtype"], row["temperature"]) for row in rows))
         with figure(file, columns=max(1, len(panels)), size=(4.2, 3.8), title=title, sharey=True) as grid:
@@ -160,12 +160,12 @@ class Lesson(Bench):
 
 
 def survived(accepted: list[int], k: int) -> list[int]:
-    """How many drafts had at least 1, 2, ..., k accepted tokens."""
+    """Count the drafts that had at least 1, 2, ..., k accepted tokens."""
     return [sum(each >= j for each in accepted) for j in range(1, k + 1)]
 
 
 def around(rows: list[dict[str, Any]]) -> list[list[float]]:
-    """How far each interval reaches below and above its ratio; 0 where there is none."""
+    """Return how far each interval reaches below and above its ratio; 0 without an interval."""
     low = [row["speedup"] - (row["speedup_low"] or row["speedup"]) for row in rows]
     return [low, [(row["speedup_high"] or row["speedup"]) - row["speedup"] for row in rows]]
 
