@@ -1,7 +1,7 @@
-"""What every bench shares: its options, one run's outcome, the refusal of wrong results, and timing in turns.
+"""Shared parts of every bench: its options, one run's outcome, the refusal of wrong results, and timing in turns.
 
-Machines are noisy and drift, so variants take turns and are compared round by round: a bar is a ratio within one run.
-What is timed is checked (`refuse_if_different`). The other parts are in common/statistics.py (intervals and claims),
+Machines are noisy and drift, so variants take turns and are compared round by round, as ratios within one run. Every
+timed output is checked (`refuse_if_different`). The other parts are in common/statistics.py (intervals and claims),
 common/harness.py (comparisons as rows), common/results.py (results folders) and common/tables.py (derived tables).
 
     python -c "from common.benchmark import *; print(interleave({'sum': lambda: sum(range(10**6))}, repeats=3))"
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class BenchOptions(BaseSettings):
-    """The options that all benches share; a phase subclasses this and reads it with common.options.parse_options."""
+    """The options that all benches share; a phase's bench subclasses it for common.options.parse_options."""
 
     model_config = SettingsConfigDict(env_prefix="SPECDEC_")
     suite: ClassVar[str] = "code"  # where the user names no prompts
@@ -57,12 +57,12 @@ class BenchOptions(BaseSettings):
     prompts: int = Field(50, ge=1, description="how many prompts are timed")
     max_tokens: int = Field(48, ge=1, description="new tokens per prompt")
     quick: bool = Field(False, description="the same bench at a size that ends within 60 s: two rounds, no intervals")
-    rounds: int | None = Field(None, ge=1, description="exactly so many rounds, instead of until --precision")
+    rounds: int | None = Field(None, ge=1, description="exactly this many rounds, instead of until --precision")
     precision: float = Field(0.02, gt=0, lt=1, description="rounds are added until ratios are known to this half-width")
-    budget: float = Field(60, gt=0, description="or until one comparison has taken so many seconds")
+    budget: float = Field(60, gt=0, description="or until one comparison has taken this many seconds")
     output: Path | None = Field(None, description="folder that keeps rows, manifest, tables and pictures")
-    resume: bool = Field(False, description="go on with the results in --output: run what is missing")
-    dry_run: bool = Field(False, description="walk the whole grid without computing; rows are marked synthetic")
+    resume: bool = Field(False, description="continue the results in --output: run what is missing")
+    dry_run: bool = Field(False, description="go through the whole grid without computing; rows are marked synthetic")
     seed: int = Field(0, ge=0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="number format")
@@ -71,44 +71,44 @@ class BenchOptions(BaseSettings):
     @model_validator(mode="after")
     def _resume_needs_output(self) -> Self:
         if self.resume and self.output is None:
-            raise ValueError("--resume needs --output FOLDER, the folder with the results to go on with")
+            raise ValueError("--resume needs --output FOLDER, the folder with the results to continue")
         return self
 
     @property
     def round_limit(self) -> int | None:
-        """The exact number of rounds; None: until `precision` or `budget` is reached."""
+        """Return the exact number of rounds; None: until `precision` or `budget` is reached."""
         return 1 if self.dry_run else self.rounds or (2 if self.quick else None)
 
     @property
     def own_prompts(self) -> list[Prompt]:
-        """The user's prompts, from `prompt_file` and `prompts_from`. UserError for what is none."""
+        """Return the user's prompts, from `prompt_file` and `prompts_from`. UserError for a file that holds none."""
         own = [prompt_of_file(path) for path in self.prompt_file]
         return own + (read_prompts(self.prompts_from) if self.prompts_from else [])
 
     def load_prompts(self, half: Half = "test") -> list[Prompt]:
-        """The user's own prompts, or a half of the suite. Two or more of the user's prompts are split into halves."""
+        """Return the user's own prompts, or a half of the suite. Two or more own prompts are split into halves."""
         own = self.own_prompts
         if not own:
             return load_prompts(self.suite, half)
         return own if len(own) == 1 else own[half == "test" :: 2]
 
     def prompts_sha256(self) -> str:
-        """Hash of every text that may be measured."""
+        """Hash every text that may be measured."""
         return hash_of(self.load_prompts("calibrate") + self.load_prompts("test"))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a variant gave, as its row keeps it."""
+    """The result of one run of a variant, as its row keeps it."""
 
-    tokens: float = 1  # new tokens (or calls) that the time is divided by
-    figures: Mapping[str, Any] = field(default_factory=dict)  # whatever else was counted
-    output: Sequence[int] = ()  # compared with the baseline's where it has to be the same; not kept
-    seconds: float | None = None  # of the part that is to be timed; none: the whole run
+    tokens: float = 1  # new tokens (or calls) by which the time is divided
+    figures: Mapping[str, Any] = field(default_factory=dict)  # everything else that was counted
+    output: Sequence[int] = ()  # compared with the baseline's where both must be equal; not kept
+    seconds: float | None = None  # of the timed part; none: the whole run
 
 
 class WrongResult(RuntimeError):
-    """What was to be timed gives a wrong answer, so its speed means nothing."""
+    """A timed variant gave a wrong output, so its speed means nothing."""
 
 
 def refuse_if_different(name: str, expected_tokens: Sequence[int], got_tokens: Sequence[int]) -> None:
@@ -127,10 +127,10 @@ def refuse_if_different(name: str, expected_tokens: Sequence[int], got_tokens: S
 
 @dataclass(frozen=True)
 class Timed(Generic[T]):
-    """One timed run: wall time in seconds, what the run returned, and the memory of the process in MiB after it.
+    """One timed run: wall time in seconds, the returned value, and the memory of the process in MiB after the run.
 
-    The peaks in `memory` (names as in common.device.memory) are of this run alone; a system that cannot restart the
-    host's peak has no `peak_rss` here.
+    The peaks in `memory` (names as in common.device.memory) are of this run alone; `peak_rss` is absent if the system
+    cannot restart the host's peak.
     """
 
     seconds: float
@@ -160,10 +160,10 @@ def interleave(
 ) -> dict[str, list[Timed[T]]]:
     """Time the variants in turns: `warmup` untimed runs of each, then `repeats` rounds in which each runs once.
 
-    The order changes from round to round (A B, B A; common.statistics.williams), so that none is always first, and none
+    The order changes from round to round (A B, B A; common.statistics.williams), so that no variant is always first or
     always follows the same other. The device is synchronised before and after each run. Entry i of every list is from
-    round i. `on_run(name)` is called after every run, the warm-ups too: there are
-    len(variants) * (warmup + repeats) calls (see `progress`).
+    round i. `on_run(name)` is called after every run, warm-ups included: len(variants) * (warmup + repeats) calls (see
+    `progress`).
     """
     device = torch.device(device)
     names, orders = list(variants), williams(len(variants))
@@ -179,10 +179,10 @@ def interleave(
 
 
 def seconds(runs: Sequence[Timed[Any]]) -> list[float]:
-    """The wall times of some runs, in seconds."""
+    """Return the wall times of runs, in seconds."""
     return [run.seconds for run in runs]
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value (the mean of the two middle ones for an even number)."""
+    """Return the middle value (the mean of the two middle ones for an even number)."""
     return statistics.median(values)

@@ -1,7 +1,7 @@
-"""From the name of a model to its configuration and its tensors.
+"""Find a model by its name, and read its configuration and its tensors.
 
-A name is, in this order: an embedded model (a folder beside the code, `common/models/NAME`), a local folder, or a
-model on the Hugging Face hub, which is downloaded once and then comes from the cache.
+A name is, in this order: an embedded model (the folder `common/models/NAME`), a local folder, or a model on the Hugging
+Face hub, which is downloaded once and then read from the cache.
 
     python -c "from common.checkpoint import open_checkpoint; print(open_checkpoint('stdlib-10m').config)"
 """
@@ -30,26 +30,26 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # `owner/name`, or a bare 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as it lies on the disk, in the Hugging Face layout. Nothing of the weights is in memory."""
+    """A model on disk in the Hugging Face layout. No weights are in memory."""
 
-    name: str  # as the user gave it
+    name: str  # as given by the user
     folder: Path  # also holds the tokenizer's files
     config: dict[str, Any]
-    generation_config: dict[str, Any]  # empty where the folder has none
+    generation_config: dict[str, Any]  # empty if the folder has none
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight's name and tensor, on the CPU, in the dtype of the file, one at a time.
+        """Yield each weight's name and tensor, on the CPU, in the dtype of the file, one at a time.
 
-        The tensors are views of memory-mapped files: a caller who copies each as it comes needs little more memory
-        than the copies take. Raises UserError, naming the file, where one is damaged.
+        The tensors are views of memory-mapped files, so a caller who copies each one before the next needs little more
+        memory than the copies. Raises UserError, naming the file, if one is damaged.
         """
         for path in weight_files(self.folder):
             yield from read_tensors(path)
 
     def content_hash(self) -> str:
-        """12 hex digits that name these weights and this config.json, for results to say what was measured.
+        """Return 12 hex digits that identify these weights and this config.json in results.
 
-        A SHA-256 over the files' names and contents, so the same files give the same hash wherever they lie.
+        The hash is a SHA-256 over the files' names and contents, so it does not depend on the folder.
         """
         digest = hashlib.sha256()
         for path in [self.folder / "config.json", *weight_files(self.folder)]:
@@ -59,14 +59,14 @@ class Checkpoint:
 
 
 def embedded_models() -> list[str]:
-    """The names of the models that come with the repository."""
+    """List the models that come with the repository."""
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
 
 def open_checkpoint(name: str, check: Check | None = None) -> Checkpoint:
-    """Find a model by its name (an embedded one, a folder, a hub id), and download it if it has to be.
+    """Find a model by its name (an embedded one, a folder, a hub id), and download it if necessary.
 
-    `check` gets what config.json says, and raises UserError for a model that cannot be used: before any weight is
+    `check` receives the contents of config.json and raises UserError for an unusable model, before any weight is
     downloaded.
     Raises UserError for an unknown name, and for a folder without a readable config.json or without weights.
     """
@@ -76,12 +76,12 @@ def open_checkpoint(name: str, check: Check | None = None) -> Checkpoint:
     if check is not None:
         check(config)
     generation = folder / "generation_config.json"
-    weight_files(folder)  # missing weights are reported here, not when the first tensor is wanted
+    weight_files(folder)  # reports missing weights now, not at the first tensor
     return Checkpoint(name, folder, config, read_json(generation) if generation.is_file() else {})
 
 
 def _naming(name: str, check: Check | None) -> Check | None:
-    """The same check, whose errors say which model they are about."""
+    """Wrap a check so that its errors name the model."""
     if check is None:
         return None
 
@@ -98,7 +98,7 @@ def _folder(name: str, check: Check | None) -> Path:
     if name in embedded_models():
         return MODELS / name
     path = os.path.expanduser(name)
-    if os.path.isdir(path):  # unlike Path.is_dir, False for what can be no path at all
+    if os.path.isdir(path):  # unlike Path.is_dir, False for an invalid path
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"{name}: the folder holds no config.json; expected a checkpoint in Hugging Face layout")
         return Path(path)

@@ -1,9 +1,9 @@
-"""lab.json: the models that a checkpoint comes with, and where they may lie.
+"""lab.json: the models that belong to a checkpoint, and the folders that it may name.
 
     {"draft": "stdlib-1m", "eagle": "stdlib-10m-eagle", "medusa": "stdlib-10m-medusa"}
 
-Each is an embedded model, or a folder inside the checkpoint's own. The file may have come with a download, so it can
-point to nothing else: what lies elsewhere is named on the command line.
+Each is an embedded model or a folder inside the checkpoint's own. The file may be part of a download, so it cannot name
+any other folder; models elsewhere are named on the command line.
 
     companion(checkpoint.folder, "draft")  # "stdlib-1m"
 """
@@ -21,11 +21,11 @@ from common.files import read_checked
 
 Kind = Literal["draft", "medusa", "eagle"]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]*$")]
-MADE_OF = {"draft": "config.json", "medusa": "heads.json", "eagle": "heads.json"}  # what makes a folder one of its kind
+MADE_OF = {"draft": "config.json", "medusa": "heads.json", "eagle": "heads.json"}  # the file that identifies each kind
 
 
 class LabFile(BaseModel):
-    """What lab.json may say."""
+    """The schema of lab.json."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -38,7 +38,7 @@ LAB_FILE = TypeAdapter(LabFile)
 
 
 def companion(folder: Path, kind: Kind) -> str | None:
-    """The embedded model or the folder that a checkpoint's lab.json names; None where it names none.
+    """Return the embedded model or the folder that a checkpoint's lab.json names; None if it names none.
 
     Raises UserError, naming the file and the key, for anything else.
     """

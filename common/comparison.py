@@ -26,12 +26,12 @@ Variant = Callable[[Prompt | None, int], Outcome]  # one run of one prompt; the 
 
 
 def attempt(run: Callable[[], Outcome]) -> tuple[Outcome | None, str, str | None]:
-    """What a run gave; or None with `failed` or `refused` and the reason, so that the grid can go on."""
+    """Return a run's outcome, or None with `failed` or `refused` and the reason, so that the grid can go on."""
     try:
         return run(), "ok", None
     except (WrongResult, UserError) as error:
         return None, "refused", str(error)
-    except Exception as error:  # whatever it is: it becomes a row, and the exit status says so
+    except Exception as error:  # any exception becomes a row and a nonzero exit status
         return None, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
@@ -51,7 +51,7 @@ class Comparison:
 
     @cached_property
     def names(self) -> list[str]:
-        """The baseline, the null arm, and the others."""
+        """List the baseline, the null arm, and the others."""
         first, *others = self.variants
         return [first, first + AGAIN, *others]
 
@@ -91,9 +91,9 @@ class Comparison:
         bench.results.add(end.model_copy(update={"figures": {"variants": self.names}}))
 
     def warm_up(self, count: int) -> None:
-        """Run every variant untimed on the first prompts; see that a round fits into a budget that was asked for."""
+        """Run every variant untimed on the first prompts; check that a round fits into an explicit budget."""
         spent = math.inf
-        for _ in range(2):  # a first call may load or compile something: the second tells what a round takes
+        for _ in range(2):  # the first call may load or compile something; the second one times a round
             began = time.perf_counter()
             for prompt in self.texts[:count]:
                 for name in self.variants:
@@ -114,7 +114,7 @@ class Comparison:
             )
 
     def call(self, name: str, prompt: Prompt | None, round_: int) -> tuple[Outcome | None, str, str | None]:
-        """One timed run, then checked: what it gave, or why it gave nothing (`attempt`)."""
+        """Do one timed run and check it; return its outcome, or why there is none (`attempt`)."""
         base, device = name.removesuffix(AGAIN), self.bench.device
 
         def timed() -> Outcome:
@@ -133,17 +133,17 @@ class Comparison:
         return attempt(timed)
 
     def check(self, base: str, prompt: Prompt | None, round_: int, outcome: Outcome) -> None:
-        """Raise WrongResult where the output has to be the baseline's and is not."""
+        """Raise WrongResult if the output must equal the baseline's and does not."""
         key = (prompt.id if prompt else None, round_)
         if base == self.names[0]:
             self.outputs[key] = outcome.output
         elif base in self.exact:
-            if key not in self.outputs:  # the baseline's turn comes later, or it ran before a --resume
+            if key not in self.outputs:  # the baseline runs later, or ran before a --resume
                 self.outputs[key] = self.variants[self.names[0]](prompt, round_).output
             refuse_if_different(f"{base}, {key[0] or 'round'}, round {round_}", self.outputs[key], outcome.output)
 
     def one(self, name: str, prompt: Prompt | None, round_: int, place: int) -> None:
-        """One row, unless it is there already or its variant has failed."""
+        """Add one row, unless the row exists already or its variant has failed."""
         results, row = self.bench.results, self.row(name, prompt, round_)
         if name in self.dropped or results.has(row):
             return
@@ -160,7 +160,7 @@ class Comparison:
         results.add(row.model_copy(update=found))
 
     def enough(self, rounds: int) -> bool:
-        """Are these rounds all that are wanted? A function of the rows alone, so that a resumed run ends alike."""
+        """Return whether these rounds are enough: a function of the rows alone, so that a resumed run ends alike."""
         options = self.bench.options
         if options.round_limit is not None or not rounds:
             return rounds >= (options.round_limit or 1)

@@ -1,4 +1,4 @@
-"""Where and in which number format to compute, how to wait for a device, and how much memory is in use.
+"""Choose device and dtype, wait for a device, and measure memory.
 
 python -c "from common.device import resolve_device, memory; print(memory(resolve_device('auto')))"
 """
@@ -21,15 +21,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def available_devices() -> list[str]:
-    """The kinds of device this process can use, the fastest first: some of cuda and mps, and always cpu."""
+    """List the kinds of device this process can use, the fastest first: cuda and mps if present, and always cpu."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [name for name, usable in there.items() if usable]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for auto|cpu|cuda|mps; auto is the first of cuda, mps, cpu that is there.
+    """Return the device for auto|cpu|cuda|mps; auto is the first available of cuda, mps, cpu.
 
-    Raises UserError for another name, and for a device that is not there: no silent fallback.
+    Raises UserError for another name and for an unavailable device: there is no silent fallback.
     """
     there = available_devices()
     if name == "auto":
@@ -42,9 +42,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format for auto|float32|bfloat16|float16 on a device.
+    """Return the dtype for auto|float32|bfloat16|float16 on a device.
 
-    auto is float32 on a CPU, bfloat16 on a CUDA device that has it in hardware, float16 on other devices. Raises
+    auto is float32 on a CPU, bfloat16 on a CUDA device with bfloat16 hardware, float16 on other devices. Raises
     UserError for another name.
     """
     if name in DTYPES:
@@ -53,19 +53,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         raise UserError(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)}")
     if device.type == "cpu":
         return torch.float32
-    # Older cards emulate bfloat16, which is slower than float32; torch counts that as support unless told not to.
+    # Older GPUs emulate bfloat16 more slowly than float32; by default torch counts emulation as support.
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32, and so on: the name that options and result files use."""
+    """Return `float32` for torch.float32, and so on: the name in options and result files."""
     return str(dtype).removeprefix("torch.")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it; without this, a clock times only the asking."""
+    """Wait until the device has finished all its work; without this, a clock times only the launches."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -73,7 +73,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _linux_peak() -> int | None:
-    """The highest resident size since the start or the last reset, in bytes; None where /proc does not tell."""
+    """Return the highest resident size since the start or the last reset, in bytes; None if /proc does not tell."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -83,8 +83,8 @@ def _linux_peak() -> int | None:
 
 
 def _peak_rss() -> int:
-    """The highest resident size of this process, in bytes."""
-    # Not getrusage first: on Linux its peak begins at the size of the process that called exec, and never falls.
+    """Return the highest resident size of this process, in bytes."""
+    # Not getrusage first: on Linux its peak starts at the size of the process that called exec, and cannot be reset.
     peak = _linux_peak()
     if peak is None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -92,9 +92,9 @@ def _peak_rss() -> int:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Memory of this process in MiB: `rss` and `peak_rss` on the host, and what torch's tensors take on the device.
+    """Return this process's memory in MiB: `rss` and `peak_rss` on the host, and torch's tensors on the device.
 
-    The latter are `cuda_allocated` and `cuda_peak` on a CUDA device, `mps_allocated` on MPS (which keeps no peak).
+    The latter are `cuda_allocated` and `cuda_peak` on a CUDA device, `mps_allocated` on MPS (which records no peak).
     """
     rss = psutil.Process().memory_info().rss
     used = {"rss": rss, "peak_rss": max(rss, _peak_rss())}
@@ -107,9 +107,9 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that tensors on this device may still take.
+    """Return the bytes that tensors on this device may still allocate.
 
-    On a CPU, and on MPS, which shares its memory: what the host has, or the limits of this process if they leave less.
+    On a CPU, and on MPS, which shares its memory: the host's free memory, or the limits of this process if smaller.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -119,7 +119,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Start the peaks anew at what is in use now. False: `peak_rss` stays the peak since the process began.
+    """Restart the peaks at the present use. False: `peak_rss` stays the peak since the process began.
 
     Linux can restart a process's peak; macOS, and containers that guard /proc, cannot. `cuda_peak` always restarts.
     """

@@ -1,4 +1,4 @@
-"""What a figure depends on besides its own settings: machine, libraries, commit, models, prompts.
+"""Everything that a figure depends on besides its own settings: machine, libraries, commit, models, prompts.
 
 python -c "from common.environment import environment; print(environment('cpu', 'float32', 2, {}))"
 """
@@ -26,7 +26,7 @@ LIBRARIES = ("transformers", "tokenizers", "safetensors", "numpy", "triton")
 
 
 def _output(*command: str) -> str | None:
-    """The output of a command, or None where there is no such command or it fails."""
+    """Return the output of a command, or None if the command is missing or fails."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -35,10 +35,10 @@ def _output(*command: str) -> str | None:
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """The commit of the repository at `root` and whether its tracked files differ; None where `root` is none.
+    """Return the commit of the repository at `root` and whether its tracked files differ; None without a repository.
 
-    Results do not count: one bench writes them before the next begins, and nothing that is measured reads them.
-    A folder inside a repository does not count: an installed copy may lie in some other repository, whose commit says
+    Changes in results do not count: one bench writes them before the next begins, and no measurement reads them.
+    A folder inside a repository does not count: an installed copy may be inside another repository, whose commit says
     nothing about the code.
     """
     top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
@@ -50,7 +50,7 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def cpu_name() -> str:
-    """The processor's name as its maker writes it, or at least its architecture."""
+    """Return the processor's name as its maker writes it, or at least its architecture."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -66,7 +66,7 @@ def _read(path: str) -> str | None:
 
 
 def cpu_quota() -> float | None:
-    """Cores that the control group may use (`cpu.max`, or version 1's quota); None where there is no limit."""
+    """Return the cores that the control group may use (`cpu.max`, or version 1's quota); None without a limit."""
     found = (_read("/sys/fs/cgroup/cpu.max") or "max").split()
     if len(found) < 2:
         old = (_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
@@ -77,7 +77,7 @@ def cpu_quota() -> float | None:
 
 
 def instruction_set() -> str:
-    """The widest vector instructions that torch uses here, or the set that SPECDEC_CPU_ISA asks the C++ kernels for."""
+    """Return the widest vector instructions that torch uses here, or SPECDEC_CPU_ISA's choice for the C++ kernels."""
     import torch
 
     return os.environ.get("SPECDEC_CPU_ISA") or torch.backends.cpu.get_cpu_capability().lower()
@@ -97,7 +97,7 @@ def environment(
     models: Mapping[str, str],
     prompts_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """What a figure depends on besides its own settings, ready for JSON. `models` maps names to content hashes."""
+    """Describe everything that a figure depends on, ready for JSON. `models` maps names to content hashes."""
     import torch
 
     device = torch.device(device)

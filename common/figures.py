@@ -1,8 +1,8 @@
-"""One PNG from a grid of plots: no display, room for every label, a light grid, colours and markers that all can tell
-apart, saved even over an older file.
+"""One PNG from a grid of plots: no display, room for every label, a light grid, colours and markers that all readers
+can tell apart. An existing file is replaced.
 
-matplotlib is imported when a figure is drawn, because it takes a second; `pyplot` is left alone, which keeps every
-figure that it makes in a list of its own and wants a display.
+matplotlib is imported when a figure is drawn, because the import takes a second. `pyplot` is not used: it keeps every
+figure in a global list and expects a display.
 
     with figure(Path("speed.png")) as [axes]:
         axes.plot([1, 2, 3], [3, 1, 2], **look(0), label="measured")
@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito (2008, "Color Universal Design"): readers who do not see red and green apart tell these apart. The
-# eighth, yellow, is too faint on white.
+# From Okabe and Ito (2008, "Color Universal Design"), for readers who cannot tell red from green. Their eighth colour,
+# yellow, is too faint on white.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, "#000000")
-GREY = "#7F7F7F"  # of what is only there to compare with
+GREY = "#7F7F7F"  # for lines drawn only for comparison
 MARKERS = "osD^vP*Xph<>"
 
 
 def look(at: int) -> dict[str, Any]:
-    """Colour and marker of the at-th line of a panel: no two of the first 84 are the same, and few in either alone."""
+    """Return colour and marker of the at-th line of a panel; the first 84 combinations differ."""
     return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
 
 
@@ -42,7 +42,7 @@ def figure(
     sharex: bool = False,
     sharey: bool = False,
 ) -> Iterator[list[Axes]]:
-    """The axes of all panels, row by row; `file` is written when the block ends, and not if it fails.
+    """Yield the axes of all panels, row by row; `file` is written when the block ends without an error.
 
     `size` is the width and height of one panel in inches. With `sharex` and `sharey` all panels have the same scale,
     and only the outer ones show its numbers.
@@ -64,7 +64,7 @@ def figure(
 def distributions(
     file: Path, tokens: Sequence[str], panels: Mapping[str, Sequence[float]], title: str = "", columns: int = 4
 ) -> None:
-    """A panel of bars for each of some distributions over the same few tokens, the first token on top.
+    """Draw one panel of bars for each distribution over the same few tokens, the first token on top.
 
     The first panel's distribution is drawn as an outline behind the others. The keys of `panels` are their titles.
     """

@@ -1,7 +1,7 @@
-"""Small files of a checkpoint, and the errors that reading them can give.
+"""Small files of a checkpoint, and the errors of reading them.
 
-Whoever made a checkpoint may have made a mistake, or mean harm: each file is checked against what it may hold before
-anything of it is used, and every fault is one UserError.
+A checkpoint may contain mistakes or be malicious. Each file is checked against its schema before any of it is used, and
+every fault is one UserError.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message as one line of at most 200 characters, for the end of a UserError."""
+    """Return an error's message as one line of at most 200 characters, for the end of a UserError."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"[:200] if message else type(error).__name__
 
 
 def shown(value: object) -> str:
-    """A value for an error message: its repr, cut where it is long or nested."""
+    """Format a value for an error message: its repr, shortened if it is long or nested."""
     return _SHORT.repr(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError, naming the file, where there is none."""
+    """Return the object in a JSON file. Raises UserError, naming the file, if there is none."""
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
             raise UserError(f"{path}: has {size} bytes; expected a JSON file of at most {MOST_BYTES}")
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair is no text: a UnicodeEncodeError
+        if "\\ud" in text.lower():  # half of a surrogate pair cannot be encoded: a UnicodeEncodeError
             json.dumps(value, ensure_ascii=False).encode()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_checked(path: Path, kind: TypeAdapter[Read]) -> Read:
-    """What a JSON file says, if it is of this kind. Raises UserError, naming the file and the key, where it is not."""
+    """Read a JSON file of this type. Raises UserError, naming the file and the key, for wrong contents."""
     try:
         return kind.validate_python(read_json(path))
     except ValidationError as error:
@@ -63,7 +63,7 @@ def read_checked(path: Path, kind: TypeAdapter[Read]) -> Read:
 
 
 def wrong_value(error: ValidationError, file: str) -> str:
-    """The first wrong value that pydantic found, for a UserError: `FILE: KEY should be ..., got ...`."""
+    """Describe the first wrong value that pydantic found, for a UserError: `FILE: KEY should be ..., got ...`."""
     first = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "missing":

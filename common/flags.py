@@ -1,4 +1,4 @@
-"""Values that several options and environment variables share: what is on, and how many threads are sane."""
+"""Values that several options and environment variables share: switches, and the number of threads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import AfterValidator, Field
 
 from common.errors import UserError
 
-ON, OFF = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")  # what pydantic takes for a bool
+ON, OFF = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")  # pydantic's words for a bool
 
 
 def flag(variable: str, default: bool = False) -> bool:
-    """Whether an environment variable is on; `default` where it is absent or empty.
+    """Return whether an environment variable is on; `default` if it is absent or empty.
 
-    UserError, naming the variable, for what is neither on nor off.
+    UserError, naming the variable, for any other word.
     """
     text = os.environ.get(variable, "")
     if text.lower() in ("", *ON, *OFF):
@@ -26,7 +26,7 @@ def flag(variable: str, default: bool = False) -> bool:
 
 
 def most_threads() -> int:
-    """More threads than this are refused: they slow each other down, and a machine has only so many to give."""
+    """Return the maximum number of threads; more would slow each other down or fail to start."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 

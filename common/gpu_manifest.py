@@ -1,7 +1,7 @@
-"""What a run of `make gpu` is worth: on which machine, from which commit, how long each part took, which files it left.
+"""The manifest of a run of `make gpu`: machine, commit, duration of each part, and the files that each part left.
 
-`make gpu` calls it last. It reads `parts.tsv` (name, exit status and seconds of every part) and writes
-`manifest.json` beside it, so that a folder of results that was carried away from a rented card still says what it is.
+`make gpu` runs this module last. It reads `parts.tsv` (name, exit status and seconds of every part) and writes
+`manifest.json` beside it, so that results copied from a rented GPU describe their origin.
 
     python -m common.gpu_manifest gpu-results
 """
@@ -22,12 +22,12 @@ from common.errors import UserError
 from common.options import run_main
 from common.terminal import print_table
 
-LIMIT_SECONDS = 600  # what `make gpu` may take in all
+LIMIT_SECONDS = 600  # the limit of a whole `make gpu`
 OWN = ("manifest.json", "parts.tsv")
 
 
 def read_parts(path: Path) -> list[dict[str, Any]]:
-    """Name, exit status and seconds of every part. UserError where the file is missing or damaged."""
+    """Read name, exit status and seconds of every part. UserError if the file is missing or damaged."""
     try:
         lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
         return [{"name": name, "status": int(status), "seconds": int(seconds)} for name, status, seconds in lines]
@@ -36,7 +36,7 @@ def read_parts(path: Path) -> list[dict[str, Any]]:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The document that is written. `synthetic`: rows of a dry run, which measured nothing, are among the results."""
+    """Return the document to write. `synthetic`: the results contain rows of a dry run, which measured nothing."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in OWN]
     rows = [json.loads(line) for path in files if path.name == "results.jsonl" for line in path.open(encoding="utf-8")]
     parts = read_parts(folder / "parts.tsv")

@@ -1,12 +1,12 @@
-"""One bench: comparisons whose every run is a row, rounds until the ratios are known well enough, tables at the end.
+"""One bench: comparisons whose every run is a row, rounds until the ratios are precise enough, tables at the end.
 
     bench = Bench(options, results, device)
     bench.compare("sums", {"size": 100}, {"loop": lambda prompt, round: Outcome(), "sum": fast}, exact={"sum"})
     bench.report("sums")
 
 A comparison times its variants in turns, prompt by prompt and round by round. The first variant is the baseline; it is
-timed a second time under the name `NAME, again` (the null arm, see common/statistics.py). What the results hold already
-is not run again.
+timed a second time under the name `NAME, again` (the null arm, see common/statistics.py). Runs that the results hold
+already are skipped.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["Bench", "Variant", "model_hashes", "open_results", "product"]
 def open_results(
     options: BenchOptions, definitions: Mapping[str, str], device: torch.device, dtype: str, models: Mapping[str, str]
 ) -> Results:
-    """The results of one bench, in `--output` or in memory. `models` maps the names of all models to content hashes."""
+    """Open the results of one bench, in `--output` or in memory. `models` maps all models' names to content hashes."""
     where = environment(device, dtype, options.threads or torch.get_num_threads(), models, options.prompts_sha256())
     return Results(options.output, definitions, where, options.model_dump(mode="json"), options.resume)
 
 
 def model_hashes(model: str, draft: str) -> dict[str, str]:
-    """Content hashes of a model and of its draft (`auto`: the one that its lab.json names, if any), by name."""
+    """Return content hashes of a model and of its draft (`auto`: the one that its lab.json names, if any), by name."""
     target = open_checkpoint(model)
     file = target.folder / "lab.json"
     if draft == "auto" and file.is_file():
@@ -59,31 +59,31 @@ class Bench:
 
     @property
     def mark(self) -> str:
-        """What the title of a figure ends with, so that nobody takes a dry run's for a real one."""
+        """Return the suffix of a figure's title that marks a dry run."""
         return " (synthetic)" if self.options.dry_run else ""
 
     def with_options(self, **changed: Any) -> Self:
-        """The same bench with some options changed, which does not count as if the user had asked for them."""
+        """Return the same bench with some options changed; the changes do not count as given by the user."""
         options = self.options.model_copy(update=changed)
         options.model_fields_set.intersection_update(self.options.model_fields_set)
         return replace(self, options=options)
 
     def prompts(self, count: int | None = None, half: Half = "test") -> list[Prompt]:
-        """The prompts of this bench: the user's own, or those of the suite's half; `--prompts` of them, or `count`."""
+        """Return `--prompts` (or `count`) prompts: the user's own, or those of the suite's half."""
         return self.options.load_prompts(half)[: self.options.prompts if count is None else count]
 
     def rows(self, section: str) -> list[Row]:
-        """The rows of a section, real or synthetic as this bench is."""
+        """Return the rows of a section, real or synthetic like this bench."""
         return [row for row in self.results.rows if row.section == section and row.synthetic == self.options.dry_run]
 
     def table(self, section: str, baseline: str | None = None) -> list[dict[str, Any]]:
-        """The derived table of a section (common/tables.py)."""
+        """Return the derived table of a section (common/tables.py)."""
         return derive(self.rows(section), baseline)
 
     def count(
         self, section: str, cell: Mapping[str, Scalar], variant: str, prompt: str | None, run: Callable[[], Outcome]
     ) -> None:
-        """A row of what is counted or measured once, without being timed in turns. A failure is a row, too."""
+        """Add a row that is counted or measured once, without being timed in turns. A failure is a row, too."""
         row = Row(
             kind="count",
             section=section,
@@ -105,7 +105,7 @@ class Bench:
         self.results.add(row.model_copy(update=found))
 
     def refuse(self, section: str, cell: Mapping[str, Scalar], variant: str, reason: str) -> None:
-        """A row for what cannot run here, with the reason."""
+        """Add a row for a variant that cannot run here, with the reason."""
         row = Row(kind="count", section=section, cell=dict(cell), variant=variant, synthetic=self.options.dry_run)
         if not self.results.has(row):
             print(f"note: {section}, {variant} is left out: {reason}", file=sys.stderr)
@@ -123,10 +123,10 @@ class Bench:
     ) -> None:
         """Time variants in turns, and keep every run as a row. The first variant is the baseline.
 
-        `exact` names the variants whose output has to be the baseline's, run by run: others are refused. `baselines`
+        `exact` names the variants whose output must equal the baseline's, run by run: others are refused. `baselines`
         names another baseline than the first for some variants. `warmup` is the number of prompts that every variant
         runs untimed before the first round. A variant that fails, or is refused, does not run again. Without prompts
-        a variant is called with None. Raises UserError where a `--budget` that was asked for is too short for one
+        a variant is called with None. Raises UserError if an explicit `--budget` is too short for one
         round; the default budget never allows less than one.
         """
         Comparison(self, section, dict(cell), dict(variants), list(prompts), set(exact), dict(baselines or {})).run(
@@ -134,11 +134,11 @@ class Bench:
         )
 
     def finished(self, section: str, cell: Mapping[str, Scalar]) -> bool:
-        """Is there a complete comparison of this section and cell? Then its variants need not even be made."""
+        """Return whether the comparison of this section and cell is complete; then its variants need not be built."""
         return self.results.has(Row(kind="end", section=section, cell=dict(cell), synthetic=self.options.dry_run))
 
     def report(self, section: str, title: str, columns: Sequence[str] = ()) -> None:
-        """Print the table of a section with its null arm, what failed, and what may be claimed."""
+        """Print the table of a section with its null arm, the failures, and the claims."""
         if self.rows(section):
             print_section(title + self.mark, self.rows(section), columns)
 
@@ -149,17 +149,17 @@ class Bench:
         return 1 if any(row.status == "failed" or row.kind == "run" for row in self.results.failures) else 0
 
     def document(self) -> dict[str, Any]:
-        """What a bench prints as its last line: the manifest and the derived tables."""
+        """Return the last line that a bench prints: the manifest and the derived tables."""
         sections = list(dict.fromkeys(row.section for row in self.results.rows))
         return self.results.manifest() | {"tables": {section: self.table(section) for section in sections}}
 
     def dtypes(self) -> list[torch.dtype]:
-        """What to measure in: the dtype asked for; for `auto` float32, and bfloat16 where it multiplies no slower."""
+        """List the dtypes to measure: the given one; for `auto` float32, and bfloat16 if it multiplies no slower."""
         if self.options.dtype != "auto":
             return [resolve_dtype(self.options.dtype, self.device)]
         squares = {d: torch.randn(1024, 1024, device=self.device).to(d) for d in (torch.float32, torch.bfloat16)}
         runs: dict[str, Variant] = {dtype_name(d): product(square) for d, square in squares.items()}
-        few = self.with_options(rounds=self.options.rounds or 3)  # the difference is no subtle one
+        few = self.with_options(rounds=self.options.rounds or 3)  # the difference is large
         few.compare("dtypes", {}, runs)
         found = {row["variant"]: row["seconds_per_token"] for row in self.table("dtypes")}
         slower = found["bfloat16"] / found["float32"]
@@ -169,7 +169,7 @@ class Bench:
 
 
 def product(square: torch.Tensor) -> Variant:
-    """The product of a square matrix with itself, and its floating-point operations."""
+    """Return the product of a square matrix with itself, with its floating-point operations."""
 
     def run(prompt: Prompt | None, round: int) -> Outcome:
         square @ square

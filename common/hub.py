@@ -1,11 +1,11 @@
-"""A checkpoint from the Hugging Face hub, or from its cache: only the files that are needed.
+"""A checkpoint from the Hugging Face hub, or from its cache: only the needed files.
 
-huggingface_hub does the transfer and keeps the cache, and obeys `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and
-`HF_TOKEN`. It is imported where it is used: it is slow to import, and most runs load a model from a folder.
+huggingface_hub does the transfer, keeps the cache, and obeys `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN`.
+It is imported only when needed: the import is slow, and most runs load a model from a folder.
 
-Which files: the configuration, the tokenizer, and the weights in one format. All come from one commit, so that a push
-to the repository during a download cannot mix two versions. A file appears in the cache when it is complete, so a
-download that breaks off leaves nothing that could be loaded, and a second call fetches only what is still missing.
+The files are the configuration, the tokenizer, and the weights in one format. All come from one commit, so that a push
+to the repository during a download cannot mix two versions. A file appears in the cache only when complete. So an
+aborted download leaves nothing that could be loaded, and a second call fetches only the missing files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import one_line, read_json
 from common.weights import INDEX, WEIGHTS, shard_names
 
-# What a tokenizer is built from where the repository has no tokenizer.json.
+# The files that a tokenizer is built from if the repository has no tokenizer.json.
 TOKENIZER_PARTS = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -31,7 +31,7 @@ TOKENIZER_PARTS = (
 
 
 class NotOnHubError(UserError):
-    """The hub has no such model; or the cache has none, and the hub cannot be asked."""
+    """The hub has no such model; or the cache has none, and the hub is unreachable."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class _Snapshot:
 
     repo: str
     folder: Path
-    unreachable: str  # why only the cache can be used; empty while the hub answers
+    unreachable: str  # the reason for using only the cache; empty while the hub answers
 
     def get(self, filename: str) -> Path | None:
-        """A file's place in the cache, after a download if need be; None where the repository has no such file."""
+        """Return a file's path in the cache, downloading it if needed; None if the repository has no such file."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -51,31 +51,31 @@ class _Snapshot:
         cached = try_to_load_from_cache(self.repo, filename, revision=commit)
         if isinstance(cached, str):
             return Path(cached)
-        if cached is not None or self.unreachable:  # known not to exist, or nobody to ask
+        if cached is not None or self.unreachable:  # known not to exist, or no hub to ask
             return None
         try:
             return Path(hf_hub_download(self.repo, filename, revision=commit))
         except RemoteEntryNotFoundError:
             return None
-        except Exception as error:  # the transfer's errors belong to the HTTP library, and that changes
+        except Exception as error:  # the error types belong to the HTTP library, which changes
             raise UserError(
                 f"hub model {self.repo!r}: the download of {filename} failed ({one_line(error)}); "
                 "run it again to go on, what is complete is kept"
             ) from None
 
     def missing(self, what: str) -> UserError:
-        """The error for a file that the checkpoint cannot do without."""
+        """Return the error for a missing file that the checkpoint requires."""
         where = f"not in the cache, and {self.unreachable}" if self.unreachable else "not in the repository"
         return UserError(f"hub model {self.repo!r}: {what}: {where}")
 
 
 def fetch_checkpoint(repo: str, check: Callable[[dict[str, Any]], object] | None = None) -> Path:
-    """The folder with a hub model's files, `owner/name` or a bare legacy name such as `gpt2`.
+    """Return the folder with a hub model's files; `repo` is `owner/name` or a bare legacy name such as `gpt2`.
 
-    `check` sees config.json before anything else is downloaded.
+    `check` receives config.json before anything else is downloaded.
 
-    Raises NotOnHubError where the model is neither on the hub nor in the cache, and UserError where a download fails
-    or the repository is not a checkpoint.
+    Raises NotOnHubError if the model is neither on the hub nor in the cache, and UserError if a download fails or the
+    repository is not a checkpoint.
     """
     snapshot = _locate(repo)
     if check is not None:
@@ -97,12 +97,12 @@ def fetch_checkpoint(repo: str, check: Callable[[dict[str, Any]], object] | None
 
 
 def _locate(repo: str) -> _Snapshot:
-    """Find the newest commit and fetch its config.json; where the hub does not answer, the last one in the cache."""
+    """Find the newest commit and fetch its config.json; if the hub does not answer, use the last cached one."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Asked first because it fails at once: hf_hub_download would try again for half a minute without a network.
+        # Asked first because it fails at once; without a network hf_hub_download retries for half a minute.
         get_hf_file_metadata(hf_hub_url(repo, "config.json"))
     except Exception as error:  # as above
         reason = _explain(error)
@@ -118,7 +118,7 @@ def _locate(repo: str) -> _Snapshot:
 
 
 def _explain(error: Exception) -> str:
-    """Why the hub gave no answer for a model."""
+    """Explain why the hub gave no answer for a model."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

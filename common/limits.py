@@ -1,6 +1,6 @@
-"""How much memory the limits of this process leave: its cgroup's (a container's), and RLIMIT_AS (`ulimit -v`).
+"""Memory limits of this process: its cgroup's (a container's), and RLIMIT_AS (`ulimit -v`).
 
-The host may have more: psutil asks the host alone, and a process that goes past a cgroup's limit is killed.
+The host may have more memory: psutil reports the host alone, and a process beyond its cgroup's limit is killed.
 
 python -c "from common.limits import room; print(room())"
 """
@@ -16,7 +16,7 @@ import psutil
 
 MEMBERSHIP = Path("/proc/self/cgroup")  # lines of `number:controllers:path`, see cgroups(7)
 MOUNT = Path("/sys/fs/cgroup")
-# Of versions 2 and 1: the limit, what is used, and the name in memory.stat of the file pages that can be dropped.
+# For versions 2 and 1: the files with the limit and the use, and memory.stat's name of droppable file pages.
 VERSIONS = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -31,14 +31,14 @@ def _read(file: Path) -> str:
 
 
 def _groups() -> Iterator[tuple[Path, str]]:
-    """The folders of this process's memory cgroups, outer ones included, each with its version's controller."""
+    """Yield the folders of this process's memory cgroups, outer ones included, each with its version's controller."""
     for line in _read(MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in VERSIONS:
             if controller not in controllers.split(","):
                 continue
             mount = MOUNT / controller
-            # In a container the path can be the host's, of which only the mount's own folder is there.
+            # In a container the path can be the host's; then only the mount's own folder exists.
             inner = mount / path.lstrip("/")
             for folder in (inner, *inner.parents):
                 yield folder, controller
@@ -47,7 +47,7 @@ def _groups() -> Iterator[tuple[Path, str]]:
 
 
 def _left(folder: Path, controller: str) -> int | None:
-    """What a cgroup leaves; None without a limit."""
+    """Return the bytes that a cgroup leaves; None without a limit."""
     limit, used, droppable = VERSIONS[controller]
     texts = _read(folder / limit).strip(), _read(folder / used).strip()
     if not all(text.isdecimal() for text in texts):  # no such file, or `max`
@@ -57,7 +57,7 @@ def _left(folder: Path, controller: str) -> int | None:
 
 
 def room() -> int | None:
-    """Bytes that this process may still take by its limits; None where it has none."""
+    """Return the bytes that this process's limits leave; None without limits."""
     left = [each for group in _groups() if (each := _left(*group)) is not None]
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY:

@@ -1,4 +1,4 @@
-"""How much of a text only repeats itself. Small models loop under greedy decoding, and loops flatter every drafter."""
+"""How much of a text repeats itself. Small models loop under greedy decoding, and loops flatter every drafter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def loop_share(tokens: Sequence[int], n: int = 8) -> float:
-    """Share of the tokens that end an n-gram which the same text held before; 0 for texts shorter than n."""
+    """Return the share of tokens that end an n-gram seen earlier in the same text; 0 for texts shorter than n."""
     seen: set[tuple[int, ...]] = set()
     repeated = 0
     for end in range(n, len(tokens) + 1):

@@ -1,8 +1,8 @@
-"""The floor of what a model costs: its matrix products alone, at the sizes of real runs.
+"""A lower bound of a model's cost: its matrix products alone, at the sizes of real runs.
 
-Runs that could share their forwards (rows of a batch) are watched one by one; then call i of all of them becomes one
-product over all their positions. What is left out is attention, norms, whatever starts operations, and padding. So the
-time of the result is what a batch would cost if it cost nothing but arithmetic on weights.
+The rows of a batch, which could share their forwards, are run one by one and their calls recorded. Then call i of all
+rows becomes one product over all their positions. Attention, norms, operation starts and padding are left out. So the
+result's time is that of a batch that costs nothing but arithmetic on weights.
 
     floor = matrix_products(model, [partial(decode_alone, prompt) for prompt in prompts])
     interleave({"one by one": one_by_one, "floor": floor}, repeats=5)
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def linear_calls(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Linear, int]]:
-    """Every call of a Linear layer while `run` runs, in order: the layer, and for how many positions."""
+    """List every call of a Linear layer while `run` runs, in order: the layer, and its number of positions."""
     calls: list[tuple[nn.Linear, int]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
@@ -35,7 +35,7 @@ def linear_calls(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.L
 
 
 def matrix_products(model: nn.Module, runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """A function that does the matrix products of all runs, each call over the positions of all.
+    """Return a function that does the matrix products of all runs, each call over the positions of all.
 
     Every run must call the same layers in the same order (decode the same number of tokens); ValueError otherwise.
     """
@@ -44,7 +44,7 @@ def matrix_products(model: nn.Module, runs: Sequence[Callable[[], object]]) -> C
         raise ValueError("the runs do not call the same layers in the same order, so they cannot share forwards")
     shared = [(calls[0][0], sum(positions for _, positions in calls)) for calls in zip(*each, strict=True)]
     inputs: dict[int, Tensor] = {}
-    for layer, positions in sorted(shared, key=lambda call: -call[1]):  # the longest input of each width serves all
+    for layer, positions in sorted(shared, key=lambda call: -call[1]):  # one input per width, the longest
         if layer.in_features not in inputs:
             inputs[layer.in_features] = torch.ones_like(layer.weight[:1]).repeat(positions, 1)
 

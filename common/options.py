@@ -1,7 +1,7 @@
-"""Options from one class: command line, then environment, then YAML file, then default.
+"""Options declared in one class: command line, then environment, then YAML file, then default.
 
 A program declares its options as a pydantic-settings class. This module turns the class into a command line with
-kebab-case flags, and every wrong input into the one line that users see: `error: ...` on stderr, exit status 2.
+kebab-case flags, and every wrong input into one line: `error: ...` on stderr, exit status 2.
 (pydantic-settings has a command line of its own, but it splits `--prompt "a, b"` at the comma.)
 
     options = parse_options(Options, sys.argv[1:], program="generate.py")
@@ -47,7 +47,7 @@ def _is_list(info: FieldInfo) -> bool:
 
 
 def _value_hint(annotation: Any) -> str:
-    """What `--help` shows as the value: the choices of a Literal, the item type of a list, else the type."""
+    """Return the value that `--help` shows: the choices of a Literal, the item type of a list, else the type."""
     if get_origin(annotation) is Literal:
         return "|".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (list, UnionType, typing.Union):
@@ -56,7 +56,7 @@ def _value_hint(annotation: Any) -> str:
 
 
 def build_parser(options: type[BaseSettings], program: str) -> argparse.ArgumentParser:
-    """One flag per field. Values stay strings (pydantic converts them); absent flags leave no trace."""
+    """Build one flag per field. Values stay strings (pydantic converts them); absent flags set nothing."""
     description = (options.__doc__ or "").split("\n")[0]
     parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field, info in options.model_fields.items():
@@ -74,7 +74,7 @@ def build_parser(options: type[BaseSettings], program: str) -> argparse.Argument
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose `off` is a word: what is true or false is for each option to say. A key comes once, `-` or `_`."""
+    """A YAML loader that keeps `off` a word, for each option to interpret. A key occurs once, with `-` or `_`."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
@@ -93,7 +93,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _read_yaml(path: Path, options: type[BaseSettings]) -> dict[str, Any]:
-    """The values of a YAML file; keys may be written with `-` or `_`."""
+    """Return the values of a YAML file; keys may be written with `-` or `_`."""
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -113,7 +113,7 @@ def _read_yaml(path: Path, options: type[BaseSettings]) -> dict[str, Any]:
 
 
 def _with_file(options: type[Options], values: dict[str, Any]) -> type[Options]:
-    """The same settings class with the file's values as the source of last resort."""
+    """Return the same settings class with the file's values as the last source before the defaults."""
 
     class WithFile(options):  # type: ignore[misc, valid-type]
         @classmethod
@@ -131,7 +131,7 @@ def _variable(options: type[BaseSettings], name: str) -> str:
 
 
 def _explain(error: ValidationError, options: type[BaseSettings], given: dict[str, Any], file: dict[str, Any]) -> str:
-    """One line for the first wrong value: where it came from, what it was, what would be right."""
+    """Describe the first wrong value in one line: its source, the value, and what would be right."""
     first = error.errors(include_url=False)[0]
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
@@ -167,10 +167,10 @@ def parse_options(options: type[Options], arguments: Sequence[str], program: str
 
 
 def run_main(main: Callable[[list[str]], int], arguments: list[str]) -> NoReturn:
-    """Run a command line and exit. Where it fails, one line on stderr says why; what was printed stays.
+    """Run a command line and exit. On failure one line on stderr gives the reason; printed output is kept.
 
     Status 2: a UserError, or a file or stream that cannot be written (a full disk). 130, 143, 129: Ctrl-C, SIGTERM,
-    SIGHUP. 141: the reader of stdout went away, as in `... | head`.
+    SIGHUP. 141: the reader of stdout closed it, as in `... | head`.
     """
     with interruptions() as signals:
         try:

@@ -1,4 +1,4 @@
-"""transformers' `generate` as the peer that our loops are timed against: same weights, same dtype, same tokens.
+"""transformers' `generate` as the peer in timings of our loops: same weights, same dtype, same tokens.
 
 peer = TransformersPeer(checkpoint.folder, torch.float32, torch.device("cpu"))
 peer.generate([prompt_ids], max_new_tokens=64, use_cache=False)
@@ -13,17 +13,17 @@ import torch
 
 
 class TransformersPeer:
-    """A checkpoint loaded by transformers, decoded greedily by its own loop."""
+    """A checkpoint loaded by transformers and decoded greedily by its own loop."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM  # slow to import, and only needed where a peer is wanted
+        from transformers import AutoModelForCausalLM  # slow to import, and only needed for a peer
 
         self.device = device
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         self.model = model.to(device).eval()
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, use_cache: bool) -> list[list[int]]:
-        """Greedy completions, up to and with the first EOS. Prompts of different lengths are padded on the left."""
+        """Decode greedily, up to and with the first EOS. Prompts of different lengths are padded on the left."""
         longest = max(len(prompt) for prompt in prompts)
         eos = self.model.generation_config.eos_token_id
         pad = eos[0] if isinstance(eos, list) else eos or 0
@@ -42,7 +42,7 @@ class TransformersPeer:
 
 
 def _until_eos(tokens: list[int], eos: int | list[int] | None) -> list[int]:
-    """transformers pads rows that end before the others; what stands after the first EOS is not output."""
+    """Cut at the first EOS: transformers pads rows that end before the others."""
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     for position, token in enumerate(tokens):
         if token in ends:

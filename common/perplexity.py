@@ -1,16 +1,16 @@
-"""How well a model predicts a text that is longer than its context: negative log likelihood token by token.
+"""How well a model predicts a text longer than its context: negative log likelihood, token by token.
 
-A window slides over the text. Every token but the first is scored exactly once, in the first window that reaches it:
-the first window scores all its tokens, each later one only the `stride` tokens that are new to it, and the rest of the
-window is context. A small stride gives every token more context and costs more forward passes; with stride = context
-the windows do not overlap, which is cheapest and makes the model look worse than it is.
+A window slides over the text. Every token but the first is scored exactly once, in the first window that contains it:
+the first window scores all its tokens, each later one only its `stride` new tokens, and the rest of the window is
+context. A small stride gives every token more context and costs more forward passes. With stride = context the windows
+do not overlap, which is cheapest and makes the model look worse than it is.
 
     nll = token_nll(lambda window: model(window).logits, tokens, context=1024, stride=512)
     print(summary(nll, n_bytes=len(text.encode())))
 
 Source of the scheme: "Perplexity of fixed-length models", documentation of Hugging Face transformers. There a window of
-`context` tokens is input and target alike; here it is the input, and its last token predicts one more. So no token
-is lost between windows when stride = context.
+`context` tokens is both input and target. Here the window is the input, and its last token predicts one more, so no
+token is lost between windows when stride = context.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ RESAMPLES = 2000
 
 
 def token_nll(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, context: int, stride: int) -> Tensor:
-    """Negative log likelihood of each token but the first, in nats: float32 [N - 1], on the device of `tokens`.
+    """Compute the negative log likelihood of each token but the first, in nats: float32 [N - 1], on `tokens`' device.
 
     `tokens` is int64 [N]; `logits_of` maps int64 [1, T] with T <= context to logits [1, T, V] of the next token. Token
     t is seen with all t tokens before it while t <= context, then with at least context - stride + 1 of them. Logits
-    are taken to float32 first: in bfloat16 a log-probability has two to three digits.
-    Raises ValueError where the arguments make no sense.
+    are cast to float32 first: in bfloat16 a log-probability has only two to three digits.
+    Raises ValueError for invalid arguments.
     """
     if tokens.ndim != 1 or len(tokens) < 2:
         raise ValueError(f"a text of at least 2 tokens, [N], is needed; got shape {list(tokens.shape)}")
@@ -56,12 +56,12 @@ def token_nll(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, context: in
 
 
 def summary(nll: Tensor, n_bytes: int | None = None, blocks: int = 200, seed: int = 0) -> dict[str, float]:
-    """Mean `nll` in nats per token, `perplexity`, and, given the text's size, `bits_per_byte`, of `token_nll`'s result.
+    """Return mean `nll` in nats per token, `perplexity`, and, given the text's size, `bits_per_byte`.
 
     Each comes with `..._low` and `..._high`, the ends of a bootstrap 95% interval (percentiles of 2,000 resamples).
-    Neighbouring tokens are easy or hard together, so what is drawn is not tokens but contiguous blocks of the text:
+    Neighbouring tokens are easy or hard together, so the bootstrap resamples contiguous blocks of the text, not tokens:
     `blocks` of them, or as many as there are tokens. A text too short for two blocks has an interval of width zero.
-    `n_bytes` is the UTF-8 size of the scored text (without its first token, where that stands for text).
+    `n_bytes` is the UTF-8 size of the scored text (without its first token, if that token is text).
     Raises ValueError for an empty `nll`, for blocks < 2 and for n_bytes < 1.
     """
     if nll.ndim != 1 or len(nll) < 1:

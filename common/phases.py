@@ -1,4 +1,4 @@
-"""Where the phases are. Folders are the only list: a phase exists when its folder does."""
+"""The list of phases, read from the folders: a phase exists if its folder does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Phase:
 
 
 def phases(root: Path = ROOT) -> list[Phase]:
-    """All phases of a repository, in order."""
+    """List all phases of a repository, in order."""
     found = []
     for folder in root.glob("phase-*"):
         match = re.fullmatch(r"phase-(\d+)-([a-z-]+)", folder.name)
@@ -35,15 +35,15 @@ def phases(root: Path = ROOT) -> list[Phase]:
 
 
 def installed_phases(site: Path = ROOT) -> list[Phase]:
-    """All phases of an installed wheel, in order: it has their packages (`phase2`), but no folders and no names."""
+    """List all phases of an installed wheel, in order: a wheel has packages (`phase2`), but no folders and no names."""
     found = [Phase(int(folder.name.removeprefix("phase")), "", folder) for folder in site.glob("phase[1-9]")]
     return sorted(found, key=lambda phase: phase.number)
 
 
 def phase_of(file: str) -> int:
-    """The number of the phase that a file belongs to, from its folder (`phase-2-...`) or package (`phase2`).
+    """Return the number of the phase of a file, from its folder (`phase-2-...`) or package (`phase2`).
 
-    An exercise (`lab start`) may have any name; its own file tells.
+    An exercise (`lab start`) may have any folder name; its own file has the number.
     """
     for folder in (path := Path(file).resolve(), *path.parents):
         if (folder / EXERCISE_FILE).is_file():

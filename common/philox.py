@@ -1,9 +1,9 @@
-"""Random numbers that are a function of what they are for: Philox 4x32-10 in plain torch.
+"""Random numbers that are a function of their use: Philox 4x32-10 in plain torch.
 
-An ordinary generator gives numbers in the order they are asked for, so a request's tokens would depend on who else is
-in the batch. Philox is a block cipher of a counter instead: there is no state, and every number can be computed
-alone, in any order, on any device. Here the counter names the number's use, (seed, sample, position, purpose, index),
-and so a request gets the same numbers alone, in a batch, after a preemption or in another process.
+An ordinary generator gives numbers in the order of the calls, so a request's tokens would depend on the rest of the
+batch. Philox is a block cipher applied to a counter: there is no state, and every number can be computed alone, in any
+order, on any device. Here the counter identifies the number's use, (seed, sample, position, purpose, index). So a
+request gets the same numbers alone, in a batch, after a preemption or in another process.
 
     python -c "import torch; from common.philox import uniforms; r = torch.arange(3); print(uniforms(7, r, r, 0, 4))"
 
@@ -21,7 +21,7 @@ ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85  # added to the two key words after each round
 MASK = 0xFFFFFFFF
-FEW = 16  # blocks that plain Python encrypts sooner than torch starts
+FEW = 16  # up to this many blocks, plain Python is faster than torch
 
 
 class Purpose(IntEnum):
@@ -29,14 +29,14 @@ class Purpose(IntEnum):
 
     SAMPLE = 0  # a token of plain sampling
     DRAFT = 1  # a token that a drafter proposes
-    ACCEPT = 2  # whether a proposed token stands
+    ACCEPT = 2  # whether a draft token is accepted
     RESIDUAL = 3  # the token that replaces a rejected one
 
 
 def _pair(first: int, second: int, like: Tensor) -> Tensor:
-    """int64 [2, 1, ...] for the two lanes of `like`, [2, ...].
+    """Return int64 [2, 1, ...] for the two lanes of `like`, [2, ...].
 
-    Filled on the device: a copy from the host would synchronise, and a CUDA graph cannot capture it.
+    Filled on the device: a copy from the host would synchronise, and CUDA graphs cannot capture such a copy.
     """
     values = torch.full((2, *(1,) * (like.ndim - 1)), first, device=like.device)
     values[1] = second
@@ -44,18 +44,18 @@ def _pair(first: int, second: int, like: Tensor) -> Tensor:
 
 
 def _encrypt(even: Tensor, odd: Tensor, key: Tensor) -> Tensor:
-    """The ten rounds. even: words 0 and 2, odd: words 1 and 3, key: all [2, ...]; gives [..., 4].
+    """Apply the ten rounds. even: words 0 and 2, odd: words 1 and 3, key: all [2, ...]; returns [..., 4].
 
-    The two halves of the cipher are the lanes of one tensor, and as few operations as possible make a round: on small
-    arrays the time goes into starting operations, not into arithmetic.
+    The two halves of the cipher are the lanes of one tensor, and each round uses as few operations as possible: on
+    small arrays the time goes into starting operations, not into arithmetic.
     """
     multiplier = _pair(*MULTIPLIERS, like=even)
     key_step = _pair(*KEY_STEPS, like=even)
     even = even & MASK
     for _ in range(ROUNDS):
-        # The product of two 32-bit words may wrap past 2**63 to a negative number; its 64 bits are right all the same.
-        # The flip: each half goes on with the product of the other. `odd` and `key` may carry bits above the 32nd, and
-        # the shift of a negative product does; the one mask clears them all before the next multiplication.
+        # The product of two 32-bit words may wrap past 2**63 to a negative number; its 64 bits are correct. The flip
+        # gives each half the product of the other. `odd` and `key` may have bits above the 32nd (so does the shift of a
+        # negative product); the one mask clears them all before the next multiplication.
         product = (even * multiplier).flip(0)
         even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(MASK)
         odd = product
@@ -67,11 +67,11 @@ def _encrypt(even: Tensor, odd: Tensor, key: Tensor) -> Tensor:
 def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     """Encrypt counters, int64 [..., 4], under keys, [..., 2] or one pair for all: int64 [..., 4].
 
-    Words are 32 bits wide and stand in int64, for torch has no unsigned arithmetic on every device. Of inputs the low
-    32 bits count; outputs are in [0, 2**32). Leading dimensions broadcast.
+    Words are 32 bits wide, stored in int64, because torch lacks unsigned arithmetic on some devices. Only the low 32
+    bits of inputs count; outputs are in [0, 2**32). Leading dimensions broadcast.
     """
     if isinstance(key, Tensor):
-        shape = (counter[..., 0] ^ key[..., 0]).shape  # what they broadcast to
+        shape = (counter[..., 0] ^ key[..., 0]).shape  # the broadcast shape
         counter, lanes = counter.expand(*shape, 4).movedim(-1, 0), key.expand(*shape, 2).movedim(-1, 0) & MASK
     else:
         counter = counter.movedim(-1, 0)
@@ -80,7 +80,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
 
 
 def _encrypt_one(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    """The same rounds on Python's integers: for a handful of blocks, starting tensor operations would cost more."""
+    """Apply the same rounds to Python integers: faster than tensor operations for a handful of blocks."""
     a, b, c, d = (word & MASK for word in counter)
     low, high = seed & MASK, (seed >> 32) & MASK
     for _ in range(ROUNDS):
@@ -91,10 +91,10 @@ def _encrypt_one(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
 
 
 def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
-    """`count` random words for each row: int64 [B, count] in [0, 2**32), on the device of `position`.
+    """Compute `count` random words for each row: int64 [B, count] in [0, 2**32), on the device of `position`.
 
-    `sample` and `position` are int64 [B]; of them and of `purpose` the low 32 bits count, of `seed` the low 64, so a
-    negative seed is one too. Word i is word i % 4 of the block with counter (i // 4, position, sample, purpose) and
+    `sample` and `position` are int64 [B]. The low 32 bits of both and of `purpose` count, and the low 64 of `seed`, so
+    a seed may be negative. Word i is word i % 4 of the block with counter (i // 4, position, sample, purpose) and
     key (low, high half of the seed): asking for more words never changes the first ones.
     """
     if _few(sample, position, count):
@@ -111,7 +111,7 @@ def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int)
 
 
 def _few(sample: Tensor, position: Tensor, count: int) -> bool:
-    """Whether plain Python has encrypted these blocks sooner than torch starts. ValueError for other shapes."""
+    """Return whether plain Python is faster than torch for these blocks. ValueError for other shapes."""
     if position.ndim != 1 or sample.shape != position.shape:
         raise ValueError(
             f"sample and position must both be [B]; they are {list(sample.shape)} and {list(position.shape)}"
@@ -122,7 +122,7 @@ def _few(sample: Tensor, position: Tensor, count: int) -> bool:
 
 
 def _words_one_by_one(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> list[int]:
-    """The words of all rows, one behind the other."""
+    """Return the words of all rows, one row after the other."""
     rows, blocks = zip(position.tolist(), sample.tolist(), strict=True), range((count + 3) // 4)
     return [
         word
@@ -132,10 +132,10 @@ def _words_one_by_one(seed: int, sample: Tensor, position: Tensor, purpose: int,
 
 
 def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
-    """Uniform numbers in the open interval (0, 1): float32 [B, count], the same bits on every device.
+    """Compute uniform numbers in the open interval (0, 1): float32 [B, count], the same bits on every device.
 
     The upper 23 bits of a word, k, become (k + 0.5) / 2**23: the middle of one of 2**23 equal cells. 2 * k + 1 has at
-    most 24 significant bits, as many as a float32 holds, and scaling by a power of two is exact; so nothing is
+    most 24 significant bits, as many as a float32 holds, and scaling by a power of two is exact. So nothing is
     rounded, and neither 0 nor 1 can occur. Arguments as for `words`.
     """
     if _few(sample, position, count):
@@ -146,7 +146,7 @@ def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: i
 
 
 def gumbel(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
-    """Standard Gumbel noise -log(-log(u)): float32 [B, count], finite, between -2.82 and 16.64.
+    """Compute standard Gumbel noise -log(-log(u)): float32 [B, count], finite, between -2.82 and 16.64.
 
     The argmax over tokens of (log-probability + noise) is a sample of the distribution (Gumbel-max). The uniforms are
     the same bits everywhere; a device's `log` may differ in the last place. Arguments as for `words`.

@@ -1,4 +1,4 @@
-"""What kind of text a way of decoding writes: how likely it is under a model, how much it repeats, how varied it is.
+"""Figures of generated text: its likelihood under a model, its share of loops, and its variety.
 
 quality(lambda window: model(window), prompt_ids, new_ids, context=1024)
 """
@@ -23,7 +23,7 @@ QUALITY = {
 
 
 def distinct_share(tokens: Sequence[int], n: int = 4) -> float:
-    """Different n-grams / n-grams (Li et al. 2016, distinct-n); 1 for a text that is too short to repeat one."""
+    """Return different n-grams / n-grams (Li et al. 2016, distinct-n); 1 for a text too short to repeat one."""
     grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -35,7 +35,7 @@ def quality(
     context: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The figures that QUALITY defines, of `tokens` as a model continues `prompt` with them.
+    """Compute the figures that QUALITY defines, of `tokens` after `prompt`.
 
     `logits_of` as in common.perplexity.token_nll. Raises ValueError without a prompt or without tokens.
     """

@@ -1,7 +1,7 @@
-"""A checkpoint of a real model's shape with random weights: for measuring speed where the weights cannot be had.
+"""A checkpoint of a real model's shape with random weights, to measure speed when the weights are not available.
 
-Speed does not depend on what the weights say; acceptance, quality and text do, so nothing but speed may be measured
-on it, and whoever does says so.
+Speed does not depend on the weights' values. Acceptance, quality and text do, so only speed may be measured on such a
+checkpoint, and the report must say so.
 
     with random_checkpoint("gpt2") as folder: ...
 """
@@ -24,7 +24,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @contextmanager
 def random_checkpoint(shape: str) -> Iterator[Path]:
-    """A temporary folder that loads like any other: config.json, model.safetensors, and the embedded tokenizer."""
+    """Make a temporary folder that loads like any other: config.json, model.safetensors, and the embedded tokenizer."""
     if shape not in SHAPES:
         raise UserError(f"no shape {shape!r}; the shapes are {', '.join(SHAPES)}")
     import torch

@@ -1,4 +1,4 @@
-"""Reads what `generate.py --record` wrote, and recomputes its arithmetic without the model.
+"""Read a file of `generate.py --record`, and recompute its arithmetic without the model.
 
     python -m common.recording run.jsonl
 
@@ -25,7 +25,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Recording:
-    """The lines of a recording. An interrupted run has a footer; without one the recorder itself was cut off."""
+    """The lines of a recording. An interrupted run has a footer; without a footer the recorder itself was cut off."""
 
     header: Line
     steps: list[Line]
@@ -35,12 +35,12 @@ class Recording:
         return [step for step in self.steps if step["sequence"] == number]
 
     def tokens(self, number: int) -> list[int]:
-        """The output of a sequence."""
+        """Return the output of a sequence."""
         return [token for step in self.of_sequence(number) for token in step["emitted"]]
 
 
 def read_recording(path: Path) -> Recording:
-    """UserError, naming the line, for what is no recording of this schema."""
+    """Read a recording. UserError, naming the line, for a file that does not follow the schema."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -63,7 +63,7 @@ def read_recording(path: Path) -> Recording:
 
 
 def contradictions(recording: Recording) -> Iterator[str]:
-    """What in a recording does not follow from the rest of it; nothing, if it is right."""
+    """Yield every contradiction in a recording; nothing if it is right."""
     sequences = recording.header["sequences"]
     for number, of in enumerate(sequences):
         steps = recording.of_sequence(number)
@@ -88,7 +88,7 @@ def contradictions(recording: Recording) -> Iterator[str]:
 
 
 def _of_tokens(step: Line, last: bool) -> Iterator[str]:
-    """Emitted tokens are those of the path and the one that follows, and its origin is what the path says."""
+    """Check that the emitted tokens are the path and the next token, and that the origin matches the path."""
     proposed, path, comparison = step["proposed"], step["path"], step["comparison"]
     gained = [*(proposed[node]["token"] for node in path), step["next"]["token"]]
     if step["emitted"] != gained[: len(step["emitted"])] or (len(step["emitted"]) < len(gained) and not last):
@@ -107,17 +107,17 @@ def _of_tokens(step: Line, last: bool) -> Iterator[str]:
 
 
 def _of_candidates(step: Line) -> Iterator[str]:
-    """Chances follow from the probabilities, and what was accepted from chances and uniforms."""
+    """Check that chances follow from the probabilities, and accepted tokens from chances and uniforms."""
     proposed, path, comparison = step["proposed"], step["path"], step["comparison"]
     following = {above: proposed[node]["token"] for above, node in zip([-1, *path], path, strict=False)}
     following[path[-1] if path else -1] = step["next"]["token"]
-    settled = set[int]()  # nodes of which a child was accepted
+    settled = set[int]()  # nodes with an accepted child
     for node, each in enumerate(proposed):
         tried = each["parent"] in (-1, *path) and each["parent"] not in settled
         if each["accepted"] is True:
             settled.add(each["parent"])
         if comparison == "own_draw" and each["parent"] in following:
-            tried = True  # the target's draw is compared with all children
+            tried = True  # the target's sample is compared with all children
         if (each["accepted"] is not None, each["chance"] is not None) != (tried, tried):
             yield f"candidate {node}: tried {tried}, accepted {each['accepted']}, chance {each['chance']}"
         if (each["uniform"] is not None) != (tried and comparison == "uniform"):
@@ -140,7 +140,7 @@ def _of_candidates(step: Line) -> Iterator[str]:
 
 
 def _of_residual(step: Line) -> Iterator[str]:
-    """The residual follows from both distributions, as far as their likeliest tokens are listed."""
+    """Check that the residual follows from both distributions, as far as their likeliest tokens are listed."""
     target = {each["token"]: each["prob"] for each in step["target_top"]}
     rest, following = step["residual"], step["next"]
     listed = target
@@ -158,7 +158,7 @@ def _of_residual(step: Line) -> Iterator[str]:
                 yield f"residual of token {each['token']} is {each['prob']}, computed {left}"
         end = step["path"][-1] if step["path"] else -1
         rejected = [each for each in step["proposed"] if each["parent"] == end]
-        if len(rejected) == 1 and rejected[0]["draft_prob"] == 1.0:  # all that the draft takes away is this token
+        if len(rejected) == 1 and rejected[0]["draft_prob"] == 1.0:  # only this token is removed
             (one,) = rejected
             if not math.isclose(rest["mass"], 1 - one["target_prob"], rel_tol=1e-4, abs_tol=1e-6):
                 yield f"mass {rest['mass']} without a token of {one['target_prob']}"

@@ -1,4 +1,4 @@
-"""Results folders: every run is a row on disk when it ends, and a manifest says what was run where.
+"""Results folders: every run is a row on disk when it ends, and a manifest describes machine and settings.
 
 A results folder holds
 
@@ -6,7 +6,7 @@ A results folder holds
     MANIFEST.json    command, options, environment and model hashes of every invocation that wrote rows
     tables.csv       the derived tables (common/tables.py), written when a bench ends
 
-A kill loses the run in flight. `resume` takes up what is missing; a torn last line is cut off; a folder of another
+A kill loses only the run in flight. `resume` runs what is missing and cuts off a torn last line. A folder of another
 schema, of other options or of another machine is refused, and so is a second writer.
 
     python -c "from common.results import environment; print(environment('cpu', 'float32', 2, {}))"
@@ -31,7 +31,7 @@ __all__ = ["ROWS", "SCHEMA_VERSION", "Results", "Row", "environment", "read_mani
 
 SCHEMA_VERSION = 2
 ROWS, MANIFEST = "results.jsonl", "MANIFEST.json"
-# What may differ between two invocations that write into one folder; anything else would mix two measurements.
+# Options that may differ between two invocations on one folder; any other would mix two measurements.
 OPTIONS_MAY_CHANGE = {"output", "resume", "only"}
 ENVIRONMENT_MAY_CHANGE = {"timestamp", "commit", "dirty", "argv", "load_average"}
 Scalar = bool | int | float | str | None
@@ -69,14 +69,14 @@ class Row(BaseModel):
 
     @property
     def key(self) -> str:
-        """What identifies the run within its folder."""
+        """Identify the run within its folder."""
         return json.dumps(
             [self.kind, self.section, self.cell, self.variant, self.prompt, self.round, self.synthetic], sort_keys=True
         )
 
 
 def to_plain(value: Any) -> Any:
-    """For json.dumps(default=...): numbers and arrays of numpy and torch, and paths."""
+    """Convert for json.dumps(default=...): numbers and arrays of numpy and torch, and paths."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Path):
@@ -85,12 +85,12 @@ def to_plain(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The value as it would come back from a file. Raises ValueError for NaN and infinity."""
+    """Return the value as read back from a file. Raises ValueError for NaN and infinity."""
     return json.loads(json.dumps(value, default=to_plain, allow_nan=False))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a results folder. Raises UserError for a folder that is none, and for another schema."""
+    """Read the manifest of a results folder. Raises UserError for any other folder and for another schema."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         schema = manifest["schema_version"]
@@ -110,9 +110,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_rows(folder: Path, repair: bool = False) -> list[Row]:
-    """The rows of a results folder. A torn last line (the writer was killed) is ignored; `repair` cuts it off the file.
+    """Read the rows of a results folder. A torn last line (the writer was killed) is ignored; `repair` cuts it off.
 
-    Raises UserError for a folder without rows and for a line that is no row.
+    Raises UserError for a folder without rows and for an invalid line.
     """
     path = folder / ROWS
     try:
@@ -137,11 +137,10 @@ def read_rows(folder: Path, repair: bool = False) -> list[Row]:
 
 
 class Results:
-    """The rows of one bench, on disk as they come (or, with no folder, in memory alone). Use it in a `with`.
+    """The rows of one bench, written to disk one by one (or, without a folder, kept in memory). Use it in a `with`.
 
-    Raises UserError, before anything is measured, for a folder that cannot be written or that another process is
-    writing, for one that holds results already (without `resume`), and for one that was made with other options or on
-    another machine (with it).
+    Raises UserError, before anything is measured, for a folder that is not writable or is in use elsewhere. Without
+    `resume`, a folder must not hold results yet; with it, the results must have the same options and the same machine.
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class Results:
             self._keys = {row.key for row in self.rows}
         self._begin()
         self._lines = path.open("a", encoding="utf-8", newline="\n")
-        self._write_manifest()  # now, so that it is kept even if this process is killed
+        self._write_manifest()  # now, in case this process is killed
 
     def _begin(self) -> None:
         invocation = {"environment": self.environment, "options": self.options, "first_row": len(self.rows)}
@@ -215,12 +214,12 @@ class Results:
                     )
 
     def add(self, row: Row) -> None:
-        """Append a row; it is in the file when this returns. Raises ValueError for NaN and infinity."""
+        """Append a row; the row is in the file on return. Raises ValueError for NaN and infinity."""
         try:
             line = json.dumps(_plain(row.model_dump(exclude_defaults=True)), allow_nan=False)
         except ValueError as error:
             raise ValueError(f"{error}; the row is {row}") from None
-        row = Row.model_validate_json(line)  # as a reader would see it
+        row = Row.model_validate_json(line)  # as a reader sees it
         self.rows.append(row)
         self._keys.add(row.key)
         if self._lines is not None:
@@ -228,16 +227,16 @@ class Results:
             self._lines.flush()
 
     def has(self, row: Row) -> bool:
-        """Is this run there already, whatever came of it?"""
+        """Return whether this run has a row already, successful or not."""
         return row.key in self._keys
 
     @property
     def failures(self) -> list[Row]:
-        """Runs that failed or were refused."""
+        """List the runs that failed or were refused."""
         return [row for row in self.rows if row.status != "ok"]
 
     def manifest(self) -> dict[str, Any]:
-        """What MANIFEST.json holds."""
+        """Return the contents of MANIFEST.json."""
         return {
             "schema_version": SCHEMA_VERSION,
             "definitions": self.definitions,
@@ -247,7 +246,7 @@ class Results:
         }
 
     def _write_manifest(self) -> None:
-        """Replaced in one step, so that a kill leaves the old or the new one."""
+        """Replace the file in one step, so that a kill leaves the old or the new one."""
         assert self.folder is not None
         replace(self.folder / MANIFEST, json.dumps(self.manifest(), indent=1) + "\n")
 
@@ -256,7 +255,7 @@ class Results:
             self._lock.release()
 
     def close(self) -> None:
-        """Write the manifest, and let the files go."""
+        """Write the manifest and close the files."""
         if self._lines is not None:
             self._lines.close()
             self._lines = None
@@ -273,14 +272,14 @@ class Results:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a text file in one step."""
+    """Replace a text file in one step."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8", newline="\n")
     os.replace(unfinished, path)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """One line for every setting that failed or was refused."""
+    """Return one line for every setting that failed or was refused."""
     lines = (
         f"{row.section} {row.cell} {row.variant}: {row.status}: {row.reason}" for row in rows if row.status != "ok"
     )

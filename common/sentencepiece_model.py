@@ -1,8 +1,8 @@
 """A SentencePiece model, `tokenizer.model`, as a tokenizer of the `tokenizers` package.
 
-Folders of Llama 2, Mistral and their kin that have no tokenizer.json have this. What of the model changes a text's ids
-is taken over, or refused: so the ids and the texts are those of the sentencepiece library. (transformers converts too;
-without a tokenizer_config.json it leaves out the begin token and the space before a text.)
+Folders of Llama 2, Mistral and similar models have this file if they have no tokenizer.json. Every setting of the model
+that changes a text's ids is converted, or refused, so ids and texts equal those of the sentencepiece library.
+(transformers converts too; without a tokenizer_config.json it omits the begin token and the space before a text.)
 
     backend, names = load_sentencepiece(folder, tokenizer_config)
 """
@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import one_line, read_checked, shown, wrong_value
 
 FILE = "tokenizer.model"
-SPACE = "\u2581"  # how pieces spell a space: ▁
+SPACE = "\u2581"  # a space in pieces: ▁
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces
 UNIGRAM, BPE = 1, 2  # kinds of models
 
@@ -35,12 +35,12 @@ class Added(BaseModel):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**24)]
-DECODER = TypeAdapter(dict[TokenId, Added])  # of tokenizer_config.json; as JSON has it, its ids are strings
+DECODER = TypeAdapter(dict[TokenId, Added])  # of tokenizer_config.json; in JSON its ids are strings
 ADDED_FILE = TypeAdapter(dict[str, TokenId])  # of added_tokens.json
 
 
 def load_sentencepiece(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
-    """The tokenizer, and what the model calls its begin and end (`bos_token`, `eos_token`), as far as it has them.
+    """Return the tokenizer, and the model's begin and end tokens (`bos_token`, `eos_token`), if it has any.
 
     As in transformers' Llama, a text begins with `bos` unless add_bos_token is false, and ends with `eos` if
     add_eos_token is true. UserError, naming the file, for a damaged model or one that cannot be converted.
@@ -50,7 +50,7 @@ def load_sentencepiece(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[
     pieces = [piece.piece for piece in proto.pieces]
     added = _added_tokens(folder, tokenizer_config)
     for number, token in added.items():
-        if number < len(pieces):  # a placeholder that was given a name
+        if number < len(pieces):  # a placeholder with a name
             pieces[number] = token.content
     if len(set(pieces)) < len(pieces):
         raise UserError(f"{path}: two of its pieces are the same; download or copy it again")
@@ -63,7 +63,7 @@ def load_sentencepiece(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[
         backend.post_processor = _template(names | _renamed(tokenizer_config, backend), tokenizer_config, backend)
     except UserError:
         raise
-    except Exception as error:  # the package raises nothing narrower
+    except Exception as error:  # the package raises no narrower type
         raise UserError(f"{path}: cannot be converted ({one_line(error)})") from None
     return backend, names
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # it is made at import
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # created at import
     try:
         proto.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
@@ -103,7 +103,7 @@ def _model(proto: Any, pieces: list[str], path: Path) -> models.Model:
 
 
 def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others; those of the best piece first."""
+    """List all pairs of pieces whose concatenation is a piece; those of the best piece first."""
     normal = {name: number for number, name in enumerate(pieces) if proto.pieces[number].type in (NORMAL, USER_DEFINED)}
     found = []
     for name, number in normal.items():
@@ -133,7 +133,7 @@ def _decoder(spec: Any) -> decoders.Decoder:
 
 
 def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, Added]:
-    """By id: tokens that tokenizer_config.json, or added_tokens.json, puts beside or in place of the model's."""
+    """Return, by id, the tokens that tokenizer_config.json or added_tokens.json adds to or changes in the model's."""
     file = folder / "added_tokens.json"
     found = {}
     if file.is_file():
@@ -146,7 +146,7 @@ def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, A
 
 
 def _add(backend: Backend, proto: Any, pieces: list[str], added: dict[int, Added], path: Path) -> None:
-    """Tokens that are found in a text before anything else: what the model defines so, and what is added to it."""
+    """Add the tokens that are matched before all others: the model's user-defined ones, and the added ones."""
     for name, piece in zip(pieces, proto.pieces, strict=True):
         if piece.type in (UNKNOWN, CONTROL):
             backend.add_special_tokens([AddedToken(name, normalized=False, special=True)])
@@ -168,7 +168,7 @@ def _ends(proto: Any, pieces: list[str]) -> dict[str, str]:
 
 
 def _renamed(tokenizer_config: dict[str, Any], backend: Backend) -> dict[str, str]:
-    """Other ends than the model's, where tokenizer_config.json names some."""
+    """Return begin and end tokens that tokenizer_config.json names instead of the model's."""
     found = {}
     for kind in ("bos_token", "eos_token"):
         token = tokenizer_config.get(kind)
@@ -181,7 +181,7 @@ def _renamed(tokenizer_config: dict[str, Any], backend: Backend) -> dict[str, st
 def _template(
     names: dict[str, str], tokenizer_config: dict[str, Any], backend: Backend
 ) -> processors.PostProcessor | None:
-    """What is put around every text."""
+    """Return the template of tokens before and after every text."""
     around = {"bos_token": tokenizer_config.get("add_bos_token"), "eos_token": tokenizer_config.get("add_eos_token")}
     wanted = {"bos_token": around["bos_token"] is not False, "eos_token": around["eos_token"] is True}
     found = {kind: names[kind] for kind, put in wanted.items() if put and kind in names}

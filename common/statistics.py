@@ -1,9 +1,9 @@
 """Ratios of times with intervals that hold their level, and the rule by which a difference may be claimed.
 
-A ratio is exp(mean of the paired log ratios). Two intervals go with it. `rounds` says how well the ratio on these
-prompts is known: a t interval, widened for the correlation between neighbouring rounds. `prompts` says what holds for
-prompts like these: a two-level bootstrap that draws prompts, then rounds. A claim needs the interval, Holm's correction
-where several variants are compared, and a null arm: the baseline timed twice, whose own ratio has to allow 1.
+A ratio is exp(mean of the paired log ratios). Two intervals go with it. `rounds` is for these prompts: a t interval,
+widened for the correlation between neighbouring rounds. `prompts` is for prompts like these: a two-level bootstrap that
+resamples prompts, then rounds. A claim needs the interval, Holm's correction if several variants are compared, and a
+null arm: the baseline timed twice, whose own ratio has to allow 1.
 
     python -c "from common.statistics import *; print(ratio({'p': [0.1, 0.12, 0.09, 0.11, 0.1]}))"
 """
@@ -20,8 +20,8 @@ from scipy import special
 
 MIN_ROUNDS = 5  # fewer rounds, or fewer prompts, give a ratio without an interval
 LEVEL = 0.05
-# Lag-1 autocorrelation of log ratios between neighbouring rounds, as measured on shared machines. An estimate from few
-# rounds is too noisy to be used alone, so it can only raise this value, and only from ENOUGH pairs on.
+# Lag-1 autocorrelation of log ratios between neighbouring rounds, measured on shared machines. An estimate from few
+# rounds is too noisy alone, so an estimate can only raise this value, and only from ENOUGH pairs on.
 AUTOCORRELATION = 0.3
 ENOUGH = 20
 RESAMPLES = 1000
@@ -40,7 +40,7 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half the width of the interval of the log ratio: 0.02 is about 2%."""
+        """Return half the width of the interval of the log ratio: 0.02 is about 2%."""
         return math.log(self.high / self.low) / 2
 
     @property
@@ -85,7 +85,7 @@ class _Fit:
 
     @property
     def noise(self) -> float:
-        """Standard error of the mean log ratio on these prompts."""
+        """Return the standard error of the mean log ratio on these prompts."""
         share = float((1 / self.counts).mean()) / len(self.counts)
         return math.sqrt(self.variance * self.inflation * share)
 
@@ -103,7 +103,7 @@ def _fit(logs: Logs) -> _Fit:
     squares = float(np.square(in_time).sum())
     if pairs >= ENOUGH and squares > 0:
         found = float(np.dot(in_time[1:], in_time[:-1])) / squares
-        found = (pairs * found + 1) / (pairs - 3) if prompts == 1 else found  # residuals of one mean: biased downwards
+        found = (pairs * found + 1) / (pairs - 3) if prompts == 1 else found  # residuals of one mean: biased low
         correlation = min(max(correlation, found), 0.9)
     # Residuals of correlated rounds understate the variance; rounds of one prompt are `prompts` pairs apart.
     lost = sum(_inflation(int(count), correlation**prompts) for count in counts)
@@ -112,14 +112,14 @@ def _fit(logs: Logs) -> _Fit:
 
 
 def _interval(center: float, error: float, freedom: int) -> Interval:
-    """The t interval of a log ratio, and the p value of 0, in terms of ratios."""
+    """Return the t interval of a log ratio, and the p value of 0, as ratios."""
     half = float(special.stdtrit(freedom, 1 - LEVEL / 2)) * error
     p = float(2 * special.stdtr(freedom, -abs(center) / error)) if error > 0 else float(center == 0)
     return Interval(math.exp(center - half), math.exp(center + half), p)
 
 
 def precision(logs: Logs) -> float:
-    """Half-width of the 95% interval of the mean log ratio on these prompts: rounds are added until it is small.
+    """Return the half-width of the 95% interval of the mean log ratio on these prompts, which rounds reduce.
 
     Infinite without a second round. The prompts' own differences do not count: more rounds do not reduce them.
     """
@@ -128,11 +128,11 @@ def precision(logs: Logs) -> float:
 
 
 def _bootstrap_error(fit: _Fit, seed: int) -> float:
-    """Standard deviation of the mean log ratio when prompts, and rounds within each prompt, are drawn again.
+    """Return the standard deviation of the mean log ratio when prompts, and rounds within each, are resampled.
 
-    The deviations of the prompts' means are shrunk to what the prompts contribute, without the noise of their rounds,
-    and residuals are stretched to the unbiased variance (Davison and Hinkley 1997, section 3.8): drawing both levels
-    as they are would count the noise twice.
+    The deviations of the prompts' means are shrunk to the prompts' own contribution, without the noise of their rounds,
+    and residuals are scaled to the unbiased variance (Davison and Hinkley 1997, section 3.8): resampling both levels
+    without this would count the noise twice.
     """
     prompts = len(fit.means)
     between = float(fit.means.var(ddof=1))
@@ -147,14 +147,14 @@ def _bootstrap_error(fit: _Fit, seed: int) -> float:
     random = np.random.default_rng(seed)
     drawn = random.integers(prompts, size=(RESAMPLES, prompts))
     means = effects[drawn].mean(1)
-    for at in range(table.shape[1]):  # one more round of every drawn prompt; [resamples, prompts] at a time
+    for at in range(table.shape[1]):  # one more round of every resampled prompt, [resamples, prompts]
         rounds = (random.random(drawn.shape) * fit.counts[drawn]).astype(int)
         means += np.where(at < fit.counts[drawn], table[drawn, rounds] / fit.counts[drawn], 0.0).mean(1)
     return float(means.std(ddof=1))
 
 
 def ratio(logs: Logs, seed: int = 0) -> Ratio:
-    """exp(mean log ratio), every prompt with the same weight, and the intervals that the data allow.
+    """Return exp(mean log ratio), every prompt with the same weight, and the intervals that the data allow.
 
     `logs` holds, for every prompt, the log of (baseline seconds per token / variant seconds per token) of each round.
     Work without prompts is one entry: only `rounds` varies then. Below MIN_ROUNDS rounds of every prompt there is no
@@ -170,7 +170,7 @@ def ratio(logs: Logs, seed: int = 0) -> Ratio:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values for several comparisons in one report (Holm 1979), in the order given."""
+    """Return adjusted p values for several comparisons in one report (Holm 1979), in the given order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -180,10 +180,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def claims(effects: Mapping[str, Ratio], null: Ratio) -> dict[str, bool]:
-    """Which effects may be claimed beside a null arm (the baseline's ratio to itself, timed under another name).
+    """Decide which effects may be claimed beside a null arm (the baseline timed again under another name).
 
     An effect is claimed if its p value is below 5% after Holm's correction, on these prompts and on prompts like these
-    where both are known; if the null arm's interval includes 1; and if the effect exceeds the null arm's half-width.
+    if both are known; if the null arm's interval includes 1; and if the effect exceeds the null arm's half-width.
     """
     intervals = {name: [i for i in (effect.rounds, effect.prompts) if i] for name, effect in effects.items()}
     tested = {name: max(interval.p for interval in found) for name, found in intervals.items() if found}
@@ -198,7 +198,7 @@ def claims(effects: Mapping[str, Ratio], null: Ratio) -> dict[str, bool]:
 
 
 def williams(count: int) -> list[list[int]]:
-    """Orders of `count` variants in which each follows each other equally often (Williams 1949).
+    """Return orders of `count` variants in which each follows each other equally often (Williams 1949).
 
     Two variants give A B, B A. An even count gives `count` orders; an odd one twice as many, the second half mirrored.
     """
@@ -212,10 +212,10 @@ def williams(count: int) -> list[list[int]]:
 
 
 def between(before: Logs, after: Logs, seed: int = 0) -> Ratio:
-    """The ratio of two ratios that were measured apart: after / before, over the prompts that both have.
+    """Return the ratio of two ratios measured apart: after / before, over their common prompts.
 
-    Both intervals combine the two standard errors (Welch's t). `prompts` uses the differences prompt by prompt, which
-    the prompts' own levels do not enter.
+    Both intervals combine the two standard errors (Welch's t). `prompts` uses the prompts' differences, in which
+    the prompts' own levels cancel.
     """
     shared = [prompt for prompt in before if prompt in after and before[prompt] and after[prompt]]
     one, other = _fit({p: before[p] for p in shared}), _fit({p: after[p] for p in shared})

@@ -1,4 +1,4 @@
-"""What a command line owes to its streams and signals: nothing is lost that was written, and one line says the rest.
+"""Streams and signals of a command line: written output is not lost, and every failure is one line on stderr.
 
 common/options.py, run_main, calls these around every program.
 """
@@ -21,11 +21,11 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def prepare_streams() -> None:
-    """Make stdout take any text, and stderr any message. UserError where stdout is closed.
+    """Make stdout accept any text, and stderr any message. UserError if stdout is closed.
 
-    What an encoding such as ASCII or Latin-1 lacks is written as an escape (`\\u2192`); a note says so, once.
+    Characters that the encoding (such as ASCII or Latin-1) lacks are written as escapes (`\\u2192`), with one note.
     """
-    if sys.stderr is None:  # closed; without this, print(file=sys.stderr) would go to stdout
+    if sys.stderr is None:  # closed; print(file=sys.stderr) would go to stdout
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
     if sys.stdout is None:
         raise UserError("stdout is closed, so nothing can be written: send it to a file, a pipe or /dev/null")
@@ -49,9 +49,9 @@ def prepare_streams() -> None:
 
 @contextmanager
 def interruptions() -> Iterator[list[int]]:
-    """Let SIGTERM and SIGHUP interrupt as Ctrl-C does, by KeyboardInterrupt; gives the signals that came.
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C; yields the list of received signals.
 
-    A program has one ending: once it has begun, further ones are ignored. Signals that were ignored before stay so
+    A program ends once: after the first signal, further ones are ignored. Signals that were ignored before stay ignored
     (nohup), and outside of the main thread nothing changes.
     """
     came = list[int]()
@@ -69,7 +69,7 @@ def interruptions() -> Iterator[list[int]]:
     for each in taken:
         signal.signal(each, interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from the one that was there during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # replaces the handler of the imports
     try:
         yield came
     finally:
@@ -78,13 +78,13 @@ def interruptions() -> Iterator[list[int]]:
 
 
 def say(message: str) -> None:
-    """A line on stderr; where not even that can be written, the exit status has to do."""
+    """Print a line on stderr; if stderr is not writable either, only the exit status remains."""
     with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 def release_stdout() -> None:
-    """Write out what stdout still holds. Where that fails, drop it: Python would try again at its end, and complain."""
+    """Flush stdout. On failure discard its buffer, because Python would retry at exit and complain."""
     if sys.stdout is None:
         return
     try:

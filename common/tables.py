@@ -1,13 +1,13 @@
-"""Tables derived from the rows of a results folder: pure functions, so that any number can be computed again.
+"""Tables derived from the rows of a results folder: pure functions, so that every number can be recomputed.
 
     python -c "from common.results import *; from common.tables import *; from pathlib import Path; \\
         print(derive(read_rows(Path('phase-1-baseline/results'))))"
 
-A table has a line for every cell and variant of a section. Columns that every table has: the cell's settings,
+A table has a line for every cell and variant of a section. Every table has these columns: the cell's settings,
 `variant`, `n_prompts`, `n_rounds`, `tokens_per_s`, `ms_per_token`. Timed variants add `speedup` (times as fast as the
-baseline) with `speedup_low` and `speedup_high` (on prompts like these, where there are at least five; else on these
+baseline) with `speedup_low` and `speedup_high` (on prompts like these if there are at least five, else on these
 prompts), `rounds_low` and `rounds_high` (on these prompts), `claimed`, `spread` (standard deviation of one paired log
-ratio within a prompt) and `outliers` (pairs beyond five spreads, kept). Then what RATIOS defines, and other figures.
+ratio within a prompt) and `outliers` (pairs beyond five spreads, kept). Then the columns of RATIOS, and other figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from common.results import Row, failures
 from common.statistics import MIN_ROUNDS, Logs, Ratio, claims, ratio
 from common.terminal import print_table
 
-AGAIN = ", again"  # ends the name of the null arm
+AGAIN = ", again"  # the suffix of the null arm's name
 # Columns that are a quotient of two sums over the rows: name -> numerator, denominator.
 RATIOS = {
     "tokens_per_forward": ("tokens", "forwards"),
@@ -52,12 +52,12 @@ RATIOS = {
     "in_elementwise": ("elementwise_s", "traced_s"),
     "in_overhead": ("overhead_s", "traced_s"),
 }
-# Figures that only serve the columns above and are not shown by themselves.
+# Figures that only serve the columns above and are not shown themselves.
 SUMMED = {name for pair in RATIOS.values() for name in pair} | {"survived", "drafts"}
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by cell and variant: cells as they came, variants as the bench lists them (the `end` row knows)."""
+    """Group rows by cell and variant: cells in row order, variants in the bench's order (from the `end` row)."""
     found: dict[tuple[str, str], list[Row]] = {}
     listed: dict[str, list[str]] = {}
     for row in rows:
@@ -76,9 +76,9 @@ def _rate(row: Row) -> float:
 
 
 def log_ratios(rows: Sequence[Row], baseline: str | None = None) -> dict[str, Logs]:
-    """For every variant of one cell: log(baseline's seconds per token / its own) by prompt, round by round.
+    """Return, for every variant of one cell, log(baseline's seconds per token / its own) by prompt, round by round.
 
-    The baseline is the one that each row names, or `baseline`. Pairs of which a run is missing or failed are left out.
+    The baseline is the one that each row names, or `baseline`. Pairs with a missing or failed run are left out.
     """
     timed = [row for row in rows if row.kind == "run" and row.status == "ok" and row.seconds]
     at = {(row.variant, row.prompt, row.round): row for row in timed}
@@ -93,19 +93,19 @@ def log_ratios(rows: Sequence[Row], baseline: str | None = None) -> dict[str, Lo
 
 
 def _spread(logs: Logs) -> tuple[float | None, int]:
-    """Standard deviation of one paired log ratio around its prompt's mean, and how many lie beyond five of them."""
+    """Return the standard deviation of a paired log ratio within a prompt, and the number of pairs beyond five."""
     of_prompt = [np.asarray(each) for each in logs.values()]
     residuals = np.concatenate([each - each.mean() for each in of_prompt])
     freedom = len(residuals) - len(logs)
     if freedom < 1:
         return None, 0
-    away = np.abs(np.concatenate([each - np.median(each) for each in of_prompt]))  # an outlier must not hide itself
+    away = np.abs(np.concatenate([each - np.median(each) for each in of_prompt]))  # outliers do not move medians
     usual = 1.4826 * float(np.median(away))
     return math.sqrt(float(np.square(residuals).sum()) / freedom), int((away > 5 * usual).sum()) if usual else 0
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """RATIOS, survival, the mean of every other number, and values that are not numbers where all rows agree."""
+    """Compute RATIOS, survival, the mean of every other number, and values that are not numbers if all rows agree."""
     sums: dict[str, float] = {"tokens": sum(row.tokens or 0.0 for row in rows)}
     sums["seconds"] = sum(row.seconds or 0.0 for row in rows)
     values: dict[str, list[Any]] = {}
@@ -135,7 +135,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _cell_ratios(rows: Sequence[Row], baseline: str | None, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """For every timed variant of one cell: its speed-up with intervals, and whether it may be claimed."""
+    """Return, for every timed variant of one cell, its speed-up with intervals, and whether it may be claimed."""
     logs = log_ratios(rows, baseline)
     ratios: dict[str, Ratio] = {name: ratio(of_variant, seed) for name, of_variant in logs.items()}
     null = next((found for name, found in ratios.items() if name.endswith(AGAIN)), Ratio(1.0))
@@ -158,7 +158,7 @@ def _cell_ratios(rows: Sequence[Row], baseline: str | None, seed: int = 0) -> di
 
 
 def _perplexity_ratios(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """By how many percent the perplexity of each counted variant of one cell is above the first one's, text by text."""
+    """Return by how many percent each counted variant's perplexity in a cell exceeds the first's, text by text."""
     nll: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.kind == "count" and row.status == "ok" and row.prompt is not None and "nll_sum" in row.figures:
@@ -179,7 +179,7 @@ def _perplexity_ratios(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def derive(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, Any]]:
-    """The table of some rows of one section; `baseline` compares all variants with that one instead of their own."""
+    """Derive the table of one section's rows; `baseline` compares all variants with that one instead of their own."""
     lines = []
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for (cell, variant), every in _groups(rows).items():
@@ -207,7 +207,7 @@ def derive(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, A
 
 
 def text_of(line: Mapping[str, Any], column: str) -> object:
-    """A column as a table shows it: a speed-up with its interval, without one where there are too few rounds."""
+    """Format a column for a table: a speed-up with its interval, without one if there are too few rounds."""
     value = line.get(column)
     low, high = line.get(f"{column}_low"), line.get(f"{column}_high")
     if value is None or low is None or high is None:
@@ -221,7 +221,7 @@ HIDDEN |= {"status", "reason", "outliers", "n_prompts", "n_rounds", "peak_rss_mi
 
 
 def print_section(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
-    """Print a section's table, how it was measured, and what failed."""
+    """Print a section's table, how it was measured, and the failures."""
     lines = derive(rows)
     names = list(columns) or [n for n in dict.fromkeys(name for line in lines for name in line) if n not in HIDDEN]
     print_table(title, names, [[text_of(line, name) for name in names] for line in lines])
@@ -233,7 +233,7 @@ def print_section(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) 
 
 
 def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What has to be known about the intervals of a table, a sentence each."""
+    """Return the notes on the intervals of a table, a sentence each."""
     timed = [line for line in lines if "speedup" in line]
     if not timed:
         return []
@@ -272,7 +272,7 @@ def _cell_names(line: Mapping[str, Any]) -> list[str]:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """All derived tables in one CSV file: a line for every section, cell and variant."""
+    """Write all derived tables to one CSV file: a line for every section, cell and variant."""
     lines = []
     for section in dict.fromkeys(row.section for row in rows):
         lines += [{"section": section, **line} for line in derive([row for row in rows if row.section == section])]
@@ -280,6 +280,6 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        for line in lines:  # strings as they are; all else as JSON, so that true, 1.5 and [1, 2] read the same in both
+        for line in lines:  # strings unchanged; all else as JSON, so that true, 1.5 and [1, 2] read the same in both
             cells = (line.get(name) for name in columns)
             writer.writerow([c if isinstance(c, str) else "" if c is None else json.dumps(c) for c in cells])

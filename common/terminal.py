@@ -1,4 +1,4 @@
-"""What a bench or a demo prints: a table for people, one JSON document for programs, and progress on stderr.
+"""Output of a bench or a demo: a table for people, one JSON document for programs, and progress on stderr.
 
 python -c "from common.terminal import *; print_table('Speed', ['phase', 'tokens/s'], [[1, 20.5], [2, 41]])"
 """
@@ -24,7 +24,7 @@ MIN_WIDTH = 120
 
 
 def cell_text(value: object) -> str:
-    """A table cell: about four digits of a float, `-` for nothing, yes and no for truth values."""
+    """Format a table cell: about four digits of a float, `-` for nothing, yes and no for truth values."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -37,7 +37,7 @@ def cell_text(value: object) -> str:
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    """Do the cells of a column begin like numbers (`1.5`, `-3`, `1.52 [1.48, 1.55]`, `2.1x`), empty ones aside?"""
+    """Return whether all cells but empty ones begin like numbers (`1.5`, `-3`, `1.52 [1.48, 1.55]`, `2.1x`)."""
     filled = [cell for cell in cells if cell not in ("", "-")]
     return bool(filled) and all(re.match(r"[-+]?\.?\d[\d.,e+-]*(x|%|ms|s)?( |$)", cell) for cell in filled)
 
@@ -47,7 +47,7 @@ def print_table(
 ) -> None:
     """Print a table (on stdout, or in `file`): numbers right-aligned, never cut, at least 120 characters of room.
 
-    Where stdout is no terminal the table is plain Markdown, ready to be pasted into a README.
+    If stdout is not a terminal the table is plain Markdown, ready to be pasted into a README.
     """
     console = Console(file=file or sys.stdout, highlight=False, markup=False)
     cells = [[cell_text(value) for value in row] for row in rows]
@@ -62,12 +62,12 @@ def print_table(
     with console.capture() as drawn:
         console.print(table)
     console.print(Text(title, style="bold"), end="\n\n")
-    # rich pads the table with lines of nothing but spaces
+    # rich pads the table with lines of spaces
     print("\n".join(line.rstrip() for line in drawn.get().splitlines() if line.strip()), file=console.file)
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """Print one JSON document on one line; a program's last output, so that `... | tail -1` is the whole of it.
+    """Print one JSON document on one line; a program's last output, so that `... | tail -1` returns it.
 
     Raises ValueError for NaN and infinity, which are not JSON.
     """
@@ -78,7 +78,7 @@ def print_document(document: dict[str, Any]) -> None:
 def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
     """Show progress on stderr over `total` steps (None: unknown); call the given function after each step.
 
-    The function takes a word on what was done.
+    The function's argument names the finished step.
 
     with progress("timing", total=12) as step:
         interleave(variants, repeats=5, on_run=step)

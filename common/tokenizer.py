@@ -1,8 +1,8 @@
 """Text to token ids and back, and text as it streams.
 
-`tokenizer.json` is read with the `tokenizers` package, which is there in milliseconds. transformers takes seconds to
-import, so it is imported only for a folder that has no tokenizer.json (OPT, for one), to build the same from its parts.
-A SentencePiece model is converted in common/sentencepiece_model.py.
+`tokenizer.json` is read with the `tokenizers` package, which loads in milliseconds. transformers takes seconds to load,
+so it is imported only for a folder without tokenizer.json (OPT, for one), to build one from its other files. A
+SentencePiece model is converted in common/sentencepiece_model.py.
 
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
     tokenizer.decode(tokenizer.encode("import re"))
@@ -22,24 +22,24 @@ from tokenizers import Tokenizer as Backend
 from common.errors import UserError
 from common.files import one_line, read_json, shown
 
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
+REPLACEMENT = "\ufffd"  # written for bytes that are not (yet) a character
 SENTENCEPIECE_BYTE = re.compile("<0x..>")
 SENTENCEPIECE = "tokenizer.model"
-PARTS = ("vocab.json", "vocab.txt")  # any of these: there is something to build a tokenizer from
+PARTS = ("vocab.json", "vocab.txt")  # with any of these a tokenizer can be built
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, and the ids that mean something to a decoding loop."""
+    """A checkpoint's tokenizer, and the special ids that a decoding loop needs."""
 
     def __init__(self, backend: Backend, bos_id: int | None, eos_ids: tuple[int, ...]) -> None:
-        # A file can say that texts are cut or padded to some length. That is for training; here nothing may be lost.
+        # A file can cut or pad texts to some length. That is for training; here no token may be lost.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         added = backend.get_added_tokens_decoder()
-        self._first: list[int] = []  # put before every text; most tokenizers do it by their template
+        self._first: list[int] = []  # prepended to every text; most tokenizers use their template instead
         self._limit: int | None = None
         self._model = "the model"
         self.added_ids = frozenset(added)
@@ -47,11 +47,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any], generation_config: dict[str, Any]) -> Tokenizer:
-        """The tokenizer in a checkpoint's folder.
+        """Load the tokenizer in a checkpoint's folder.
 
         Its begin and end tokens are those of `generation_config`, else of `config`, else of tokenizer_config.json, else
         of a SentencePiece model.
-        Raises UserError, naming the folder, where the files are missing or damaged.
+        Raises UserError, naming the folder, if the files are missing or damaged.
         """
         path = folder / "tokenizer_config.json"
         tokenizer_config = read_json(path) if path.is_file() else {}
@@ -83,23 +83,23 @@ class Tokenizer:
         return tokenizer
 
     def refuse_from(self, limit: int, model: str) -> None:
-        """From now on, an encoded id that a model of `limit` tokens does not have is a UserError."""
+        """Refuse, by UserError, encoded ids that a model of `limit` tokens does not have."""
         self._limit, self._model = limit, model
 
     @cached_property
     def vocab_size(self) -> int:
-        """The highest id plus one, added tokens included. A model's logits can be wider (padding), never narrower."""
+        """Return the highest id plus one, added tokens included. A model's logits can be wider, never narrower."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def pieces(self) -> dict[int, str]:
-        """Every token that the file has, as the vocabulary spells it, by its id; added tokens included."""
+        """Return every token as the vocabulary spells it, by id, added tokens included."""
         return {token_id: piece for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that this tokenizer puts around one (Llama 2: a begin token).
+        """Return the ids of a text, with the special tokens that this tokenizer adds to one (Llama 2: a begin token).
 
-        Where the file's template is silent, `add_bos_token` of tokenizer_config.json is obeyed (DeepSeek).
+        If the file's template adds none, `add_bos_token` of tokenizer_config.json decides (DeepSeek).
         """
         _refuse_surrogates(text)
         with self._encoding():
@@ -107,7 +107,7 @@ class Tokenizer:
         return self._checked(ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of many texts, as `encode` gives them, on all cores; where in a text a token stands is not noted."""
+        """Encode many texts like `encode`, on all cores; character offsets are not recorded."""
         for text in texts:
             _refuse_surrogates(text)
         with self._encoding():
@@ -116,10 +116,10 @@ class Tokenizer:
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
-        """UserError for a text that the file has no tokens for: without an unknown token there may be such."""
+        """Raise UserError for a text that cannot be encoded, which is possible without an unknown token."""
         try:
             yield
-        except Exception as error:  # the package raises nothing narrower
+        except Exception as error:  # the package raises no narrower type
             raise UserError(f"{self._model}: the tokenizer cannot encode the text ({one_line(error)})") from None
 
     def _checked(self, encoded: list[int]) -> list[int]:
@@ -132,9 +132,9 @@ class Tokenizer:
         return ids
 
     def joins_next(self, text: str) -> bool:
-        """Whether a text ends in white space that this tokenizer would join to the word that follows.
+        """Return whether a text ends in white space that this tokenizer would join to the next word.
 
-        To most tokenizers ` word` is one token, so a model has hardly seen a text go on after a space of its own.
+        Most tokenizers have ` word` as one token, so a model has hardly seen a separate space before a word.
         """
         end = text[-16:]
         if not end[-1:].isspace():
@@ -145,47 +145,47 @@ class Tokenizer:
         return any(self.token_text(token_id)[:1].isspace() for token_id in last)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special tokens, and ids that no token has, are left out; nothing is tidied up."""
+        """Return the text of ids. Special tokens and unknown ids are left out; spaces are not cleaned up."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary spells it (`Ġthe`, `▁the`, `<0xE2>`); None for an id that no token has."""
+        """Return a token as the vocabulary spells it (`Ġthe`, `▁the`, `<0xE2>`); None for an unknown id."""
         piece = self._backend.id_to_token(token_id)
         return None if piece is None else str(piece)
 
     def token_text(self, token_id: int) -> str:
-        """One token for display: its text, the spaces too; as it is spelled where it is only a part of a character."""
+        """Return one token for display: its text with spaces; if it is only a part of a character, its spelling."""
         piece = self.piece(token_id)
         if piece is None:
             return f"<{token_id}>"
-        # Some decoders drop the space at the start of a text. So: what the token adds when it comes a second time.
+        # Some decoders drop the space at the start of a text, so decode the token twice and take the second part.
         once, twice = (self._backend.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return piece if REPLACEMENT in twice else str(twice[len(once) :])
 
 
 class IncrementalDecoder:
-    """Text from tokens as they come: only what later tokens cannot change any more.
+    """Streams text from tokens: only text that later tokens cannot change any more.
 
-    All that `push` returned, then `flush`, is exactly what `decode` of all the tokens adds to the text `before` them. A
-    character can be spread over several tokens, and decoders treat the first token differently: those of sentencepiece
-    drop the space before it, which is no space of the output where a prompt stands before. So a window of tokens is
-    decoded twice, without and with the new ones, and the difference is the new text. This is the prefix-offset method
-    of text-generation-inference and vLLM (`detokenize_incrementally`), and goes further in one point: sentencepiece
-    bytes wait for the end of their run, since one that is not UTF-8 turns the whole run into U+FFFD.
+    The results of all `push` calls, then `flush`, are exactly the text that `decode` of all the tokens adds to the text
+    `before` them. A character can span several tokens, and sentencepiece decoders drop the space before the first
+    token, although after a prompt that space belongs to the output. So a window of tokens is decoded twice, without and
+    with the new tokens; the difference is the new text. This is the prefix-offset method of text-generation-inference
+    and vLLM (`detokenize_incrementally`) with one addition: sentencepiece bytes are held until the end of their run,
+    because one that is not UTF-8 turns the whole run into U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """before: tokens that the text follows, a prompt's. Their text is not given out."""
+        """before: tokens that the text follows, a prompt's. Their text is not returned."""
         self._tokenizer = tokenizer
         last = next((token_id for token_id in reversed(before) if self._is_whole(token_id)), None)
-        # The tokens of the last text that was given out: context for the next.
+        # The tokens of the last returned text: context for the next.
         self._shown: list[int] = [] if last is None else [last]
-        self._held: list[int] = []  # the tokens whose text has not been given out
+        self._held: list[int] = []  # the tokens whose text was not returned yet
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that became certain, often none."""
+        """Append one token; return the text that became final, often none."""
         piece = self._tokenizer.piece(token_id)
-        if piece is None or token_id in self._tokenizer.special_ids:  # left out before anything is decoded
+        if piece is None or token_id in self._tokenizer.special_ids:  # skipped before decoding
             return ""
         self._held.append(token_id)
         if SENTENCEPIECE_BYTE.fullmatch(piece):
@@ -198,14 +198,14 @@ class IncrementalDecoder:
         return text
 
     def _is_whole(self, token_id: int) -> bool:
-        """Whether a token has a text of its own, and is no part of a character."""
+        """Return whether a token has a text of its own and is not a part of a character."""
         piece = self._tokenizer.piece(token_id)
         if piece is None or token_id in self._tokenizer.special_ids or SENTENCEPIECE_BYTE.fullmatch(piece):
             return False
         return not self._tokenizer.decode([token_id]).endswith(REPLACEMENT)
 
     def flush(self) -> str:
-        """The text that was held back; call it when no more tokens come."""
+        """Return the text that was held back; call it after the last token."""
         text = self._held_text()
         self._shown, self._held = self._held, []
         return text
@@ -222,17 +222,17 @@ def _is_id(value: object) -> bool:
 def _refuse_surrogates(text: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: how Python shows bytes of the command line that are not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate: Python's form of command line bytes that are not UTF-8
         raise UserError("the text holds bytes that are not UTF-8") from None
 
 
 def _load_backend(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
-    """The tokenizer, and the names of its begin and end where its own file says them."""
+    """Return the tokenizer, and its begin and end tokens if its own file names them."""
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
             return Backend.from_file(str(path)), {}
-        except Exception as error:  # the package raises nothing narrower
+        except Exception as error:  # the package raises no narrower type
             raise UserError(f"{folder}: tokenizer.json cannot be read ({one_line(error)})") from None
     if (folder / SENTENCEPIECE).is_file():
         from common.sentencepiece_model import load_sentencepiece
@@ -246,7 +246,7 @@ def _load_backend(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[Backe
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
-    except Exception as error:  # damaged files, a missing package, code that was not asked for: all say what is wrong
+    except Exception as error:  # damaged files, a missing package, remote code: the messages say what is wrong
         raise UserError(
             f"{folder}: no tokenizer.json, and the tokenizer's other files do not load ({one_line(error)})"
         ) from None

@@ -1,9 +1,9 @@
-"""Weight files to tensors: which files hold a checkpoint's weights, and the tensors in them, one at a time.
+"""Weight files to tensors: the files that hold a checkpoint's weights, and their tensors, one at a time.
 
-Safetensors are taken where there are any, else PyTorch's `.bin`. Both are memory-mapped, so that a caller who copies
-each tensor as it comes needs the memory of the weights once, not twice. Pages that were read through a map stay
-resident as long as the map does. That is why a file is mapped anew along the way, and why its largest tensors come
-first: by the time most of the copies exist, little of the file is resident beside them.
+Safetensors files are preferred to PyTorch's `.bin`. Both are memory-mapped, so a caller who copies each tensor before
+the next needs the memory of the weights once, not twice. Pages that were read through a map stay resident as long as
+the map exists. So a file is mapped anew along the way, and its largest tensors come first: when most of the copies
+exist, little of the file is resident beside them.
 
 No code from a checkpoint ever runs: a `.bin` is read by torch's restricted unpickler (`weights_only=True`).
 """
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from common.errors import UserError
 from common.files import one_line, read_checked, shown
 
-if TYPE_CHECKING:  # torch takes seconds to import, and whoever only looks for files does not need it
+if TYPE_CHECKING:  # torch takes seconds to import, and finding files does not need it
     import torch
 
 INDEX = ".index.json"
@@ -31,7 +31,7 @@ WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin"
 
 
 class Index(BaseModel):
-    """What an index says of its shards."""
+    """The schema of an index of shards."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -42,17 +42,17 @@ INDEX_FILE = TypeAdapter(Index)
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each once. Raises UserError where it is not an index."""
+    """List the files that an index names, each once. Raises UserError for an invalid index."""
     names = sorted(set(read_checked(index, INDEX_FILE).weight_map.values()))
     for name in names:
-        outside = name in ("", ".", "..") or "/" in name or "\\" in name  # a checkpoint does not leave its folder
+        outside = name in ("", ".", "..") or "/" in name or "\\" in name  # a shard must be inside the folder
         if outside or not name.isprintable() or len(name.encode()) > 255:
             raise UserError(f"{index}: names the shard {shown(name)}, which is not a file beside the index")
     return names
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files to read the weights from. Raises UserError where there are none, or a shard is missing."""
+    """List the files with the weights. Raises UserError if there are none, or a shard is missing."""
     for name in WEIGHTS:
         path = folder / name
         if not path.is_file():
@@ -68,10 +68,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and the tensor of each weight in a file, the largest first, on the CPU, in the file's dtype.
+    """Yield name and tensor of each weight in a file, the largest first, on the CPU, in the file's dtype.
 
-    A tensor is a view of the mapped file: copy it, or keep it and leave the file in its place. Writing to it does not
-    change the file. Raises UserError, naming the file, where it is damaged or holds anything but tensors.
+    A tensor is a view of the mapped file: copy it, or keep it and do not move the file. Writing to it does not change
+    the file. Raises UserError, naming the file, if it is damaged or holds anything but tensors.
     """
     return _safetensors(path) if path.suffix == ".safetensors" else _bin(path)
 
@@ -83,11 +83,11 @@ def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _safetensors_sizes(path: Path) -> dict[str, int]:
-    """The bytes of each tensor, by the header: its length in 8 bytes, then JSON with every tensor's offsets."""
+    """Return each tensor's bytes, from the header: its length in 8 bytes, then JSON with every tensor's offsets."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):  # checks the header, and that the file is as long as it says
+        with safe_open(path, framework="pt"):  # checks the header and the file's length
             pass
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -116,13 +116,13 @@ def _bin(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
         if read > before_remap:
             tensors, read = _load_bin(path, mapped), 0
-        tensor = tensors.pop(name)  # where the file is not mapped, this lets its memory go as the caller moves on
+        tensor = tensors.pop(name)  # if the file is not mapped, this frees its memory once the caller moves on
         read += tensor.nbytes
         yield name, tensor
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether torch can map the file: it is in the zip format, as all are that torch 1.6 or later wrote."""
+    """Return whether torch can map the file: it must have the zip format, which torch writes since 1.6."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"PK\x03\x04"
@@ -135,11 +135,11 @@ def _load_bin(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
 
     try:
         state = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    except pickle.UnpicklingError:  # torch's own message explains how to run the code in it: not repeated
+    except pickle.UnpicklingError:  # torch's own message explains how to run the code in it; not shown
         raise UserError(
             f"{path}: holds more than plain tensors, or is damaged, and was not loaded; use a safetensors file"
         ) from None
-    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
+    except Exception as error:  # torch's error type depends on where the file is damaged
         raise UserError(f"{path}: damaged or incomplete, download or copy it again ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a dictionary of tensors by name")

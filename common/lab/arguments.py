@@ -9,7 +9,7 @@ from common.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError instead of printing its usage, and keeps the line breaks of help texts."""
+    """An argparse parser that raises UserError instead of printing its usage, and keeps line breaks of help texts."""
 
     def __init__(self, prog: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
         super().__init__(

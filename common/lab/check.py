@@ -1,8 +1,8 @@
-"""`lab check`: a phase's own tests, run on the folder in which somebody writes that phase; and help for what fails.
+"""`lab check`: run a phase's own tests on a folder in which somebody writes that phase, and help with failures.
 
-Says test by test what passes, what fails and what is not written yet, which function to write next, and for the first
-wrong step what was expected and what came. Besides the phase's own tests it runs those of every phase, so nothing that
-worked before may break. Left out are slow tests, those that need a graphics card, and those marked `no_exercise`.
+The report says, test by test, what passes, fails or is not written yet, which function to write next, and for
+the first failure the expected and the actual value. The tests of every phase run too, so regressions show. Slow tests,
+those that need a GPU, and those marked `no_exercise` are left out.
 
     lab check 2 my-phase-2
     lab check 2 my-phase-2 --hint
@@ -34,19 +34,19 @@ from common.lab.stubs import NOT_WRITTEN, Stub
 from common.phases import EXERCISE_FILE, ROOT, phase_of, phases
 from common.terminal import progress
 
-TIME_LIMIT = 60.0  # seconds for one test: what takes longer does not end
+TIME_LIMIT = 60.0  # seconds for one test; a longer one is taken for endless
 STYLES = {"passes": "green", "fails": "red", "not written yet": "yellow", "not run": "dim", "skipped": "dim"}
 WIDTH = max(map(len, STYLES))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one test."""
+    """The result of one test."""
 
-    test: str  # as pytest names it
+    test: str  # pytest's name
     title: str  # its name in words
     words: str  # the first line of its docstring
-    group: str  # what it is about: a function, or the subject of its file
+    group: str  # its subject: a function, or the subject of its file
     own: bool  # a test of this phase, not of every phase
     outcome: str
     about: str | None = None
@@ -56,7 +56,7 @@ class Result:
     where: tuple[str, ...] = ()  # functions of the engine that were running, the innermost last, with line numbers
 
     def stub(self, work: Exercise) -> Stub | None:
-        """The function to look at: the one not written, or the test's subject, or where the error arose."""
+        """Return the function to look at: the unwritten one, the test's subject, or the one that raised the error."""
         stubs = {str(stub): stub for stub in work.stubs}
         unwritten = NOT_WRITTEN.match(self.message)
         named = [unwritten["function"] if unwritten else None, self.about]
@@ -65,7 +65,7 @@ class Result:
 
 
 def run_tests(work: Exercise, folder: Path, root: Path, extra: list[str]) -> list[Result]:
-    """Run the phase's tests on the folder, in a process of their own. UserError where they cannot be run."""
+    """Run the phase's tests on the folder, in a separate process. UserError if they cannot be run."""
     own = f"tests/{work.phase.package}"
     tests = [path for path in (own, "tests/every_phase") if (root / path).is_dir()]
     marks = "not slow and not gpu and not no_exercise"
@@ -73,8 +73,8 @@ def run_tests(work: Exercise, folder: Path, root: Path, extra: list[str]) -> lis
     order = [str(stub) for stub in work.stubs]
     request = {"phase": work.phase.number, "folder": str(folder), "order": order, "limit": TIME_LIMIT}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a change within the same second would go unnoticed
-    environment["OMP_NUM_THREADS"] = "1"  # enough for models this small, and much faster where cores are shared
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # bytecode would hide a change within the same second
+    environment["OMP_NUM_THREADS"] = "1"  # enough for models this small, and much faster on shared cores
     with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as errors:
         json.dump({**request, "pytest": [*tests, *options]}, stdin)
         stdin.seek(0)
@@ -92,7 +92,7 @@ def run_tests(work: Exercise, folder: Path, root: Path, extra: list[str]) -> lis
         if process.returncode:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"status {process.returncode}"])[-1]
-            raise UserError(f"the tests of {folder} ended before their end: {last}")
+            raise UserError(f"the tests of {folder} stopped early: {last}")
     return results
 
 
@@ -110,7 +110,7 @@ def _read(lines: Iterator[dict[str, Any]], work: Exercise, folder: Path) -> Iter
                 yield Result(file, "the file can be loaded", "", file, True, "fails", None, message)
             elif "outside" in line:
                 if line["outside"]:
-                    raise UserError(f"not {folder} was tested, for these came from elsewhere: {line['outside']}")
+                    raise UserError(f"more than {folder} was tested, these came from elsewhere: {line['outside']}")
             else:
                 if step:
                     step(line["title"])
@@ -118,11 +118,11 @@ def _read(lines: Iterator[dict[str, Any]], work: Exercise, folder: Path) -> Iter
 
 
 def report(results: list[Result], console: Console) -> None:
-    """Every test function with how many of its cases pass, under what it is about."""
+    """Print every test function with its number of passing cases, grouped by subject."""
     for (own, group), members in groupby(results, key=lambda r: (r.own, r.group)):
         cases = list(members)
         whole = all(case.outcome == "passes" for case in cases)
-        console.print(Text(f"\n{group}" if own else f"\nas in every phase: {group}", "bold"))
+        console.print(Text(f"\n{group}" if own else f"\ncommon to all phases: {group}", "bold"))
         if whole and not own:
             console.print(Text.assemble("  ", ("passes".ljust(WIDTH), "green"), f"  all {len(cases)}"))
             continue
@@ -135,7 +135,7 @@ def report(results: list[Result], console: Console) -> None:
 
 
 def explain(result: Result, stub: Stub | None, console: Console) -> None:
-    """The first wrong step: what to write, or what was expected and what came."""
+    """Print the first failure: the function to write, or the expected and the actual value."""
     if result.outcome == "not written yet":
         console.print(Text.assemble(("Write next: ", "bold"), result.message.removeprefix("not written yet: ")))
         console.print(Text(f"  test      {result.test}", "dim"))
@@ -153,7 +153,7 @@ def explain(result: Result, stub: Stub | None, console: Console) -> None:
 
 
 def find_exercise(number: int, folder: Path, root: Path) -> tuple[Exercise, Path]:
-    """The exercise and the folder's real place. UserError where there is nothing to check, or to check with."""
+    """Return the exercise and the folder's resolved path. UserError if there is nothing to check, or no test."""
     work = exercise(phases(root), number)
     place, package = folder.resolve(), work.phase.package
     if not (place / "engine" / "__init__.py").is_file():
@@ -185,7 +185,7 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
     parser.add_argument("-k", metavar="WORDS", help="only tests whose name has these words (as pytest takes them)")
     coach = parser.add_mutually_exclusive_group()
     coach.add_argument(
-        "--hint", dest="help_step", action="store_const", const="hint", help="a hint for what fails first"
+        "--hint", dest="help_step", action="store_const", const="hint", help="a hint for the first failure"
     )
     coach.add_argument(
         "--diff",
@@ -214,7 +214,7 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
         explain(failed[0], stub, console)
         console.print()
         if stub is None:
-            raise UserError(f"no single function is to blame for this; read the test, {failed[0].test}")
+            raise UserError(f"this failure belongs to no single function; read the test, {failed[0].test}")
         coach_.give(options.help_step, stub, console)
     else:
         report(results, console)

@@ -1,9 +1,9 @@
-"""The process in which `lab check` runs the tests: here `import phase2` means the learner's folder, and nothing else.
+"""The process in which `lab check` runs the tests: here `import phase2` means only the learner's folder.
 
-Reads a request (JSON) from stdin, runs pytest, and writes one JSON line for each test as it ends. It makes sure that
-the package comes from the folder, that a module which the folder lacks is missing (not taken from the shipped phase),
-and that `phases()`, and the processes that a test starts, have the folder in the shipped phase's place. Before it ends
-it looks at every module that was loaded, and names those from elsewhere.
+It reads a request (JSON) from stdin, runs pytest, and writes one JSON line for each test as it ends. The package is
+imported from the folder; a module that the folder lacks is missing, not taken from the shipped phase. `phases()`, and
+the processes that a test starts, see the folder in the shipped phase's place. At the end, loaded modules from other
+folders are reported.
 
     echo '{"phase": 2, "folder": "my-phase-2", "order": [], "limit": 60, "pytest": ["tests/phase2"]}' \\
         | python -B -m common.lab.check_plugin
@@ -37,11 +37,11 @@ import pytest
 from common.lab.stubs import NOT_WRITTEN
 from common.phases import Phase, phases
 
-LONGEST = 400  # characters of a value that is shown
+LONGEST = 400  # characters of a shown value
 
 
 class FolderFinder(MetaPathFinder):
-    """Finds one package, and whatever is below it, in one folder."""
+    """Finds one package and its submodules in one folder."""
 
     def __init__(self, package: str, folder: Path) -> None:
         self.package, self.folder = package, folder
@@ -54,20 +54,20 @@ class FolderFinder(MetaPathFinder):
             return spec_from_file_location(name, file, submodule_search_locations=[str(self.folder)])
         if name.startswith(f"{self.package}."):
             spec = PathFinder.find_spec(name, path)
-            if spec is None:  # other finders would look in the shipped phase
+            if spec is None:  # other finders would search the shipped phase
                 raise ModuleNotFoundError(f"No module named {name!r} in {self.folder}", name=name)
             return spec
         return None
 
 
 class TookTooLongError(BaseException):
-    """No Exception, so that neither the code under test nor hypothesis takes it for one of theirs."""
+    """A test took too long. Not an Exception, so that neither the tested code nor hypothesis catches it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Generator[None]:
     def stop(*_: object) -> None:
-        raise TookTooLongError(f"stopped after {seconds:g} s: does it ever end?")
+        raise TookTooLongError(f"stopped after {seconds:g} s: is it endless?")
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -79,7 +79,7 @@ def time_limit(seconds: float) -> Generator[None]:
 
 
 class Reporter:
-    """The pytest plugin: chooses and orders the tests, and reports what became of each."""
+    """The pytest plugin: selects and orders the tests, and reports the result of each."""
 
     def __init__(self, phase: Phase, order: list[str], limit: float, out: TextIO) -> None:
         self.phase, self.order, self.limit, self.out = phase, order, limit, out
@@ -97,13 +97,13 @@ class Reporter:
         self.write(total=len(items))
 
     def _wanted(self, item: pytest.Item) -> bool:
-        """Is it a test of this phase, or one of every phase with this one?"""
+        """Return whether it is a test of this phase, or one of every phase run with this one."""
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         phase = parameters.get("phase")
         return phase.number == self.phase.number if phase else item.path.parent.name == self.phase.package
 
     def _rank(self, item: pytest.Item) -> tuple[bool, int]:
-        """First what is about one function, in the order in which they are to be written."""
+        """Order tests about one function first, in the order in which the functions are to be written."""
         own = item.path.parent.name == self.phase.package
         about = _about(item)
         return not own, self.order.index(about) if about in self.order else len(self.order)
@@ -120,7 +120,7 @@ class Reporter:
             yield
 
     def pytest_assertrepr_compare(self, op: str, left: object, right: object) -> None:
-        """Remember the last comparison that failed; the tests of this repository put what they got on the left."""
+        """Remember the last failed comparison; the tests of this repository put the actual value on the left."""
         self.compared = (_shown(right) if op == "==" else f"{op} {_shown(right)}", _shown(left))
 
     @pytest.hookimpl(wrapper=True)
@@ -132,7 +132,7 @@ class Reporter:
             self._report(item, **self._outcome(report, call))
             if call.excinfo and call.excinfo.errisinstance(TookTooLongError):
                 item.session.shouldstop = (
-                    "a test that does not end"  # those that use the same function would not either
+                    "a test that does not end"  # other tests of the same function would not end either
                 )
         return report
 
@@ -166,7 +166,7 @@ class Reporter:
         return outcome
 
     def _where(self, trace: TracebackType | None) -> list[str]:
-        """The functions of the engine that were running, the innermost last, as `engine/verify.py, verify`."""
+        """List the engine's running functions, the innermost last, as `engine/verify.py, verify`."""
         frames = []
         for frame, line in traceback.walk_tb(trace):
             file = Path(frame.f_code.co_filename).resolve()
@@ -195,12 +195,12 @@ def _shown(value: object) -> str:
 
 
 def import_all(package: str, folder: Path) -> str | None:
-    """Import every module of the package in a folder; the first error in words, or None."""
+    """Import every module of the package in a folder; return the first error in words, or None."""
     try:
         module = importlib.import_module(package)
         for found in pkgutil.walk_packages(module.__path__, f"{package}."):
             importlib.import_module(found.name)
-    except BaseException as error:  # whatever the learner's code does
+    except BaseException as error:  # any error of the learner's code
         if isinstance(error, KeyboardInterrupt):
             raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
@@ -210,14 +210,14 @@ def import_all(package: str, folder: Path) -> str | None:
 
 
 def outside(package: str, folder: Path) -> list[str]:
-    """Modules of the package that were loaded from anywhere but the folder."""
+    """List modules of the package that were loaded from another folder."""
     modules = [(name, m) for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
     files = [(name, getattr(m, "__file__", None) or next(iter(m.__path__))) for name, m in modules]
     return [f"{name} ({file})" for name, file in files if not Path(file).resolve().is_relative_to(folder)]
 
 
 def main(request: dict[str, Any]) -> int:
-    out = os.fdopen(os.dup(1), "w")  # what pytest and the tests print goes nowhere
+    out = os.fdopen(os.dup(1), "w")  # output of pytest and the tests is discarded
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     shipped = phases(Path.cwd())
     folder = Path(request["folder"])
@@ -225,7 +225,7 @@ def main(request: dict[str, Any]) -> int:
     phase = next(p for p in found if p.number == request["phase"])
     engine = folder / "engine"
     reporter = Reporter(phase, request["order"], request["limit"], out)
-    phases_of_search = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # no minutes for the smallest example
+    phases_of_search = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # no shrinking, which takes minutes
     hypothesis.settings.register_profile("lab check", deadline=None, database=None, phases=phases_of_search)
     status = 0
     sys.meta_path.insert(0, FolderFinder(phase.package, engine))

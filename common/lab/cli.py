@@ -1,4 +1,4 @@
-"""The `lab` command: finds the subcommand and runs it.
+"""The `lab` command: find the subcommand and run it.
 
 A subcommand is a module with `run(arguments) -> exit status`; COMMANDS is the list of them.
 

@@ -1,6 +1,6 @@
-"""Help for the function that fails first, a little at a time: a hint, then a comparison, and only then the solution.
+"""Stepwise help for the function that fails first: a hint, then a comparison, and only then the solution.
 
-The exercise folder remembers how far each function's help has come.
+The exercise folder records the help given for each function.
 
     lab check 2 my-phase-2 --hint
 """
@@ -27,7 +27,7 @@ STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
 class Coach:
-    """Gives the help that is asked for, if what comes before it was given. UserError where there is no exercise."""
+    """Gives one step of help after the previous one was given. UserError if there is no exercise."""
 
     def __init__(self, work: Exercise, folder: Path) -> None:
         self.work, self.folder = work, folder
@@ -40,7 +40,7 @@ class Coach:
             ) from None
 
     def next_help(self, stub: Stub) -> str:
-        """What may be asked for next."""
+        """Return the next step of help."""
         given = self.helped.get(str(stub))
         return LADDER[min(LADDER.index(given) + 1, len(LADDER) - 1)] if given in LADDER else LADDER[0]
 
@@ -49,7 +49,7 @@ class Coach:
         if LADDER.index(step) > LADDER.index(self.next_help(stub)):
             raise UserError(f"--{step} for {stub} comes after --{self.next_help(stub)}; ask for that first")
         if step == "hint":
-            hint = self.work.hint(stub) or "the README has no hint for it; its docstring says what it is to do"
+            hint = self.work.hint(stub) or "the README has no hint for it; its docstring describes it"
             console.print(Text.assemble((f"Hint for {stub}: ", "bold"), hint))
         elif step == "diff":
             self._diff(stub, console)
@@ -65,7 +65,7 @@ class Coach:
         text = (self.folder / stub.file).read_text(encoding="utf-8")
         own = function_text(text, stub.name)
         if own is None or str(stub) in map(str, stubs_in(stub.file, text)):
-            console.print(f"{stub} is not written yet: there is nothing to compare. Try it; or ask for --solution.")
+            console.print(f"{stub} is not written yet: there is nothing to compare. Try it, or ask for --solution.")
             return
         shipped = function_text(self.work.shipped[stub.file], stub.name) or ""
         lines = difflib.unified_diff(own.splitlines(), shipped.splitlines(), "yours", "shipped", n=99, lineterm="")
@@ -73,7 +73,7 @@ class Coach:
             console.print(Text(line, STYLES.get(line[:1], "")))
 
     def _solution(self, stub: Stub) -> str:
-        """The shipped function, and the private helpers that it names and that the exercise does not give."""
+        """Return the shipped function, with the private helpers that it uses and that the exercise does not give."""
         source = self.work.shipped[stub.file]
         given = {name for name, _ in definitions(ast.parse(self.work.sources[stub.file]))}
         wanted, parts = [stub.name], list[str]()

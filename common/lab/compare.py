@@ -1,4 +1,4 @@
-"""Two phases file by file, in the order in which the difference is best read: what is new, what changed, what is gone.
+"""Two phases file by file, in reading order: added files, changed ones, removed ones.
 
 New files come in the order of the later phase's README. Notebooks, READMEs and results are left out.
 
@@ -22,7 +22,7 @@ LEFT_OUT = tuple(name for name in OWN if name not in BENCH)
 
 @dataclass(frozen=True)
 class FileDiff:
-    """One file in both phases, as lines with their ends; no lines where it is absent."""
+    """One file in both phases, as lines with their line ends; no lines if absent."""
 
     change: Change
     old: list[str]
@@ -33,7 +33,7 @@ class FileDiff:
         return difflib.SequenceMatcher(None, self.old, self.new, autojunk=False)
 
     def counts(self) -> tuple[int, int]:
-        """Lines added, lines removed."""
+        """Count lines added and lines removed."""
         kept = sum(block.size for block in self.matcher().get_matching_blocks())
         return len(self.new) - kept, len(self.old) - kept
 
@@ -51,7 +51,7 @@ def _file_diff(old: Path, new: Path, change: Change) -> FileDiff:
 
 
 def compare(old: Phase, new: Phase, part: str | None = None) -> list[FileDiff]:
-    """The files in which two phases differ (or those of one part of the later one's list), in reading order.
+    """Return the files in which two phases differ (or those of one part of the later one's list), in reading order.
 
     Raises UserError for a part that the list does not have.
     """

@@ -1,8 +1,8 @@
-"""`lab compare A B`: what differs between two results folders beyond noise, from their raw rows.
+"""`lab compare A B`: the differences between two results folders beyond noise, from their raw rows.
 
-Variants are compared by their ratio to the baseline of the same run, which cancels the state of the machine that day.
-A difference is claimed if it stays significant after Holm's correction and both null arms allow 1.
-The absolute speed is shown, too, but nothing is claimed of it: the folders were not measured in turns.
+Variants are compared by their ratio to the baseline of the same run, which cancels the state of the machine on that
+day. A difference is claimed if it stays significant after Holm's correction and both null arms allow 1. The absolute
+speed is shown without a claim, because the folders were not measured in turns.
 
     lab compare phase-5-kernels-kvcache/results /tmp/results-after-my-change
 """
@@ -23,7 +23,7 @@ from common.statistics import LEVEL, Interval, Ratio, between, holm, ratio
 from common.tables import AGAIN, log_ratios
 from common.terminal import print_document, print_table
 
-# What makes two measurements incomparable, unless `--anyway`; other differences of the environment are only listed.
+# Differences that forbid a comparison, unless `--anyway`; other differences of the environment are only listed.
 MACHINE = ("cpu", "cores", "instruction_set", "cpu_quota", "device", "device_name", "threads", "dtype")
 INPUTS = ("models", "prompts_sha256")
 OWN = {"timestamp", "load_average", "argv", "commit", "dirty"}
@@ -32,7 +32,7 @@ OPTIONS_OF_ITS_OWN = {"output", "resume", "only", "rounds", "precision", "budget
 
 @dataclass(frozen=True)
 class Folder:
-    """A results folder: its rows by comparison, and where they were measured."""
+    """A results folder: its rows by comparison, and its environment."""
 
     path: Path
     manifest: dict[str, Any]
@@ -54,7 +54,7 @@ class Folder:
 
 
 def differences(one: Folder, other: Folder) -> tuple[list[str], list[str]]:
-    """What forbids a comparison, and what else differs, a line each."""
+    """List the differences that forbid a comparison, and the other ones, a line each."""
     forbids: list[str] = []
     listed: list[str] = []
     for what, own in (("environment", OWN), ("options", OPTIONS_OF_ITS_OWN)):
@@ -69,7 +69,7 @@ def differences(one: Folder, other: Folder) -> tuple[list[str], list[str]]:
 
 
 def speed(rows: list[Row], variant: str) -> float | None:
-    """Mean over the prompts of the log of tokens per second: exp of it is comparable where the prompts are the same."""
+    """Return the mean over the prompts of the log of tokens per second; comparable for equal prompts."""
     by_prompt: dict[str | None, list[float]] = {}
     for row in rows:
         if row.kind == "run" and row.status == "ok" and row.variant == variant and row.seconds and row.tokens:
@@ -79,7 +79,7 @@ def speed(rows: list[Row], variant: str) -> float | None:
 
 
 def compare(one: Folder, other: Folder) -> list[dict[str, Any]]:
-    """A line for every variant that both folders timed: speed, ratio of the two speed-ups, do they differ."""
+    """Return a line for every variant that both folders timed: speed, ratio of the speed-ups, significance."""
     lines: list[dict[str, Any]] = []
     found: list[Interval | None] = []
     for (section, cell), rows in one.cells.items():
@@ -122,7 +122,7 @@ def run(arguments: list[str]) -> int:
     one, other = Folder.read(options.one), Folder.read(options.other)
     forbids, listed = differences(one, other)
     if forbids and not options.anyway:
-        raise UserError(f"the folders cannot be compared: {'; '.join(forbids)} (--anyway compares them all the same)")
+        raise UserError(f"the folders cannot be compared: {'; '.join(forbids)} (--anyway compares them nevertheless)")
     for line in forbids + listed:
         print(f"differs: {line}", file=sys.stderr)
     lines = compare(one, other)

@@ -1,8 +1,8 @@
-"""`lab demo`: the same prompts through every phase that exists, in one table.
+"""`lab demo`: the same prompts through every existing phase, in one table.
 
-Every phase runs as its command line runs it by default, but always in float32: greedily, on the embedded models. The
-phases and transformers' `generate` (with its cache, as it comes) take turns in the same run, so the ratios hold on a
-noisy machine too. What does not write phase 1's tokens is not timed.
+Every phase runs with its command line's defaults, but always in float32: greedily, on the embedded models. The phases
+and transformers' `generate` (with its cache, by default) run in turns, so the ratios hold on a noisy machine too. A
+variant that does not write phase 1's tokens is not timed.
 
     lab demo
     lab demo --output results
@@ -35,11 +35,11 @@ STREAMED = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __ini
 
 
 def phase_runner(phase: Phase, new_tokens: int) -> tuple[Variant, Any]:
-    """A run of one prompt with this phase's engine, and the loaded model."""
+    """Return a function that runs one prompt with this phase's engine, and the loaded model."""
     engine = importlib.import_module(phase.package)
     before = torch.get_num_threads()
     llm = engine.LLM(engine.Options(max_tokens=new_tokens, dtype="float32"))
-    threads = torch.get_num_threads()  # one whose steps run outside of torch leaves it a single thread
+    threads = torch.get_num_threads()  # a phase whose steps run outside of torch leaves torch a single thread
     torch.set_num_threads(before)
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
@@ -53,7 +53,7 @@ def phase_runner(phase: Phase, new_tokens: int) -> tuple[Variant, Any]:
 
 
 def peer_runner(loaded: Any, new_tokens: int) -> Variant:
-    """transformers' generate with its cache, on the same weights."""
+    """Return transformers' generate with its cache, on the same weights."""
     peer = TransformersPeer(loaded.checkpoint.folder, torch.float32, torch.device("cpu"))
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
@@ -65,7 +65,7 @@ def peer_runner(loaded: Any, new_tokens: int) -> Variant:
 
 
 def lines_of(bench: Bench, found: list[Phase]) -> list[dict[str, Any]]:
-    """The derived table with what each phase adds, and with the speed-up over transformers."""
+    """Return the derived table with each phase's addition, and the speed-up over transformers."""
     adds = {phase.package: (importlib.import_module(phase.package).__doc__ or "").split("\n")[0] for phase in found}
     adds[PEER] = "transformers' generate, with its cache"
     over_peer = {line["variant"]: line for line in bench.table("demo", baseline=PEER)}
@@ -85,7 +85,7 @@ def lines_of(bench: Bench, found: list[Phase]) -> list[dict[str, Any]]:
 
 
 def draw(lines: list[dict[str, Any]], title: str, file: Path) -> None:
-    """Tokens per second, one bar for every phase and one for transformers."""
+    """Draw tokens per second, one bar for every phase and one for transformers."""
     lines = [line for line in lines if "," not in line["phase"] and "tokens_per_s" in line]
     with figure(file, size=(9.0, 1.2 + 0.6 * len(lines)), title=title) as [axes]:
         named = [f"{line['phase']}: {line['adds']}" if line["phase"] else line["adds"] for line in lines]
@@ -131,7 +131,7 @@ def run(arguments: list[str]) -> int:
     heads = ["phase", "what it adds", "tokens/s", "x phase 1", "x transformers", "tokens/forward", "left out"]
     shown = len(columns) if any("reason" in line for line in lines) else len(columns) - 1
     print_table(title, heads[:shown], [[text_of(line, column) for column in columns[:shown]] for line in lines])
-    print("\nAll write the same tokens." if status == 0 else "\nWhat writes other tokens than phase 1 is left out.")
+    print("\nAll write the same tokens." if status == 0 else "\nVariants that write other tokens are left out.")
     for note in notes(lines):
         print(note)
     print(f"\nPhase {found[-1].number} writes, at temperature 0.8:\n\n{STREAMED}", end="", flush=True)

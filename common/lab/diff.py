@@ -1,6 +1,6 @@
-"""`lab diff`: how two phases differ, in the terminal, as a table or as a page.
+"""`lab diff`: the differences of two phases, in the terminal, as a table or as a page.
 
-Printed to a pipe or a file, the difference is what `git apply` reads.
+Printed to a pipe or a file, the difference is input for `git apply`.
 
     lab diff 1 2
 """
@@ -27,10 +27,10 @@ STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
 def unified(diff: FileDiff, old: Phase, new: Phase) -> Iterator[str]:
-    """The lines of a unified diff, without their ends; each hunk's head says in which function or class it begins."""
+    """Yield the lines of a unified diff, without line ends; each hunk's head names its function or class."""
     change = diff.change
     hunks = list(diff.matcher().get_grouped_opcodes())
-    if diff.binary or not hunks:  # no hunks: an empty file came or went
+    if diff.binary or not hunks:  # no hunks: an empty file was added or removed
         yield " -> ".join(line.strip() for line in diff.old + diff.new) if diff.binary else "(an empty file)"
         return
     yield f"--- {'/dev/null' if change.sign == '+' else f'{old.folder.name}/{change.path}'}"
@@ -50,7 +50,7 @@ def unified(diff: FileDiff, old: Phase, new: Phase) -> Iterator[str]:
 
 
 def print_diff(diffs: list[FileDiff], old: Phase, new: Phase) -> None:
-    """On stdout; coloured where that is a terminal, else exactly as it is (rich would expand tabs)."""
+    """Print on stdout: coloured in a terminal, else unchanged (rich would expand tabs)."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
     def show(line: str, style: str) -> None:
@@ -67,7 +67,7 @@ def print_diff(diffs: list[FileDiff], old: Phase, new: Phase) -> None:
 
 
 def print_stat(diffs: list[FileDiff], title: str) -> None:
-    """One line per file: lines added and removed."""
+    """Print one line per file: lines added and removed."""
     rows = [(f"{diff.change.sign} {diff.change.path}", *diff.counts(), diff.change.words) for diff in diffs]
     total = (f"{len(rows)} files", sum(row[1] for row in rows), sum(row[2] for row in rows), "")
     print_table(title, ["file", "+ lines", "- lines", "what"], [*rows, total])

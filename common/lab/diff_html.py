@@ -1,6 +1,6 @@
-"""The page that `lab diff --html` writes: side by side, syntax-coloured, light or dark as the reader's system is.
+"""The page that `lab diff --html` writes: side by side, syntax-coloured, light or dark like the reader's system.
 
-One file without scripts: nothing is fetched from anywhere, so it can be mailed, archived and read offline.
+The page is one file without scripts: nothing is downloaded, so it can be mailed, archived and read offline.
 
     lab diff 1 2 --html diff.html
 """
@@ -20,8 +20,8 @@ from pygments.util import ClassNotFound
 from common.lab.compare import FileDiff
 
 CONTEXT = 3  # unchanged lines shown around a change
-FOLDED = 5  # fewer hidden lines than this are not worth a fold
-OPEN = 1500  # changed lines up to which the files of a page are open; those of a longer one are opened one by one
+FOLDED = 5  # fewer hidden lines than this are not folded
+OPEN = 1500  # with more changed lines the files of a page start closed
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --text: #1f2328; --faint: #656d76; --line: #d8dee4; --head: #f6f8fa;
@@ -77,7 +77,7 @@ def style_sheet() -> str:
 
 
 def coloured(path: str, lines: list[str]) -> list[str]:
-    """The lines as HTML. Coloured as one text, because a string can span lines."""
+    """Return the lines as HTML, highlighted as one text because a string can span lines."""
     try:
         lexer = get_lexer_for_filename(path, stripnl=False, ensurenl=True)
     except ClassNotFound:
@@ -87,7 +87,7 @@ def coloured(path: str, lines: list[str]) -> list[str]:
 
 
 def runs(diff: FileDiff) -> Iterator[tuple[bool, list[Row]]]:
-    """The rows of a file from top to bottom, in runs: folded away, or shown."""
+    """Yield the rows of a file from top to bottom, in runs: folded or shown."""
     for tag, i1, i2, j1, j2 in diff.matcher().get_opcodes():
         rows: list[Row] = [(tag, i, j) for i, j in zip_longest(range(i1, i2), range(j1, j2))]
         head = 0 if i1 == j1 == 0 else CONTEXT
@@ -108,7 +108,7 @@ def cells(kind: str, line: int | None, code: list[str]) -> str:
 
 
 def file_html(diff: FileDiff, number: int, opened: bool) -> str:
-    """One file: two columns where both phases have it, else one."""
+    """Return the HTML of one file: two columns if both phases have it, else one."""
     change = diff.change
     old, new = coloured(change.path, diff.old), coloured(change.path, diff.new)
     sides = [side for side in ("old", "new") if side != {"+": "old", "-": "new"}.get(change.sign)]
@@ -139,7 +139,7 @@ def file_html(diff: FileDiff, number: int, opened: bool) -> str:
 
 
 def contents(diffs: list[FileDiff]) -> str:
-    """The table of contents."""
+    """Return the table of contents."""
     rows = []
     for number, diff in enumerate(diffs):
         change = diff.change
@@ -153,7 +153,7 @@ def contents(diffs: list[FileDiff]) -> str:
 
 
 def page(title: str, diffs: list[FileDiff]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     opened = sum(sum(diff.counts()) for diff in diffs) <= OPEN
     files = "\n".join(file_html(diff, number, opened) for number, diff in enumerate(diffs))
     return (

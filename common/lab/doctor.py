@@ -1,6 +1,6 @@
-"""`lab doctor`: what this machine can do, and what each missing thing would enable.
+"""`lab doctor`: the abilities of this machine, and what each missing component would enable.
 
-It looks, and neither loads nor changes anything; with --build it compiles the newest phase's kernels.
+The command neither loads a model nor changes anything; with --build it compiles the newest phase's kernels.
 
     lab doctor --json
 """
@@ -44,7 +44,7 @@ ARM = {"neon": "4 float32 at a time in the C++ kernels"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for: what was found (None: it is missing) and what it enables."""
+    """One component: what was found (None: missing) and what it enables."""
 
     name: str
     found: str | None
@@ -52,14 +52,14 @@ class Finding:
 
 
 def parse_instruction_sets(text: str) -> set[str]:
-    """The CPU's instruction sets in lower case, from /proc/cpuinfo (x86 or ARM) or from macOS's sysctl."""
+    """Return the CPU's instruction sets in lower case, from /proc/cpuinfo (x86 or ARM) or from macOS's sysctl."""
     lines = re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
     names = set((lines[0] if lines else text).lower().split())
     return names | ({"neon"} if "asimd" in names else set())  # Linux's word for 64-bit NEON
 
 
 def instruction_sets() -> set[str]:
-    """The instruction sets of this machine's CPU; empty where the system does not tell."""
+    """Return the instruction sets of this machine's CPU; empty if the system does not tell."""
     if sys.platform == "darwin":
         if platform.machine() == "arm64":
             return {"neon"}  # every Apple processor
@@ -71,7 +71,7 @@ def instruction_sets() -> set[str]:
 
 
 def _output(*command: str) -> str:
-    """All that a command prints, or nothing where it cannot run."""
+    """Return all that a command prints, or nothing if it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -79,9 +79,9 @@ def _output(*command: str) -> str:
 
 
 def _program(candidates: Sequence[str], version: str) -> str | None:
-    """Path and version of the first program that is there and runs; `version` is a pattern for the part to quote."""
+    """Return path and version of the first program that exists and runs; `version` is the pattern to quote."""
     for path in filter(None, map(shutil.which, candidates)):
-        output = _output(path, "--version")  # empty for macOS's stand-in for a compiler that is not installed
+        output = _output(path, "--version")  # empty for macOS's placeholder for a missing compiler
         if output:
             found = re.search(version, output)
             return f"{path} ({found[0]})" if found else path
@@ -89,7 +89,7 @@ def _program(candidates: Sequence[str], version: str) -> str | None:
 
 
 def _package(name: str) -> str | None:
-    """The version of an installed package, without importing it."""
+    """Return the version of an installed package, without importing it."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -101,7 +101,7 @@ def _devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
-        found.append(Finding(f"device cuda:{index}", text, "models and kernels on the graphics card"))
+        found.append(Finding(f"device cuda:{index}", text, "models and kernels on the GPU"))
     if not found:
         found.append(Finding("device cuda", None, "CUDA and Triton kernels, streams, CUDA graphs"))
     if sys.platform == "darwin":
@@ -117,7 +117,7 @@ def _torch_build() -> str:
 
 
 def _registry() -> Any | None:
-    """The kernel registry of the newest phase that has one."""
+    """Return the kernel registry of the newest phase that has one."""
     for phase in reversed(phases()):
         try:
             return importlib.import_module(f"{phase.package}.kernels.registry")
@@ -131,13 +131,13 @@ def _device() -> torch.device:
 
 
 def _kernels() -> list[Finding]:
-    """What could compute here, by backend, and why others could not."""
+    """List the kernel backends: those that can compute here, and why others cannot."""
     registry = _registry()
     return [] if registry is None else [Finding(*found) for found in registry.examine(_device())]
 
 
 def examine() -> list[Finding]:
-    """Look at this machine; changes nothing and loads no model."""
+    """Examine this machine; changes nothing and loads no model."""
     cores, hardware_threads = psutil.cpu_count(logical=False), psutil.cpu_count()
     memory = psutil.virtual_memory().total / 2**30
     python = f"{platform.python_version()} ({sys.executable})"
@@ -154,14 +154,14 @@ def examine() -> list[Finding]:
         *(Finding(name, "yes" if name in simd else None, enables) for name, enables in wanted.items()),
         Finding("C++ compiler", _program(compilers, r".*\d+\.\d+.*"), "the C++ kernels, and torch.compile on a CPU"),
         Finding("nvcc", _program(nvcc, r"release [\d.]+"), "the CUDA kernels"),
-        Finding("triton", _package("triton"), "the Triton kernels, and torch.compile on a graphics card"),
+        Finding("triton", _package("triton"), "the Triton kernels, and torch.compile on a GPU"),
         Finding("llama-cpp-python", _package("llama-cpp-python"), "llama.cpp as a peer in benchmarks"),
         *_kernels(),
     ]
 
 
 def run(arguments: list[str]) -> int:
-    """The command: a table, or with --json one JSON document. The exit status is 0 whatever is missing."""
+    """Print a table, or with --json one JSON document. The exit status is 0 whatever is missing."""
     parser = Parser(prog="lab doctor", description="Say what this machine can do.")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     parser.add_argument("--build", action="store_true", help="compile the kernels now, instead of when first needed")

@@ -1,9 +1,9 @@
-"""`lab drift`: do neighbouring phases differ in what the README says, and in nothing else?
+"""`lab drift`: check that neighbouring phases differ in what the README lists, and in nothing else.
 
-Copies rot: a fix that reaches one phase only, an edit that was never meant. So the list in each README must equal the
-real difference from the phase before, file by file, and in Python files definition by definition (compared as syntax
-trees: comments and layout are free). `--fix` makes the list from the difference. Besides, no text file may hold what
-makes differences unreadable: notebook outputs, CRLF, trailing space.
+Copies drift apart: a fix reaches one phase only, or a file is edited by mistake. So a README's list must equal
+the real difference from the phase before, file by file, and in Python files definition by definition (compared as syntax
+trees: comments and layout may differ). `--fix` makes the list from the difference. Besides, no text file may contain
+what makes differences unreadable: notebook outputs, CRLF, trailing space.
 
     lab drift
     lab drift --fix
@@ -34,36 +34,36 @@ from common.lab.snapshots import (
 from common.phases import ROOT, Phase, phases
 
 UNDO = (
-    "undo the change; or, if it mends something, make it in the first phase that has the file, and `lab port` carries "
+    "undo the change; or, if it is a fix, make it in the first phase that has the file, and `lab port` carries "
     "it to the later ones; or, if it belongs to the lesson, `lab drift --fix` lists it in the README"
 )
-RELIST = "`lab drift --fix` takes it out of the list"
-BY_HAND = "mend it by hand, then run `lab drift` again"
+RELIST = "`lab drift --fix` removes it from the list"
+BY_HAND = "repair it by hand, then run `lab drift` again"
 CLEAR = "clear all outputs in the notebook and save it"
 STRIP = "strip it; editors do so on saving, with line ends set to LF"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, beginning with the file, and what to do about it."""
+    """A fault, beginning with the file, and its remedy."""
 
     what: str
     remedy: str
 
 
 def _first_difference(old: Path, new: Path) -> int:
-    """The number of the first line in which two files differ."""
+    """Return the number of the first line in which two files differ."""
     lines = itertools.zip_longest(*(path.read_bytes().split(b"\n") for path in (old, new)))
     return next(number for number, (before, after) in enumerate(lines, 1) if before != after)
 
 
 def _differing(old: Phase, new: Phase, path: str) -> tuple[str, ...]:
-    """The definitions in which a file that both phases have differs; none for what is not Python."""
+    """Return the definitions in which a file of both phases differs; none if it is not Python."""
     return changed_definitions(old.folder / path, new.folder / path) if path.endswith(".py") else ()
 
 
 def compare_pair(old: Phase, new: Phase) -> Iterator[Finding]:
-    """Everything in which the list of the later phase's README is not the real difference."""
+    """Yield every difference between the later phase's list and the real difference."""
     readme = f"{new.folder.name}/README.md"
     try:
         listing = read_list(new)
@@ -112,7 +112,7 @@ def _compare_names(old: Phase, new: Phase, entry: Change) -> Iterator[Finding]:
 
 
 def check_text(root: Path, path: str) -> Iterator[Finding]:
-    """What no text file of the repository may hold."""
+    """Yield the forbidden contents of a text file of the repository."""
     content = (root / path).read_bytes()
     if b"\0" in content:
         return
@@ -133,14 +133,14 @@ def check_text(root: Path, path: str) -> Iterator[Finding]:
 
 
 def _first_words(file: Path) -> str:
-    """What a new entry's words begin as: the first line of a Python file's docstring."""
+    """Return the first words of a new entry: the first line of a Python file's docstring."""
     text = file.read_text(encoding="utf-8") if file.suffix == ".py" and file.is_file() else ""
     match = re.match(r'[rR]?"""(.+?)\.?("""|\n)', text)
     return match[1] if match else "TODO"
 
 
 def renewed(listing: ChangeList, old: Phase, new: Phase) -> list[Change]:
-    """The list as it should be: lines that hold keep their place and words; a new one comes after those of its sign."""
+    """Return the corrected list: correct lines keep their position and words; a new one follows those of its sign."""
     real = difference(old.folder, new.folder)
     changes = [replace(entry, sign=real[entry.path]) for entry in listing.changes if entry.path in real]
     kept = {entry.path for entry in changes}
@@ -156,7 +156,7 @@ def renewed(listing: ChangeList, old: Phase, new: Phase) -> list[Change]:
 def fix(old: Phase, new: Phase) -> bool:
     """Rewrite the list in the later phase's README from the real difference. True if that changed the file.
 
-    Raises UserError where the present list, or a Python file, cannot be read.
+    Raises UserError if the present list, or a Python file, cannot be read.
     """
     readme = new.folder / "README.md"
     listing = read_list(new)
@@ -166,7 +166,7 @@ def fix(old: Phase, new: Phase) -> bool:
         listing = ChangeList(start=len(text.splitlines()), end=len(text.splitlines()))
     lines = text.splitlines()
     block = format_list(renewed(listing, old, new), listing.parts)
-    if block and listing.start == listing.end:  # there is no list yet; it goes below the heading
+    if block and listing.start == listing.end:  # there is no list yet; insert it below the heading
         block = ["", *block]
     lines[listing.start : listing.end] = block
     heading = f"## What changed since phase {old.number}"
@@ -188,7 +188,7 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
     pairs = list(itertools.pairwise(found))
     for old, new in pairs if options.fix else []:
         if fix(old, new):
-            print(f"rewrote the list in {new.folder.name}/README.md; look at the words of its new lines")
+            print(f"rewrote the list in {new.folder.name}/README.md; check the words of its new lines")
     texts = files(root)
     findings = [finding for old, new in pairs for finding in compare_pair(old, new)]
     findings += [finding for path in texts for finding in check_text(root, path)]

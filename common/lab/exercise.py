@@ -1,15 +1,15 @@
-"""The exercise of a phase: which functions are to be written, in which order, and what is given.
+"""The exercise of a phase: the functions to write, their order, and the given files.
 
-Nothing of it is kept by hand. The files that a phase adds lose the bodies of their functions (stubs.py); those that it
-changes are given whole, because what changes there is mostly the plumbing of the command line. The phase's README may
-hint at functions, in its section `## Exercise`, one list item each:
+Everything is derived from the sources. The files that a phase adds lose the bodies of their functions (stubs.py). Files
+that it changes are given whole, because the changes are mostly command-line plumbing. The phase's README may give hints
+on functions, in its section `## Exercise`, one list item each:
 
-    - engine/verify.py, verify: which token is the first that falls?
+    - engine/verify.py, verify: which token is the first rejected one?
     - engine/record.py: a hint for a whole file
 
-The order of the hints is the order in which to write. A hint for a function of a changed file makes it part of the
-exercise; so phase 1, which adds nothing to anything, can have one too. Of a phase whose list of changes has parts, an
-item `- part cache: words` makes that part alone the exercise: what the others add is given.
+The order of the hints is the order of writing. A hint for a function of a changed file makes that function part of the
+exercise, so phase 1, which adds no files, can have one too. In a phase whose list of changes has parts, an item
+`- part cache: words` limits the exercise to that part; the additions of other parts are given.
 
     python -c "from common.lab.exercise import *; from common.phases import phases; print(exercise(phases(), 2).stubs)"
 """
@@ -34,15 +34,15 @@ COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl", ".metal", 
 
 @dataclass(frozen=True)
 class Exercise:
-    """What `lab start` writes and `lab check` coaches."""
+    """The contents that `lab start` writes and `lab check` coaches."""
 
     phase: Phase
     sources: dict[str, str]  # the Python files of `engine`, with stubs
     stubs: list[Stub]  # in the order in which to write them
-    words: dict[str, str]  # what the README's list says of each file
+    words: dict[str, str]  # the README's words on each file
     changed: list[str]  # files that the phase changes, given whole or nearly so
-    absent: list[str]  # sources in other languages that the phase adds, and that are to be written
-    off: list[str]  # likewise, of parts that are no exercise: not there, or they would compute what is to be written
+    absent: list[str]  # sources in other languages that the phase adds, to be written
+    off: list[str]  # likewise of other parts: left out, because they would compute what is to be written
     hints: dict[str, str]  # `engine/a.py, f` or `engine/a.py` -> words
 
     def hint(self, stub: Stub) -> str | None:
@@ -51,7 +51,7 @@ class Exercise:
 
     @cached_property
     def shipped(self) -> dict[str, str]:
-        """The solution: the phase's own sources."""
+        """Return the solution: the phase's own sources."""
         return {file: (self.phase.folder / file).read_text(encoding="utf-8") for file in self.sources}
 
 
@@ -60,23 +60,23 @@ def _section(readme: str) -> str:
 
 
 def parse_hints(readme: str) -> dict[str, str]:
-    """The hints of a README's section `## Exercise`."""
+    """Parse the hints of a README's section `## Exercise`."""
     return {key: " ".join(words.split()) for key, words in HINT.findall(_section(readme))}
 
 
 def parse_parts(readme: str) -> set[str]:
-    """The parts that a README's section `## Exercise` names; none where everything is the exercise."""
+    """Parse the parts that a README's section `## Exercise` names; none if everything is the exercise."""
     return set(PART.findall(_section(readme)))
 
 
 def _matching(hints: dict[str, str], stub: Stub) -> str | None:
-    """The hint for a function, or else for its class, or else for its file."""
+    """Return the hint for a function, or else for its class, or else for its file."""
     keys = (str(stub), str(stub).rpartition(".")[0], stub.file)
     return next((key for key in keys if key in hints), None)
 
 
 def exercise(found: list[Phase], number: int) -> Exercise:
-    """The exercise of one of the found phases; it may have no stubs. Raises UserError for a phase that is not there."""
+    """Return the exercise of one of the found phases; it may have no stubs. UserError for an unknown phase."""
     phase = find_phase(found, number)
     at = found.index(phase)
     changes = read_list(phase).changes
@@ -117,13 +117,13 @@ def exercise(found: list[Phase], number: int) -> Exercise:
 
 
 def _functions(path: str, text: str, hints: dict[str, str]) -> list[str]:
-    """The functions of a file that the hints name, by themselves or by their class."""
+    """List the functions of a file that the hints name, directly or by their class."""
     everything = stubs_in(path, stub({path: text}, {path})[path])
     return [str(s) for s in everything if (_matching(hints, s) or path) != path]
 
 
 def exercise_files(work: Exercise) -> dict[str, bytes]:
-    """Everything that the folder holds but its own guide: path -> content."""
+    """Return everything in the folder but its guide: path -> content."""
     shipped = work.phase.folder
     without = {*work.absent, *work.off}
     paths = [p for p in files(shipped) if p.split("/")[0] not in LEFT_OUT and p not in without]

@@ -1,10 +1,9 @@
-"""`lab port`: carries a fix made in one phase forward to all later phases.
+"""`lab port`: carry a fix made in one phase forward to all later phases.
 
-A fix is a commit that changes the engine, generate.py or config.yaml of exactly one phase. What lies outside the
-phases, such as tests, may change with it, and so may README.md, lesson.ipynb, bench.py with benchmarks/ and results/,
-which are each phase's own; all that is left alone. The rest is carried (common/lab/carry.py says how) and staged, to be
-committed with the fix. A conflict stops the port until `--continue` or `--abort`; in between its state lies in
-.git/lab-port.json.
+A fix is a commit that changes the engine, generate.py or config.yaml of exactly one phase. Files outside of the phases,
+such as tests, may change with it, and so may README.md, lesson.ipynb, bench.py with benchmarks/ and results/, which are
+each phase's own; all of these are left alone. The rest is carried (see common/lab/carry.py) and staged, to be committed
+with the fix. A conflict stops the port until `--continue` or `--abort`; meanwhile its state is in .git/lab-port.json.
 
     lab port            # the last commit
 """
@@ -29,7 +28,7 @@ fix (git commit --amend). A conflict stops the port: edit the file that is named
 
 
 def read_fix(repository: Repository, commit: str) -> tuple[str, dict[str, Change], list[str]]:
-    """The phase folder that a commit changes, the changes in it to carry, and the files of its phases that stay.
+    """Return the phase folder that a commit changes, the changes to carry, and the changed files that stay.
 
     Raises UserError unless there is something to carry from exactly one phase.
     """
@@ -49,7 +48,7 @@ def read_fix(repository: Repository, commit: str) -> tuple[str, dict[str, Change
         else:
             found.setdefault(folder, {})[inner] = change
     if not found and own:
-        raise UserError(f"{short} changes only what every phase has of its own ({own[0]}, ...): do that by hand")
+        raise UserError(f"{short} changes only what every phase has of its own ({own[0]}, ...): carry it by hand")
     if not found:
         raise UserError(f"{short} touches no phase: name a commit that fixes something in a phase-N-... folder")
     if len(found) > 1:
@@ -61,7 +60,7 @@ def read_fix(repository: Repository, commit: str) -> tuple[str, dict[str, Change
 
 
 def carry(repository: Repository, file: Path, state: State) -> int:
-    """Begin, or go on; then say what comes next. Exit status 1 at a conflict."""
+    """Begin or continue, then print the next step. Exit status 1 at a conflict."""
     phase, changes, own = read_fix(repository, state.commit)
     number = int(phase.split("-")[1])
     later = [other.folder.name for other in phases(repository.top) if other.number > number]
@@ -94,7 +93,7 @@ def carry(repository: Repository, file: Path, state: State) -> int:
 
 def start(repository: Repository, file: Path, name: str) -> int:
     if file.exists():
-        raise UserError("a port is under way: `lab port --continue` goes on with it, `lab port --abort` undoes it")
+        raise UserError("a port is under way: `lab port --continue` continues it, `lab port --abort` undoes it")
     unsaved = repository.unsaved()
     if unsaved:
         more = f" and {len(unsaved) - 1} more" if len(unsaved) > 1 else ""
@@ -103,7 +102,7 @@ def start(repository: Repository, file: Path, name: str) -> int:
 
 
 def load(file: Path) -> State:
-    """The state of the port that has stopped. Raises UserError where there is none."""
+    """Read the state of the stopped port. Raises UserError if there is none."""
     if not file.exists():
         raise UserError("no port is under way: `lab port [COMMIT]` begins one")
     return State(**json.loads(file.read_text(encoding="utf-8")))
@@ -125,7 +124,7 @@ def abort(repository: Repository, file: Path) -> int:
     for path in state.touched:
         repository.put(path, committed.get(path))
     file.unlink()
-    print(f"put back as it was: {', '.join(state.touched)}")
+    print(f"restored: {', '.join(state.touched)}")
     return 0
 
 
@@ -133,11 +132,11 @@ def run(arguments: list[str]) -> int:
     parser = Parser("lab port", "Carry a fix made in one phase forward to all later phases.", epilog=EPILOG)
     parser.add_argument("commit", nargs="?", metavar="COMMIT", help="the fix (default HEAD)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--continue", dest="go_on", action="store_true", help="go on after a conflict was resolved")
-    action.add_argument("--abort", action="store_true", help="put everything back as it was")
+    action.add_argument("--continue", dest="go_on", action="store_true", help="continue after a conflict was resolved")
+    action.add_argument("--abort", action="store_true", help="restore everything")
     options = parser.parse_args(arguments)
     if options.commit and (options.go_on or options.abort):
-        raise UserError("--continue and --abort take no COMMIT: they belong to the port that is under way")
+        raise UserError("--continue and --abort take no COMMIT: they act on the port that is under way")
     repository = Repository(Path.cwd())
     file = repository.top / repository.text("rev-parse", "--git-path", "lab-port.json")
     if options.go_on:

@@ -1,6 +1,6 @@
-"""`lab pull`: download a model from the Hugging Face hub into the cache (once), and check every tensor of it.
+"""`lab pull`: download a model from the Hugging Face hub into the cache (once), and check all its tensors.
 
-What pull accepts, a later run can load without the network.
+A model that pull accepts can later be loaded without the network.
 
     lab pull HuggingFaceTB/SmolLM2-135M
 """
@@ -18,20 +18,20 @@ from common.device import dtype_name
 from common.errors import UserError
 from common.lab.arguments import Parser
 
-# What old checkpoints store beside their parameters: causal masks, rotary frequencies, position numbers.
+# Tensors of old checkpoints that are not parameters: causal masks, rotary frequencies, position numbers.
 BUFFER = re.compile(r"(^|\.)(attn\.masked_bias|rotary_emb\.inv_freq|position_ids)$")
 MASK = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's [1, 1, T, T] mask; with one axis it would be a true bias
 
 
 def _is_parameter(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> bool:
-    """Does the tensor count as parameters of its own? Buffers do not, nor the second copy of tied embeddings."""
+    """Return whether the tensor counts as parameters. Buffers do not, nor the second copy of tied embeddings."""
     if name.endswith("lm_head.weight") and config.get("tie_word_embeddings", True):
         return False
     return not BUFFER.search(name) and not (MASK.search(name) and tensor.ndim == 4)
 
 
 def _wrong_values(tensor: torch.Tensor) -> int:
-    """How many values are NaN or infinite."""
+    """Count the values that are NaN or infinite."""
     if not tensor.is_floating_point():
         return 0
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 has no isfinite
@@ -39,7 +39,7 @@ def _wrong_values(tensor: torch.Tensor) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """The command: one line per finding. Raises UserError when the model cannot be had or is damaged."""
+    """Print one line per finding. Raises UserError if the model is unavailable or damaged."""
     parser = Parser(prog="lab pull", description="Download a model from the Hugging Face hub and check it.")
     parser.add_argument("name", metavar="NAME", help="a hub id (owner/name), a folder, or an embedded model")
     name = parser.parse_args(arguments).name

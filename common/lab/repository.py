@@ -1,7 +1,7 @@
-"""The git operations that `lab port` is made of, on the repository around a folder.
+"""The git operations of `lab port`, on the repository around a folder.
 
-Everything goes through the `git` program and through its index: files are read and written as blobs, so that modes,
-missing last newlines and any bytes stay what they are.
+All operations use the `git` program and its index: files are read and written as blobs, so that modes, missing last
+newlines and all bytes are preserved.
 
     python -c "from pathlib import Path; from common.lab.repository import Repository; print(Repository(Path()).top)"
 """
@@ -19,7 +19,7 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as git keeps it: its mode (`100644`, `100755`, ...) and the id of its content."""
+    """A file in git: its mode (`100644`, `100755`, ...) and the id of its content."""
 
     mode: str
     blob: str
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """A file before and after; None where there is none."""
+    """A file before and after; None if absent."""
 
     before: Entry | None
     after: Entry | None
@@ -35,7 +35,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Three versions of a file that do not merge, and what a person is shown of them."""
+    """Three versions of a file that do not merge, and the text that is shown."""
 
     base: Entry | None
     ours: Entry
@@ -44,12 +44,12 @@ class Conflict:
 
 
 def _fields(output: bytes) -> Iterator[str]:
-    """The parts of what git prints with `-z`; a name that is no UTF-8 comes back unharmed when it is given to git."""
+    """Split the output of git's `-z`; a name that is not UTF-8 survives the round trip to git."""
     return (part.decode(errors="surrogateescape") for part in output.split(b"\0") if part)
 
 
 class Repository:
-    """Paths are relative to the top of the work tree, with forward slashes."""
+    """A git repository. Paths are relative to the top of the work tree, with forward slashes."""
 
     def __init__(self, folder: Path) -> None:
         self.top = folder
@@ -67,7 +67,7 @@ class Repository:
         return done.returncode, done.stdout, " ".join(done.stderr.decode(errors="replace").split())
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes:
-        """What a git command prints. Raises UserError with git's own message where it fails."""
+        """Return the output of a git command. Raises UserError with git's own message on failure."""
         status, output, message = self._run(*arguments, stdin=stdin)
         if status:
             raise UserError(f"git {arguments[0]} failed ({message})")
@@ -80,19 +80,19 @@ class Repository:
         return self.git(*arguments).decode(errors="replace").strip()
 
     def commit(self, name: str) -> str:
-        """The full id of a commit. Raises UserError for a name that means none."""
+        """Return the full id of a commit. Raises UserError for an unknown name."""
         status, output, _ = self._run("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
         if status:
             raise UserError(f"there is no commit {name!r} here: give an id from `git log`, or HEAD")
         return output.decode().strip()
 
     def unsaved(self) -> list[str]:
-        """Files that differ from HEAD, as `git status` has them, and files of the phases that git does not know."""
+        """List files that differ from HEAD, as in `git status`, and files of the phases that git does not track."""
         lines = _fields(self.git("status", "--porcelain", "-z", "--untracked-files=all", "--no-renames"))
         return [line[3:] for line in lines if not line.startswith("??") or line.startswith("?? phase-")]
 
     def changes(self, commit: str) -> dict[str, Change]:
-        """What a commit with one parent or none changes. A renamed file is one deleted and one added."""
+        """Return the changes of a commit with at most one parent. A renamed file is one deleted and one added."""
         parts = _fields(self.git("diff-tree", "-r", "-z", "--root", "--no-commit-id", commit))
         found = {}
         for header, path in zip(parts, parts, strict=True):
@@ -105,7 +105,7 @@ class Repository:
         return found
 
     def entries(self, tree: str) -> dict[str, Entry]:
-        """All files of a tree, such as `HEAD:phase-1-baseline`."""
+        """Return all files of a tree, such as `HEAD:phase-1-baseline`."""
         found = {}
         for line in _fields(self.git("ls-tree", "-r", "-z", tree)):
             header, path = line.split("\t", 1)
@@ -114,12 +114,12 @@ class Repository:
         return found
 
     def renames(self, old: str, new: str) -> dict[str, str]:
-        """Old path -> new path of the files that two trees have under different names, at least half of them alike."""
+        """Return old path -> new path of the files that two trees name differently, at least half of them alike."""
         parts = _fields(self.git("diff-tree", "-r", "-z", "-M", "--diff-filter=R", "--name-status", old, new))
         return {before: after for _, before, after in zip(parts, parts, parts, strict=True)}
 
     def stage(self, path: str) -> Entry | None:
-        """Take the file as it lies in the work tree into the index, a missing one as deleted."""
+        """Stage the file of the work tree; a missing one as deleted."""
         if not (self.top / path).exists():
             self.put(path, None)
             return None
@@ -136,15 +136,15 @@ class Repository:
         self.git("checkout-index", "--force", "--", path)
 
     def put_conflict(self, path: str, conflict: Conflict) -> None:
-        """Write the marked text to the work tree, and the three versions to the index: git refuses to commit them."""
+        """Write the marked text to the work tree, and the three versions to the index, which git refuses to commit."""
         self.put(path, conflict.marked)
         stages = (conflict.base, conflict.ours, conflict.theirs)
-        lines = [f"0 {'0' * len(conflict.ours.blob)}\t{path}\0"]  # takes the marked text out of the index
+        lines = [f"0 {'0' * len(conflict.ours.blob)}\t{path}\0"]  # removes the marked text from the index
         lines += [f"{entry.mode} {entry.blob} {n}\t{path}\0" for n, entry in enumerate(stages, start=1) if entry]
         self.git("update-index", "-z", "--index-info", stdin="".join(lines).encode(errors="surrogateescape"))
 
     def merge(self, base: Entry | None, ours: Entry, theirs: Entry, labels: list[str]) -> Entry | Conflict:
-        """Three-way merge. A conflict is marked with the labels (of ours, base, theirs); of binary files ours stays."""
+        """Merge three ways. Conflicts get the labels (of ours, base, theirs) as marks; of binary files ours is kept."""
         mode = theirs.mode if base and ours.mode == base.mode else ours.mode
         with TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in ("ours", "base", "theirs")]
@@ -152,7 +152,7 @@ class Repository:
                 file.write_bytes(self.git("cat-file", "blob", entry.blob) if entry else b"")
             options = [part for label in labels for part in ("-L", label)]
             status, merged, _ = self._run("merge-file", "-p", "--diff3", *options, *map(str, files))
-        if status > 127:  # git's answer for binary files; up to 127 it counts the conflicts
+        if status > 127:  # git's status for binary files; up to 127 it counts conflicts
             return Conflict(base, ours, theirs, marked=ours)
         result = Entry(mode, self.git("hash-object", "-w", "--stdin", stdin=merged).decode().strip())
         return Conflict(base, ours, theirs, marked=result) if status else result

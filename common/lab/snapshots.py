@@ -1,4 +1,4 @@
-"""What a phase's folder holds, how two phases differ, and the list of the differences that a phase's README gives.
+"""The contents of a phase's folder, the differences of two phases, and the list of them in a phase's README.
 
 The list is the first indented block of the section `## What changed since phase N`, one file a line:
 
@@ -7,10 +7,10 @@ The list is the first indented block of the section `## What changed since phase
         LLM.run, LLM.header
     - engine/old.py      why it went
 
-A sign (`+` added, `~` changed, `-` removed), the path below the phase's folder, two spaces, words. Under a changed
-Python file, indented deeper and as many lines as needed: the definitions that were added, changed or removed, as
-`changed_definitions` gives them. A line `part NAME: words` puts what follows it into a part. What is a phase's OWN is
-not listed: every phase writes its README, notebook, bench and results anew.
+A line is a sign (`+` added, `~` changed, `-` removed), the path below the phase's folder, two spaces, words. Below a
+changed Python file, indented deeper and on as many lines as needed, are the definitions that were added, changed or
+removed, as `changed_definitions` gives them. A line `part NAME: words` starts a part. A phase's OWN files are not
+listed: every phase writes its README, notebook, bench and results anew.
 
     python -c "from common.lab.snapshots import *; from common.phases import *; print(read_list(phases()[1]))"
 """
@@ -33,7 +33,7 @@ from common.errors import UserError
 from common.phases import Phase
 
 Sign = Literal["+", "~", "-"]
-SIGNS: tuple[Sign, ...] = ("+", "~", "-")  # in the order in which a difference is best read
+SIGNS: tuple[Sign, ...] = ("+", "~", "-")  # in reading order
 BENCH = ("bench.py", "benchmarks")
 OWN = ("README.md", "lesson.ipynb", "results", *BENCH)  # names at the top of a phase's folder
 
@@ -51,15 +51,15 @@ class Change:
     sign: Sign
     path: str  # below the phase's folder, with /
     words: str = ""
-    names: tuple[str, ...] = ()  # of a changed Python file: the definitions that differ
+    names: tuple[str, ...] = ()  # the differing definitions of a changed Python file
     part: str = ""
 
 
 @dataclass(frozen=True)
 class ChangeList:
-    """The list of a README, and where it stands in it."""
+    """The list of a README, and its position in the text."""
 
-    since: int | None = None  # the phase that its heading names; None where there is no such heading
+    since: int | None = None  # the phase in its heading; None without a heading
     changes: tuple[Change, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)  # name -> words
     start: int = 0  # the block's lines are text.splitlines()[start:end]
@@ -67,11 +67,11 @@ class ChangeList:
 
 
 def files(folder: Path) -> list[str]:
-    """Paths below a folder that count, with /, sorted: what git tracks, or would on `git add`; so nothing it ignores.
+    """List the paths of a folder, with /, sorted: files that git tracks or would add, so no ignored ones.
 
-    Outside git: everything but hidden folders, caches and build products.
+    Outside of git: everything but hidden folders, caches and build products.
     """
-    # A hook's environment names its repository; here the folder does.
+    # A git hook sets the repository by environment variables; here the folder decides.
     hooks = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
     plain = {name: value for name, value in os.environ.items() if name not in hooks}
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -91,7 +91,7 @@ def _on_disk(folder: Path) -> Iterator[str]:
 
 
 def difference(old: Path, new: Path, without: tuple[str, ...] = OWN) -> dict[str, Sign]:
-    """How two folders really differ: path -> sign, sorted by path; whatever lies at or under `without` is left out."""
+    """Return the real differences of two folders: path -> sign, sorted by path, without paths at or under `without`."""
     before, after = ({p for p in files(folder) if p.split("/")[0] not in without} for folder in (old, new))
     signs: dict[str, Sign] = {}
     for path in sorted(before | after):
@@ -105,11 +105,11 @@ def difference(old: Path, new: Path, without: tuple[str, ...] = OWN) -> dict[str
 
 
 def definitions(source: str) -> dict[str, str]:
-    """Dotted name -> syntax tree without positions, of all functions, classes, methods and variables of a module.
+    """Return dotted name -> syntax tree without positions, for a module's functions, classes, methods and variables.
 
-    A class stands for what it holds besides its methods, which stand for themselves. The module's docstring, imports
-    and `__all__` are left out: they follow from the rest. What has no name (`if`, `for`, ...) is together `module`.
-    Raises SyntaxError.
+    A class's entry holds its contents except methods, which have their own entries. The module's docstring, imports
+    and `__all__` are left out: they follow from the rest. Statements without a name (`if`, `for`, ...) form one entry
+    `module`. Raises SyntaxError.
     """
     found: dict[str, str] = defaultdict(str)
     module = ast.parse(source)
@@ -137,9 +137,9 @@ def _collect(body: Sequence[ast.stmt], prefix: str, found: dict[str, str]) -> No
 
 
 def changed_definitions(old: Path, new: Path) -> tuple[str, ...]:
-    """Names of the definitions in which two Python files differ, in the order of the new one, those gone last.
+    """Return the definitions in which two Python files differ, in the order of the new one, removed ones last.
 
-    Of a class that only one of them has, the class alone. Raises UserError for a file that is not Python.
+    A class that only one of them has is named without its methods. Raises UserError for a file that is not Python.
     """
     trees = []
     for path in (old, new):
@@ -147,7 +147,7 @@ def changed_definitions(old: Path, new: Path) -> tuple[str, ...]:
             trees.append(definitions(path.read_text(encoding="utf-8")))
         except (SyntaxError, ValueError) as error:
             where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-            raise UserError(f"{path}{where}: not valid Python ({getattr(error, 'msg', error)}); mend it") from None
+            raise UserError(f"{path}{where}: not valid Python ({getattr(error, 'msg', error)}); repair it") from None
     before, after = trees
     differing = [name for name in {**after, **before} if before.get(name) != after.get(name)]
     one_sided = {name for name in differing if name not in before or name not in after}
@@ -155,7 +155,7 @@ def changed_definitions(old: Path, new: Path) -> tuple[str, ...]:
 
 
 def parse_list(text: str, where: str = "README.md") -> ChangeList:
-    """The list in a README's text. Raises UserError, naming the line, where it is not as the module describes."""
+    """Parse the list in a README's text. Raises UserError, naming the line, for an invalid one."""
     lines = text.splitlines()
     headings = ((i, match) for i, line in enumerate(lines) if (match := HEADING.fullmatch(line)))
     heading, match = next(headings, (None, None))
@@ -194,14 +194,14 @@ def _parse_block(block: list[str], where: str, first: int) -> tuple[list[Change]
             changes[-1] = replace(changes[-1], names=changes[-1].names + names)
         else:
             raise UserError(
-                f"{where} {number}: {line.strip()!r} is no line of the list; right are `+ PATH  WORDS` (also ~ and -), "
+                f"{where} {number}: {line.strip()!r} is no line of the list; expected `+ PATH  WORDS` (also ~ and -), "
                 "names of definitions under a ~ line, indented deeper, and `part NAME: WORDS`"
             )
     return changes, parts
 
 
 def format_list(changes: list[Change], parts: Mapping[str, str]) -> list[str]:
-    """The lines of a list, each part in columns of its own; one that is parsed and formatted again is the same."""
+    """Format the lines of a list, each part in its own columns; parsing and formatting again changes nothing."""
     widths: dict[str, int] = {}
     for change in changes:
         widths[change.part] = max(widths.get(change.part, 0), len(change.path))
@@ -218,7 +218,7 @@ def format_list(changes: list[Change], parts: Mapping[str, str]) -> list[str]:
 
 
 def read_list(phase: Phase) -> ChangeList:
-    """The list of a phase's README. Raises UserError where it is not as the module describes."""
+    """Read the list of a phase's README. Raises UserError for another form than the module describes."""
     readme = phase.folder / "README.md"
     if not readme.is_file():
         raise UserError(f"{phase.folder.name}/README.md is missing; every phase has one")
@@ -226,7 +226,7 @@ def read_list(phase: Phase) -> ChangeList:
 
 
 def find_phase(found: list[Phase], number: int) -> Phase:
-    """The phase of this number. Raises UserError where there is none."""
+    """Return the phase of this number. Raises UserError if there is none."""
     for phase in found:
         if phase.number == number:
             return phase

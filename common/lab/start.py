@@ -1,4 +1,4 @@
-"""`lab start`: a folder in which to write a phase oneself: the phase before it, and stubs for what the lesson adds.
+"""`lab start`: make a folder in which to write a phase: the phase before it, with stubs for the lesson's additions.
 
 lab start 2 my-phase-2
 """
@@ -19,34 +19,34 @@ PHASE = re.compile(r"phase-\d")
 GUIDE = """\
 # Exercise: phase {number}, {name}
 
-The lesson is `{folder}/README.md`. This folder holds the engine of the phase before it, the command line of this one,
-and in place of what the lesson adds: stubs. Each raises `NotImplementedError` until you have written it. Signatures,
-docstrings, data classes, constants and imports are given; helper functions are yours to find.
+The lesson is `{folder}/README.md`. This folder holds the engine of the phase before it, the command line of this phase,
+and stubs for the lesson's additions. Each stub raises `NotImplementedError` until you have written it. Signatures,
+docstrings, data classes, constants and imports are given; helper functions are not.
 
 ## To write, in this order
 
 {to_write}
 
-A file that you would rather not write may be copied from `{folder}/engine`; the check counts it like your own.
+You may copy a file that you prefer not to write from `{folder}/engine`; the check counts it like your own.
 {given}
 ## Run and check
 
     python {program} --help
     lab check {number} {argument}
 
-The check runs the tests of phase {number} on this folder, and says which pass, what to write next, and for the first
-wrong step what was expected and what came. Where you are stuck:
+The check runs the tests of phase {number} on this folder. It prints which tests pass, what to write next, and for the
+first failure the expected and the actual value. If you are stuck:
 
     lab check {number} {argument} --hint
     lab check {number} {argument} --diff       your function beside the shipped one, after its hint
     lab check {number} {argument} --solution   the shipped function, after its diff
 
-`{notes}` keeps which help was given. git ignores this folder; remove its `.gitignore` to change that.
+`{notes}` records the help that was given. git ignores this folder; remove its `.gitignore` to change that.
 """
 
 
 def guide(work: Exercise, argument: str) -> str:
-    """The text of EXERCISE.md."""
+    """Return the text of EXERCISE.md."""
     lines = []
     for number, (file, stubs) in enumerate(groupby(work.stubs, key=lambda stub: stub.file), 1):
         words = work.words.get(file, "")
@@ -54,14 +54,14 @@ def guide(work: Exercise, argument: str) -> str:
         lines += [f"   - [ ] `{s.name}`{f': {s.purpose}' if s.purpose else ''}" for s in stubs]
     given = []
     if work.absent:
-        lines += ["", f"And, from nothing: {', '.join(f'`{file}`' for file in work.absent)}."]
+        lines += ["", f"And, from scratch: {', '.join(f'`{file}`' for file in work.absent)}."]
     if work.changed:
         names = ", ".join(f"`{file}`" for file in work.changed)
         given = [
             "",
             "## Given",
             "",
-            f"What the phase changes in files that were there is plumbing, and given: {names}.",
+            f"The phase's changes in existing files are plumbing, and given: {names}.",
             "",
         ]
     if work.off:
@@ -84,7 +84,7 @@ def guide(work: Exercise, argument: str) -> str:
 
 
 def start(found: list[Phase], number: int, folder: Path) -> Exercise:
-    """Write the exercise into a folder that is absent or empty. UserError, and nothing written, where it cannot."""
+    """Write the exercise into a folder that is absent or empty. UserError, with nothing written, on failure."""
     work = exercise(found, number)
     if not work.stubs:
         raise UserError(f"phase {number} has nothing to write: its README names no function; try the phase after it")
@@ -96,7 +96,7 @@ def start(found: list[Phase], number: int, folder: Path) -> Exercise:
     if any(
         place.is_relative_to(p.folder) or (place.parent == p.folder.parent and PHASE.match(place.name)) for p in found
     ):
-        raise UserError(f"{folder} would pass for a phase of the course, or a part of one; choose a name like my-phase")
+        raise UserError(f"{folder} looks like a phase of the course, or is inside of one; choose a name like my-phase")
     contents = exercise_files(work)
     contents["EXERCISE.md"] = guide(work, str(folder)).encode()
     contents[EXERCISE_FILE] = (json.dumps({"phase": number, "helped": {}}) + "\n").encode()

@@ -1,7 +1,7 @@
-"""Stubs: source code whose functions keep signature and docstring, and have lost their bodies.
+"""Stubs: source code whose functions keep signature and docstring, and lose their bodies.
 
-What lies outside of bodies stays as it is, comments included: imports, constants, data classes, protocols. A private
-helper goes, unless something that stayed names it: which helpers there are is part of the solution.
+Everything outside of bodies is kept, comments included: imports, constants, data classes, protocols. A private helper
+is removed, unless kept code names it: finding helpers is part of the solution.
 
     python -c "from common.lab.stubs import stub; print(stub({'a.py': 'def f():\\n    return 1\\n'}, {'a.py'})['a.py'])"
 """
@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-Edit = tuple[int, int, list[str]]  # first and last line, counted from 1, and what takes their place
+Edit = tuple[int, int, list[str]]  # first and last line, counted from 1, and the replacement
 
 NOT_WRITTEN = re.compile(r"not written yet: (?P<function>\S+, [\w.]+)\(\)")
 LINE = 120
@@ -24,7 +24,7 @@ LINE = 120
 
 @dataclass(frozen=True)
 class Stub:
-    """A function that is to be written."""
+    """A function to write."""
 
     file: str
     name: str  # with its class: `ModelDrafter.propose`
@@ -35,7 +35,7 @@ class Stub:
 
 
 def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function | ast.ClassDef]]:
-    """All functions and classes of a module or class with their dotted names, not those inside functions."""
+    """Yield all functions and classes of a module or class with their dotted names, not those inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Function):
             yield prefix + child.name, child
@@ -51,15 +51,15 @@ def first_line(node: ast.Module | ast.ClassDef | Function) -> str:
 
 
 def function_text(source: str, name: str) -> str | None:
-    """The lines of one function with its decorators, or None if the source has none of that name."""
+    """Return the lines of one function with its decorators, or None if the source has no such function."""
     found = next((node for n, node in definitions(ast.parse(source)) if n == name), None)
     return "\n".join(source.splitlines()[_begin(found) - 1 : found.end_lineno]) if found else None
 
 
 def stub(sources: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
-    """The sources of a package (path -> text), with stubs for what is chosen: `a.py` whole, or `a.py, Class.method`.
+    """Replace chosen functions of a package (path -> text) by stubs: all of `a.py`, or `a.py, Class.method`.
 
-    What runs while the package is imported stays written, and so does `__post_init__`, which belongs to the data.
+    Code that runs while the package is imported is kept, and so is `__post_init__`, which belongs to the data.
     """
     trees = {file: ast.parse(text) for file, text in sources.items()}
     running = _runs_at_import(trees.values())
@@ -80,7 +80,7 @@ def stub(sources: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
 
 
 def stubs_in(file: str, text: str) -> list[Stub]:
-    """The functions of a source that are still to be written, in its order."""
+    """List the functions of a source that are not written yet, in order."""
     return [
         Stub(file, name, _purpose(ast.parse(text), name, node))
         for name, node in definitions(ast.parse(text))
@@ -94,7 +94,7 @@ def _begin(node: ast.stmt) -> int:
 
 
 def _hollow(node: Function) -> bool:
-    """Nothing but a docstring, `...` or `pass`: a protocol's method, or one that does nothing."""
+    """Return whether a body is only a docstring, `...` or `pass`: a protocol's method, or one that does nothing."""
     return all(
         isinstance(n, ast.Pass) or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in node.body
     )
@@ -138,7 +138,7 @@ def _edited(lines: list[str], edits: list[Edit]) -> str:
 
 
 def _names(node: ast.AST) -> Iterator[str]:
-    """Every name that the code mentions, in whatever way."""
+    """Yield every name in the code."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.Name):
             yield inner.id
@@ -151,7 +151,7 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 
 def _without_helpers(texts: dict[str, str], chosen: Collection[str]) -> dict[str, str]:
-    """Take the private functions and classes that nothing mentions out of the files that are chosen whole."""
+    """Remove unused private functions and classes from the files that are chosen whole."""
     trees = {file: ast.parse(text) for file, text in texts.items()}
     mentioned = Counter(name for tree in trees.values() for name in _names(tree))
     result = dict(texts)
@@ -167,14 +167,14 @@ def _without_helpers(texts: dict[str, str], chosen: Collection[str]) -> dict[str
             while begin > 1 and re.fullmatch(r"\s*(#.*)?", lines[begin - 2]):
                 begin -= 1
             assert node.end_lineno
-            if not edits or begin > edits[-1][1]:  # not inside a class that goes as a whole
+            if not edits or begin > edits[-1][1]:  # not inside a removed class
                 edits.append((begin, node.end_lineno, []))
         result[file] = _edited(lines, edits)
     return result
 
 
 def _at_import(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """What is evaluated when these statements run: no function's body."""
+    """Yield the nodes that are evaluated when these statements run: no function's body."""
     for node in body:
         if isinstance(node, Function | ast.ClassDef):
             yield from (ast.Call(func=decorator, args=[], keywords=[]) for decorator in node.decorator_list)
@@ -190,7 +190,7 @@ def _at_import(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 
 def _calls(node: ast.AST, foreign: set[str]) -> Iterator[str]:
-    """Names of what the code calls, unless they come from other packages."""
+    """Yield the names of called functions, unless they come from other packages."""
     for call in (inner for inner in ast.walk(node) if isinstance(inner, ast.Call)):
         root: ast.AST = call.func
         while isinstance(root, ast.Attribute | ast.Call):
@@ -203,7 +203,7 @@ def _calls(node: ast.AST, foreign: set[str]) -> Iterator[str]:
 
 
 def _runs_at_import(trees: Iterable[ast.Module]) -> set[str]:
-    """Names of the functions and classes that are called while the package is imported, directly or by one another."""
+    """Return the names of functions and classes that are called, directly or not, while the package is imported."""
     bodies: dict[str, list[tuple[ast.AST, set[str]]]] = {}
     todo: list[tuple[ast.AST, set[str]]] = []
     for tree in trees:

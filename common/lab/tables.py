@@ -1,6 +1,6 @@
-"""`lab tables`: the measured numbers in the READMEs, computed from the committed rows.
+"""`lab tables`: fill in the measured numbers of the READMEs, computed from the committed rows.
 
-A README marks where a number or a table comes from; this command fills the space between the marks.
+A README marks the source of a number or a table; this command fills the space between the marks.
 
     <!-- table: speed; columns: variant (K), speedup (x plain); where: temperature=1; versus: plain -->
     | K | x plain |
@@ -8,9 +8,9 @@ A README marks where a number or a table comes from; this command fills the spac
     <!-- end -->
     It is <!-- value: speed; column: speedup; where: variant=cost, temperature=1 -->1.52 [1.47, 1.58]<!-- end -->
 
-The first word is a section of `results/results.jsonl` beside the README (`from: FOLDER` names another folder), columns
-are those of common/tables.py with their headings, `where` selects cells and variants (`a|b`: one or the other), and
-`versus` compares with another baseline than the one that each row names.
+The first word is a section of `results/results.jsonl` beside the README (`from: FOLDER` names another folder). Columns
+are those of common/tables.py, with headings. `where` selects cells and variants (`a|b`: one or the other), and `versus`
+compares with another baseline than each row's own.
 
     lab tables           # rewrite every README
     lab tables --check   # exit status 1 if a README differs from the rows
@@ -38,7 +38,7 @@ FIELDS = ("columns", "column", "where", "versus", "from")
 
 
 def parse_mark(text: str, where: str) -> tuple[str, dict[str, str]]:
-    """The section and the fields of a mark. Raises UserError for a field that does not exist."""
+    """Return the section and the fields of a mark. Raises UserError for an unknown field."""
     section, *rest = [part.strip() for part in text.split(";")]
     fields = {}
     for part in rest:
@@ -50,7 +50,7 @@ def parse_mark(text: str, where: str) -> tuple[str, dict[str, str]]:
 
 
 def parse_columns(text: str) -> list[tuple[str, str]]:
-    """Column names with their headings, from `variant (K), speedup (x plain), tokens_per_s`."""
+    """Parse column names with their headings, from `variant (K), speedup (x plain), tokens_per_s`."""
     found = []
     for part in re.split(r",\s*(?![^(]*\))", text):
         match = re.fullmatch(r"(\w+)(?: \((.*)\))?", part.strip())
@@ -66,7 +66,7 @@ def _matches(value: object, wanted: str) -> bool:
 
 
 def select(lines: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The lines whose columns have the values of `name=value, name=a|b`."""
+    """Return the lines whose columns have the values of `name=value, name=a|b`."""
     conditions = [part.strip().partition("=")[::2] for part in where.split(", ") if part.strip()]
     return [line for line in lines if all(_matches(line.get(name), value) for name, value in conditions)]
 
@@ -77,9 +77,9 @@ def _rows(folder: Path) -> list[Row]:
 
 
 def lines_of(readme: Path, section: str, fields: dict[str, str]) -> list[dict[str, Any]]:
-    """The derived lines that a mark asks for; none where its section has no rows yet.
+    """Return the derived lines that a mark selects; none if its section has no rows yet.
 
-    Raises UserError where the section has rows and none of them is meant.
+    Raises UserError if the section has rows and none is selected.
     """
     folder = readme.parent / fields.get("from", "results")
     rows = [row for row in _rows(folder) if row.section == section] if (folder / ROWS).is_file() else []
@@ -94,7 +94,7 @@ def lines_of(readme: Path, section: str, fields: dict[str, str]) -> list[dict[st
 
 
 def render(readme: Path, kind: str, mark: str) -> str:
-    """What belongs between a mark and its end."""
+    """Return the text between a mark and its end."""
     section, fields = parse_mark(mark, str(readme))
     lines = lines_of(readme, section, fields)
     if not lines:
@@ -110,13 +110,13 @@ def render(readme: Path, kind: str, mark: str) -> str:
 
 
 def rewrite(readme: Path) -> str:
-    """The README with every marked number computed again."""
+    """Return the README with every marked number recomputed."""
     text = readme.read_text(encoding="utf-8")
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{render(readme, m[1], m[2])}<!-- end -->", text)
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
-    """The READMEs that may quote measurements: the root's and every phase's."""
+    """List the READMEs that may quote measurements: the root's and every phase's."""
     return [root / "README.md", *(phase.folder / "README.md" for phase in phases(root))]
 
 

@@ -1,8 +1,8 @@
 """The training text: the Python source of the standard library that runs this file.
 
-Every machine with Python has it, so anyone can retrain the embedded models with nothing to download. A file is
-held out or trained on by a hash of its path relative to the library's folder, so the split is the same on every
-machine and stays the same when other files come or go.
+Every machine with Python has this text, so anyone can retrain the embedded models without a download. A file is
+held out or trained on by a hash of its path relative to the library's folder. So the split is the same on every machine
+and does not change when other files are added or removed.
 
     python -m common.models.corpus          # counts files and bytes of both halves
 """
@@ -34,7 +34,7 @@ class SourceFile:
 
 
 def split_of(path: str) -> Split:
-    """The half a file belongs to, from its relative posix path alone."""
+    """Return the half of a file, from its relative posix path alone."""
     digest = hashlib.sha256(path.encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
@@ -44,9 +44,9 @@ def stdlib_folder() -> Path:
 
 
 def read_corpus(split: Split, folder: Path | None = None) -> list[SourceFile]:
-    """All `.py` files of one half, sorted by path.
+    """Read all `.py` files of one half, sorted by path.
 
-    Files that Python itself cannot decode (the library carries a few on purpose, as test data) are left out.
+    Files that Python itself cannot decode (the library has a few as test data) are left out.
     """
     root = folder or stdlib_folder()
     files = []
@@ -55,7 +55,7 @@ def read_corpus(split: Split, folder: Path | None = None) -> list[SourceFile]:
         if _SKIPPED_FOLDERS.intersection(relative.parts) or split_of(relative.as_posix()) != split:
             continue
         try:
-            with tokenize.open(file) as handle:  # honours the coding cookie
+            with tokenize.open(file) as handle:  # obeys the coding cookie
                 text = handle.read()
         except (SyntaxError, UnicodeDecodeError):
             continue
@@ -65,7 +65,7 @@ def read_corpus(split: Split, folder: Path | None = None) -> list[SourceFile]:
 
 
 def read_files(paths: Iterable[Path]) -> list[SourceFile]:
-    """A corpus of the user's own files, in the order given. Raises UserError for one that is no UTF-8 text."""
+    """Read a corpus of the user's own files, in the given order. Raises UserError for a file that is not UTF-8 text."""
     files = []
     for path in paths:
         try:
@@ -76,7 +76,7 @@ def read_files(paths: Iterable[Path]) -> list[SourceFile]:
 
 
 def fingerprint(files: Iterable[SourceFile]) -> str:
-    """A short hash of paths and texts, so that a figure can say which text it was measured on."""
+    """Return a short hash of paths and texts, which identifies the text of a measurement."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.path}\0{file.text}\0".encode())

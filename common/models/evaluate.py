@@ -1,8 +1,8 @@
-"""The figures of the model cards, measured on files that nobody trained on.
+"""Measure the figures of the model cards, on held-out files.
 
-Held-out loss in bits per byte, beside what `xz -9` makes of the same files; and how well a draft agrees with a target:
-sum min(p, q), which is the chance that speculative sampling accepts one draft token at temperature 1 (Leviathan et al.
-2023), on the true text and on the target's own samples; and the tokens per target forward that K draft tokens give.
+The figures are the held-out loss in bits per byte, beside that of `xz -9` on the same files; the agreement of a draft
+with a target, sum min(p, q), which is the probability that speculative sampling accepts a draft token at temperature 1
+(Leviathan et al. 2023), on the true text and on the target's own samples; and the tokens per target forward at K.
 
     python -m common.models.evaluate --model common/models/stdlib-10m --draft common/models/stdlib-1m
 """
@@ -50,7 +50,7 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def heldout_loss(model: Any, tokenizer: Tokenizer, limit: int) -> dict[str, Any]:
-    """Bits per byte over whole held-out files, taken in order of their hash until `limit` tokens are reached."""
+    """Compute bits per byte over whole held-out files, in order of their hash, until `limit` tokens are reached."""
     files = sorted(read_corpus("heldout"), key=lambda file: fingerprint([file]))
     losses, size, packed, used = [], 0, 0, 0
     context = model.config.max_position_embeddings
@@ -71,7 +71,7 @@ def heldout_loss(model: Any, tokenizer: Tokenizer, limit: int) -> dict[str, Any]
 
 @torch.no_grad()
 def forced_acceptance(target: Any, draft: Any, tokenizer: Tokenizer, prompts: list[Prompt]) -> float:
-    """Mean of sum min(p, q) over the true continuations of the prompts."""
+    """Compute the mean of sum min(p, q) over the true continuations of the prompts."""
     overlaps = []
     for prompt in prompts:
         head, tail = tokenizer.encode(prompt.text), tokenizer.encode(prompt.continuation)[:256]
@@ -82,7 +82,7 @@ def forced_acceptance(target: Any, draft: Any, tokenizer: Tokenizer, prompts: li
 
 
 def next_probs(model: Any, rows: list[list[int]], count: int) -> Tensor:
-    """Probabilities after the last `count` tokens of every row, [R, count, V]; rows are padded on the right."""
+    """Compute probabilities after the last `count` tokens of every row, [R, count, V]; rows are padded on the right."""
     longest = max(map(len, rows))
     logits = model(torch.tensor([row + [0] * (longest - len(row)) for row in rows])).logits
     return torch.stack([logits[i, len(row) - count : len(row)] for i, row in enumerate(rows)]).softmax(-1)
@@ -92,10 +92,10 @@ def next_probs(model: Any, rows: list[list[int]], count: int) -> Tensor:
 def sampled_speculation(
     target: Any, draft: Any, tokenizer: Tokenizer, prompts: list[Prompt], options: EvaluateOptions
 ) -> dict[str, float]:
-    """Speculative sampling at temperature 1, straight from Algorithm 1 of Leviathan et al. (2023), all prompts at once.
+    """Sample speculatively at temperature 1, by Algorithm 1 of Leviathan et al. (2023), all prompts at once.
 
-    The engine's own loops (from phase 2 on) are measured by their benches; this is the yardstick for a freshly trained
-    draft, and knows nothing of them.
+    The engine's own loops (from phase 2 on) are measured by their benches. This function measures a freshly trained
+    draft, independently of the engine.
     """
     generator = torch.Generator().manual_seed(options.seed)
     rows = [tokenizer.encode(prompt.text) for prompt in prompts]

@@ -1,10 +1,10 @@
-"""A larger checkpoint of the same function: what a small trained model says, at a large model's price.
+"""A larger checkpoint of the same function: a small trained model's output, at a large model's cost.
 
-Speculation is worth its while where the target is slow and the draft guesses well, and a trained pair of that size
-would not fit beside the lab. So the model is padded: wider, with more heads, more feed-forward units and more layers.
-What is new has random weights, and wherever it would flow back into the stream the matrix holds zeros. A forward
+Speculation pays if the target is slow and the draft guesses well, and a trained pair of that size would not fit into
+the repository. So the model is padded: wider, with more heads, more feed-forward units and more layers. The additions
+have random weights, and every matrix that would write them into the residual stream holds zeros instead. A forward
 computes all of it, and gives the logits of the small model. Acceptance is then that of the trained pair, and the cost
-that of a large one; whoever measures on such a model says so.
+that of a large one; a report on such a model must say so.
 
 - The stream [x, 0] has half the mean square of x when it is twice as wide: RMSNorm's weights are multiplied by
   sqrt(old width / new width), and its epsilon by the square of that.
@@ -39,16 +39,16 @@ class InflateOptions(BaseSettings):
 
     model: str = Field("stdlib-10m", description="a Llama checkpoint: an embedded model, a folder, or a hub id")
     out: Path = Field(description="folder for the larger one")
-    layers: int = Field(12, ge=1, description="layers; the new ones stand between the old")
+    layers: int = Field(12, ge=1, description="layers; new ones are inserted between the old ones")
     width: int = Field(768, ge=1, description="features of the stream, a multiple of the head width")
     ffn_width: int = Field(3072, ge=1, description="units of the feed-forward")
     seed: int = Field(0, ge=0, description="of the random weights")
 
 
 def inflate(folder: Path, out: Path, layers: int, width: int, ffn_width: int, seed: int = 0) -> int:
-    """Write the larger checkpoint into `out`; returns its number of parameters. Matrices are float16, norms float32.
+    """Write the larger checkpoint into `out`; return its number of parameters. Matrices are float16, norms float32.
 
-    UserError where the model is no Llama without biases, or would not become larger.
+    UserError if the model is not a Llama without biases, or would not become larger.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     check(config, layers, width, ffn_width)
@@ -66,13 +66,13 @@ def inflate(folder: Path, out: Path, layers: int, width: int, ffn_width: int, se
         return torch.randn(shape, generator=generator) * like.std()
 
     def grown(old: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Random, with the old matrix in its corner: for what reads zeros in its new inputs, or is read by nobody."""
+        """Return random numbers with the old matrix in the corner; the new inputs are zero or the outputs unused."""
         new = noise(shape, old)
         new[: old.shape[0], : old.shape[1]] = old
         return new
 
     def closed(old: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Zeros, with the old matrix in its corner: for what writes into the stream."""
+        """Return zeros with the old matrix in the corner, for matrices that write into the residual stream."""
         new = torch.zeros(shape)
         new[: old.shape[0], : old.shape[1]] = old
         return new
@@ -130,7 +130,7 @@ def inflate(folder: Path, out: Path, layers: int, width: int, ffn_width: int, se
 
 
 def check(config: dict[str, Any], layers: int, width: int, ffn_width: int) -> None:
-    """UserError for what cannot be made larger in this way."""
+    """Raise UserError for a model that cannot be enlarged in this way."""
     name = (config.get("architectures") or ["?"])[0]
     if name != "LlamaForCausalLM" or config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError(f"only Llama checkpoints without biases can be inflated, and this is a {name}")

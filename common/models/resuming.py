@@ -1,4 +1,4 @@
-"""Checkpoints and logs of a training run, so that the same command goes on where an earlier one was cut off.
+"""Checkpoints and logs of a training run, so that the same command continues an interrupted run.
 
 Used by train.py here, and by the training of draft heads in the phases.
 """
@@ -18,9 +18,9 @@ from common.files import one_line
 
 
 def read_checkpoint(file: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """What `write_checkpoint` has saved, with its tensors on `device`; None where there is no checkpoint.
+    """Return what `write_checkpoint` saved, with tensors on `device`; None without a checkpoint.
 
-    UserError if it cannot be read, or if the run in it had other options than these.
+    UserError if the checkpoint cannot be read, or if its run had other options.
     """
     if not file.exists():
         return None
@@ -41,18 +41,18 @@ def read_checkpoint(file: Path, options: dict[str, Any], device: torch.device) -
 
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """Save a state, which has to hold the run's `options`. A kill leaves the old checkpoint, never half a new one."""
+    """Save a state, which must hold the run's `options`. A kill leaves the old checkpoint, never a partial one."""
     part = file.with_suffix(".part")
     try:
         torch.save(state, part)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         part.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written ({one_line(error)}); is the disk full?") from None
     os.replace(part, file)
 
 
 def keep_log(log: Path, step: int) -> None:
-    """Drop the lines of a log from `step` on, and a last one that was cut off. UserError for another broken line."""
+    """Drop the lines of a log from `step` on, and an incomplete last one. UserError for another broken line."""
     if not log.exists():
         return
     lines, kept = log.read_text(encoding="utf-8").splitlines(), []

@@ -1,10 +1,10 @@
 """Train an embedded model, or distil one from another, on the Python standard library's source.
 
-The target learns from the text; the draft learns from the target's probabilities on the same text: first by
-KL(target || draft), then by the total variation distance, because 1 - TV = sum min(p, q) is exactly the chance that
-speculative sampling accepts the draft's token (Leviathan et al. 2023; Zhou et al. 2024, DistillSpec).
-Matrices are trained by Muon (Jordan et al. 2024), the embedding and the norms by AdamW. Checkpoints are written as
-it goes and found again: the same command resumes, with the same batches as an uninterrupted run.
+The target learns from the text. The draft learns from the target's probabilities on the same text, first by
+KL(target || draft), then by the total variation distance: 1 - TV = sum min(p, q) is exactly the probability that
+speculative sampling accepts the draft's token (Leviathan et al. 2023; Zhou et al. 2024, DistillSpec). Matrices are
+trained by Muon (Jordan et al. 2024), the embedding and the norms by AdamW. Checkpoints are written during the run: the
+same command resumes, with the same batches as an uninterrupted run.
 
     python -m common.models.train --out runs/target --tokenizer common/models/stdlib-10m
     python -m common.models.train --out runs/draft --teacher runs/target/model --layers 2 --width 128 ...
@@ -42,12 +42,12 @@ from common.options import parse_options, run_main
 
 
 class TrainOptions(BaseSettings):
-    """Everything a training run depends on. The defaults are those of stdlib-10m."""
+    """All options of a training run. The defaults are those of stdlib-10m."""
 
     out: Path = Field(description="folder for checkpoints, the log and, at the end, the model")
     tokenizer: Path = Field(default=Path("common/models/stdlib-10m"), description="folder with tokenizer.json")
     teacher: Path | None = Field(default=None, description="distil from this model folder instead of the text alone")
-    init: str | None = Field(default=None, description="go on from this model, whose shape is taken, not a fresh one")
+    init: str | None = Field(default=None, description="continue from this model, with its shape")
     qat: Literal["none", "int4"] = Field(default="none", description="train for weights rounded to int4, groups of 64")
     corpus: list[Path] = Field(
         default=[], description="files to train on instead of the standard library; the last of several is held out"
@@ -79,13 +79,13 @@ class TrainOptions(BaseSettings):
     stop_after: int = Field(default=0, ge=0, description="stop after this step, to be resumed later; 0: never")
 
     def decisive(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that it continues."""
+        """Return the options that a resumed run must share with the run that it continues."""
         machine = {"out", "device", "threads", "compile", "save_every", "eval_every", "stop_after"}
         return self.model_dump(mode="json", exclude=machine)
 
 
 def build_model(options: TrainOptions, vocab_size: int) -> LlamaForCausalLM:
-    """A fresh Llama of the wanted shape, normal(0, 0.02) weights, output projections scaled down by depth."""
+    """Build a fresh Llama of the given shape, normal(0, 0.02) weights, output projections scaled down by depth."""
     torch.manual_seed(options.seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -110,7 +110,7 @@ def build_model(options: TrainOptions, vocab_size: int) -> LlamaForCausalLM:
 
 
 def continued_model(name: str, tokenizer: Tokenizer, context: int) -> LlamaForCausalLM:
-    """An existing checkpoint to train further. UserError where it is no Llama or does not fit the other options."""
+    """Load an existing checkpoint to train further. UserError unless it is a Llama that fits the other options."""
     checkpoint = open_checkpoint(name)
     if checkpoint.config.get("architectures") != ["LlamaForCausalLM"]:
         raise UserError(f"--init {name}: expected a LlamaForCausalLM, got {checkpoint.config.get('architectures')}")
@@ -125,7 +125,7 @@ def continued_model(name: str, tokenizer: Tokenizer, context: int) -> LlamaForCa
 
 
 def build_optimizers(model: LlamaForCausalLM, options: TrainOptions) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    """Return Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     if not hasattr(torch.optim, "Muon"):
         raise UserError("training needs torch.optim.Muon: install torch 2.9 or newer")
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
@@ -136,13 +136,13 @@ def build_optimizers(model: LlamaForCausalLM, options: TrainOptions) -> list[tor
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """Linear warm-up, then linear to zero at the last step."""
+    """Return the learning rate: linear warm-up, then linear to zero at the last step."""
     warmup = min(1.0, (step + 1) / max(1, options.warmup))
     return options.lr * min(warmup, (options.steps - step) / max(1, options.steps - options.warmup))
 
 
 def make_loss(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None) -> Callable[..., torch.Tensor]:
-    """`loss(tokens, tv)`: mean over positions of cross entropy, or of the distance to the teacher."""
+    """Return `loss(tokens, tv)`: mean over positions of cross entropy, or of the distance to the teacher."""
 
     def logits_of(network: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
         hidden = network.model(input_ids=tokens[:, :-1]).last_hidden_state  # [B, T-1, D]
@@ -162,13 +162,13 @@ def make_loss(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None) -> Call
 
 
 def check_finite(loss: float, model: LlamaForCausalLM, step: int) -> None:
-    """A loss that is not a number ends the run and names the first tensor that went wrong."""
+    """Raise UserError for a loss that is not finite, naming the first tensor that is not."""
     if math.isfinite(loss):
         return
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"the loss at step {step} is {loss}: the weights of {name} are not finite; lower --lr")
-    for name, parameter in model.named_parameters():  # afterwards: one bad weight spoils the gradients of all
+    for name, parameter in model.named_parameters():  # after the weights, because one bad weight spoils all gradients
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             raise UserError(f"the loss at step {step} is {loss}: the gradient of {name} is not finite; lower --lr")
     raise UserError(f"the loss at step {step} is {loss} with finite weights: the batch overflows; try --no-bf16")
@@ -224,7 +224,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.options.bf16 else nullcontext()
 
     def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one; log lines past it are dropped."""
+        """Continue from the last checkpoint, if there is one; drop log lines past it."""
         state = read_checkpoint(self.checkpoint, self.options.decisive(), self.device)
         if state is not None:
             self.model.load_state_dict(state["model"])
@@ -265,7 +265,7 @@ class Trainer:
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Cross entropy in nats per token on a fixed sample of the held-out half."""
+        """Compute cross entropy in nats per token on a fixed sample of the held-out half."""
         self.model.eval()
         with self.autocast():
             losses = [self.plain_loss(rows.to(self.device), False).item() for rows in self.heldout.split(4)]
@@ -302,7 +302,7 @@ class Trainer:
             self.export(options.out / "model")
 
     def export(self, folder: Path) -> None:
-        """The finished model as transformers loads it: fp16 safetensors, config, tokenizer."""
+        """Write the finished model in transformers' format: fp16 safetensors, config, tokenizer."""
         if self.options.qat == "int4":
             qat.restore(self.model)
         self.model.config.use_cache = True

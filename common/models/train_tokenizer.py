@@ -1,7 +1,7 @@
 """Train the byte-level BPE tokenizer that all embedded models share.
 
-Byte level: any text can be written and no token is unknown. Only the training half of the corpus is seen. The one
-special token, `<|endoftext|>` (id 0), stands between documents and ends a text.
+At byte level any text can be written and no token is unknown. Only the training half of the corpus is used. The one
+special token, `<|endoftext|>` (id 0), separates documents and ends a text.
 
     python -m common.models.train_tokenizer --out FOLDER
 """
@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` first."""
+    """Train a byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write `tokenizer.json` and the `tokenizer_config.json` that transformers wants beside it."""
+    """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers expects beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

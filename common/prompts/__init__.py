@@ -1,6 +1,6 @@
-"""The prompt suites: the fixed inputs that every figure of the lab is measured on.
+"""The prompt suites: the fixed inputs of every figure of the lab.
 
-`code` is cut from held-out files of the standard library and keeps the true continuation beside each prompt, so that
+`code` is cut from held-out files of the standard library and has the true continuation of each prompt, so that
 acceptance can be measured on forced text. `prose` is for real language models.
 
     python -c "from common.prompts import load_prompts; print(load_prompts('code', 'test')[0].text)"
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `continuation` is the text that truly follows, without a gap; "" where there is none."""
+    """One prompt. `continuation` is the true text that follows immediately; "" if unknown."""
 
     id: str
     kind: str
@@ -39,9 +39,9 @@ def suite_names() -> list[str]:
 
 
 def load_prompts(suite: str, half: Half | None = None) -> list[Prompt]:
-    """The prompts of one suite, or of one half of it, in file order (which is shuffled: any first N is a mix).
+    """Load the prompts of one suite, or of one half of it, in file order (shuffled: any first N is a mix).
 
-    Whatever is tuned on `calibrate` is claimed on `test`. Raises UserError for an unknown suite or half.
+    What is tuned on `calibrate` is claimed on `test`. Raises UserError for an unknown suite or half.
     """
     if suite not in suite_names():
         raise UserError(f"no prompt suite {suite!r}; the suites are {', '.join(suite_names())}")
@@ -57,7 +57,7 @@ def load_prompts(suite: str, half: Half | None = None) -> list[Prompt]:
 
 
 def prompt_of_file(path: Path) -> Prompt:
-    """A file whose whole text is one prompt. Raises UserError for one that is empty or cannot be read as text."""
+    """Read a file whose whole text is one prompt. Raises UserError for an empty file or one that is not text."""
     text = _text_of(path)
     if not text:
         raise UserError(f"{path} is empty; expected the text of a prompt")
@@ -65,9 +65,9 @@ def prompt_of_file(path: Path) -> Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSONL file: an object a line with `prompt`, and `id` and `continuation` where there are any.
+    """Read a JSONL file: an object a line with `prompt`, and optionally `id` and `continuation`.
 
-    Raises UserError for an empty file, and names the line that is not such an object.
+    Raises UserError for an empty file, and names a line that is not such an object.
     """
     prompts = []
     for number, line in enumerate(_text_of(path).splitlines(), 1):
@@ -100,6 +100,6 @@ def _text_of(path: Path) -> str:
 
 
 def hash_of(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the texts of some prompts, with their continuations."""
+    """Return the SHA-256 of the texts of prompts, with their continuations."""
     texts = [[prompt.text, prompt.continuation] for prompt in prompts]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

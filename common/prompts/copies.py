@@ -1,7 +1,7 @@
-"""Text that stands in both halves of the corpus.
+"""Text that occurs in both halves of the corpus.
 
 Files are held out by path, but the library repeats itself: the tests of two event loops share whole methods. A model
-knows such text by heart, so no prompt may lead into it.
+may have memorised such text, so no prompt may contain or precede it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from common.models.corpus import SourceFile
 
 WINDOW = 4  # lines
-LEAST_CHARACTERS = 120  # per window, spaces not counted at line ends: shorter ones agree by chance
+LEAST_CHARACTERS = 120  # per window, without spaces at line ends; shorter windows agree by chance
 
 
 def windows(text: str) -> Iterator[str]:
-    """Every run of WINDOW lines that is long enough to be called a copy; blank lines and indentation do not count."""
+    """Yield every run of WINDOW lines with enough characters for a copy; blank lines and indentation do not count."""
     lines = [line.strip() for line in text.split("\n")]
     lines = [line for line in lines if line]
     for first in range(len(lines) - WINDOW + 1):
@@ -25,6 +25,6 @@ def windows(text: str) -> Iterator[str]:
 
 
 def copied_windows(heldout: list[SourceFile], train: list[SourceFile]) -> set[str]:
-    """The windows of the held-out files that stand in a training file too."""
+    """Return the windows of the held-out files that also occur in a training file."""
     ours = {window for file in heldout for window in windows(file.text)}
     return {window for file in train for window in windows(file.text) if window in ours}

@@ -1,8 +1,8 @@
 """Cut the `code` suite from the held-out files of the standard library that runs this script.
 
-Two hundred prompts of ten kinds in two halves. The halves come from different files, and no two prompts share text
-with each other or with each other's continuation, so the prompts of one half say nothing about the other. The result
-depends on the library's text, the tokenizer and the seed alone; `manifest.json` records which text it was.
+The suite has two hundred prompts of ten kinds in two halves. The halves come from different files, and no two prompts
+share text with each other or with each other's continuation, so the prompts of one half tell nothing of the other. The
+result depends on the library's text, the tokenizer and the seed alone; `manifest.json` records which text it was.
 
     python -m common.prompts.make_code_prompts
 """
@@ -30,7 +30,7 @@ from common.prompts.copies import copied_windows, windows
 from common.prompts.places import Place, find_places
 
 TOKENIZER = FOLDER.parent / "models" / "stdlib-10m" / "tokenizer.json"
-QUOTAS = {  # prompts per half, the rarest kinds first; what a kind lacks is made up from the FILLERS
+QUOTAS = {  # prompts per half, the rarest kinds first; missing prompts of a kind are replaced by FILLERS
     "argument_parsing": 7,
     "regular_expression": 10,
     "data_table": 3,
@@ -43,11 +43,11 @@ QUOTAS = {  # prompts per half, the rarest kinds first; what a kind lacks is mad
     "function_body": 9,
 }
 FILLERS = ("function_body", "class_body", "unit_test")
-SEED = 235  # of those tried, it splits the few files that parse arguments or use expressions most evenly
+SEED = 235  # of those tried, the one that splits files with arguments or expressions most evenly
 PER_HALF = sum(QUOTAS.values())
 PER_FILE = 8
 SHORTEST, LONGEST = 16, 200  # tokens of a prompt
-DRAWN = 26, 380  # a length is drawn from here, then the nearest possible one is taken
+DRAWN = 26, 380  # the range of the sampled length; the nearest possible one is used
 CONTINUATION = (1200, 1600)  # characters
 LEAST_CONTINUATION = 256  # tokens
 _NOT_CODE = re.compile(r"copyright|licen[sc]e", re.IGNORECASE)
@@ -68,10 +68,10 @@ def half_of(path: str, seed: int) -> Half:
 
 
 def cut(place: Place, text: str, tokenizer: Tokenizer, seed: int) -> Cut | None:
-    """A prompt of random length at a place, or None where no cut is long enough and leaves enough to follow.
+    """Cut a prompt of random length at a place, or return None if no cut is long enough with enough text after it.
 
-    The end is token-safe: the prompt's tokens followed by the continuation's are the tokens of the whole, so a model
-    that continues the prompt sees what it would have seen in the file.
+    The end is token-safe: the prompt's tokens followed by the continuation's are the tokens of the whole text, as a
+    model would see them in the file.
     """
     begin = text[place.start : place.start + 12 * LONGEST]
     encoding = tokenizer.encode(begin)
@@ -97,9 +97,9 @@ def cut(place: Place, text: str, tokenizer: Tokenizer, seed: int) -> Cut | None:
 
 
 class Selection:
-    """The cuts chosen for one half: spread over the files, overlapping nowhere.
+    """The cuts chosen for one half: spread over the files, without overlaps.
 
-    `known` holds the windows of text that may not come (again); what is chosen is added to it.
+    `known` holds the windows of text that may not occur (again); chosen windows are added.
     """
 
     def __init__(self, files: list[SourceFile], known: set[str], tokenizer: Tokenizer, seed: int) -> None:
@@ -116,11 +116,11 @@ class Selection:
                 self.places[place.kind].setdefault(file.path, []).append(place)
 
     def fill(self, kind: str, wanted: int) -> int:
-        """Up to `wanted` prompts of one kind; returns how many were found."""
+        """Add up to `wanted` prompts of one kind; return how many were found."""
         return next((number for number in range(wanted) if not self._add_one(kind)), wanted)
 
     def _add_one(self, kind: str) -> bool:
-        """Take a prompt from the least used file that has a place left; places that do not serve are dropped."""
+        """Add a prompt from the least used file that has a place left; unsuitable places are dropped."""
         places = self.places[kind]
         for path in sorted(places, key=lambda path: (self.per_file[path], path)):
             while places[path] and self.per_file[path] < PER_FILE:
@@ -143,8 +143,8 @@ class Selection:
 
 
 def choose(files: list[SourceFile], known: set[str], tokenizer: Tokenizer, seed: int) -> list[Cut]:
-    """PER_HALF cuts from the files of one half. Raises UserError where the files do not hold as many."""
-    written = [file for file in files if not file.path.startswith("encodings/")]  # those are generated tables
+    """Choose PER_HALF cuts from the files of one half. Raises UserError if the files do not have as many."""
+    written = [file for file in files if not file.path.startswith("encodings/")]  # generated tables
     selection = Selection(written, known, tokenizer, seed)
     missing = sum(quota - selection.fill(kind, quota) for kind, quota in QUOTAS.items())
     for kind in FILLERS * PER_HALF:
@@ -156,7 +156,7 @@ def choose(files: list[SourceFile], known: set[str], tokenizer: Tokenizer, seed:
 
 
 def make_rows(files: list[SourceFile], copied: set[str], tokenizer: Tokenizer, seed: int) -> list[dict[str, str]]:
-    """The lines of `code.jsonl`, shuffled, so that any first N is a mix of kinds and halves."""
+    """Return the lines of `code.jsonl`, shuffled, so that any first N is a mix of kinds and halves."""
     known = set(copied)
     rows = []
     for half in get_args(Half):
@@ -173,7 +173,7 @@ def make_rows(files: list[SourceFile], copied: set[str], tokenizer: Tokenizer, s
 
 
 def write_suite(folder: Path, seed: int) -> None:
-    """Write `code.jsonl` and `manifest.json`, which says what text it was cut from, into a folder."""
+    """Write `code.jsonl`, and `manifest.json`, which names its source text, into a folder."""
     heldout, train = read_corpus("heldout"), read_corpus("train")
     rows = make_rows(heldout, copied_windows(heldout, train), Tokenizer.from_file(str(TOKENIZER)), seed)
     manifest = {

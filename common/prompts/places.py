@@ -1,7 +1,7 @@
 """Where in a Python file a prompt of a given kind can begin and end, found with `ast` and `tokenize`.
 
-A place names the line a prompt starts on and the range that its end must fall into, so that the prompt shows what
-kind of code it is and the rest of it is still to come: a docstring is open, a call has its first parenthesis.
+A place gives the line on which a prompt starts and the range in which it must end, so that the prompt shows the kind of
+code and leaves the rest of it to come: a docstring is open, a call has its first parenthesis.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ REGEX_CALLS = {"compile", "match", "search", "sub", "findall", "fullmatch", "spl
 REGEX_ASSERTIONS = {"assertRegex", "assertNotRegex", "assertRaisesRegex", "assertWarnsRegex"}
 _METACHARACTER = re.compile(r"[\\\[(*+?^$|]")
 CONTEXT = 3  # statements before a call
-LEAST_TABLE = 6  # entries; a shorter list is no table
+LEAST_TABLE = 6  # entries; a shorter list is not a table
 LEAST_IMPORTS = 3  # statements
 LEAST_BODY = 4  # lines
-DEEPEST = 8  # columns; what is nested deeper makes an odd beginning
+DEEPEST = 8  # columns; more deeply nested code makes an odd beginning
 
 FunctionNode = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -43,7 +43,7 @@ class Place:
 
 
 class Source:
-    """A parsed file, with line numbers and (line, byte column) pairs turned into character offsets."""
+    """A parsed file that converts line numbers and (line, byte column) pairs to character offsets."""
 
     def __init__(self, file: SourceFile) -> None:
         self.path, self.text = file.path, file.text
@@ -57,7 +57,7 @@ class Source:
         return self.starts[line - 1]
 
     def line_end(self, line: int) -> int:
-        """The offset just before the line's newline."""
+        """Return the offset just before the line's newline."""
         return self.line_start(line) + len(self.lines[line - 1])
 
     def offset(self, line: int, column: int) -> int:
@@ -67,7 +67,7 @@ class Source:
         return self.offset(node.end_lineno or node.lineno, node.end_col_offset or 0)
 
     def first_line(self, node: ast.stmt) -> int:
-        """The line of the statement, or of its first decorator."""
+        """Return the line of the statement, or of its first decorator."""
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.decorator_list:
             return node.decorator_list[0].lineno
         return node.lineno
@@ -77,21 +77,21 @@ class Source:
             yield Place(kind, self.path, self.line_start(line), earliest, latest)
 
     def body_place(self, kind: str, first_line: int, node: ast.stmt) -> Iterator[Place]:
-        """From `first_line` to anywhere after the node's first line and before its last, if its body is worth it."""
+        """Yield the place from `first_line` to within the node's body, if the body is long enough."""
         last = (node.end_lineno or node.lineno) - 1
         if last - node.lineno + 1 >= LEAST_BODY and node.col_offset <= DEEPEST:
             yield from self.place(kind, first_line, self.line_end(node.lineno), self.line_end(last))
 
 
 def _called(call: ast.Call) -> tuple[str, str]:
-    """What a call names, as (owner, name): `re.compile(...)` is ("re", "compile"), `f(...)` is ("", "f")."""
+    """Return the called name as (owner, name): `re.compile(...)` is ("re", "compile"), `f(...)` is ("", "f")."""
     if isinstance(call.func, ast.Attribute):
         return ast.unparse(call.func.value), call.func.attr
     return "", call.func.id if isinstance(call.func, ast.Name) else ""
 
 
 def _pattern(call: ast.Call) -> ast.expr | None:
-    """The regular expression among a call's arguments; for an assertion only one that is more than plain text."""
+    """Return the regular expression among a call's arguments; for an assertion only if it is more than plain text."""
     owner, name = _called(call)
     if owner == "re" and name in REGEX_CALLS and call.args:
         return call.args[0]
@@ -104,7 +104,7 @@ def _pattern(call: ast.Call) -> ast.expr | None:
 
 
 def _calls_of(statement: ast.stmt) -> list[ast.Call]:
-    """The calls in a simple statement, or in the head of a `with` or an `if`."""
+    """Return the calls in a simple statement, or in the head of a `with` or an `if`."""
     parts: Sequence[ast.AST] = []
     if isinstance(statement, ast.Expr | ast.Assign | ast.Return):
         parts = [statement]
@@ -122,7 +122,7 @@ def _definitions(source: Source) -> Iterator[Place]:
                 yield from source.body_place("class_body", source.first_line(node), node)
             for index, method in enumerate(node.body):
                 if isinstance(method, FunctionNode) and method.name.startswith("test"):
-                    opening = node if index == 0 else method  # the first test comes with the head of its class
+                    opening = node if index == 0 else method  # the first test includes the head of its class
                     yield from source.body_place("unit_test", source.first_line(opening), method)
         elif isinstance(node, FunctionNode) and not node.name.startswith("test"):
             yield from source.body_place("function_body", source.first_line(node), node)
@@ -140,9 +140,9 @@ def _docstrings(source: Source) -> Iterator[Place]:
 
 
 def _statements(source: Source) -> Iterator[Place]:
-    """Imports, argument declarations, regular expressions and tables, from each list of statements."""
+    """Yield imports, argument declarations, regular expressions and tables, from each list of statements."""
     for node in source.nodes:
-        if isinstance(node, ast.expr):  # the body of a lambda is no list of statements
+        if isinstance(node, ast.expr):  # the body of a lambda is not a list of statements
             continue
         for body in (getattr(node, name, []) for name in ("body", "orelse", "finalbody")):
             yield from _imports(source, body)
@@ -164,7 +164,7 @@ def _imports(source: Source, body: list[ast.stmt]) -> Iterator[Place]:
 
 
 def _calls(source: Source, owner: ast.AST, body: list[ast.stmt], index: int) -> Iterator[Place]:
-    """A statement that declares arguments or uses a regular expression, after up to three statements of context."""
+    """Yield a statement that declares arguments or uses a regular expression, with up to three before it."""
     if index <= CONTEXT and isinstance(owner, FunctionNode):
         opening = source.first_line(owner)
     else:
@@ -189,7 +189,7 @@ def _tables(source: Source, statement: ast.stmt) -> Iterator[Place]:
 
 
 def _comments(source: Source) -> Iterator[Place]:
-    """Blocks of at least two lines that hold nothing but a comment."""
+    """Yield blocks of at least two lines with nothing but a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(source.text).readline)
     alone = [t.start[0] for t in tokens if t.type == tokenize.COMMENT and t.line.lstrip().startswith("#")]
     blocks: list[list[int]] = []
@@ -205,7 +205,7 @@ def _comments(source: Source) -> Iterator[Place]:
 
 
 def find_places(file: SourceFile) -> list[Place]:
-    """All places of one file, every kind; none for a file that this Python cannot parse."""
+    """Return all places of one file, every kind; none for a file that this Python cannot parse."""
     try:
         source = Source(file)
         return [place for find in (_definitions, _docstrings, _statements, _comments) for place in find(source)]

@@ -329,8 +329,8 @@ def test_tests_and_help_may_be_missing(course: Path, folder: Path, run_check: Ru
     [
         (2, "full", "not empty"),
         (2, "full/file", "is a file"),
-        (2, "phase-2-mine", "would pass for a phase"),
-        (2, "phase-2-two/mine", "would pass for a phase"),
+        (2, "phase-2-mine", "looks like a phase"),
+        (2, "phase-2-two/mine", "looks like a phase"),
         (1, "new", "phase 1 has nothing to write"),
         (3, "new", "no phase 3; the phases are 1, 2"),
     ],
