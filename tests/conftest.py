@@ -58,16 +58,16 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 VOCABULARY = 320
 
-# Triton decides when it is first imported whether kernels are interpreted, and much imports it (torch.compile does).
+# Triton decides at its first import whether kernels are interpreted, and torch.compile imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("lab", deadline=None)  # a loaded machine is no failure
+settings.register_profile("lab", deadline=None)  # a slow machine is not a failure
 settings.load_profile("lab")
 
 
 def reference_model(family: str, **overrides: Any) -> Any:
-    """A small transformers model with weights large enough that every part of it shows in the logits."""
+    """Make a small transformers model with weights large enough that every part of it changes the logits."""
     import transformers
 
     prefix, shape = SMALL[family]
@@ -77,7 +77,7 @@ def reference_model(family: str, **overrides: Any) -> Any:
     config = getattr(transformers, f"{prefix}Config")(**{**common, layers: 2, **positions, **shape, **overrides})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():  # biases and norms are born as zeros and ones, which would hide a mistake in them
+    with torch.no_grad():  # biases and norms start as zeros and ones, which would hide errors
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -87,7 +87,7 @@ def reference_model(family: str, **overrides: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for a graphics card are skipped, with the reason, where there is none."""
+    """Skip tests for a GPU, with the reason, if there is none."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -97,9 +97,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept per machine, such as the faster number format, is measured by the tests for themselves.
+    """Isolate the cache of machine properties, such as the faster dtype, which the tests measure anew.
 
-    But compiled kernels, which take a minute, are the user's: their names are hashes of all that is in them.
+    Compiled kernels, which take a minute, are shared with the user: their names are hashes of their contents.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +111,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_checkpoint("llama", **config overrides)`: a folder as the hub would hold it, with a tokenizer."""
+    """`make_checkpoint("llama", **config overrides)`: make a folder as on the hub, with a tokenizer."""
     text = [Path(__file__).read_text(encoding="utf-8")] * 4
     tokenizer = train_tokenizer(text, VOCABULARY)
 
@@ -131,20 +131,20 @@ def llama_folder(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(params=phases(), ids=lambda phase: f"phase{phase.number}")
 def phase(request: pytest.FixtureRequest) -> Phase:
-    """Every phase of the repository, one after the other."""
+    """Return every phase of the repository in turn."""
     found: Phase = request.param
     return found
 
 
 @pytest.fixture
 def engine(phase: Phase) -> ModuleType:
-    """The engine package of the phase at hand."""
+    """Return the engine package of the current phase."""
     return importlib.import_module(phase.package)
 
 
 @pytest.fixture(scope="session")
 def check_recording() -> Callable[[Path], Recording]:
-    """Reads what `--record` wrote, which must be of the schema and contradict itself nowhere."""
+    """Return a reader of `--record` files that checks schema and consistency."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     validators = {kind["properties"]["type"]["const"]: Draft202012Validator(kind) for kind in schema["oneOf"]}
 
@@ -160,9 +160,9 @@ def check_recording() -> Callable[[Path], Recording]:
 
 @pytest.fixture
 def bench_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], ModuleType]]:
-    """`bench_part(3, "distance")` imports that file of phase 3's benchmarks/ as its bench.py does.
+    """`bench_part(3, "distance")`: import that file of phase 3's benchmarks/ as its bench.py does.
 
-    There both are called by names that every phase has, so nothing of it stays for the next test.
+    Module names there are the same in every phase, so all of them are removed before the next test.
     """
 
     def forget() -> dict[str, ModuleType]:

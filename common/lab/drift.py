@@ -1,7 +1,7 @@
 """`lab drift`: check that neighbouring phases differ in what the README lists, and in nothing else.
 
-Copies drift apart: a fix reaches one phase only, or a file is edited by mistake. So a README's list must equal
-the real difference from the phase before, file by file, and in Python files definition by definition (compared as syntax
+Copies drift apart: a fix reaches one phase only, or a file is edited by mistake. So the list in a README must equal the
+real difference from the phase before, file by file, and in Python files definition by definition (compared as syntax
 trees: comments and layout may differ). `--fix` makes the list from the difference. Besides, no text file may contain
 what makes differences unreadable: notebook outputs, CRLF, trailing space.
 

@@ -1,4 +1,4 @@
-"""The command line of the phase at hand, run within this process."""
+"""The command line of the current phase, run within this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cli(phase: Phase) -> ModuleType:
 
 @pytest.fixture
 def run(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`run("--prompt", ...)` -> (exit status, stdout, stderr)."""
+    """`run("--prompt", ...)`: return (exit status, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""The command line of every phase: what it prints, and what it says to wrong input."""
+"""The command line of every phase: its output, and its errors for wrong input."""
 
 from __future__ import annotations
 

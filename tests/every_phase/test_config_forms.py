@@ -1,4 +1,4 @@
-"""What a config.json may say: every form gives the logits of transformers, or one line that names the key."""
+"""Forms of config.json: each gives transformers' logits, or one line that names the key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MISSING = object()
 
 
 def changed(folder: Path, to: Path, **keys: Any) -> Path:
-    """A copy of a checkpoint with other values in its config.json; MISSING takes a key out."""
+    """Copy a checkpoint with other values in its config.json; MISSING removes a key."""
     shutil.copytree(folder, to)
     config = {**json.loads((to / "config.json").read_text()), **keys}
     config = {key: value for key, value in config.items() if value is not MISSING}
@@ -33,7 +33,7 @@ def changed(folder: Path, to: Path, **keys: Any) -> Path:
 
 
 def check(engine: ModuleType, folder: Path, length: int = 40) -> None:
-    """The logits of the engine are those of transformers."""
+    """Check that the engine's logits are those of transformers."""
     tokens = torch.randint(1, 320, (1, length), generator=torch.Generator().manual_seed(4))
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_biases_that_a_family_does_not_have(
     check(engine, changed(make_checkpoint(family), tmp_path / "changed", attention_bias=True, mlp_bias=True))
 
 
-# Keys that the engine reads, or refuses by name unless they have the one value that it computes.
+# Keys that the engine reads, or refuses by name unless they have the one supported value.
 READ = """
 vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon tie_word_embeddings
 hidden_size num_hidden_layers ffn_dim max_position_embeddings num_attention_heads word_embed_proj_dim
@@ -145,8 +145,8 @@ enable_bias intermediate_size num_key_value_heads hidden_act rms_norm_eps rope_p
 mlp_bias head_dim sliding_window use_sliding_window max_window_layers layer_types bos_token_id eos_token_id
 architectures model_type is_encoder_decoder
 """
-# Keys without effect on the logits: training, other heads than the language model's, outputs, bookkeeping. Two need a
-# word: reorder_and_upcast_attn and pretraining_tp compute the same function with other roundings.
+# Keys without effect on the logits: training, other heads than the language model's, outputs, bookkeeping. Of these,
+# reorder_and_upcast_attn and pretraining_tp compute the same function with other roundings.
 WITHOUT_EFFECT = """
 resid_pdrop embd_pdrop attn_pdrop initializer_range summary_type summary_use_proj summary_activation
 summary_proj_to_labels pretraining_tp summary_first_dropout use_cache pad_token_id reorder_and_upcast_attn
@@ -157,7 +157,7 @@ output_attentions output_hidden_states problem_type return_dict transformers_ver
 
 @pytest.mark.parametrize("family", ["GPT2", "OPT", "Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_every_key_of_transformers_is_classified(family: str) -> None:
-    """A new key of a configuration class has to be looked at: does it change the forward pass?"""
+    """Every new key of a configuration class must be classified: does it change the forward pass?"""
     keys = set(getattr(transformers, f"{family}Config")().to_dict())
     refused = set(ONLY.get(family.lower(), {}))
     assert keys - set(READ.split()) - set(WITHOUT_EFFECT.split()) - refused == set()
@@ -165,7 +165,7 @@ def test_every_key_of_transformers_is_classified(family: str) -> None:
 
 
 def test_only_an_encoded_id_past_the_model_is_refused(engine: ModuleType, make_checkpoint: Make) -> None:
-    """The tokenizer knows 320 ids. Mirrors of Llama 2 have one more than the model, for padding."""
+    """The tokenizer has 320 ids. Mirrors of Llama 2 have one more than the model, for padding."""
     folder = make_checkpoint("llama", vocab_size=200)
     tokenizer = engine.load(str(folder), torch.float32, CPU).tokenizer
     text = tokenizer.decode([60, 61])
@@ -185,7 +185,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     ("keys", "context"),
     [
         ({"rope_scaling": YARN}, 512),  # Qwen2.5 with the block of its card
-        ({"rope_scaling": YARN, "max_position_embeddings": 512}, 512),  # extended already
+        ({"rope_scaling": YARN, "max_position_embeddings": 512}, 512),  # already extended
         ({"rope_scaling": {"type": "linear", "factor": 4.0}, "max_sequence_length": 512}, 512),  # vicuna-16k
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 128),  # deepseek-coder: with a note
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 32.0}}, 128),  # Llama 3.2 states the scaled one

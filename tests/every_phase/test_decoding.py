@@ -94,7 +94,7 @@ def test_eos_can_be_ignored(engine: ModuleType, loaded: Any) -> None:
 
 
 class Fed:
-    """A sequence fed with given text, one token at a time, as a decoding loop would."""
+    """A sequence that receives given text, one token at a time, as from a decoding loop."""
 
     def __init__(self, engine: ModuleType, loaded: Any, stop: tuple[str, ...], limit: int = 100) -> None:
         params = engine.SamplingParams(stop=stop, max_new_tokens=limit)
@@ -148,7 +148,7 @@ def test_held_back_text_is_shown_when_the_limit_ends_it(engine: ModuleType, load
 
 
 def test_the_first_space_of_an_output_is_kept(engine: ModuleType) -> None:
-    """A decoder of sentencepiece drops the space before the first token of a text, and an output is not the first."""
+    """A sentencepiece decoder drops the space before the first token of a text, but an output is not the first text."""
     words = ["▁France", "▁is", "▁Paris", ",", "▁the", "▁city"]
     backend = Backend(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=","))
     backend.decoder = decoders.Metaspace()
@@ -186,12 +186,12 @@ def test_window_start_jumps_by_a_quarter(engine: ModuleType) -> None:
 def test_past_the_context_equals_a_crop_by_hand(
     engine: ModuleType, make_checkpoint: Callable[..., Path], family: str
 ) -> None:
-    """300 new tokens with a context of 32, against transformers on windows cut by hand."""
+    """Generate 300 new tokens with a context of 32, and compare with transformers on windows cut by hand."""
     size = {"n_positions": 32} if family == "gpt2" else {"max_position_embeddings": 32}
     folder = make_checkpoint(family, **size)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     loaded = engine.load(str(folder), torch.float32, CPU)
-    prompt = list(range(1, 40))  # longer than the context already
+    prompt = list(range(1, 40))  # already longer than the context
     got = tokens_of(engine, loaded, [prompt], max_new_tokens=300)[0]
     text, start = list(prompt), 0
     for token in got:
@@ -199,7 +199,7 @@ def test_past_the_context_equals_a_crop_by_hand(
             start += 8
         with torch.no_grad():
             logits = reference(torch.tensor([text[start:]]), use_cache=False).logits[0, -1]
-        # The first of two equal logits is not the same in both; so what is compared is the value of the choice.
+        # The first of two equal logits may differ, so the chosen logits are compared, not the tokens.
         assert logits[token] >= logits.max() - 1e-4
         text.append(token)
         if token == 0:
@@ -251,7 +251,7 @@ def test_only_rows_of_similar_length_share_a_forward(engine: ModuleType) -> None
 
 
 def test_a_session_completes_texts(engine: ModuleType, llama_folder: Path, loaded: Any) -> None:
-    """Greedy, sampled twice, and with beams, as the command line would."""
+    """Greedy, sampled twice, and with beams, as from the command line."""
     model = str(llama_folder)
     greedy = engine.LLM(engine.Options(model=model, max_tokens=6)).generate(["import os", "x"])
     prompts = [loaded.tokenizer.encode(text) for text in ("import os", "x")]
@@ -266,7 +266,7 @@ def test_a_session_completes_texts(engine: ModuleType, llama_folder: Path, loade
 
 
 def test_the_cost_on_paper(engine: ModuleType) -> None:
-    """By hand for stdlib-10m: 9.44M weights in the layers, two operations for each and every token."""
+    """stdlib-10m by hand: 9.44M weights in the layers, two operations for each weight and token."""
     cost = importlib.import_module(f"{engine.__name__}.cost")
     config = engine.load("stdlib-10m", torch.float32, CPU).config
     layer = 384 * (384 + 128 + 128 + 384) + 3 * 384 * 1024

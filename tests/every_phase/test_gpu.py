@@ -1,4 +1,4 @@
-"""On a graphics card: the same tokens as on the processor, in every phase."""
+"""On a GPU: the same tokens as on the CPU, in every phase."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_same_tokens_as_on_the_processor(engine: ModuleType, temperature: fl
 
 
 def test_a_session_on_the_card_equals_plain_decoding(engine: ModuleType) -> None:
-    """Whatever the phase decodes with by default, greedy output is that of its plain loop."""
+    """With each phase's default way of decoding, greedy output equals the plain loop's."""
     text = load_prompts("code", "test")[0].text
     options = {"prompt": [text], "device": "cuda", "dtype": "float32", "max_tokens": 32}
     llm = engine.LLM(engine.Options(**options))

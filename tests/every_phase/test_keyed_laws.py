@@ -1,7 +1,7 @@
-"""Keyed random numbers give the laws that the enumeration proves of independent ones (chi-square tests).
+"""Keyed random numbers give the laws that the enumeration proves for independent ones (chi-square tests).
 
 Quick: the sources alone, the rule of every policy, and trees, each over thousands of samples at once. Slow: whole
-loops, every policy with every way to draft.
+loops, every policy with every drafter.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from common.phases import Phase
 from common.philox import Purpose
 from tests.support.small import sequences_of, small_session, tables
 
-RARE = 1e-4  # a sample this uneven is none of the law's
+RARE = 1e-4  # below this likelihood the law is rejected
 DRAWS = 20_000
 SIZE = 4
 LOSSLESS = ("rejection", "coupled", "longest_prefix")
 LOSSY = ("conf_threshold", "topk_agree", "typical")
-SOME = {"tau": 0.3, "agree_k": 2, "epsilon": 0.9, "delta": 0.9}  # such that some tokens are good enough
+SOME = {"tau": 0.3, "agree_k": 2, "epsilon": 0.9, "delta": 0.9}  # chosen so that some tokens are accepted
 
 
 def likelihood(counts: Tensor, law: Tensor) -> float:
-    """How likely counts at least so uneven are under the law; cells that are rarer than 5 times count as one."""
+    """Return the likelihood of counts at least this uneven under the law; cells rarer than 5 times are merged."""
     counts, expected = counts.double().flatten(), law.double().flatten() * counts.sum()
     assert float(law.sum()) == pytest.approx(1, abs=1e-5)
     assert int(counts[law.flatten() == 0].sum()) == 0
@@ -46,7 +46,7 @@ def law(seed: int, *shape: int) -> Tensor:
 
 @pytest.fixture
 def keyed(phase: Phase) -> Any:
-    """The phase's source of random numbers, with seed 3."""
+    """Return the phase's source of random numbers, with seed 3."""
     if phase.number == 1:
         pytest.skip("nothing but plain sampling, which test_sampling.py checks")
     return importlib.import_module(phase.package).KeyedSource(3)
@@ -60,7 +60,7 @@ def branching(keyed: Any, phase: Phase) -> Any:
 
 
 def rows(count: int = DRAWS) -> tuple[Tensor, Tensor]:
-    """Samples and positions of so many rows, no two alike."""
+    """Return distinct samples and positions for `count` rows."""
     each = torch.arange(count)
     return each % 50, 7 + each // 50
 
@@ -73,7 +73,7 @@ def test_draws_follow_the_distribution(keyed: Any, purpose: Purpose) -> None:
 
 
 def test_neighbours_are_independent(keyed: Any) -> None:
-    """Of each row the draft token, accepting it, what follows it, and the draft token at the next position."""
+    """Each row has a draft token, its acceptance, the token after it, and the draft token at the next position."""
     probs, (samples, positions) = law(2, SIZE), rows()
     every = probs.expand(DRAWS, SIZE)
     coin = keyed.decide(torch.full((DRAWS, 1), 0.4), samples, positions[:, None])[:, 0].long()
@@ -106,7 +106,7 @@ def test_siblings_are_tried_with_numbers_of_their_own(branching: Any) -> None:
 
 
 def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, target: Tensor, source: Any) -> Any:
-    """The verdict over rows() of chains of one token; target [DRAWS, 2, SIZE]."""
+    """Return the verdict over rows() of chains of one token; target [DRAWS, 2, SIZE]."""
     samples, positions = rows()
     widths = torch.ones(DRAWS, dtype=torch.long)
     if not hasattr(engine, "make_policy"):
@@ -119,7 +119,7 @@ def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, targe
     ("policy", "certain"), [*itertools.product((*LOSSLESS, *LOSSY), [False]), *itertools.product(LOSSLESS, [True])]
 )
 def test_chains_of_one_token(phase: Phase, keyed: Any, policy: str, certain: bool) -> None:
-    """The first token follows the target (with a lossy policy: what it promises), and so does the one behind it."""
+    """The first token follows the target (with a lossy policy: the promised law), and so does the second."""
     if phase.number == 2 and policy != "rejection":
         pytest.skip("comes with phase 3")
     engine = importlib.import_module(phase.package)
@@ -148,7 +148,7 @@ TREES = 1000
 
 @pytest.mark.parametrize("policy", LOSSLESS)
 def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> None:
-    """Drawn without replacement where the policy wants it, else the likeliest; the first token is the target's."""
+    """Children are sampled without replacement, or the likeliest, by policy; the first token is the target's."""
     engine = importlib.import_module(phase.package)
     rule = engine.make_policy(policy)
     target, behind, draft = law(4, SIZE), law(5, SIZE, SIZE), law(6, SIZE)
@@ -183,11 +183,11 @@ DRAFTING: dict[str, dict[str, Any]] = {
     "dynamic tree": {"tree": "dynamic", "tree_nodes": 5},
 }
 VOCABULARY = 3
-PROMPT = [0, 1, 1, 0, 1]  # the n-gram drafter finds its end twice
+PROMPT = [0, 1, 1, 0, 1]  # its last n-gram occurs twice before
 
 
 def plain_law() -> Tensor:
-    """[3, 3, 3] the law of three tokens behind the prompt, by the target's table over the last two."""
+    """Return [3, 3, 3] the law of three tokens after the prompt, by the target's table over the last two."""
     table = tables(VOCABULARY)[0].double().softmax(-1).view(VOCABULARY, VOCABULARY, VOCABULARY)
     first = table[PROMPT[-2], PROMPT[-1]]
     second = table[PROMPT[-1]]  # [first, second]
@@ -195,7 +195,7 @@ def plain_law() -> Tensor:
 
 
 def whole_texts(phase: Phase, options: dict[str, Any], patch: pytest.MonkeyPatch, count: int) -> Tensor:
-    """How often each text of three tokens was written, by so many samples of one batch."""
+    """Count how often each text of three tokens was written, over `count` samples of one batch."""
     engine = importlib.import_module(phase.package)
     made = small_session(engine, patch, VOCABULARY, **{**SHORT, **options})
     sequences = sequences_of(engine, made, [PROMPT], list(range(count)))
@@ -210,7 +210,7 @@ def whole_texts(phase: Phase, options: dict[str, Any], patch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("policy", ["rejection", "coupled"])
 def test_whole_loops_with_a_draft_model(phase: Phase, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts of two tokens: one number for both, or for a draft and what follows, would show."""
+    """Drafts of two tokens would show a number shared by both, or by a draft and the token after it."""
     if phase.number < (2 if policy == "rejection" else 3):
         pytest.skip("comes later")
     options = {} if phase.number == 2 else {"policy": policy}

@@ -1,4 +1,4 @@
-"""Every random number of every loop is the one that the table of KeyedSource names, and none decides two things."""
+"""Every random number of every loop is the one in the table of KeyedSource, and none decides two things."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOSSLESS = ("coupled", "longest_prefix")
 LOSSY = ("conf_threshold", "topk_agree", "typical")
 CERTAIN = {"own", "accept", "residual"}
 DRAWN = {*CERTAIN, "draft"}
-# Options, the first phase that has them, and the rules by which something is decided.
+# Options, the first phase that has them, and the rules that must occur.
 WAYS: dict[str, tuple[dict[str, Any], int, set[str]]] = {
     "plain": ({"draft": "none"}, 2, {"own"}),
     "model": (MODEL, 2, DRAWN),
@@ -50,7 +50,7 @@ def way(request: pytest.FixtureRequest, phase: Phase) -> tuple[dict[str, Any], s
 
 
 def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> list[keys.Part]:
-    """All parts of all steps. watched: steps without a draft are made one at a time, and have their logits."""
+    """Return all parts of all steps. watched: steps without a draft run one at a time, and have their logits."""
     found: list[keys.Part] = []
 
     def watch(active: list[Any], logits: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> l
 
 
 def decided(made: Any, found: list[keys.Part]) -> list[keys.Decision]:
-    """All decisions of a run."""
+    """Return all decisions of a run."""
     policy, noise = "rejection", Purpose.DRAFT
     if (chosen := getattr(made, "policy", None)) is not None:
         noise = chosen.draft_noise
@@ -77,7 +77,7 @@ def decided(made: Any, found: list[keys.Part]) -> list[keys.Decision]:
 def test_every_number_is_the_one_that_the_table_names(
     phase: Phase, way: tuple[dict[str, Any], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In torch, for two samples of each of two prompts: by what was decided, and by what was asked for."""
+    """In torch, for two samples of each of two prompts: by the decisions, and by the requested numbers."""
     engine = importlib.import_module(phase.package)
     options, rules = way
     made = small_session(engine, monkeypatch, **options)
@@ -90,14 +90,14 @@ def test_every_number_is_the_one_that_the_table_names(
     assert min(counts.values()) > 10
     named = {each.key for each in everything}
     assert named <= asked
-    # What is asked for besides decides nothing: it lies behind a rejected token, or pads a row of a batch.
+    # Other requested numbers decide nothing: they are after a rejected token, or pad a row of a batch.
     assert {key.purpose for key in asked - named} <= {Purpose.DRAFT, Purpose.ACCEPT}
     if "draft" in rules and "residual" in rules:
         assert later_in_a_block(everything, found) >= {"accept", "residual", "own"}
 
 
 def later_in_a_block(everything: list[keys.Decision], found: list[keys.Part]) -> set[str]:
-    """Rules by which something was decided behind an accepted token: only there a wrong position shows."""
+    """Return the rules of decisions after an accepted token: only there a wrong position shows."""
     starts = {(part.owner, part.length) for part in found}
     return {each.rule for each in everything if (each.owner, each.key.position) not in starts}
 
@@ -124,7 +124,7 @@ cpp_phases = [phase for phase in phases() if phase.number >= 5]
 
 
 def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
-    """On the embedded models, whose steps run in C++."""
+    """Make an LLM on the embedded models whose steps run in C++."""
     engine = importlib.import_module(phase.package)
     registry = importlib.import_module(f"{phase.package}.kernels.registry")
     if (reason := registry.why_not("cpp", torch.device("cpu"))) is not None:
@@ -139,7 +139,7 @@ def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
     "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("static tree", "medusa") else []) for way in CPP]
 )
 def test_and_in_cpp(phase: Phase, way: str) -> None:
-    """Where a draft is proposed; several steps are made in one call."""
+    """With a draft; several steps run in one call."""
     options, rules = CPP[way]
     engine, made = cpp_session(phase, **options)
     counts: Counter[str] = keys.check(decided(made, run(engine, made, made.sequences([TEXT]), watched=False)))

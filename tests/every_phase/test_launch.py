@@ -1,4 +1,4 @@
-"""Before anything is imported: what scripts say outside of the environment, and Ctrl-C while imports run."""
+"""Before any import: messages of scripts outside of the environment, and Ctrl-C during imports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_interrupted_imports_leave_no_traceback(phase: Phase, tmp_path: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits SIGINT ignored
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"

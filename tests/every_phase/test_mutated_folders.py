@@ -1,4 +1,4 @@
-"""Folders that somebody damaged, or made to do harm: each loads, or ends in one line. Never in anything else.
+"""Damaged or malicious folders: each loads, or ends in one error line, and nothing else happens.
 
 A seeded generator changes one thing in one file of a small checkpoint: a value in its JSON, a key, or bytes.
 """
@@ -34,7 +34,7 @@ NESTED = b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama in one shard, with a draft inside, and all the small files that a checkpoint can have."""
+    """Make a Llama in one shard, with a draft inside, and all the small files that a checkpoint can have."""
     made = Path(shutil.copytree(make_checkpoint("llama", rope_theta=1e4), tmp_path_factory.mktemp("mutated") / "it"))
     shutil.copytree(make_checkpoint("llama", num_hidden_layers=1), made / "small")
     (made / "model.safetensors").rename(made / "model-00001-of-00001.safetensors")
@@ -47,7 +47,7 @@ def folder(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in int4, as phase 4 writes it."""
+    """Make the same in int4, as phase 4 writes it."""
     import phase4
     from phase4.quantize import Format, quantize_model
     from phase4.quantize_files import save_quantized
@@ -61,7 +61,7 @@ def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def change_json(document: Any, random: Random) -> Any:
-    """One change at one place of a JSON document."""
+    """Change one value of a JSON document."""
     if isinstance(document, dict | list) and document and random.random() < 0.75:
         key = random.choice(list(document) if isinstance(document, dict) else range(len(document)))
         deeper = change_json(document[key], random)
@@ -78,7 +78,7 @@ def change_json(document: Any, random: Random) -> Any:
 
 
 def change_bytes(content: bytes, random: Random) -> bytes:
-    """Cut, emptied, nested too deep, or with other bytes in it."""
+    """Return the content cut, emptied, nested too deep, or with other bytes."""
     at = random.randrange(len(content))
     spoilt = bytearray(content)
     for _ in range(random.choice([1, 8])):
@@ -87,7 +87,7 @@ def change_bytes(content: bytes, random: Random) -> bytes:
 
 
 def mutate(folder: Path, random: Random) -> tuple[Path, bytes]:
-    """A file of the folder, and what is to stand in it instead."""
+    """Choose a file of the folder, and its new content."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     likelier = [path for path in files if path.name == "config.json"] * 4
     file = random.choice(files + likelier)
@@ -98,14 +98,14 @@ def mutate(folder: Path, random: Random) -> tuple[Path, bytes]:
 
 
 def put(file: Path, content: bytes) -> None:
-    """As a new file: the old one may still be mapped."""
+    """Replace the file by a new one, because the old one may still be mapped."""
     new = file.with_name("new")
     new.write_bytes(content)
     os.replace(new, file)
 
 
 def use(engine: ModuleType, phase: int, folder: Path) -> None:
-    """All that a run reads of a folder: load it and its draft, and write two tokens."""
+    """Read everything that a run reads of a folder: load it and its draft, and write two tokens."""
     options: dict[str, Any] = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_tokens": 2}
     if phase >= 3:
         options |= {"tree": "static", "k": 2}
@@ -115,7 +115,7 @@ def use(engine: ModuleType, phase: int, folder: Path) -> None:
 
 
 def run(engine: ModuleType, phase: int, folder: Path, seeds: range) -> Counter[str]:
-    """How many of the mutants load, and how many are refused in a line."""
+    """Count the mutants that load, and those that are refused in a line."""
     found = Counter[str]()
     for seed in seeds:
         file, content = mutate(folder, Random(seed))
@@ -133,7 +133,7 @@ def run(engine: ModuleType, phase: int, folder: Path, seeds: range) -> Counter[s
         finally:
             put(file, before)
         assert not line or (line.isprintable() and len(line) < 1500), f"seed {seed}, {file.name}: {line}"
-        assert time.perf_counter() - began < 20, f"seed {seed}, {file.name}"  # far above what a loaded machine needs
+        assert time.perf_counter() - began < 20, f"seed {seed}, {file.name}"  # far more than a busy machine needs
     return found
 
 
@@ -191,7 +191,7 @@ def test_many_mutated_folders(engine: ModuleType, phase: Phase, folder: Path, qu
 def test_what_config_json_cannot_say(
     engine: ModuleType, folder: Path, tmp_path: Path, keys: dict[str, Any], words: str
 ) -> None:
-    """One line that names the model, the file and the key; at once, and without memory for what is asked."""
+    """One line names the model, the file and the key; at once, and without allocating the requested sizes."""
     wrong = Path(shutil.copytree(folder, tmp_path / "wrong"))
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, **keys}))

@@ -1,4 +1,4 @@
-"""A target and a draft of one tokenizer, padded to different widths: the target's tokens, whoever is wider."""
+"""A target and a draft of one tokenizer, padded to different widths: the output is the target's, whichever is wider."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Make = Callable[..., Path]
 
 
 def ways(phase: int) -> list[dict[str, Any]]:
-    """Options under which the tokens are those of plain decoding."""
+    """Return options under which the tokens are those of plain decoding."""
     if phase < 3:
         return [{}]
     coupled: dict[str, Any] = {"policy": "coupled", "temperature": 1.0}
@@ -32,7 +32,7 @@ def ways(phase: int) -> list[dict[str, Any]]:
 def test_the_output_is_that_of_plain_decoding(
     engine: ModuleType, phase: Phase, make_checkpoint: Make, family: str, widths: tuple[int, int]
 ) -> None:
-    """Random weights know of no padding: the target writes ids that a narrower draft lacks."""
+    """Random weights ignore padding: the target writes ids that a narrower draft lacks."""
     if phase.number < 2:
         pytest.skip("nothing drafts yet")
     tied = family == "gpt2"

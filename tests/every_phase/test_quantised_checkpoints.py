@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and compressed-tensors: from phase 4 on the engine's matrices are what the file's whole numbers mean.
+"""GPTQ, AWQ and compressed-tensors: from phase 4 on the engine's matrices are the dequantised values of the file.
 
 The files are written here by the rules of each format, from known levels, zeros and scales.
 """
@@ -25,8 +25,8 @@ from common.errors import UserError
 from common.phases import Phase
 
 CPU = torch.device("cpu")
-FIRST = 4  # the phase that reads them
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight numbers each four bits of a word hold, from the lowest
+FIRST = 4  # the first phase that reads them
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # index of the number in each four bits of a word, from the lowest
 TOKENS = torch.randint(1, 320, (1, 24), generator=torch.Generator().manual_seed(4))
 
 
@@ -36,7 +36,7 @@ class Case:
     group: int = 32  # 0: the whole width
     zeros: bool = False  # other than the middle
     bits: int = 4
-    shuffled: bool = False  # whether input features of a group lie apart (act-order)
+    shuffled: bool = False  # whether input features of a group are apart (act-order)
 
 
 def gptq(**keys: Any) -> dict[str, Any]:
@@ -80,7 +80,7 @@ CASES = {
 
 
 def words(numbers: Tensor, bits: int = 4, order: tuple[int, ...] | None = None) -> Tensor:
-    """[..., n] -> int32 [..., n * bits / 32], number order[i] of a word's in the i-th bits from the lowest."""
+    """Pack [..., n] -> int32 [..., n * bits / 32], number order[i] of each word in the i-th bits from the lowest."""
     each = 32 // bits
     parts = numbers.long().unflatten(-1, (-1, each))[..., list(order or range(each))]
     packed = (parts << torch.arange(each) * bits).sum(-1)
@@ -88,7 +88,7 @@ def words(numbers: Tensor, bits: int = 4, order: tuple[int, ...] | None = None) 
 
 
 def stored(case: Case, levels: Tensor, zeros: Tensor, scales: Tensor, group_of: Tensor) -> dict[str, Tensor]:
-    """A matrix [out, in] as the format has it; levels from 0, zeros and scales [out, groups], group_of [in]."""
+    """Store a matrix [out, in] in the format; levels from 0, zeros and scales [out, groups], group_of [in]."""
     method = case.about["quant_method"]
     if method == "gptq":
         less = 0 if case.about.get("checkpoint_format") == "gptq_v2" else 1
@@ -115,9 +115,9 @@ def stored(case: Case, levels: Tensor, zeros: Tensor, scales: Tensor, group_of: 
 
 @dataclass(frozen=True)
 class Written:
-    folder: Path  # as the tool writes it
-    logits: Tensor  # of the same model with its matrices written out, by transformers
-    weights: dict[str, Tensor]  # by the name of each matrix in the file, float32
+    folder: Path  # as written by the tool
+    logits: Tensor  # transformers' logits of the dequantised model
+    weights: dict[str, Tensor]  # name in the file -> float32 matrix
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def write(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
             group_of = torch.arange(width) // size
             if case.shuffled:  # alike for matrices with the same inputs
                 group_of = group_of[torch.randperm(width, generator=torch.Generator().manual_seed(width))]
-            # Whatever bfloat16 holds, float16 holds too, of this size.
+            # float16 represents every bfloat16 of this size.
             scales = ((torch.rand(zeros.shape, generator=generator) + 0.5) / 4 / top).bfloat16().half()
             owner = key.removesuffix(".weight")
             weights[owner] = (levels - zeros[:, group_of]).float() * scales[:, group_of].float()
@@ -174,7 +174,7 @@ def change(folder: Path, **keys: Any) -> None:
 
 
 def edited(written: Written, to: Path, **tensors: Callable[[Tensor], Tensor | None]) -> Path:
-    """A copy whose tensors of the first query projection are changed: one more, or None for one fewer."""
+    """Copy a checkpoint with changed tensors of the first query projection; None removes a tensor."""
     shutil.copytree(written.folder, to)
     stored = load_file(to / "model.safetensors")
     for kind, edit in tensors.items():
@@ -250,7 +250,7 @@ def test_scales_that_bfloat16_does_not_hold_are_rounded_with_a_note(
 def test_a_bias_of_zeros_that_the_model_has_not(
     reader: ModuleType, write: Callable[..., Written], tmp_path: Path
 ) -> None:
-    """Early GPTQ tools wrote one beside every matrix. Any other is an error."""
+    """Early GPTQ tools wrote a zero bias beside every matrix. A nonzero bias is an error."""
     folder = edited(write("gptq"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(128, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""`--record`: the same schema in every phase that has it, the same tokens, and nothing more computed in the loop."""
+"""`--record`: the same schema in every phase that has it, the same tokens, and no added operation in the loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.phases import Phase, phases
 from common.recording import Recording
 
-WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # and from which phase on
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # with the first phase
     "plain": (2, {"draft": "none"}),
     "model": (2, {"draft": "fake:0.7"}),
     "ngram": (3, {"drafter": "ngram"}),
@@ -40,7 +40,7 @@ def options(request: pytest.FixtureRequest, later: Phase) -> dict[str, Any]:
 
 
 class Operations(TorchDispatchMode):
-    """Every operation of torch, by name."""
+    """Records every operation of torch, by name."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ class Operations(TorchDispatchMode):
 
 
 def run(engine: ModuleType, options: dict[str, Any], record: Path | None) -> tuple[list[list[int]], list[str]]:
-    """The tokens of two prompts, and the operations of the loop, those of the recorder not counted."""
+    """Return the tokens of two prompts, and the operations of the loop without the recorder's."""
     llm = engine.LLM(engine.Options(**options))
     sequences = llm.sequences(["x y z x y", "a longer text"])
     recorder = importlib.import_module(f"{engine.__name__}.record").Recorder(record, llm, sequences) if record else None
@@ -73,7 +73,7 @@ def run(engine: ModuleType, options: dict[str, Any], record: Path | None) -> tup
 def test_recording_changes_no_token_and_adds_no_operation_to_the_loop(
     later: Phase, options: dict[str, Any], tmp_path: Path, check_recording: Callable[[Path], Recording]
 ) -> None:
-    """Off, the loop does not know of it; on, it is read after each step what the loop has made anyway."""
+    """Recording reads only what the loop has computed already, after each step."""
     engine = importlib.import_module(later.package)
     tokens, names = run(engine, options, None)
     recorded, with_record = run(engine, options, tmp_path / "run.jsonl")

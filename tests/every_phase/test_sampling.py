@@ -164,7 +164,7 @@ def test_any_valid_setting_gives_a_distribution(
 
 
 def kept_by_hand(logits: list[float], top_k: int, top_p: float, min_p: float) -> tuple[set[int], bool]:
-    """The ids that the filters keep, by sorting; and whether rounding could decide otherwise at the edge of top-p."""
+    """Return the ids that the filters keep, by sorting, and whether rounding could decide otherwise at top-p's edge."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     order = order[:top_k] if top_k else order
     weights = [math.exp(logits[token] - logits[order[0]]) for token in order]
@@ -208,7 +208,7 @@ def test_of_equal_logits_the_lowest_id_is_chosen(engine: ModuleType) -> None:
 
 @pytest.mark.parametrize(("options", "kept"), [({"top_p": 0.5}, 2), ({"top_p": 0.75}, 3), ({"min_p": 1.0}, 4)])
 def test_tokens_exactly_at_the_edge_of_a_filter(engine: ModuleType, options: dict[str, Any], kept: int) -> None:
-    """Four tokens of probability 1/4: half of the mass is two of them. And min_p = 1 keeps all that are likeliest."""
+    """Four tokens of probability 1/4: half of the mass is two of them. min_p = 1 keeps all of the likeliest."""
     probs = engine.probabilities(torch.zeros(1, 4), engine.SamplingParams(temperature=1.0, **options))
     assert probs[0].tolist() == pytest.approx([1 / kept] * kept + [0] * (4 - kept))
 
@@ -233,13 +233,13 @@ def test_logits_that_are_not_finite_are_an_error(engine: ModuleType, temperature
         with pytest.raises(UserError, match=cause):
             engine.choose(logits.to(dtype), params, keyed, [0, 0], [0, 0], [[1], [1]], [[], []])
     logits[1] = random_logits(1)[0]
-    logits[:, 0] = -float("inf")  # a token that cannot be
+    logits[:, 0] = -float("inf")  # an impossible token
     assert engine.probabilities(logits, params)[:, 0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("how", ["greedy", "sampled", "beams"])
 def test_an_overflow_in_float16_ends_the_run(engine: ModuleType, how: str, tmp_path: Path) -> None:
-    """It ended the text as an EOS, or went on with tokens that nothing stands behind."""
+    """Once it ended the text as an EOS, or continued with meaningless tokens."""
     folder = tmp_path / "stdlib-1m"
     shutil.copytree(MODELS / "stdlib-1m", folder)
     weights = load_file(folder / "model.safetensors")
@@ -250,7 +250,7 @@ def test_an_overflow_in_float16_ends_the_run(engine: ModuleType, how: str, tmp_p
     options: dict[str, Any] = {"model": str(folder), "dtype": "float16", "device": "cpu", "max_tokens": 8}
     ways: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 1.0}, "beams": {"beams": 2}}
     options |= ways[how]
-    if "kernels" in engine.Options.model_fields:  # the C++ kernels compute with float32 activations: no overflow there
+    if "kernels" in engine.Options.model_fields:  # the C++ kernels use float32 activations, which do not overflow
         options["kernels"] = "torch"
     drafts = [{}] if "draft" not in engine.Options.model_fields else [{"draft": "none"}, {"draft": "stdlib-1m"}]
     for draft in drafts if how != "beams" else [{}]:

@@ -1,4 +1,4 @@
-"""Streams that fail and signals that end a run: one line, an exit status, and nothing lost that was written."""
+"""Failing streams and signals that end a run: one line, an exit status, and no written output lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /d
 
 @pytest.fixture
 def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """`signalled(number)`: this process gets the signal after the third step of a run."""
+    """`signalled(number)`: send this process the signal after the third step of a run."""
     usual: dict[int, Any] = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,

@@ -1,4 +1,4 @@
-"""Phase 5: the next token, and steps of speculation, in C++. Every one of these is a build of its own."""
+"""Phase 5: the next token, and steps of speculation, in C++. Every mutant is compiled separately."""
 # ruff: noqa: E501
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Phase 5: the caches of keys and values, and which texts they hold."""
+"""Phase 5: the KV caches, and the sequences that they hold."""
 # ruff: noqa: E501
 
 from __future__ import annotations

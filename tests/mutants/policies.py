@@ -1,4 +1,4 @@
-"""Phase 3: policies, trees, and what drafts chains and trees."""
+"""Phase 3: policies, trees, and the drafting of chains and trees."""
 # ruff: noqa: E501
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ MUTANTS = mutants(
     "phase-1-baseline/engine/sampling.py",
     ("tests/every_phase/test_sampling.py", "-k", "phase1 or equal_logits or valid_setting"),
     ("dropped = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p", "dropped = ascending.softmax(-1).cumsum(-1) < 1 - params.top_p"),
-    ("dropped[..., -1] = False  # the most likely token always stays", "pass"),
+    ("dropped[..., -1] = False  # the most likely token is always kept", "pass"),
     ("logits.sort(dim=-1, descending=True, stable=True))\n", "logits.sort(dim=-1, descending=False, stable=True))\n"),
     ("(each.flip(-1) for each in logits.sort(dim=-1, descending=True, stable=True))", "(each for each in logits.sort(dim=-1, stable=True))"),
     ("unlikely = probs < params.min_p", "unlikely = probs <= params.min_p"),
@@ -34,16 +34,16 @@ MUTANTS = mutants(
     (
         "seen = torch.tensor(sorted({*prompt, *output})",
         "seen = torch.tensor(list({*prompt, *output})",
-        "each token is scaled by itself, so their order is of no account",
+        "each token is scaled by itself, so their order does not matter",
     ),
     (
         "if 0 < params.top_k < logits.shape[-1]:",
         "if 0 < params.top_k <= logits.shape[-1]:",
-        "as many tokens as there are: none is masked",
+        "k equals the number of tokens: none is masked",
     ),
     (
         "if params.top_p < 1:",
         "if params.top_p <= 1:",
-        "at top_p = 1 only what adds nothing to the sum, probability 0, would be dropped",
+        "at top_p = 1 only tokens of probability 0 would be dropped",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Phase 2: the rule of acceptance, its loop and its drafter; phase 3: what trees add to the source of random numbers."""
+"""Phase 2: the acceptance rule, its loop and its drafter; phase 3: the random numbers of trees."""
 # ruff: noqa: E501
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TREES = (*LAW[:2], "-k", "phase3")
 VERIFY = mutants(
     "phase-2-specdec/engine/verify.py",
     RULE,
-    # Keys: a number that decides twice, or one that nobody names.
+    # Keys: a number used twice, or one that is not in the table.
     ("positions[cut] + fell, Purpose.RESIDUAL)", "positions[cut] + fell, Purpose.ACCEPT)"),
     ("positions[cut] + fell, Purpose.RESIDUAL)", "positions[cut] + fell, Purpose.DRAFT)"),
     ("positions[cut] + fell, Purpose.RESIDUAL)", "positions[cut], Purpose.RESIDUAL)"),
@@ -46,12 +46,12 @@ VERIFY = mutants(
     (
         "uniform * cumulative[:, -1:], right=True)",
         "uniform * cumulative[:, -1:], right=False)",
-        "differs only where the number meets a running sum exactly, and 24 bits hardly ever do",
+        "differs only if the number equals a running sum exactly, which 24 bits hardly ever do",
     ),
     (
         "[..., None])[..., 0]).clamp(max=1)",
         "[..., None])[..., 0])",
-        "a number below 1 is below every ratio above 1; only the recorded ratio is larger",
+        "numbers are below 1, so below every ratio above 1; only the recorded ratio is larger",
     ),
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ def test_10_code_prompts() -> None:
     prompts = load_prompts("code")
     outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::20]], 64)
     assert len(outputs) == 10
-    assert len({tuple(tokens) for tokens in outputs}) > 8  # different prompts are continued differently
+    assert len({tuple(tokens) for tokens in outputs}) > 8  # different prompts have different continuations
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_all_200_code_prompts() -> None:
 
 @pytest.fixture(scope="module", params=["gpt2", "opt"])
 def briefly_trained(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
-    """A tiny model after a hundred steps on code: a random one only repeats itself and proves little."""
+    """Train a tiny model for a hundred steps on code: a random one only repeats itself and proves little."""
     folder = make_checkpoint(request.param, initializer_range=0.02)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = phase1.load(str(folder), torch.float32, CPU).tokenizer

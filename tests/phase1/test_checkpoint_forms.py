@@ -1,4 +1,4 @@
-"""Checkpoints in the forms that the hub really holds: old and new spellings, prefixes, buffers, formats."""
+"""Checkpoints in the forms found on the hub: old and new names, prefixes, buffers, formats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected_logits(folder: Path, tokens: torch.Tensor, positions: torch.Tensor 
 
 
 def check(folder: Path, reference: Path | None = None, positions: torch.Tensor | None = None) -> None:
-    """Our logits of `folder` equal transformers' logits of `reference` (the same folder by default)."""
+    """Check our logits of `folder` against transformers' logits of `reference` (the same folder by default)."""
     tokens = torch.randint(1, 320, (1, 24), generator=torch.Generator().manual_seed(4))
     model = phase1.load(str(folder), torch.float32, CPU).model
     expected = expected_logits(reference or folder, tokens, positions)
@@ -139,10 +139,10 @@ def test_opt_as_bin_without_tokenizer_json(make_checkpoint: Make, tmp_path: Path
     folder = make_checkpoint("opt", bos_token_id=2, eos_token_id=2, pad_token_id=1)
     old = copy(folder, tmp_path / "old")
     tensors = load_file(old / "model.safetensors")
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}  # as facebook/opt-125m has them
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}  # as in facebook/opt-125m
     torch.save(tensors, old / "pytorch_model.bin")
     (old / "model.safetensors").unlink()
-    # A byte-level BPE in its old files: the single bytes, no merges.
+    # A byte-level BPE in the old file format: the single bytes, no merges.
     vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     for character in sorted(ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
@@ -161,7 +161,7 @@ def test_opt_as_bin_without_tokenizer_json(make_checkpoint: Make, tmp_path: Path
 
 
 def test_a_folder_with_a_sentencepiece_model_alone(make_checkpoint: Make, tmp_path: Path) -> None:
-    """As Llama 2 and Mistral were first published: no tokenizer.json."""
+    """Llama 2 and Mistral were first published like this: no tokenizer.json."""
     old = copy(make_checkpoint("llama", vocab_size=480), tmp_path / "old")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (old / name).unlink()
@@ -197,7 +197,7 @@ def test_sharded_checkpoint(make_checkpoint: Make, tmp_path: Path) -> None:
 
 
 def test_mistral_window_reaches_as_far_as_its_own_mask(make_checkpoint: Make) -> None:
-    """24 tokens under a window of 8: far tokens must not be seen (without a window the logits are others)."""
+    """24 tokens under a window of 8: far tokens must not be seen (without a window the logits differ)."""
     windowed, open_ = make_checkpoint("mistral", sliding_window=8), make_checkpoint("mistral", sliding_window=None)
     check(windowed)
     check(open_)

@@ -1,4 +1,4 @@
-"""What the README claims about speed, with room for a noisy machine; and the cold start."""
+"""The README's claims about speed, with room for a noisy machine; and the cold start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def at_most(slow: list[Timed[Any]], fast: list[Timed[Any]]) -> float:
-    """The upper end of the interval of slow / fast."""
+    """Return the upper end of the interval of slow / fast."""
     pairs = zip(seconds(slow), seconds(fast), strict=True)
     found = ratio({"": [math.log(one / other) for one, other in pairs]}).rounds
     assert found is not None
@@ -29,10 +29,10 @@ def at_most(slow: list[Timed[Any]], fast: list[Timed[Any]]) -> float:
 
 
 def test_cold_start() -> None:
-    """From the start of the process to the first token: under 3 s, and half as much again where tests run beside it."""
+    """From the start of the process to the first token: under 3 s, and half as much again beside other tests."""
     command = [sys.executable, "phase-1-baseline/generate.py", "--prompt", "import ", "--max-tokens", "8"]
     best = float("inf")
-    for _ in range(3):  # the first run may still read Python's files from the disk
+    for _ in range(3):  # the first run may still read Python's files from disk
         start = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The tools of the proof: a walker that visits every outcome of a loop, and models small enough for that."""
+"""Tools of the proof: a walker that visits every outcome of a loop, and models small enough for that."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TableModel(phase2.Transformer):
             family="table", vocab_size=len(table), layers=1, width=1, heads=1, kv_heads=1, head_dim=1, ffn_width=1,
             context=context, norm="rms", norm_eps=0.0, positions="rope", activation="silu", gated=False,
         )  # fmt: skip
-        self.embedding = Embedding(1, 1)  # loops ask it for device and dtype
+        self.embedding = Embedding(1, 1)  # only its device and dtype are read
         self.table = table
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
@@ -39,11 +39,11 @@ class TableModel(phase2.Transformer):
 
 
 class Walker:
-    """Stands in for the random numbers of a loop, and takes every way through it in turn.
+    """Replaces the random numbers of a loop, and takes every branch in turn.
 
-    A draw branches over all tokens that are possible, a decision over yes and no, each with its probability.
-    Decisions that share a key share one uniform number, as they would with keyed noise: the interval that an earlier
-    decision has found for it holds for a later one.
+    A sample branches over all possible tokens, a decision over yes and no, each with its probability. Decisions that
+    share a key share one uniform number, as with keyed noise: the interval that an earlier decision has found for the
+    number holds for a later one.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Walker:
         self._taken: list[tuple[int, int]] = []
 
     def law(self, run: Callable[[Walker], Any]) -> Law:
-        """The probability of every result of `run`."""
+        """Return the probability of every result of `run`."""
         law: Law = defaultdict(float)
         while True:
             self._taken, self.weight = [], 1.0
@@ -100,7 +100,7 @@ def total_variation(a: Law, b: Law) -> float:
 
 
 def plain_law(target: phase2.Transformer, params: Any, ending: Any, prompt: list[int]) -> Law:
-    """The distribution of plain decoding's output."""
+    """Return the distribution of plain decoding's output."""
 
     def run(walker: Walker) -> tuple[int, ...]:
         return tuple(phase2.generate(target, [prompt], params, ending, sampler=walker)[0].tokens)
@@ -117,7 +117,7 @@ def speculative_law(
     k: int,
     parts: Any = phase2,
 ) -> Law:
-    """The distribution of speculative decoding's output. `parts` may hold a mutated drafter or loop."""
+    """Return the distribution of speculative decoding's output. `parts` may hold a mutated drafter or loop."""
 
     def run(walker: Walker) -> tuple[int, ...]:
         sequence = phase2.Sequence(prompt, params, ending)
@@ -132,7 +132,7 @@ def speculative_law(
 def tables(
     size: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0, context: int = 64
 ) -> list[TableModel]:
-    """A target and a draft that agree somewhat."""
+    """Make a target and a draft that partly agree."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
     draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
@@ -140,7 +140,7 @@ def tables(
 
 
 def layered(windows: tuple[int | None, ...], seed: int) -> phase2.Transformer:
-    """A small model over three tokens whose layers have these windows; the weights depend on the seed alone."""
+    """Make a small model over three tokens whose layers have these windows; the weights depend on the seed alone."""
     config = phase2.ModelConfig(
         family="mistral", vocab_size=3, layers=len(windows), width=8, heads=2, kv_heads=1, head_dim=4, ffn_width=8,
         context=64, norm="rms", norm_eps=1e-5, positions="rope", activation="silu", gated=True, windows=windows,
@@ -154,7 +154,7 @@ def layered(windows: tuple[int | None, ...], seed: int) -> phase2.Transformer:
 
 @pytest.fixture(scope="session")
 def proof() -> types.SimpleNamespace:
-    """The tools above, for test files (which cannot import this one)."""
+    """Return the tools above, for test files (which cannot import this one)."""
     return types.SimpleNamespace(
         TableModel=TableModel,
         Walker=Walker,

@@ -16,7 +16,7 @@ from common.philox import Purpose
 START = 7  # position of the first draft token
 TARGET = [[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.3, 0.2]]
 DRAFT = [[0.4, 0.1, 0.1, 0.4], [0.1, 0.2, 0.6, 0.1]]
-LOW, HIGH = 0.01, 0.99  # uniforms: a token stands where the uniform is below its ratio
+LOW, HIGH = 0.01, 0.99  # uniforms: a token is accepted if the uniform is below its ratio
 
 
 def rounded(values: Tensor) -> Any:
@@ -24,7 +24,7 @@ def rounded(values: Tensor) -> Any:
 
 
 class Scripted:
-    """Decides by given uniforms, [sample][draft token]; draws the likeliest token; remembers every draw."""
+    """Decides by given uniforms, [sample][draft token]; samples the likeliest token; records every sample."""
 
     def __init__(self, uniforms: list[list[float]]) -> None:
         self.uniforms = uniforms
@@ -53,7 +53,7 @@ def judge(
     draft: list[list[float]] = DRAFT,
     target: list[list[float]] = TARGET,
 ) -> tuple[phase2.Verdict, Scripted, str]:
-    """The verdict on some rows with the same distributions, what was drawn, and the inputs in words."""
+    """Return the verdict on rows with the same distributions, the recorded samples, and the inputs in words."""
     source, rows, k = Scripted(uniforms), len(tokens), len(tokens[0])
     verdict = phase2.verify(
         torch.tensor(tokens, dtype=torch.long).view(rows, k),
@@ -111,7 +111,7 @@ def test_the_residual_replaces_what_falls(
 
 @rule
 def test_the_residual_of_a_certain_draft() -> None:
-    """One-hot: the target's distribution without the token that fell."""
+    """One-hot: the target's distribution without the rejected token."""
     _, source, inputs = judge([[0, 2]], [[HIGH, LOW]], [2], one_hot=True)
     assert source.draws == [(0, 7, "RESIDUAL", [0.0, 0.2222, 0.3333, 0.4444])], inputs
 
@@ -126,7 +126,7 @@ def test_a_bonus_token_follows_a_draft_that_stands_whole() -> None:
 @rule
 @pytest.mark.parametrize("width", [0, 1])
 def test_tokens_past_a_rows_width_do_not_count(width: int) -> None:
-    """They neither stand nor fall: after the last that counts, the target goes on by itself."""
+    """They are neither accepted nor rejected: after the last that counts, the target's own token follows."""
     verdict, source, inputs = judge([[0, 2]], [[LOW, LOW]], [width])
     assert verdict.accepted.tolist() == [width], inputs
     assert source.draws == [(0, START + width, "SAMPLE", TARGET[width])], inputs
@@ -145,7 +145,7 @@ def test_rows_are_judged_each_on_its_own() -> None:
 
 @rule
 def test_an_empty_residual_is_no_division_by_zero() -> None:
-    """Rounding can reject a token of two equal distributions; then the target's own is as good."""
+    """Rounding can reject a token of two equal distributions; then the target's own distribution is used."""
     _, source, inputs = judge([[1, 0]], [[1.0, LOW]], [2], draft=TARGET)
     assert source.draws == [(0, 7, "RESIDUAL", TARGET[0])], inputs
 
@@ -164,7 +164,7 @@ PROBS = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
 @pytest.mark.about("engine/verify.py, KeyedSource.draw")
 @pytest.mark.parametrize("purpose", [Purpose.DRAFT, Purpose.RESIDUAL, Purpose.SAMPLE])
 def test_keyed_draws(purpose: Purpose) -> None:
-    """SAMPLE as plain decoding draws; else the first token at which the cumulated probability passes the uniform."""
+    """SAMPLE samples as in plain decoding; else the first token whose cumulative probability exceeds the uniform."""
     samples, positions = torch.arange(MANY) % 3, torch.arange(MANY)
     got = phase2.KeyedSource(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose)
     if purpose == Purpose.SAMPLE:
@@ -177,7 +177,7 @@ def test_keyed_draws(purpose: Purpose) -> None:
 
 @pytest.mark.about("engine/verify.py, KeyedSource.decide")
 def test_keyed_decisions() -> None:
-    """Yes where the ACCEPT uniform of sample and position is below the probability; alike alone and in a batch."""
+    """Accept if the ACCEPT uniform of sample and position is below the probability; the same alone and in a batch."""
     samples, positions = torch.tensor([0, 5]), torch.tensor([[7, 8, 9], [3, 4, 5]])
     chance = torch.tensor([[0.5, 0.2, 1.0], [0.9, 0.0, 0.5]])
     uniforms = philox.uniforms(SEED, samples.repeat_interleave(3), positions.flatten(), Purpose.ACCEPT, 1).view(2, 3)
@@ -201,7 +201,7 @@ def test_certain_decisions() -> None:
 
 
 def propose(proof: SimpleNamespace, k: int, **settings: Any) -> tuple[Any, Scripted, Any, Any]:
-    """What a drafter proposes after two texts that end in 1 and in 4, its draws, its table, and the parameters."""
+    """Return the proposals after two sequences that end in 1 and in 4, the samples, the table, and the parameters."""
     model = proof.tables(5, seed=2)[1]
     source, params = Scripted([]), phase2.SamplingParams(**{"temperature": 1.0, **settings})
     sequences = [
@@ -217,7 +217,7 @@ drafting = pytest.mark.about("engine/drafting.py, ModelDrafter.propose")
 @drafting
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 2}, {"frequency_penalty": 2.0}], ids=str)
 def test_each_token_is_drawn_after_the_ones_before(proof: SimpleNamespace, settings: dict[str, Any]) -> None:
-    """Here the likeliest is drawn; `probs` are what it was drawn from, after temperature, filters and penalties."""
+    """The likeliest token is sampled; `probs` are its distribution, after temperature, filters and penalties."""
     draft, _, table, params = propose(proof, 3, **settings)
     tokens, used = [], []
     for last in (1, 4):
@@ -244,7 +244,7 @@ def test_draws_are_keyed_by_sample_position_and_purpose(proof: SimpleNamespace) 
 
 @drafting
 def test_a_greedy_draft_is_certain(proof: SimpleNamespace) -> None:
-    """One-hot distributions are not handed over: None stands for them."""
+    """One-hot distributions are not returned: `probs` is None."""
     draft, _, table, _ = propose(proof, 2, temperature=0.0)
     expected = [[a := int(table[last].argmax()), int(table[a].argmax())] for last in (1, 4)]
     assert draft.tokens.tolist() == expected, f"the model's logits by last token {rounded(table)}"

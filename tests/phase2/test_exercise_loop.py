@@ -1,4 +1,4 @@
-"""The loop step by step: a target that counts (after 0 comes 1, then 2, ...), and drafts that are given."""
+"""The loop step by step: a target that counts (after 0 comes 1, then 2, ...), and given drafts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTING = torch.eye(SIZE, dtype=torch.float64).roll(1, dims=1) * 4  # logits by
 
 
 class Given:
-    """A drafter that proposes given tokens, one row a sequence, and remembers what it was asked and told."""
+    """A drafter that proposes given tokens, one row a sequence, and records its calls."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows, self.asked, self.told = rows, list[int](), list[list[int]]()
@@ -35,11 +35,11 @@ class Given:
     ("length", "done", "limit", "k", "context", "expected"),
     [
         (5, 0, 60, 4, 64, 4),
-        (5, 0, 3, 4, 64, 2),  # of three tokens two can be drafted: one always follows
+        (5, 0, 3, 4, 64, 2),  # of three tokens two can be drafted: one always comes after them
         (5, 2, 3, 4, 64, 0),
         (5, 0, 60, 4, 8, 3),  # at 9 tokens the window of 8 jumps
         (8, 0, 60, 4, 8, 0),
-        (9, 0, 60, 4, 8, 1),  # it jumps by 2: at 9 and at 11
+        (9, 0, 60, 4, 8, 1),  # jumps of 2: at 9 and at 11
         (60, 2, 60, 8, 64, 2),
     ],
 )
@@ -52,7 +52,7 @@ def test_how_many_tokens_to_draft(length: int, done: int, limit: int, k: int, co
 
 
 class Summing(phase2.Transformer):
-    """Its only logit is the sum of the tokens that it sees, up to each position. Counts its forwards."""
+    """A model whose only logit is the sum of the tokens seen, up to each position. Counts its forwards."""
 
     def __init__(self, model: Any) -> None:
         torch.nn.Module.__init__(self)
@@ -74,7 +74,7 @@ class Summing(phase2.Transformer):
         ([[1, 2]], [[10, 20]], [[3, 13, 33]]),
         ([[1, 2]], [[]], [[3]]),
         ([[1, 2], [5]], [[10], [10, 20]], [[3, 13, 13], [5, 15, 35]]),  # the shorter draft repeats its last position
-        ([[1] * 8], [[10]], [[6, 16]]),  # text and draft are 9 tokens; of these a context of 8 shows the last 7
+        ([[1] * 8], [[10]], [[6, 16]]),  # sequence and draft are 9 tokens; a context of 8 shows the last 7
     ],
 )
 def test_one_forward_gives_what_follows_every_draft_token(
@@ -90,7 +90,7 @@ def test_one_forward_gives_what_follows_every_draft_token(
 def step(
     proof: SimpleNamespace, drafts: list[list[int]], k: int, eos: tuple[int, ...] = (), **settings: Any
 ) -> tuple[Any, list[Any], Given, str]:
-    """One step for texts that end in 0 (as many as there are drafts), under a greedy target that counts."""
+    """Run one step for sequences that end in 0 (one for each draft), under a greedy target that counts."""
     params = phase2.SamplingParams(**settings)
     sequences = [phase2.Sequence([5, 0], params, phase2.Ending(eos), sample) for sample in range(len(drafts))]
     drafter = Given(drafts)
@@ -104,7 +104,7 @@ OUTCOMES = [
     ([1, 2, 3], (), 60, [1, 2, 3, 4], (3, 3, 3, 4)),
     ([1, 2, 5], (), 60, [1, 2, 3], (3, 3, 2, 3)),
     ([2, 2, 3], (), 60, [1], (3, 3, 0, 1)),
-    ([1, 2, 3], (2,), 60, [1, 2], (3, 2, 2, 2)),  # what comes after the end counts as neither proposed nor accepted
+    ([1, 2, 3], (2,), 60, [1, 2], (3, 2, 2, 2)),  # tokens after the end count as neither proposed nor accepted
     ([1, 2, 5], (3,), 60, [1, 2, 3], (3, 3, 2, 3)),
     ([1, 2, 3], (), 3, [1, 2, 3], (2, 2, 2, 3)),
     ([1, 2, 3], (), 1, [1], (0, 0, 0, 1)),
@@ -140,7 +140,7 @@ def test_rows_advance_each_at_its_own_pace(proof: SimpleNamespace) -> None:
 
 @stepping
 def test_penalties_see_the_draft_up_to_each_position(proof: SimpleNamespace) -> None:
-    """After 1 and 1 again, a second 1 has been penalised twice, as plain decoding would have it."""
+    """After 1 and 1 again, a second 1 has been penalised twice, as in plain decoding."""
     settings: dict[str, Any] = {"temperature": 1.0, "frequency_penalty": 2.0}
     done, _, _, inputs = step(proof, [[1, 1]], 2, **settings)
     params = phase2.SamplingParams(**settings)
@@ -157,7 +157,7 @@ decoding = pytest.mark.about("engine/speculative.py, speculative_decode")
 
 @decoding
 def test_a_batch_is_decoded_to_its_end(proof: SimpleNamespace) -> None:
-    """With the counting model as its own draft everything stands; a row that has ended takes part no more."""
+    """With the counting model as its own draft every token is accepted; ended rows take no further part."""
     model, params = proof.TableModel(COUNTING), phase2.SamplingParams(max_new_tokens=7)
     sequences = [phase2.Sequence([start], params, phase2.Ending((4,))) for start in (0, 4)]
     drafter = phase2.ModelDrafter(model, params, phase2.GreedySource())

@@ -1,4 +1,4 @@
-"""What stands around the loop, by hand: the toy model, which draft a model gets, and the account of a run."""
+"""The code around the loop, by hand: the toy model, the draft of a model, and the account of a run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Speculative decoding changes nothing: its output follows the target's distribution exactly.
+"""Speculative decoding is lossless: its output follows the target's distribution exactly.
 
-Every random number is replaced by a branch, and every branch is taken (conftest.Walker), so these are not estimates.
+Every random number is replaced by a branch, and every branch is taken (conftest.Walker), so the laws are exact.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EXACT, FLOAT32 = 1e-12, 1e-5
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_one_step_law(proof: SimpleNamespace, seed: int, one_hot: bool) -> None:
-    """Vocabulary 5, K = 3: whatever three tokens are drafted, the first token that comes out is the target's draw.
+    """Vocabulary 5, K = 3: whatever three tokens are drafted, the first output token follows the target.
 
-    And given it, so is the second: the law of verify() alone, with distributions that depend on the position only.
+    Given the first, so does the second: the law of verify() alone, with distributions that depend on the position only.
     """
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(1, 4, 5, generator=generator, dtype=torch.float64).softmax(-1)
@@ -39,7 +39,7 @@ def test_one_step_law(proof: SimpleNamespace, seed: int, one_hot: bool) -> None:
         verdict = phase2.verify(tokens, None if one_hot else draft, target, torch.tensor([3]), zero, start, walker)
         return (*tokens[0, : int(verdict.accepted)].tolist(), int(verdict.next_tokens))
 
-    # A block that ended early would be continued by the target: its probability spreads over all continuations.
+    # A block that ends early is continued by the target, so its probability spreads over all continuations.
     law: dict[tuple[int, ...], float] = {}
     for block, weight in proof.Walker().law(run).items():
         for rest in itertools.product(range(5), repeat=4 - len(block)):
@@ -124,11 +124,11 @@ def test_a_window_per_layer(proof: SimpleNamespace) -> None:
     assert proof.total_variation(got, expected) < FLOAT32
     for windows in ((2, 2), (None, None), (None, 2)):
         other = proof.plain_law(proof.layered(windows, seed=1), params, NO_END, [1, 0, 2])
-        assert proof.total_variation(other, expected) > 1e-3  # it does matter which layer has the window
+        assert proof.total_variation(other, expected) > 1e-3  # the layer with the window matters
 
 
 def test_longer_texts_by_merging_states(proof: SimpleNamespace) -> None:
-    """Five tokens, K = 3, step by step: equal texts are one state, however they came about."""
+    """Five tokens, K = 3, step by step: equal sequences are one state, however they were reached."""
     target, draft = proof.tables(3, seed=10)
     params = phase2.SamplingParams(temperature=1.0, max_new_tokens=5)
     states: dict[tuple[int, ...], float] = {(): 1.0}
@@ -160,7 +160,7 @@ LOOP = "draft = drafter.propose(sequences, K)"
 MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "residual not normalised": ("verify", ("residual / mass", "residual")),
     "residual not clipped": ("verify", (".clamp(min=0)", ".abs()")),
-    "drawn from the target, not the residual": (
+    "sampled from the target, not the residual": (
         "verify",
         ("torch.where(mass > 0, residual / mass, following[cut])", "following[cut]"),
     ),

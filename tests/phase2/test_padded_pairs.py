@@ -1,4 +1,4 @@
-"""Pairs of one tokenizer whose tables are padded to different widths: lossless all the same, by enumeration."""
+"""Pairs of one tokenizer whose tables are padded to different widths are lossless, by enumeration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Make = Callable[..., Path]
 
 
 class OneHot(phase2.Transformer):
-    """A token is a one-hot vector and the head a table [V, V]: what follows depends on the last token alone."""
+    """A model of one-hot tokens with a table [V, V] as head: the next token depends on the last one alone."""
 
     def __init__(self, table: Tensor, tied: bool = False) -> None:
         nn.Module.__init__(self)
@@ -44,7 +44,7 @@ class OneHot(phase2.Transformer):
 
 
 def pair(target: int, draft: int, seed: int = 3) -> tuple[OneHot, OneHot]:
-    """So many ids each; where both have one they agree somewhat."""
+    """Make models of these numbers of ids; on shared ids they partly agree."""
     generator = torch.Generator().manual_seed(seed)
     both = torch.randn(2, max(target, draft), max(target, draft), generator=generator, dtype=torch.float64)
     models = OneHot(both[0, :target, :target].clone()), OneHot(both.sum(0)[:draft, :draft].clone())
@@ -65,7 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("widths", [(3, 2), (3, 5)])
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_the_whole_loop(proof: SimpleNamespace, name: str, widths: tuple[int, int]) -> None:
-    """The prompt ends in the target's last id, which a narrower draft does not know."""
+    """The prompt ends in the target's last id, which a narrower draft lacks."""
     target, draft = pair(*widths)
     params = phase2.SamplingParams(**{"temperature": 1.0, "max_new_tokens": 3, **SETTINGS[name]})
     prompt = [0, widths[0] - 1]
@@ -94,7 +94,7 @@ def test_ids_past_the_narrower_side_have_no_probability(name: str) -> None:
 def test_fitting_keeps_what_both_have(tied: bool) -> None:
     table = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
     whole, model = OneHot(table, tied), OneHot(table, tied)
-    for size in (8, 6, 5, 3):  # wider, less wide, as it was, narrower
+    for size in (8, 6, 5, 3):  # wider, less wide, unchanged, narrower
         fit_vocabulary(model, size)
         assert model.config.vocab_size == len(model.embedding.weight) == size
         assert (model.head.weight is model.embedding.weight) == tied
@@ -115,7 +115,7 @@ def loaded(folder: Path) -> phase2.LoadedModel:
 
 
 def with_tokens(folder: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """A copy whose tokenizer.json is changed."""
+    """Copy a checkpoint with a changed tokenizer.json."""
     shutil.copytree(folder, to)
     document = json.loads((to / "tokenizer.json").read_text())
     change(document)

@@ -1,4 +1,4 @@
-"""What phase 2 adds to the command line."""
+"""The command line options of phase 2."""
 
 from __future__ import annotations
 

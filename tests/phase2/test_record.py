@@ -79,7 +79,7 @@ def test_what_the_header_says_of_a_trained_pair(tmp_path: Path, check_recording:
 def test_a_text_that_ends_inside_its_draft(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, check_recording: Check
 ) -> None:
-    """What lies behind the end is proposed and compared, and is neither counted nor emitted."""
+    """Draft tokens past the end are proposed and compared, and are neither counted nor emitted."""
     whole = completions(capsys, *FAKE, "--draft", "fake")[0]
     stop = whole["text"][6:9]
     done = completions(capsys, *FAKE, "--draft", "fake", "--stop", stop, "--record", tmp_path / "run.jsonl")[0]
@@ -97,7 +97,7 @@ def test_a_text_that_ends_inside_its_draft(
 def test_an_interrupted_run_leaves_whole_lines(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, check_recording: Check, draft: str
 ) -> None:
-    """Ctrl-C in the third forward of the target: two steps, and a footer that says so."""
+    """Ctrl-C in the third forward of the target: two steps, and a footer that records the interruption."""
     forwards, real = [0], phase2.FakeModel.logits
 
     def interrupted(self: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.no_exercise
 def test_what_is_wrong_in_a_recording_is_found(tmp_path: Path) -> None:
-    """A figure changed by hand, wherever it is, contradicts the rest."""
+    """A changed figure, wherever it is, contradicts the rest."""
     assert run(*FAKE, "--draft", "fake:0.7", "--temperature", 1, "--record", tmp_path / "run.jsonl") == 0
     good = (tmp_path / "run.jsonl").read_text()
     at = next(n for n, line in enumerate(good.splitlines()) if json.loads(line).get("residual"))

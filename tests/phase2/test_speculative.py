@@ -38,7 +38,7 @@ def speculate(
     k: int,
     samples: list[int] | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    """The finished sequences and the steps."""
+    """Return the finished sequences and the steps."""
     source = phase2.GreedySource() if params.greedy else phase2.KeyedSource(params.seed)
     drafter = phase2.ModelDrafter(draft, params, source)
     numbers = samples or [0] * len(prompts)
@@ -48,7 +48,7 @@ def speculate(
 
 @pytest.fixture(scope="module")
 def plain_by_phase_1(target: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts, and what phase 1 writes after them."""
+    """Return prompts, and phase 1's output after them."""
     plain = phase1.load("stdlib-10m", torch.float32, CPU)
     prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:4]]
     done = phase1.generate(plain.model, prompts, phase1.SamplingParams(max_new_tokens=24), plain.ending)
@@ -129,7 +129,7 @@ def test_ragged_batches_equal_single_runs(temperature: float) -> None:
 
 
 class Counted(phase2.FakeModel):
-    """Counts forwards, and the positions whose logits were asked for."""
+    """Counts forwards, and the positions whose logits were requested."""
 
     forwards = 0
     asked = 0
@@ -190,7 +190,7 @@ def test_a_fakes_agreement_is_its_acceptance() -> None:
         _, steps = speculate(model, guess, [[1], [2], [3]], params, phase2.Ending(), 1)
         stats = [s for step in steps for s in step.stats]
         rate = sum(s.accepted for s in stats) / sum(s.proposed for s in stats)
-        # Greedy text of a toy soon runs in circles and visits few contexts, so its rate says less.
+        # Greedy text of a toy soon loops and visits few contexts, so its rate says less.
         assert abs(rate - 0.7) < (0.05 if temperature else 0.3)
 
 

@@ -1,8 +1,8 @@
-"""Which random number decides what: the table of KeyedSource as code, and a check of whole runs by it.
+"""The random number of every decision: the table of KeyedSource as code, and a check of whole runs against it.
 
-`decisions` goes through all that a step decided and decides it again by the key that the table names: a number with
-another key, or used in another way, is found by what it decides, in torch and in C++ alike. `asked_of_philox` lists the
-numbers that a loop in torch asks for: one that decides something else is found by the list.
+`decisions` repeats every decision of a step with the key that the table names. So a number with another key, or one
+used in another way, changes a decision and is found, in torch and in C++. `asked_of_philox` lists the numbers that
+a torch loop requests, which finds numbers that decide something else.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 
     decision: str
     purpose: Purpose
-    since: int  # the first phase that has it
+    since: int  # the first phase with this rule
 
 
 RULES = {
@@ -50,27 +50,27 @@ RULES = {
 
 @dataclass(frozen=True)
 class Decision:
-    owner: object  # whose text: requests of one seed share their numbers
+    owner: object  # the sequence: requests of one seed share their numbers
     rule: str
     key: Key
     found: object
-    right: object  # by the key that the table names
-    counts: bool  # False: a draft token that the walk never came to, or one that shares the number of the target's own
+    right: object  # the decision by the key in the table
+    counts: bool  # False: a draft token that was never compared, or one that shares the number of the target's own
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a step decided for one sequence, in the same form for every phase. Node -1 is the text."""
+    """The decisions of one step for one sequence, in the same form for every phase. Node -1 is the sequence."""
 
     owner: object  # the sequence
     sample: int
-    length: int  # of the sequence before the step: the position of the next token
-    tokens: list[int]  # what was proposed, parents first
+    length: int  # before the step: the position of the next token
+    tokens: list[int]  # the proposed tokens, parents first
     parents: list[int]
     kind: Literal["chain", "drawn tree", "chosen tree"]
-    origins: Tensor | None  # row 1 + i [V]: what the children of node i were drawn from; None: they were certain
-    target: Tensor  # row 1 + i [V]: the target's distribution behind node i
-    path: list[int]  # nodes that were accepted
+    origins: Tensor | None  # row 1 + i [V]: the distribution of node i's children; None: one-hot
+    target: Tensor  # row 1 + i [V]: the target's distribution after node i
+    path: list[int]  # accepted nodes
     following: int
 
     def children(self, node: int) -> list[int]:
@@ -81,7 +81,7 @@ class Part:
 
 
 def parts_of_plain(engine: Any, sequences: list[Any], logits: Tensor, params: Any) -> Iterator[Part]:
-    """Of a step without a draft, as `watch` sees it: the sequences have their new token already."""
+    """Yield the parts of a step without a draft, as `watch` receives it: the sequences have their new token already."""
     for sequence, row in zip(sequences, logits, strict=True):
         yield _plain(engine, sequence, len(sequence.tokens) - 1, row, sequence.tokens[-1], params)
 
@@ -92,7 +92,7 @@ def _plain(engine: Any, sequence: Any, start: int, logits: Tensor, token: int, p
 
 
 def parts(engine: Any, step: Any, params: Any) -> Iterator[Part]:
-    """Of a step of speculation, of any phase."""
+    """Yield the parts of a speculative step, of any phase."""
     for row, (sequence, start) in enumerate(zip(step.sequences, step.starts, strict=True)):
         origins = None if step.draft.probs is None else step.draft.probs[row]
         kind: Literal["chain", "drawn tree", "chosen tree"] = "chain"
@@ -114,7 +114,7 @@ def parts(engine: Any, step: Any, params: Any) -> Iterator[Part]:
 
 
 def decisions(part: Part, seed: int, policy: str, noise: Purpose) -> Iterator[Decision]:
-    """All that was decided in a step. policy: `rejection`, `own choice` or `lossy`; noise: of the draws of drafts."""
+    """Yield all decisions of a step. policy: `rejection`, `own choice` or `lossy`; noise: the purpose of drafts."""
     yield from _drafted(part, seed, noise)
     if policy == "rejection" and part.kind != "chosen tree":
         yield from _by_rejection(part, seed)
@@ -127,7 +127,7 @@ def decisions(part: Part, seed: int, policy: str, noise: Purpose) -> Iterator[De
 
 
 def _drafted(part: Part, seed: int, noise: Purpose) -> Iterator[Decision]:
-    """What was proposed. `coupled` drafts with the target's own noise: its drafts have no number of their own."""
+    """Yield the decisions on the draft. `coupled` drafts with the target's noise, so its drafts have no own number."""
     if part.origins is None:
         return
     for node in range(-1, len(part.tokens)):
@@ -142,7 +142,7 @@ def _drafted(part: Part, seed: int, noise: Purpose) -> Iterator[Decision]:
 
 
 def _by_rejection(part: Part, seed: int) -> Iterator[Decision]:
-    """Recursive rejection (Sequoia, Algorithm 2), of which the rule for chains is the case of one child."""
+    """Yield the decisions of recursive rejection (Sequoia, Algorithm 2); for chains, with one child per node."""
     for depth, node in enumerate([-1, *part.path]):
         position, children = part.length + depth, part.children(node)
         target = part.target[node + 1]
@@ -172,13 +172,13 @@ def uniform(key: Key) -> float:
 
 
 def inverse(probs: Tensor, key: Key) -> int:
-    """The first token of probs [V] at which their running sum exceeds the number's share of the whole."""
+    """Return the first token of probs [V] at which the running sum exceeds the number's share of the total."""
     sums = probs.double().cumsum(0)
     return int((sums <= uniform(key) * sums[-1]).sum())
 
 
 def largest(probs: Tensor, key: Key, count: int) -> list[int]:
-    """The tokens with the largest log p + Gumbel noise, in order: draws without replacement (Kool et al. 2019)."""
+    """Return the tokens of largest log p + Gumbel noise, in order: samples without replacement (Kool et al. 2019)."""
     scores = probs.log() + philox.gumbel(key.seed, *_row(key), key.purpose, len(probs))[0]
     return scores.argsort(descending=True, stable=True)[:count].tolist()
 
@@ -188,7 +188,7 @@ def _row(key: Key) -> tuple[Tensor, Tensor]:
 
 
 def check(found: list[Decision]) -> Counter[str]:
-    """Every decision is that of the table, and no number decided two things. How many decisions there were by rule."""
+    """Check every decision against the table, and that no number decided two things; count the decisions by rule."""
     assert [each for each in found if each.found != each.right] == []
     uses = Counter((each.owner, each.key) for each in found if each.counts)
     assert [key for key, count in uses.items() if count > 1] == []
@@ -197,7 +197,7 @@ def check(found: list[Decision]) -> Counter[str]:
 
 @contextmanager
 def asked_of_philox(patch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
-    """The keys of all numbers that are asked for meanwhile, in torch; those of the fake model's logits apart."""
+    """Collect the keys of all numbers requested in torch, except those of the fake model's logits."""
     asked: set[Key] = set()
     uniforms = philox.uniforms
 

@@ -1,7 +1,7 @@
-"""Mutants: sources with a piece replaced, which a test has to notice.
+"""Mutants: sources with one piece replaced, which a test must reject.
 
-`mutated` makes one in the process, for a proof that is run on it. `Mutant` names one for `make mutants`, which runs the
-quick tests of its subject on a copy of the repository (mutation.py); the lists are in tests/mutants/.
+`mutated` makes a mutant within the process, for a proof to run on. `Mutant` describes one for `make mutants`, which
+runs the quick tests of its subject on a copy of the repository (mutation.py); the lists are in tests/mutants/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 def replaced(source: str, where: str, changes: Iterable[tuple[str, str]]) -> str:
-    """The source with these pieces replaced. A piece that is not there fails, so no mutant goes stale."""
+    """Return the source with these pieces replaced. A missing piece fails, so no mutant becomes stale."""
     for old, new in changes:
         assert old in source, f"no longer in {where}: {old}"
         source = source.replace(old, new)
@@ -22,11 +22,11 @@ def replaced(source: str, where: str, changes: Iterable[tuple[str, str]]) -> str
 
 
 def mutated(module: types.ModuleType, *changes: tuple[str, str], **names: object) -> types.ModuleType:
-    """The module with pieces of its source replaced, and then some of its names."""
+    """Return the module with pieces of its source replaced, and then some of its names."""
     source = replaced(inspect.getsource(module), module.__name__, changes)
     mutant = types.ModuleType(module.__name__)
     mutant.__package__ = module.__package__
-    sys.modules[module.__name__] = mutant  # dataclasses look their module up
+    sys.modules[module.__name__] = mutant  # dataclasses look up their module
     try:
         exec(compile(source, module.__file__ or "mutant", "exec"), mutant.__dict__)
     finally:
@@ -37,13 +37,13 @@ def mutated(module: types.ModuleType, *changes: tuple[str, str], **names: object
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` occurs once in the file."""
+    """One replacement; `old` occurs once in the file."""
 
     file: str  # from the root of the repository
     old: str
     new: str
-    tests: tuple[str, ...]  # as pytest takes them
-    equivalent: str = ""  # why it does what the original does; by default some test fails on it
+    tests: tuple[str, ...]  # arguments of pytest
+    equivalent: str = ""  # why it is equivalent to the original; by default some test must fail
 
     @property
     def name(self) -> str:
@@ -51,5 +51,5 @@ class Mutant:
 
 
 def mutants(file: str, tests: tuple[str, ...], *changes: tuple[str, str] | tuple[str, str, str]) -> list[Mutant]:
-    """Of one file: (old, new), or (old, new, why it is equivalent)."""
+    """Return the mutants of one file from (old, new), or (old, new, why it is equivalent)."""
     return [Mutant(file, change[0], change[1], tests, "".join(change[2:])) for change in changes]

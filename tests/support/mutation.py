@@ -1,7 +1,7 @@
-"""Runs every mutant of tests/mutants/ against the quick tests of its subject, and names those that nobody noticed.
+"""Run every mutant of tests/mutants/ against the quick tests of its subject, and report the survivors.
 
-Each runs in a copy of the repository, in a process that is forked from this one, so that torch is imported once. First
-the tests have to pass without a mutant. Exit status 1 where a mutant survives that the lists do not call equivalent.
+Each mutant runs in a copy of the repository, in a process forked from this one, so that torch is imported once. First
+the tests must pass without a mutant. Exit status 1 if a mutant survives that the lists do not call equivalent.
 
     make mutants
     python -m tests.support.mutation verify.py kv_cache     (those with one of these words in their name)
@@ -25,24 +25,24 @@ import pytest
 from tests.support.mutants import Mutant, replaced
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 900.0  # seconds for one mutant: what takes longer does not end. To compile C++ takes minutes on a busy machine
+LIMIT = 900.0  # seconds for one mutant; a longer one is taken for endless. C++ compiles for minutes on a busy machine
 HEAVY = ("torch", "transformers", "scipy.stats", "hypothesis", "jsonschema", "safetensors.torch")
 SKIPPED = shutil.ignore_patterns("results", ".git", ".venv", "__pycache__", "*.ipynb", ".*_cache")
 OUTCOMES = {0: "survived", 1: "killed"}  # by pytest's status; others mean that the tests could not be run
 
 Outcome = tuple[Mutant | None, tuple[str, ...], str, str]
-"""A mutant (None: no mutant), its tests, what became of it, and the end of what pytest said."""
+"""A mutant (None: no mutant), its tests, the outcome, and the end of pytest's output."""
 
 
 def every_mutant() -> list[Mutant]:
-    """Of all lists, in the order of their files."""
+    """Return all mutants, in the order of the lists' files."""
     files = sorted((ROOT / "tests" / "mutants").glob("*.py"))
     modules = [importlib.import_module(f"tests.mutants.{file.stem}") for file in files]
     return [mutant for module in modules for mutant in module.MUTANTS]
 
 
 def copied(root: Path, folder: Path) -> Path:
-    """A copy of the repository in which the phases can be imported by their names."""
+    """Copy the repository so that the phases can be imported by their names."""
     shutil.copytree(root, folder, ignore=SKIPPED)
     links = folder / ".venv" / "phases"
     links.mkdir(parents=True)
@@ -52,7 +52,7 @@ def copied(root: Path, folder: Path) -> Path:
 
 
 def start(copy: Path, tests: tuple[str, ...], log: Path) -> int:
-    """The number of a process that runs these tests in the copy, and writes what pytest says into the log."""
+    """Start a process that runs these tests in the copy and writes pytest's output to the log; return its number."""
     sys.stdout.flush()
     if process := os.fork():
         return process
@@ -61,12 +61,12 @@ def start(copy: Path, tests: tuple[str, ...], log: Path) -> int:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.dont_write_bytecode = True  # a change within the same second would go unnoticed
+    sys.dont_write_bytecode = True  # bytecode would hide a change within the same second
     places = [str(copy), str(copy / ".venv" / "phases")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     os.environ["SPECDEC_BUILD_DIR"] = str(copy.parent / "kernels")
     sys.path[:0] = places
-    for name in list(sys.modules):  # of the repository itself
+    for name in list(sys.modules):  # modules of the repository itself
         if re.match(r"(tests|common|phase\d+)(\.|$)", name):
             del sys.modules[name]
     status = 3
@@ -94,7 +94,7 @@ class Running:
         self.process = start(copy, tests, self.log)
 
     def ended(self, limit: float) -> Outcome | None:
-        """What became of it, once it has ended; the copy is then as it was."""
+        """Return the outcome once the run has ended, and restore the copy."""
         process, status = os.waitpid(self.process, os.WNOHANG)
         outcome = None
         if process:
@@ -102,7 +102,7 @@ class Running:
         elif time.monotonic() - self.began > limit:
             os.killpg(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
-            outcome = "killed"  # a loop that never ends is noticed
+            outcome = "killed"  # an endless loop counts as killed
         if outcome is None:
             return None
         if self.mutant is not None:
@@ -119,7 +119,7 @@ def run(
     limit: float = LIMIT,
     say: Callable[[str], None] = print,
 ) -> Iterator[Outcome]:
-    """First the tests of these mutants without any, then every mutant; as they end. `folder` holds the copies."""
+    """Yield outcomes as they end: first the tests without any mutant, then every mutant. `folder` holds the copies."""
     copies = [copied(root, folder / f"copy-{number}") for number in range(jobs)]
     waiting: list[tuple[Mutant | None, tuple[str, ...]]] = [(None, tests) for tests in {m.tests: 0 for m in mutants}]
     waiting += [(mutant, mutant.tests) for mutant in mutants]
@@ -138,7 +138,7 @@ def run(
 
 
 def verdict(outcome: Outcome) -> tuple[str, bool]:
-    """A line that says what became of it, and whether that is right."""
+    """Return a line that reports the outcome, and whether it is as expected."""
     mutant, tests, became, said = outcome
     if mutant is None:
         good = became == "survived"

@@ -1,7 +1,7 @@
 """Sixty runs over phases, drafters, trees, caches, kernels, dtypes and seeds, whose tokens are saved as hashes.
 
-A change that is not meant to change what the engine computes gives the same tokens before and after.
-The last bits of a sum differ between processors, so the hashes are compared on the machine that saved them.
+A change that is not meant to affect the engine's output must give the same tokens before and after. The last bits of a
+sum differ between processors, so the hashes are compared on the machine that saved them.
 
     python tests/support/saved_runs.py --save before.json     # before the change
     python tests/support/saved_runs.py --compare before.json  # after it
@@ -66,7 +66,7 @@ def runs() -> list[tuple[int, str]]:
 
 
 def tokens_of(phase: int, options: str) -> str:
-    """The hash of the tokens of every completion."""
+    """Return the hash of the tokens of every completion."""
     (folder,) = ROOT.glob(f"phase-{phase}-*")
     own = [] if "--dtype" in options or "--amp" in options else ["--dtype", "float32"]
     count = [] if "--max-tokens" in options else ["--max-tokens", "24"]

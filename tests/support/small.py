@@ -1,4 +1,4 @@
-"""Models small enough for statistics: a target and a draft of a few tokens that agree somewhat, in a whole llm.
+"""Models small enough for statistics: a target and a draft of a few tokens that partly agree, loaded by an LLM.
 
 made = small_session(engine, patch, draft="fake:0.7", policy="coupled")
 sequences = sequences_of(engine, made, [[1, 2], [3]], samples=[0, 1])
@@ -18,19 +18,19 @@ from torch import Tensor
 
 @cache
 def fake_checkpoint(package: str, name: str) -> Any:
-    """What --model fake loads: its tokenizer takes a while to read."""
+    """Load --model fake's checkpoint, once, because reading its tokenizer takes a while."""
     return importlib.import_module(f"{package}.pair").load_fake(name)
 
 
 def tables(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits of target and draft, [V * V, V], by the last two tokens."""
+    """Return logits of target and draft, [V * V, V], by the last two tokens."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(size * size, size, generator=generator) * 1.5
     return target, target + torch.randn(size * size, size, generator=generator)
 
 
 def small_session(engine: Any, patch: pytest.MonkeyPatch, size: int = 12, **options: Any) -> Any:
-    """A llm whose fake models have `size` tokens and logits from `tables`; at temperature 1."""
+    """Make an LLM whose fake models have `size` tokens and logits from `tables`; at temperature 1."""
     target, draft = tables(size)
 
     def load_fake(name: str) -> Any:
@@ -49,5 +49,5 @@ def small_session(engine: Any, patch: pytest.MonkeyPatch, size: int = 12, **opti
 
 
 def sequences_of(engine: Any, made: Any, prompts: list[list[int]], samples: list[int]) -> list[Any]:
-    """Every sample of every prompt; nothing ends a text but the token limit."""
+    """Return every sample of every prompt; only the token limit ends a sequence."""
     return [engine.Sequence(prompt, made.params, engine.Ending(), sample) for prompt in prompts for sample in samples]

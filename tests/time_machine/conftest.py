@@ -1,4 +1,4 @@
-"""What the tests of the tools share: git without this machine's settings, scratch repositories, environments."""
+"""Shared by the tests of the tools: git without this machine's settings, scratch repositories, environments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.phases import ROOT
 
 @pytest.fixture
 def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """git as a fresh account has it, also inside a hook, where GIT_DIR names the repository that is committed to."""
+    """Make git behave as in a fresh account, also inside a hook, whose GIT_DIR names the repository of the commit."""
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
@@ -30,7 +30,7 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path, plain_git: None) -> Path:
-    """A repository with one commit: the files of this one as they lie in the work tree, without what git ignores."""
+    """Make a repository with one commit: the files of this work tree, without ignored ones."""
     folder = tmp_path / "clone"
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -45,7 +45,7 @@ def clone(tmp_path: Path, plain_git: None) -> Path:
 
 @pytest.fixture
 def make_environment() -> Callable[[Path], None]:
-    """Makes a virtual environment that finds the dependencies where this one has them, but not this repository."""
+    """Return a function that makes a virtual environment with this one's dependencies, but not this repository."""
 
     def make(folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -71,7 +71,7 @@ class Scratch:
 
     @staticmethod
     def text(changes: Mapping[int, str] | None = None) -> str:
-        """Twelve lines, some of them changed; the last one has no newline at its end."""
+        """Return twelve lines, some of them changed; the last one has no newline at its end."""
         return "\n".join((changes or {}).get(n, f"line {n}") for n in range(1, 13))
 
     def git(self, *arguments: str) -> str:

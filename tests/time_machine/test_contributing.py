@@ -1,4 +1,4 @@
-"""The commands of CONTRIBUTING.md, one after the other, in a scratch clone with an environment of its own."""
+"""The commands of CONTRIBUTING.md, one after the other, in a scratch clone with its own environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CHECKS = "Run the checks"
 SECTIONS = {section.split("\n")[0]: re.findall(r"^    (.+)$", section, re.MULTILINE) for section in TEXT.split("\n## ")}
 
-# Stands in for the person at the editor: writes what CONTRIBUTING.md says, or anything where it says nothing.
+# Replaces the editor: writes the text of CONTRIBUTING.md, or any text if CONTRIBUTING.md gives none.
 EDITOR = f"""#!{sys.executable}
 import pathlib, re, sys
 for path in map(pathlib.Path, sys.argv[1:]):
@@ -39,7 +39,7 @@ for path in map(pathlib.Path, sys.argv[1:]):
 
 @pytest.fixture
 def run(clone: Path, make_environment: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs commands in the clone as one bash script, which ends at the first that fails."""
+    """Return a function that runs commands in the clone as one bash script, which ends at the first failure."""
     environment = clone / ".venv"
     make_environment(environment)
     for tool in ("pytest", "mypy"):  # their packages are found, but their scripts start the other environment's Python
@@ -54,8 +54,8 @@ def run(clone: Path, make_environment: Callable[[Path], None], monkeypatch: pyte
     for name in [name for name in os.environ if "MAKE" in name or name in ("TORCH_INDEX", "PYTHON", "PYTHONPATH")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("EDITOR", str(editor))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # all that `make install` needs is there, and it must find that out
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads this one upside down: no isolation
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # everything that `make install` needs is installed already
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip inverts this one: no isolation
 
     def script(commands: list[str]) -> str:
         bash = ["bash", "-euxo", "pipefail", "-c", "\n".join(commands)]
@@ -77,7 +77,7 @@ def test_every_command_for_phases_works(run: Callable[..., str], clone: Path) ->
 
 @pytest.mark.slow
 def test_the_checks_run(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it again, and then the checks; pytest collects every test but runs none: that is what this run does."""
+    """Run all of it again, and then the checks; pytest collects every test but runs none."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only")
     out = run([command for commands in SECTIONS.values() for command in commands])
     assert "test_every_command_for_phases_works" in out

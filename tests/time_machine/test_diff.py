@@ -1,4 +1,4 @@
-"""`lab diff`: files in reading order, a diff that git can apply, a page that holds all lines and needs no network."""
+"""`lab diff`: files in reading order, a diff for `git apply`, a page with all lines that needs no network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from common.phases import ROOT
 README_2 = """\
 ## What changed since phase 1
 
-    part rule: what stands
+    part rule: what is accepted
     + engine/verify.py  the rule, & <more>
     - engine/old.py     gone
 
@@ -41,7 +41,7 @@ def write(root: Path, contents: dict[str, str | bytes]) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three phases with all that can differ."""
+    """Make three phases with every kind of difference."""
     first: dict[str, str | bytes] = {
         "README.md": "one\n",
         "lesson.ipynb": "{}",
@@ -86,7 +86,7 @@ def lab_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
 
 
 def heads(out: str) -> list[str]:
-    """The line above each file's diff."""
+    """Return the line above each file's diff."""
     return [line for line in out.splitlines() if re.match(r"[-+~] \w", line)]
 
 
@@ -194,7 +194,7 @@ def test_outside_a_checkout_it_says_where_to_run(tmp_path: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Reads a page as a browser would: its elements, and the text of the code cells by file and column."""
+    """Reads a page like a browser: its elements, and the text of the code cells by file and column."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ def test_the_page_holds_every_line_of_both_sides(root: Path, page: tuple[Page, s
 
 
 def _two_sides(row: list[str | None]) -> list[str | None]:
-    """A void side is two void cells: its number's and its code's."""
+    """Check that a void side is two void cells: its number's and its code's."""
     return [None, row[-1]] if row[0] is None else [row[0], None]
 
 

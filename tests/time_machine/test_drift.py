@@ -1,4 +1,4 @@
-"""`lab drift`: what it finds, what it says to do, and what --fix makes of a README; on small scratch repositories."""
+"""`lab drift`: its findings and remedies, and the READMEs that --fix writes; on small scratch repositories."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write(root: Path, contents: dict[str, str]) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two phases whose README tells the truth."""
+    """Make two phases whose README is right."""
     same = {"engine/__init__.py": "", "engine/same.py": "def same() -> int:\n    return 1\n", "config.yaml": "k: 4\n"}
     first = {**same, "README.md": "# Phase 1\n", "bench.py": "1\n", "results/a.csv": "1\n", "lesson.ipynb": "{}"}
     second = {**first, "README.md": README, "bench.py": "2\n", "results/b.csv": "2\n", "lesson.ipynb": '{"cells": []}'}

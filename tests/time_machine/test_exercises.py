@@ -1,4 +1,4 @@
-"""The exercises of the real phases: nothing of the solution is given away, and half-right is not enough."""
+"""The exercises of the real phases: no part of the solution is given away, and a half-right answer fails."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_fresh_folder_can_be_imported(later: Phase, tmp_path: Path) -> None:
 
 
 def test_hints_and_tests_name_what_is_to_be_written(later: Phase) -> None:
-    """A function that was renamed would lose its hint, or its tests their place."""
+    """A renamed function would lose its hint, or its tests their position."""
     work = exercise(phases(), later.number)
     written = {str(s) for s in work.stubs} | {s.file for s in work.stubs}
     written |= {str(s).rpartition(".")[0] for s in work.stubs}  # classes
@@ -71,7 +71,7 @@ def real_check(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, 
 def test_the_check_of_a_fresh_folder_names_what_to_write_first(
     later: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So no test calls the engine while its file is collected: there is nothing to call yet."""
+    """No test calls the engine while its file is collected, because nothing is written yet."""
     first = start.start(phases(), later.number, tmp_path / "mine").stubs[0]
     status, out = real_check(capsys, tmp_path / "mine", "--hint", number=later.number)
     assert status == 1
@@ -99,7 +99,7 @@ WRONG = {
                     "(draft_probs.gather(-1, draft_tokens[..., None])[..., 0] / target_of)"),
     "residual not normalised": ("residual / mass", "residual"),
     "residual not clipped": (".clamp(min=0)", ".abs()"),
-    "counts what stands after the first that fell": (".cumprod(dim=1)", ""),
+    "counts tokens after the first rejected one": (".cumprod(dim=1)", ""),
     "widths ignored": (" & (columns < widths[:, None])", ""),
     "division by zero": ("torch.where(mass > 0, residual / mass, following[cut])", "residual / mass"),
 }  # fmt: skip
@@ -129,7 +129,7 @@ def test_a_shipped_phase_passes_its_own_check(later: Phase, capsys: pytest.Captu
 def test_a_fresh_folder_of_a_phase_passes_nothing(
     later: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A test that passes all the same is about what is given: mark it `no_exercise`."""
+    """A test that passes on a fresh folder is about given code: mark it `no_exercise`."""
     work = start.start(phases(), later.number, tmp_path / "mine")
     status, out = real_check(capsys, tmp_path / "mine", number=later.number)
     assert status == 1

@@ -49,7 +49,7 @@ def test_all_phases_live_in_one_process() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, because setuptools leaves a build folder, and would take up what an old one holds."""
+    """Build the wheel from a copy, because setuptools leaves a build folder, and would reuse an old one."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)

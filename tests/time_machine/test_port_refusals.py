@@ -1,4 +1,4 @@
-"""What `lab port` refuses, in one line each: trees with changes, commits that are no fix, folders without git."""
+"""Refusals of `lab port`, in one line each: changed trees, commits that are not a fix, folders without git."""
 
 from __future__ import annotations
 

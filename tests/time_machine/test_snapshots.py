@@ -1,4 +1,4 @@
-"""What counts as a phase's file, and in which definitions two Python files differ."""
+"""The files that count as a phase's, and the definitions in which two Python files differ."""
 
 from __future__ import annotations
 

@@ -132,14 +132,14 @@ def course(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(course: Path) -> Path:
-    """A fresh exercise of the small course."""
+    """Make a fresh exercise of the small course."""
     start.start(phases(course), 2, course / "mine")
     return course / "mine"
 
 
 @pytest.fixture
 def run_check(course: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`lab check 2 FOLDER OPTIONS` in the small course: exit status and stdout."""
+    """Run `lab check 2 FOLDER OPTIONS` in the small course: exit status and stdout."""
 
     def run(folder: Path, *options: str) -> tuple[int, str]:
         capsys.readouterr()
@@ -149,7 +149,7 @@ def run_check(course: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def write(folder: Path, *changes: tuple[str, str]) -> None:
-    """Write engine/new.py as shipped, but for the changes."""
+    """Write engine/new.py as shipped, with these changes."""
     text = NEW
     for old, new in changes:
         assert old in text
@@ -353,7 +353,7 @@ def test_a_hint_makes_a_function_of_a_given_file_an_exercise(course: Path) -> No
 
 
 def test_a_part_alone_may_be_the_exercise(course: Path) -> None:
-    """What another part adds is given, but for what is compiled: it would compute what is to be written."""
+    """Additions of other parts are given, except compiled ones, which would compute what is to be written."""
     parts = """# Two
 
 ## What changed since phase 1

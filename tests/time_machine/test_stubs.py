@@ -1,4 +1,4 @@
-"""Stubs and hints: what is taken out of a source, what stays, and what a README says about it."""
+"""Stubs and hints: removed and kept parts of a source, and a README's hints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common.lab.stubs import stub, stubs_in
 
 
 def test_stubs() -> None:
-    """Everything that a function can look like."""
+    """Every form of a function."""
     source = '''import torch
 from .other import used
 
