@@ -1,4 +1,4 @@
-"""Timing in turns, refusing wrong results, the options of a bench, and what it prints."""
+"""Timing in turns, refusing wrong results, the options of a bench, and its output."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_run_is_reported_warm_ups_too() -> None:
 
 def test_timed_seconds_and_memory_are_those_of_the_run() -> None:
     def allocate() -> int:
-        # Mapped, not allocated: the allocator may hand out pages that are resident already.
+        # Mapped, not allocated: the allocator may return pages that are already resident.
         with mmap.mmap(-1, 64 * 2**20) as block:
             for page in range(0, len(block), mmap.PAGESIZE):
                 block[page] = 1

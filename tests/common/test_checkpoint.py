@@ -1,4 +1,4 @@
-"""Checkpoints from folders: every weight format, little memory, no code, and one clear line for what is wrong."""
+"""Checkpoints from folders: every weight format, little memory, no code, and one clear line for every fault."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def saved(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file of safetensors, as transformers writes it. Tests that damage it copy it first."""
+    """Write one safetensors file with transformers. Tests that damage it copy it first."""
     folder = tmp_path_factory.mktemp("saved")
     llama.save_pretrained(folder)
     return folder
@@ -115,7 +115,7 @@ def test_writing_to_a_tensor_leaves_the_file_alone(folder: Path) -> None:
 
 
 class Touch:
-    """What a hostile .bin holds: unpickled, it makes a file."""
+    """A hostile .bin: unpickled, it makes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,14 +129,14 @@ def test_code_in_a_bin_never_runs(folder: Path, tmp_path: Path, save: Callable[[
     (folder / "model.safetensors").unlink()
     evil = {"lm_head.weight": Touch(tmp_path / "ran")}
     pickle.loads(pickle.dumps(evil))
-    (tmp_path / "ran").unlink()  # so it does run where it is let
+    (tmp_path / "ran").unlink()  # so the code does run if allowed
     save(evil, folder / "pytorch_model.bin")
     assert "pytorch_model.bin: holds more than plain tensors" in error_of(folder)
     assert not (tmp_path / "ran").exists()
 
 
 def error_of(name: str | Path) -> str:
-    """The one line that opening and reading a checkpoint ends with."""
+    """Return the error line of opening and reading a checkpoint."""
     with pytest.raises(UserError) as caught:
         list(open_checkpoint(str(name)).tensors())
     message = str(caught.value)
@@ -220,7 +220,7 @@ def test_a_file_in_place_of_its_folder(saved: Path) -> None:
 
 @pytest.fixture
 def embedded(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for common/models with one model, `tiny`, and one folder that is none."""
+    """Make a replacement for common/models with one model, `tiny`, and one folder that is not a model."""
     models = tmp_path / "models"
     shutil.copytree(saved, models / "tiny")
     (models / "notes").mkdir()
@@ -272,7 +272,7 @@ def test_a_local_checkpoint_opens_without_slow_imports(saved: Path) -> None:
     assert run_python(code, str(saved)).strip() == "[]"
 
 
-# All resident memory counts, the mapped pages of the file too.
+# All resident memory counts, including the mapped pages of the file.
 COPY_AND_WATCH = """
 import sys, psutil, torch
 from common.checkpoint import open_checkpoint
@@ -289,7 +289,7 @@ print((peak - before) / sum(p.nbytes for p in parameters.values()))
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_copying_tensor_by_tensor_takes_little_more_memory_than_the_weights(file: str, tmp_path: Path) -> None:
-    # The embedding is a third of the weights, as it is in GPT-2, and comes last in the file, where it hurts most.
+    # The embedding is a third of the weights, as it is in GPT-2, and comes last in the file, the worst position.
     tensors = {f"layer.{i}": torch.ones(512, 2048) for i in range(16)} | {"embedding": torch.ones(16384, 512)}
     if file.endswith(".bin"):
         torch.save(tensors, tmp_path / file)

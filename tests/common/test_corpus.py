@@ -1,4 +1,4 @@
-"""The split of the library, and the batches that are cut from it."""
+"""The split of the library, and the training batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.models.batches import Batches, Stage, encode_documents, plan_stages
 from common.models.corpus import SourceFile, fingerprint, read_corpus, read_files, split_of
 from common.models.train_tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
-# A change of these moves files between the halves: models would be measured on what they were trained on.
+# A change of these moves files between the halves: models would be measured on their training text.
 PINNED_SPLIT = {
     "argparse.py": "train",
     "asyncio/base_events.py": "train",
@@ -118,7 +118,7 @@ def test_stages_cover_all_steps(arguments: tuple[int, int, int, float], stages: 
 
 
 def starts(batches: Batches, steps: range) -> list[int]:
-    """Where each window begins; the streams here count upwards, so its first token says it."""
+    """Return where each window begins; the streams here count upwards, so the first token is the position."""
     return [int(row[0]) for step in steps for row in batches.at(step)]
 
 
@@ -144,7 +144,7 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 
 def test_batches_are_pinned() -> None:
-    """With other batches, a resumed run or a retrained model would no longer be the documented one."""
+    """Other batches would make a resumed or retrained model differ from the documented one."""
     batches = Batches(torch.arange(1000), [Stage(0, 9, 16)], tokens_per_step=64, seed=7)
     assert starts(batches, range(1)) == [277, 341, 421, 837]
     assert starts(batches, range(8, 9)) == [21, 757, 725, 821]

@@ -20,7 +20,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False, bf16: bool = True) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    # A card without bfloat16 hardware says yes where emulation counts.
+    # A GPU without bfloat16 hardware claims support if emulation counts.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
 
 
@@ -83,7 +83,7 @@ def test_an_unknown_dtype_is_an_error_that_lists_the_names() -> None:
 
 def test_resident_memory_follows_an_allocation() -> None:
     before = memory(CPU)
-    # Mapped, not allocated: the allocator may hand out pages that an earlier test has already touched.
+    # Mapped, not allocated: the allocator may return pages that an earlier test has touched.
     block = mmap.mmap(-1, 64 * 2**20)
     for page in range(0, len(block), mmap.PAGESIZE):
         block[page] = 1

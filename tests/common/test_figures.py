@@ -1,4 +1,4 @@
-"""Figures: a PNG of the size asked for, written only when the drawing is done, without touching pyplot."""
+"""Figures: a PNG of the given size, written only when the drawing is complete, without touching pyplot."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_distributions_fill_their_panels_and_tokens_are_no_formulas(tmp_path: Pa
     assert png_size(file)[0] == 4 * 330
 
 
-SEEN = {  # Machado, Oliveira and Fernandes (2009): what people without one kind of cone see, in linear RGB
+SEEN = {  # Machado, Oliveira and Fernandes (2009): colours as seen without one kind of cone, in linear RGB
     "no red cones": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "no green cones": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
 }
 
 
 def lab(colour: str, seen: list[list[float]] | None) -> np.ndarray[Any, Any]:
-    """CIELAB of a colour `#rrggbb`, as someone sees it."""
+    """Convert a colour `#rrggbb`, as some viewer sees it, to CIELAB."""
     srgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     if seen is not None:
@@ -92,7 +92,7 @@ def test_markers_and_colours_of_a_panel_are_distinct() -> None:
 
 
 def test_no_picture_has_colours_of_its_own() -> None:
-    """Named colours and matplotlib's cycle are for nothing but black, white and light grey."""
+    """Named colours and matplotlib's cycle are used only for black, white and light grey."""
     own = re.compile(r"""["'](tab:\w+|C\d|red|green|orange|blue|gr[ae]y)["']|f["']C\{|zip\(["'][osD^v]+["']""")
     files = [*ROOT.glob("phase-*/*.py"), *ROOT.glob("phase-*/benchmarks/*.py"), *ROOT.glob("common/**/*.py")]
     files += ROOT.glob("phase-*/lesson.ipynb")

@@ -1,4 +1,4 @@
-"""Small files of a checkpoint: what may stand in them, and one line for what may not."""
+"""Small files of a checkpoint: their valid contents, and one line for every fault."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_wrong_value_is_named_by_file_and_key(tmp_path: Path, document: dict[s
 
 @pytest.fixture
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A target's folder, with one model inside and one beside it; and an embedded model and embedded heads."""
+    """Make a target's folder, with one model inside and one beside it, an embedded model and embedded heads."""
     for place in ("models/tiny", "target", "target/small", "beside"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The manifest of `make gpu`: what it says of a folder of results, and that a dry run goes through from end to end."""
+"""The manifest of `make gpu`, and a dry run from end to end."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_without_its_parts_a_folder_is_refused(content: str | None, results: Pat
 
 @pytest.mark.slow
 def test_a_dry_run_of_make_gpu_goes_through(tmp_path: Path) -> None:
-    """Every bench and the manifest, for real: without a card, and computing nothing."""
+    """Run every bench and the manifest, without a GPU and without computing."""
     clean = {name: value for name, value in os.environ.items() if "MAKE" not in name}
     variables = [f"OUT={tmp_path}", f"GPU_PYTHON={sys.executable}", f"VENV={tmp_path / 'venv'}", "DRY_RUN=1"]
     run = subprocess.run(["make", "gpu", *variables], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600)

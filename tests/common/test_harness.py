@@ -45,7 +45,7 @@ def test_every_run_is_a_row_and_the_baseline_is_its_own_null_arm() -> None:
         assert Counter(row.variant for row in timed) == {"plain": 6, "plain, again": 6, "fast": 6}
         assert {(row.prompt, row.round) for row in timed} == {(p.id, r) for p in PROMPTS for r in (0, 1)}
         assert {row.baseline for row in timed if row.variant != "plain"} == {"plain"}
-        for prompt in PROMPTS:  # the variants of one prompt take turns, in an order that changes
+        for prompt in PROMPTS:  # the variants of one prompt run in turns, in a changing order
             orders = [[row.variant for row in timed if (row.prompt, row.round) == (prompt.id, r)] for r in (0, 1)]
             assert orders[0] != orders[1]
             assert [row.order for row in timed if (row.prompt, row.round) == (prompt.id, 0)] == [0, 1, 2]

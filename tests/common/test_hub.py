@@ -1,4 +1,4 @@
-"""The hub path, for real: a small hub on 127.0.0.1, and huggingface_hub in a process of its own that talks to it."""
+"""The hub path on a real server: a small hub on 127.0.0.1, and huggingface_hub in separate processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @dataclass
 class Hub:
-    """What the server serves, what goes wrong, and what was asked of it."""
+    """The files of the server, its faults, and the requests."""
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """HEAD and GET of /OWNER/NAME/resolve/REVISION/FILE, in the way of huggingface.co."""
+    """HEAD and GET of /OWNER/NAME/resolve/REVISION/FILE, as on huggingface.co."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub  # set on the subclass that a server uses
@@ -112,7 +112,7 @@ def weights(*names: str, length: int = 3000) -> bytes:
 
 
 def files() -> dict[str, bytes]:
-    """A small repository. The tokenizer is never looked into here."""
+    """Make a small repository. The tokenizer is not read here."""
     texts = {"config.json": b"{}", "generation_config.json": b"{}", "tokenizer.json": b"{}", "README.md": b"a model"}
     return texts | {"model.safetensors": weights("a", "b"), "pytorch_model.bin": b"the same once more"}
 
@@ -174,7 +174,7 @@ def client(hub: Hub, tmp_path: Path) -> Client:
 
 
 def hash_of(content: dict[str, bytes], folder: Path) -> str:
-    """The hash that the same files give in a local folder: equal hashes mean that every byte arrived."""
+    """Return the hash of the same files in a local folder: equal hashes mean that every byte arrived."""
     folder.mkdir()
     for name, data in content.items():
         (folder / name).write_bytes(data)

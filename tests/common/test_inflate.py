@@ -1,4 +1,4 @@
-"""A larger checkpoint of the same function says the same."""
+"""An enlarged checkpoint computes the same function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_function_stays(layers: int, tied: bool, make_checkpoint: Callable[.
     before = logits(small, tokens)
     parameters = inflate(small, tmp_path / "large", layers, 96, 128)
     after = logits(tmp_path / "large", tokens)
-    # Matrices are stored in float16; those of this small model are float32, and lose that much.
+    # Matrices are stored in float16; those of this small model are float32, and lose precision.
     torch.testing.assert_close(after, before, rtol=0, atol=5e-3 * float(before.abs().max()))
     model = load(str(tmp_path / "large"), torch.float32, torch.device("cpu")).model
     assert model.config.layers == layers
@@ -40,7 +40,7 @@ def test_the_function_stays(layers: int, tied: bool, make_checkpoint: Callable[.
 
 
 def test_the_embedded_model_is_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its matrices are float16 already: nothing but the order of sums differs. 8 layers of 768."""
+    """stdlib-10m's matrices are float16 already: only the order of sums differs. 8 layers of 768."""
     out = tmp_path / "large"
     main(["--model", "stdlib-10m", "--out", str(out), "--layers", "8", "--width", "768", "--ffn-width", "1024"])
     assert "the function of stdlib-10m" in capsys.readouterr().out

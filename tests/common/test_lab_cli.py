@@ -1,4 +1,4 @@
-"""The `lab` command: its help, its errors, and what doctor and pull find."""
+"""The `lab` command: its help, its errors, and the findings of doctor and pull."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from common.lab.cli import COMMANDS, entry, main
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the console script in this process; gives exit status, stdout and stderr."""
+    """Run the console script in this process; return exit status, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lab", *arguments])
@@ -90,7 +90,7 @@ def test_pull_reports_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_pull_counts_neither_masks_nor_tied_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """GPT-2 as the hub's old files have it: a causal mask per layer and a second name for the embedding."""
+    """GPT-2 in the hub's old format: a causal mask per layer and a second name for the embedding."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     model.config.save_pretrained(tmp_path)
     weights = {name.removeprefix("transformer."): tensor for name, tensor in model.transformer.state_dict().items()}

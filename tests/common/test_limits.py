@@ -1,4 +1,4 @@
-"""What the limits of a process leave of the memory: cgroups of both versions, and RLIMIT_AS."""
+"""The memory that a process's limits leave: cgroups of both versions, and RLIMIT_AS."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Put = Callable[..., None]
 
 @pytest.fixture
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
-    """`put("0::/a/b", {"a/memory.max": "100"})`: what /proc/self/cgroup and the files under /sys/fs/cgroup say."""
+    """`put("0::/a/b", {"a/memory.max": "100"})`: write /proc/self/cgroup and files under /sys/fs/cgroup."""
     monkeypatch.setattr(limits, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(limits, "MOUNT", tmp_path / "mount")
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -53,7 +53,7 @@ def test_the_tightest_of_the_groups_around_it_counts(put: Put) -> None:
 
 
 def test_version_1_and_a_path_that_only_the_host_has(put: Put) -> None:
-    """In a container the membership names the host's path, and its own group is what is mounted."""
+    """In a container the membership is the host's path, and the mount is the container's own group."""
     files = {"memory/memory.limit_in_bytes": "300", "memory/memory.usage_in_bytes": "100"}
     stat = {"memory/memory.stat": "inactive_file 1\ntotal_inactive_file 20"}
     put("5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/docker/1", {**files, **stat})

@@ -1,4 +1,4 @@
-"""How `make` installs: what it calls, in which order, and that a second call does nothing; Python is a stub."""
+"""How `make` installs: its calls, their order, and that a second call does nothing; Python is a stub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 URL = "https://example.org/whl/cpu"
 
-# Runs `-c` for real, makes a .venv that holds nothing but a copy of itself, and writes down what pip is asked for.
+# Runs `-c` for real, makes a .venv that contains only a copy of itself, and records the requests to pip.
 STUB = f"""#!/bin/sh
 case "$1 $2" in
     -c*) exec "{sys.executable}" "$@" ;;
@@ -27,7 +27,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder with spaces in its name, with what the install reads, and a stub of Python on the path."""
+    """Make a folder with spaces in its name and the files that the install reads, and a stub of Python on the path."""
     folder = tmp_path / "a clone"
     (folder / "bin").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -38,7 +38,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def _make(clone: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run make; gives what it printed and the calls that it made."""
+    """Run make; return its output and its calls."""
     log = clone / "log"
     log.unlink(missing_ok=True)
     clean = {
@@ -118,7 +118,7 @@ def test_help_is_the_default_and_installs_nothing(clone: Path) -> None:
 
 @pytest.fixture
 def lab(clone: Path) -> Path:
-    """The clone with two phases, a test for a card, and a Python that writes down what it is asked for."""
+    """Make a clone with two phases, a test for a GPU, and a Python that records its calls."""
     for phase in ("phase-1-one", "phase-2-two"):
         (clone / phase).mkdir()
     (clone / "tests").mkdir()

@@ -1,4 +1,4 @@
-"""The floor of a model: exactly the matrix products of the runs, with the positions of all of them."""
+"""The floor of a model: exactly the matrix products of the runs, over all their positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lists of mutants fit the sources, and what runs them tells a mutant that survives from one that does not."""
+"""The lists of mutants match the sources, and the runner tells surviving mutants from killed ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ print([(line.split()[0], good) for line, good in lines])
 
 
 def test_what_becomes_of_mutants(tmp_path: Path) -> None:
-    """Noticed, not noticed, equivalent, one that cannot be imported, and one that never ends; the copy is as before."""
+    """Killed, survived, equivalent, not importable and endless mutants; afterwards the copy is unchanged."""
     work, root = tmp_path / "work", tmp_path / "repository"
     (root / "tests").mkdir(parents=True)
     (root / "thing.py").write_text("def add(a, b):\n    return a + b\n\n\ndef times(a, b):\n    return a * b\n")
@@ -72,6 +72,6 @@ def test_what_becomes_of_mutants(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_mutant_survives() -> None:
-    """`make mutants`, which takes an hour on two cores: every mutant in C++ is compiled."""
+    """`make mutants` takes an hour on two cores: every C++ mutant is compiled."""
     done = subprocess.run([sys.executable, "-m", "tests.support.mutation"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

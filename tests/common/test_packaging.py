@@ -1,4 +1,4 @@
-"""pyproject.toml says what is in the folders (tests/time_machine/test_packages.py looks into the wheel itself)."""
+"""pyproject.toml lists the folders' packages (tests/time_machine/test_packages.py checks the wheel itself)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 
 def _packages(folder: Path, name: str) -> dict[str, Path]:
-    """The package in a folder and all packages below it, by their dotted names."""
+    """Return the package in a folder and all packages below it, by their dotted names."""
     inner = (init.parent for init in folder.rglob("__init__.py"))
     return {".".join([name, *path.relative_to(folder).parts]): path for path in inner}
 

@@ -1,4 +1,4 @@
-"""The sliding window scores every token once with the promised context, and the interval behaves like one."""
+"""The sliding window scores every token once with the promised context; the interval behaves like one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> LlamaForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
-        initializer_range=0.5,  # large weights: what stands in the context must change the loss visibly
+        initializer_range=0.5,  # large weights, so that the context changes the loss visibly
     )
     model = LlamaForCausalLM(config)
     model.train(False)
@@ -42,7 +42,7 @@ def text(length: int, seed: int = 1) -> Tensor:
 
 
 def by_hand(model: LlamaForCausalLM, tokens: Tensor, context: int, stride: int) -> list[float]:
-    """One forward pass per token, over exactly the tokens that its window puts before it."""
+    """Compute one forward pass per token, over exactly the tokens that its window puts before it."""
     losses = []
     for t in range(1, len(tokens)):
         window = 0
@@ -94,7 +94,7 @@ def test_no_window_is_wider_than_the_context_and_each_token_has_its_share(contex
     widths: list[int] = []
 
     def count_context(window: Tensor) -> Tensor:
-        """Logits under which the token at place i of a window costs 100 - i nats, so its context shows in its loss."""
+        """Return logits under which position i of a window costs 100 - i nats, so the loss shows the context."""
         widths.append(window.shape[1])
         logits = torch.zeros(1, window.shape[1], 51)
         for i, token in enumerate(window[0].tolist()):

@@ -1,4 +1,4 @@
-"""The noise is Philox 4x32-10, bit for bit; it is uniform; and it depends on what it is for, on nothing else."""
+"""The noise is Philox 4x32-10, bit for bit; it is uniform; and it depends only on its use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def from_hex(text: str) -> list[int]:
 
 
 def scalar_philox(counter: list[int], key: list[int]) -> list[int]:
-    """The paper's round, one word at a time, in Python's unbounded integers."""
+    """Compute the paper's round, one word at a time, in Python's unbounded integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * c0, 2**32)

@@ -1,4 +1,4 @@
-"""The prompt suites hold what their README promises, and `code` can be made again."""
+"""The prompt suites keep their README's promises, and `code` can be made again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def library() -> dict[str, str]:
-    """Path -> text of the held-out files; skips where they are not those that the suite was cut from."""
+    """Return path -> text of the held-out files; skip if they are not those of the suite."""
     manifest = json.loads((FOLDER / "manifest.json").read_text())
     files = read_corpus("heldout")
     if fingerprint(files) != manifest["heldout"]:

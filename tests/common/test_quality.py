@@ -10,7 +10,7 @@ from common.quality import QUALITY, distinct_share, quality
 
 
 def halves(window: Tensor) -> Tensor:
-    """A model that gives token t+1 half of the probability after t, and the rest to 4 others alike."""
+    """Give token t+1 half of the probability after t, and 4 others the rest in equal parts."""
     probs = torch.full((*window.shape, 5), 0.125)
     return probs.scatter(-1, ((window + 1) % 5)[..., None], 0.5).log()
 

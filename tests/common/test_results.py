@@ -1,4 +1,4 @@
-"""Results folders: rows on disk as they come, resuming, refusing what would mix two measurements, one writer."""
+"""Results folders: rows written at once, resuming, refusing to mix two measurements, one writer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from common.results import Results, Row
 results = Results(Path(sys.argv[1]), {}, {"torch": "2.13.0"})
 for round_ in (0, 1):
     results.add(Row(kind="run", section="s", round=round_))
-os._exit(9)  # no buffer is flushed, no handler runs: as with kill -9
+os._exit(9)  # no buffer is flushed and no handler runs, as with kill -9
 """
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], cwd=ROOT)
     assert killed.returncode == 9

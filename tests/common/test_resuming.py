@@ -1,4 +1,4 @@
-"""Checkpoints and logs of training runs: what is refused, and what a cut-off run leaves."""
+"""Checkpoints and logs of training runs: refusals, and the state that an interrupted run leaves."""
 
 from __future__ import annotations
 

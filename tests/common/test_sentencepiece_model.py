@@ -1,4 +1,4 @@
-"""Folders with only a tokenizer.model: the ids and the texts of the sentencepiece library itself."""
+"""Folders with only a tokenizer.model: ids and texts equal those of the sentencepiece library itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "unigram": {**LLAMA, "model_type": "unigram"},
     "no prefix": {**LLAMA, "add_dummy_prefix": False},
-    "normalised": {"model_type": "bpe"},  # sentencepiece's own: NFKC, spaces put together
+    "normalised": {"model_type": "bpe"},  # sentencepiece's own: NFKC, spaces merged
 }
 TEXTS = [
     "", " ", "a", " a", "  a  b ", "import os\n\n\n    return  self.x[10:25]", "naïve café, 東京 and 😀😀 👩‍🚀",
@@ -37,7 +37,7 @@ TEXTS = [
 
 
 def train(folder: Path, **flags: Any) -> Path:
-    """A tokenizer.model in an otherwise empty folder."""
+    """Make a tokenizer.model in an otherwise empty folder."""
     source = Path(common.sentencepiece_model.__file__).read_text(encoding="utf-8")
     (folder / "text").write_text(source + "\n".join(TEXTS) * 3, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -70,7 +70,7 @@ def both(folder: Path) -> tuple[Tokenizer, Any]:
 def test_the_ids_and_texts_of_the_library(both: tuple[Tokenizer, Any], text: str) -> None:
     tokenizer, library = both
     if "\0" in text:
-        return  # the library reads texts to their first 0
+        return  # the library reads texts up to the first 0
     ids = tokenizer.encode(text)
     assert ids == [library.bos_id(), *library.encode(text)]
     assert tokenizer.decode(ids) == library.decode(ids)
@@ -133,7 +133,7 @@ def test_what_cannot_be_converted(tmp_path: Path, flags: dict[str, Any], words: 
 
 
 def test_a_damaged_model_is_refused_or_read(llama: Path, tmp_path: Path) -> None:
-    """Bytes of a protocol buffer may be others and still be one."""
+    """Changed bytes of a protocol buffer may still be a valid one."""
     whole, random = (llama / "tokenizer.model").read_bytes(), Random(0)
     contents = [b"", b"\xff" * 100, b"{}", b"IQ== 0\nIg== 1\n", whole[:1000], whole[5:]]
     for _ in range(60):

@@ -19,14 +19,14 @@ SPREAD = 0.04  # standard deviation of one run's log time on the machines that t
 
 
 def _series(random: np.random.Generator, rounds: int, arms: int, correlation: float) -> NDArray[np.float64]:
-    """Log times [rounds, arms], each arm a stationary AR(1) process."""
+    """Simulate log times [rounds, arms], each arm a stationary AR(1) process."""
     noise = random.normal(size=(rounds + 10, arms))
     series: NDArray[np.float64] = lfilter([math.sqrt(1 - correlation**2)], [1, -correlation], noise, axis=0)
     return SPREAD * series[10:]
 
 
 def _drift(random: np.random.Generator, rounds: int) -> NDArray[np.float64]:
-    """Independent log times of three arms on a machine that gets slower, or faster, from run to run."""
+    """Simulate independent log times of three arms on a machine that gets slower, or faster, from run to run."""
     times, orders, slope = _series(random, rounds, 3, 0.0), williams(3), 0.01 * random.normal()
     for round_ in range(rounds):
         for place, arm in enumerate(orders[round_ % len(orders)]):
@@ -147,7 +147,7 @@ def test_in_a_williams_design_each_variant_follows_each_other_equally_often(coun
     pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
     assert len(pairs) == count * (count - 1)
     assert len(set(pairs.values())) == 1
-    for place in range(count):  # and each stands in each place equally often
+    for place in range(count):  # and each is in each place equally often
         assert len(set(Counter(order[place] for order in orders).values())) == 1
 
 

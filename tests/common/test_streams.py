@@ -1,4 +1,4 @@
-"""run_main around small programs: signals, streams, and the status with which they end."""
+"""run_main around small programs: signals, streams, and exit statuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ run_main(main, [])
 
 
 def take_signals() -> None:
-    """Whatever this process has inherited, as a background job does."""
+    """Set default handlers, whatever this process has inherited as a background job."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

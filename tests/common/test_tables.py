@@ -25,7 +25,7 @@ PROMPTS = [f"p{number}" for number in range(8)]
 
 
 def rows(effect: float = 1.3, rounds: int = 6, noise: float = 0.01, null: float = 1.0, **fields: Any) -> list[Row]:
-    """A baseline, its null arm, and a variant that is `effect` times as fast."""
+    """Make a baseline, its null arm, and a variant that is `effect` times as fast."""
     random, made = np.random.default_rng(3), []
     for round_ in range(rounds):
         for prompt in PROMPTS:
@@ -116,7 +116,7 @@ def test_the_csv_file_reads_like_the_rows(tmp_path: Path) -> None:
 
 
 def folder_of(path: Path, speed: float = 1.3, **options: Any) -> Path:
-    """A results folder in which `fast` is `speed` times as fast as `plain`."""
+    """Make a results folder in which `fast` is `speed` times as fast as `plain`."""
     random = np.random.default_rng(list(path.name.encode()))
 
     def taking(seconds: float) -> Variant:

@@ -1,4 +1,4 @@
-"""Tokenizers of three makes: the same ids and text as the libraries give, and streaming that adds up to decode."""
+"""Tokenizers of three kinds: ids and text equal the libraries', and streamed text adds up to decode's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = "the time the machine keeps: naïve café, 東京 and 😀😀 👩‍�
 
 
 def byte_level() -> Backend:
-    """GPT-2's make: every byte is a token, so characters can be split anywhere. 😀 is partly merged."""
+    """GPT-2's kind: every byte is a token, so characters can be split anywhere. 😀 is partly merged."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def byte_level() -> Backend:
 
 
 def sentencepiece(decoder: decoders.Decoder) -> Backend:
-    """Llama 2's make: a space is written ▁, one is put before the text, and unknown characters become byte tokens."""
+    """Llama 2's kind: a space is written ▁, one is put before the text, and unknown characters become byte tokens."""
     words = ["▁the", "▁end", "▁time", "▁machine", "▁", "the", "e", "n", "d", ",", ".", "▁▁", "�"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
@@ -74,7 +74,7 @@ def save(backend: Backend, folder: Path, **tokenizer_config: Any) -> None:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], before: list[int] | None = None) -> list[str]:
-    """What each push returned, and last the flush."""
+    """Return the results of every push, and last of the flush."""
     decoder = IncrementalDecoder(tokenizer, before or [])
     return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
 
@@ -83,7 +83,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], before: list[int] | None = No
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_streamed_text_adds_up_to_decode_for_any_ids(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    # Ids past the vocabulary too: a model's logits may be wider than its tokenizer.
+    # Ids past the vocabulary, too: a model's logits may be wider than its tokenizer.
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=20))
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
@@ -305,7 +305,7 @@ def test_a_template_with_a_token_that_the_model_lacks(tmp_path: Path) -> None:
 
 
 def test_a_text_for_which_there_are_no_tokens(tmp_path: Path) -> None:
-    """No token for the unknown is named: the library raises an error of no particular kind."""
+    """Without an unknown token the library raises an error of no particular type."""
     backend = Backend(models.Unigram([("a", -1.0)], unk_id=None))
     save(backend, tmp_path)
     tokenizer = Tokenizer.load(tmp_path, {}, {})

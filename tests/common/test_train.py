@@ -1,4 +1,4 @@
-"""The script that trains the embedded models, in a tiny setting: it learns, resumes, distils, and names its errors."""
+"""The training script of the embedded models, on a tiny setting: it learns, resumes, distils, and names its errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = f"{SHAPE} {COURSE} {MACHINE}".split()
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options that name a tokenizer and a corpus of two files."""
+    """Return the options that name a tokenizer and a corpus of two files."""
     folder = tmp_path_factory.mktemp("data")
     bodies = ("return left + right", "return left * right", "if left:\n        return right\n    raise KeyError(left)")
     functions = [f"def function_{n}(left, right):\n    {bodies[n * n % 3]}\n\n\n" for n in range(240)]
@@ -42,7 +42,7 @@ def rows_of(out: Path) -> list[dict[str, float]]:
 
 
 def train(out: Path, data: list[str], *options: str) -> list[float]:
-    """Run the script (later options win); returns the loss of every step, checked to be logged once and in order."""
+    """Run the script (later options win); return the loss of every step, checked to be logged once and in order."""
     assert main([*TINY, *data, "--out", str(out), *options]) == 0
     rows = rows_of(out)
     assert [row["step"] for row in rows] == list(range(len(rows)))
@@ -51,7 +51,7 @@ def train(out: Path, data: list[str], *options: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> Path:
-    """A run of eight steps, never interrupted."""
+    """Make a run of eight steps, never interrupted."""
     out = tmp_path_factory.mktemp("finished")
     train(out, data)
     return out
@@ -64,7 +64,7 @@ def losses(finished: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> Path:
-    """The model folder of a run long enough to have learnt something."""
+    """Return the model folder of a run long enough to learn something."""
     out = tmp_path_factory.mktemp("teacher")
     train(out, data, "--steps", "60", "--eval-every", "20")
     return out / "model"
