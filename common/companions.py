@@ -48,11 +48,11 @@ def companion(folder: Path, kind: Kind) -> str | None:
     name: str | None = getattr(read_checked(file, LAB_FILE), kind)
     if name is None or name in {path.parent.name for path in MODELS.glob(f"*/{MADE_OF[kind]}")}:
         return name
-    place = (folder / name).resolve()
-    if not place.is_relative_to(folder.resolve()) or not (place / MADE_OF[kind]).is_file():
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not (path / MADE_OF[kind]).is_file():
         option = "--draft" if kind == "draft" else "--heads"
         raise UserError(
             f"{kind} of {file} should be an embedded model or a folder inside {folder} with a {MADE_OF[kind]}, "
             f"got {name!r}; what lies elsewhere is named with {option}"
         )
-    return str(place)
+    return str(path)

@@ -56,7 +56,7 @@ class Comparison:
         return [first, first + AGAIN, *others]
 
     @property
-    def texts(self) -> list[Prompt | None]:
+    def each_prompt(self) -> list[Prompt | None]:
         return list(self.prompts) or [None]
 
     def row(self, name: str, prompt: Prompt | None, round_: int) -> Row:
@@ -76,15 +76,15 @@ class Comparison:
         limit = options.round_limit
         if not options.dry_run:
             self.warm_up(max(1, warmup))
-        total = limit * len(self.texts) * len(self.names) if limit else None
+        total = limit * len(self.each_prompt) * len(self.names) if limit else None
         title = ", ".join([self.section, *(f"{name} {value}" for name, value in self.cell.items())])
         with progress(title, total) as step:
             round_ = 0
             while self.names[0] not in self.dropped and not self.enough(round_):
-                for number, prompt in enumerate(self.texts):
-                    order = orders[(round_ * len(self.texts) + number) % len(orders)]
-                    for place, index in enumerate(order):
-                        self.one(self.names[index], prompt, round_, place)
+                for number, prompt in enumerate(self.each_prompt):
+                    order = orders[(round_ * len(self.each_prompt) + number) % len(orders)]
+                    for position, index in enumerate(order):
+                        self.one(self.names[index], prompt, round_, position)
                         step(self.names[index])
                 round_ += 1
         end = Row(kind="end", section=self.section, cell=self.cell, synthetic=options.dry_run)
@@ -95,7 +95,7 @@ class Comparison:
         spent = math.inf
         for _ in range(2):  # the first call may load or compile something; the second one times a round
             began = time.perf_counter()
-            for prompt in self.texts[:count]:
+            for prompt in self.each_prompt[:count]:
                 for name in self.variants:
                     if name not in self.dropped:
                         outcome, status, reason = self.call(name, prompt, 0)
@@ -103,8 +103,8 @@ class Comparison:
                             failed = self.row(name, prompt, 0).model_copy(update={"status": status, "reason": reason})
                             self.bench.results.add(failed)
                             self.dropped.add(name)
-            per_prompt = (time.perf_counter() - began) / min(count, len(self.texts))
-            spent = per_prompt * len(self.texts) * len(self.names) / len(self.variants)
+            per_prompt = (time.perf_counter() - began) / min(count, len(self.each_prompt))
+            spent = per_prompt * len(self.each_prompt) * len(self.names) / len(self.variants)
             if spent <= self.bench.options.budget:
                 return
         if self.bench.options.round_limit is None and "budget" in self.bench.options.model_fields_set:
@@ -142,16 +142,16 @@ class Comparison:
                 self.outputs[key] = self.variants[self.names[0]](prompt, round_).output
             refuse_if_different(f"{base}, {key[0] or 'round'}, round {round_}", self.outputs[key], outcome.output)
 
-    def one(self, name: str, prompt: Prompt | None, round_: int, place: int) -> None:
+    def one(self, name: str, prompt: Prompt | None, round_: int, position: int) -> None:
         """Add one row, unless the row exists already or its variant has failed."""
         results, row = self.bench.results, self.row(name, prompt, round_)
         if name in self.dropped or results.has(row):
             return
         if row.synthetic:
-            results.add(row.model_copy(update={"order": place, "seconds": 1.0, "tokens": 1.0}))
+            results.add(row.model_copy(update={"order": position, "seconds": 1.0, "tokens": 1.0}))
             return
         outcome, status, reason = self.call(name, prompt, round_)
-        found: dict[str, Any] = {"order": place, "load": round(os.getloadavg()[0], 2)}
+        found: dict[str, Any] = {"order": position, "load": round(os.getloadavg()[0], 2)}
         if outcome is None:
             self.dropped.add(name)
             found |= {"status": status, "reason": reason}

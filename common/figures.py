@@ -69,15 +69,15 @@ def distributions(
     The first panel's distribution is drawn as an outline behind the others. The keys of `panels` are their titles.
     """
     first = next(iter(panels.values()))
-    places = range(len(tokens))
+    positions = range(len(tokens))
     size = (3.0, 0.9 + 0.17 * len(tokens))
     with figure(file, -(-len(panels) // columns), columns, size, title, sharex=True, sharey=True) as axes:
         axes[0].invert_yaxis()
         for panel in axes:  # parse_math: a token may hold a $
-            panel.set_yticks(places, tokens, family="monospace", fontsize=8, parse_math=False)
+            panel.set_yticks(positions, tokens, family="monospace", fontsize=8, parse_math=False)
         for panel, (name, probabilities) in zip(axes, panels.items(), strict=False):
-            panel.barh(places, probabilities, color=BLUE)
-            panel.barh(places, first, fill=False, edgecolor=GREY, linewidth=0.8)
+            panel.barh(positions, probabilities, color=BLUE)
+            panel.barh(positions, first, fill=False, edgecolor=GREY, linewidth=0.8)
             panel.set_title(name, fontsize=10)
             panel.margins(y=0.01)
         for panel in axes[-columns:]:

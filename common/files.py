@@ -69,7 +69,7 @@ def wrong_value(error: ValidationError, file: str) -> str:
     if first["type"] == "missing":
         return f"{file}: lacks the key {key!r}"
     if first["type"] == "extra_forbidden":
-        return f"{file}: has the key {key!r}, which is not known"
+        return f"{file}: has the unknown key {key!r}"
     rule = re.sub(r"^[A-Z]\w* should", "should", first["msg"].removeprefix("Value error, "))
     rule = re.sub(r"valid dictionary or instance of \w+", "JSON object", rule)
     return f"{file}: {key} {rule}, got {shown(first['input'])}"

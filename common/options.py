@@ -104,11 +104,11 @@ def _read_yaml(path: Path, options: type[BaseSettings]) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path}: expected `option: value` lines, got a {type(loaded).__name__}")
-    known = {_name(field, info) for field, info in options.model_fields.items()}
+    keys = {_name(field, info) for field, info in options.model_fields.items()}
     values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
     for key in values:
-        if key not in known:
-            raise UserError(f"--config {path}: unknown key {key!r}; the keys are {', '.join(sorted(known))}")
+        if key not in keys:
+            raise UserError(f"--config {path}: unknown key {key!r}; the keys are {', '.join(sorted(keys))}")
     return values
 
 

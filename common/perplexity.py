@@ -74,8 +74,8 @@ def summary(nll: Tensor, n_bytes: int | None = None, blocks: int = 200, seed: in
     parts = losses.tensor_split(min(blocks, len(losses)))
     sums = torch.stack([part.sum() for part in parts])
     sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-    draws = torch.randint(len(parts), (RESAMPLES, len(parts)), generator=torch.Generator().manual_seed(seed))
-    means = sums[draws].sum(1) / sizes[draws].sum(1)
+    resamples = torch.randint(len(parts), (RESAMPLES, len(parts)), generator=torch.Generator().manual_seed(seed))
+    means = sums[resamples].sum(1) / sizes[resamples].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64))
 
     result: dict[str, float] = {}

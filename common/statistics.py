@@ -136,20 +136,20 @@ def _bootstrap_error(fit: _Fit, seed: int) -> float:
     """
     prompts = len(fit.means)
     between = float(fit.means.var(ddof=1))
-    known = fit.freedom > 0
-    own = max(0.0, between - fit.variance * float((1 / fit.counts).mean())) if known else between
+    estimated = fit.freedom > 0
+    own = max(0.0, between - fit.variance * float((1 / fit.counts).mean())) if estimated else between
     effects = (fit.means - fit.means.mean()) * math.sqrt(own / between * prompts / (prompts - 1) if between else 0.0)
     squares = sum(float(np.square(each).sum()) for each in fit.residuals)
-    stretch = math.sqrt(fit.variance * fit.inflation * fit.counts.sum() / squares) if known and squares else 0.0
+    stretch = math.sqrt(fit.variance * fit.inflation * fit.counts.sum() / squares) if estimated and squares else 0.0
     table = np.zeros((prompts, int(fit.counts.max())))
     for row, each in zip(table, fit.residuals, strict=True):
         row[: len(each)] = each * stretch
     random = np.random.default_rng(seed)
-    drawn = random.integers(prompts, size=(RESAMPLES, prompts))
-    means = effects[drawn].mean(1)
+    resampled = random.integers(prompts, size=(RESAMPLES, prompts))
+    means = effects[resampled].mean(1)
     for at in range(table.shape[1]):  # one more round of every resampled prompt, [resamples, prompts]
-        rounds = (random.random(drawn.shape) * fit.counts[drawn]).astype(int)
-        means += np.where(at < fit.counts[drawn], table[drawn, rounds] / fit.counts[drawn], 0.0).mean(1)
+        rounds = (random.random(resampled.shape) * fit.counts[resampled]).astype(int)
+        means += np.where(at < fit.counts[resampled], table[resampled, rounds] / fit.counts[resampled], 0.0).mean(1)
     return float(means.std(ddof=1))
 
 
@@ -207,7 +207,7 @@ def williams(count: int) -> list[list[int]]:
     first = [0]
     for step in range(1, count):
         first.append((first[-1] + (step if step % 2 else -step)) % count)
-    square = [[(place + shift) % count for place in first] for shift in range(count)]
+    square = [[(position + shift) % count for position in first] for shift in range(count)]
     return square if count % 2 == 0 else square + [order[::-1] for order in square]
 
 

@@ -58,22 +58,22 @@ def interruptions() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    taken = [each for each in ENDING if signal.getsignal(each) == signal.SIG_DFL]
+    handled = [each for each in ENDING if signal.getsignal(each) == signal.SIG_DFL]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in taken:
+        for each in handled:
             signal.signal(each, signal.SIG_IGN)
         came.append(number)
         raise KeyboardInterrupt
 
-    for each in taken:
+    for each in handled:
         signal.signal(each, interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # replaces the handler of the imports
     try:
         yield came
     finally:
-        for each in taken:
+        for each in handled:
             signal.signal(each, signal.SIG_DFL)
 
 

@@ -238,17 +238,17 @@ def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     if not timed:
         return []
     rounds = _span([line["n_rounds"] for line in timed], "round")
-    known = [line for line in timed if line["speedup_low"] is not None]
-    if not known:
+    with_interval = [line for line in timed if line["speedup_low"] is not None]
+    if not with_interval:
         return [f"{rounds}: too few for an interval, and nothing is claimed."]
-    few = "" if len(known) == len(timed) else "; without one there were too few"
-    over = [line["n_prompts"] for line in known if line["n_prompts"] >= MIN_ROUNDS]
+    few = "" if len(with_interval) == len(timed) else "; without one there were too few"
+    over = [line["n_prompts"] for line in with_interval if line["n_prompts"] >= MIN_ROUNDS]
     on = f"on prompts like these {_span(over, 'prompt')}" if over else "on this work"
     found = [f"Intervals: 95%, {on}; {rounds}{few}."]
     outliers = sum(line["outliers"] or 0 for line in timed)
     if outliers:
         found.append(f"Outliers (over five spreads), all kept: {outliers} paired runs.")
-    for line in known:
+    for line in with_interval:
         if str(line["variant"]).endswith(AGAIN) and not line["speedup_low"] <= 1 <= line["speedup_high"]:
             found.append(f"{_label(line)}: the baseline differs from itself; no difference can be claimed here now.")
     unclaimed = [_label(line) for line in timed if line["claimed"] is False]

@@ -59,11 +59,11 @@ def print_table(
         table.add_row(*(Text(cell) for cell in row))
     needed = console.measure(table, options=console.options.update(width=10_000)).maximum
     console.width = max(MIN_WIDTH, console.width, needed)
-    with console.capture() as drawn:
+    with console.capture() as captured:
         console.print(table)
     console.print(Text(title, style="bold"), end="\n\n")
     # rich pads the table with lines of spaces
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines() if line.strip()), file=console.file)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()), file=console.file)
 
 
 def print_document(document: dict[str, Any]) -> None:

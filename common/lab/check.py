@@ -60,7 +60,7 @@ class Result:
         stubs = {str(stub): stub for stub in work.stubs}
         unwritten = NOT_WRITTEN.match(self.message)
         named = [unwritten["function"] if unwritten else None, self.about]
-        named += [place.rpartition(", line ")[0] for place in reversed(self.where)]
+        named += [frame.rpartition(", line ")[0] for frame in reversed(self.where)]
         return next((stubs[name] for name in named if name in stubs), None)
 
 
@@ -155,18 +155,18 @@ def explain(result: Result, stub: Stub | None, console: Console) -> None:
 def find_exercise(number: int, folder: Path, root: Path) -> tuple[Exercise, Path]:
     """Return the exercise and the folder's resolved path. UserError if there is nothing to check, or no test."""
     work = exercise(phases(root), number)
-    place, package = folder.resolve(), work.phase.package
-    if not (place / "engine" / "__init__.py").is_file():
+    path, package = folder.resolve(), work.phase.package
+    if not (path / "engine" / "__init__.py").is_file():
         raise UserError(f"{folder} holds no engine; name a folder that `lab start {number} DIR` made")
     try:
-        real = phase_of(str(place / "engine"))
+        real = phase_of(str(path / "engine"))
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder} has no {EXERCISE_FILE}; copy your engine into a fresh `lab start {number} DIR`"
         ) from None
     if real != number:
         raise UserError(f"{folder} is of phase {real}; check it with `lab check {real} {folder}`")
-    missing = [file for file in work.sources if not (place / file).is_file()]
+    missing = [file for file in work.sources if not (path / file).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}; take it from a fresh `lab start {number} DIR`")
     if not (root / "tests" / package).is_dir():
@@ -175,7 +175,7 @@ def find_exercise(number: int, folder: Path, root: Path) -> tuple[Exercise, Path
         )
     if importlib.util.find_spec("pytest") is None:
         raise UserError("pytest is not installed; `make install`, or `pip install -e '.[dev]'`")
-    return work, place
+    return work, path
 
 
 def run(arguments: list[str], root: Path = ROOT) -> int:

@@ -68,8 +68,8 @@ def compare(old: Phase, new: Phase, part: str | None = None) -> list[FileDiff]:
         if part is None or entry.part == part:
             found.append(_file_diff(old.folder, new.folder, replace(entry, sign=sign)))
 
-    def place(diff: FileDiff) -> tuple[int, int]:
+    def reading_order(diff: FileDiff) -> tuple[int, int]:
         path = diff.change.path
         return SIGNS.index(diff.change.sign), order.index(path) if path in listed else len(order)
 
-    return sorted(found, key=place)
+    return sorted(found, key=reading_order)

@@ -92,8 +92,8 @@ def draw(lines: list[dict[str, Any]], title: str, file: Path) -> None:
         labels = [textwrap.fill(words, 48) for words in named]
         colours = [BLUE if line["phase"] else GREY for line in lines]
         bars = axes.barh(labels, [line["tokens_per_s"] for line in lines], color=colours)
-        texts = [f"{line['tokens_per_s']:.0f} ({line.get('speedup', 1.0):.1f}x)" for line in lines]
-        axes.bar_label(bars, texts, padding=3)
+        rates = [f"{line['tokens_per_s']:.0f} ({line.get('speedup', 1.0):.1f}x)" for line in lines]
+        axes.bar_label(bars, rates, padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.3)
         axes.set_xlabel("tokens per second")

@@ -99,8 +99,8 @@ def _package(name: str) -> str | None:
 def _devices() -> list[Finding]:
     found = []
     for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
+        gpu = torch.cuda.get_device_properties(index)
+        text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
         found.append(Finding(f"device cuda:{index}", text, "models and kernels on the GPU"))
     if not found:
         found.append(Finding("device cuda", None, "CUDA and Triton kernels, streams, CUDA graphs"))

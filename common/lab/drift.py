@@ -147,9 +147,9 @@ def renewed(listing: ChangeList, old: Phase, new: Phase) -> list[Change]:
     for path, sign in real.items():
         if path not in kept:
             before = [i for i, entry in enumerate(changes) if SIGNS.index(entry.sign) <= SIGNS.index(sign)]
-            place = before[-1] + 1 if before else 0
-            part = changes[max(place - 1, 0)].part if changes else ""
-            changes.insert(place, Change(sign, path, _first_words(new.folder / path), part=part))
+            position = before[-1] + 1 if before else 0
+            part = changes[max(position - 1, 0)].part if changes else ""
+            changes.insert(position, Change(sign, path, _first_words(new.folder / path), part=part))
     return [replace(c, names=_differing(old, new, c.path) if c.sign == "~" else ()) for c in changes]
 
 
@@ -189,9 +189,9 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
     for old, new in pairs if options.fix else []:
         if fix(old, new):
             print(f"rewrote the list in {new.folder.name}/README.md; check the words of its new lines")
-    texts = files(root)
+    paths = files(root)
     findings = [finding for old, new in pairs for finding in compare_pair(old, new)]
-    findings += [finding for path in texts for finding in check_text(root, path)]
+    findings += [finding for path in paths for finding in check_text(root, path)]
     for remedy in dict.fromkeys(finding.remedy for finding in findings):
         for finding in findings:
             if finding.remedy == remedy:
@@ -199,5 +199,5 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
         print(f"  what to do: {remedy}\n")
     if findings:
         return 1
-    print(f"lab drift: {len(found)} phases differ as their READMEs say; {len(texts)} files are clean")
+    print(f"lab drift: {len(found)} phases differ as their READMEs say; {len(paths)} files are clean")
     return 0

@@ -99,7 +99,7 @@ def exercise(found: list[Phase], number: int) -> Exercise:
     compiled = [path for path in paths if signs.get(path) == "+" and Path(path).suffix in COMPILED]
     order, ranks = list(hints), list(listed)
 
-    def place(stub: Stub) -> tuple[int, int]:
+    def writing_order(stub: Stub) -> tuple[int, int]:
         key = _matching(hints, stub)
         rank = ranks.index(stub.file) if stub.file in listed else len(ranks)
         return order.index(key) if key else len(order), rank
@@ -107,7 +107,7 @@ def exercise(found: list[Phase], number: int) -> Exercise:
     return Exercise(
         phase=phase,
         sources=sources,
-        stubs=sorted((s for path, text in sources.items() for s in stubs_in(path, text)), key=place),
+        stubs=sorted((s for path, text in sources.items() for s in stubs_in(path, text)), key=writing_order),
         words=listed,
         changed=[path for path in paths if signs.get(path) == "~"] if at else [],
         absent=[path for path in compiled if path not in given],

@@ -92,9 +92,10 @@ def start(found: list[Phase], number: int, folder: Path) -> Exercise:
         raise UserError(f"{folder} is a file; name a folder that is absent or empty")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, and nothing in it was touched; name a folder that is absent or empty")
-    place = folder.resolve()
+    resolved = folder.resolve()
     if any(
-        place.is_relative_to(p.folder) or (place.parent == p.folder.parent and PHASE.match(place.name)) for p in found
+        resolved.is_relative_to(p.folder) or (resolved.parent == p.folder.parent and PHASE.match(resolved.name))
+        for p in found
     ):
         raise UserError(f"{folder} looks like a phase of the course, or is inside of one; choose a name like my-phase")
     contents = exercise_files(work)

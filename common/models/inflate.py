@@ -95,16 +95,16 @@ def inflate(folder: Path, out: Path, layers: int, width: int, ffn_width: int, se
     if "lm_head.weight" in tensors and not config.get("tie_word_embeddings"):
         made["lm_head.weight"] = grown(tensors["lm_head.weight"], (len(embedding), width))
     made["model.norm.weight"] = norm(tensors["model.norm.weight"])
-    places = {number * layers // old_layers: number for number in range(old_layers)}  # new layer -> the old one
+    old_layer_of = {number * layers // old_layers: number for number in range(old_layers)}  # new layer -> the old one
     for number in range(layers):
-        source = f"model.layers.{places.get(number, 0)}."
+        source = f"model.layers.{old_layer_of.get(number, 0)}."
         target = f"model.layers.{number}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             made[f"{target}{name}.weight"] = norm(tensors[f"{source}{name}.weight"])
         for name, shape in shapes.items():
             old = tensors[f"{source}{name}.weight"]
             writes = name in ("self_attn.o_proj", "mlp.down_proj")
-            if number not in places:
+            if number not in old_layer_of:
                 made[f"{target}{name}.weight"] = torch.zeros(shape) if writes else noise(shape, old)
             else:
                 made[f"{target}{name}.weight"] = (closed if writes else grown)(old, shape)

@@ -47,7 +47,7 @@ SEED = 235  # of those tried, the one that splits files with arguments or expres
 PER_HALF = sum(QUOTAS.values())
 PER_FILE = 8
 SHORTEST, LONGEST = 16, 200  # tokens of a prompt
-DRAWN = 26, 380  # the range of the sampled length; the nearest possible one is used
+LENGTHS = 26, 380  # the range of the sampled length; the nearest possible one is used
 CONTINUATION = (1200, 1600)  # characters
 LEAST_CONTINUATION = 256  # tokens
 _NOT_CODE = re.compile(r"copyright|licen[sc]e", re.IGNORECASE)
@@ -82,8 +82,8 @@ def cut(place: Place, text: str, tokenizer: Tokenizer, seed: int) -> Cut | None:
         at_word = text[end].isspace() and not text[end - 1].isspace()
         if place.earliest <= end <= place.latest and (at_word or text[end - 1] == "("):
             ends[tokens] = end
-    draw = random.Random(f"{seed} {place.kind} {place.file} {place.start}")
-    wanted = math.exp(draw.uniform(math.log(DRAWN[0]), math.log(DRAWN[1])))
+    generator = random.Random(f"{seed} {place.kind} {place.file} {place.start}")
+    wanted = math.exp(generator.uniform(math.log(LENGTHS[0]), math.log(LENGTHS[1])))
     for tokens in sorted(ends, key=lambda tokens: abs(tokens - wanted)):
         end = ends[tokens]
         if tokenizer.encode(text[place.start : end]).ids != ids[:tokens]:
@@ -99,12 +99,12 @@ def cut(place: Place, text: str, tokenizer: Tokenizer, seed: int) -> Cut | None:
 class Selection:
     """The cuts chosen for one half: spread over the files, without overlaps.
 
-    `known` holds the windows of text that may not occur (again); chosen windows are added.
+    `used` holds the windows of text that may not occur (again); chosen windows are added.
     """
 
-    def __init__(self, files: list[SourceFile], known: set[str], tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, files: list[SourceFile], used: set[str], tokenizer: Tokenizer, seed: int) -> None:
         self.files = {file.path: file.text for file in files}
-        self.known, self.tokenizer, self.seed = known, tokenizer, seed
+        self.used, self.tokenizer, self.seed = used, tokenizer, seed
         self.cuts: list[Cut] = []
         self.per_file: Counter[str] = Counter()
         order = random.Random(seed)
@@ -125,8 +125,8 @@ class Selection:
         for path in sorted(places, key=lambda path: (self.per_file[path], path)):
             while places[path] and self.per_file[path] < PER_FILE:
                 found = cut(places[path].pop(), self.files[path], self.tokenizer, self.seed)
-                if found and not self._overlaps(found) and self.known.isdisjoint(self._windows(found)):
-                    self.known.update(self._windows(found))
+                if found and not self._overlaps(found) and self.used.isdisjoint(self._windows(found)):
+                    self.used.update(self._windows(found))
                     self.cuts.append(found)
                     self.per_file[path] += 1
                     return True
@@ -142,10 +142,10 @@ class Selection:
         return set(windows(self.files[cut.place.file][cut.place.start : cut.stop]))
 
 
-def choose(files: list[SourceFile], known: set[str], tokenizer: Tokenizer, seed: int) -> list[Cut]:
+def choose(files: list[SourceFile], used: set[str], tokenizer: Tokenizer, seed: int) -> list[Cut]:
     """Choose PER_HALF cuts from the files of one half. Raises UserError if the files do not have as many."""
     written = [file for file in files if not file.path.startswith("encodings/")]  # generated tables
-    selection = Selection(written, known, tokenizer, seed)
+    selection = Selection(written, used, tokenizer, seed)
     missing = sum(quota - selection.fill(kind, quota) for kind, quota in QUOTAS.items())
     for kind in FILLERS * PER_HALF:
         if missing:
@@ -157,12 +157,12 @@ def choose(files: list[SourceFile], known: set[str], tokenizer: Tokenizer, seed:
 
 def make_rows(files: list[SourceFile], copied: set[str], tokenizer: Tokenizer, seed: int) -> list[dict[str, str]]:
     """Return the lines of `code.jsonl`, shuffled, so that any first N is a mix of kinds and halves."""
-    known = set(copied)
+    used = set(copied)
     rows = []
     for half in get_args(Half):
         mine = [file for file in files if half_of(file.path, seed) == half]
         texts = {file.path: file.text for file in mine}
-        for found in choose(mine, known, tokenizer, seed):
+        for found in choose(mine, used, tokenizer, seed):
             place, text = found.place, texts[found.place.file]
             prompt, continuation = text[place.start : found.end], text[found.end : found.stop]
             rows.append(

@@ -30,9 +30,9 @@ class Hypothesis:
 
 def _expand(model: Transformer, prompt: list[int], running: list[Hypothesis], keep: int) -> list[Hypothesis]:
     """Return the `keep` best one-token extensions of all running hypotheses, best first."""
-    texts = [prompt + hypothesis.tokens for hypothesis in running]
+    sequences = [prompt + hypothesis.tokens for hypothesis in running]
     scores = torch.tensor([hypothesis.score for hypothesis in running])[:, None]
-    logits = next_logits(model, texts)
+    logits = next_logits(model, sequences)
     check_finite(logits)
     totals = logits.float().log_softmax(-1).cpu() + scores  # [beams, V]
     best = ranked(totals.flatten(), min(keep, totals.numel()))

@@ -120,7 +120,7 @@ def load_transformer(
         if stored.dtype not in _NUMBERS:
             raise UserError(
                 f"{checkpoint.name}: tensor {stored_name} holds {stored.dtype}, which needs scales; "
-                "supported are float32, bfloat16, float16 (and float64): take the model as it was before"
+                "supported are float32, bfloat16, float16 (and float64): use the unquantised model"
             )
         parts = list(_translate(stored_name, stored, config))
         if not parts:
@@ -204,7 +204,7 @@ def _complaint(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], 
     if missing:
         parts.append(f"missing: {some([_stored_name(name, config) for name in missing])}")
     if unknown:
-        parts.append(f"not known: {some(unknown)}")
+        parts.append(f"unknown: {some(unknown)}")
     return "; ".join(parts)
 
 

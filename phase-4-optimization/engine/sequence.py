@@ -66,9 +66,9 @@ class Sequence:
         end = len(self.text)
         if self.finish_reason is None:
             end -= max((_overlap(self.text, stop) for stop in self.params.stop), default=0)
-        taken = self.text[self._released : end]
+        released = self.text[self._released : end]
         self._released = max(self._released, end)
-        return taken
+        return released
 
     def _finish(self, reason: FinishReason) -> None:
         if reason != "stop" and self._decoder is not None:

@@ -258,7 +258,7 @@ def test_a_bias_of_zeros_that_the_model_has_not(
     reader.load(str(folder), torch.float32, CPU)
     tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"not known: model\.layers\.0\.mlp\.up_proj\.bias"):
+    with pytest.raises(UserError, match=r"unknown: model\.layers\.0\.mlp\.up_proj\.bias"):
         reader.load(str(folder), torch.float32, CPU)
 
 

@@ -122,8 +122,8 @@ def decisions(part: Part, seed: int, policy: str, noise: Purpose) -> Iterator[De
     for depth, found in enumerate([*(part.tokens[node] for node in part.path), part.following]):
         if policy != "lossy" or depth == len(part.path):
             key = Key(seed, part.sample, part.length + depth, RULES["own"].purpose)
-            behind = part.target[part.path[depth - 1] + 1 if depth else 0]
-            yield Decision(part.owner, "own", key, found, largest(behind, key, 1)[0], True)
+            probs = part.target[part.path[depth - 1] + 1 if depth else 0]
+            yield Decision(part.owner, "own", key, found, largest(probs, key, 1)[0], True)
 
 
 def _drafted(part: Part, seed: int, noise: Purpose) -> Iterator[Decision]:

@@ -62,10 +62,10 @@ def start(copy: Path, tests: tuple[str, ...], log: Path) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.dont_write_bytecode = True  # bytecode would hide a change within the same second
-    places = [str(copy), str(copy / ".venv" / "phases")]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    folders = [str(copy), str(copy / ".venv" / "phases")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     os.environ["SPECDEC_BUILD_DIR"] = str(copy.parent / "kernels")
-    sys.path[:0] = places
+    sys.path[:0] = folders
     for name in list(sys.modules):  # modules of the repository itself
         if re.match(r"(tests|common|phase\d+)(\.|$)", name):
             del sys.modules[name]
