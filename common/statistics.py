@@ -58,7 +58,7 @@ class Ratio:
 
     @property
     def interval(self) -> Interval | None:
-        """The interval that a claim uses: `prompts`, or `rounds` where nothing but rounds was varied."""
+        """Return the interval for claims: `prompts`, or `rounds` if only rounds were varied."""
         return self.prompts or self.rounds
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Ratio:
 
 
 def _inflation(count: int, correlation: float) -> float:
-    """Variance of the mean of `count` values of an AR(1) process, as a multiple of that of independent values."""
+    """Return the variance of the mean of `count` AR(1) values, as a multiple of that of independent values."""
     lags = np.arange(1, count)
     return float(1 + 2 * ((1 - lags / count) * correlation**lags).sum())
 

@@ -175,7 +175,7 @@ class IncrementalDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """before: tokens that the text follows, a prompt's. Their text is not returned."""
+        """Start after the tokens `before`, such as a prompt's. Their text is not returned."""
         self._tokenizer = tokenizer
         last = next((token_id for token_id in reversed(before) if self._is_whole(token_id)), None)
         # The tokens of the last returned text: context for the next.

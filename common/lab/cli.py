@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def entry() -> NoReturn:
-    """The console script: bad input is one line on stderr and exit status 2."""
+    """Run the console script: bad input is one line on stderr and exit status 2."""
     run_main(main, sys.argv[1:])
 
 

@@ -112,7 +112,7 @@ def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
     sequence = sequences[0]
     costs = account(llm.steps[sequence], plain_step_ms(llm.loaded.model, sequence))
     if costs is None:
-        print("nothing to explain: no step drafted anything (one token at a time was asked for)", file=sys.stderr)
+        print("nothing to explain: no step drafted a token", file=sys.stderr)
         return
     plain_total = costs.plain_ms * len(sequence.tokens)
     print_explanation(costs, plain_total / clock.stats(sequence).total_ms)

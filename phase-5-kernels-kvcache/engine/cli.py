@@ -121,7 +121,7 @@ def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
         plain_ms = plain_step_ms(llm._runner(llm.loaded.model, [sequence]), sequence)
     costs = account(llm.steps[sequence], plain_ms)
     if costs is None:
-        print("nothing to explain: no step drafted anything (one token at a time was asked for)", file=sys.stderr)
+        print("nothing to explain: no step drafted a token", file=sys.stderr)
         return
     plain_total = costs.plain_ms * len(sequence.tokens)
     print_explanation(costs, plain_total / clock.stats(sequence).total_ms)

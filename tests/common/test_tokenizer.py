@@ -25,7 +25,7 @@ TEXT = "the time the machine keeps: naïve café, 東京 and 😀😀 👩‍�
 
 
 def byte_level() -> Backend:
-    """GPT-2's kind: every byte is a token, so characters can be split anywhere. 😀 is partly merged."""
+    """Make one of GPT-2's kind: every byte is a token, so characters can be split anywhere. 😀 is partly merged."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def byte_level() -> Backend:
 
 
 def sentencepiece(decoder: decoders.Decoder) -> Backend:
-    """Llama 2's kind: a space is written ▁, one is put before the text, and unknown characters become byte tokens."""
+    """Make one of Llama 2's kind: a space is ▁, one is put before the text, unknown characters become byte tokens."""
     words = ["▁the", "▁end", "▁time", "▁machine", "▁", "the", "e", "n", "d", ",", ".", "▁▁", "�"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
@@ -129,7 +129,7 @@ def test_the_first_space_of_an_output_is_kept(make: str, prompt: str) -> None:
     the, end = (tokenizer._backend.get_vocab()[piece] for piece in ("▁the", "▁end"))
     assert streamed(tokenizer, [the, end], tokenizer.encode(prompt)) == [" the", " end", ""]
     assert streamed(tokenizer, [the, end]) == ["the", " end", ""]
-    assert streamed(tokenizer, [the, end], [1]) == ["the", " end", ""]  # behind a begin token alone
+    assert streamed(tokenizer, [the, end], [1]) == ["the", " end", ""]  # after a begin token alone
 
 
 def test_sentencepiece_bytes_wait_for_the_end_of_their_run() -> None:

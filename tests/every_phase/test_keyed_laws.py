@@ -123,12 +123,12 @@ def test_chains_of_one_token(phase: Phase, keyed: Any, policy: str, certain: boo
     if phase.number == 2 and policy != "rejection":
         pytest.skip("comes with phase 3")
     engine = importlib.import_module(phase.package)
-    target, behind = law(4, SIZE), law(5, SIZE, SIZE)
+    target, law_after = law(4, SIZE), law(5, SIZE, SIZE)
     draft = torch.eye(SIZE)[2] if certain else law(6, SIZE)
     noise = Purpose.SAMPLE if policy == "coupled" else Purpose.DRAFT
     tokens = torch.full((DRAWS,), 2) if certain else keyed.draw(draft.expand(DRAWS, SIZE), *rows(), noise)
     probs = None if certain else draft.expand(DRAWS, 1, SIZE)
-    said = torch.stack((target.expand(DRAWS, SIZE), behind[tokens]), 1)
+    said = torch.stack((target.expand(DRAWS, SIZE), law_after[tokens]), 1)
     verdict = judged(engine, policy, tokens[:, None], probs, said, keyed)
     accepted, following = verdict.accepted == 1, verdict.next_tokens
     first = torch.where(accepted, tokens, following)
@@ -140,7 +140,7 @@ def test_chains_of_one_token(phase: Phase, keyed: Any, policy: str, certain: boo
     kept = torch.bincount(tokens[accepted], minlength=SIZE).double()
     assert 0 < int(kept.sum()) < DRAWS
     pairs = torch.bincount(tokens[accepted] * SIZE + following[accepted], minlength=SIZE * SIZE)
-    assert likelihood(pairs, (kept / kept.sum())[:, None] * behind) > RARE
+    assert likelihood(pairs, (kept / kept.sum())[:, None] * law_after) > RARE
 
 
 TREES = 1000
@@ -151,7 +151,7 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     """Children are sampled without replacement, or the likeliest, by policy; the first token is the target's."""
     engine = importlib.import_module(phase.package)
     rule = engine.make_policy(policy)
-    target, behind, draft = law(4, SIZE), law(5, SIZE, SIZE), law(6, SIZE)
+    target, law_after, draft = law(4, SIZE), law(5, SIZE, SIZE), law(6, SIZE)
     samples, positions = rows(TREES)
     drawn = branching.draw_several(draft.expand(TREES, SIZE), 2, samples, positions, rule.draft_noise)
     if not rule.draws_children:
@@ -161,7 +161,7 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     first, second = [], []
     for children, sample, position in zip(drawn.tolist(), samples.tolist(), positions.tolist(), strict=True):
         tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
-        said = torch.stack((target, *behind[children]))[None]
+        said = torch.stack((target, *law_after[children]))[None]
         path = rule.accept_tree(tree, engine.Judged(said, said), sample, position, branching)
         if path.nodes:
             second.append((children[path.nodes[0]], path.next_token))
@@ -171,7 +171,7 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     pairs = torch.zeros(SIZE, SIZE)
     for before, after in second:
         pairs[before, after] += 1
-    assert likelihood(pairs, (pairs.sum(1, keepdim=True) / pairs.sum()) * behind) > RARE
+    assert likelihood(pairs, (pairs.sum(1, keepdim=True) / pairs.sum()) * law_after) > RARE
 
 
 SHORT = {"max_tokens": 3, "k": 2, "draft": "fake:0.7"}
