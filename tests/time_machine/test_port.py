@@ -187,7 +187,7 @@ def test_a_binary_file_that_differs_is_for_a_person(scratch: Any) -> None:
     scratch.commit("Fix", {f"{ONE}/{table}": b"\0fixed", f"{ONE}/engine/a.bin": b"\0new"})
     status, out = scratch.port()
     assert status == 1
-    assert "is no text" in out
+    assert "is binary and cannot be merged" in out
     assert (scratch.folder / TWO / table).read_bytes() == b"\0" + TWO.encode()
     scratch.write({f"{TWO}/{table}": b"\0fixed second"})
     assert scratch.port("--continue")[0] == 1, "phase 3 has its own as well"
