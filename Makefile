@@ -52,7 +52,7 @@ mutants: $(STAMP)  ## change the engine in many small ways, one at a time, and s
 	PYTHONPATH=.:$(VENV)/phases $(BIN)/python -m tests.support.mutation $(ONLY)
 
 sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
-	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m engine.kernels.cpp.sanitize
+	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m checks.sanitize
 
 # GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv. A part that fails does not stop
 # the others, so that a card that is there for a short time is used; what each gave and took is in OUT/manifest.json.
@@ -67,7 +67,7 @@ gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its te
 	}; \
 	part tests env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m pytest -p no:cacheprovider -m gpu \
 	    $$(grep -lr --include='test_*.py' 'mark\.gpu' tests); \
-	$(if $(DRY_RUN),,part ledger env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m phase5.kernels.ledger --write; \
+	$(if $(DRY_RUN),,part ledger env PYTHONPATH=phase-5-kernels-kvcache:.:$$PYTHONPATH $$python -m checks.ledger --write; \
 	cp phase-5-kernels-kvcache/engine/kernels/verified.json "$(RESULTS)/";) \
 	for phase in phase-*; do \
 	    part $$phase env PYTHONPATH=. $$python $$phase/bench.py --device $(if $(DRY_RUN),auto --dry-run,cuda) \

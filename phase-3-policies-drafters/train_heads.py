@@ -22,10 +22,10 @@ from common.device import resolve_device
 from common.errors import UserError
 from common.options import parse_options, run_main
 from engine.drafters.heads import find_heads, load_heads, save_heads
-from engine.head_figures import decoding_figures
-from engine.head_options import HeadOptions
-from engine.head_training import HeadTrainer
 from engine.load import LoadedModel, load
+from training.figures import decoding_figures
+from training.options import HeadOptions
+from training.trainer import HeadTrainer
 
 
 def hardware(device: torch.device) -> str:

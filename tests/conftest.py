@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 from common.models.train_tokenizer import save_tokenizer, train_tokenizer
 from common.phases import Phase, phases
 from common.recording import SCHEMA, Recording, contradictions, read_recording
+from tests.support.beside import BESIDE, forget
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -165,15 +166,11 @@ def bench_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str],
     Module names there are the same in every phase, so all of them are removed before the next test.
     """
 
-    def forget() -> dict[str, ModuleType]:
-        named = [name for name in sys.modules if name.partition(".")[0] in ("benchmarks", "engine")]
-        return {name: sys.modules.pop(name) for name in named}
-
     def load(number: int, name: str) -> ModuleType:
         monkeypatch.syspath_prepend(next(phase.folder for phase in phases() if phase.number == number))
         return importlib.import_module(f"benchmarks.{name}")
 
-    before = forget()
+    before = forget(["engine", *BESIDE])
     yield load
-    forget()
+    forget(["engine", *BESIDE])
     sys.modules.update(before)

@@ -64,9 +64,9 @@ def compare(old: Phase, new: Phase, part: str | None = None) -> list[FileDiff]:
     order = list(listed)
     found = []
     for path, sign in difference(old.folder, new.folder, LEFT_OUT).items():
-        entry = listed.get(path, Change(sign, path))
+        entry = listed.get(path) or listed.get(f"{path.split('/')[0]}/") or Change(sign, path)
         if part is None or entry.part == part:
-            found.append(_file_diff(old.folder, new.folder, replace(entry, sign=sign)))
+            found.append(_file_diff(old.folder, new.folder, replace(entry, sign=sign, path=path)))
 
     def reading_order(diff: FileDiff) -> tuple[int, int]:
         path = diff.change.path

@@ -28,6 +28,7 @@ from common.lab.snapshots import (
     changed_definitions,
     difference,
     files,
+    folded,
     format_list,
     read_list,
 )
@@ -74,7 +75,7 @@ def compare_pair(old: Phase, new: Phase) -> Iterator[Finding]:
         heading = f"`## What changed since phase {old.number}`"
         yield Finding(f"{readme}: the section {heading} is missing", "`lab drift --fix` writes it")
     listed = {change.path: change for change in listing.changes}
-    real = difference(old.folder, new.folder)
+    real = folded(difference(old.folder, new.folder), new.folder)
     for path in sorted(real.keys() | listed):
         file, sign, entry = f"{new.folder.name}/{path}", real.get(path), listed.get(path)
         if sign is None:
@@ -141,7 +142,7 @@ def _first_words(file: Path) -> str:
 
 def renewed(listing: ChangeList, old: Phase, new: Phase) -> list[Change]:
     """Return the corrected list: correct lines keep their position and words; a new one follows those of its sign."""
-    real = difference(old.folder, new.folder)
+    real = folded(difference(old.folder, new.folder), new.folder)
     changes = [replace(entry, sign=real[entry.path]) for entry in listing.changes if entry.path in real]
     kept = {entry.path for entry in changes}
     for path, sign in real.items():

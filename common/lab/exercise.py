@@ -26,7 +26,7 @@ from common.lab.snapshots import BENCH, OWN, difference, files, find_phase, read
 from common.lab.stubs import Stub, stub, stubs_in
 from common.phases import Phase
 
-HINT = re.compile(r"^- (engine/[^\s,:]+\.py(?:, [\w.]+)?): (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
+HINT = re.compile(r"^- ([a-z]+/[^\s,:]+\.py(?:, [\w.]+)?): (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
 PART = re.compile(r"^- part ([\w-]+): ", re.MULTILINE)
 LEFT_OUT = tuple(name for name in OWN if name not in BENCH)  # one copy, the shipped one, is enough
 COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl", ".metal", ".mm"}
@@ -37,7 +37,7 @@ class Exercise:
     """The contents that `lab start` writes and `lab check` coaches."""
 
     phase: Phase
-    sources: dict[str, str]  # the Python files of `engine`, with stubs
+    sources: dict[str, str]  # the Python files of `engine` and of what lies beside it, with stubs
     stubs: list[Stub]  # in the order in which to write them
     words: dict[str, str]  # the README's words on each file
     changed: list[str]  # files that the phase changes, given whole or nearly so
@@ -91,7 +91,7 @@ def exercise(found: list[Phase], number: int) -> Exercise:
     sources = {
         path: (phase.folder / path).read_text(encoding="utf-8")
         for path in paths
-        if path.startswith("engine/") and path.endswith(".py")
+        if "/" in path and path.endswith(".py") and path.split("/")[0] not in BENCH
     }
     added = {path for path in sources if signs.get(path) == "+" and path not in given}
     hinted = {function for path in sources for function in _functions(path, sources[path], hints)}

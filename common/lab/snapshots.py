@@ -7,7 +7,8 @@ The list is the first indented block of the section `## What changed since phase
         LLM.run, LLM.header
     - engine/old.py      why it went
 
-A line is a sign (`+` added, `~` changed, `-` removed), the path below the phase's folder, two spaces, words. Below a
+A line is a sign (`+` added, `~` changed, `-` removed), the path below the phase's folder, two spaces, words. A folder
+at the top that is removed with all its content has one line, `- name/  words`. Below a
 changed Python file, indented deeper and on as many lines as needed, are the definitions that were added, changed or
 removed, as `changed_definitions` gives them. A line `part NAME: words` starts a part. A phase's OWN files are not
 listed: every phase writes its README, notebook, bench and results anew.
@@ -102,6 +103,16 @@ def difference(old: Path, new: Path, without: tuple[str, ...] = OWN) -> dict[str
         elif (old / path).read_bytes() != (new / path).read_bytes():
             signs[path] = "~"
     return signs
+
+
+def folded(signs: Mapping[str, Sign], new: Path) -> dict[str, Sign]:
+    """The same difference with one entry, `name/`, for a folder at the top of which the new phase has nothing left."""
+    left = {path.split("/")[0] for path in files(new)}
+    found: dict[str, Sign] = {}
+    for path, sign in signs.items():
+        top, slash, _ = path.partition("/")
+        found[path if top in left or not slash else f"{top}/"] = sign
+    return found
 
 
 def definitions(source: str) -> dict[str, str]:

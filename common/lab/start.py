@@ -27,7 +27,7 @@ docstrings, data classes, constants and imports are given; helper functions are 
 
 {to_write}
 
-You may copy a file that you prefer not to write from `{folder}/engine`; the check counts it like your own.
+You may copy a file that you prefer not to write from `{folder}`; the check counts it like your own.
 {given}
 ## Run and check
 

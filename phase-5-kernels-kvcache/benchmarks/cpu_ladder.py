@@ -21,9 +21,9 @@ from common.prompts import Prompt
 from engine import SamplingParams, load
 from engine.kernels import cpp
 from engine.kernels.cpp import CppModel, default_threads, library
-from engine.kernels.cpp.ladder import RUNGS, Kind, Rung
 from engine.kernels.cpp.weights import Weights
 from engine.model import Transformer
+from ladder.cpp import RUNGS, Kind, Rung
 
 from .runs import Lab
 

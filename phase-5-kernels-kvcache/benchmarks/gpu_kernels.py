@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checks import check
 from common.benchmark import WrongResult
 from common.errors import UserError
 from common.harness import Variant
-from engine.kernels import TORCH, check, registry
+from engine.kernels import TORCH, registry
 from engine.kv_cache import CacheShape, PagedCache, StaticCache
 from engine.model import Linear
 from engine.quantize import Format, QuantLinear

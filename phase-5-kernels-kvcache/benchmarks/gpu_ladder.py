@@ -21,16 +21,17 @@ from common.figures import GREY, figure, look
 from common.harness import Variant
 from common.tables import AGAIN
 from engine.kernels import registry
-from engine.kernels.cuda import attention, ladder, linear
-from engine.kernels.cuda.ladder import RUNGS
+from engine.kernels.cuda import attention, linear
 from engine.kv_cache import CacheShape, StaticCache
 from engine.model import Linear
+from ladder import cuda as ladder
+from ladder.cuda import RUNGS
 
 from .gpu_timing import Replay, copies_for, measure_copy, on_card, record, replay
 from .runs import Lab
 
 GPU_LADDER = {
-    "gpu_ladder": "1 to 5: a file of engine/kernels/cuda/ladder; free: the engine's op without the promise that a "
+    "gpu_ladder": "1 to 5: a file of ladder/cuda; free: the engine's op without the promise that a "
     "token's bits do not depend on how many are computed; engine: with it. The first rung is the baseline",
 }
 LINEAR = {"Llama-3.1-8B gate and up": (28672, 4096), "Llama-3.1-8B down": (4096, 14336), "gpt2-xl up": (6400, 1600)}

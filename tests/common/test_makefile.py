@@ -136,7 +136,7 @@ def test_gpu_runs_tests_benches_and_manifest(lab: Path, monkeypatch: pytest.Monk
     assert run.returncode == 0, run.stderr
     assert calls == [
         "-m pytest -p no:cacheprovider -m gpu tests/test_card.py",
-        "-m phase5.kernels.ledger --write",
+        "-m checks.ledger --write",
         "phase-1-one/bench.py --device cuda --rounds 3 --output out/phase-1-one",
         "phase-2-two/bench.py --device cuda --rounds 3 --output out/phase-2-two",
         "-m common.gpu_manifest out",

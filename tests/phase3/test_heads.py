@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,13 +19,11 @@ from common.errors import UserError
 from phase3.drafters.eagle import EagleDrafter, EagleHead, EagleShape, Lookahead
 from phase3.drafters.heads import HeadsKind, build_heads, find_heads, load_heads, save_heads, target_states
 from phase3.drafters.medusa import MedusaDrafter, MedusaHeads, MedusaShape
-from phase3.head_data import MixedBatches, count_table, write_text
-from phase3.head_figures import learned_drafter, text_figures
-from phase3.head_loss import Objective, Overlap, acceptance
-from phase3.head_options import HeadOptions
-from phase3.head_training import HeadTrainer, check_finite, learning_rate
 from phase3.teacher_forced import teacher_forced_acceptance
+from tests.support.beside import beside
 
+data, figures, loss, training = (beside(3, f"training.{name}") for name in ("data", "figures", "loss", "trainer"))
+program = beside(3, "train_heads")
 CPU = torch.device("cpu")
 COURSE = {"steps": 30, "batch_tokens": 256, "warmup": 3, "window": 32, "lr": 1e-2, "eval_rows": 4}
 TINY = {**COURSE, "bf16": False, "device": "cpu", "depths": 3, "save_every": 8, "eval_every": 15, "prompts": 0}
@@ -49,8 +44,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "train.py", folder / "heldout.py"]
 
 
-def options(corpus: list[Path], kind: str, **changes: Any) -> HeadOptions:
-    return HeadOptions.model_validate({**TINY, "corpus": corpus, "kind": kind, **changes})
+def options(corpus: list[Path], kind: str, **changes: Any) -> Any:
+    return training.HeadOptions.model_validate({**TINY, "corpus": corpus, "kind": kind, **changes})
 
 
 def random_eagle(target: phase3.LoadedModel, taps: tuple[int, ...], reach: int = 64) -> EagleHead:
@@ -149,7 +144,7 @@ def test_survival_is_the_exact_expectation() -> None:
     weighted = torch.zeros(2, dtype=torch.float64)
     for first in range(V):
         tokens = torch.tensor([[1, 0, first]])  # anchor t = 0: tokens 0 and 1 are known
-        _, survives = acceptance(p[tokens], torch.stack([logits[0], logits[first]])[:, None, None], tokens)
+        _, survives = loss.acceptance(p[tokens], torch.stack([logits[0], logits[first]])[:, None, None], tokens)
         weighted += p[0, first] * survives[:, 0, 0]
     assert weighted.tolist() == pytest.approx(expected)
 
@@ -158,38 +153,38 @@ def test_gradients_of_the_overlap() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, p = (torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     token = torch.randint(7, (2, 5, 1), generator=generator)
-    torch.autograd.gradcheck(Overlap.apply, (logits.requires_grad_(), p.softmax(-1), token))
+    torch.autograd.gradcheck(loss.Overlap.apply, (logits.requires_grad_(), p.softmax(-1), token))
 
 
 def test_the_first_objective_is_least_at_the_target() -> None:
     tokens = torch.randint(6, (2, 9))
     logits = torch.randn(2, 9, 6)
     right = torch.stack([logits[:, d + 1 : d + 8] for d in range(2)])
-    objective = Objective(accepted=False, chain=True, decay=0.5)
+    objective = loss.Objective(accepted=False, chain=True, decay=0.5)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     expected = (entropy[:, 1:8].mean() + 0.5 * entropy[:, 2:9].mean()) / 1.5
     assert float(objective(logits.softmax(-1), right, tokens)) == pytest.approx(float(expected), rel=1e-5)
     assert float(objective(logits.softmax(-1), right + torch.randn(right.shape), tokens)) > float(expected)
-    accepted = Objective(accepted=True, chain=True, decay=0.5)
+    accepted = loss.Objective(accepted=True, chain=True, decay=0.5)
     assert float(accepted(logits.softmax(-1), right, tokens)) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_table_counts() -> None:
     stream = torch.tensor([1, 2, 1, 3, 1, 3, 4, 3, 4, 3])
-    assert count_table(stream, 1, 6)[[1, 2, 3, 5]].tolist() == [3, 1, 4, 3]  # 5 never occurred: the most frequent
-    assert count_table(stream, 2, 6)[2].item() == 3
+    assert data.count_table(stream, 1, 6)[[1, 2, 3, 5]].tolist() == [3, 1, 4, 3]  # 5 never occurred: the most frequent
+    assert data.count_table(stream, 2, 6)[2].item() == 3
 
 
 def test_rows_of_both_kinds_in_proportion() -> None:
-    batches = MixedBatches(torch.zeros(400).long(), torch.ones(400).long(), 0.25, 5, 10, 80, seed=0)
+    batches = data.MixedBatches(torch.zeros(400).long(), torch.ones(400).long(), 0.25, 5, 10, 80, seed=0)
     assert batches.at(3).float().mean(1).sort().values.tolist() == [0.0] * 6 + [1.0] * 2
-    assert MixedBatches(torch.zeros(400).long(), None, 0.25, 5, 10, 80, seed=0).at(0).shape == (8, 10)
+    assert data.MixedBatches(torch.zeros(400).long(), None, 0.25, 5, 10, 80, seed=0).at(0).shape == (8, 10)
 
 
 def test_the_target_writes_in_its_own_distribution(target: phase3.LoadedModel) -> None:
     """Tokens behind the given piece are about as likely as the target's entropy says; those of the stream are not."""
     stream = torch.randint(20, 300, (500,), generator=torch.Generator().manual_seed(0))
-    written = write_text(target, stream, count=640, length=64, rows=5, seed=0).view(-1, 64)
+    written = data.write_text(target, stream, count=640, length=64, rows=5, seed=0).view(-1, 64)
     assert written.shape == (10, 64)
     log_probs = target.model(written).log_softmax(-1)[:, :-1]
     surprise = -log_probs.gather(-1, written[:, 1:, None])[..., 0]
@@ -204,9 +199,9 @@ def trained(
     target: phase3.LoadedModel,
     corpus: list[Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> HeadTrainer:
+) -> Any:
     """A run that was never interrupted."""
-    trainer = HeadTrainer(options(corpus, request.param, blocks=2), target, tmp_path_factory.mktemp("run"))
+    trainer = training.HeadTrainer(options(corpus, request.param, blocks=2), target, tmp_path_factory.mktemp("run"))
     assert trainer.run()
     return trainer
 
@@ -215,7 +210,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_heads_learn(trained: HeadTrainer) -> None:
+def test_heads_learn(trained: Any) -> None:
     rows = rows_of(trained.out)
     assert [row["step"] for row in rows] == list(range(30))
     first_stage, second = rows[:12], rows[12:]
@@ -228,12 +223,12 @@ def test_heads_learn(trained: HeadTrainer) -> None:
 
 
 def test_an_interrupted_run_ends_as_the_other(
-    trained: HeadTrainer, target: phase3.LoadedModel, corpus: list[Path], tmp_path: Path
+    trained: Any, target: phase3.LoadedModel, corpus: list[Path], tmp_path: Path
 ) -> None:
     kind = trained.options.kind
-    first = HeadTrainer(options(corpus, kind, blocks=2, stop_after=11), target, tmp_path)
+    first = training.HeadTrainer(options(corpus, kind, blocks=2, stop_after=11), target, tmp_path)
     assert not first.run()
-    second = HeadTrainer(options(corpus, kind, blocks=2), target, tmp_path)
+    second = training.HeadTrainer(options(corpus, kind, blocks=2), target, tmp_path)
     assert second.run()
     for (name, expected), found in zip(
         trained.heads.state_dict().items(), second.heads.state_dict().values(), strict=True
@@ -241,7 +236,7 @@ def test_an_interrupted_run_ends_as_the_other(
         assert torch.equal(expected, found), name
     assert [row["loss"] for row in rows_of(tmp_path)] == [row["loss"] for row in rows_of(trained.out)]
     with pytest.raises(UserError, match=r"holds a run with --lr 0\.01"):
-        HeadTrainer(options(corpus, kind, blocks=2, lr=5e-3), target, tmp_path).run()
+        training.HeadTrainer(options(corpus, kind, blocks=2, lr=5e-3), target, tmp_path).run()
 
 
 def test_accumulated_gradients_are_those_of_one_batch(
@@ -249,18 +244,18 @@ def test_accumulated_gradients_are_those_of_one_batch(
 ) -> None:
     weights = []
     for number, changes in enumerate(({}, {"micro_tokens": 64, "logit_tokens": 32})):
-        trainer = HeadTrainer(
+        trainer = training.HeadTrainer(
             options(corpus, "eagle", steps=1, feature_loss=0.5, **changes), target, tmp_path / str(number)
         )
         tokens = trainer.batches.at(0)
         for micro in tokens.split(trainer.options.micro_tokens // 32):
-            trainer._backward(micro, Objective(True, True, 1.0), len(micro) / len(tokens))
+            trainer._backward(micro, loss.Objective(True, True, 1.0), len(micro) / len(tokens))
         weights.append(trainer.heads.get_parameter("join.weight").grad)
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_saved_heads_load_and_draft(trained: HeadTrainer, temperature: float, tmp_path: Path) -> None:
+def test_saved_heads_load_and_draft(trained: Any, temperature: float, tmp_path: Path) -> None:
     """Greedy output equals plain. (Of a random target's favourites heads guess few, of its samples some.)"""
     target = trained.target
     save_heads(tmp_path, trained.heads, target)
@@ -270,7 +265,7 @@ def test_saved_heads_load_and_draft(trained: HeadTrainer, temperature: float, tm
     prompts = [target.tokenizer.encode(text) for text in ("def function_", "return", "if left:\n")]
     sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in prompts]
     policy = phase3.make_policy("longest_prefix" if params.greedy else "rejection")
-    drafter = learned_drafter(heads, target, params, source)
+    drafter = figures.learned_drafter(heads, target, params, source)
     accepted = 0
     for step in phase3.speculative_decode(target.model, drafter, sequences, params, policy, source=source):
         accepted += sum(stats.accepted for stats in step.stats)
@@ -280,7 +275,7 @@ def test_saved_heads_load_and_draft(trained: HeadTrainer, temperature: float, tm
         assert [sequence.tokens for sequence in sequences] == [generation.tokens for generation in plain]
 
 
-def test_on_given_text_every_point_is_drafted_for(trained: HeadTrainer) -> None:
+def test_on_given_text_every_point_is_drafted_for(trained: Any) -> None:
     """Also the first, and where a single token is the prompt; states of the true text are what a step would give."""
     target, params = trained.target, phase3.SamplingParams(temperature=1.0, ignore_eos=True)
     asked: list[int] = []
@@ -293,7 +288,7 @@ def test_on_given_text_every_point_is_drafted_for(trained: HeadTrainer) -> None:
     for prompt, without in (([30, 31, 32], 0), ([30], 1)):
         asked.clear()
         source = Asked(0)
-        drafter = learned_drafter(trained.heads, target, params, source)
+        drafter = figures.learned_drafter(trained.heads, target, params, source)
         truth = list(range(40, 70))
         policy = phase3.make_policy("rejection")
         teacher_forced_acceptance(target.model, drafter, prompt, truth, params, policy, 3, source)
@@ -301,12 +296,12 @@ def test_on_given_text_every_point_is_drafted_for(trained: HeadTrainer) -> None:
         assert asked.count(3) == len(asked) - without
 
 
-def test_past_the_context(trained: HeadTrainer) -> None:
+def test_past_the_context(trained: Any) -> None:
     """The window jumps, the drafter goes on, and greedy output stays plain output."""
     target, params = trained.target, phase3.SamplingParams(max_new_tokens=60, ignore_eos=True)
     prompt = list(range(20, 110))  # of a context of 128
     sequence = phase3.Sequence(prompt, params, phase3.Ending())
-    drafter = learned_drafter(trained.heads, target, params, phase3.GreedySource())
+    drafter = figures.learned_drafter(trained.heads, target, params, phase3.GreedySource())
     policy = phase3.make_policy("longest_prefix")
     for _ in phase3.speculative_decode(target.model, drafter, [sequence], params, policy):
         pass
@@ -324,11 +319,11 @@ def test_figures_count_the_table_on_the_same_positions(target: phase3.LoadedMode
         heads.initialise(target.model, "random")
         right = table.clone()
         right[[20, 21, 22]] = torch.tensor([20, 21, 22]).roll(-gap)
-        assert text_figures(heads, target, rows, 2, right)["table_accuracy"] == 1
-        assert text_figures(heads, target, rows, 2, table)["table_accuracy"] == 0
+        assert figures.text_figures(heads, target, rows, 2, right)["table_accuracy"] == 1
+        assert figures.text_figures(heads, target, rows, 2, table)["table_accuracy"] == 0
 
 
-def test_wrong_heads_are_refused(trained: HeadTrainer, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_heads_are_refused(trained: Any, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     target, kind = trained.target, trained.options.kind
     other: Any = "eagle" if kind == "medusa" else "medusa"
     save_heads(tmp_path, trained.heads, target)
@@ -336,7 +331,7 @@ def test_wrong_heads_are_refused(trained: HeadTrainer, make_checkpoint: Callable
         load_heads(tmp_path, target, other)
     with pytest.raises(UserError, match="comes with no"):
         find_heads("auto", target, kind)
-    with pytest.raises(UserError, match=r"no such folder; train them: python train_heads.py --kind"):
+    with pytest.raises(UserError, match=r"no such folder; train them .*: python train_heads.py --kind"):
         find_heads(str(tmp_path / "missing"), target, kind)
     with pytest.raises(UserError, match="train them"):
         load_heads(tmp_path / "missing", target, kind)
@@ -373,7 +368,7 @@ def test_wrong_heads_are_refused(trained: HeadTrainer, make_checkpoint: Callable
             load_heads(tmp_path, target, kind)
 
 
-def test_a_target_names_its_heads(trained: HeadTrainer) -> None:
+def test_a_target_names_its_heads(trained: Any) -> None:
     """In lab.json, by a folder inside its own."""
     target, kind = trained.target, trained.options.kind
     inside, names = target.checkpoint.folder / "its-heads", target.checkpoint.folder / "lab.json"
@@ -393,7 +388,7 @@ def test_a_corpus_without_text_is_refused(target: phase3.LoadedModel, corpus: li
     empty = tmp_path / "empty.py"
     empty.write_text("\n")
     with pytest.raises(UserError, match="the file has no text"):
-        HeadTrainer(options([empty, corpus[1]], "medusa"), target, tmp_path / "out")
+        training.HeadTrainer(options([empty, corpus[1]], "medusa"), target, tmp_path / "out")
 
 
 def test_nan_stops_and_names_the_cause(target: phase3.LoadedModel) -> None:
@@ -402,38 +397,17 @@ def test_nan_stops_and_names_the_cause(target: phase3.LoadedModel) -> None:
     with torch.no_grad():
         heads.bias[0, 0, 0, 0] = math.nan
     with pytest.raises(UserError, match="weights of bias are not finite; lower --lr"):
-        check_finite(math.nan, heads, 3)
+        training.check_finite(math.nan, heads, 3)
 
 
 def test_the_learning_rate_rises_and_falls(corpus: list[Path]) -> None:
     course = options(corpus, "medusa")
-    rates = [learning_rate(step, course) for step in range(30)]
+    rates = [training.learning_rate(step, course) for step in range(30)]
     assert rates.index(max(rates)) == 2
     assert rates[-1] == pytest.approx(1e-2 / 27)
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    """train_heads.py, on the engine under the name it is installed by."""
-    file = Path(phase3.__file__).parents[1] / "train_heads.py"
-    spec = importlib.util.spec_from_file_location("train_heads", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    borrowed = {name: sys.modules.get(name) for name in list(sys.modules) if name.partition(".")[0] == "engine"}
-    own = {f"engine{name[6:]}": module for name, module in sys.modules.items() if name.partition(".")[0] == "phase3"}
-    sys.modules.update(own)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        for name in own:
-            del sys.modules[name]
-        sys.modules.update({name: module for name, module in borrowed.items() if module is not None})
-    return module
-
-
 def test_the_command_line(
-    program: ModuleType,
     target: phase3.LoadedModel,
     corpus: list[Path],
     tmp_path: Path,

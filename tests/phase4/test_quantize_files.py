@@ -19,10 +19,10 @@ from torch import Tensor
 import phase4
 from common.errors import UserError
 from phase4.drafters.medusa import MedusaHeads, MedusaShape
-from phase4.head_data import write_text
 from phase4.quantize import Format, QuantLinear, quantize_model, stored_bytes
 from phase4.quantize_calibrated import Method, quantize_calibrated
 from phase4.quantize_files import save_quantized
+from tests.support.beside import beside
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(20, 300, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -197,7 +197,7 @@ def test_heads_of_a_quantised_target_begin_and_learn_without_what_it_lacks(quant
     with pytest.raises(UserError, match="--head-init copy needs a target that is not quantised"):
         heads.initialise(target.model, "copy")
     with pytest.raises(UserError, match="--generated: transformers cannot read the quantised target"):
-        write_text(target, TOKENS.flatten(), 32, 16, 2, seed=0)
+        beside(4, "training.data").write_text(target, TOKENS.flatten(), 32, 16, 2, seed=0)
 
 
 def test_the_command_line_writes_what_generate_reads(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,11 +98,12 @@ def llm_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def emulate() -> Callable[[pytest.MonkeyPatch], None]:
     """`emulate(patch)`: CUDA kernels built by g++ run on the CPU while the patch lasts. Or skips, and says why."""
+    emulator = Path(phase5.__file__).resolve().parents[1] / "checks" / "emulator.h"
 
     def begin(patch: pytest.MonkeyPatch) -> None:
         if importlib.util.find_spec("pybind11") is None:
             pytest.skip("pybind11 is not installed")
-        patch.setenv("SPECDEC_CUDA_EMULATE", "1")
+        patch.setenv("SPECDEC_CUDA_EMULATOR", str(emulator))
         reason = library.why_not(library.CPU)
         if reason is not None:
             pytest.skip(reason)

@@ -79,14 +79,14 @@ def test_auto_goes_on_without_what_cannot_be_built(
 def test_only_what_is_broken_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
 
-    def ready(device: torch.device) -> None:
+    def prepare(device: torch.device) -> None:
         built.append("cuda")
         raise BuildError("nvcc failed")
 
     def backend(*ops: str, **more: Any) -> SimpleNamespace:
         return SimpleNamespace(ops=lambda: dict.fromkeys(ops, len), why_not=lambda device: None, **more)
 
-    made = {"cuda": backend("linear", "rope", ready=ready), "cpp": backend("rope", prepare=lambda device: None)}
+    made = {"cuda": backend("linear", "rope", prepare=prepare), "cpp": backend("rope", prepare=lambda device: None)}
     monkeypatch.setattr(registry, "module_of", made.get)
     monkeypatch.setattr(ledger, "entry", lambda *which: {"device": "A Card"})
     monkeypatch.delenv("SPECDEC_FORCE_PY", raising=False)

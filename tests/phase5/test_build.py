@@ -76,6 +76,23 @@ def test_a_header_and_a_flag_make_another_library(source: Path, tmp_path: Path) 
     assert len({first, second, own}) == 3
 
 
+def test_a_header_in_another_folder_counts_by_its_content(tmp_path: Path) -> None:
+    """Such as the emulator of CUDA: where it lies decides nothing."""
+    source = tmp_path / "asks.cpp"
+    source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+    found = []
+    for folder, number in (("one", 1), ("two", 2), ("three", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "answer.h").write_text(f"#define ANSWER {number}\n")
+        include = [tmp_path / "empty", tmp_path / folder]
+        library = build.build(
+            "asks", [source], compiler="g++", flags=["-shared", "-fPIC"], include=include, cache=tmp_path / "cache"
+        )
+        found.append((library, ctypes.CDLL(str(library)).answer()))
+    assert [number for _, number in found] == [1, 2, 2]
+    assert found[0][0] != found[1][0] == found[2][0]
+
+
 def test_sources_that_another_phase_shares_are_not_compiled_again(source: Path, compiler: Path, tmp_path: Path) -> None:
     cache, other = tmp_path / "cache", tmp_path / "phase-6"
     own = source.with_name("own.cpp")

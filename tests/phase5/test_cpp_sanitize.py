@@ -8,8 +8,9 @@ import pytest
 
 from common.errors import UserError
 from phase5.kernels import cpp
-from phase5.kernels.cpp import sanitize
+from tests.support.beside import beside
 
+sanitize = beside(5, "checks.sanitize")
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
 

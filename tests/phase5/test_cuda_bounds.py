@@ -19,9 +19,11 @@ from phase5.kernels import Kernels
 PROGRAM = """
 import ctypes, mmap, sys
 import torch
-from phase5.kernels import check, cuda
+from phase5.kernels import cuda
 from phase5.kernels.cuda import attention, linear, norm, rope, support, tokens
+from tests.support.beside import beside
 
+check = beside(5, "checks.check")
 op, side, wrong = sys.argv[1:]
 libc, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

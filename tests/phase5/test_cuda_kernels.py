@@ -19,13 +19,14 @@ from torch import Tensor
 from common import philox
 from common.errors import UserError
 from phase5 import KeyedSampler, KeyedSource, SamplingParams
-from phase5.kernels import TORCH, Kernels, check, registry
-from phase5.kernels.check_attention import Setting, asked
-from phase5.kernels.check_layers import FORMATS, plain, quantised
+from phase5.kernels import TORCH, Kernels, registry
 from phase5.kernels.cuda import attention, library
 from phase5.kv_cache import CacheShape, StaticCache
 from phase5.packing import PackedLinear
+from tests.support.beside import beside
 
+check, attention_cases, layers = (beside(5, f"checks.{name}") for name in ("check", "attention", "layers"))
+EMULATOR = Path(str(check.__file__)).with_name("emulator.h")
 CPU = library.CPU
 SLOWER = ("decode_attention", "flash_prefill")  # all of their cases take seconds
 Ops = dict[str, Callable[..., Any]]
@@ -73,9 +74,9 @@ def test_emulated_it_is_right_at_large_sizes(op: str, ops: Ops) -> None:
 def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) -> None:
     from phase5.kernels.cuda.linear import unconstrained
 
-    layers: list[Any] = [plain(CPU, dtype, 123, 48, True), plain(CPU, dtype, 33, 123, False)]
-    layers += [quantised(CPU, format, 33, 256, False, factor=True) for format in FORMATS]
-    for layer in layers:
+    tried: list[Any] = [layers.plain(CPU, dtype, 123, 48, True), layers.plain(CPU, dtype, 33, 123, False)]
+    tried += [layers.quantised(CPU, format, 33, 256, False, factor=True) for format in layers.FORMATS]
+    for layer in tried:
         for rows in (1, 5):
             x = check.poisoned(CPU, dtype, rows, int(layer.in_features))
             check.near(f"{layer}", unconstrained(layer, x), TORCH.linear(layer, x), check.WITHIN[dtype])
@@ -83,7 +84,10 @@ def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype: torch.dtype, ops: Ops) -> None:
-    for layer in (plain(CPU, dtype, 48, 160, True), quantised(CPU, FORMATS[0], 48, 160, False)):
+    for layer in (
+        layers.plain(CPU, dtype, 48, 160, True),
+        layers.quantised(CPU, layers.FORMATS[0], 48, 160, False),
+    ):
         for rows in (33, 64, 65):
             x = check.poisoned(CPU, dtype, rows, 160)
             together = ops["linear"](layer, x)
@@ -97,7 +101,7 @@ def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype:
 def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) -> None:
     from phase5.kernels.cuda.linear import matrix_of
 
-    layer = plain(CPU, torch.bfloat16, 32, 4096, True)
+    layer = layers.plain(CPU, torch.bfloat16, 32, 4096, True)
     assert matrix_of("linear", layer, 0, None).parts(32) > 1
     x = check.poisoned(CPU, torch.bfloat16, 16, 4096)
     together = ops["linear"](layer, x)
@@ -106,8 +110,8 @@ def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) 
 
 
 def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
-    of = Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64)
-    cache, query, rows, counts, masks = asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
+    of = attention_cases.Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64)
+    cache, query, rows, counts, masks = attention_cases.asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
     wanted = TORCH.decode_attention(query, cache, 1, rows, counts, masks)
     check.near(
         "free", attention.unconstrained(query, cache, 1, rows, counts, masks), wanted, check.WITHIN[torch.bfloat16]
@@ -162,7 +166,10 @@ def test_scores_that_are_no_numbers_are_never_chosen(ops: Ops) -> None:
 
 
 def call_linear(ops: Ops, **changed: Any) -> None:
-    arguments: dict[str, Any] = {"layer": plain(CPU, torch.bfloat16, 8, 16, True), "x": torch.zeros(1, 16).bfloat16()}
+    arguments: dict[str, Any] = {
+        "layer": layers.plain(CPU, torch.bfloat16, 8, 16, True),
+        "x": torch.zeros(1, 16).bfloat16(),
+    }
     ops["linear"](**{**arguments, **changed})
 
 
@@ -207,8 +214,8 @@ def test_heads_that_are_too_wide_are_refused(ops: Ops) -> None:
 
 
 def test_a_query_that_sees_nothing_gives_zeros(ops: Ops) -> None:
-    of = Setting("static", torch.bfloat16, torch.bfloat16, 4, 2, 16)
-    cache, query, rows, counts, _ = asked(CPU, of, [5], torch.ones(2, 2, dtype=torch.bool).tril())
+    of = attention_cases.Setting("static", torch.bfloat16, torch.bfloat16, 4, 2, 16)
+    cache, query, rows, counts, _ = attention_cases.asked(CPU, of, [5], torch.ones(2, 2, dtype=torch.bool).tril())
     mask = torch.full((2, 7), float("-inf"), dtype=torch.bfloat16)
     mask[1, 3] = 0
     for op in ("decode_attention", "flash_prefill"):
@@ -218,10 +225,11 @@ def test_a_query_that_sees_nothing_gives_zeros(ops: Ops) -> None:
 
 
 def test_without_emulation_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SPECDEC_CUDA_EMULATE", raising=False)
+    monkeypatch.delenv("SPECDEC_CUDA_EMULATOR", raising=False)
     reason = library.why_not(CPU)
     assert "needs a card of NVIDIA, and this is cpu" in str(reason)
-    monkeypatch.setenv("SPECDEC_CUDA_EMULATE", "1")
+    monkeypatch.setenv("SPECDEC_CUDA_EMULATOR", "nowhere/emulator.h")
+    assert "nowhere/emulator.h is no file of the name emulator.h" in str(library.why_not(CPU))
     monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
     reason = library.why_not(CPU)
     assert "SPECDEC_FORCE_PY" in str(reason)
@@ -269,7 +277,7 @@ def run_program(folder: Path, body: str) -> str:
         pytest.skip("there is no g++ to emulate CUDA with")
     source = folder / "program.cpp"
     source.write_text(PROGRAM % body, encoding="utf-8")
-    flags = ["-std=c++17", "-O1", "-DEMULATED", *library.HALF, f"-I{library.FOLDER}"]
+    flags = ["-std=c++17", "-O1", "-DEMULATED", *library.HALF, f"-I{library.FOLDER}", f"-I{EMULATOR.parent}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(folder / "program")], check=True)
     return subprocess.run([str(folder / "program")], check=True, capture_output=True, text=True).stdout
 
@@ -308,7 +316,8 @@ def test_a_wrong_kernel_is_found_out(
     (folder / file).write_text(text.replace(right, wrong), encoding="utf-8")
     monkeypatch.setattr(library, "FOLDER", folder)
     monkeypatch.setenv("SPECDEC_BUILD_DIR", str(tmp_path))
-    wrong_library = library._build.__wrapped__("cuda", library.SOURCES, True, "")
+    sources = tuple(folder / source for source in library.SOURCES)
+    wrong_library = library._build.__wrapped__("cuda", sources, library.emulator(), "")
     for module in ("attention", "linear", "tokens"):
         monkeypatch.setattr(f"phase5.kernels.cuda.{module}.on_device", lambda *_, **__: wrong_library)
     with pytest.raises(check.WrongKernel):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.results import Results
-from phase5.kernels import check, registry
-from phase5.kernels.cuda import ladder
-from phase5.kernels.cuda.ladder import RUNGS
+from phase5.kernels import registry
+from tests.support.beside import beside
 
+check, ladder = beside(5, "checks.check"), beside(5, "ladder.cuda")
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
 
@@ -35,17 +35,18 @@ def device(request: pytest.FixtureRequest, emulate: Callable[[pytest.MonkeyPatch
 
 def numbers(device: torch.device, *shape: int, seed: int) -> Tensor:
     """In the midst of NaN, and at an address that 16 bytes divide."""
-    return check.poisoned(device, BF16, *shape, seed=seed)
+    made: Tensor = check.poisoned(device, BF16, *shape, seed=seed)
+    return made
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", ladder.RUNGS)
 @pytest.mark.parametrize(("N", "K"), [(1, 8), (5, 24), (37, 136), (3, 1600)])
 def test_linear(rung: int, N: int, K: int, device: torch.device) -> None:
     weight, x, bias = numbers(device, N, K, seed=1), numbers(device, K, seed=2), numbers(device, N, seed=3)
     check.near(f"rung {rung}", ladder.linear(rung, weight, x, bias), F.linear(x, weight, bias), check.WITHIN[BF16])
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", ladder.RUNGS)
 @pytest.mark.parametrize(("H", "HK", "D"), [(1, 1, 64), (5, 5, 64), (8, 2, 128), (8, 1, 64)])
 @pytest.mark.parametrize("n", [1, 5, 123, 300])
 def test_attention(rung: int, H: int, HK: int, D: int, n: int, device: torch.device) -> None:

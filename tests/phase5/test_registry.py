@@ -18,6 +18,7 @@ import phase5
 from common.errors import UserError
 from phase5.kernels import TORCH, Kernels, ledger, registry
 from phase5.policies import Rejection, SampleMatch
+from tests.support.beside import beside
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 PHASE = Path(phase5.__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ def listed(folder: Path, monkeypatch: pytest.MonkeyPatch, *kernels: tuple[str, s
     monkeypatch.setattr(ledger, "fingerprint", lambda backend, op: f"{backend} {op}")
     book = folder / "verified.json"
     for of, op in kernels:
-        ledger.record(of, op, "A Card", ["a check"], book)
+        beside(5, "checks.ledger").record(of, op, "A Card", ["a check"], book)
     return book
 
 

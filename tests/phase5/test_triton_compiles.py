@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 CODE = """
 import json, sys, torch
-from engine.kernels.triton import offline
+from checks import offline
 arch, dtypes, ops = int(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 found = []
 for launch in offline.launches(tuple(getattr(torch, d) for d in dtypes), tuple(ops)) + offline.real(tuple(ops)):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from common import philox
 from common.errors import UserError
 from phase5 import KeyedSampler, KeyedSource, SamplingParams
-from phase5.kernels import TORCH, Kernels, check, reference, registry
-from phase5.kernels.check_attention import Setting, asked
-from phase5.kernels.check_layers import plain
+from phase5.kernels import TORCH, Kernels, reference, registry
 from phase5.kv_cache import CacheShape, StaticCache
 from phase5.model import Linear
 from phase5.packing import PackedLinear
+from tests.support.beside import beside
 
+check, attention_cases, layers = (beside(5, f"checks.{name}") for name in ("check", "attention", "layers"))
 CPU = torch.device("cpu")
 if importlib.util.find_spec("triton"):
     import triton
@@ -256,8 +256,8 @@ def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: dict[str, Ca
 
 
 def test_a_query_that_sees_nothing_gives_zeros(ops: dict[str, Callable[..., Any]]) -> None:
-    of = Setting("static", torch.float32, torch.float32, 4, 2, 8)
-    cache, query, rows, counts, _ = asked(CPU, of, [20], torch.ones(2, 2, dtype=torch.bool).tril())
+    of = attention_cases.Setting("static", torch.float32, torch.float32, 4, 2, 8)
+    cache, query, rows, counts, _ = attention_cases.asked(CPU, of, [20], torch.ones(2, 2, dtype=torch.bool).tril())
     mask = torch.full((2, 22), float("-inf"))
     mask[1, 3:9] = 0
     found = ops["decode_attention"](query, cache, 1, rows, counts, [mask])
@@ -268,7 +268,7 @@ def test_a_query_that_sees_nothing_gives_zeros(ops: dict[str, Callable[..., Any]
 def test_the_unconstrained_product_is_right_too(ops: dict[str, Callable[..., Any]]) -> None:
     from phase5.kernels.triton.linear import unconstrained
 
-    layer, x = plain(CPU, torch.float32, 33, 123, True), check.poisoned(CPU, torch.float32, 2, 123)
+    layer, x = layers.plain(CPU, torch.float32, 33, 123, True), check.poisoned(CPU, torch.float32, 2, 123)
     torch.testing.assert_close(unconstrained(layer, x), reference.linear(layer, x), atol=1e-4, rtol=1e-5)
 
 

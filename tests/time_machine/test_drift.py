@@ -12,8 +12,9 @@ import pytest
 
 from common.errors import UserError
 from common.lab import drift
+from common.lab.compare import compare
 from common.lab.snapshots import files
-from common.phases import ROOT
+from common.phases import ROOT, phases
 
 LOOP = '''"""The loop."""
 
@@ -249,6 +250,21 @@ def test_fix_keeps_order_and_words_and_touches_nothing_else(
     before, _, rest = README.partition("    + engine/verify.py")
     after = rest[rest.index("\nWords below") :]
     assert (root / "phase-2-two/README.md").read_text() == before + expected + after
+
+
+def test_a_folder_that_goes_as_a_whole_has_one_line(root: Path, lab_drift: Callable[..., tuple[int, str]]) -> None:
+    write(root, {"phase-1-one/ladder/__init__.py": "", "phase-1-one/ladder/cpp/rung.cpp": ""})
+    status, out = lab_drift()
+    assert status == 1
+    assert "phase-2-two/ladder/: is missing; phase 1 has it, and phase-2-two/README.md does not list it" in out
+    assert lab_drift("--fix")[0] == 0
+    edit(root / "phase-2-two/README.md", "- ladder/           TODO", "- ladder/           taught before")
+    assert lab_drift()[0] == 0
+    old, new = phases(root)
+    diffs = compare(old, new)
+    assert [diff.change.words for diff in diffs if diff.change.path.startswith("ladder/")] == ["taught before"] * 2
+    write(root, {"phase-2-two/ladder/__init__.py": ""})
+    assert "phase-2-two/ladder/cpp/rung.cpp: is missing" in lab_drift()[1]
 
 
 def test_fix_keeps_the_parts(root: Path, lab_drift: Callable[..., tuple[int, str]]) -> None:

@@ -352,6 +352,19 @@ def test_a_hint_makes_a_function_of_a_given_file_an_exercise(course: Path) -> No
     assert "raise NotImplementedError" in (course / "first/engine/core.py").read_text()
 
 
+def test_what_a_phase_adds_beside_its_engine_is_written_too(course: Path) -> None:
+    (course / "phase-2-two/training").mkdir()
+    (course / "phase-2-two/training/loop.py").write_text("def train() -> int:\n    return 4\n")
+    readme = course / "phase-2-two/README.md"
+    readme.write_text(
+        readme.read_text().replace("- engine/new.py: two", "- training/loop.py: again\n- engine/new.py: two")
+    )
+    work = start.start(phases(course), 2, course / "mine")
+    assert "training/loop.py, train" in map(str, work.stubs)
+    assert work.hints["training/loop.py"] == "again"
+    assert "return 4" not in (course / "mine/training/loop.py").read_text()
+
+
 def test_a_part_alone_may_be_the_exercise(course: Path) -> None:
     """Additions of other parts are given, except compiled ones, which would compute what is to be written."""
     parts = """# Two

@@ -58,7 +58,8 @@ def find_heads(option: str, target: LoadedModel, kind: HeadsKind) -> Path:
 
 
 def training_command(target: LoadedModel, kind: HeadsKind) -> str:
-    return f"train them: python train_heads.py --kind {kind} --target {target.checkpoint.name} --out FOLDER"
+    command = f"python train_heads.py --kind {kind} --target {target.checkpoint.name} --out FOLDER"
+    return f"train them with the last phase that has train_heads.py: {command}"
 
 
 def save_heads(folder: Path, heads: Heads, target: LoadedModel, **about: object) -> None:

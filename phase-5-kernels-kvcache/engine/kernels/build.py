@@ -72,20 +72,22 @@ def build(
     cache: Path | None = None,
     own_flags: Mapping[str, Sequence[str]] | None = None,
     link_flags: Sequence[str] = (),
+    include: Sequence[Path] = (),
     cpu_seconds: float = 0,
 ) -> Path:
     """Return the shared library made of the sources; compile only what is not in the cache.
 
     flags go to the compilation of every source and to linking; own_flags[file name] to that source alone, after them;
-    link_flags to linking alone. cpu_seconds > 0: what compiling costs about; a note on stderr then says how long it
-    will take. BuildError says what failed.
+    link_flags to linking alone. include: folders searched for headers; a header counts by name and content, wherever it
+    lies. cpu_seconds > 0: what compiling costs about; a note on stderr then says how long it will take. BuildError says
+    what failed.
     """
     program = shutil.which(compiler)
     if program is None:
         raise BuildError(f"no compiler {compiler!r} on the PATH; install it, or choose --kernels torch")
     own = {file: list(theirs) for file, theirs in (own_flags or {}).items()}
     common = [version(program), *flags]
-    key = fingerprint(sources, [*common, "own", repr(sorted(own.items())), "link", *link_flags])
+    key = fingerprint(sources, [*common, "own", repr(sorted(own.items())), "link", *link_flags], include)
     folder = cache_folder(cache)
     library = folder / f"{name}-{key}{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
     if is_whole(library):
@@ -102,11 +104,12 @@ def build(
 
         def compiled(source: Path) -> Path:
             mine = own.get(source.name, [])
-            target = folder / f"{source.stem}-{fingerprint([source], [*common, *mine])}.o"
+            target = folder / f"{source.stem}-{fingerprint([source], [*common, *mine], include)}.o"
             if not is_whole(target):
                 made = work / target.name
                 options = [flag for flag in flags if flag not in ("-shared", "--shared")]
-                execute([program, *options, *mine, "-c", str(source), "-o", str(made)])
+                searched = [f"-I{place}" for place in include]
+                execute([program, *options, *searched, *mine, "-c", str(source), "-o", str(made)])
                 keep(made, target)
             return target
 
@@ -166,7 +169,7 @@ def version(program: str) -> str:
     return done.stdout + done.stderr
 
 
-def fingerprint(sources: Sequence[Path], others: Sequence[str]) -> str:
+def fingerprint(sources: Sequence[Path], others: Sequence[str], include: Sequence[Path] = ()) -> str:
     """A hash of the sources, of all headers they include by name, and of what else decides the library."""
     digest = hashlib.sha256()
     try:
@@ -177,14 +180,18 @@ def fingerprint(sources: Sequence[Path], others: Sequence[str]) -> str:
         pass
     for part in (platform.machine(), sysconfig.get_config_var("SOABI") or "", *others):
         digest.update(part.encode() + b"\0")
-    for file in with_headers(sources):
+    for file in with_headers(sources, include):
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)}\0".encode() + content)
     return digest.hexdigest()[:20]
 
 
-def with_headers(sources: Sequence[Path]) -> list[Path]:
-    """The sources, and every file that one of them includes in quotes, each once. BuildError for a source not there."""
+def with_headers(sources: Sequence[Path], include: Sequence[Path] = ()) -> list[Path]:
+    """The sources, and every file that one of them includes in quotes, each once. BuildError for a source not there.
+
+    A header is looked for beside the file that includes it, then in the folders of `include`; one found nowhere is the
+    compiler's.
+    """
     found: list[Path] = []
     waiting = [source.resolve() for source in sources]
     while waiting:
@@ -195,9 +202,8 @@ def with_headers(sources: Sequence[Path]) -> list[Path]:
             raise BuildError(f"no source file {file}")
         found.append(file)
         for name in INCLUDE.findall(file.read_bytes()):
-            header = (file.parent / name.decode()).resolve()
-            if header.is_file():
-                waiting.append(header)
+            places = [folder / name.decode() for folder in (file.parent, *include)]
+            waiting += [header.resolve() for header in places if header.is_file()][:1]
     return found
 
 

@@ -222,8 +222,7 @@ def chosen(asked: str, device: torch.device, dtype: torch.dtype | None = None) -
         for backend in BACKENDS:
             if backend not in selection.report["ops"].values():
                 continue
-            module = module_of(backend)
-            build = getattr(module, "ready", None) or getattr(module, "prepare", None)
+            build = getattr(module_of(backend), "prepare", None)
             try:
                 if build is not None:
                     build(device)

@@ -1,6 +1,6 @@
 """The ops as kernels in CUDA C++: a file each, built by nvcc when they are first called (library.py).
 
-SPECDEC_CUDA_EMULATE=1 runs them on the CPU, every CUDA thread as a fiber: slow, and meant for tests.
+SPECDEC_CUDA_EMULATOR=checks/emulator.h runs them on the CPU, every CUDA thread as a fiber: slow, and meant for tests.
 """
 
 from __future__ import annotations
@@ -47,19 +47,11 @@ def why_not(device: torch.device) -> str | None:
     return library.why_not(device)
 
 
-def ready(device: torch.device) -> None:
+def prepare(device: torch.device) -> None:
     """Compile the kernels, where they are not there yet, and load them. BuildError where that fails."""
     from . import library
 
     library.library(device)
-
-
-def prepare(device: torch.device) -> None:
-    """Compile the kernels, and the ladder's, where they are not there yet."""
-    from . import ladder, library
-
-    ready(device)
-    library.build_library("cuda_ladder", ladder.SOURCES, device)
 
 
 def ops() -> dict[str, Callable[..., Any]]:

@@ -1,9 +1,9 @@
 """The library of CUDA kernels: built by nvcc when it is first needed, for the card that is there.
 
-SPECDEC_CUDA_ARCH=90a names another architecture. SPECDEC_CUDA_EMULATE=1 builds the same sources with g++, to run on the
-CPU with a fiber for every CUDA thread (emulator.h): slow, and meant for tests.
+SPECDEC_CUDA_ARCH=90a names another architecture. SPECDEC_CUDA_EMULATOR=FILE names a header, emulator.h, that stands in
+for CUDA's: with it g++ builds the same sources to run on the CPU, which is slow, and meant for tests.
 
-    SPECDEC_CUDA_EMULATE=1 python -c "from engine.kernels.cuda import library as l; print(l.library(l.CPU))"
+    SPECDEC_CUDA_EMULATOR=checks/emulator.h python -c "from engine.kernels.cuda.library import *; print(library(CPU))"
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from types import ModuleType
 import torch
 
 from common.errors import UserError
-from common.flags import flag
 
 from .. import build
 
@@ -47,9 +46,15 @@ GXX = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DEMULATED", "-U_FO
 HALF = ("-mf16c",) if platform.machine() == "x86_64" else ()  # float16 in hardware
 
 
+def emulator() -> Path | None:
+    """The header that lets the CPU stand in for a card: the file that SPECDEC_CUDA_EMULATOR names, or None."""
+    named = os.environ.get("SPECDEC_CUDA_EMULATOR", "")
+    return Path(named).resolve() if named else None
+
+
 def emulated() -> bool:
     """Whether the CPU stands in for a card."""
-    return flag("SPECDEC_CUDA_EMULATE")
+    return emulator() is not None
 
 
 def why_not(device: torch.device) -> str | None:
@@ -59,7 +64,9 @@ def why_not(device: torch.device) -> str | None:
         return reason
     if not (FOLDER / SOURCES[0]).is_file():
         return "the sources in CUDA are not here"  # as in the folder of an exercise
-    if device.type == "cpu" and emulated():
+    if device.type == "cpu" and (header := emulator()) is not None:
+        if header.name != "emulator.h" or not header.is_file():
+            return f"SPECDEC_CUDA_EMULATOR={header} is no file of the name emulator.h"
         if not sys.platform.startswith("linux"):
             return f"threads of CUDA are emulated on Linux alone, and this is {sys.platform}"
         return None if shutil.which("g++") else "there is no g++ on the PATH to emulate CUDA with"
@@ -90,27 +97,35 @@ def nvcc_flags(arch: str) -> list[str]:
 
 
 @lru_cache
-def _build(part: str, sources: tuple[str, ...], emulate: bool, arch: str) -> ModuleType:
-    name = f"lab_{part}_emulated" if emulate else f"lab_{part}"
-    files = [FOLDER / source for source in sources]
-    kernels = {file.name: ["-x", "c++"] for file in files if file.suffix == ".cu"} if emulate else {}
-    compiler, flags, seconds = ("g++", [*GXX, *HALF], 60) if emulate else ("nvcc", nvcc_flags(arch), 150)
+def _build(part: str, sources: tuple[Path, ...], header: Path | None, arch: str) -> ModuleType:
+    name = f"lab_{part}_emulated" if header else f"lab_{part}"
+    kernels = {file.name: ["-x", "c++"] for file in sources if file.suffix == ".cu"} if header else {}
+    compiler, flags, seconds = ("g++", [*GXX, *HALF], 60) if header else ("nvcc", nvcc_flags(arch), 150)
     flags = [*flags, f"-DMODULE={name}", *build.python_flags()]
+    include = [FOLDER, *([header.parent] if header else [])]
 
     def make() -> Path:
-        return build.build(name, files, compiler=compiler, flags=flags, own_flags=kernels, cpu_seconds=seconds)
+        return build.build(
+            name, sources, compiler=compiler, flags=flags, own_flags=kernels, include=include, cpu_seconds=seconds
+        )
 
     return build.load_built(name, make)
 
 
-def build_library(part: str, sources: tuple[str, ...], device: torch.device) -> ModuleType:
-    """For a device on which the kernels can run (see why_not). BuildError with the compiler's message."""
-    if device.type == "cpu":
-        return _build(part, sources, True, "")
-    return _build(part, sources, False, architecture(device))
+def build_library(part: str, sources: tuple[Path, ...], device: torch.device) -> ModuleType:
+    """Build sources that may include the headers of this folder, for a device on which kernels can run (see why_not).
+
+    BuildError with the compiler's message; UserError for a CPU without an emulator.
+    """
+    if device.type != "cpu":
+        return _build(part, sources, None, architecture(device))
+    header = emulator()
+    if header is None:
+        raise UserError(f"CUDA needs a card of NVIDIA, and this is {device.type}")
+    return _build(part, sources, header, "")
 
 
 @lru_cache
 def library(device: torch.device) -> ModuleType:
     """That of all ops."""
-    return build_library("cuda", SOURCES, device)
+    return build_library("cuda", tuple(FOLDER / source for source in SOURCES), device)
