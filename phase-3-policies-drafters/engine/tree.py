@@ -1,7 +1,7 @@
-"""A tree of guesses: several continuations of one text, checked by one target forward.
+"""A tree of draft tokens: several continuations of one sequence, verified by one target forward.
 
-A chain is the tree in which every node has one child. Nodes are numbered so that parents come before their children;
-among the children of one node, the first drawn comes first.
+A chain is a tree in which every node has at most one child. Parents are numbered before their children, and the
+children of a node in the order in which they were drawn.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tree:
-    """tokens[i] follows tokens[parents[i]], or the text itself where parents[i] is -1.
+    """Holds N draft tokens: tokens[i] follows tokens[parents[i]]; parent -1 is the root, the end of the sequence.
 
-    `probs` [N+1, V] are the distributions that the children were drawn from without replacement: row 0 for the children
-    of the text, row 1 + i for those of node i. None where the children were chosen, not drawn; `chosen_from[node]` [V]
-    is then the drafter's distribution in which the children of a node (of the text: -1) are the likeliest.
+    `probs` [N+1, V] are the distributions from which children were drawn without replacement: row 0 for the children of
+    the root, row 1 + i for those of node i. None if the children were chosen, not drawn; `chosen_from[node]` [V] is
+    then the draft distribution in which the children of a node (root: -1) are the likeliest.
     """
 
     tokens: list[int]
@@ -38,7 +38,7 @@ class Tree:
 
     @cached_property
     def depths(self) -> list[int]:
-        """Of every node: 1 for a child of the text."""
+        """The depth of every node; 1 for a child of the root."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
@@ -49,28 +49,28 @@ class Tree:
         return max(self.depths, default=0)
 
     def children(self, node: int) -> list[int]:
-        """The children of a node (of the text: -1), in the order in which they were drawn."""
+        """List the children of a node (root: -1), in the order in which they were drawn."""
         return [child for child, parent in enumerate(self.parents) if parent == node]
 
     def line(self, node: int) -> list[int]:
-        """The tokens from the text down to this node, its own included."""
+        """List the tokens on the branch from the root to this node, its own included."""
         above = self.line(self.parents[node]) if self.parents[node] >= 0 else []
         return [*above, self.tokens[node]]
 
     def branches(self, nodes: list[int]) -> tuple[Tree, list[int]]:
-        """The tree of these nodes and their ancestors alone, and the nodes' numbers in it (the text stays -1)."""
+        """Return the tree of these nodes and their ancestors, and the nodes' numbers in it (the root stays -1)."""
         wanted: set[int] = set()
         for node in nodes:
             while node >= 0 and node not in wanted:
                 wanted.add(node)
                 node = self.parents[node]
         kept = sorted(wanted)
-        place = {node: at for at, node in enumerate(kept)} | {-1: -1}
-        tree = Tree([self.tokens[node] for node in kept], [place[self.parents[node]] for node in kept])
-        return tree, [place[node] for node in nodes]
+        number = {node: at for at, node in enumerate(kept)} | {-1: -1}
+        tree = Tree([self.tokens[node] for node in kept], [number[self.parents[node]] for node in kept])
+        return tree, [number[node] for node in nodes]
 
     def ancestors(self) -> Tensor:
-        """bool [N, N]: whether node (row) descends from, or is, node (column)."""
+        """Return bool [N, N]: True if the row's node is the column's node or descends from it."""
         related = torch.eye(len(self.parents), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:

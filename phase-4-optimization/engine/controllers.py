@@ -1,15 +1,15 @@
-"""How many tokens to draft: K controllers.
+"""K controllers: how many tokens to draft.
 
-A controller is asked for K before a draft, may end a draft early, and is told what became of it. It may look at draft
-distributions only BEFORE a token is drawn from them: a draft that ends because of the token it has just drawn, and
-drops it, would leave a biased selection of drafts behind, and the output would no longer follow the target's law. For
-the same reason one that ends drafts early must not learn from how far they got: that tells of tokens behind one that
-fell, and the next draft draws with their noise again.
+A controller chooses K before a draft, may end the draft early, and observes the result. It may read a draft
+distribution only BEFORE a token is drawn from it. Ending a draft because of the token just drawn, and dropping that
+token, would select drafts with a bias, and the output would no longer follow the target's law. For the same reason a
+controller that ends drafts early must not learn from their lengths: a length depends on the tokens after the first
+rejected one, and the next draft is drawn with the same noise as those.
 
 - fixed: always K.
-- adaptive: K up or down by a step, by comparing a moving acceptance with a target rate (as in transformers' assisted
+- adaptive: raise or lower K by one, comparing a moving acceptance with a target rate (as in transformers' assisted
   generation, but by rate instead of by single steps).
-- confidence: draft on while the drafter's most likely token is likely enough (Kangaroo, Liu et al. 2024; EAGLE-2's
+- confidence: draft while the drafter's most likely token is likely enough (Kangaroo, Liu et al. 2024; EAGLE-2's
   observation that draft confidence predicts acceptance).
 - cost: the K with the most expected tokens per second, from measured costs and survival; see CostController.
 """
@@ -32,14 +32,14 @@ ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
 
 class KController(Protocol):
-    """One per sequence: what it has learned of one text does not leak into another."""
+    """Chooses K for one sequence; every sequence has its own."""
 
     def next_k(self) -> int:
-        """How many tokens to draft at most; 0 declines."""
+        """Return the largest number of tokens to draft; 0 means no draft in this step."""
         ...
 
     def stop(self, draft_probs: Tensor) -> bool:
-        """Whether to end the draft before a token is drawn from draft_probs [V]."""
+        """Return True to end the draft before a token is drawn from draft_probs [V]."""
         ...
 
     def observe(self, step: StepStats) -> None: ...
@@ -71,12 +71,12 @@ class FixedController:
         return False
 
     def observe(self, step: StepStats) -> None:
-        """Nothing changes its mind."""
+        """Ignore the step: K is fixed."""
 
 
 @dataclass
 class AdaptiveController:
-    """K + step while more than the target share of the last `window` steps' draft tokens stands; else K - step."""
+    """Raises K while more than the target share of the draft tokens of the last `window` steps was accepted."""
 
     k: int
     bounds: Bounds
@@ -109,7 +109,7 @@ class AdaptiveController:
 
 @dataclass
 class ConfidenceController:
-    """Up to max_k tokens, while the drafter gives its favourite at least `confidence`; the first min_k regardless."""
+    """Drafts min_k tokens, then on to max_k while the likeliest token's probability is at least `confidence`."""
 
     bounds: Bounds
     confidence: float = 0.4
@@ -130,7 +130,7 @@ class ConfidenceController:
         return False
 
     def observe(self, step: StepStats) -> None:
-        """Each draft is judged by itself."""
+        """Ignore the step: only the draft's own probabilities count."""
 
 
 def _recent() -> deque[float]:
@@ -139,40 +139,42 @@ def _recent() -> deque[float]:
 
 @dataclass
 class CostModel:
-    """What drafting and verifying took in the last few steps: of the machine and the models, not of a text."""
+    """Measured times of the last few steps, shared by all sequences."""
 
     draft_ms: deque[float] = field(default_factory=_recent)  # of one draft token
-    position_ms: deque[float] = field(default_factory=_recent)  # of the target, per text or draft token
-    fixed_ms: deque[float] = field(default_factory=_recent)  # of the rule, per step that drafted
+    position_ms: deque[float] = field(default_factory=_recent)  # of the target's forward, per position
+    fixed_ms: deque[float] = field(default_factory=_recent)  # of the acceptance policy, per step with a draft
 
 
 @dataclass
 class CostController:
-    """The K with the most expected tokens per second; 0 where no K beats plain decoding.
+    """Chooses the K with the most expected tokens per second; 0 where no K beats plain decoding.
 
-    Expected tokens: 1 + s_1 + ... + s_K, where s_j is the product of the chances a_1 .. a_j that the draft's i-th token
-    stands once those before it do. Each a_i is a weighted count of what was seen, older steps counting less; a_1 starts
-    from `prior`, each other leans on the one before it, and is that one where nothing was tried yet. Expected time: K
-    draft tokens, and a target forward over text and draft, which costs as much as `overhead` positions before it has
-    computed any (generate.py, `of_similar_length`); what a draft token and a position of the target cost are medians of
-    the last few steps, for the first forward of a process, or a stalled one, is many times slower. While nothing is
-    known of costs drafts are short, and so is a text's first. While it declines it looks again after `retry` steps,
-    then after twice as many, and so on, with a single token.
+    Expected tokens: 1 + s_1 + ... + s_K. s_j is the product a_1 ... a_j, where a_i is the probability that the i-th
+    draft token is accepted if those before it were. Each a_i is a weighted share of accepted tokens, with less weight
+    on older steps. a_1 starts from `prior`; a later a_i is smoothed towards a_(i-1), and equals it until it has data.
+
+    Expected time: K draft tokens, and a target forward over sequence and draft. A forward has a fixed cost of
+    `overhead` positions (generate.py, `of_similar_length`). The costs of a draft token and of a position are medians of
+    the last few steps, because the first forward of a process, or a stalled one, is many times slower.
+
+    Drafts are short until costs are measured, and so is the first draft of a sequence. After K = 0 one token is drafted
+    as a test after `retry` steps, then after twice as many, and so on.
     """
 
     bounds: Bounds
-    prior: float = 0.8  # chance that a draft token stands, before any was seen
-    prior_weight: float = 0.7  # in steps seen
-    lean: float = 4.0  # of a position on the one before it, in steps seen
-    decay: float = 0.95  # of the weight of what was seen, per step
+    prior: float = 0.8  # acceptance probability before any observation
+    prior_weight: float = 0.7  # in observations
+    lean: float = 4.0  # weight of a_(i-1) in the estimate of a_i, in observations
+    decay: float = 0.95  # factor on the weight of old observations, per step
     retry: int = 16
     first_k: int = 3
-    overhead: int = 64  # of a target forward, in positions
+    overhead: int = 64  # fixed cost of a target forward, in positions
     accepted: int = 0  # of the last draft
-    tried: list[float] = field(default_factory=list)
-    stood: list[float] = field(default_factory=list)
-    costs: CostModel = field(default_factory=CostModel)  # may be known from texts before
-    drafts: int = 0  # of this text
+    tried: list[float] = field(default_factory=list)  # weighted number of i-th draft tokens that were compared
+    passed: list[float] = field(default_factory=list)  # likewise, that were accepted
+    costs: CostModel = field(default_factory=CostModel)  # may hold measurements from other sequences
+    drafts: int = 0  # of this sequence
     length: int = 0
     declined: int = 0
     wait: int = 0
@@ -180,13 +182,13 @@ class CostController:
     def __post_init__(self) -> None:
         self.wait = self.retry
         later = [0.0] * (self.bounds.high - 1)
-        self.tried, self.stood = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
+        self.tried, self.passed = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
 
     def next_k(self) -> int:
-        known = len(self.costs.draft_ms) >= 2
-        if not known or not self.length:
+        measured = len(self.costs.draft_ms) >= 2
+        if not measured or not self.length:
             return self.bounds.clip(self.accepted + 1 if self.drafts else self.first_k)
-        if 0 < self.declined < self.wait:  # nothing new was seen since it declined
+        if 0 < self.declined < self.wait:  # no draft was observed since, so best() would be 0 again
             self.declined += 1
             return 0
         k = self.best()
@@ -200,14 +202,14 @@ class CostController:
         return self.bounds.low
 
     def best(self) -> int:
-        """0, or the K within the bounds, that promises most tokens per millisecond at the present length."""
+        """Return the K with the most expected tokens per millisecond at the present length: 0, or within the bounds."""
         draft, position, fixed = map(median_low, (self.costs.draft_ms, self.costs.position_ms, self.costs.fixed_ms))
         plain = (self.length + self.overhead) * position
         best, most = 0, 1 / plain
-        chance, tokens, survives = self.stood[0] / self.tried[0], 1.0, 1.0
+        chance, tokens, survives = self.passed[0] / self.tried[0], 1.0, 1.0
         for k in range(1, self.bounds.high + 1):
             if k > 1:
-                chance = (self.stood[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
+                chance = (self.passed[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
             survives *= chance
             tokens += survives
             cost = plain + k * (position + draft) + fixed
@@ -222,18 +224,18 @@ class CostController:
         self.length = step.length + step.emitted
         self.costs.position_ms.append(step.verify_ms / (self.overhead + step.length + step.proposed))
         for at in range(self.bounds.high):
-            if at or self.tried[at] > 1:  # of the first token, what is known never counts less than one look
+            if at or self.tried[at] > 1:  # the first token's weight stays at least one observation
                 self.tried[at] *= self.decay
-                self.stood[at] *= self.decay
+                self.passed[at] *= self.decay
         if not step.depth:
             return
         self.accepted = step.accepted
         self.drafts += 1
         self.costs.draft_ms.append(step.draft_ms / step.depth)
         self.costs.fixed_ms.append(step.accept_ms)
-        for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first that fell was looked at too
+        for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first rejected one counts as tried
             self.tried[at] += 1
-            self.stood[at] += at < step.accepted
+            self.passed[at] += at < step.accepted
 
 
 def make_controller(
@@ -245,7 +247,7 @@ def make_controller(
     confidence: float = 0.4,
     costs: CostModel | None = None,
 ) -> KController:
-    """A fresh controller of this name, for one sequence. `cost` may know from other sequences what things cost."""
+    """Make a controller for one sequence. `costs` holds measurements from other sequences, for `cost`."""
     if name == "fixed":
         return FixedController(k)
     bounds = Bounds(min_k, max_k)

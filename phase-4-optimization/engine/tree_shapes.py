@@ -1,10 +1,10 @@
-"""The best fixed shape for a tree of guesses, from measured acceptance by depth and rank (Sequoia, Chen et al. 2024).
+"""The best fixed shape of a draft tree, from measured acceptance by depth and rank (Sequoia, Chen et al. 2024).
 
-Let a[d][r] be the chance that, once the walk has come to a node of depth d, it goes on to that node's child of rank r.
-The chance that a given node is part of the accepted path is the product of these along its branch, whatever other nodes
-the tree has; the expected number of accepted tokens is their sum. So the best tree of n nodes is the n nodes of largest
-product: a node's product is at most its parent's and its earlier sibling's, so that choice is a tree by itself. Sequoia
-finds the same by dynamic programming over subtrees; here a heap does.
+Let a[d][r] be the probability that an accepted node of depth d has its child of rank r accepted. The probability that a
+node is accepted is the product of these along its branch, whatever other nodes the tree has. The expected number of
+accepted tokens is the sum over all nodes. So the best tree of n nodes has the n nodes with the largest products. They
+form a tree, because a node's product is at most its parent's and its earlier sibling's. Sequoia finds the same tree by
+dynamic programming over subtrees; here a heap is enough.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common.files import read_checked, shown
 
 from .tree import Tree
 
-# For drafters whose acceptance nobody has measured: six levels of eight ranks, each rank a third of the one before it.
+# For drafters without measured acceptance: six levels of eight ranks, each rank a third of the one before it.
 TYPICAL = [[0.65 * 3.0**-rank for rank in range(8)] for _ in range(6)]
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -29,9 +29,9 @@ FILE = TypeAdapter(dict[str, Table], config=ConfigDict(strict=True))  # of tree_
 
 
 def measured_acceptance(folder: Path, drafter: str) -> list[list[float]]:
-    """a[d][r] as `bench.py --calibrate` wrote it into a checkpoint's folder for its drafter; a typical one without.
+    """Read a[d][r] of a drafter, as `bench.py --calibrate` wrote it into the checkpoint's folder; TYPICAL without it.
 
-    UserError names the file and the value that can be no share.
+    UserError names the file and the value that is not a share.
     """
     file = folder / "tree_acceptance.json"
     table = (read_checked(file, FILE) if file.is_file() else {}).get(drafter, TYPICAL)
@@ -41,26 +41,26 @@ def measured_acceptance(folder: Path, drafter: str) -> list[list[float]]:
 
 
 def acceptance_by_rank(steps: list[tuple[Tree, list[int]]], levels: int, ranks: int) -> list[list[float]]:
-    """a[d][r] from trees and the paths (node numbers) that stood in them; 0 where nothing was tried."""
+    """Compute a[d][r] from trees and their accepted paths (node numbers); 0 where nothing was tried."""
     tried = [[0] * ranks for _ in range(levels)]
-    stood = [[0] * ranks for _ in range(levels)]
+    accepted = [[0] * ranks for _ in range(levels)]
     for tree, nodes in steps:
         for depth, (above, node) in enumerate(zip([-1, *nodes], [*nodes, None], strict=True)):
             if depth < levels:
                 for rank, child in enumerate(tree.children(above)[:ranks]):
                     tried[depth][rank] += 1
-                    stood[depth][rank] += child == node
-    return [[s / t if t else 0.0 for s, t in zip(*row, strict=True)] for row in zip(stood, tried, strict=True)]
+                    accepted[depth][rank] += child == node
+    return [[a / t if t else 0.0 for a, t in zip(*row, strict=True)] for row in zip(accepted, tried, strict=True)]
 
 
 def best_shape(acceptance: list[list[float]], nodes: int) -> list[int]:
-    """The parents of the best tree with at most this many nodes, level by level, siblings by rank.
+    """Return the parents of the best tree with at most this many nodes, level by level, siblings by rank.
 
-    `acceptance[d][r]` as above; its lengths limit the tree's depth and breadth. Ranks of less chance than their
-    successors are treated as equal to them, so that the order in which children are tried stays that of the drafter.
+    The lengths of `acceptance[d][r]` limit the tree's depth and breadth. A rank with less acceptance than a later one
+    is treated as equal to it, so that children keep the drafter's order.
     """
     falling = [[max(row[r:]) for r in range(len(row))] for row in acceptance]
-    kept: list[tuple[int, ...]] = []  # a node as the ranks on the way to it
+    kept: list[tuple[int, ...]] = []  # a node is written as the ranks on its branch
     waiting: list[tuple[float, tuple[int, ...]]] = [(-falling[0][0], (0,))] if falling and falling[0] else []
     while waiting and len(kept) < nodes:
         value, ranks = heapq.heappop(waiting)
@@ -74,12 +74,12 @@ def best_shape(acceptance: list[list[float]], nodes: int) -> list[int]:
         if depth < len(falling) and falling[depth]:
             heapq.heappush(waiting, (value * falling[depth][0], (*ranks, 0)))
     kept.sort(key=lambda ranks: (len(ranks), ranks))
-    place = {ranks: i for i, ranks in enumerate(kept)}
-    return [place.get(ranks[:-1], -1) for ranks in kept]
+    number = {ranks: i for i, ranks in enumerate(kept)}
+    return [number.get(ranks[:-1], -1) for ranks in kept]
 
 
 def expected_tokens(acceptance: list[list[float]], shape: list[int]) -> float:
-    """Tokens per target forward that this shape promises: 1, and the chance of every node."""
+    """Return the expected tokens per target forward: 1 plus the acceptance probability of every node."""
     tree = Tree([0] * len(shape), shape)
     chances: list[float] = []
     for node, (parent, depth) in enumerate(zip(shape, tree.depths, strict=True)):

@@ -1,15 +1,15 @@
-"""How many tokens to draft: K controllers.
+"""K controllers: how many tokens to draft.
 
-A controller is asked for K before a draft, may end a draft early, and is told what became of it. It may look at draft
-distributions only BEFORE a token is drawn from them: a draft that ends because of the token it has just drawn, and
-drops it, would leave a biased selection of drafts behind, and the output would no longer follow the target's law. For
-the same reason one that ends drafts early must not learn from how far they got: that tells of tokens behind one that
-fell, and the next draft draws with their noise again.
+A controller chooses K before a draft, may end the draft early, and observes the result. It may read a draft
+distribution only BEFORE a token is drawn from it. Ending a draft because of the token just drawn, and dropping that
+token, would select drafts with a bias, and the output would no longer follow the target's law. For the same reason a
+controller that ends drafts early must not learn from their lengths: a length depends on the tokens after the first
+rejected one, and the next draft is drawn with the same noise as those.
 
 - fixed: always K.
-- adaptive: K up or down by a step, by comparing a moving acceptance with a target rate (as in transformers' assisted
+- adaptive: raise or lower K by one, comparing a moving acceptance with a target rate (as in transformers' assisted
   generation, but by rate instead of by single steps).
-- confidence: draft on while the drafter's most likely token is likely enough (Kangaroo, Liu et al. 2024; EAGLE-2's
+- confidence: draft while the drafter's most likely token is likely enough (Kangaroo, Liu et al. 2024; EAGLE-2's
   observation that draft confidence predicts acceptance).
 - cost: the K with the most expected tokens per second, from measured costs and survival; see CostController.
 """
@@ -35,7 +35,7 @@ ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
 
 class KController(Protocol):
-    """One per sequence: what it has learned of one text does not leak into another."""
+    """Chooses K for one sequence; every sequence has its own."""
 
     @property
     def ends_early(self) -> bool:
@@ -43,7 +43,7 @@ class KController(Protocol):
         ...
 
     def next_k(self) -> int:
-        """How many tokens to draft at most; 0 declines."""
+        """Return the largest number of tokens to draft; 0 means no draft in this step."""
         ...
 
     @property
@@ -52,7 +52,7 @@ class KController(Protocol):
         ...
 
     def stop(self, draft_probs: Tensor) -> bool:
-        """Whether to end the draft before a token is drawn from draft_probs [V]."""
+        """Return True to end the draft before a token is drawn from draft_probs [V]."""
         ...
 
     def observe(self, step: StepStats) -> None: ...
@@ -92,12 +92,12 @@ class FixedController:
         return False
 
     def observe(self, step: StepStats) -> None:
-        """Nothing changes its mind."""
+        """Ignore the step: K is fixed."""
 
 
 @dataclass
 class AdaptiveController:
-    """K + step while more than the target share of the last `window` steps' draft tokens stands; else K - step."""
+    """Raises K while more than the target share of the draft tokens of the last `window` steps was accepted."""
 
     k: int
     bounds: Bounds
@@ -138,7 +138,7 @@ class AdaptiveController:
 
 @dataclass
 class ConfidenceController:
-    """Up to max_k tokens, while the drafter gives its favourite at least `confidence`; the first min_k regardless."""
+    """Drafts min_k tokens, then on to max_k while the likeliest token's probability is at least `confidence`."""
 
     bounds: Bounds
     confidence: float = 0.4
@@ -167,34 +167,37 @@ class ConfidenceController:
         return False
 
     def observe(self, step: StepStats) -> None:
-        """Each draft is judged by itself."""
+        """Ignore the step: only the draft's own probabilities count."""
 
 
 @dataclass
 class CostController:
-    """The K with the most expected tokens per second; 0 where no K beats plain decoding.
+    """Chooses the K with the most expected tokens per second; 0 where no K beats plain decoding.
 
-    Expected tokens: 1 + s_1 + ... + s_K, where s_j is the product of the chances a_1 .. a_j that the draft's i-th token
-    stands once those before it do. Each a_i is a weighted count of what was seen, older steps counting less; a_1 starts
-    from `prior`, each other leans on the one before it, and is that one where nothing was tried yet. Expected time: K
-    draft tokens, and a target forward with them, at the cost of the last few steps (cost_model.py). Without
-    measurements drafts are short, and so is a sequence's first. While it declines it tries again after `retry` steps,
-    then after twice as many, and so on, for a few steps: in the first, the draft's weights are not in the CPU's caches.
+    Expected tokens: 1 + s_1 + ... + s_K. s_j is the product a_1 ... a_j, where a_i is the probability that the i-th
+    draft token is accepted if those before it were. Each a_i is a weighted share of accepted tokens, with less weight
+    on older steps. a_1 starts from `prior`; a later a_i is smoothed towards a_(i-1), and equals it until it has data.
+
+    Expected time: K draft tokens, and a target forward with them, as measured in the last few steps (cost_model.py).
+
+    Drafts are short until costs are measured, and so is the first draft of a sequence. After K = 0 a few steps draft as
+    a test after `retry` steps, then after twice as many, and so on. One step would not do: in the first, the draft's
+    weights are not in the CPU's caches.
     """
 
     bounds: Bounds
-    prior: float = 0.8  # chance that a draft token stands, before any was seen
-    prior_weight: float = 0.7  # in steps seen
-    lean: float = 4.0  # of a position on the one before it, in steps seen
-    decay: float = 0.95  # of the weight of what was seen, per step
+    prior: float = 0.8  # acceptance probability before any observation
+    prior_weight: float = 0.7  # in observations
+    lean: float = 4.0  # weight of a_(i-1) in the estimate of a_i, in observations
+    decay: float = 0.95  # factor on the weight of old observations, per step
     retry: int = 16
     look: int = 2  # draft tokens of the first step that looks again, and steps behind it
     first_k: int = 3
     accepted: int = 0  # of the last draft
-    tried: list[float] = field(default_factory=list)
-    stood: list[float] = field(default_factory=list)
-    cost_model: CostModel = field(default_factory=CostModel)  # may be known from texts before
-    drafts: int = 0  # of this text
+    tried: list[float] = field(default_factory=list)  # weighted number of i-th draft tokens that were compared
+    passed: list[float] = field(default_factory=list)  # likewise, that were accepted
+    cost_model: CostModel = field(default_factory=CostModel)  # may hold measurements from other sequences
+    drafts: int = 0  # of this sequence
     plain: int = 0  # positions that the target computes in a step without a draft
     declined: int = 0
     looking: int = 0
@@ -204,7 +207,7 @@ class CostController:
     def __post_init__(self) -> None:
         self.wait = self.retry
         later = [0.0] * (self.bounds.high - 1)
-        self.tried, self.stood = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
+        self.tried, self.passed = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
 
     @property
     def ends_early(self) -> bool:
@@ -222,7 +225,7 @@ class CostController:
         if self.declined >= self.wait:
             self.declined, self.wait, self.looking = 0, 2 * self.wait, self.look
             return self.bounds.clip(self.look)
-        if not self.declined:  # otherwise nothing new was seen since it declined
+        if not self.declined:  # otherwise no draft was observed since, so best() would be 0 again
             k = self.best()
             if k > 0:
                 self.wait = self.retry
@@ -238,14 +241,14 @@ class CostController:
         return AHEAD if settled else 1
 
     def best(self) -> int:
-        """0, or the K within the bounds, that promises most tokens per millisecond at the present length."""
+        """Return the K with the most expected tokens per millisecond at the present length: 0, or within the bounds."""
         cost_model = self.cost_model
         draft, fixed = usual(cost_model.draft_ms), usual(cost_model.fixed_ms)
         best, most = 0, 1 / cost_model.verify_ms(0, self.plain)
-        chance, tokens, survives = self.stood[0] / self.tried[0], 1.0, 1.0
+        chance, tokens, survives = self.passed[0] / self.tried[0], 1.0, 1.0
         for k in range(1, self.bounds.high + 1):
             if k > 1:
-                chance = (self.stood[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
+                chance = (self.passed[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
             survives *= chance
             tokens += survives
             cost = cost_model.verify_ms(k, self.plain) + k * draft + fixed
@@ -261,16 +264,16 @@ class CostController:
         self.plain = step.plain
         self.declined += self.declining
         for at in range(self.bounds.high):
-            if at or self.tried[at] > 1:  # of the first token, what is known never counts less than one look
+            if at or self.tried[at] > 1:  # the first token's weight stays at least one observation
                 self.tried[at] *= self.decay
-                self.stood[at] *= self.decay
+                self.passed[at] *= self.decay
         if not step.depth:
             return
         self.accepted = step.accepted
         self.drafts += 1
-        for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first that fell was looked at too
+        for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first rejected one counts as tried
             self.tried[at] += 1
-            self.stood[at] += at < step.accepted
+            self.passed[at] += at < step.accepted
 
 
 def make_controller(
@@ -282,7 +285,7 @@ def make_controller(
     confidence: float = 0.4,
     cost_model: CostModel | None = None,
 ) -> KController:
-    """A fresh controller of this name, for one sequence. `cost` may know prices from other sequences."""
+    """Make a controller for one sequence. `cost_model` holds measurements from other sequences, for `cost`."""
     if name == "fixed":
         return FixedController(k)
     bounds = Bounds(min_k, max_k)

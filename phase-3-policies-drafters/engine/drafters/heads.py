@@ -1,4 +1,4 @@
-"""Learned heads on the disk: a folder with heads.safetensors and heads.json, which says for which target they are.
+"""Learned heads on disk: a folder with heads.safetensors and heads.json, which names their target.
 
 heads = load_heads(find_heads("auto", target, "eagle"), target, "eagle")
 """
@@ -30,7 +30,7 @@ SHAPES = {"medusa": TypeAdapter[Any](MedusaShape), "eagle": TypeAdapter[Any](Eag
 
 
 def build_heads(kind: HeadsKind, shape: dict[str, Any], target: ModelConfig) -> Heads:
-    """Heads of this shape for this target, their weights not yet set. UserError for what the target cannot have."""
+    """Build heads of this shape, without setting their weights. UserError if the target lacks a tapped layer."""
     shape = {**shape, "taps": tuple(shape.get("taps", ()))}
     for layer in shape["taps"]:
         if not 0 <= layer < target.layers:
@@ -41,7 +41,7 @@ def build_heads(kind: HeadsKind, shape: dict[str, Any], target: ModelConfig) -> 
 
 
 def find_heads(option: str, target: LoadedModel, kind: HeadsKind) -> Path:
-    """The folder of the heads to use. `auto`: the one that the target's folder names in lab.json, if it names one."""
+    """Find the folder of the heads to use. `auto`: the one named in lab.json of the target's folder, if any."""
     name: str | None = option
     if option == "auto":
         name = companion(target.checkpoint.folder, kind)
@@ -62,7 +62,7 @@ def training_command(target: LoadedModel, kind: HeadsKind) -> str:
 
 
 def save_heads(folder: Path, heads: Heads, target: LoadedModel, **about: object) -> None:
-    """In float16; `about` joins what heads.json says."""
+    """Write heads in float16; `about` is added to heads.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in heads.state_dict().items()}
     save_file(tensors, folder / "heads.safetensors")
@@ -77,7 +77,7 @@ def save_heads(folder: Path, heads: Heads, target: LoadedModel, **about: object)
 
 
 def load_heads(folder: Path, target: LoadedModel, kind: HeadsKind) -> Heads:
-    """Heads ready to run, in the target's dtype and on its device. UserError where they are not this target's."""
+    """Load heads in the target's dtype and on its device. UserError if they were trained for another target."""
     if not (folder / "heads.json").is_file() or not (folder / "heads.safetensors").is_file():
         raise UserError(
             f"no {kind} heads in {folder}: expected heads.json and heads.safetensors; {training_command(target, kind)}"
@@ -111,11 +111,11 @@ def load_heads(folder: Path, target: LoadedModel, kind: HeadsKind) -> Heads:
 
 
 def state_width(heads: Heads, target: ModelConfig) -> int:
-    """Features per position that the heads read."""
+    """Return F, the number of features that the heads read at one position."""
     return target.width * (1 + len(heads.taps))
 
 
 def target_states(target: LoadedModel, tokens: torch.Tensor, taps: tuple[int, ...]) -> torch.Tensor:
-    """What heads read, [B, T, F]: the target's normed output, the tapped layers beside it."""
+    """Compute the heads' input [B, T, F]: the target's normed output, then the outputs of the tapped layers."""
     hidden, tapped = target.model.states(tokens, taps=taps)
     return hidden if tapped is None else torch.cat((hidden, tapped), -1)

@@ -1,4 +1,4 @@
-"""What a drafter remembers of the target's states, for every sequence that is being decoded."""
+"""The target's last states of every sequence, which drafters read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..sequence import Sequence
 
 
 class StateMemory:
-    """The states [n, F] of the last positions of each sequence that the target has seen, at most `keep` of them.
+    """Keeps the states [n, F] of the last positions of each sequence, at most `keep` of them.
 
-    They end one position before the sequence does: its last token was drawn from the state before it and has not been
-    through the target yet.
+    The states end one position before the sequence does: its last token was drawn from the state before it, and has not
+    been an input of the target yet.
     """
 
     def __init__(self, keep: int) -> None:
@@ -23,12 +23,12 @@ class StateMemory:
         self._kept: WeakKeyDictionary[Sequence, tuple[int, Tensor]] = WeakKeyDictionary()  # end position, states
 
     def get(self, sequence: Sequence) -> Tensor | None:
-        """The states up to the last position but one; None where they are not known."""
+        """Return the states up to the last position but one; None if they are missing."""
         end, states = self._kept.get(sequence, (0, None))
         return states if end == sequence.length - 1 else None
 
     def known(self, sequence: Sequence) -> int:
-        """From which position on states are missing."""
+        """Return the first position whose state is missing."""
         return self._kept[sequence][0] if sequence in self._kept else max(0, sequence.length - self.keep)
 
     def forget(self, sequence: Sequence) -> None:

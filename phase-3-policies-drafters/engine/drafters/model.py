@@ -1,4 +1,4 @@
-"""The drafter of phase 2: a smaller model of the same vocabulary, asked once for every token."""
+"""The drafter of phase 2: a smaller model with the same vocabulary, one forward per draft token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .chains import ChainBuilder
 
 
 class ModelDrafter:
-    """Draws through the same sampling parameters as the target; `noise` says with which random numbers."""
+    """Draws with the target's sampling parameters; `noise` is the purpose of its random numbers."""
 
     taps: tuple[int, ...] | None = None
     deepest = 64
@@ -40,13 +40,13 @@ class ModelDrafter:
         return True
 
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """One forward of the draft over text, nodes, and what lies above the nodes."""
-        branches, places = tree.branches(nodes)
+        """Run one forward of the draft over the sequence, the nodes, and their ancestors."""
+        branches, numbers = tree.branches(nodes)
         logits = target_forward(self.model, [sequence.prompt + sequence.tokens], [branches]).logits[0]
-        return logits[[place + 1 for place in places]]
+        return logits[[number + 1 for number in numbers]]
 
     def known(self, sequence: Sequence) -> int:
         return sequence.length
 
     def observe(self, outcome: Outcome) -> None:
-        """Nothing is kept between steps, so there is nothing to roll back."""
+        """Do nothing: no state is kept between steps."""

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last few tokens when they occurred before (Saxena 2023; Yang et al. 2023, LLMA)."""
+"""Prompt lookup: propose the tokens that followed an earlier occurrence of the last few (Saxena 2023; LLMA 2023)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..sequence import Sequence
 
 
 class NgramIndex:
-    """Where every run of `low` to `high` tokens last ended in a text that grows; O(high) per token, O(1) to look up."""
+    """Maps each n-gram of `low` to `high` tokens to its last occurrence. O(high) per added token and per lookup."""
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -28,7 +28,7 @@ class NgramIndex:
             self.text.append(token)
 
     def continuation(self, count: int) -> list[int]:
-        """What followed the longest suffix that occurred before, at most `count` tokens; empty where none did."""
+        """Return at most `count` tokens that followed the longest suffix seen before; empty if there is none."""
         for size in range(min(self.high, len(self.text)), self.low - 1, -1):
             at = self._after.get(tuple(self.text[-size:]))
             if at is not None:
@@ -37,7 +37,7 @@ class NgramIndex:
 
 
 class NgramDrafter:
-    """Guesses that the text repeats itself. CostModel next to nothing, and knows nothing of the model."""
+    """Drafts repetitions of the sequence's own text, without a model and at almost no cost."""
 
     taps: tuple[int, ...] | None = None
 
@@ -48,7 +48,7 @@ class NgramDrafter:
         self._indexes: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """Certain guesses have no distribution to ask `stop` about; it is not asked."""
+        """Look up a continuation for every sequence. `stop` is not called: these tokens have no distribution."""
         drafted = [self._index(s).continuation(width) for s, width in zip(sequences, widths, strict=True)]
         longest = max(map(len, drafted))
         rows = [row + [0] * (longest - len(row)) for row in drafted]
@@ -67,4 +67,4 @@ class NgramDrafter:
         return sequence.length
 
     def observe(self, outcome: Outcome) -> None:
-        """The index reads what stood from the sequence itself."""
+        """Do nothing: the index reads new tokens from the sequence."""

@@ -1,11 +1,11 @@
-"""Trees instead of chains: any drafter that can branch, with a shape for its guesses.
+"""Draft trees instead of chains, for any drafter that can branch.
 
-- static: the shape is fixed beforehand. At temperature > 0 the children of a node are drawn without replacement, which
-  recursive rejection verifies (Sequoia, Chen et al. 2024; RSD, Jeon et al. 2024), and with the target's own noise for
-  the policy `coupled`. Otherwise they are the drafter's favourites.
-- dynamic: the drafter's confidence decides where the tree grows, under a budget of nodes (EAGLE-2, Li et al. 2024):
-  every level extends the `beam` likeliest nodes of the one before that are still within the budget, and of all nodes
-  the likeliest are kept. Children are chosen, not drawn; verification treats each as certain.
+- static: the shape is fixed beforehand. At temperature > 0 the children of a node are drawn without replacement, for
+  recursive rejection (Sequoia, Chen et al. 2024; RSD, Jeon et al. 2024), or with the target's noise for the policy
+  `coupled`. Otherwise they are the drafter's likeliest tokens.
+- dynamic: the drafter's confidence decides where the tree grows, with a budget of nodes (EAGLE-2, Li et al. 2024).
+  Each level extends the `beam` likeliest nodes of the level before that are within the budget; of all nodes the
+  likeliest are kept. Children are chosen, not drawn; verification treats each as certain.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..verify import RandomSource
 
 
 class TreeDrafter:
-    """Makes trees of a drafter's guesses; one sequence after the other."""
+    """Drafts trees with a drafter that can branch, one sequence after the other."""
 
     def __init__(self, drafter: Brancher, params: SamplingParams) -> None:
         self.drafter, self.params, self.taps = drafter, params, drafter.taps
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """widths[r] limits the levels of tree r. `stop` is not asked: a tree's shape says where it ends."""
+        """Draft a tree of at most widths[r] levels for sequence r. `stop` is not called: the shape ends the tree."""
         trees = [
             self.grow(sequence, min(width, self.drafter.deepest))
             if width and self.drafter.ready(sequence)
@@ -44,14 +44,14 @@ class TreeDrafter:
         raise NotImplementedError
 
     def probs(self, sequence: Sequence, tree: Tree, nodes: list[int], params: SamplingParams) -> Tensor:
-        """The drafter's distributions [n, V] after these nodes."""
+        """Compute the drafter's distributions [n, V] after these nodes."""
         outputs = [sequence.tokens + (tree.line(node) if node >= 0 else []) for node in nodes]
         logits = self.drafter.expand(sequence, tree, nodes)
         return probabilities(logits, params, [sequence.prompt] * len(nodes), outputs)
 
     @property
     def ranking(self) -> SamplingParams:
-        """Parameters under which every token has its probability; at temperature 0 only the first would."""
+        """The parameters that rank tokens: temperature 1 instead of 0, where only one token has a probability."""
         return dataclasses.replace(self.params, temperature=1.0) if self.params.greedy else self.params
 
     def known(self, sequence: Sequence) -> int:
@@ -62,7 +62,7 @@ class TreeDrafter:
 
 
 class StaticTreeDrafter(TreeDrafter):
-    """`shape[i]` is the parent of node i, -1 for the text: parents first, siblings in the order of their rank."""
+    """Drafts trees of one shape. `shape[i]` is the parent of node i, -1 the root: parents first, siblings by rank."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class StaticTreeDrafter(TreeDrafter):
         params = self.params if self.drawn else self.ranking
         tokens: list[int] = []
         parents: list[int] = []
-        rows: dict[int, Tensor] = {}  # node -> the distribution that its children are from
-        frontier = {-1: -1}  # node of the shape -> node of the tree, which is smaller where tokens ran out
+        rows: dict[int, Tensor] = {}  # node -> the distribution of its children
+        frontier = {-1: -1}  # node of the shape -> node of the tree, which lacks nodes for tokens of probability 0
         for depth in range(levels):
             open_nodes = {of: node for of, node in frontier.items() if self.shape.children(of)}
             if not open_nodes:
@@ -110,7 +110,7 @@ class StaticTreeDrafter(TreeDrafter):
 
 
 class DynamicTreeDrafter(TreeDrafter):
-    """At most `nodes` nodes, where the product of the drafter's probabilities along the branch is largest."""
+    """Drafts the at most `nodes` nodes with the largest product of draft probabilities along their branch."""
 
     def __init__(self, drafter: Brancher, params: SamplingParams, nodes: int, beam: int = 4) -> None:
         super().__init__(drafter, params)
@@ -119,10 +119,10 @@ class DynamicTreeDrafter(TreeDrafter):
     def grow(self, sequence: Sequence, levels: int) -> Tree:
         tokens: list[int] = []
         parents: list[int] = []
-        worth: list[float] = []  # of each node, the product of the probabilities down to it
+        worth: list[float] = []  # of each node: the product of the probabilities on its branch
         best_nodes: list[int] = []
         frontier = [-1]
-        rows: dict[int, Tensor] = {}  # node -> the drafter's distribution behind it
+        rows: dict[int, Tensor] = {}  # node -> the drafter's distribution after it
         for _ in range(levels):
             probs = self.probs(sequence, Tree(tokens, parents), frontier, self.ranking)
             rows.update(zip(frontier, probs, strict=True))
@@ -134,12 +134,12 @@ class DynamicTreeDrafter(TreeDrafter):
                         tokens.append(token)
                         parents.append(node)
                         worth.append(value * (worth[node] if node >= 0 else 1.0))
-            # A node outside the budget never comes back, nor do its descendants: none is worth more than its parent.
+            # Nodes outside the budget are dropped for good: no descendant is worth more than its parent.
             best_nodes = sorted(range(len(tokens)), key=lambda node: -worth[node])[: self.nodes]
             frontier = [node for node in best_nodes if node >= first][: self.beam]
             if not frontier:
                 break
-        kept = sorted(best_nodes)  # their parents are among them
-        place = {node: i for i, node in enumerate(kept)} | {-1: -1}
-        chosen_from = {place[node]: row for node, row in rows.items() if node in place}
-        return Tree([tokens[node] for node in kept], [place[parents[node]] for node in kept], chosen_from=chosen_from)
+        kept = sorted(best_nodes)  # parents of kept nodes are kept
+        number = {node: i for i, node in enumerate(kept)} | {-1: -1}
+        chosen_from = {number[node]: row for node, row in rows.items() if node in number}
+        return Tree([tokens[node] for node in kept], [number[parents[node]] for node in kept], chosen_from=chosen_from)

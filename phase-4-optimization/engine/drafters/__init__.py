@@ -1,4 +1,4 @@
-"""The drafters, one file each, behind the protocol of drafting.py."""
+"""The drafters, one file each. All implement the protocol of drafting.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_drafter(
     noise: Purpose,
     heads: Heads | None = None,
 ) -> Drafter:
-    """The drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`."""
+    """Make the drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`."""
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":

@@ -14,7 +14,7 @@ from ..verify import RandomSource
 
 
 class ChainBuilder:
-    """Draws the next token of a row from logits, through the sampling parameters, and keeps what it was drawn from."""
+    """Draws draft tokens row by row from logits, with the sampling parameters, and keeps their distributions."""
 
     def __init__(
         self,
@@ -31,15 +31,15 @@ class ChainBuilder:
         self.probs: list[list[Tensor]] = [[] for _ in sequences]
 
     def open(self) -> list[int]:
-        """The rows that still want tokens."""
+        """List the rows whose chain is not complete."""
         return [row for row, width in enumerate(self.widths) if len(self.tokens[row]) < width]
 
     def output(self, row: int) -> list[int]:
-        """The output of this row's sequence, with what has been drafted."""
+        """Return the output of this row's sequence followed by its draft tokens."""
         return self.sequences[row].tokens + self.tokens[row]
 
     def draw(self, row: int, logits: Tensor) -> bool:
-        """One token for a row from logits [V]; False, and none, where its controller ends the draft."""
+        """Draw one token for a row from logits [V]. False, without a token, if the controller ends the draft."""
         sequence = self.sequences[row]
         probs = probabilities(logits[None], self.params, [sequence.prompt], [self.output(row)])
         asked = probs if not self.params.greedy else logits[None].float().softmax(-1)
@@ -53,7 +53,7 @@ class ChainBuilder:
         return True
 
     def draft(self) -> Draft:
-        """All rows side by side; shorter ones are padded with token 0, whose probability is never read."""
+        """Stack all rows; shorter ones are padded with token 0, whose probability is never read."""
         longest = max(map(len, self.tokens))
         rows = [row + [0] * (longest - len(row)) for row in self.tokens]
         tokens = torch.tensor(rows, dtype=torch.long).view(len(rows), longest)

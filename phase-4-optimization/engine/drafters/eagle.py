@@ -1,11 +1,12 @@
-"""One more decoder layer that continues the target's own features (Li et al. 2024, EAGLE; Li et al. 2025, EAGLE-3).
+"""EAGLE: one more decoder layer that predicts the target's next states (Li et al. 2024; Li et al. 2025, EAGLE-3).
 
-At position i the layer reads the token x_{i+1}, which is known, beside the target's state h_i that gave it, and
-predicts the state h_{i+1}, which the target's output matrix turns into a guess of x_{i+2}. For the guess after that its
-own prediction stands in for the state. EAGLE-3 adds states of several layers, and training on own predictions.
+At position i the layer reads the embedding of token x_{i+1} and the target's state h_i, from which x_{i+1} was drawn.
+It predicts the state h_{i+1}, and the target's output matrix turns that into a distribution of x_{i+2}. For the next
+draft token the layer reads its own prediction instead of a state. EAGLE-3 adds the states of several layers, and
+training on the layer's own predictions.
 
-Nothing is cached but the layer's inputs at the last positions of each sequence: for a guess, keys and values are
-computed for all of them, everything else for one.
+Only the layer's inputs at the last positions of each sequence are cached. For one draft token keys and values are
+computed for all of them, everything else for one position.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from .memory import StateMemory
 @dataclass(frozen=True)
 class EagleShape:
     ffn_width: Annotated[int, Field(ge=1, le=2**20)]  # bounds are those of a file: see heads.py
-    reach: Annotated[int, Field(ge=1, le=2**20)] = 256  # positions back that it looks, itself included
-    taps: tuple[int, ...] = ()  # layers whose outputs it reads beside the last state
+    reach: Annotated[int, Field(ge=1, le=2**20)] = 256  # positions that the attention covers, its own included
+    taps: tuple[int, ...] = ()  # target layers whose outputs are read besides the last state
 
 
 class EagleHead(nn.Module):
-    """The layer. Positions count from the first input it sees, so only distances matter."""
+    """The layer. Positions count from its first input: with RoPE only distances matter."""
 
     kind = "eagle"
 
@@ -63,8 +64,8 @@ class EagleHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, target: Transformer, how: HeadInit) -> None:
-        """copy: the layer begins as the target's last one. random: as torch begins Linear layers. zero: random, but the
-        layer adds nothing to its input."""
+        """Set the weights. copy: those of the target's last layer. random: torch's initialisation of Linear layers.
+        zero: random, but both output matrices are 0, so that the layer returns its input."""
         for name, parameter in self.block.named_parameters():
             if parameter.ndim == 2:
                 nn.init.kaiming_uniform_(parameter, a=5**0.5)
@@ -77,30 +78,30 @@ class EagleHead(nn.Module):
         elif how == "zero":
             nn.init.zeros_(self.block.attention.output.weight)
             nn.init.zeros_(self.block.ffn.down.weight)
-        self.norm.load_state_dict(target.norm.state_dict())  # what the output matrix expects
+        self.norm.load_state_dict(target.norm.state_dict())  # the output matrix expects this scale
 
     def read(self, states: Tensor) -> Tensor:
-        """The target's states [..., F] as one feature vector [..., D] per position."""
+        """Reduce the target's states [..., F] to one feature vector [..., D] per position."""
         feature: Tensor = states if self.reduce is None else self.reduce(states)
         return feature
 
     def inputs(self, embedded: Tensor, features: Tensor) -> Tensor:
-        """What enters the layer, [..., D]: each token's embedding beside the feature that it was drawn from."""
-        wide = embedded.dtype  # under autocast the products are narrow, what is normed and added up is not
+        """Join each token's embedding and the feature it was drawn from, both [..., D], to the input [..., D]."""
+        wide = embedded.dtype  # autocast narrows matrix products only, not norms and the residual stream
         joined: Tensor = self.join(torch.cat((self.token_norm(embedded), self.state_norm(features.to(wide))), -1))
         return joined.to(wide)
 
     def forward(self, inputs: Tensor, rotation: Rotation | None, mask: Tensor, wanted: Wanted | None) -> Tensor:
-        """inputs [B, T, D], mask as in Attention -> the predicted features [B, T or W, D]."""
+        """Predict features [B, T or W, D] from inputs [B, T, D]; the mask is that of Attention."""
         predicted: Tensor = self.norm(self.block(inputs, rotation, mask, wanted))
         return predicted
 
     def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
-        """For training: [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
+        """Predict training features [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
 
-        Depth 1 reads true states only. At depth s the input of anchor t is the token x_{t+s} beside the feature
-        predicted for it at depth s - 1, and it sees what it would see in a draft: the true inputs up to t, and its own
-        at depths 2 .. s. Depth d predicts token t + 1 + d.
+        Depth 1 reads true states only. At depth s the input of anchor t joins token x_{t+s} and the feature predicted
+        for it at depth s - 1. Its attention covers the same inputs as in a draft: the true ones up to t, and the
+        anchor's own at depths 2 .. s. Depth d predicts token t + 1 + d.
         """
         B, W = tokens.shape
         T = W - depths
@@ -122,17 +123,17 @@ class EagleHead(nn.Module):
 
 
 class Lookahead:
-    """The layer over one sequence and a tree of guesses behind it, which grows; a chain is a tree."""
+    """Runs the layer over one sequence and a growing tree of draft tokens; a chain is a tree."""
 
     def __init__(self, head: EagleHead, target: Transformer, inputs: Tensor) -> None:
-        """inputs [n, D] of the sequence's last positions."""
+        """Start from inputs [n, D] of the sequence's last positions."""
         self.head, self.target, self.inputs, self.confirmed = head, target, inputs, len(inputs)
-        self.rows = {-1: -1}  # node of the tree -> which of the added inputs is its; -1: the sequence's last
-        self.lines: list[list[int]] = []  # of every added input: those of its ancestors, and itself
+        self.rows = {-1: -1}  # node of the tree -> index of its added input; -1: the sequence's last input
+        self.lines: list[list[int]] = []  # for every added input: the indices of its ancestors, and its own
         self.predicted = self._predict([len(inputs) - 1], [[]])  # [1 + added, D]
 
     def extend(self, tree: Tree, nodes: list[int]) -> Tensor:
-        """The features [n, D] predicted after nodes whose parents are there already."""
+        """Add nodes whose parents were added before, and predict the features [n, D] after them."""
         for node in nodes:
             above = self.rows[tree.parents[node]]
             self.rows[node] = len(self.lines)
@@ -146,7 +147,7 @@ class Lookahead:
         return added
 
     def _predict(self, at: list[int], lines: list[list[int]]) -> Tensor:
-        """[n, D] at n inputs, each of which sees the whole sequence and its own line."""
+        """Predict features [n, D] at n inputs; each attends to the whole sequence and to its own line."""
         n, device = self.confirmed, self.inputs.device
         length = padded_length(len(self.inputs), self.target)
         inputs = F.pad(self.inputs, (0, 0, 0, length - len(self.inputs)))
@@ -166,7 +167,7 @@ class Lookahead:
 
 
 class EagleDrafter:
-    """Drafts from what its layer makes of the target's states and of its own predictions."""
+    """Drafts with an EAGLE layer."""
 
     deepest = 64
 
@@ -181,11 +182,11 @@ class EagleDrafter:
         self.target, self.head = target, head
         self.params, self.source, self.noise = params, source, noise
         self.taps: tuple[int, ...] | None = head.taps
-        self.memory = StateMemory(keep=head.shape.reach)  # of the layer's inputs, which are made from the states
-        self._ahead: Lookahead | None = None  # of the draft that is being made
+        self.memory = StateMemory(keep=head.shape.reach)  # holds the layer's inputs instead of states
+        self._ahead: Lookahead | None = None  # of the current draft
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """Nothing in the first step of a sequence, which gives the states."""
+        """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
         chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for at in range(width if self.ready(sequence) else 0):
@@ -200,7 +201,7 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Logits [n, V] of what follows these nodes; each level builds on what was computed for those before."""
+        """Return logits [n, V] after these nodes. Each level continues the computation of the level before."""
         if nodes == [-1]:
             inputs = self.memory.get(sequence)
             assert inputs is not None, "the first step of a sequence has nothing to draft from"
@@ -214,7 +215,7 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def observe(self, outcome: Outcome) -> None:
-        """States become inputs once the token that followed each is known."""
+        """Make the layer's inputs from the states, now that the token after each is known."""
         assert outcome.states is not None, "the loop was not asked for states"
         going = [
             (s, states) for s, states in zip(outcome.sequences, outcome.states, strict=True) if not s.finish_reason

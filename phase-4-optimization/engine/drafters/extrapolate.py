@@ -1,7 +1,7 @@
-"""A guess without any training: the target's last hidden state moves on as it moved before.
+"""Extrapolation without training: continue the target's last hidden state in a straight line.
 
-h_next = h + alpha (h - h_previous), read by the target's own head. Some public labs ship this under the name of EAGLE.
-It is here as a contrast: hidden states of a transformer do not move in straight lines, and the acceptance says so.
+h_next = h + alpha (h - h_previous), read by the target's own output matrix. Some public labs ship this under the name
+of EAGLE. It is here as a contrast: hidden states of a transformer do not move in straight lines, so acceptance is low.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .memory import StateMemory
 
 
 class ExtrapolateDrafter:
-    """The j-th guess is read from h + j alpha (h - h_previous)."""
+    """Reads the j-th draft token from h + j alpha (h - h_previous)."""
 
     taps: tuple[int, ...] | None = ()
 
@@ -37,7 +37,7 @@ class ExtrapolateDrafter:
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """Nothing in the first step of a sequence, which gives the states."""
+        """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
         chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             states = self.memory.get(sequence)

@@ -1,4 +1,4 @@
-"""The drafters, one file each, behind the protocol of drafting.py."""
+"""The drafters, one file each. All implement the protocol of drafting.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_drafter(
     heads: Heads | None = None,
     fast: CppEagle | CppMedusa | None = None,
 ) -> Drafter:
-    """The drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`.
+    """Make the drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`.
 
     fast: the heads, where they run in C++.
     """

@@ -1,10 +1,10 @@
-"""Heads on the target's last hidden state that guess one token each, several steps ahead (Cai et al. 2024, Medusa).
+"""Medusa: heads on the target's last hidden state, each predicts one token further ahead (Cai et al. 2024).
 
-h_t, the state that gave token t+1, is also read by head i = 1 .. H, which predicts token t+i+1. A head is a few
-residual steps x + SiLU(W x + b), a square matrix M, and then the target's output matrix U. The paper gives every head
-an output matrix of its own; here it is U M, which is a tenth of the size. (U alone would not do: x says most of all
-which token comes next, and a residual step can hardly unsay it.) All heads read the same state, so no head knows what
-the one before it guessed: that makes them cheap, and it bounds how good they can be.
+Head i = 1 .. H reads h_t, the state from which token t+1 was drawn, and predicts token t+i+1. A head is a few residual
+blocks x + SiLU(W x + b), a square matrix M, and the target's output matrix U. In the paper every head has an output
+matrix of its own; here it is U M, with a tenth of the weights. (U alone is too weak: x mostly encodes the next token,
+and a residual block can hardly remove that.) All heads read the same state, so no head depends on another's token:
+heads are cheap, and their accuracy is limited.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HeadInit = Literal["zero", "copy", "random"]
 class MedusaShape:
     heads: Annotated[int, Field(ge=1, le=32)] = 4  # bounds are those of a file: see heads.py
     blocks: Annotated[int, Field(ge=0, le=16)] = 1
-    taps: tuple[int, ...] = ()  # layers whose outputs the heads read beside the last state; the paper has none
-    read_token: bool = False  # and token t+1, which is known; the paper's do not (Ankner et al. 2024, Hydra, do)
+    taps: tuple[int, ...] = ()  # target layers whose outputs are read besides the last state; the paper has none
+    read_token: bool = False  # read token t+1 too, as Hydra does (Ankner et al. 2024), and the paper does not
 
 
 class MedusaHeads(nn.Module):
@@ -62,8 +62,8 @@ class MedusaHeads(nn.Module):
 
     @torch.no_grad()
     def initialise(self, target: Transformer, how: HeadInit) -> None:
-        """zero: each head begins as the target's own next-token prediction. random: as torch begins a Linear layer.
-        copy: with the matrices of the target's last feed-forward, multiplied into one."""
+        """Set the weights. zero: each head equals the target's next-token prediction. random: torch's initialisation of
+        a Linear layer. copy: the product of the matrices of the target's last feed-forward."""
         width = self.weight.shape[-1]
         if how == "zero":
             nn.init.zeros_(self.weight)
@@ -80,7 +80,7 @@ class MedusaHeads(nn.Module):
                 nn.init.zeros_(list(added.parameters())[-1])
 
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """States [N, F], embeddings [N, D] of the tokens after them -> what the output matrix reads, [H, N, D]."""
+        """Map states [N, F] and embeddings [N, D] of the tokens after them to the output matrix's input [H, N, D]."""
         x = states[:, : self.weight.shape[-1]]
         if self.reduce is not None:
             x = x + self.reduce(states)
@@ -93,9 +93,9 @@ class MedusaHeads(nn.Module):
         return mixed
 
     def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
-        """For training: [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
+        """Predict training features [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
 
-        Depth d = 1, 2, ... is read by the target's output matrix as the prediction of token t + 1 + d.
+        Depth d = 1, 2, ... predicts token t + 1 + d, through the target's output matrix.
         """
         T = tokens.shape[1] - depths
         at, embedded = states[:, :T], target.embedding(tokens[:, 1 : T + 1])
@@ -104,7 +104,7 @@ class MedusaHeads(nn.Module):
 
 
 class MedusaDrafter:
-    """Drafts at most as many tokens as there are heads."""
+    """Drafts with Medusa heads, at most one token per head."""
 
     def __init__(
         self,
@@ -120,10 +120,10 @@ class MedusaDrafter:
         self.params, self.source, self.noise = params, source, noise
         self.taps: tuple[int, ...] | None = heads.taps
         self.deepest = heads.shape.heads
-        self.memory = StateMemory(keep=2)  # one is read; teacher_forced.py asks while the last token is unseen
+        self.memory = StateMemory(keep=2)  # one is read; teacher_forced.py reads the one before the last
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """Nothing in the first step of a sequence, which gives the state."""
+        """Draft chains. The first step of a sequence drafts nothing: its forward gives the first state."""
         chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for of_level in self.level_logits(sequence)[:width] if self.ready(sequence) else []:
@@ -137,7 +137,7 @@ class MedusaDrafter:
 
     @torch.inference_mode()
     def level_logits(self, sequence: Sequence) -> Tensor:
-        """What every head says, [H, V]."""
+        """Compute the logits [H, V] of all heads."""
         states = self.memory.get(sequence)
         assert states is not None, "the first step of a sequence has nothing to draft from"
         last = torch.tensor((sequence.prompt + sequence.tokens)[-1:], device=states.device)
@@ -147,7 +147,7 @@ class MedusaDrafter:
         return self.target.logits(self.heads(states[-1:], embedded)[:, 0])
 
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Logits [n, V] of what follows these nodes: the same for all nodes of a level."""
+        """Return logits [n, V] after these nodes: the same for all nodes of a level."""
         levels = [tree.depths[node] if node >= 0 else 0 for node in nodes]
         return self.level_logits(sequence)[levels]
 
