@@ -1,4 +1,4 @@
-"""Quantise a model's matrices to a folder, four-bit ones with the help of text that it was trained on.
+"""Write a checkpoint with quantised matrices; four-bit ones are calibrated on training text.
 
 python quantize.py --model stdlib-10m --quant int4 --out runs/stdlib-10m-int4
 python quantize.py --model stdlib-10m --quant int4 --method awq --group 128 --asymmetric --out runs/awq

@@ -1,9 +1,9 @@
 """`--compile`: each layer as one compiled graph, for any length.
 
-torch.compile (Ansel et al. 2024, PyTorch 2) traces a layer and writes C++ or Triton in which everything between two
-matrix products is one loop: a norm, a rotation, a gate no longer pass through memory once per operation. All layers
-share their graphs. There are few: the layers that compute every position, the last one, which computes those that are
-read, and both once more for trees, whose positions and masks differ by row.
+torch.compile (Ansel et al. 2024, PyTorch 2) traces a layer and generates C++ or Triton code that fuses everything
+between two matrix products into one loop: norms, RoPE and gates no longer write every intermediate tensor to memory.
+All layers share their graphs. There are few graphs: one for layers that compute every position, one for the last layer,
+which computes only positions whose logits are read, and both again for trees, whose positions and masks differ by row.
 
     python generate.py --compile --prompt "from pathlib import"
 """
@@ -25,13 +25,13 @@ from .model import Block
 
 @dataclass
 class Compiler:
-    """The backend of torch.compile, and how often it was asked: a new graph means that something was not foreseen."""
+    """The backend of torch.compile. It counts graphs: more of them after the warm-up show an unexpected shape."""
 
     graphs: int = 0
     seconds: float = 0.0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx  # imports for seconds, and only here
+        from torch._inductor.compile_fx import compile_fx  # this import takes seconds, so it is local
 
         began = time.perf_counter()
         try:
@@ -41,8 +41,8 @@ class Compiler:
             self.seconds += time.perf_counter() - began
 
     def compile(self, *modules: torch.nn.Module) -> None:
-        """Compile every layer in these modules when it is first called. No part is left to run uncompiled."""
-        # The limit is for one function over a process; the layers of all llms are one function.
+        """Compile every layer in these modules at its first call, as one whole graph."""
+        # torch limits graphs per function and process, and the layers of all LLMs are one function.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
         for module in modules:
@@ -51,7 +51,7 @@ class Compiler:
                     layer.compile(backend=self, dynamic=True, fullgraph=True)
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Do once what is to come. UserError where there is nothing to compile with."""
+        """Run once, so that graphs are compiled before decoding. UserError if there is no compiler."""
         try:
             run()
         except torch._dynamo.exc.BackendCompilerFailed as error:

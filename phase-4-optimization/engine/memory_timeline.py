@@ -1,4 +1,4 @@
-"""The memory of this process over time, taken by a thread of its own: host, and torch's allocator on a device.
+"""The memory of this process over time, sampled by a thread: host memory, and torch's allocator on a device.
 
 timeline = MemoryTimeline(device, lambda: "load")
 timeline.start()
@@ -18,11 +18,11 @@ import torch
 
 from common.device import MIB, memory
 
-KEPT = 4000  # samples at most: when there are more, every other one goes, and the pace halves
+KEPT = 4000  # most samples: above that every other one is dropped, and the sampling rate halves
 
 
 def allocator(device: torch.device) -> dict[str, float]:
-    """What torch's allocator holds of the device, in MiB: more than its tensors take, because it keeps freed blocks."""
+    """Return the memory that torch's allocator has reserved, in MiB: its tensors, and freed blocks that it keeps."""
     if device.type == "cuda":
         return {"cuda_reserved": torch.cuda.memory_reserved(device) / MIB}
     if device.type == "mps":
@@ -31,7 +31,7 @@ def allocator(device: torch.device) -> dict[str, float]:
 
 
 class MemoryTimeline(threading.Thread):
-    """Samples from `start` to `end`: `ms`, `range` (what `label` says), and figures in MiB.
+    """Samples from `start` to `end`: `ms`, `range` (the result of `label`), and figures in MiB.
 
     The names of the figures are those of common.device.memory and of `allocator`.
     """

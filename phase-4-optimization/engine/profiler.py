@@ -1,8 +1,8 @@
-"""Where the time of a run goes: a trace of a few steps, operators, memory over time, and the ranges of every step.
+"""Profiling a run: a trace of a few steps, operators, memory over time, and the ranges of every step.
 
-A decoding loop says what it turns to, `stage("verify")`, and the time until the next such call belongs to that range:
-the ranges of a step leave no gap. Where nothing is profiled, a call looks up one context variable; torch's own
-`record_function` costs some microseconds, profiled or not.
+A decoding loop calls `stage("verify")`, and the time until the next call belongs to that range, so the ranges of a step
+leave no gap. Without a profiler a call only looks up one context variable; torch's `record_function` would cost some
+microseconds even then.
 
     python generate.py --prompt "from pathlib import" --profile profile
 
@@ -37,14 +37,14 @@ from .memory_timeline import MemoryTimeline
 from .trace import STEP, read_trace
 
 T = TypeVar("T")
-RANGES = ("draft", "verify", "accept", "sample")  # what a decoding step is made of
+RANGES = ("draft", "verify", "accept", "sample")  # of a decoding step
 WARM_UP = 1  # steps before the trace begins
-LARGE = 50 * MIB  # a trace that takes a browser long to open
+LARGE = 50 * MIB  # a trace file that a browser opens slowly
 CURRENT: ContextVar[Profiler | None] = ContextVar("profiler", default=None)
 
 
 def stage(name: str) -> None:
-    """From here to the next call, time belongs to the range `name`, where somebody is profiling."""
+    """Begin the range `name`, which lasts to the next call. Does nothing without a profiler."""
     profiler = CURRENT.get()
     if profiler is not None:
         profiler.enter(name)
@@ -53,15 +53,15 @@ def stage(name: str) -> None:
 class Profiler:
     """Profiles what runs inside its `with` block, and writes it at the end unless the block fails.
 
-    Ranges are timed in all steps; `traced` of them, after the first, are traced in full (0: none), with Python stacks
-    if `stacks`. Ranges end when the device has done their work. UserError, before anything has run, for a folder that
-    cannot be written.
+    Ranges are timed in all steps. After the first step `traced` steps are traced in full (0: none), with Python stacks
+    if `stacks`. A range ends with a device synchronisation. UserError, before anything runs, if the folder cannot be
+    written.
     """
 
     def __init__(self, folder: Path, device: torch.device, traced: int = 8, stacks: bool = False) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):  # permissions do not tell all
+            with tempfile.TemporaryFile(dir=folder):  # a read-only disk is not seen in permissions
                 pass
         except OSError as error:
             raise UserError(
@@ -70,8 +70,8 @@ class Profiler:
         self.folder, self.device, self.traced, self.stacks = folder, device, traced, stacks
         self.steps: list[dict[str, Any]] = []
         self.around: dict[str, float] = defaultdict(float)  # ms by range, outside the steps
-        self.entered = 0  # how often a range began
-        self.run: Path | None = None  # the folder that was written
+        self.entered = 0  # number of ranges
+        self.run: Path | None = None  # the written folder
         self.memory = MemoryTimeline(device, lambda: self._range)
         self._range, self._since = "", 0.0
         self._spent: dict[str, float] = self.around
@@ -81,7 +81,7 @@ class Profiler:
 
     def __enter__(self) -> Self:
         if self.traced:
-            with self._recorder(), record_function("warm-up"):  # the first takes a second, which shall be no step's
+            with self._recorder(), record_function("warm-up"):  # the first takes a second, outside of all steps
                 pass
         self._token = CURRENT.set(self)
         self.memory.start()
@@ -99,7 +99,7 @@ class Profiler:
             self._write()
 
     def enter(self, name: str) -> None:
-        """End the range that is running, and begin another; "" begins none."""
+        """End the current range and begin another; "" begins none."""
         synchronize(self.device)
         now = time.perf_counter()
         if self._range:
@@ -114,7 +114,7 @@ class Profiler:
             self._annotation.__enter__()
 
     def watch(self, run: Iterable[T]) -> Iterator[T]:
-        """The steps of a decoding loop as they come. What the caller does with them is the range `output`."""
+        """Yield the steps of a decoding loop. The caller's time between them is the range `output`."""
         steps = iter(run)
         while True:
             self.enter("")
@@ -144,16 +144,16 @@ class Profiler:
             yield step
 
     def total(self, name: str) -> float:
-        """Milliseconds of a range, or of `ms`, the wall time, over all steps."""
+        """Return the milliseconds of a range over all steps; `ms` is the wall time."""
         return float(sum(step.get(name, 0.0) for step in self.steps))
 
     @property
     def coverage(self) -> float:
-        """The share of the steps' wall time that has a name; the rest is between the loop's ranges."""
+        """The share of the steps' wall time inside RANGES."""
         return sum(map(self.total, RANGES)) / self.total("ms") if self.steps else 0.0
 
     def _recorder(self) -> profile:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it talks on stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it writes to stderr
         device = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         return profile(activities=[ProfilerActivity.CPU, *device], with_stack=self.stacks)
 
@@ -188,7 +188,7 @@ class Profiler:
             raise UserError(f"--profile {self.folder}: cannot be written ({error.strerror or error})") from None
 
     def _write_operators(self, run: Path) -> None:
-        """Unlike torch's table, by range."""
+        """Write operators by range, which torch's table does not do."""
         with (run / "operators.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["range", "operator", "calls", "cpu_ms", "device_ms"])
@@ -197,7 +197,7 @@ class Profiler:
                     writer.writerow([range_, name, operator.calls, operator.cpu_ms, operator.device_ms])
 
     def report(self) -> str:
-        """For people: where it was written, where the time went, and what to mind."""
+        """Describe the run for people: its folder, the shares of the ranges, and warnings."""
         assert self.run is not None, "the block has not ended yet"
         shares = ", ".join(f"{name} {self.total(name) / self.total('ms'):.0%}" for name in RANGES if self.total(name))
         lines = [f"profile: {self.run}; where the time of {len(self.steps)} decoding steps went: {shares}"]
@@ -210,7 +210,7 @@ class Profiler:
 
 
 def _next_run(folder: Path) -> Path:
-    """A new folder run-1, run-2, ...: no run overwrites another."""
+    """Make the next folder of run-1, run-2, ...; no run overwrites another."""
     for number in count(1):
         run = folder / f"run-{number}"
         try:

@@ -1,9 +1,9 @@
-"""Weight-only quantisation: matrices are kept as small whole numbers with scales, and activations stay as they are.
+"""Weight-only quantisation: matrices are stored as small integers with scales; activations are not quantised.
 
-A group of weights shares a scale; int8: all weights of an output feature, int4: 32, 64 or 128 neighbouring input
-features of one. A weight is (level - zero) * scale, with 255 levels or 16 of them. Here the matrix is written out anew
-for every product, in plain torch: that saves memory and costs time, and is the reference that faster kernels must agree
-with. (Without a cache a forward has many rows and is bound by arithmetic; bytes decide once a token costs one row.)
+A group of weights shares a scale. A group of int8 is a whole output feature, one of int4 is 32, 64 or 128 neighbouring
+weights of an output feature. A weight is (level - zero) * scale, with 255 levels in int8 and 16 in int4. Every product
+first dequantises the matrix, in plain torch. That saves memory and costs time, and is the reference for faster kernels.
+(Without a cache a forward has many rows and is bound by arithmetic; bytes matter once a token costs one row.)
 
 python generate.py --quant int4 --prompt "from pathlib import"
 """
@@ -24,16 +24,16 @@ from .model import Linear, Transformer
 from .packing import PackedLinear
 
 GROUPS = (32, 64, 128)
-ROWS = 64  # of a matrix that are rounded at a time, so that what is computed stays in the processor's cache
+ROWS = 64  # rounded at a time, so that intermediate tensors stay in the CPU's cache
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are stored."""
+    """The storage format of weights."""
 
     name: Literal["int8", "int4"]
-    group: int = 64  # of int4: input features that share a scale
-    asymmetric: bool = False  # of int4: a zero point per group; else it is the middle of the levels
+    group: int = 64  # int4: input features that share a scale
+    asymmetric: bool = False  # int4: a zero point per group; otherwise the middle of the levels
 
     def __str__(self) -> str:
         zero = ", asymmetric" if self.asymmetric else ""
@@ -41,7 +41,7 @@ class Format:
 
     @property
     def levels(self) -> tuple[int, int]:
-        """The lowest and the highest."""
+        """The lowest and the highest level."""
         return (-127, 127) if self.name == "int8" else (0, 15)
 
     @property
@@ -49,7 +49,7 @@ class Format:
         return self.name == "int4" and self.asymmetric
 
     def grouped(self, weight: Tensor, where: str = "a matrix") -> Tensor:
-        """[out, in] -> float32 [out, groups, group]. UserError names the matrix whose width no group divides."""
+        """Reshape [out, in] to float32 [out, groups, group]. UserError names a matrix that groups do not divide."""
         width = weight.shape[1]
         size = width if self.name == "int8" else self.group
         if width % size:
@@ -62,16 +62,16 @@ class Format:
 class Grid(NamedTuple):
     """The values that a group's weights may take: (level - zero) * scale. Both [out, groups, 1].
 
-    A zero is float16. A scale needs the range of float32, which bfloat16 has: in float16 weights of 1e-5 have subnormal
-    scales, of a few bits, and those of 1e7 have infinite ones. That it has 8 bits costs nothing, since levels are
-    rounded by it as it is stored.
+    A zero is float16. A scale is bfloat16, because it needs the range of float32: in float16 the scales of weights
+    around 1e-5 are subnormal, with few bits, and those of weights around 1e7 are infinite. The 8 bits of its mantissa
+    cost no accuracy, because levels are computed from the stored scale.
     """
 
     scale: Tensor
     zero: Tensor
 
     def levels(self, weights: Tensor, format: Format) -> Tensor:
-        """The nearest level of each weight [out, groups, group], in float32."""
+        """Round each weight [out, groups, group] to its nearest level, in float32."""
         levels = weights / self.scale.float()
         if format.name == "int4":  # the zero of int8 is 0
             levels += self.zero.float()
@@ -85,15 +85,15 @@ class Rounded(NamedTuple):
     """A quantised matrix before it is packed."""
 
     grid: Grid
-    levels: Tensor  # [out, groups, group], whole numbers in float32
-    factor: Tensor | None = None  # [in], float16: what activations are multiplied with first
+    levels: Tensor  # [out, groups, group], integers in float32
+    factor: Tensor | None = None  # [in], float16: activations are multiplied by it first
 
 
 def whole_range(weights: Tensor, format: Format, clip: Tensor | float = 1.0) -> Grid:
-    """The grid over a group's weights [out, groups, group], or over a share of their range, `clip`, about zero.
+    """Make the grid that covers the share `clip` of the range of each group's weights [out, groups, group].
 
-    Symmetric int4 has levels -8 .. 7 about its zero. Its step is the largest weight / 7, so that the largest is a value
-    of the grid on either side: a step of / 7.5 is finer and puts every group's largest weight off by half of it.
+    Symmetric int4 has levels -8 .. 7 around its zero. The step is the largest weight / 7, so that this weight is a grid
+    value on either side. A step of / 7.5 would be finer, but off by half a step at every group's largest weight.
     """
     if format.has_zeros:
         low, high = weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
@@ -105,20 +105,20 @@ def whole_range(weights: Tensor, format: Format, clip: Tensor | float = 1.0) -> 
 
 
 def usable(scale: Tensor) -> Tensor:
-    """In bfloat16, as it is stored; where nothing but zeros shares it, 1."""
+    """Cast to bfloat16, the stored dtype. The scale of a group of zeros becomes 1."""
     stored = scale.bfloat16()
     return torch.where(stored == 0, 1, stored)
 
 
 def rtn(weight: Tensor, format: Format) -> Rounded:
-    """Round to nearest: the grid covers all weights, and every weight takes its nearest value."""
+    """Round to nearest: the grid covers all weights, and each weight becomes its nearest grid value."""
     grouped = format.grouped(weight)
     grid = whole_range(grouped, format)
     return Rounded(grid, grid.levels(grouped, format))
 
 
 def pack(levels: Tensor) -> Tensor:
-    """Levels 0 .. 15, [..., group] -> uint8 [..., group / 2]: the group's first half in the low four bits."""
+    """Pack levels 0 .. 15, [..., group] into uint8 [..., group / 2]: the group's first half in the low four bits."""
     low, high = levels.to(torch.uint8).chunk(2, -1)
     return low | high << 4
 
@@ -128,16 +128,16 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class QuantLinear(nn.Module):
-    """A Linear whose matrix is stored in a Format. Scales are bfloat16, zeros float16, whatever it computes in."""
+    """A Linear with a quantised matrix. Scales are bfloat16 and zeros float16, in every dtype of the activations."""
 
     values: Tensor  # int8: [out, in]; int4: uint8 [out, groups, group / 2]
     scales: Tensor  # [out, groups]
     zeros: Tensor | None  # [out, groups]
     factor: Tensor | None  # [in]
-    order: Tensor | None  # int64 [in]: the input feature that each column of the levels is of; None: in order
+    order: Tensor | None  # int64 [in]: the input feature of each column of the levels; None: in order
 
     def __init__(self, shape: tuple[int, int], format: Format, bias: bool, factor: bool, device: torch.device) -> None:
-        """`shape` is (out, in). Memory is reserved and not filled."""
+        """Allocate the tensors without filling them. `shape` is (out, in)."""
         super().__init__()
         self.out_features, self.in_features = shape
         self.format = format
@@ -173,7 +173,7 @@ class QuantLinear(nn.Module):
             self.zeros[rows] = grid.zero[..., 0]
 
     def round_rows(self, first: int, weight: Tensor, where: str) -> None:
-        """Round weight [rows, in] to nearest, and store it from row `first` on. UserError for weights not finite."""
+        """Round weight [rows, in] to nearest, and store it from row `first` on. UserError for non-finite weights."""
         for start in range(0, len(weight), ROWS):
             grid, levels, _ = rtn(weight[start : start + ROWS].to(self.values.device), self.format)
             if not bool(torch.isfinite(grid.scale).all()):
@@ -181,7 +181,7 @@ class QuantLinear(nn.Module):
             self.put(first + start, grid, levels)
 
     def resized(self, rows: int) -> QuantLinear:
-        """The first outputs, and zeros for others where there are fewer; without a bias."""
+        """Copy with `rows` outputs, truncated or padded with zeros, and without a bias."""
         fitted = QuantLinear((rows, self.in_features), self.format, False, self.factor is not None, self.values.device)
         for name, tensor in self.named_buffers():
             if name not in ("factor", "order"):
@@ -191,7 +191,7 @@ class QuantLinear(nn.Module):
         return fitted
 
     def matrix(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """The rows start .. stop written out, [rows, in]: columns in `order`, without `factor`."""
+        """Dequantise the rows start .. stop to [rows, in]: columns in `order`, without `factor`."""
         rows = slice(start, stop)
         levels = self.values[rows]
         if self.format.name == "int8":
@@ -201,17 +201,17 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What takes the place of Linear's matrix: float32 [out, in], with all that the activations meet."""
+        """The equivalent matrix of a Linear: float32 [out, in], with `factor` and in the order of the inputs."""
         matrix = self.matrix(torch.float32)
         matrix = matrix if self.factor is None else matrix * self.factor.float()
         return matrix if self.order is None else matrix[:, self.order.argsort()]
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x [..., in] in the order of the columns."""
+        """Reorder x [..., in] to the order of the columns."""
         return x if self.order is None else x[..., self.order]
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
+        """Multiply x [..., in] to [..., out], or to the outputs start .. stop only: [..., stop - start]."""
         x = self.ordered(x)
         if self.factor is not None:
             x = x * self.factor.to(x.dtype)
@@ -219,14 +219,14 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Of the values, and of all that belongs to them: scales, zeros, factor, order."""
+        """Bytes of the values, and of scales, zeros, factor and order together."""
         parts = (self.scales, self.zeros, self.factor, self.order)
         others = [tensor.nbytes for tensor in parts if tensor is not None]
         return self.values.nbytes, sum(others)
 
 
 def linear_names(model: Transformer, head: bool) -> list[str]:
-    """The matrices to quantise: all in the layers, and the output matrix if asked. UserError if some already are."""
+    """List the matrices to quantise: the layers', and the output matrix if `head`. UserError if some already are."""
     modules = [(f"layers.{name}", module) for name, module in model.layers.named_modules()] + [("head", model.head)]
     for _, module in modules:
         if isinstance(module, QuantLinear):
@@ -243,9 +243,9 @@ Rounding = Callable[[Tensor, Format], Rounded]
 
 
 def quantized_linear(model: Transformer, name: str, format: Format, device: torch.device) -> QuantLinear:
-    """Return the QuantLinear of this name; where a Linear is, replace it by an empty one.
+    """Return the QuantLinear of this name; a Linear is replaced by an empty QuantLinear first.
 
-    UserError names the matrix where its width does not allow that.
+    UserError names a matrix whose width groups do not divide.
     """
     linear = model.get_submodule(name)
     if isinstance(linear, QuantLinear):
@@ -261,7 +261,7 @@ def quantized_linear(model: Transformer, name: str, format: Format, device: torc
 def quantize_linear(model: Transformer, name: str, format: Format, rounding: Rounding | None = None) -> None:
     """Replace the Linear of this name, rounded to nearest or by `rounding`.
 
-    UserError names it where its width or its weights do not allow that.
+    UserError names a matrix whose width groups do not divide, or whose weights are not finite.
     """
     linear = model.get_submodule(name)
     assert isinstance(linear, Linear)
@@ -276,16 +276,16 @@ def quantize_linear(model: Transformer, name: str, format: Format, rounding: Rou
 
 
 def quantize_model(model: Transformer, format: Format, head: bool = False) -> None:
-    """Round the matrices to nearest, one after the other, so that never two of them exist in both forms.
+    """Round the matrices to nearest, one after the other: at most one exists in both forms at a time.
 
-    A head that is tied to the embedding gets a matrix of its own; the embedding stays as it is.
+    A head tied to the embedding gets a matrix of its own; the embedding is not quantised.
     """
     for name in linear_names(model, head):
         quantize_linear(model, name, format)
 
 
 def stored_bytes(model: Transformer, head: bool = False) -> tuple[int, int]:
-    """Bytes of the linear layers' matrices, and of their scales; without biases."""
+    """Count the bytes of the linear layers' matrices, and of their scales; biases are left out."""
     values = others = 0
     for name, module in linears(model):
         if name == "head" and not head:

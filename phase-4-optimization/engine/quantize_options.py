@@ -1,4 +1,4 @@
-"""Every option of quantize.py, once."""
+"""All options of quantize.py."""
 
 from __future__ import annotations
 

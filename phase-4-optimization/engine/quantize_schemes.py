@@ -1,7 +1,7 @@
-"""What the checkpoints of other tools say of their quantised matrices: GPTQ, AWQ, compressed-tensors (llm-compressor).
+"""The quantisation schemes of other tools' checkpoints: GPTQ, AWQ, compressed-tensors (llm-compressor).
 
-Read from `quantization_config` of config.json alone, so that what quantize.py's formats cannot express is refused
-before weights are downloaded: other numbers of bits, int8 in groups, FP8, activations with scales of their own.
+Only `quantization_config` of config.json is read, so that unsupported schemes are refused before weights are
+downloaded: other numbers of bits, int8 in groups, FP8, activations with static scales.
 
 python generate.py --model Qwen/Qwen2.5-0.5B-Instruct-AWQ --prompt "The sea"
 """
@@ -20,19 +20,19 @@ METHODS: tuple[Method, ...] = ("gptq", "awq", "compressed-tensors")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a tool stored the matrices that it quantised."""
+    """How a tool stores quantised matrices."""
 
     method: Method
     bits: int  # 4 or 8
     group: int | None  # input features that share a scale, a multiple of 32; None: all of an output feature
-    asymmetric: bool = False  # has zeros of its own
+    asymmetric: bool = False  # has zero points
     zeros_less_one: bool = False  # GPTQ's first layout stores zero - 1
     packed: bool = True  # several numbers in an int32; else int8
-    rounds_activations: bool = False  # was made for activations that are rounded to int8, token by token
+    rounds_activations: bool = False  # meant for activations rounded to int8 per token
 
 
 def read_scheme(about: Mapping[str, Any]) -> Scheme:
-    """The scheme of a `quantization_config`. UserError names the key that is not supported, and what would be."""
+    """Read a `quantization_config`. UserError names an unsupported key and its supported values."""
     read = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}
     return read[about["quant_method"]](about)
 
@@ -97,7 +97,7 @@ def _compressed(about: Mapping[str, Any]) -> Scheme:
 
 
 def _group(method: str, size: Any) -> int | None:
-    """None for -1, which is how tools write that all weights of an output feature share a scale."""
+    """Read a group size. -1 means one scale per output feature, and gives None."""
     if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 32 or size % 32)):
         raise _refusal(method, "group_size", size, "-1, or a multiple of 32")
     return None if size == -1 else size

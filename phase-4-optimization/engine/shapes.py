@@ -1,8 +1,8 @@
-"""Lengths that forwards are padded to, so that few different shapes occur.
+"""Padded lengths of forwards, so that few different shapes occur.
 
-In bfloat16 a CPU's products run on kernels that oneDNN generates for the very shape, which takes about as long as a
-forward; without a cache every step has a length of its own. Under a causal mask nothing sees what is appended on the
-right, so a length can be rounded up. In float32 the products take any shape as it comes, and more rows only cost.
+In bfloat16 on a CPU, oneDNN generates a kernel for every shape, which takes about as long as a forward. Without a cache
+every step has another length. The causal mask hides padding on the right, so lengths can be rounded up. In float32 the
+kernels work for any shape, and padding would only cost time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STEP = 16
 
 
 def padded_length(length: int, model: Transformer) -> int:
-    """The length of the forward for rows of at most `length` tokens; no row may pass the context."""
+    """Return the forward's length for rows of at most `length` tokens, which are within the context."""
     weight = model.embedding.weight
     narrow = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
     if weight.device.type != "cpu" or not narrow:

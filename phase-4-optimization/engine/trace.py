@@ -1,4 +1,4 @@
-"""Reading a Chrome trace: how long each named range took, and which operators the time in it went to.
+"""Reads a Chrome trace: the time of each named range, and of the operators in it.
 
 trace = read_trace(Path("profile/run-1/trace.json"))
 print(trace.ranges, trace.families("verify"))
@@ -15,14 +15,14 @@ from common.errors import UserError
 from common.files import read_json
 
 STEP = "step "  # a decoding step is annotated with this and its number
-ATTENTION = ("attention", "softmax", "bmm")  # parts of operators' names; matmul of more than two dimensions is a bmm
+ATTENTION = ("attention", "softmax", "bmm")  # parts of operator names; a matmul above two dimensions is a bmm
 MATRIX = ("mm", "linear", "matmul")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 @dataclass
 class Operator:
-    """Calls and milliseconds of one operator in one range; what the operators it calls take is theirs."""
+    """Calls and milliseconds of one operator in one range, without the time of the operators that it calls."""
 
     calls: int = 0
     cpu_ms: float = 0.0
@@ -40,13 +40,13 @@ class Trace:
 
     @property
     def on_device(self) -> bool:
-        """Whether kernels were traced: then these are where the time goes, and operators only launch them."""
+        """True if kernels on a device were traced; their times count then, not those of the launching operators."""
         return any(each.device_ms for of_range in self.operators.values() for each in of_range.values())
 
     def families(self, name: str) -> dict[str, float]:
-        """Where the milliseconds of one range go; `overhead` is what no operator (on a device: no kernel) takes.
+        """Split the milliseconds of one range by family; `overhead` is the time outside operators (device: kernels).
 
-        Overhead is Python, the dispatcher between operators, and the tracing itself, some microseconds per operator.
+        Overhead is Python, the dispatcher, and the tracing itself, some microseconds per operator.
         """
         found = {"matrix products": 0.0, "attention": 0.0, "elementwise": 0.0}
         for operator, each in self.operators.get(name, {}).items():
@@ -55,14 +55,14 @@ class Trace:
 
 
 def family(operator: str) -> str:
-    """`elementwise` is all that is neither a matrix product nor attention: norms, activations, additions, copies."""
+    """Return an operator's family. `elementwise` is everything but matrix products and attention: norms, copies, ..."""
     if any(part in operator for part in ATTENTION):
         return "attention"
     return "matrix products" if any(part in operator for part in MATRIX) else "elementwise"
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace of a profiler's run. UserError where the file is none."""
+    """Read the trace of a profiler's run. UserError if the file is not a trace."""
     events = read_json(path).get("traceEvents")
     if not isinstance(events, list):
         raise UserError(f"{path}: not a Chrome trace: it has no list `traceEvents`")
@@ -76,7 +76,7 @@ def read_trace(path: Path) -> Trace:
     for thread in threads:
         mine = [e for e in spans if e["tid"] == thread and e.get("cat") in ("user_annotation", "cpu_op")]
         mine.sort(key=lambda event: (event["ts"], -event["dur"]))
-        stack: list[tuple[float, str, Operator | None]] = []  # of what has begun: its end, its range, its operator
+        stack: list[tuple[float, str, Operator | None]] = []  # open events: end, range, operator
         for event in mine:
             while stack and event["ts"] >= stack[-1][0]:
                 stack.pop()
@@ -84,11 +84,11 @@ def read_trace(path: Path) -> Trace:
             if event["cat"] == "user_annotation":
                 if event["name"].startswith(STEP):
                     stack.append((end, "", None))
-                elif stack and stack[-1][1:] == ("", None):  # what stands in a step itself; torch annotates more
+                elif stack and stack[-1][1:] == ("", None):  # directly inside a step; torch adds inner annotations
                     ranges[event["name"]] += ms
                     stack.append((end, event["name"], None))
                 continue
-            if not stack:  # before the first step, between two, after the last
+            if not stack:  # outside of all steps
                 continue
             _, range_, caller = stack[-1]
             operator = operators[range_][event["name"]]

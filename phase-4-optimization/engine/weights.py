@@ -1,7 +1,7 @@
-"""How matrices lie in memory: several as one, so that one product does their work, and in the order products like.
+"""The layout of matrices in memory: several fused into one, for one product, and input-major on a CPU.
 
-The outputs of query, key and value stand one below the other in one matrix, those of gate and up in another. Files keep
-them apart: that is what checkpoints hold, and heads that were trained in another phase.
+The rows of query, key and value are concatenated into one matrix, those of gate and up into another. Files keep them
+separate: checkpoints do, and heads that were trained in another phase.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from .config import ModelConfig
 
 
 class Place(NamedTuple):
-    """Where a single matrix or vector is kept."""
+    """The rows of a tensor that hold a single matrix or vector."""
 
-    name: str  # of the tensor that holds it, perhaps among others
-    rows: slice  # of it
-    shape: tuple[int, ...]  # of the single one
+    name: str  # of the tensor, which may be fused
+    rows: slice  # of the tensor
+    shape: tuple[int, ...]  # of the single matrix or vector
 
 
 def fused_matrices(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Of a layer: each fused matrix -> the matrices in it, in order, with their output features."""
+    """Map each fused matrix of a layer to its parts, in order, with their output features."""
     kv = config.kv_heads * config.head_dim
     fused = {"attention.qkv": {"attention.query": config.heads * config.head_dim, "attention.key": kv}}
     fused["attention.qkv"]["attention.value"] = kv
@@ -37,7 +37,7 @@ def fused_matrices(config: ModelConfig) -> dict[str, dict[str, int]]:
 
 
 def places(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Place]:
-    """For tensors as the model has them: the name of every single one -> its place."""
+    """Map the name of every single matrix or vector to its place in the model's tensors."""
     found = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -54,16 +54,16 @@ def places(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Plac
 
 
 def split(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors as the model has them -> each single one, as files have them."""
+    """Split the model's fused tensors into the single ones that files have."""
     return {name: tensors[place.name][place.rows] for name, place in places(tensors, config).items()}
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a tensor, not filled. A matrix [out, in] on a CPU is laid out input-major, as GPT-2's Conv1D is.
+    """Allocate a tensor without filling it. A matrix [out, in] on a CPU is input-major, as GPT-2's Conv1D is.
 
-    Its memory then runs along `out`. For the few rows of a short sequence the CPU's matrix product is up to three times
-    as fast that way: it adds whole rows of the matrix instead of gathering dot products. Where a row's bytes are a
-    multiple of 4096, all of a column falls into the same few sets of the cache; 16 numbers more per row spread it.
+    It is contiguous along `out`. For the few rows of a short sequence the CPU's matrix product is up to three times as
+    fast that way: it adds whole rows of the matrix instead of computing dot products. If the stride is a multiple of
+    4096 bytes, all elements of a column map to the same few sets of the cache; 16 more numbers per row spread them.
     """
     if device.type != "cpu" or len(shape) != 2:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -72,10 +72,9 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 def fill(place: Tensor, values: Tensor) -> None:
-    """Copy values into memory from `reserve`, and cast them to its dtype.
+    """Copy values into a tensor from `reserve`, and cast them to its dtype.
 
-    A matrix that is laid out input-major is transposed first, in the file's dtype: that is faster than to write across
-    strides.
+    For an input-major matrix the values are transposed first, in the file's dtype: that is faster than strided writes.
     """
     if place.ndim == 2 and place.stride(0) < place.stride(1):
         place, values = place.T, values.T.contiguous()
@@ -83,7 +82,7 @@ def fill(place: Tensor, values: Tensor) -> None:
 
 
 def give_back_freed() -> None:
-    """What was freed between tensors that stayed goes back to the system, where the C library can be asked (glibc)."""
+    """Return freed memory between live tensors to the operating system (glibc only)."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

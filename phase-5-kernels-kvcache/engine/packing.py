@@ -1,9 +1,9 @@
-"""Matrices of bfloat16 as a CPU's product wants to read them.
+"""bfloat16 matrices in the blocked layout of a CPU's matrix product.
 
-oneDNN computes products of bfloat16 from blocks of the matrix, in the order in which the instructions take them. Given
-a plain matrix it makes the blocks anew for every product, which for the few rows of a short text takes about as long as
-the product. The weights never change, so the blocks are made once and the plain matrix is dropped. What torch.compile
-traces stays plain: it writes its products itself.
+oneDNN computes bfloat16 products from blocks of the matrix, in the order in which the instructions read them. A plain
+matrix is reordered into blocks for every product, which takes about as long as the product itself for the few rows of a
+short sequence. The weights never change, so the blocks are made once and the plain matrix is dropped. Layers that
+torch.compile traces keep plain matrices, because it generates its own products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .weights import give_back_freed
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this torch has the blocked product for such a matrix, on this machine."""
+    """Return True if torch has the blocked product for this matrix on this machine."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -25,26 +25,26 @@ class PackedLinear(nn.Module):
     """A Linear whose matrix is kept in blocks."""
 
     def __init__(self, linear: nn.Linear, rows: int = 64) -> None:
-        """`rows` is a typical number of rows that will be multiplied; any number may be."""
+        """Reorder the matrix. `rows` is a typical number of input rows, a hint for the layout."""
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.bias = linear.bias
         self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), rows)
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """As Linear. All outputs are computed whatever is asked for: a block cannot be cut."""
+        """Multiply as Linear does. All outputs are computed before slicing, because blocks cannot be cut."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
         return product[..., start:stop]
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Of the matrix, and of what belongs to it in other formats."""
+        """Bytes of the matrix, and of its scales: none."""
         return self.blocks.nbytes, 0
 
 
 def pack_matrices(module: nn.Module) -> None:
-    """Replace the linear layers in a module, one after the other, where that helps; embeddings and heads tied to them
-    stay as they are."""
+    """Replace the linear layers of a module one after the other, where the blocked product exists. Embeddings, and
+    heads tied to them, stay plain."""
     owners = [owner for owner in module.modules() if not isinstance(owner, nn.Linear)]
     for owner in owners:
         for name in [name for name, child in owner.named_children() if isinstance(child, nn.Linear) and name != "head"]:

@@ -1,16 +1,16 @@
-"""Which number format to compute in: cast the weights once (`--dtype`), or cast for every product (`--amp`).
+"""The number format of a run: cast the weights once (`--dtype`), or cast for every product (`--amp`).
 
-Casting once halves what a forward reads from memory; autocast keeps float32 weights, reads all of them and writes a
-copy of each, every time, and is the slower way unless a model suffers from rounded weights. `--dtype auto` is bfloat16
-on a CUDA device that has it, float16 on other devices, and on a CPU whichever of float32 and bfloat16 computes one
-layer of this model faster: processors without bfloat16 instructions emulate them, and small matrices do not profit.
+Casting once halves the bytes that a forward reads. Autocast keeps float32 weights, reads all of them and writes a copy
+of each in every forward; it is slower, and only pays for a model that suffers from rounded weights. `--dtype auto` is
+bfloat16 on a CUDA device that has it, and float16 on other devices. On a CPU it is the faster of float32 and bfloat16
+for one layer of this model: CPUs without bfloat16 instructions emulate them, and small matrices gain nothing.
 
-Whatever the format, three things are computed in float32, because each adds up many numbers and the sum decides:
+Three computations are in float32 in every format, because each adds up many numbers:
 
 - the statistics of a norm: torch's kernels accumulate them in float32, and round the result;
 - the softmax of attention: scaled_dot_product_attention keeps scores and their sum in float32;
-- logits on their way into sampling and acceptance (sampling.py, `probabilities`): a ratio of two rounded
-  probabilities would accept and reject wrongly, and a rounded sum is no distribution.
+- probabilities for sampling and acceptance (sampling.py, `probabilities`): the ratio of two rounded probabilities
+  would accept or reject wrongly, and rounded probabilities do not add up to 1.
 
     python generate.py --dtype auto --prompt "from pathlib import"
     python generate.py --amp --prompt "from pathlib import"
@@ -43,14 +43,14 @@ from .weights import reserve
 
 T = TypeVar("T")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-ROWS = 128  # a prompt with some of its answer
-LARGEST = 2**23  # weights in a layer that is timed; a larger one is scaled down, so that the measurement stays short
-SECONDS = 0.2
+ROWS = 128  # of the timed forward: a prompt and part of its output
+LARGEST = 2**23  # weights in a timed layer; a larger layer is scaled down, so that timing stays short
+SECONDS = 0.2  # of timing
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The format of the weights, of the products where that is another, and, where it was not given by name, why."""
+    """The dtype of the weights, that of the products under autocast, and the reason if `auto` chose it."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None = None
@@ -66,9 +66,9 @@ class Precision:
 
 
 def resolve_precision(name: DtypeName, amp: bool, device: torch.device, config: Callable[[], ModelConfig]) -> Precision:
-    """What `--dtype` and `--amp` mean on a device, for the model whose config is asked for where it matters.
+    """Choose the precision for `--dtype` and `--amp` on a device. `config` is called only if a layer must be timed.
 
-    UserError for a format that the device lacks, and for `--amp` over weights that are stored in half precision.
+    UserError for a dtype that the device lacks, and for `--amp` with weights in half precision.
     """
     if amp and name not in ("auto", "float32"):
         raise UserError(f"--amp casts float32 weights for every product, and --dtype {name} leaves none: choose one")
@@ -81,19 +81,19 @@ def resolve_precision(name: DtypeName, amp: bool, device: torch.device, config: 
         return Precision(resolve_dtype(name, device), why=f"auto: half precision that this {device.type} device has")
     times, origin = layer_times(config())
     ratio = times["float32"] / times["bfloat16"]
-    faster = "bfloat16" if ratio > 1.1 else "float32"  # a tie is no reason to round
-    times_as_fast = f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"  # without instructions for bfloat16: 0.03
+    faster = "bfloat16" if ratio > 1.1 else "float32"  # rounding must gain something
+    times_as_fast = f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"  # about 0.03 without bfloat16 instructions
     return Precision(
         DTYPES[faster], why=f"auto: a layer is {times_as_fast} times as fast in bfloat16 as in float32, {origin}"
     )
 
 
 def check_device_has(dtype: torch.dtype, device: torch.device) -> None:
-    """UserError where the device cannot compute in the format, or only pretends to."""
+    """Raise UserError if the device cannot compute in the dtype, or only emulates it."""
     name = dtype_name(dtype)
     if dtype == torch.bfloat16 and device.type == "cuda" and not _has_bfloat16():
-        card = torch.cuda.get_device_name(device)
-        raise UserError(f"--dtype {name}: {card} has none in hardware, emulation is slower than float32; use float16")
+        gpu = torch.cuda.get_device_name(device)
+        raise UserError(f"--dtype {name}: {gpu} has none in hardware, emulation is slower than float32; use float16")
     try:
         square = torch.ones(8, 8, dtype=dtype, device=device)
         torch.nn.functional.layer_norm(square @ square, (8,)).softmax(-1)
@@ -107,19 +107,19 @@ def _has_bfloat16() -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """What `--amp` casts to: bfloat16, and float16 where the device has no bfloat16 of its own."""
+    """Return the dtype that `--amp` casts to: bfloat16, or float16 on a device without bfloat16 hardware."""
     if device.type == "mps" or (device.type == "cuda" and not _has_bfloat16()):
         return torch.float16
     return torch.bfloat16
 
 
 def computing(amp: bool, device: torch.device) -> AbstractContextManager[object]:
-    """Around a forward: torch.autocast with `--amp`, else nothing."""
+    """Return the context of a forward: torch.autocast with `--amp`, else an empty one."""
     return torch.autocast(device.type, autocast_dtype(device)) if amp else contextlib.nullcontext()
 
 
 def each_within(context: Callable[[], AbstractContextManager[object]], steps: Iterator[T]) -> Iterator[T]:
-    """The same steps, each computed within a context of its own: whoever takes them is outside of it."""
+    """Yield the same steps, each computed inside a context of its own; the caller's code runs outside of it."""
     while True:
         with context():
             try:
@@ -130,28 +130,28 @@ def each_within(context: Callable[[], AbstractContextManager[object]], steps: It
 
 
 def layer_times(config: ModelConfig) -> tuple[dict[str, float], str]:
-    """Milliseconds of one layer in float32 and in bfloat16 on this CPU, and where they come from.
+    """Return the milliseconds of one layer in float32 and in bfloat16 on this CPU, and their origin.
 
-    Measured once per machine and layer; kept in a file in the user's cache folder if that can be written.
+    They are measured once per machine and layer, and kept in the user's cache folder if that can be written.
     """
     config = small_layer(config)
     shape = [getattr(config, name) for name in ("width", "heads", "kv_heads", "head_dim", "ffn_width", "gated")]
     key = f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads, layer {shape}"
     file = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llm-inference-lab/precision.json"
-    known = _known(file)
-    if key in known:
-        return known[key], "measured before"
+    earlier = _earlier(file)
+    if key in earlier:
+        return earlier[key], "measured before"
     times = _measure(config)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(known | {key: times}, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(earlier | {key: times}, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, file)
     return times, "measured now"
 
 
-def _known(file: Path) -> dict[str, dict[str, float]]:
-    """What earlier runs measured; nothing where the file is not there or not ours."""
+def _earlier(file: Path) -> dict[str, dict[str, float]]:
+    """Read the times of earlier runs; empty if the file is missing or malformed."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {key: {name: float(times[name]) for name in ("float32", "bfloat16")} for key, times in found.items()}
@@ -160,7 +160,7 @@ def _known(file: Path) -> dict[str, dict[str, float]]:
 
 
 def small_layer(config: ModelConfig) -> ModelConfig:
-    """One layer of the model's shape, with next to no vocabulary; a large one with all its widths divided alike."""
+    """Reduce a config to one layer and a tiny vocabulary. All widths of a large layer are divided by one factor."""
     per_width = 2 * config.head_dim * (config.heads + config.kv_heads) + (3 if config.gated else 2) * config.ffn_width
     by = math.ceil(math.sqrt(config.width * per_width / LARGEST))
     group, kv_heads = config.heads // config.kv_heads, max(1, config.kv_heads // by)
@@ -178,7 +178,7 @@ def small_layer(config: ModelConfig) -> ModelConfig:
 
 @torch.inference_mode()
 def _measure(config: ModelConfig) -> dict[str, float]:
-    """Median milliseconds by dtype, the two taking turns."""
+    """Measure the median milliseconds of each dtype; runs of the two alternate."""
     cpu = torch.device("cpu")
     models = {}
     for name in ("float32", "bfloat16"):

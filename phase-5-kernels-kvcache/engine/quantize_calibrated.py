@@ -1,10 +1,10 @@
-"""Rounding that knows its inputs: two ways to choose four-bit weights by what a layer's outputs become.
+"""Calibrated rounding: AWQ and GPTQ choose four-bit weights that change a layer's outputs least.
 
-Both look at activations X of real text, through the second moments H = X'X / n alone: rounding a row w to w + e changes
-its output by e'He in the mean square. AWQ (Lin et al. 2023) makes inputs that are large on average finer, by a factor
-per input feature. GPTQ (Frantar et al. 2022) rounds one input feature after the other, and moves what the others have
-not yet been rounded to so that they make up for the error.
-The layers are taken in order, each with the activations that the layers before it give once they are quantised.
+Both use the second moments H = X'X / n of activations X on real text: rounding a row w to w + e changes its output by
+e'He in the mean square. AWQ (Lin et al. 2023) scales each input feature by a factor, so that features with large inputs
+get a finer grid. GPTQ (Frantar et al. 2022) rounds one input feature after the other, and changes the weights that are
+not rounded yet to compensate for the error. Layers are quantised in order, each with the activations that come from the
+quantised layers before it.
 
 python quantize.py --model stdlib-10m --quant int4 --method gptq --out runs/stdlib-10m-int4
 """
@@ -30,33 +30,33 @@ from .quantize import Format, Grid, Rounded, linear_names, quantize_linear, rtn,
 
 Method = Literal["rtn", "awq", "gptq"]
 CLIPS = tuple(1 - step / 40 for step in range(21))  # shares of the range that a grid may cover
-POWERS = tuple(step / 20 for step in range(21))  # of AWQ: how strongly a feature's size shows in its factor
-DAMPING = 0.01  # of GPTQ: share of the mean second moment that is added to all
-BLOCK = 128  # of GPTQ: features whose errors are passed on to the rest at once
+POWERS = tuple(step / 20 for step in range(21))  # AWQ: exponents of a feature's mean size in its factor
+DAMPING = 0.01  # GPTQ: share of the mean second moment that is added to the diagonal
+BLOCK = 128  # GPTQ: features whose errors are applied to the rest in one product
 
 
 @dataclass
 class Inputs:
-    """What is known of a matrix's inputs."""
+    """Statistics of a matrix's inputs."""
 
     moments: Tensor  # float32 [in, in]: mean of x x'
     size: Tensor  # float32 [in]: mean of |x|
 
     def by_group(self, size: int) -> Tensor:
-        """The moments within each group, [groups, group, group]."""
+        """Cut out the moments within each group, [groups, group, group]."""
         groups = len(self.moments) // size
         return torch.stack([self.moments[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)])
 
 
 def output_error(error: Tensor, moments: Tensor) -> Tensor:
-    """Mean squared change of the outputs for changed weights: [..., out, in] and [..., in, in] -> [..., out]."""
+    """Compute the outputs' mean squared change: weight errors [..., out, in], moments [..., in, in] -> [..., out]."""
     return ((error @ moments) * error).sum(-1)
 
 
 def best_clip(weights: Tensor, inputs: Inputs, format: Format) -> Grid:
-    """For every group of weights [out, groups, group] the grid that changes what the group adds to the output least.
+    """Find the grid for every group of weights [out, groups, group] that changes the group's part of the output least.
 
-    A grid that leaves out the largest weights is finer for all others.
+    A grid that clips the largest weights is finer for all others.
     """
     moments = inputs.by_group(weights.shape[-1])
     best, least = whole_range(weights, format), torch.full(weights.shape[:2], torch.inf, device=weights.device)
@@ -71,7 +71,7 @@ def best_clip(weights: Tensor, inputs: Inputs, format: Format) -> Grid:
 
 
 def awq(weight: Tensor, format: Format, inputs: Inputs) -> Rounded:
-    """Multiply weights by size ** power, activations by its inverse; the power that changes the outputs least."""
+    """Multiply weights by size ** power and activations by its inverse, with the power of the smallest output error."""
     weight = weight.float()
     best, least = None, torch.inf
     size = inputs.size.clamp(min=1e-4 * float(inputs.size.mean()) + 1e-30)
@@ -98,9 +98,9 @@ def _with_factor(weight: Tensor, format: Format, inputs: Inputs, factor: Tensor,
 
 
 def gptq(weight: Tensor, format: Format, inputs: Inputs) -> Rounded:
-    """Round column by column, those of large inputs first; the columns to come take over the error.
+    """Round column by column, those of large inputs first; the columns after it compensate for the error.
 
-    Every group's grid is set beforehand, so the order does not matter to how the matrix is stored.
+    Every group's grid is chosen beforehand, so the order does not change the stored layout.
     """
     weights = format.grouped(weight)
     grid = best_clip(weights, inputs, format)
@@ -110,10 +110,10 @@ def gptq(weight: Tensor, format: Format, inputs: Inputs) -> Rounded:
     moments = inputs.moments[order][:, order]
     moments = (moments.cpu() if moments.device.type == "mps" else moments).double()  # MPS has no float64
     moments.diagonal().add_(DAMPING * float(importance.mean()) + 1e-30)
-    # Row j of this factor says by how much each later column should move per error in column j.
+    # Row j of this factor: the change of each later column per unit of error in column j.
     spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).to(weights)
 
-    left = weights.flatten(1)[:, order]  # what each column should still become
+    left = weights.flatten(1)[:, order]  # the columns with their compensation so far
     levels, group_of = torch.empty_like(left), (order // size).tolist()
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
@@ -138,7 +138,7 @@ METHODS: dict[Method, Callable[[Tensor, Format, Inputs], Rounded]] = {
 def quantize_calibrated(
     model: Transformer, format: Format, method: Method, tokens: Tensor, head: bool = False, rows: int = 8
 ) -> None:
-    """Quantise the matrices in the order in which they run; `tokens` (int64 [N, T]) is text for them to run on."""
+    """Quantise the matrices in the order in which they run, calibrated on `tokens` (int64 [N, T])."""
     names = linear_names(model, head)
     batches = tokens.split(rows)
     states, rest = layer_inputs(model, batches)
@@ -166,9 +166,10 @@ def _quantize(
 
 
 def calibration_windows(loaded: LoadedModel, corpus: list[Path], count: int, window: int, seed: int) -> Tensor:
-    """About `count` tokens of the files, or of the standard library's training half: int64 [N, window], at random.
+    """Choose windows at random, int64 [N, window], of about `count` tokens in all, from the files or the standard
+    library's training half.
 
-    UserError where there is not one window of text, or the model cannot see that far.
+    UserError if the text is shorter than a window, or the window longer than the model's context.
     """
     if window > loaded.config.context:
         raise UserError(f"--window {window}: the model sees {loaded.config.context} tokens; give at most as many")
@@ -176,7 +177,7 @@ def calibration_windows(loaded: LoadedModel, corpus: list[Path], count: int, win
     generator = torch.Generator().manual_seed(seed)
     stream: list[int] = []
     for number in torch.randperm(len(files), generator=generator).tolist():
-        if len(stream) >= 4 * count:  # to choose from; the standard library as a whole would take a while to encode
+        if len(stream) >= 4 * count:  # enough to choose from; encoding the whole standard library would take long
             break
         stream += [*loaded.tokenizer.eos_ids[:1], *loaded.tokenizer.encode(files[number].text)]
     if len(stream) < window:
@@ -187,11 +188,11 @@ def calibration_windows(loaded: LoadedModel, corpus: list[Path], count: int, win
 
 
 class _Seen(Exception):
-    """Ends a forward of which no more is wanted."""
+    """Ends a forward early, once the inputs were seen."""
 
 
 def layer_inputs(model: Transformer, batches: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Any]]:
-    """What the first layer is given for each batch, and what every layer is given besides (the same for each)."""
+    """Capture the first layer's input for each batch, and every layer's other arguments (equal for all batches)."""
     rest: list[Any] = [None] * len(model.layers)
     states: list[Tensor] = []
 
@@ -225,7 +226,7 @@ def _removed(hooks: list[Any]) -> Iterator[None]:
 
 
 def calling_order(model: nn.Module, names: list[str], run: Callable[[], object]) -> list[str]:
-    """Matrices in the order in which a forward first uses them."""
+    """List the matrices in the order in which a forward first uses them."""
     called: dict[str, None] = {}
     hooks = [
         model.get_submodule(n).register_forward_pre_hook(lambda *_, name=n: called.setdefault(name)) for n in names
@@ -236,7 +237,7 @@ def calling_order(model: nn.Module, names: list[str], run: Callable[[], object])
 
 
 def observe(linear: nn.Module, run: Callable[[Tensor], Tensor], states: list[Tensor]) -> Inputs:
-    """The inputs that a matrix is given in the runs from these states."""
+    """Measure the inputs of a matrix in runs from these states."""
     width, device = int(linear.in_features), states[0].device  # type: ignore[arg-type]
     moments, size, count = torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0
 

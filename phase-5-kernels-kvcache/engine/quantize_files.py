@@ -1,7 +1,7 @@
-"""Quantised checkpoints: a folder in Hugging Face layout whose matrices are the packed ones of quantize.py.
+"""Quantised checkpoints: a folder in Hugging Face layout with the packed matrices of quantize.py.
 
-`config.json` says in `quantization_config` how to read them. The tensors have the names that they have in the engine:
-`layers.0.ffn.down.values`, `.scales`, `.zeros`, `.factor`; all others are as the source had them, in its dtype.
+`quantization_config` of `config.json` describes the format. Tensors have the engine's names:
+`layers.0.ffn.down.values`, `.scales`, `.zeros`, `.factor`; all others are stored in the source's dtype.
 
 python quantize.py --model stdlib-10m --quant int4 --out runs/int4
 python generate.py --model runs/int4 --prompt "from pathlib import"
@@ -27,8 +27,8 @@ from .model import Transformer
 from .quantize import GROUPS, Format, QuantLinear, linear_names, replace
 
 KEY = "quantization_config"
-METHOD = "llm-inference-lab"  # what `quant_method` says: others have layouts of their own
-STORED = (torch.float32, torch.bfloat16, torch.float16)  # of what is not quantised
+METHOD = "llm-inference-lab"  # `quant_method` of this format; other tools have other layouts
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that are not quantised
 BESIDE = ("*.json", "*.txt", "*.model")  # the tokenizer's files, generation_config.json, lab.json
 
 
@@ -39,7 +39,7 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
 def save_quantized(
     folder: Path, source: Checkpoint, model: Transformer, format: Format, dtype: torch.dtype, about: dict[str, object]
 ) -> None:
-    """Write a quantised model; what is not quantised goes in `dtype`. `about` joins what config.json says."""
+    """Write a quantised model; other tensors are cast to `dtype`. `about` is added to config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in BESIDE:
         for file in source.folder.glob(pattern):
@@ -53,7 +53,7 @@ def save_quantized(
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     parts = {"head": isinstance(model.head, QuantLinear), "factor": any(name.endswith(".factor") for name in packed)}
-    tied = {"tie_word_embeddings": model.config.tied}  # what the tensors are, should the source's flag say otherwise
+    tied = {"tie_word_embeddings": model.config.tied}  # as the tensors are; the source's flag may be wrong
     config = {**source.config, **tied, KEY: {"quant_method": METHOD, **vars(format), **parts, **about}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -61,10 +61,10 @@ def save_quantized(
 def load_quantized(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """The model of a quantised checkpoint. UserError, naming the tensor, for what is missing, unknown or corrupt."""
+    """Load a quantised checkpoint. UserError names a tensor that is missing, unknown or corrupt."""
     about = checkpoint.config[KEY]
     format = read_format(checkpoint.name, about)
-    meta = torch.device("meta")  # names and shapes: sizes that the tensors do not have shall cost no memory
+    meta = torch.device("meta")  # names and shapes only: wrong sizes in config.json must not allocate memory
     with meta:
         model = Transformer(config)
     for name in linear_names(model, about.get("head", False)):
@@ -105,7 +105,7 @@ def load_quantized(
 
 
 def packed_names(model: Transformer) -> set[str]:
-    """The tensors that quantised matrices consist of."""
+    """Name the tensors of all quantised matrices."""
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     return {f"{name}.{part}" for name, linear in linears for part, _ in linear.named_buffers()}
 
@@ -120,8 +120,8 @@ def read_format(name: str, about: Any) -> Format:
     kind: Any = about.get("name")
     group: Any = about.get("group")
     flags = {key: about.get(key, False) for key in ("asymmetric", "head", "factor")}
-    known = kind in ("int8", "int4") and type(group) is int and group in GROUPS
-    if not known or any(type(flag) is not bool for flag in flags.values()):
+    supported = kind in ("int8", "int4") and type(group) is int and group in GROUPS
+    if not supported or any(type(flag) is not bool for flag in flags.values()):
         said = ", ".join(f"{key} {shown(value)}" for key, value in {"name": kind, "group": group, **flags}.items())
         raise UserError(
             f"{name}: {KEY} of config.json has {said}; expected int8 or int4, one of {', '.join(map(str, GROUPS))}, "
@@ -131,7 +131,7 @@ def read_format(name: str, about: Any) -> Format:
 
 
 def _check_packed(checkpoint: str, name: str, stored: Tensor, dtype: torch.dtype) -> None:
-    """A wrong number in a scale spoils a whole group, and nothing would say so."""
+    """Check dtype and values. A wrong scale would spoil a whole group without any error."""
     if stored.dtype != dtype:
         raise UserError(f"{checkpoint}: tensor {name} holds {stored.dtype}, config.json asks for {dtype}")
     if not stored.is_floating_point():

@@ -1,9 +1,9 @@
-"""Matrices that GPTQ, AWQ or compressed-tensors quantised, as quantize.py has them; no weight is rounded again.
+"""Converts matrices quantised by GPTQ, AWQ or compressed-tensors to quantize.py's layout, without rounding again.
 
-A weight is (level - zero) * scale there as here. Levels and zeros are whole numbers and stay what they are; the order
-in memory changes. Scales become bfloat16, which kernels read: those of a model in bfloat16 are that already, one
-in float16 moves by up to 0.4%, and a note says so. Where inputs share a scale in larger groups than kernels know, as
-in one group over the whole width, the groups are divided and the scale is repeated.
+All formats have weights (level - zero) * scale. Levels and zeros are integers and keep their values; their order in
+memory changes. Scales become bfloat16, which the kernels read: scales of a model in bfloat16 keep their values, those
+in float16 change by up to 0.4%, which a note reports. Groups larger than the kernels support, such as one over the
+whole width, are divided, and the scale is repeated.
 
     gptq                  qweight [in / 8, out]         qzeros [groups, out / 8]  scales [groups, out]  g_idx [in]
     awq                   qweight [in, out / 8]         qzeros [groups, out / 8]  scales [groups, out]
@@ -33,13 +33,13 @@ from .quantize_files import KEY, METHOD
 from .quantize_schemes import Scheme, read_scheme
 
 PARTS = ("values", "scales", "zeros", "order")  # of a quantised matrix, in quantize.py
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight numbers in an int32: in which four bits each is
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the four bits of an int32 in which each of its eight numbers is
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTS = (torch.int32, torch.int64)
 
 
 class Stored(NamedTuple):
-    """A matrix as the tools have it, but for the order in memory."""
+    """A matrix with the tools' values, in the order [out, in]."""
 
     levels: Tensor  # [out, in]: uint8 of four bits, or int8
     scales: Tensor  # [out, groups]
@@ -48,7 +48,7 @@ class Stored(NamedTuple):
 
 
 def scheme_of(checkpoint: Checkpoint) -> Scheme | None:
-    """How another tool quantised a checkpoint; None where none did."""
+    """Read how another tool quantised a checkpoint; None if no other tool did."""
     about = checkpoint.config.get(KEY)
     if about is None or about.get("quant_method") == METHOD:
         return None
@@ -62,7 +62,7 @@ def scheme_of(checkpoint: Checkpoint) -> Scheme | None:
 
 
 def quantised(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, int]:
-    """The quantised matrices, as the file names them, and of how many tensors each consists."""
+    """Map the file's name of each quantised matrix to its number of tensors."""
     mark, kinds = _kinds(scheme)
     parts = [name.rpartition(".") for name, _ in checkpoint.tensors()]
     matrices = {owner for owner, _, kind in parts if kind == mark}
@@ -70,7 +70,7 @@ def quantised(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, int]:
 
 
 def _kinds(scheme: Scheme) -> tuple[str, tuple[str, ...]]:
-    """The tensor by which a quantised matrix is known, and all that may belong to one."""
+    """Return the kind of tensor that marks a quantised matrix, and all kinds that one may have."""
     if scheme.method != "compressed-tensors":
         return "qweight", ("qweight", "qzeros", "scales", "g_idx")
     levels = "weight_packed" if scheme.packed else "weight"
@@ -78,7 +78,7 @@ def _kinds(scheme: Scheme) -> tuple[str, tuple[str, ...]]:
 
 
 def format_of(scheme: Scheme, width: int, where: str) -> Format:
-    """The format that takes the levels of a matrix with so many input features. UserError where none does."""
+    """Choose the format for a matrix with `width` input features. UserError if none fits."""
     if scheme.bits == 8:
         return Format("int8")
     shared = scheme.group or width
@@ -92,12 +92,12 @@ def format_of(scheme: Scheme, width: int, where: str) -> Format:
 
 
 def repacked(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file, one at a time; of a quantised matrix, in their place, its PARTS.
+    """Yield every tensor of the file, one at a time; the tensors of a quantised matrix are replaced by its PARTS.
 
-    UserError, naming the matrix, for what is missing or does not fit.
+    UserError names a matrix whose tensors are missing or do not fit.
     """
     counts, (_, kinds) = quantised(checkpoint, scheme), _kinds(scheme)
-    waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)  # the tensors of a matrix do not come together
+    waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)  # a matrix's tensors are not next to each other
     moved = 0.0
     for name, tensor in checkpoint.tensors():
         owner, _, kind = name.rpartition(".")
@@ -120,9 +120,9 @@ def repacked(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[tuple[str, Tens
 
 
 def read(where: str, tensors: dict[str, Tensor], scheme: Scheme) -> Stored:
-    """A matrix from its tensors. UserError for one that is missing or of another kind."""
+    """Read a matrix from its tensors. UserError for a tensor that is missing, or has another dtype or rank."""
 
-    def take(kind: str, *dtypes: torch.dtype, ndim: int = 2) -> Tensor:
+    def part(kind: str, *dtypes: torch.dtype, ndim: int = 2) -> Tensor:
         tensor = tensors.get(kind)
         if tensor is None:
             raise UserError(f"{where}.{kind} is missing; copy or download the model again")
@@ -135,31 +135,31 @@ def read(where: str, tensors: dict[str, Tensor], scheme: Scheme) -> Stored:
 
     zeros: Tensor | None = None
     if scheme.method == "compressed-tensors":
-        scales, bits = take("weight_scale", *FLOATS), scheme.bits
+        scales, bits = part("weight_scale", *FLOATS), scheme.bits
         if "weight_zero_point" in tensors:
-            zeros = take("weight_zero_point", torch.int32, torch.int8)
-            packed = zeros.dtype == torch.int32  # older files have them as they are, less the middle
+            zeros = part("weight_zero_point", torch.int32, torch.int8)
+            packed = zeros.dtype == torch.int32  # older files have int8, minus the middle level
             zeros = unpacked(zeros.T, bits).T[: len(scales)] if packed else zeros.int() + 2 ** (bits - 1)
         if not scheme.packed:
-            return Stored(take("weight", torch.int8), scales, zeros)
-        levels = unpacked(take("weight_packed", torch.int32), bits)
+            return Stored(part("weight", torch.int8), scales, zeros)
+        levels = unpacked(part("weight_packed", torch.int32), bits)
         levels = levels if bits == 4 else (levels.int() - 128).to(torch.int8)
-        return Stored(levels, scales, zeros, take("weight_g_idx", *INTS, ndim=1) if "weight_g_idx" in tensors else None)
+        return Stored(levels, scales, zeros, part("weight_g_idx", *INTS, ndim=1) if "weight_g_idx" in tensors else None)
 
-    scales = take("scales", *FLOATS).T
+    scales = part("scales", *FLOATS).T
     if scheme.method == "awq":
-        zeros = unpacked(take("qzeros", torch.int32), 4, AWQ_PLACES).T
-        return Stored(unpacked(take("qweight", torch.int32), 4, AWQ_PLACES).T, scales, zeros)
+        zeros = unpacked(part("qzeros", torch.int32), 4, AWQ_PLACES).T
+        return Stored(unpacked(part("qweight", torch.int32), 4, AWQ_PLACES).T, scales, zeros)
 
-    levels = unpacked(take("qweight", torch.int32).T, 4)
-    zeros = unpacked(take("qzeros", torch.int32), 4).T
+    levels = unpacked(part("qweight", torch.int32).T, 4)
+    zeros = unpacked(part("qzeros", torch.int32), 4).T
     if scheme.zeros_less_one:
-        zeros = (zeros + 1) & 15  # four bits held zero - 1
-    return Stored(levels, scales, zeros, take("g_idx", *INTS, ndim=1) if "g_idx" in tensors else None)
+        zeros = (zeros + 1) & 15  # the file's four bits are zero - 1
+    return Stored(levels, scales, zeros, part("g_idx", *INTS, ndim=1) if "g_idx" in tensors else None)
 
 
 def unpacked(words: Tensor, bits: int, places: Sequence[int] | None = None) -> Tensor:
-    """int32 [..., n] -> uint8 [..., n * 32 / bits]: number i of a word is in its bits from places[i] * bits on."""
+    """Unpack int32 [..., n] to uint8 [..., n * 32 / bits]: number i of a word begins at bit places[i] * bits."""
     places = places or range(32 // bits)
     numbers = torch.empty(*words.shape, len(places), dtype=torch.uint8)
     for number, place in enumerate(places):
@@ -168,7 +168,7 @@ def unpacked(words: Tensor, bits: int, places: Sequence[int] | None = None) -> T
 
 
 def convert(where: str, stored: Stored, scheme: Scheme) -> dict[str, Tensor]:
-    """`values`, `scales`, `zeros` and `order` as quantize.py has them. UserError for what does not fit."""
+    """Convert to quantize.py's `values`, `scales`, `zeros` and `order`. UserError for tensors that do not fit."""
     levels, scales, zeros, group_of = stored
     out, width = levels.shape
     format = format_of(scheme, width, where)
@@ -203,7 +203,7 @@ def convert(where: str, stored: Stored, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def set_order(linear: QuantLinear, orders: list[Tensor], where: str) -> None:
-    """Let a matrix read its input features in the order that all its parts agree on. UserError where they do not."""
+    """Set a matrix's order of input features, which must be equal for all its parts; otherwise UserError."""
     first, *others = orders
     if not all(torch.equal(first, other) for other in others):
         raise UserError(

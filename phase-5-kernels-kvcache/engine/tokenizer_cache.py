@@ -1,8 +1,8 @@
-"""Texts that were tokenised before are looked up, and those that were not are tokenised together.
+"""A cache of token ids by text; texts that are missing are tokenised in one batch.
 
-A service sees the same prompts again and again: templates, retries, the turns of one conversation. The store forgets
-what was not asked for the longest (LRU). Its limit is in bytes, not in entries, because prompts differ by a factor of a
-thousand in length: a limit of entries would say nothing about memory.
+A service sees the same prompts again and again: templates, retries, the turns of one conversation. The cache evicts the
+least recently used entry (LRU). Its limit is in bytes, not in entries, because lengths of prompts differ by a factor of
+a thousand.
 
     cache = TokenizerCache(loaded.tokenizer)
     cache.encode(["import os", "import re", "import os"])
@@ -19,39 +19,39 @@ from dataclasses import dataclass
 from common.device import MIB
 from common.tokenizer import Tokenizer
 
-ENTRY = 150  # bytes that an OrderedDict takes for an entry, besides the text and the ids
+ENTRY = 150  # bytes of an OrderedDict's entry, without the text and the ids
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts since the cache was made. A text that comes twice in one call is encoded once: a miss, then a hit."""
+    """Counts since the cache was made. A text that occurs twice in one call counts as a miss and a hit."""
 
     hits: int
     misses: int
     evictions: int
     entries: int
-    bytes: int  # of all entries: text, ids (4 bytes each), and the store's own
+    bytes: int  # of all entries: text, ids (4 bytes each), and ENTRY
     limit: int
 
     def __str__(self) -> str:
         return (
-            f"tokenizer cache: {self.hits} of {self.hits + self.misses} texts were known, {self.evictions} forgotten; "
+            f"tokenizer cache: {self.hits} of {self.hits + self.misses} texts were hits, {self.evictions} evicted; "
             f"{self.entries} kept in {self.bytes / MIB:.1f} of {self.limit / MIB:g} MiB"
         )
 
 
 class TokenizerCache:
-    """The encodings of the texts that came last. One text larger than `limit` (bytes) is encoded, and not kept."""
+    """Caches the ids of recently used texts. A text larger than `limit` (bytes) is encoded, and not kept."""
 
     def __init__(self, tokenizer: Tokenizer, limit: int = 16 * MIB) -> None:
         self.tokenizer, self.limit = tokenizer, limit
-        self._store: OrderedDict[str, array[int]] = OrderedDict()  # the longest unused first
+        self._store: OrderedDict[str, array[int]] = OrderedDict()  # least recently used first
         self._hits = self._misses = self._evictions = self._bytes = 0
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of every text, as the tokenizer's own `encode` gives them. UserError where one is not UTF-8."""
+        """Return the ids of every text, equal to the tokenizer's `encode`. UserError if a text is not UTF-8."""
         new = [text for text in dict.fromkeys(texts) if text not in self._store]
-        # One text has nobody to share the cores with, and the tokenizer need not start its threads.
+        # For a single text the tokenizer's threads are of no use.
         encoded = [self.tokenizer.encode(text) for text in new] if len(new) == 1 else self.tokenizer.encode_batch(new)
         found = {text: array("I", ids) for text, ids in zip(new, encoded, strict=True)}
         for text in texts:

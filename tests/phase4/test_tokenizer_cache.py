@@ -144,4 +144,4 @@ def test_statistics_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run("--json")
     assert json.loads(out)["tokenizer_cache"].items() >= {"hits": 1, "misses": 1, "evictions": 0, "entries": 1}.items()
     assert "tokenizer cache" not in err
-    assert "tokenizer cache: 1 of 2 texts were known" in run()[1]
+    assert "tokenizer cache: 1 of 2 texts were hits" in run()[1]
