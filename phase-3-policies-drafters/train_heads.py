@@ -1,10 +1,10 @@
-"""Train Medusa heads or an EAGLE layer for a target, and measure them on text that nobody trained on.
+"""Train Medusa heads or an EAGLE layer for a target, and measure them on held-out text.
 
 python train_heads.py --kind medusa --out runs/medusa
 python train_heads.py --kind eagle --target FOLDER --corpus a.py --corpus b.py --out runs/eagle
 python train_heads.py --kind eagle --evaluate runs/eagle/heads
 
-The same command goes on where it was interrupted. The result, OUT/heads, is what --heads of generate.py takes.
+The same command resumes an interrupted run. The result is OUT/heads, for --heads of generate.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def figures_table(on_text: dict[str, Any]) -> list[list[object]]:
 def show(on_text: dict[str, Any] | None, decoded: dict[str, Any] | None) -> None:
     if on_text:
         title = f"held-out text; a table of counts gets {on_text['table_accuracy']:.3f} right at depth 1"
-        print_table(title, ["depth", "right", "stands", "survives"], figures_table(on_text))
+        print_table(title, ["depth", "right", "accepted", "survives"], figures_table(on_text))
     if decoded:
         rows = [[where, decoded[f"{where}_tokens_per_forward"]] for where in ("forced", "sampled")]
         print_table(f"chains of {decoded['k']} at temperature 1", ["text", "tokens per target forward"], rows)
@@ -104,7 +104,7 @@ def train(options: HeadOptions, out: Path, target: LoadedModel, command: str) ->
     }
     folder = out / "heads"
     save_heads(folder, heads, target, **about)
-    saved = load_heads(folder, target, options.kind)  # what is measured is what is kept, in float16
+    saved = load_heads(folder, target, options.kind)  # measure the saved heads, in float16
     trainer.heads = saved
     about |= {"heldout": trainer.figures(), "decoding": decoding(options, saved, target)}
     save_heads(folder, saved, target, **about)

@@ -1,4 +1,4 @@
-"""Speculative decoding with a choice: who guesses, how many tokens, in what shape, and which guesses stand."""
+"""Speculative decoding with a choice of drafter, controller, tree shape and acceptance policy."""
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig

@@ -1,4 +1,4 @@
-"""Speculative decoding in fewer bits and fewer operations: number formats, quantisation, fused and compiled."""
+"""Speculative decoding with cheaper forwards: number formats, quantisation, fused and compiled layers."""
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig

@@ -60,7 +60,7 @@ class FakeModel(Transformer):
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """The number of each context, int64 [B, T or W, 1]: its last two tokens, in a tree along the branch."""
+        """Number each context by its last two tokens, along the branch of a tree; int64 [B, T or W, 1]."""
         T = tokens.shape[1]
         seen = torch.ones(T, T, dtype=torch.bool).tril()[None] if masks is None else masks[None] == 0
         order = torch.arange(T).expand_as(seen).masked_fill(~seen.tril(-1), -1).amax(-1).expand_as(tokens)

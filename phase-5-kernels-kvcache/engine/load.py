@@ -141,16 +141,16 @@ def load_transformer(
     scheme: Scheme | None = None,
     as_stored: bool = False,
 ) -> Transformer:
-    """The model with the checkpoint's weights. UserError names tensors that are missing, unknown or misshapen.
+    """Load the checkpoint's weights into a model. UserError names tensors that are missing, unknown or misshapen.
 
-    With `scheme`, the file holds matrices that another tool has quantised.
+    With `scheme`, the file holds matrices quantised by another tool.
     """
     config = with_stored_head(checkpoint, config)
     with torch.device("meta"):  # names and shapes only; wrong sizes in config.json allocate no memory
         model = Transformer(config)
     if scheme is not None:
         _make_room(model, checkpoint, scheme, device)
-    packed = dict(model.named_buffers())  # what quantised matrices consist of
+    packed = dict(model.named_buffers())  # the tensors of quantised matrices
     reserved = {**dict(model.named_parameters()), **packed}
     expected, filled = places(reserved, config), dict[str, Tensor]()
     whole, orders = dict(expected), defaultdict[str, list[Tensor]](list)
@@ -169,12 +169,12 @@ def load_transformer(
             unknown.append(stored_name)
         for name, tensor in parts:
             matrix = whole.get(f"{name.removesuffix('.order')}.values")
-            if name.endswith(".order") and matrix is not None:  # the parts of a fused matrix share one
+            if name.endswith(".order") and matrix is not None:  # the parts of a fused matrix share one order
                 orders[matrix.name.removesuffix(".values")].append(tensor)
                 continue
             place = expected.pop(name, None)
             if place is None and scheme is not None and name.endswith(".bias") and not bool(tensor.any()):
-                continue  # early GPTQ tools wrote a bias of zeros beside every matrix
+                continue  # early GPTQ tools wrote a zero bias for every matrix
             if place is None:
                 unknown.append(stored_name)
             elif place.shape != tensor.shape:
@@ -208,7 +208,7 @@ def load_transformer(
 
 
 def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, device: torch.device) -> None:
-    """Put a QuantLinear where the file holds a quantised matrix. UserError where that is a part of a fused one."""
+    """Put a QuantLinear in place of every quantised matrix. UserError if only a part of a fused matrix is quantised."""
     whole = places(dict(model.named_parameters()), model.config)
     parts = Counter(place.name for place in whole.values())
     stored = [f"{owner}.weight" for owner in quantised(checkpoint, scheme)]
@@ -217,8 +217,8 @@ def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, devic
         linear = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(linear, nn.Linear) or count < parts[name]:
             raise UserError(
-                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or in part alone, and the "
-                "engine computes it at once: take the model as it was before"
+                f"{checkpoint.name}: {name.removesuffix('.weight')} is not quantised, or only in part, and the "
+                "engine computes it as one matrix: take the model as it was before"
             )
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
         format = format_of(scheme, linear.in_features, f"{checkpoint.name}: {name.removesuffix('.weight')}")
@@ -265,7 +265,7 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
 def _assign(
     model: Transformer, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, as_stored: bool
 ) -> Tensor:
-    """Give a parameter memory of the wanted kind; what it is to hold is copied there, and cast on the way."""
+    """Allocate a parameter; values are copied into it later, and cast to its dtype."""
     inside = name.startswith("layers.") and not as_stored
     tensor = reserve(shape, dtype, device) if inside else torch.empty(shape, dtype=dtype, device=device)
     _set(model, name, tensor)

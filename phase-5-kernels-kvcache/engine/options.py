@@ -56,32 +56,32 @@ class Options(BaseSettings):
     threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
     draft: str = Field(default="auto", description="the draft model; none; auto: the model's own, if any")
     k: int = Field(default=4, ge=1, description="draft tokens per target forward; of a tree, levels")
-    drafter: DrafterName = Field(default="model", description="who guesses: the draft model, or something cheaper")
+    drafter: DrafterName = Field(default="model", description="proposes tokens: the draft model, or something cheaper")
     heads: str = Field(default="auto", description="of medusa and eagle: folder; auto: the model's own, if any")
     ngram_min: int = Field(default=1, ge=1, description="of ngram: shortest suffix to look up")
     ngram_max: int = Field(default=3, ge=1, description="of ngram: longest suffix to look up")
-    alpha: float = Field(default=1.0, allow_inf_nan=False, description="of extrapolate: how far the state moves on")
+    alpha: float = Field(default=1.0, allow_inf_nan=False, description="of extrapolate: length of a step of the state")
     policy: Literal["auto", PolicyName] = Field(
-        default="auto", description="which guesses stand; auto: longest_prefix at temperature 0, else rejection"
+        default="auto", description="accepts draft tokens; auto: longest_prefix at temperature 0, else rejection"
     )
-    tree: Literal["off", "static", "dynamic"] = Field(default="off", description="guess a tree instead of a chain")
+    tree: Literal["off", "static", "dynamic"] = Field(default="off", description="draft a tree instead of a chain")
     tree_nodes: int = Field(default=16, ge=1, le=64, description="nodes of a tree")
-    show_tree: bool = Field(default=False, description="draw every step's tree, with the way that stood")
+    show_tree: bool = Field(default=False, description="draw every step's tree, with the accepted path")
     lossless: bool = Field(default=False, description="refuse policies that change the output's distribution")
-    tau: float = Field(default=0.3, gt=0, le=1, description="of conf_threshold: the target's least probability")
-    agree_k: int = Field(default=3, ge=1, description="of topk_agree: among the target's k most likely")
-    epsilon: float = Field(default=0.09, gt=0, le=1, description="of typical: probability that always suffices")
+    tau: float = Field(default=0.3, gt=0, le=1, description="of conf_threshold: least target probability")
+    agree_k: int = Field(default=3, ge=1, description="of topk_agree: accept the target's k likeliest")
+    epsilon: float = Field(default=0.09, gt=0, le=1, description="of typical: upper bound of the threshold")
     delta: float = Field(default=0.3, gt=0, le=1, description="of typical: threshold is delta * exp(-entropy)")
     controller: ControllerName = Field(default="fixed", description="how many tokens to draft")
-    min_k: int = Field(default=1, ge=1, description="fewest tokens a controller drafts (cost may decline)")
+    min_k: int = Field(default=1, ge=1, description="fewest tokens a controller drafts (cost: or none)")
     max_k: int = Field(default=8, ge=1, description="most tokens a controller drafts")
-    target_acceptance: float = Field(default=0.7, gt=0, lt=1, description="of adaptive: the rate it steers to")
-    confidence: float = Field(default=0.4, ge=0, le=1, description="of confidence: draft while the draft is this sure")
+    target_acceptance: float = Field(default=0.7, gt=0, lt=1, description="of adaptive: the wanted rate")
+    confidence: float = Field(default=0.4, ge=0, le=1, description="of confidence: least draft probability")
     show: bool = Field(default=False, description="colour the tokens by their origin, and count accepted drafts")
     explain: bool = Field(default=False, description="afterwards: why speculation was faster, or why not")
     metrics_detailed: bool = Field(default=False, description="with --json: the figures of every step")
     record: Path | None = Field(default=None, description="write the run, step by step, to this file")
-    amp: bool = Field(default=False, description="keep the weights as --dtype has them, autocast the products")
+    amp: bool = Field(default=False, description="keep float32 weights, autocast matrix products")
     quant: QuantName = Field(default="none", description="quantise the target's matrices: weights only")
     draft_quant: QuantName = Field(default="none", description="quantise the draft model's matrices")
     quant_group: Annotated[Literal[32, 64, 128], BeforeValidator(int)] = Field(
@@ -97,14 +97,14 @@ class Options(BaseSettings):
     kv_pages: int = Field(default=0, ge=0, description="of paged: pages of 16 tokens; 0: as many as are needed")
     profile: Path | None = Field(default=None, description="write a trace, an operator table and memory to this folder")
     profile_steps: int = Field(default=8, ge=1, description="of --profile: decoding steps in the trace")
-    profile_stacks: bool = Field(default=False, description="of --profile: Python stacks in the trace, which grows")
+    profile_stacks: bool = Field(default=False, description="of --profile: Python stacks, for a larger trace")
     config: Path | None = Field(default=None, description="YAML file with these options")
     as_json: bool = Field(default=False, alias="json", description="one JSON document on stdout instead of text")
 
     @field_validator("profile", mode="before")
     @classmethod
     def _profile_is_a_folder_or_a_switch(cls, value: object) -> object:
-        """1 is the folder `profile`, 0 is off: SPECDEC_PROFILE=1, --profile 0. A folder of such a name is ./1."""
+        """Read 1 as the folder `profile` and 0 as off: SPECDEC_PROFILE=1, --profile 0. ./1 is a folder named 1."""
         word = str(value).lower()
         return Path("profile") if word in ON else None if word in ("", *OFF) else value
 
@@ -135,7 +135,7 @@ class Options(BaseSettings):
             raise ValueError(f"--ngram-min {self.ngram_min} is above --ngram-max {self.ngram_max}")
         if self.tree != "off" and self.drafter not in BRANCHING:
             raise ValueError(
-                f"--drafter {self.drafter} guesses one continuation and cannot branch: --tree goes with "
+                f"--drafter {self.drafter} drafts one continuation and cannot branch: --tree goes with "
                 f"{', '.join(BRANCHING)}"
             )
         if self.tree != "off" and self.controller == "confidence":
@@ -164,7 +164,7 @@ class Options(BaseSettings):
             )
         if self.draft_quant != "none" and (self.drafter != "model" or self.draft == "none"):
             raise ValueError(
-                f"--draft-quant {self.draft_quant} quantises the draft model, and none drafts: it goes with "
+                f"--draft-quant {self.draft_quant} quantises the draft model, and there is none: it goes with "
                 "--drafter model, and not with --draft none"
             )
         return self
@@ -233,6 +233,6 @@ class Options(BaseSettings):
         return make_policy(name, self.tau, self.agree_k, self.epsilon, self.delta)
 
     def make_controller(self, cost_model: CostModel | None = None) -> KController:
-        """A fresh controller, for one sequence, which may share what it measures of time with others."""
+        """Make a controller for one sequence, which may share measured times with others."""
         bounds = self.k, self.min_k, self.max_k
         return make_controller(self.controller, *bounds, self.target_acceptance, self.confidence, cost_model)

@@ -127,7 +127,7 @@ class Recorder:
         return {**line, **times, "k": stats.k, "counted": {"proposed": stats.proposed, "accepted": stats.accepted}}
 
     def _comparison(self, step: Step, row: int) -> str | None:
-        """How draft tokens were accepted; None where there are none."""
+        """Name how draft tokens were compared; None without draft tokens."""
         policy, tree = self.llm.policy, step.trees[row]
         if not tree.tokens:
             return None
@@ -138,7 +138,7 @@ class Recorder:
         return "certain" if step.sequences[row].params.greedy else "uniform"
 
     def _rejected(self, step: Step, row: int) -> tuple[Tensor, Tensor]:
-        """The target's and the draft's distributions [V] by which the last token was rejected."""
+        """Return the target's and the draft's distributions [V] of the last rejection."""
         assert step.judged is not None, "something was rejected"
         if trials := step.paths[row].trials:
             return trials[-1].target, trials[-1].draft
@@ -157,11 +157,11 @@ class Recorder:
         candidates = list[dict[str, Any]]()
         for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
             siblings, accepted = tree.children(parent), node in path.nodes
-            # The target's own draw is compared with all children; otherwise they are tried up to the one accepted.
+            # The target's own draw is compared with all children; otherwise trials end at the accepted child.
             before = [] if comparison == "own_draw" else siblings[: siblings.index(node)]
             tried = parent in (-1, *path.nodes) and not any(sibling in path.nodes for sibling in before)
             target_prob, draft_prob = float(target[parent + 1, token]), self._draft_prob(step, row, node)
-            chance = target_prob if comparison == "own_draw" else float(accepted)  # the latter of a threshold
+            chance = target_prob if comparison == "own_draw" else float(accepted)  # 0 or 1 for a threshold
             if node in trials:
                 of_target, of_draft = trials[node].target[token], trials[node].draft[token].to(target.device)
                 target_prob, draft_prob = float(of_target), float(of_draft)
@@ -187,7 +187,7 @@ class Recorder:
         return candidates
 
     def _draft_prob(self, step: Step, row: int, node: int) -> float:
-        """In the distribution that the token was drawn or chosen from; 1 where it was certain."""
+        """Return the token's probability in the draft distribution; 1 if it has none."""
         tree = step.trees[row]
         token, parent = tree.tokens[node], tree.parents[node]
         if step.draft.probs is not None:
@@ -299,6 +299,6 @@ def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, float]:
 
 
 def accept_uniform(sequence: Sequence, position: int, trial: int) -> float:
-    """The number that decided about a draft token at this position of the text; siblings are tried one by one."""
+    """Return the uniform number of one trial at this position; siblings are tried one by one."""
     keys = torch.tensor([sequence.sample]), torch.tensor([position])
     return float(philox.uniforms(sequence.params.seed, *keys, philox.Purpose.ACCEPT, trial + 1)[0, trial])

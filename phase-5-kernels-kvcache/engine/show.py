@@ -23,7 +23,7 @@ LEGEND = {
 
 
 def print_tree(step: Step, tokenizer: Tokenizer) -> None:
-    """On stderr: the first sequence's tree of draft tokens, which of them were accepted, and the token that follows."""
+    """Print the first sequence's tree on stderr, with the accepted tokens and the next token."""
     tree, path = step.trees[0], step.paths[0]
     root = Drawing(Text(f"{len(path.nodes)} of {len(tree.tokens)} nodes accepted", "bold"))
     drawn = {-1: root}
@@ -35,7 +35,7 @@ def print_tree(step: Step, tokenizer: Tokenizer) -> None:
     following = f"{tokenizer.token_text(path.next_token)!r} follows"
     drawn[path.nodes[-1] if path.nodes else -1].add(Text(following, "bold cyan"))
     console = Console(stderr=True, highlight=False)
-    console.print()  # the text on stdout stopped within a line
+    console.print()  # the text on stdout ended within a line
     console.print(root)
 
 

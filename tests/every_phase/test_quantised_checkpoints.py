@@ -285,7 +285,7 @@ SPOILT: dict[str, tuple[str, dict[str, Callable[[Tensor], Tensor | None]], str]]
     "another order": ("gptq", {"g_idx": lambda index: index.flip(0)}, r"the groups of its input features \(g_idx\)"),
     "no groups": ("gptq", {"g_idx": lambda index: index * 0}, r"q_proj\.g_idx does not divide 64 input features into"),
     "no scales": ("gptq", {"scales": lambda scales: None}, r"q_proj\.scales is missing"),
-    "no levels": ("awq", {"qweight": lambda levels: None}, r"attention\.qkv is not quantised, or in part alone"),
+    "no levels": ("awq", {"qweight": lambda levels: None}, r"attention\.qkv is not quantised, or only in part"),
     "too few scales": ("awq", {"scales": lambda scales: scales[:1]}, r"the scales are \[64, 1\], and \[64, 2\]"),
     "scales of whole numbers": ("gptq", {"scales": lambda scales: scales.int()}, r"q_proj\.scales is torch\.int32"),
     "infinite scales": ("gptq", {"scales": lambda scales: scales / 0}, r"q_proj: scales are not finite"),
@@ -315,7 +315,7 @@ def test_a_matrix_of_which_a_part_is_quantised(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{owner}.")}
     tensors[f"{owner}.weight"] = torch.zeros(32, 64)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.1\.attention\.qkv is not quantised, or in part alone"):
+    with pytest.raises(UserError, match=r"layers\.1\.attention\.qkv is not quantised, or only in part"):
         reader.load(str(folder), torch.float32, CPU)
 
 
