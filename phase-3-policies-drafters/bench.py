@@ -1,10 +1,10 @@
-"""Which guesses may stand, how many should be made, by whom, and in what shape: what each choice gives and costs.
+"""Measures acceptance policies, K controllers, drafters and trees: speed, acceptance, and distance from the target.
 
-Five sections (`--only`): drafters x shapes, policies, controllers, the n-gram index, and this phase at its best
-against the two before it. Every timing takes turns with plain decoding of the same engine. Tokens per target forward
-are counted on held-out text that is forced, on samples and on greedy output. Variants that must repeat plain
-decoding's tokens are compared with them run by run, and a wrong one is not timed. What is best is chosen on prompts of
-the calibrate half.
+Five sections (`--only`): drafters x shapes, policies, controllers, the n-gram index, and this phase's best options
+against the two earlier phases. Timed runs alternate with plain decoding by the same engine. Tokens per target forward
+are counted on forced held-out text, on samples and on greedy output. Variants that must repeat plain decoding's tokens
+are compared with it run by run, and a wrong variant is not timed. Best options are chosen on prompts of the calibrate
+half.
 
     python bench.py --quick
     python bench.py --output results --only drafters
@@ -51,11 +51,11 @@ TABLES = {  # section of the rows -> title, columns
     "drafters": ("Drafters and shapes", f"temperature {SPEEDS} acceptance draft_share loop_share"),
     "forced": ("On forced held-out text", "temperature variant tokens_per_forward n_prompts"),
     "policies": ("Policies", f"temperature {SPEEDS} acceptance perplexity"),
-    "distance": ("How far lossy policies are off", "temperature variant first_token_tv excess_bits toy_tv"),
-    "choice": ("On the calibrate half, to choose from", f"temperature {SPEEDS}"),
+    "distance": ("Distance of lossy policies from the target", "temperature variant first_token_tv excess_bits toy_tv"),
+    "choice": ("Candidates, on the calibrate half", f"temperature {SPEEDS}"),
     "controllers": ("Controllers", f"draft temperature {SPEEDS} acceptance"),
     "index": ("The n-gram index", "operation variant tokens_per_s speedup"),
-    "phases": ("This phase at its best, against those before it", f"temperature {SPEEDS} what"),
+    "phases": ("This phase's best options against earlier phases", f"temperature {SPEEDS} what"),
 }
 
 

@@ -1,7 +1,7 @@
-"""Acceptance by depth and rank of every drafter that can branch, for the best shape of its trees.
+"""Measures acceptance by depth and rank of every drafter that can branch, for the best shape of its trees.
 
-Samples at temperature 1 from prompts of the `calibrate` half, with a tree much wider than one would use: its main line
-tries every rank at every level. The table goes beside the model, where the engine's llm looks for it.
+Samples at temperature 1 from prompts of the `calibrate` half, with a tree much wider than usual: its branch of first
+children has every rank at every level. The table is written into the model's folder, where the engine looks for it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .drafters import drafter_of
 from .runs import Lab
 
 LEVELS, RANKS, NODES = 6, 8, 160
-# Flat enough that the 160 likeliest nodes hold every rank along the way of firsts, and one detour anywhere.
+# Flat enough that the 160 likeliest nodes include every rank along the branch of first children.
 EXPLORATORY = [[0.75] + [0.1] * (RANKS - 1)] * LEVELS
 LEAN, LEAST = 20, 0.001
 FILE = "tree_acceptance.json"
 
 
 def smoothed(table: list[list[float]], walks: list[int]) -> list[list[float]]:
-    """Every depth leans on the mean over depths with the weight of LEAN walks; walks[d] came to depth d.
+    """Smooth every depth towards the mean over depths, with the weight of LEAN walks; walks[d] reached depth d.
 
-    No entry is 0: the far ends of the tree were tried a few times, which makes none of them hopeless.
+    No entry is below LEAST: nodes at the ends of the tree were tried too rarely for an estimate of 0.
     """
     mean = [sum(n * row[rank] for n, row in zip(walks, table, strict=True)) / sum(walks) for rank in range(RANKS)]
     return [
@@ -38,7 +38,7 @@ def smoothed(table: list[list[float]], walks: list[int]) -> list[list[float]]:
 
 
 def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
-    """At most LEVELS x RANKS; a drafter that cannot look so far has fewer levels."""
+    """Measure a table of at most LEVELS x RANKS; a drafter with a smaller depth has fewer levels."""
     llm = lab.llm(drafter=drafter, temperature=1.0, k=LEVELS)
     params, policy, made = llm.params, llm.policy, cast(Brancher, drafter_of(llm))
     source, levels = engine.KeyedSource(params.seed), min(LEVELS, made.deepest)
@@ -64,14 +64,14 @@ def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
 
 
 def calibrate(lab: Lab) -> None:
-    """Write the table of every drafter that can branch; those that are not here keep what the file had."""
+    """Write the table of every drafter that can branch; the file's tables of other drafters are kept."""
     file = lab.target.checkpoint.folder / FILE
     tables = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for drafter in (name for name in lab.drafters if name in BRANCHING):
         tables[drafter] = acceptance_table(lab, drafter)
         ranks = [f"rank {rank}" for rank in range(1, RANKS + 1)]
         rows = [[depth, *row] for depth, row in enumerate(tables[drafter], start=1)]
-        print_table(f"{drafter}: chance that the walk goes on to this child", ["depth", *ranks], rows)
+        print_table(f"{drafter}: acceptance of a child, once its parent was accepted", ["depth", *ranks], rows)
     lines = (
         f'"{name}": [\n  ' + ",\n  ".join(json.dumps(row) for row in table) + "\n]" for name, table in tables.items()
     )

@@ -1,6 +1,6 @@
-"""What is fastest on prompts of the `calibrate` half: the fixed K, and the drafter with its shape or controller.
+"""Chooses the fastest fixed K, and the fastest drafter with its shape or controller, on the `calibrate` half.
 
-Only the choice is taken from here. What it is worth is measured again, on the `test` half.
+The speed of the choice is measured again, on the `test` half.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CHOICE = {"choice": "plain decoding over this variant's wall time per token, on 
 
 
 def candidates(lab: Lab) -> dict[str, Choice]:
-    """Every fixed K and the `cost` controller with the draft model, and every drafter that was trained or looks up."""
+    """List every fixed K and the `cost` controller with the draft model, and the chains and trees of the drafters."""
     found: dict[str, Choice] = {fixed(k): {"k": k} for k in lab.options.fixed}
     found["model cost"] = {"controller": "cost"}
     for drafter in (name for name in lab.drafters if name != "extrapolate"):
@@ -28,7 +28,7 @@ def fixed(k: int) -> str:
 
 
 def fastest(lab: Lab, temperature: float, labels: list[str]) -> str | None:
-    """The label with the largest speed-up; all candidates are timed at the first call. None if none could run."""
+    """Return the label with the largest speed-up. The first call times all candidates. None if none could run."""
     once = lab.with_options(rounds=lab.options.rounds or 1)
     prompts = lab.prompts(min(lab.options.prompts, GREEDY_PROMPTS), half="calibrate")
     once.timed("choice", {"temperature": temperature}, candidates(lab), prompts)
@@ -42,7 +42,7 @@ def possible(line: dict[str, object], temperature: float) -> bool:
 
 
 def best_fixed(lab: Lab, temperature: float) -> int | None:
-    """The K of the draft model's fastest chain."""
+    """Return the K of the draft model's fastest chain."""
     ks = {fixed(k): k for k in lab.options.fixed}
     label = fastest(lab, temperature, list(ks))
     return None if label is None else ks[label]

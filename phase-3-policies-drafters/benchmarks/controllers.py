@@ -1,4 +1,4 @@
-"""Controllers against the best fixed K, with the draft model; and with a draft of which nothing is accepted."""
+"""Measures controllers against the best fixed K, with the draft model and with a draft that is always rejected."""
 
 from __future__ import annotations
 

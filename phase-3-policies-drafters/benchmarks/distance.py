@@ -1,11 +1,11 @@
-"""How far a lossy policy's text is from the target's law: two numbers, both computed, neither sampled.
+"""The distance of a lossy policy's output from the target's law: two numbers, both computed exactly.
 
 - On real contexts: at every position of held-out text, the law of the first token that a step emits. With good(x) = 1
-  where the policy lets x stand, it is
+  if the policy accepts x, it is
 
       law(x) = draft(x) good(x) + (1 - sum of draft good) target(x)
 
-- On a toy: the law of whole outputs of the loop, from a walk through everything that its random numbers could do.
+- On a toy pair of models: the law of whole outputs of the loop, by enumerating all results of its random numbers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Law = dict[tuple[int, ...], float]
 
 
 def emitted_law(draft_probs: Tensor, target_probs: Tensor, good: Tensor) -> Tensor:
-    """The law [..., V] of the first token of a step; `good` bool [..., V]."""
-    stands = draft_probs * good
-    return stands + (1 - stands.sum(-1, keepdim=True)) * target_probs
+    """Compute the law [..., V] of the first token of a step; `good` bool [..., V]."""
+    accepted = draft_probs * good
+    return accepted + (1 - accepted.sum(-1, keepdim=True)) * target_probs
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """What target and draft say after each token of a prompt's true continuation: logits [T, V] of both."""
+    """Logits [T, V] of target and draft at each position of a prompt's true continuation."""
 
     target: Tensor
     draft: Tensor
@@ -52,7 +52,7 @@ class Contexts:
 
 
 def first_token_distance(contexts: Contexts, policy: Lossy, temperature: float) -> dict[str, float]:
-    """Means over the contexts of one prompt of what POLICIES defines."""
+    """Compute the figures that POLICIES defines, as means over the contexts of one prompt."""
     params, logits = engine.SamplingParams(temperature=temperature), contexts.target
     target_probs = probabilities(logits, params)
     opinion = logits.softmax(-1) if params.greedy else target_probs
@@ -63,36 +63,34 @@ def first_token_distance(contexts: Contexts, policy: Lossy, temperature: float) 
 
 
 class Walk:
-    """Stands in for random numbers, and takes every way through a run in turn, each with its probability."""
+    """Replaces random numbers: enumerates all outcomes of a run, each with its probability."""
 
     def law(self, run: Callable[[Walk], tuple[int, ...]]) -> Law:
         law: Law = defaultdict(float)
-        self.ways: list[
-            list[tuple[int, float]]
-        ] = []  # at every draw so far: the choices that are left, the taken first
+        self.choices: list[list[tuple[int, float]]] = []  # at every draw so far: the current choice, then those left
         while True:
             self.at, self.weight = 0, 1.0
             outcome = run(self)
             law[outcome] += self.weight
-            while self.ways and len(self.ways[-1]) == 1:
-                self.ways.pop()
-            if not self.ways:
+            while self.choices and len(self.choices[-1]) == 1:
+                self.choices.pop()
+            if not self.choices:
                 return law
-            self.ways[-1].pop(0)
+            self.choices[-1].pop(0)
 
     def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         tokens = []
         for row in probs.tolist():
-            if self.at == len(self.ways):
-                self.ways.append([(token, chance) for token, chance in enumerate(row) if chance > 0])
-            token, chance = self.ways[self.at][0]
+            if self.at == len(self.choices):
+                self.choices.append([(token, chance) for token, chance in enumerate(row) if chance > 0])
+            token, chance = self.choices[self.at][0]
             self.at += 1
             self.weight *= chance
             tokens.append(token)
         return torch.tensor(tokens, dtype=torch.long)
 
     def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
-        raise NotImplementedError("lossy policies decide without chance")
+        raise NotImplementedError("lossy policies decide without random numbers")
 
     def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         raise NotImplementedError("chains draw one token at a time")
@@ -106,11 +104,11 @@ class Table(engine.FakeModel):
         self.table = table
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.table[hidden[..., 0] % len(self.table)]  # a context's number ends in its last token
+        return self.table[hidden[..., 0] % len(self.table)]  # a context's number modulo V is its last token
 
 
 def toy_distance(policy: AcceptancePolicy, temperature: float, size: int = 3) -> float:
-    """Total variation between the laws of 3 tokens, plain and by the loop at K = 2, mean over all first contexts."""
+    """Compute the total variation between the laws of 3 tokens, plain and speculative at K = 2; mean over contexts."""
     generator = torch.Generator().manual_seed(0)
     target, noise = 2 * torch.randn(2, size, size, generator=generator, dtype=torch.float64)
     models = Table(target), Table(target + noise / 2)

@@ -1,6 +1,6 @@
-"""Drafters x shapes x temperatures: how many tokens a target forward gives, and what that is worth in time.
+"""Measures drafters x shapes x temperatures: tokens per target forward, and speed.
 
-On text that is forced (held-out code, see engine/teacher_forced.py), on samples and on greedy output.
+On forced text (held-out code, see engine/teacher_forced.py), on samples and on greedy output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DRAFTERS = {
     "many true tokens as the step would have given",
 }
 FORCED_PROMPTS = 16
-LONGEST = 8  # the chain from whose survival the tokens of every shorter one can be computed
+LONGEST = 8  # the tokens of every shorter chain follow from this chain's survival
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Shape:
 
 
 def levels(nodes: int) -> int:
-    """A chain of K = 4 within few nodes; the more there are, the deeper the tree may go."""
+    """Choose a tree's levels: 4, as in a chain of K = 4, and more for more nodes."""
     return 4 if nodes <= 8 else 5 if nodes <= 16 else 6
 
 
 def shapes(lab: Lab, drafter: str, longest: int | None = None) -> list[Shape]:
-    """The chains and trees that the options name, as far as the drafter can go; `longest` adds a chain."""
+    """List the chains and trees that the options name, within the drafter's depth; `longest` adds a chain."""
     deepest = getattr(drafter_of(lab.llm(drafter=drafter)), "deepest", LONGEST)
     wanted = sorted({min(k, deepest) for k in (*lab.options.chains, *([longest] if longest else []))})
     trees = [(tree, n) for tree in ("static", "dynamic") for n in lab.options.nodes if drafter in BRANCHING]
@@ -62,7 +62,7 @@ def shapes(lab: Lab, drafter: str, longest: int | None = None) -> list[Shape]:
 
 
 def drafter_of(llm: LLM) -> engine.Drafter:
-    """What the llm would draft with, its random numbers as in decoding."""
+    """Make the LLM's drafter, with the random numbers of decoding."""
     params, policy = llm.params, llm.policy
     source = engine.GreedySource() if params.greedy else engine.KeyedSource(params.seed)
     draft = llm.draft.model if llm.draft else None
@@ -72,7 +72,7 @@ def drafter_of(llm: LLM) -> engine.Drafter:
 
 
 def forced(lab: Lab, **wanted: Any) -> Callable[[Prompt], Outcome]:
-    """Counts the draft tokens that are accepted at each point of a prompt's true continuation."""
+    """Make a run that counts the accepted draft tokens at each position of a prompt's true continuation."""
     made = cache(lambda: (llm := lab.llm(**wanted), drafter_of(llm)))
 
     def count(prompt: Prompt) -> Outcome:
@@ -80,7 +80,7 @@ def forced(lab: Lab, **wanted: Any) -> Callable[[Prompt], Outcome]:
         params = dataclasses.replace(llm.params, max_new_tokens=10**6, ignore_eos=True)
         source = engine.GreedySource() if params.greedy else engine.KeyedSource(params.seed)
         k, tokenizer = llm.options.k, llm.loaded.tokenizer
-        # Without the token by which some tokenizers begin every text.
+        # Drop the BOS token that some tokenizers add.
         truth = [token for token in tokenizer.encode(prompt.continuation) if token not in tokenizer.special_ids]
         truth = truth[: lab.options.max_tokens + k]
         if len(truth) <= k:

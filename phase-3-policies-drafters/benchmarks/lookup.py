@@ -1,4 +1,4 @@
-"""The index of the n-gram drafter: what a token and a look-up cost, in texts of growing length."""
+"""Measures the index of the n-gram drafter: the cost of adding a token and of a lookup, for texts of growing length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measure_ngram(lab: Lab) -> None:
         return made
 
     def add(length: int, prompt: Prompt | None, round_: int) -> Outcome:
-        """As often as it takes to add the longest text's number of tokens."""
+        """Index the text repeatedly, so that every run adds as many tokens as the longest text has."""
         for _ in range(LENGTHS[-1] // length):
             NgramIndex(1, 3).extend(text(length))
         return Outcome(LENGTHS[-1])

@@ -1,6 +1,6 @@
-"""End to end: this phase's best drafter against phase 2 at its best K, and both against phase 1.
+"""Measures end to end: this phase's best drafter against phase 2 with its best K, and both against phase 1.
 
-What is best is chosen on prompts of the `calibrate` half (choice.py), and then measured on the `test` half.
+The best options are chosen on prompts of the `calibrate` half (choice.py), and measured on the `test` half.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECTION, OWN = "phases", f"phase {phase_of(__file__)}"
 
 
 def earlier(lab: Lab, module: Any, temperature: float, **wanted: Any) -> Variant:
-    """An earlier phase, with the same model, device, dtype and seed."""
+    """Make a variant that decodes with an earlier phase, with the same model, device, dtype and seed."""
 
     @cache
     def llm() -> Any:
@@ -43,7 +43,7 @@ def earlier(lab: Lab, module: Any, temperature: float, **wanted: Any) -> Variant
 
 
 def named(run: Variant, what: str) -> Variant:
-    """The same variant, with a figure that says what ran."""
+    """Add a figure to a variant that names its options."""
 
     def also(prompt: Prompt | None, round_: int) -> Outcome:
         outcome = run(prompt, round_)

@@ -1,4 +1,4 @@
-"""The figures of the bench, drawn from its derived tables: a continued run draws what all of its parts found."""
+"""The figures of the bench, drawn from its derived tables; a resumed run draws the rows of all its parts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .policies import STRENGTHS
 from .runs import PLAIN, Lab
 
 Line = dict[str, Any]
-BESIDE: Line = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend that would lie on points
+BESIDE: Line = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # for a legend that would cover points
 
 
 def draw(lab: Lab, folder: Path) -> None:
-    """Whatever the rows allow."""
+    """Draw every figure for which there are rows."""
     if measured(lab, "drafters") and measured(lab, "forced"):
         heat_map(lab, folder / "drafters.png")
         survival(lab, folder / "survival.png")
@@ -37,7 +37,7 @@ def draw(lab: Lab, folder: Path) -> None:
 
 
 def measured(lab: Lab, section: str) -> list[Line]:
-    """What ran of a section, without plain decoding. A dry run counts nothing, so its figures are 1."""
+    """List the lines of a section that ran, without plain decoding. A dry run counts nothing; its figures become 1."""
     lines = [line for line in lab.table(section) if line["variant"] not in (PLAIN, PLAIN + AGAIN)]
     blank = {"tokens_per_forward": 1.0, "speedup": 1.0, "first_token_tv": 1.0, "survival": [1.0]}
     return [blank | line if line.get("synthetic") else line for line in lines if "status" not in line]
@@ -53,13 +53,13 @@ def drafter_and_shape(line: Line) -> tuple[str, str]:
 
 
 def in_order(shape: str) -> tuple[int, int]:
-    """Chains before static trees before dynamic ones, small ones first."""
+    """Return a sort key: chains, static trees, dynamic trees, each by size."""
     kind, _, size = shape.partition(" ")
     return ("chain", "static", "dynamic").index(kind), int(size)
 
 
 def heat_map(lab: Lab, file: Path) -> None:
-    """Drafter x shape: tokens per target forward on forced text, and times as fast as plain decoding."""
+    """Draw tokens per target forward on forced text, and the speed-up, by drafter and shape."""
     panels = [("forced", "tokens_per_forward", "tokens per target forward, forced text")]
     panels += [("drafters", "speedup", "times as fast as plain decoding")]
     lines = {section: measured(lab, section) for section, *_ in panels}
@@ -87,7 +87,7 @@ def heat_map(lab: Lab, file: Path) -> None:
 
 
 def survival(lab: Lab, file: Path) -> None:
-    """How far a draft is followed, on forced text: the longest chain of every drafter, and the largest trees."""
+    """Draw survival by position on forced text: the longest chain of every drafter, and the largest trees."""
     lines = measured(lab, "forced")
     temperatures = unique(lines, "temperature")
     with figure(file, columns=len(temperatures), size=(5.0, 4.4), title=f"survival{lab.mark}", sharey=True) as axes:
@@ -110,13 +110,13 @@ def survival(lab: Lab, file: Path) -> None:
 
 
 def error_of(line: Line) -> tuple[float, float]:
-    """Distances from a speed-up to the ends of its interval; 0 without one."""
+    """Return the distances from a speed-up to the ends of its interval; 0 without one."""
     low, high = line.get("speedup_low"), line.get("speedup_high")
     return (0.0, 0.0) if low is None or high is None else (line["speedup"] - low, high - line["speedup"])
 
 
 def speed_against_distance(lab: Lab, file: Path) -> None:
-    """One curve for every lossy policy, the stricter parameter first; the lossless ones have distance 0."""
+    """Draw one curve per lossy policy, the stricter parameter first; lossless policies have distance 0."""
     speeds, far = measured(lab, "policies"), measured(lab, "distance")
     temperatures = unique(speeds, "temperature")
     with figure(file, columns=len(temperatures), size=(5.0, 4.2), title=f"speed against distance{lab.mark}") as axes:
@@ -140,7 +140,7 @@ def speed_against_distance(lab: Lab, file: Path) -> None:
 
 
 def depths(lab: Lab, file: Path) -> None:
-    """Draft tokens of every step of one run (the first prompt, round 0), for the controllers that choose."""
+    """Draw the draft tokens of every step of one run (the first prompt, round 0), for controllers that vary K."""
     rows = [row for row in lab.rows("controllers") if row.variant in ADAPTING and row.round == 0 and row.status == "ok"]
     panels = list({json.dumps(row.cell): row.cell for row in rows}.values())
     with figure(file, -(-len(panels) // 2), 2, (5.0, 3.0), f"draft tokens per step{lab.mark}", sharey=True) as axes:
@@ -158,7 +158,7 @@ def depths(lab: Lab, file: Path) -> None:
 
 
 def training_logs(lab: Lab) -> dict[str, list[Line]]:
-    """The log of every kind of heads that came with the target and brought its log along."""
+    """Read the training logs of the target's heads, by kind, as far as there are any."""
     logs = {}
     for kind in ("medusa", "eagle"):
         with suppress(UserError):
@@ -169,7 +169,7 @@ def training_logs(lab: Lab) -> dict[str, list[Line]]:
 
 
 def training_curves(logs: dict[str, list[Line]], file: Path) -> None:
-    """What a chain would give on held-out text, as training went on."""
+    """Draw the expected tokens per target forward of a chain on held-out text, by training step."""
     with figure(file) as [axes]:
         for at, (kind, rows) in enumerate(logs.items()):
             seen = [row for row in rows if "heldout" in row]

@@ -1,7 +1,7 @@
-"""Policies x temperatures with the draft model at K = 4: speed, and for the lossy ones how far the text is off.
+"""Measures policies x temperatures with the draft model at K = 4: speed, and the distance of lossy policies.
 
-Of every lossy policy with two parameters, two distances that need no sampling (distance.py), and how likely the target
-finds the text that was written. Lossless policies have none: tests/phase3 proves that by enumeration.
+Every lossy policy has two parameters, each with two exact distances (distance.py) and the perplexity of its output
+under the target. Lossless policies have distance 0: tests/phase3 proves that by enumeration.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {"conf_threshold": (0.5, 0.1), "topk_a
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy with its parameter, where it has one."""
+    """A policy with its parameter, if it has one."""
 
     policy: str
     strength: float | None = None
@@ -64,13 +64,13 @@ def lossy() -> Iterator[Setting]:
 
 
 def settings(temperature: float) -> list[Setting]:
-    """At temperature 0 the lossless policies are one."""
+    """List the policies to measure. At temperature 0 all lossless policies are equal, so one is enough."""
     lossless = LOSSLESS if temperature else LOSSLESS[-1:]
     return [*map(Setting, lossless), *lossy()]
 
 
 def judged(lab: Lab, run: Variant) -> Variant:
-    """The same variant, with the negative log likelihood of its tokens as the target continues the prompt."""
+    """Add the negative log likelihood of a variant's tokens under the target to its figures."""
 
     def also(prompt: Prompt | None, round_: int) -> Outcome:
         assert prompt is not None
@@ -94,7 +94,7 @@ def measure_policies(lab: Lab) -> None:
 
 
 def distances(lab: Lab) -> None:
-    """Every lossy setting at every temperature, prompt by prompt, on the same contexts."""
+    """Compute the distances of every lossy setting at every temperature, prompt by prompt, on the same contexts."""
     prompts, temperatures = lab.continued(lab.options.prompts), lab.options.temperatures
     if not prompts:
         lab.refuse("distance", {}, "", "the prompts have no continuation (in JSONL: `continuation`)")

@@ -1,4 +1,4 @@
-"""The options of the bench, its models, and one run of one prompt: what all sections share.
+"""The parts shared by all sections of the bench: its options, its models, and one run of one prompt.
 
 lab.timed("policies", {"temperature": 1.0}, {"coupled": {"policy": "coupled"}})
 lab.timed("drafters", {"temperature": 0.0}, {"ngram chain 4": {"drafter": "ngram", "k": 4}})
@@ -28,9 +28,9 @@ from engine.policies import LOSSLESS
 
 Section = Literal["drafters", "policies", "controllers", "ngram", "phases"]
 Choice = Mapping[str, Any]  # options of generate.py
-FAILING = "failing:"  # before the name of a draft: its output is negated, and every draft token is rejected
+FAILING = "failing:"  # before a draft's name: its output is negated, so that every draft token is rejected
 PLAIN = "plain"
-GREEDY_PROMPTS = 12  # at least so many at temperature 0, where a prompt has one output
+GREEDY_PROMPTS = 12  # least number at temperature 0, where a prompt has one output
 
 SPEED = {
     "speedup": "wall time per token of plain decoding over this variant's, same engine, prompt by prompt in turns; at "
@@ -90,7 +90,7 @@ class Options(BenchOptions):
 
 
 class LLM(engine.LLM):
-    """A llm that does not load again what another has loaded."""
+    """An LLM that reuses models loaded by another."""
 
     def __init__(self, options: engine.Options, loaded: dict[str, engine.LoadedModel]) -> None:
         self._loaded = loaded
@@ -101,14 +101,14 @@ class LLM(engine.LLM):
             loaded = super()._load(name.removeprefix(FAILING))
             if name.startswith(FAILING):
                 with torch.no_grad():
-                    for parameter in loaded.model.norm.parameters():  # the least likely token becomes the likeliest
+                    for parameter in loaded.model.norm.parameters():  # negates the logits: likeliest becomes least
                         parameter.neg_()
             self._loaded[name] = loaded
         return self._loaded[name]
 
 
 def decode(llm: Any, prompt: Prompt, round_: int) -> Outcome:
-    """Decode one prompt with a llm of any phase, and count; only decoding is timed."""
+    """Decode one prompt with an LLM of any phase, and count tokens; only decoding is timed."""
     llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
     began = time.perf_counter()
     (done,) = llm.generate([prompt.text])
@@ -122,8 +122,8 @@ def decode(llm: Any, prompt: Prompt, round_: int) -> Outcome:
 
 
 def counts(steps: Sequence[Any]) -> dict[str, Any]:
-    """What the StepStats of one text, at least one, add up to."""
-    depths = [getattr(stats, "depth", stats.proposed) for stats in steps]  # phase 2 has chains alone
+    """Sum the StepStats of one sequence, of which there is at least one."""
+    depths = [getattr(stats, "depth", stats.proposed) for stats in steps]  # phase 2 has only chains
     accepted = [stats.accepted for stats, depth in zip(steps, depths, strict=True) if depth]
     return {
         "proposed": sum(stats.proposed for stats in steps),
@@ -137,13 +137,13 @@ def counts(steps: Sequence[Any]) -> dict[str, Any]:
 
 
 def survived(accepted: Sequence[int], k: int) -> list[int]:
-    """How many drafts had their first 1, 2, ..., k tokens accepted."""
+    """Count the drafts whose first 1, 2, ..., k tokens were all accepted."""
     return [sum(each >= j for each in accepted) for j in range(1, k + 1)]
 
 
 @dataclass(frozen=True)
 class Lab(Bench):
-    """A bench with the models at hand."""
+    """A bench with its loaded models."""
 
     options: Options
     draft: str  # the draft model's name
@@ -154,7 +154,7 @@ class Lab(Bench):
         return self.loaded[self.options.model]
 
     def llm(self, **wanted: Any) -> LLM:
-        """With options of generate.py. UserError where what they name is not there."""
+        """Make an LLM with options of generate.py. UserError if a named model or heads are missing."""
         chosen = {
             "model": self.options.model,
             "draft": self.draft,
@@ -168,7 +168,7 @@ class Lab(Bench):
 
     @cached_property
     def left_out(self) -> dict[str, str]:
-        """Drafters that cannot run here, and why."""
+        """Drafters that cannot run, with the reasons."""
         found: dict[str, str] = {}
         for name in self.options.drafters:
             try:
@@ -182,20 +182,20 @@ class Lab(Bench):
         return [name for name in self.options.drafters if name not in self.left_out]
 
     def prompts_at(self, temperature: float, half: Half = "test") -> list[Prompt]:
-        """All prompts for samples; a quarter of them, or GREEDY_PROMPTS, for greedy output, which does not vary."""
+        """Return all prompts for samples; a quarter of them, at least GREEDY_PROMPTS, for greedy output."""
         count = self.options.prompts
         return self.prompts(count if temperature else min(count, max(GREEDY_PROMPTS, count // 4)), half)
 
     def continued(self, count: int) -> list[Prompt]:
-        """The prompts with a true continuation, at most `count` of them."""
+        """Return at most `count` prompts with a true continuation."""
         return [prompt for prompt in self.prompts() if prompt.continuation][:count]
 
     def within(self, share: float) -> Self:
-        """The same bench with a share of --budget for every comparison."""
+        """Return this bench with a share of --budget for every comparison."""
         return self.with_options(budget=share * self.options.budget)
 
     def way(self, **wanted: Any) -> Variant:
-        """A variant that decodes with these options of generate.py; its llm is made at the first run."""
+        """Make a variant that decodes with these options of generate.py; its LLM is made at the first run."""
         llm = cache(lambda: self.llm(**wanted))
 
         def run(prompt: Prompt | None, round_: int) -> Outcome:
@@ -205,7 +205,7 @@ class Lab(Bench):
         return run
 
     def repeats_plain(self, temperature: float, choice: Choice) -> bool:
-        """Must this give plain decoding's tokens? In half precision near ties may go either way."""
+        """Return True if the output must equal plain decoding's. Half precision may break near ties differently."""
         policy = choice.get("policy", "auto")
         equal = policy in LOSSLESS[1:] or (temperature == 0 and policy in ("auto", *LOSSLESS))
         return equal and self.target.model.embedding.weight.dtype == torch.float32
@@ -213,7 +213,7 @@ class Lab(Bench):
     def timed(
         self, section: str, cell: Mapping[str, Any], choices: Mapping[str, Choice], prompts: Sequence[Prompt] = ()
     ) -> None:
-        """Time some options of generate.py against plain decoding, at the cell's temperature, and keep every run."""
+        """Time some options of generate.py against plain decoding, at the cell's temperature; every run is a row."""
         temperature = cell["temperature"]
         variants = {PLAIN: self.way(draft="none", temperature=temperature)}
         variants |= {label: self.way(temperature=temperature, **choice) for label, choice in choices.items()}
@@ -228,6 +228,6 @@ class Lab(Bench):
         prompts: Sequence[Prompt],
         exact: Sequence[str],
     ) -> None:
-        """`compare`, with the share of --budget that so many prompts have."""
+        """Call `compare` with a share of --budget in proportion to the number of prompts."""
         bench = self.within(min(1.0, len(prompts) / self.options.prompts))
         bench.compare(section, cell, variants, prompts, exact, warmup=1 if self.options.quick else 2)
