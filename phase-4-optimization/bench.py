@@ -1,8 +1,8 @@
-"""How much faster and smaller the same loop gets by how numbers are stored and operations are run, and at what cost.
+"""Measures number formats, quantisation, fused and compiled layers: speed, memory and quality.
 
-Six sections (`--only`): speed against phase 3, perplexity, memory when loading, the tokenizer's cache, where the time
-goes, and forwards at the shapes of gpt2-xl and Llama-3.1-8B. What must write the tokens of phase 3 is held against it,
-run by run, and is not timed if it does not.
+Six sections (`--only`): speed against phase 3, perplexity, memory when loading, the tokenizer's cache, profiles, and
+forwards at the shapes of gpt2-xl and Llama-3.1-8B. Variants that must give phase 3's tokens are compared with it run by
+run, and a wrong variant is not timed.
 
     python bench.py --quick
     python bench.py --output results
@@ -41,14 +41,14 @@ SECTIONS: dict[Section, Measure] = {
 }
 TITLES = {  # section of the rows -> title of its table
     "dtypes": "A large matrix product",
-    "choice": "Ways to draft, on the calibrate half",
-    "speed": "The same loop, stored and run in other ways",
+    "choice": "Drafters, on the calibrate half",
+    "speed": "Number formats and execution",
     "quality": "Perplexity on held-out text",
-    "memory": "A fresh process that loads a model",
+    "memory": "A new process that loads a model",
     "tokenizer": "Encoding prompts",
-    "tokenizer_limit": "What a limited store knows",
-    "profile": "Where the time of a step goes",
-    "trace": "What the target's forwards do",
+    "tokenizer_limit": "Hits of a limited cache",
+    "profile": "Time of a step by range",
+    "trace": "Time of the target's forwards by operators",
     "shapes": "Forwards of large models, random weights",
     "attention": "Attention of one layer of large models",
 }

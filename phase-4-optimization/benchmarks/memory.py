@@ -1,8 +1,8 @@
-"""What a model takes in memory, and what loading it takes: a fresh process for each way of storing the weights.
+"""Measures the memory of a loaded model, and the peak while loading: a new process for each storage format.
 
 The checkpoint has GPT-2's shape and random weights, in float32: 124 million parameters, 85 of them in linear layers.
-A process's growth is that of its resident size; nothing of the mapped file remains in it (see common/weights.py), and
-its peak is what was resident at once on the way, pages of the file included.
+A process's growth is that of its resident size, without the mapped file (see common/weights.py). Its peak is the
+largest resident size while loading, including pages of the file.
 
     python bench.py --only memory
 """
@@ -57,7 +57,7 @@ def measure_memory(lab: Bench) -> None:
 
 @contextmanager
 def checkpoint(lab: Bench) -> Iterator[Path]:
-    """GPT-2's shape; with --quick and --dry-run, the model at hand."""
+    """Make a checkpoint in GPT-2's shape; with --quick and --dry-run, use the bench's model."""
     if lab.options.quick or lab.options.dry_run:
         yield open_checkpoint(lab.options.model).folder
         return
@@ -66,7 +66,7 @@ def checkpoint(lab: Bench) -> Iterator[Path]:
 
 
 def in_a_fresh_process(folder: Path, options: dict[str, str]) -> Outcome:
-    """The figures of `loading`, from a process that does nothing else. RuntimeError, with what it said, if it fails."""
+    """Run `loading` in a new process, and return its figures. RuntimeError with the process's stderr if it fails."""
     program = (
         f"import sys; sys.path[:0] = {[str(PHASE), str(ROOT)]!r}; "
         f"from benchmarks.memory import loading; loading({str(folder)!r}, {options!r})"
@@ -78,10 +78,10 @@ def in_a_fresh_process(folder: Path, options: dict[str, str]) -> Outcome:
 
 
 def loading(folder: str, options: dict[str, str]) -> None:
-    """Load a checkpoint in this process, and print what that took as JSON."""
+    """Load a checkpoint in this process, and print the memory figures as JSON."""
     cpu = torch.device("cpu")
     wanted: dict[str, Any] = {"draft": "none", "device": "cpu", "max_tokens": 1, **options}
-    LLM(Options(model="stdlib-1m", **wanted)).generate(["x"])  # libraries, and the kernels' own memory
+    LLM(Options(model="stdlib-1m", **wanted)).generate(["x"])  # load libraries, allocate the kernels' memory
     gc.collect()
     before = memory(cpu)["rss"]
     peak_is_ours = reset_peak(cpu)
@@ -95,6 +95,6 @@ def loading(folder: str, options: dict[str, str]) -> None:
     growth = used["rss"] - before
     found = {"growth_mib": growth, "linear_mib": growth - others / MIB}
     found |= {"stored_mib": (values + scales) / MIB, "scales_mib": scales / MIB}
-    if peak_is_ours:  # else the peak would be that of the whole process
+    if peak_is_ours:  # otherwise the peak is that of the whole process
         found["peak_mib"] = used["peak_rss"] - before
     print(json.dumps(found))

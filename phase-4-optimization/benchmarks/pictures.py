@@ -16,7 +16,7 @@ RANGES = {"draft_share": "draft", "verify_share": "verify", "accept_share": "acc
 
 
 def draw(lab: Lab, folder: Path) -> None:
-    """Whatever the rows allow."""
+    """Draw every figure for which there are rows."""
     if lines := [line for line in lab.table("speed") if "speedup" in line or line.get("synthetic")]:
         speed(lines, folder / "speed.png", lab.mark)
     if lines := [line for line in lab.table("profile") if "ms_per_token" in line]:
@@ -25,19 +25,19 @@ def draw(lab: Lab, folder: Path) -> None:
         quality(lines, folder / "quality.png", lab.mark)
 
 
-def with_interval(axes: Any, lines: Sequence[Line], places: Sequence[float], column: str, **style: Any) -> None:
-    """Points at the values of a column, with error bars where it has an interval."""
+def with_interval(axes: Any, lines: Sequence[Line], heights: Sequence[float], column: str, **style: Any) -> None:
+    """Draw points at the values of a column, with error bars for intervals."""
     values = [line.get(column) or 0.0 for line in lines]
     ends = [(line.get(f"{column}_low"), line.get(f"{column}_high")) for line in lines]
     bars = [
         (value - low, high - value) if low is not None and high is not None else (0.0, 0.0)
         for value, (low, high) in zip(values, ends, strict=True)
     ]
-    axes.errorbar(values, places, xerr=[list(each) for each in zip(*bars, strict=True)], linestyle="", **style)
+    axes.errorbar(values, heights, xerr=[list(each) for each in zip(*bars, strict=True)], linestyle="", **style)
 
 
 def speed(lines: Sequence[Line], file: Path, mark: str) -> None:
-    """Every setting against phase 3, plain and drafted, a panel for each temperature."""
+    """Draw every setting against phase 3, plain and drafted, in one panel per temperature."""
     temperatures = list(dict.fromkeys(line["temperature"] for line in lines))
     names = list(dict.fromkeys(str(line["variant"]).rpartition(" ")[0] for line in lines if not is_base(line)))
     size = (6.4, 1.6 + 0.4 * len(names))
@@ -52,8 +52,8 @@ def speed(lines: Sequence[Line], file: Path, mark: str) -> None:
                     and str(line["variant"]).endswith(f" {decoding}")
                 ]
                 if found:
-                    places = [names.index(str(line["variant"]).rpartition(" ")[0]) + shift for line in found]
-                    with_interval(axes, found, places, "speedup", capsize=3, label=decoding, **look(at))
+                    heights = [names.index(str(line["variant"]).rpartition(" ")[0]) + shift for line in found]
+                    with_interval(axes, found, heights, "speedup", capsize=3, label=decoding, **look(at))
             axes.axvline(1, color="black", linewidth=0.8)
             axes.set(title=f"temperature {temperature:g}", xlabel="times as fast, with 95% intervals")
             axes.set_yticks(range(len(names)), names)
@@ -62,14 +62,14 @@ def speed(lines: Sequence[Line], file: Path, mark: str) -> None:
 
 
 def is_base(line: Line) -> bool:
-    """Is it phase 3 itself, or its null arm?"""
+    """Return True for phase 3 and its null arm."""
     return str(line["variant"]).startswith("phase ")
 
 
 def quality(lines: Sequence[Line], file: Path, mark: str) -> None:
-    """The loss of perplexity of every way to store the weights, with its size beside its name."""
+    """Draw the increase of perplexity of every storage format, labelled with its size."""
     names = [f"{line['variant']}, {line.get('linear_mib', 1):.1f} MiB" for line in lines]
-    with figure(file, 1, 1, (7.2, 1.4 + 0.35 * len(lines)), f"what smaller weights cost{mark}") as (axes,):
+    with figure(file, 1, 1, (7.2, 1.4 + 0.35 * len(lines)), f"perplexity of smaller weights{mark}") as (axes,):
         with_interval(axes, lines, range(len(lines)), "perplexity_percent", capsize=3, **look(0))
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(lines)), names)
@@ -78,7 +78,7 @@ def quality(lines: Sequence[Line], file: Path, mark: str) -> None:
 
 
 def profile(lines: Sequence[Line], traces: Sequence[Line], file: Path, mark: str) -> None:
-    """Stacked bars: milliseconds per token by range, and the target's forward by family of operators."""
+    """Draw stacked bars: milliseconds per token by range, and the target's forward by family of operators."""
     labels = [str(line["variant"]) for line in lines if not str(line["variant"]).endswith(", again")]
     at, of = ({str(line["variant"]): line for line in table} for table in (lines, traces))
     size = (6.2, 1.6 + 0.34 * len(labels))

@@ -1,7 +1,7 @@
-"""Where the time goes, in every phase so far: the ranges of a decoding step, and what the target's forward does.
+"""Profiles every phase so far: the ranges of a decoding step, and the operators of the target's forward.
 
-The same prompts are decoded plainly, and by draft and verify with the model's own draft, by the engine of each phase,
-taking turns. Earlier phases do not say what they turn to; hooks on their models say it for them.
+The engines of all phases decode the same prompts in turn, plainly and with the model's own draft. Earlier phases do not
+call `stage`; hooks on their models call it.
 
     python bench.py --only profile
 """
@@ -39,7 +39,7 @@ TRACED_PROMPTS, TRACED_STEPS = 3, 8
 
 @dataclass
 class Decoding:
-    """One phase's engine, decoding in one way, with a profiler for every run."""
+    """One phase's engine, plain or speculative, with a profiler for every run."""
 
     engine: Any  # of any phase
     llm: Any
@@ -62,7 +62,7 @@ class Decoding:
         return Outcome(len(tokens), {**seconds, "ranges_s": sum(seconds.values()), "steps_s": whole}, tokens, whole)
 
     def trace(self, prompt: Prompt) -> Outcome:
-        """Seconds of the target's forwards by family of operators, over some steps."""
+        """Measure the seconds of the target's forwards by family of operators, over some steps."""
         with TemporaryDirectory() as folder:
             profiler, tokens = self.profile(prompt, Path(folder), TRACED_STEPS)
             if len(profiler.steps) < 2:
@@ -75,9 +75,9 @@ class Decoding:
 
 
 @contextmanager
-def hooked(llm: Any, says_it_itself: bool) -> Iterator[None]:
-    """An earlier phase's forward begins in the embedding and ends in the head: so these two say `stage`."""
-    if says_it_itself:
+def hooked(llm: Any, has_stages: bool) -> Iterator[None]:
+    """Call `stage` for an earlier phase, whose forward begins in the embedding and ends in the head."""
+    if has_stages:
         yield
         return
     draft, target = getattr(llm, "draft", None), llm.loaded.model
@@ -96,19 +96,19 @@ def hooked(llm: Any, says_it_itself: bool) -> Iterator[None]:
 
 
 def decodings(lab: Lab) -> dict[str, Decoding]:
-    """By phase, way and dtype. What is not installed, or has no draft, becomes a row with the reason."""
+    """Make one decoding per phase, kind and dtype. A phase that cannot run becomes a row with the reason."""
     found = {}
     for phase in range(1, OWN + 1):
         for dtype in ("float32", "bfloat16") if phase == OWN and not lab.options.quick else ("float32",):
-            for way in ("plain", "speculative") if phase > 1 else ("plain",):
-                name = f"phase {phase} {way}" + (" bfloat16" if dtype == "bfloat16" else "")
-                draft = {} if phase == 1 else {"draft": "none" if way == "plain" else lab.options.draft}
+            for kind in ("plain", "speculative") if phase > 1 else ("plain",):
+                name = f"phase {phase} {kind}" + (" bfloat16" if dtype == "bfloat16" else "")
+                draft = {} if phase == 1 else {"draft": "none" if kind == "plain" else lab.options.draft}
                 try:
                     if dtype == "bfloat16" and lab.no_bfloat16:
                         raise UserError(lab.no_bfloat16)
                     of = engine_of(phase)
                     llm = lab.llm(of, dtype=dtype, **draft)
-                    if llm is not None and way == "speculative" and not llm.draft:
+                    if llm is not None and kind == "speculative" and not llm.draft:
                         raise UserError(f"{lab.options.model} names no draft model; pass --draft")
                     found[name] = Decoding(of, llm)
                 except UserError as error:

@@ -1,7 +1,7 @@
-"""What smaller numbers cost: perplexity on held-out text, every way of storing the weights against float32.
+"""Measures quality: perplexity on held-out text of every storage format, against float32.
 
-All variants read the same documents, so what is compared is the difference document by document; its interval is far
-narrower than that of either perplexity. The calibrated methods see text of the training half alone.
+All variants read the same documents, and differences are compared document by document: their interval is far narrower
+than that of either perplexity. The calibrated methods use only text of the training half.
 
     python bench.py --only quality
     python bench.py --only quality --qat runs/qat/model
@@ -37,7 +37,7 @@ QUALITY = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One way to store the weights."""
+    """A storage format of the weights."""
 
     format: Format | None = None
     method: Method = "rtn"
@@ -47,7 +47,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Size:
-    """How much text."""
+    """The amount of text."""
 
     documents: int = 48
     tokens: int = 512  # of each document
@@ -86,23 +86,23 @@ def measure_quality(lab: Lab) -> None:
             if stored.dtype == torch.bfloat16 and lab.no_bfloat16:
                 lab.refuse("quality", {}, name, lab.no_bfloat16)
             else:
-                prepared = cache(partial(prepare, lab, stored, size))  # made when the first missing row asks for it
+                prepared = cache(partial(prepare, lab, stored, size))  # called for the first missing row
                 for document, text in texts.items():
                     lab.count("quality", {}, name, document, partial(score, prepared, text, size.tokens))
             show(name)
 
 
 def documents(lab: Lab, size: Size) -> Mapping[str, str]:
-    """The user's own prompts with their continuations, or held-out files in an order that their names do not decide."""
+    """Return the user's own prompts with their continuations, or held-out files in the order of their hashes."""
     if lab.options.own_prompts:
         return {prompt.id: prompt.text + prompt.continuation for prompt in lab.prompts()}
     files = sorted(read_corpus("heldout"), key=lambda file: fingerprint([file]))
-    long = [file for file in files if len(file.text) > 8 * size.tokens]  # so that all fill their tokens
+    long = [file for file in files if len(file.text) > 8 * size.tokens]  # long enough for size.tokens
     return {file.path: file.text for file in long[: size.documents]}
 
 
 def prepare(lab: Lab, stored: Stored, size: Size) -> tuple[engine.LoadedModel, dict[str, float]]:
-    """The model as it is stored, and what that takes."""
+    """Load the model in its storage format, and measure its size."""
     name, calibrated = stored.model or lab.options.model, 0
     if stored.format is None or stored.method == "rtn":
         loaded = engine.load(name, stored.dtype, lab.device, stored.format)
@@ -116,7 +116,7 @@ def prepare(lab: Lab, stored: Stored, size: Size) -> tuple[engine.LoadedModel, d
 
 @torch.inference_mode()
 def score(prepared: Callable[[], tuple[engine.LoadedModel, Mapping[str, float]]], text: str, limit: int) -> Outcome:
-    """Negative log likelihood of a document's first `limit` tokens."""
+    """Compute the negative log likelihood of a document's first `limit` tokens."""
     loaded, about = prepared()
     ids = [*loaded.tokenizer.eos_ids[:1], *loaded.tokenizer.encode(text)][: limit + 1]
     tokens = torch.tensor(ids, device=loaded.model.embedding.weight.device)

@@ -1,4 +1,4 @@
-"""What the sections of the bench share: options, llms, and one prompt decoded as a row keeps it.
+"""The parts shared by all sections of the bench: options, LLMs, and one prompt decoded to a row.
 
 llm = lab.llm(draft="none", dtype="bfloat16")
 lab.compare("speed", {}, {"bfloat16": partial(decode, llm)}, lab.prompts())
@@ -41,7 +41,7 @@ SettingName = Literal[
     "float32 with int8 draft",
 ]
 OWN = phase_of(__file__)
-GREEDY_PROMPTS = 12  # enough where every round gives the same text; samples vary more, and take --prompts
+GREEDY_PROMPTS = 12  # enough for greedy output, which is equal in every round; samples use --prompts
 
 
 class Options(BenchOptions):
@@ -54,22 +54,22 @@ class Options(BenchOptions):
     settings: list[SettingName] = Field(
         [], description="of `speed`; repeatable; none: all at temperature 0, the two dtypes above it"
     )
-    drafters: list[DrafterName] = Field(["model", "eagle"], description="what may draft in `speed`; repeatable")
-    k: list[Annotated[int, Field(ge=1)]] = Field(
-        [4], description="draft tokens, of which the best is taken; repeatable"
+    drafters: list[DrafterName] = Field(
+        ["model", "eagle"], description="drafters to choose from in `speed`; repeatable"
     )
+    k: list[Annotated[int, Field(ge=1)]] = Field([4], description="draft tokens to choose from; repeatable")
     draft: str = Field("auto", description="the draft model; auto: the model's own")
     qat: str | None = Field(None, description="folder of a checkpoint from common.models.train --qat, for `quality`")
 
 
 @dataclass(frozen=True)
 class Lab(Bench):
-    """A bench that makes llms of this phase and of earlier ones."""
+    """A bench that makes LLMs of this phase and of earlier ones."""
 
     options: Options
 
     def with_rounds(self, rounds: int) -> Self:
-        """The same bench with a fixed number of rounds, where the options name none."""
+        """Return this bench with a fixed number of rounds, unless the options name one."""
         wanted = self.options.round_limit or rounds
         return self.with_options(rounds=wanted)
 
@@ -79,7 +79,7 @@ class Lab(Bench):
 
     @cached_property
     def no_bfloat16(self) -> str | None:
-        """Why nothing is measured in bfloat16 here, if so: a processor without its instructions takes minutes."""
+        """The reason to skip bfloat16, or None: a CPU without its instructions would take minutes."""
         if torch.bfloat16 in self.with_rounds(3).dtypes():
             return None
         if self.options.dtype != "auto":
@@ -88,7 +88,7 @@ class Lab(Bench):
         return f"a matrix product takes {found['bfloat16'] / found['float32']:.1f} times as long as in float32 here"
 
     def llm(self, of: Any = engine, **wanted: Any) -> Any:
-        """A llm of a phase with options of its generate.py; None in a dry run. UserError for what cannot be had."""
+        """Make an LLM of a phase with options of its generate.py; None in a dry run. UserError if it cannot be made."""
         if self.options.dry_run:
             return None
         chosen = {
@@ -106,7 +106,7 @@ Measure = Callable[[Lab], None]
 
 
 def engine_of(number: int) -> ModuleType:
-    """The engine of a phase. UserError where it is not installed."""
+    """Import the engine of a phase. UserError if it is not installed."""
     if number == OWN:
         return engine
     try:
@@ -116,7 +116,7 @@ def engine_of(number: int) -> ModuleType:
 
 
 def decode(llm: Any, prompt: Prompt | None, round_: int) -> Outcome:
-    """One prompt, decoded; every round has its own seed."""
+    """Decode one prompt; every round has its own seed."""
     assert prompt is not None
     llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
     began = time.perf_counter()

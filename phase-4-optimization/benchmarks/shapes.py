@@ -1,9 +1,9 @@
-"""Plain decoding at the shapes of GPT-2 XL and Llama 3.1 8B, with random weights made on the device: speed alone.
+"""Measures the speed of plain decoding at the shapes of GPT-2 XL and Llama 3.1 8B, with random weights.
 
-A step without a cache is one forward over the whole sequence, so tokens/s falls with the length; at short lengths the
-time is that of reading the weights (GB/s), at long ones that of the arithmetic (GFLOP/s). Every variant takes turns
-with bfloat16. Quantised matrices are written out anew for every product, in plain torch: they are the reference for
-kernels to come, and slower. A processor would take hours, so there every variant is left out.
+A step without a cache is one forward over the whole sequence, so tokens/s decrease with the length. Short sequences are
+bound by reading the weights (GB/s), long ones by arithmetic (GFLOP/s). Runs of every variant alternate with bfloat16.
+Quantised matrices are dequantised for every product, in plain torch: slower, and the reference for later kernels. A CPU
+would take hours, so every variant is skipped there.
 
     python bench.py --only shapes --device cuda
 """
@@ -85,14 +85,14 @@ VARIANTS = ("float32", "float16", "amp", *QUANTISED)
 def measure_shapes(lab: Bench) -> None:
     for name, config in CONFIGS.items():
         if lab.device.type == "cpu" and not lab.options.dry_run:
-            lab.refuse("shapes", {"shape": name}, BASE, "models of this size need a graphics card: --device cuda")
+            lab.refuse("shapes", {"shape": name}, BASE, "models of this size need a GPU: --device cuda")
         else:
             measure_shape(lab, name, config, LENGTHS[:2] if lab.options.quick else LENGTHS)
 
 
 def measure_shape(lab: Bench, name: str, config: ModelConfig, lengths: tuple[int, ...]) -> None:
-    """Each variant beside bfloat16: two models are on the device at a time."""
-    base = cache(partial(variant_of, BASE, config, lab.device))  # made when it runs first
+    """Measure each variant against bfloat16, with two models on the device at a time."""
+    base = cache(partial(variant_of, BASE, config, lab.device))  # made at the first run
     for variant in VARIANTS:
         if reason := cannot_run(lab, config, variant, bool(base.cache_info().currsize)):
             lab.refuse("shapes", {"shape": name, "beside": variant}, variant, reason)
@@ -110,8 +110,8 @@ def measure_shape(lab: Bench, name: str, config: ModelConfig, lengths: tuple[int
 
 
 def forward(model: Callable[[], Transformer], config: ModelConfig, variant: str, length: int) -> Variant:
-    """The step after `length` tokens, with its operations and the bytes of weights that it must read."""
-    head = 2 * config.width * config.vocab_size if variant in QUANTISED else 0  # stays in bfloat16
+    """Make the step after `length` tokens, with its operations and the bytes of weights that it reads."""
+    head = 2 * config.width * config.vocab_size if variant in QUANTISED else 0  # in bfloat16
     read = weight_bytes(dataclasses.replace(config, vocab_size=0) if head else config, stored_bits(variant) / 8) + head
     figures = {"gb": read / 1e9, "gflop": forward_flops(config, length) / 1e9}
     tokens = torch.arange(length)[None] % config.vocab_size
@@ -124,12 +124,12 @@ def forward(model: Callable[[], Transformer], config: ModelConfig, variant: str,
 
 
 def stored_bits(variant: str) -> float:
-    """Per weight of a linear layer, with its share of the scales."""
+    """Return the bits per weight of a linear layer, with its share of the scales."""
     return {"float32": 32, "amp": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4 + 16 / 64}[variant]
 
 
 def cannot_run(lab: Bench, config: ModelConfig, variant: str, has_base: bool = False) -> str | None:
-    """Why this device has no figures for a variant, if so: a dtype it lacks, or memory, which two models share."""
+    """Return the reason to skip a variant, or None: an unsupported dtype, or too little memory for two models."""
     if lab.options.dry_run:
         return None
     try:
@@ -156,7 +156,7 @@ def variant_of(variant: str, config: ModelConfig, device: torch.device) -> Trans
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """Weights of a plausible size, made where they are used: nothing is loaded, and nothing passes through the host."""
+    """Make a model with random weights of a plausible size directly on the device."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to(dtype).to_empty(device=device)
@@ -174,14 +174,14 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 @torch.inference_mode()
 def step(model: Transformer, tokens: Tensor, amp: bool = False) -> Tensor:
-    """The logits of the next token, as plain decoding computes them."""
+    """Compute the logits of the next token as plain decoding does."""
     last = torch.tensor([[tokens.shape[1] - 1]], device=tokens.device)
     with computing(amp, tokens.device):
         return model.logits(model.hidden(tokens, wanted=last)[:, 0])
 
 
 def attention(lab: Bench, name: str, config: ModelConfig, length: int) -> None:
-    """The mix of one layer, in bfloat16: as phases 1 to 3 write it out, and as one fused operation."""
+    """Measure attention of one layer in bfloat16: as separate operations, as in phases 1 to 3, and as one kernel."""
 
     @cache
     def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""The same loop, with its numbers stored and its operations run in other ways, against phase 3: plain and drafted.
+"""Measures number formats and execution settings against phase 3, plain and drafted.
 
-What drafts best is chosen by time on prompts of the `calibrate` half, for every setting anew, because a setting changes
-what a draft token and a verified one cost; it is then measured on the `test` half.
+The fastest drafter is chosen on prompts of the `calibrate` half, for every setting, because a setting changes the costs
+of drafting and of verifying. It is then measured on the `test` half.
 
     python bench.py --only speed --settings float32 --settings int8 --temperatures 0
 """
@@ -46,15 +46,15 @@ SETTINGS: dict[SettingName, dict[str, Any]] = {
     "float32 with int8 draft": {"draft_quant": "int8"},
 }
 QUICK: tuple[SettingName, ...] = ("float32", "int8")
-SAMPLED: tuple[SettingName, ...] = ("float32", "bfloat16")  # above temperature 0, where many prompts are needed
-SAME = {"float32", "float32 compiled", "float32 with int8 draft"}  # must write the tokens of phase 3
-CHOOSING = 4  # prompts that a way to draft is chosen on
+SAMPLED: tuple[SettingName, ...] = ("float32", "bfloat16")  # above temperature 0, which needs many prompts
+SAME = {"float32", "float32 compiled", "float32 with int8 draft"}  # must give the tokens of phase 3
+CHOOSING = 4  # prompts for the choice of a drafter
 PREVIOUS = f"phase {OWN - 1}"
 
 
 @dataclass
 class Run:
-    """A llm that decodes, and what its rows say besides."""
+    """An LLM that decodes, with additional figures of its rows."""
 
     llm: Any  # of any phase; None in a dry run
     greedy: bool
@@ -75,31 +75,31 @@ class Run:
         return replace(outcome, figures=figures)
 
     def of(self, prompt: Prompt) -> list[int]:
-        """The greedy tokens after a prompt, decoded now where this run's turn has not come yet."""
+        """Return the greedy tokens after a prompt, and decode them if this run has not done so yet."""
         if prompt.id not in self.tokens:
             self(prompt, 0)
         return self.tokens[prompt.id]
 
 
 def agreed(mine: list[int], others: list[int]) -> int:
-    """How many tokens come before the first that differs."""
+    """Count the tokens before the first difference."""
     return next(
         (at for at, (a, b) in enumerate(zip(mine, others, strict=False)) if a != b), min(len(mine), len(others))
     )
 
 
 def weights_mib(model: torch.nn.Module) -> float:
-    """What parameters, buffers and packed matrices take, each storage once."""
+    """Sum the sizes of parameters, buffers and packed matrices, each storage once."""
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     packed = sum(sum(m.weight_bytes) for m in model.modules() if isinstance(m, PackedLinear))
     return (sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + packed) / 2**20
 
 
 def choices(lab: Lab, setting: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The ways to draft: a chain for every drafter and k, and EAGLE's tree."""
+    """List the drafting options: a chain for every drafter and k, and EAGLE's tree."""
     found: dict[str, dict[str, Any]] = {}
     for drafter in lab.options.drafters[:1] if lab.options.quick else lab.options.drafters:
-        if "draft_quant" in setting and drafter != "model":  # what it changes is the draft model
+        if "draft_quant" in setting and drafter != "model":  # only the draft model is quantised
             continue
         own = {"drafter": drafter} | ({"draft": lab.options.draft} if drafter == "model" else {})
         found |= {f"{drafter} chain {k}": {**own, "k": k} for k in lab.options.k}
@@ -109,7 +109,7 @@ def choices(lab: Lab, setting: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def best(lab: Lab, of: Any, name: str, setting: Mapping[str, Any], temperature: float) -> tuple[str, Any]:
-    """The fastest way to draft, on the calibrate half, with its llm. UserError where nothing can draft."""
+    """Choose the fastest drafting options on the calibrate half, with their LLM. UserError if no drafter can run."""
     cell: dict[str, Scalar] = {"temperature": temperature, "setting": name}
     found: dict[str, Any] = {}
     for how, choice in choices(lab, setting).items():
@@ -135,7 +135,7 @@ def best(lab: Lab, of: Any, name: str, setting: Mapping[str, Any], temperature: 
 
 
 def plain_of(llm: Any) -> Any:
-    """The same loaded models, decoding without a draft."""
+    """Return an LLM with the same loaded models that decodes without a draft."""
     plain = copy.copy(llm)
     if llm is not None:
         plain.options = llm.options.model_copy(update={"draft": "none"})
@@ -149,7 +149,7 @@ def measure_speed(lab: Lab) -> None:
 
 
 def measure_temperature(lab: Lab, temperature: float) -> None:
-    """All settings in turns with phase 3's two ways to decode."""
+    """Time all settings, in turn with phase 3's plain and drafted decoding."""
     cell, greedy = {"temperature": temperature}, temperature == 0
     names = lab.options.settings or (QUICK if lab.options.quick else tuple(SETTINGS) if greedy else SAMPLED)
     settings: dict[str, tuple[int, dict[str, Any]]] = {PREVIOUS: (OWN - 1, {})}
@@ -170,7 +170,7 @@ def measure_temperature(lab: Lab, temperature: float) -> None:
 def llms(
     lab: Lab, phase: int, name: str, setting: Mapping[str, Any], temperature: float
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """How a setting decodes, `plain` and `drafted`: a llm, and what its rows say besides. A refusal is a row."""
+    """Make the LLMs of a setting, `plain` and `drafted`, with additional figures of their rows. A refusal is a row."""
     cell, found = {"temperature": temperature}, dict[str, tuple[Any, dict[str, Any]]]()
     if ("amp" in setting or setting.get("dtype") == "bfloat16") and lab.no_bfloat16:
         lab.refuse("speed", cell, name, lab.no_bfloat16)
@@ -180,7 +180,7 @@ def llms(
         found["drafted"] = drafted, {"drafter": how}
     except UserError as error:
         lab.refuse("speed", cell, f"{name} drafted", str(error))
-    if "draft_quant" in setting:  # plain decoding is that of another setting
+    if "draft_quant" in setting:  # plain decoding equals another setting's
         return found
     try:
         same = {"temperature": temperature, **setting, "draft": "none"}

@@ -1,6 +1,6 @@
-"""Tokenising 10,000 prompts, many of which come again: one by one or together, looked up or not.
+"""Measures tokenising 10,000 prompts, many of them repeated: one by one or in batches, with or without the cache.
 
-Texts that come for the first time and texts that were there before are timed apart, then all in their order.
+New texts and repeated texts are timed separately, then all in their order.
 
     python bench.py --only tokens
 """
@@ -30,13 +30,13 @@ TOKENS = {
     "tokenizer_limit": "hit_share: share of all texts, in their order, that are found in a store of so many KiB",
 }
 TEXTS = 10_000
-TOGETHER = 64  # texts that a batch holds
-ROUNDS = 5  # no prompts vary here: the least that give an interval
+TOGETHER = 64  # texts in a batch
+ROUNDS = 5  # the least that give an interval
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 def draw(sources: list[Prompt], count: int, seed: int) -> list[str]:
-    """Texts as a service might see them: few come often, many come once (Zipf's law, with exponent 1)."""
+    """Draw texts as a service might see them: few often, many once (Zipf's law, with exponent 1)."""
     lines = [prompt.text.splitlines(keepends=True) for prompt in sources]
     texts = list(dict.fromkeys("".join(each[at:]) for each in lines for at in range(len(each))))
     generator = np.random.default_rng(seed)
@@ -63,26 +63,28 @@ def measure_tokens(lab: Lab) -> None:
     sources = lab.options.own_prompts or lab.options.load_prompts("calibrate") + lab.options.load_prompts("test")
     every = draw(sources, TEXTS // 10 if lab.options.quick else TEXTS, lab.options.seed)
     first = list(dict.fromkeys(every))
-    places = {text: at for at, text in reversed(list(enumerate(every)))}  # where each comes first
-    repeated = [text for at, text in enumerate(every) if places[text] < at]
+    first_at = {text: at for at, text in reversed(list(enumerate(every)))}
+    repeated = [text for at, text in enumerate(every) if first_at[text] < at]
     measure_part(lab, tokenizer, "first seen", first)
-    measure_part(lab, tokenizer, "repeated", repeated, known=first)
+    measure_part(lab, tokenizer, "repeated", repeated, cached_before=first)
     measure_part(lab, tokenizer, "all", every)
     for kib in (64, 256, 1024, 4096):
         lab.count("tokenizer_limit", {}, f"{kib} KiB", None, partial(looked_up, tokenizer, kib, every))
 
 
-def measure_part(lab: Lab, tokenizer: Tokenizer, part: str, texts: list[str], known: list[str] | None = None) -> None:
-    """With `known` in the store beforehand, or with a new, empty store in every round."""
+def measure_part(
+    lab: Lab, tokenizer: Tokenizer, part: str, texts: list[str], cached_before: list[str] | None = None
+) -> None:
+    """Time with a cache that holds `cached_before`, or with a new, empty cache in every round."""
     full = TokenizerCache(tokenizer)
-    full.encode(known or [])
+    full.encode(cached_before or [])
     plain, batch = (
         one_by_one(lambda texts: [tokenizer.encode(text) for text in texts]),
         together(tokenizer.encode_batch),
     )
 
     def cached(how: Callable[[Encode], Encode]) -> Encode:
-        return lambda texts: how((full if known else TokenizerCache(tokenizer)).encode)(texts)
+        return lambda texts: how((full if cached_before else TokenizerCache(tokenizer)).encode)(texts)
 
     def timed(encode: Encode, prompt: Prompt | None, round_: int) -> Outcome:
         began = time.perf_counter()
@@ -90,14 +92,14 @@ def measure_part(lab: Lab, tokenizer: Tokenizer, part: str, texts: list[str], kn
         seconds = time.perf_counter() - began
         return Outcome(len(texts), output=list(chain(*ids)), seconds=seconds)
 
-    ways = {"one by one": plain, "together": batch}
-    ways |= {"cached one by one": cached(one_by_one), "cached together": cached(together)}
-    runs = {name: partial(timed, encode) for name, encode in ways.items()}
+    encoders = {"one by one": plain, "together": batch}
+    encoders |= {"cached one by one": cached(one_by_one), "cached together": cached(together)}
+    runs = {name: partial(timed, encode) for name, encode in encoders.items()}
     lab.with_rounds(ROUNDS).compare("tokenizer", {"part": part}, runs, exact=list(runs)[1:])
 
 
 def looked_up(tokenizer: Tokenizer, kib: int, texts: list[str]) -> Outcome:
-    """How many texts a store of a limited size knows when their turn comes."""
+    """Count the hits of a cache of limited size."""
     cache = TokenizerCache(tokenizer, kib * 1024)
     one_by_one(cache.encode)(texts)
     found = cache.stats

@@ -76,7 +76,7 @@ def test_a_processor_walks_the_grid_only_dry(shapes: ModuleType) -> None:
     assert all(row.synthetic for row in rows)
     refused = run(shapes, lab())
     assert [row.status for row in refused] == ["refused"] * len(shapes.CONFIGS)
-    assert all("graphics card" in str(row.reason) for row in refused)
+    assert all("need a GPU" in str(row.reason) for row in refused)
 
 
 def test_forwards_are_rows_with_their_work(shapes: ModuleType) -> None:
