@@ -1,6 +1,6 @@
-"""The tools of the proof: a walker that visits every outcome of a loop, and models small enough for that.
+"""The tools of the proof: a walker that enumerates every outcome of a loop, and models small enough for that.
 
-`Proof(engine)` holds them for one phase's engine package; a later phase makes its own from here.
+`Proof(engine)` holds them for one phase's engine package; later phases make their own from it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from common.philox import Purpose
 from tests.support.mutants import mutated
 
 Law = dict[Any, float]
-SLIVER = 1e-15  # a branch this narrow is rounding
+SLIVER = 1e-15  # a narrower branch is a rounding error
 
 
 class TableModel(nn.Module):
     """A language model whose next-token logits depend on the last token alone: a table [V, V].
 
-    Its hidden state is that token as a one-hot vector, and the table is its head. So a state may also be a mixture, as
-    the drafter that extrapolates states wants it.
+    Its hidden state is that token as a one-hot vector, and the table is its head. So states can be extrapolated, as one
+    drafter does.
     """
 
     def __init__(self, config: Any, embedding: nn.Module, table: Tensor) -> None:
         super().__init__()
         self.config, self.table = config, table
-        self.embedding = embedding  # loops ask it for device and dtype
+        self.embedding = embedding  # loops read device and dtype from it
 
     def states(
         self,
@@ -58,42 +58,41 @@ class TableModel(nn.Module):
 
 
 class Walker:
-    """Stands in for the random numbers of a loop, and takes every way through it in turn.
+    """Replaces the random numbers of a loop, and enumerates all its outcomes.
 
-    Numbers that share a key (sample, position, purpose, trial) are one uniform number, as they are with keyed noise:
-    what an earlier use has told about it (an interval) holds for a later one. A draw reads it through the inverse
-    distribution function, a decision through a comparison. So a drafter that draws with the noise of plain sampling is
-    coupled to it.
+    Numbers with the same key (sample, position, purpose, trial) are one uniform number, as with keyed noise: an
+    interval from an earlier use holds for a later one. A draw uses the inverse distribution function, a decision a
+    comparison. So a drafter that draws with the noise of plain sampling is coupled to it.
     """
 
     def __init__(self) -> None:
         self._script: list[int] = []
-        self._taken: list[tuple[int, int]] = []
-        self._known: dict[tuple[int, ...], tuple[float, float]] = {}
+        self._choices: list[tuple[int, int]] = []
+        self._intervals: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def law(self, run: Callable[[Walker], Any]) -> Law:
-        """The probability of every result of `run`."""
+        """Return the probability of every result of `run`."""
         law: Law = defaultdict(float)
         while True:
-            self._taken, self._known, self.weight = [], {}, 1.0
+            self._choices, self._intervals, self.weight = [], {}, 1.0
             result = run(self)
             law[result] += self.weight
-            while self._taken and self._taken[-1][0] == self._taken[-1][1] - 1:
-                self._taken.pop()
-            if not self._taken:
+            while self._choices and self._choices[-1][0] == self._choices[-1][1] - 1:
+                self._choices.pop()
+            if not self._choices:
                 return dict(law)
-            self._script = [choice for choice, _ in self._taken[:-1]] + [self._taken[-1][0] + 1]
+            self._script = [choice for choice, _ in self._choices[:-1]] + [self._choices[-1][0] + 1]
 
     def _branch(self, weights: list[float]) -> int:
-        at = len(self._taken)
+        at = len(self._choices)
         choice = self._script[at] if at < len(self._script) else 0
-        self._taken.append((choice, len(weights)))
+        self._choices.append((choice, len(weights)))
         self.weight *= weights[choice]
         return choice
 
     def _pick(self, weights: list[float], *key: int) -> int:
-        """Which of the cells with these weights, laid side by side, the uniform number of this key falls into."""
-        low, high = self._known.get(key, (0.0, 1.0))
+        """Choose the part of [0, 1), divided by the weights, that contains the uniform number of this key."""
+        low, high = self._intervals.get(key, (0.0, 1.0))
         cells, edge, total = [], 0.0, sum(weights)
         for index, weight in enumerate(weights):
             left, edge = edge, edge + weight / total
@@ -101,14 +100,14 @@ class Walker:
             if end - begin > SLIVER:
                 cells.append((index, begin, end))
         index, begin, end = cells[self._branch([(end - begin) / (high - low) for _, begin, end in cells])]
-        self._known[key] = begin, end
+        self._intervals[key] = begin, end
         return index
 
     def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         return self.draw_several(probs, 1, samples, positions, purpose)[:, 0]
 
     def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """Without replacement: each draw from what the ones before it have left, with a uniform number of its own."""
+        """Draw without replacement, each with a uniform number of its own."""
         rows = []
         for row, sample, position in zip(probs.tolist(), samples.tolist(), positions.tolist(), strict=True):
             tokens: list[int] = []
@@ -137,16 +136,16 @@ def total_variation(a: Law, b: Law) -> float:
 
 @dataclass
 class Favourite:
-    """A drafter of certain guesses: after token t always t + 1."""
+    """A drafter without distributions: after token t always t + 1."""
 
-    size: int  # of the vocabulary
+    size: int  # vocabulary size
     engine: Any
     taps = None
 
     def propose(self, sequences: list[Any], widths: list[int], stop: Any = None) -> Any:
         rows = [
             [((s.prompt + s.tokens)[-1] + 1 + i) % self.size for i in range(max(widths))] for s in sequences
-        ]  # beyond its own width a row is padding, which nobody may read
+        ]  # padding beyond a row's width must never be read
         return self.engine.Draft(torch.tensor(rows, dtype=torch.long).view(len(rows), max(widths)), None, widths)
 
     def known(self, sequence: Any) -> int:
@@ -157,7 +156,7 @@ class Favourite:
 
 @dataclass
 class Replay:
-    """A controller that asks for the given numbers of tokens, one after the other, whatever happens."""
+    """A controller that returns the given K one after the other."""
 
     ks: list[int]
     step: int = -1
@@ -188,14 +187,14 @@ class Proof:
     def tables(
         self, size: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0, context: int = 64
     ) -> tuple[TableModel, TableModel]:
-        """A target and a draft that agree somewhat."""
+        """Make a target and a draft with similar distributions."""
         generator = torch.Generator().manual_seed(seed)
         target = torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
         draft = target + torch.randn(size, size, generator=generator, dtype=torch.float64) * scale
         return self.table_model(target.to(dtype), context), self.table_model(draft.to(dtype), context)
 
     def layered(self, windows: tuple[int | None, ...], seed: int) -> Any:
-        """A small Transformer over three tokens whose layers have these windows; the weights depend on the seed."""
+        """Make a small Transformer over three tokens whose layers have these windows, with seeded weights."""
         config = self.engine.ModelConfig(
             family="mistral", vocab_size=3, layers=len(windows), width=8, heads=2, kv_heads=1, head_dim=4, ffn_width=8,
             context=64, norm="rms", norm_eps=1e-5, positions="rope", activation="silu", gated=True, windows=windows,
@@ -207,7 +206,7 @@ class Proof:
         return model
 
     def plain_law(self, target: Any, params: Any, prompt: list[int], ending: Any = None) -> Law:
-        """The distribution of plain decoding's output."""
+        """Compute the distribution of plain decoding's output."""
 
         def run(walker: Walker) -> tuple[int, ...]:
             return tuple(self.engine.generate(target, [prompt], params, ending, sampler=walker)[0].tokens)
@@ -225,10 +224,10 @@ class Proof:
         ending: Any = None,
         loop: Any = None,
     ) -> Law:
-        """The probability of every (tokens, drafted by step, accepted by step) of speculative decoding.
+        """Compute the probability of every (tokens, drafted by step, accepted by step) of speculative decoding.
 
-        `drafter` is given the random numbers and the purpose that the policy wants it to draw with. `loop` may be a
-        mutant of speculative.py.
+        `drafter` is called with the random numbers and the purpose of the policy's draft noise. `loop` may be a mutant
+        of speculative.py.
         """
 
         def run(walker: Walker) -> tuple[tuple[int, ...], ...]:
@@ -241,21 +240,21 @@ class Proof:
         return Walker().law(run)
 
     def law(self, *arguments: Any, **named: Any) -> Law:
-        """The distribution of speculative decoding's output; arguments as for histories()."""
+        """Compute the distribution of speculative decoding's output; arguments as for histories()."""
         law: Law = defaultdict(float)
         for (tokens, _, _), weight in self.histories(*arguments, **named).items():
             law[tokens] += weight
         return dict(law)
 
     def model_drafter(self, draft: TableModel, params: Any, parts: Any = None) -> Callable[[Walker, Purpose], Any]:
-        """What makes a ModelDrafter; `parts` may be a mutant of drafters/model.py."""
+        """Return a factory of ModelDrafter; `parts` may be a mutant of drafters/model.py."""
         return lambda walker, noise: (parts or self.engine).ModelDrafter(draft, params, walker, noise)
 
     def favourite(self, size: int) -> Callable[[Walker, Purpose], Any]:
         return lambda walker, noise: Favourite(size, self.engine)
 
     def mutated(self, name: str, *changes: tuple[str, str], **names: Any) -> types.ModuleType:
-        """A module of the engine with pieces of its source replaced, and then some of its names."""
+        """Load a module of the engine with pieces of its source replaced, then some of its names."""
         return mutated(sys.modules[f"{self.engine.__name__}.{name}"], *changes, **names)
 
     Walker = Walker
@@ -265,5 +264,5 @@ class Proof:
 
 @pytest.fixture(scope="session")
 def proof() -> Proof:
-    """The tools above, for test files (which cannot import this one)."""
+    """Provide the tools above to test files, which cannot import this file."""
     return Proof(phase3)

@@ -1,4 +1,4 @@
-"""bench.py: its grid, its refusals, and the two numbers that it computes instead of sampling them."""
+"""bench.py: its grid, its refusals, and its two exact distances."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def variants(lines: list[dict[str, Any]], **cell: Any) -> set[str]:
 
 @pytest.fixture
 def part(bench_part: Callable[[int, str], ModuleType]) -> Callable[[str], ModuleType]:
-    """`part("distance")` imports that file of benchmarks/."""
+    """Import a file of benchmarks/, as in `part("distance")`."""
     return lambda name: bench_part(3, name)
 
 
@@ -78,7 +78,7 @@ def test_a_dry_run_walks_the_whole_grid_and_goes_on_where_it_ended(tmp_path: Pat
                 found[drafter].add(shape)
             assert found["model"] == CHAINS | TREES | longest
             assert found["ngram"] == found["extrapolate"] == CHAINS | longest
-            assert found["medusa"] == CHAINS | TREES  # it has four heads
+            assert found["medusa"] == CHAINS | TREES  # there are four heads
     tried = variants(tables["controllers"], draft="own", temperature=1.0)
     assert tried == {"plain", "plain, again", "best fixed K", "adaptive", "confidence", "cost"}
     assert variants(tables["choice"], temperature=1.0) >= {f"model chain {k}" for k in (2, 4, 6, 8)}
@@ -151,7 +151,7 @@ def test_what_must_repeat_plain_decoding(part: Any) -> None:
 
 
 def test_the_law_of_a_steps_first_token_is_the_loops(part: Any) -> None:
-    """The formula that is used on real contexts, against a walk through all outcomes of the loop."""
+    """The formula for real contexts equals the enumeration of all outcomes of the loop."""
     distance = part("distance")
     engine = sys.modules["engine"]
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_the_law_of_a_steps_first_token_is_the_loops(part: Any) -> None:
         law = distance.emitted_law(probs[0], probs[1], policy.good(probs[1]))
         assert [walked[token,] for token in range(4)] == pytest.approx(law.tolist(), abs=1e-12)
         assert math.isclose(sum(walked.values()), 1)
-        assert (law - probs[1]).abs().sum() > 0.05  # it is a lossy one
+        assert (law - probs[1]).abs().sum() > 0.05  # a lossy policy
 
 
 def test_a_policy_that_lets_nothing_stand_has_no_distance(part: Any) -> None:
@@ -208,7 +208,7 @@ def test_calibration_is_what_the_session_reads(tmp_path: Path, part: Any) -> Non
     table = json.loads((folder / "tree_acceptance.json").read_text())["model"]
     assert [len(row) for row in table] == [8] * 6
     assert all(0 < value < 1 for row in table for value in row)
-    assert table[0][0] > 0.3 > table[0][7]  # the first guess stands often, the eighth hardly ever
+    assert table[0][0] > 0.3 > table[0][7]  # the first token is accepted often, the eighth rarely
     part("runs")
     engine = sys.modules["engine"]
     assert engine.LLM(engine.Options(model=str(folder), draft="stdlib-1m")).tree_acceptance() == table

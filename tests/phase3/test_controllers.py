@@ -1,4 +1,4 @@
-"""K controllers: known acceptances give known Ks; the cost controller against brute force in worlds made for it."""
+"""K controllers: given acceptances give expected Ks; the cost controller against brute force on simulated costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phase3.controllers import CostModel
 
 
 def seen(k: int, accepted: int, length: int = 100, draft_ms: float = 1.0, verify_ms: float = 10.0) -> StepStats:
-    """A step that asked for k tokens, all drafted."""
+    """Make the stats of a step with k draft tokens."""
     return StepStats(
         k=k, proposed=k, depth=k, accepted=accepted, emitted=accepted + 1, length=length, draft_ms=draft_ms * k,
         verify_ms=verify_ms, accept_ms=0.0,
@@ -27,7 +27,7 @@ def seen(k: int, accepted: int, length: int = 100, draft_ms: float = 1.0, verify
 
 
 def trajectory(controller: Any, accepted: Iterable[int]) -> list[int]:
-    """The K of each step, if of its draft tokens at most so many stand."""
+    """Return the K of each step if at most the given numbers of draft tokens are accepted."""
     ks = []
     for most in accepted:
         ks.append(controller.next_k())
@@ -40,7 +40,7 @@ def trajectory(controller: Any, accepted: Iterable[int]) -> list[int]:
     [
         (4, [9, 9, 9, 9, 9, 9], [4, 5, 6, 6, 6, 6, 6]),  # up to the bound
         (4, [0, 0, 0, 0], [4, 3, 2, 2, 2]),  # down to the bound
-        (4, [2, 2, 2], [4, 4, 4, 4]),  # exactly the target rate changes nothing
+        (4, [2, 2, 2], [4, 4, 4, 4]),  # the exact target rate changes nothing
         (9, [9], [6, 6]),  # a start beyond the bounds is clipped
         (1, [9], [2, 3]),
     ],
@@ -50,12 +50,12 @@ def test_adaptive(start: int, accepted: list[int], expected: list[int]) -> None:
 
 
 def test_adaptive_looks_at_a_window_of_steps() -> None:
-    """Shares of the last two steps, by hand: 3/3, 3/7, 0/8, 0/7, 2/6, 5/6."""
+    """Acceptance in the last two steps, by hand: 3/3, 3/7, 0/8, 0/7, 2/6, 5/6."""
     controller = AdaptiveController(3, Bounds(1, 8), 0.5, window=2)
     assert trajectory(controller, [3, 0, 0, 0, 9, 9]) == [3, 4, 3, 2, 1, 1, 2]
     assert trajectory(AdaptiveController(2, Bounds(1, 8), 0.5, step=3), [9, 9, 0]) == [2, 5, 8, 5]
     before = controller.next_k()
-    controller.observe(seen(0, 0))  # a step without a draft tells nothing
+    controller.observe(seen(0, 0))  # a step without a draft is ignored
     assert controller.next_k() == before
 
 
@@ -93,7 +93,7 @@ def test_wrong_values_are_named() -> None:
             make()
 
 
-# The cost controller, in worlds where everything about costs and chances is known.
+# The cost controller, with simulated costs and acceptance.
 
 
 def run(
@@ -104,10 +104,10 @@ def run(
     cold: float = 1.0,
     seed: int = 0,
 ) -> tuple[float, list[int]]:
-    """Tokens per millisecond, and the Ks. A target forward costs 3 ms and 0.07 ms per position, all with some noise.
+    """Return tokens per millisecond, and the Ks. A target forward costs 3 ms plus 0.07 ms per position, with noise.
 
-    chances(n)[i] is the chance of draft token i after n tokens, the last for all beyond; the first draft is `cold`
-    times as slow.
+    chances(n)[i] is the acceptance of draft token i after n tokens, the last also for later tokens; the first draft is
+    `cold` times as slow.
     """
     generator = random.Random(seed)
 
@@ -151,7 +151,7 @@ WORLDS: dict[str, tuple[Any, int, dict[str, float]]] = {
 
 @pytest.mark.parametrize("name", list(WORLDS))
 def test_cost_comes_close_to_the_best_fixed_k(name: str) -> None:
-    """Within 5% of it, though it begins without knowing anything; 0 is a K too."""
+    """It comes within 5% of the best K, from a start without measurements; K may be 0."""
     chances, tokens, settings = WORLDS[name]
     fixed = [speed(partial(FixedController, k), chances, tokens, **settings) for k in range(9)]
     assert speed(cost, chances, tokens, **settings) > 0.95 * max(fixed)
@@ -165,7 +165,7 @@ def test_cost_loses_next_to_nothing_where_every_draft_fails() -> None:
 
 @pytest.mark.parametrize(("draft_ms", "chance"), [(0.2, 1.0), (1.0, 0.75), (3.0, 0.75), (1.0, 0.4), (9.0, 0.5)])
 def test_cost_chooses_the_brute_force_maximum(draft_ms: float, chance: float) -> None:
-    """After many steps of exact times and of shares that hold exactly in every stretch of steps."""
+    """After many steps with exact times, and acceptance shares that are exact in every run of steps."""
     controller = CostController(Bounds(1, 8), decay=1.0, overhead=0)
     for step in range(4000):
         accepted = next((i for i in range(8) if (step * (i + 1) * 0.618) % 1 >= chance), 8)
@@ -181,7 +181,7 @@ def test_cost_chooses_the_brute_force_maximum(draft_ms: float, chance: float) ->
 
 
 def test_cost_knows_from_the_text_before_what_things_cost() -> None:
-    """Times are shared, what stood is not: the second text's first draft is short, its second already the best."""
+    """Times are shared, acceptance is not: the second sequence's first draft is short, its second has the best K."""
     costs = CostModel()
     first, second = (CostController(Bounds(1, 8), costs=costs) for _ in range(2))
     trajectory(first, [3, 4, 8, 8, 8, 8])
@@ -200,7 +200,7 @@ def test_cost_declines_and_looks_again_later_and_later() -> None:
 
 @pytest.mark.parametrize("begins", [100, 1000])
 def test_cost_recovers_when_drafts_stand_again(begins: int) -> None:
-    """What it knew has little weight by then: after a look that succeeds it drafts in earnest within a few steps."""
+    """Old observations have little weight by then: after one accepted test draft, K grows within a few steps."""
     _, ks = run(cost(), lambda n: [0.0 if n < begins else 0.9], 3 * begins)
     back = next(i for i, k in enumerate(ks) if i >= begins and k == 1)
     assert any(k >= 4 for k in ks[back : back + 16])
@@ -213,7 +213,7 @@ def test_cost_recovers_when_drafts_stand_again(begins: int) -> None:
 @pytest.mark.parametrize("name", ["adaptive", "confidence"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_of_a_batch_choose_as_they_would_alone(name: Any, temperature: float) -> None:
-    """The state is per sequence: the same tokens, and the same K at every step of each row."""
+    """Controllers are per sequence: each row has the same tokens and the same K in every step as alone."""
     model, draft = phase3.FakeModel(40, 256), phase3.FakeModel(40, 256, agreement=0.7)
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=40, seed=3)
 

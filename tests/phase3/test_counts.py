@@ -1,4 +1,4 @@
-"""Honest counts: one target forward a step, and draft tokens past the end of the text count as nothing."""
+"""Counts: one target forward per step, and draft tokens past the end of the text are not counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import phase3
 
 
 class Counted(phase3.FakeModel):
-    """Counts forwards, and the positions whose logits were asked for."""
+    """Counts forwards, and the positions whose logits were computed."""
 
     forwards = 0
     asked = 0
@@ -25,7 +25,7 @@ class Counted(phase3.FakeModel):
 
 
 def speculate(model: Any, draft: Any, params: Any, policy: str, controller: Any, ending: Any = None) -> tuple[Any, Any]:
-    """The sequence after a prompt of one token, and the stats of its steps."""
+    """Decode after a prompt of one token; return the sequence and the stats of its steps."""
     rule = phase3.make_policy(policy)  # type: ignore[arg-type]
     source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
     drafter = phase3.ModelDrafter(draft, params, source, rule.draft_noise)
@@ -60,7 +60,7 @@ def test_counts_add_up(temperature: float) -> None:
 
 
 def test_draft_tokens_past_the_end_are_not_counted() -> None:
-    """A draft that always agrees, cut by the end of the text in the middle of a block."""
+    """A draft that is always accepted is cut by the end of the text in the middle of a block."""
     model, draft = phase3.FakeModel(40, 256), phase3.FakeModel(40, 256, 1.0)
     free = phase3.generate(model, [[1]], phase3.SamplingParams(max_new_tokens=12))[0].tokens
     ends_at = next(i for i in range(5, 9) if free.index(free[i]) == i)  # inside the second block of five

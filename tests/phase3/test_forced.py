@@ -1,4 +1,4 @@
-"""Acceptance on given text: at every point of it, what a step of decoding would have accepted there."""
+"""Acceptance on given text: at every position, the number of draft tokens that a decoding step would accept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_drafter(name: str, target: Any, draft: Any, params: Any, source: Any, n
 @pytest.mark.parametrize("policy", ["coupled", "longest_prefix"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_on_its_own_output_it_accepts_what_decoding_accepted(drafter: str, policy: Any, temperature: float) -> None:
-    """With the target's own choices the text that decoding writes is the truth, so all counts are equal."""
+    """If the given text is the output of decoding itself, all counts equal those of decoding."""
     model, draft, prompt = phase3.FakeModel(12, 512), phase3.FakeModel(12, 512, 0.7), [1, 2, 3, 1, 2]
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=120, seed=5)
     rule = phase3.make_policy(policy)
@@ -37,20 +37,22 @@ def test_on_its_own_output_it_accepts_what_decoding_accepted(drafter: str, polic
         model, guess(), [sequence], params, rule, lambda: phase3.FixedController(3), source
     )
     expected = [step.stats[0].accepted for step in steps]
-    stood = teacher_forced_acceptance(model, guess(), prompt, sequence.tokens, params, rule, 3, source)
-    assert stood == expected[: len(stood)]
-    assert sum(expected[: len(stood)]) + len(stood) >= 120 - 4
-    assert sum(stood) > 0
+    accepted = teacher_forced_acceptance(model, guess(), prompt, sequence.tokens, params, rule, 3, source)
+    assert accepted == expected[: len(accepted)]
+    assert sum(expected[: len(accepted)]) + len(accepted) >= 120 - 4
+    assert sum(accepted) > 0
 
 
 @pytest.mark.parametrize(("agreement", "share"), [(1.0, 3), (0.0, 0)])
-def test_the_text_moves_on_by_what_stood_and_one_more(agreement: float, share: int) -> None:
-    """A fake that always agrees, or never, on text that nobody sampled."""
+def test_the_text_advances_by_the_accepted_tokens_and_one_more(agreement: float, share: int) -> None:
+    """A fake draft that is always or never accepted, on arbitrary text."""
     model, draft = phase3.FakeModel(40, 512), phase3.FakeModel(40, 512, agreement)
     params = phase3.SamplingParams(temperature=1.0, max_new_tokens=1000)
     source = phase3.KeyedSource(0)
     drafter = phase3.ModelDrafter(draft, params, source)
     truth = [(7 * i * i + i) % 40 for i in range(83)]
-    stood = teacher_forced_acceptance(model, drafter, [1, 2], truth, params, phase3.make_policy("rejection"), 3, source)
-    assert set(stood) == {share}
-    assert len(stood) == (20 if share else 80)
+    accepted = teacher_forced_acceptance(
+        model, drafter, [1, 2], truth, params, phase3.make_policy("rejection"), 3, source
+    )
+    assert set(accepted) == {share}
+    assert len(accepted) == (20 if share else 80)

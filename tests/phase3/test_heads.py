@@ -1,4 +1,4 @@
-"""Medusa and EAGLE: drafting is what was trained, training learns and resumes, and wrong heads are refused."""
+"""Medusa and EAGLE: drafting equals training, training learns and resumes, and wrong heads are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def random_eagle(target: phase3.LoadedModel, taps: tuple[int, ...], reach: int =
 
 @pytest.mark.parametrize("taps", [(), (0, 1)])
 def test_a_draft_computes_what_was_trained(target: phase3.LoadedModel, taps: tuple[int, ...]) -> None:
-    """Each branch of a tree grown behind t + 1 tokens gives the features that training gives at anchor t."""
+    """Each branch of a tree after t + 1 tokens gives the features of training at anchor t."""
     head, model = random_eagle(target, taps), target.model
     tokens = torch.randint(20, 300, (1, 20), generator=torch.Generator().manual_seed(1))
     states = target_states(target, tokens, taps)
@@ -73,7 +73,7 @@ def test_a_draft_computes_what_was_trained(target: phase3.LoadedModel, taps: tup
 
 
 def test_the_memory_of_inputs_is_that_of_the_whole_text(target: phase3.LoadedModel) -> None:
-    """After many ragged steps the drafter's inputs are those that the final text gives at once, cut to its reach."""
+    """After many ragged steps the drafter's inputs equal those computed from the final text, cut to its reach."""
     reach, params = 12, phase3.SamplingParams(temperature=1.0, max_new_tokens=30, ignore_eos=True)
     head, source = random_eagle(target, (0,), reach), phase3.KeyedSource(0)
     drafter = EagleDrafter(target.model, head, params, source)
@@ -125,22 +125,22 @@ def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[
         text = torch.tensor([sequence.prompt + sequence.tokens])
         trained = heads.features(
             target.model, text, target_states(target, text, heads.taps), 1
-        )  # the last anchor knows
+        )  # the last anchor is visible
         torch.testing.assert_close(drafter.level_logits(sequence)[0], target.model.logits(trained[0, 0, -1]))
 
 
 def test_survival_is_the_exact_expectation() -> None:
-    """Over all texts of three tokens drawn from the target: the weights give the mean length of accepted chains."""
+    """Over all texts of three tokens from the target, the weights give the mean length of accepted chains."""
     generator = torch.Generator().manual_seed(0)
     V = 3
     p = torch.randn(V, V, generator=generator, dtype=torch.float64).softmax(-1)  # after each last token
     logits = torch.randn(V, V, generator=generator, dtype=torch.float64)
     q = logits.softmax(-1)
-    expected = [0.0, 0.0]  # the draft knows the last token, as the target does; it starts behind token 0
+    expected = [0.0, 0.0]  # the draft reads the last token, as the target does; it starts after token 0
     for first, second in itertools.product(range(V), repeat=2):
-        stands = float(torch.minimum(p[0, first], q[0, first]))
-        expected[0] += stands / V
-        expected[1] += stands * float(torch.minimum(p[first, second], q[first, second]))
+        overlap = float(torch.minimum(p[0, first], q[0, first]))
+        expected[0] += overlap / V
+        expected[1] += overlap * float(torch.minimum(p[first, second], q[first, second]))
     weighted = torch.zeros(2, dtype=torch.float64)
     for first in range(V):
         tokens = torch.tensor([[1, 0, first]])  # anchor t = 0: tokens 0 and 1 are known
@@ -182,7 +182,7 @@ def test_rows_of_both_kinds_in_proportion() -> None:
 
 
 def test_the_target_writes_in_its_own_distribution(target: phase3.LoadedModel) -> None:
-    """Tokens behind the given piece are about as likely as the target's entropy says; those of the stream are not."""
+    """Generated tokens have a likelihood near the target's entropy; those of the stream do not."""
     stream = torch.randint(20, 300, (500,), generator=torch.Generator().manual_seed(0))
     written = data.write_text(target, stream, count=640, length=64, rows=5, seed=0).view(-1, 64)
     assert written.shape == (10, 64)
@@ -309,7 +309,7 @@ def test_past_the_context(trained: Any) -> None:
 
 
 def test_figures_count_the_table_on_the_same_positions(target: phase3.LoadedModel) -> None:
-    """Text of period 3 under a table that knows it is all right; under one that is wrong, nothing is."""
+    """On text of period 3 a table of it has accuracy 1, and a wrong table 0."""
     rows = torch.tensor([20, 21, 22]).repeat(8)[None]
     table = torch.zeros(target.config.vocab_size, dtype=torch.long)
     kinds: list[tuple[HeadsKind, int]] = [("medusa", 2), ("eagle", 1)]

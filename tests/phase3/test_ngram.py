@@ -1,4 +1,4 @@
-"""Prompt lookup: the longest suffix wins, and an index finds it at a price that does not grow with the text."""
+"""Prompt lookup: the longest suffix wins, and the cost of a lookup does not grow with the text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phase3 import NgramDrafter, NgramIndex, SamplingParams, Sequence
 
 
 def search(text: list[int], low: int, high: int, count: int) -> list[int]:
-    """What the index should find, by looking: the last earlier place of the longest suffix that has one."""
+    """Search the expected continuation: it follows the last earlier occurrence of the longest suffix that has one."""
     for size in range(min(high, len(text)), low - 1, -1):
         for end in range(len(text) - 1, size - 1, -1):
             if text[end - size : end] == text[-size:]:
@@ -35,7 +35,7 @@ def search(text: list[int], low: int, high: int, count: int) -> list[int]:
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted),
 )
 def test_the_index_finds_what_a_search_finds(text: list[int], low: int, more: int, count: int, cuts: list[int]) -> None:
-    """However the text came in: in one piece or in several, looked up in between or not."""
+    """The text may be added in one piece or several, with lookups in between or without."""
     index = NgramIndex(low, low + more)
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         index.extend(text[start:end])
@@ -56,7 +56,7 @@ def test_the_longest_suffix_wins_and_of_equals_the_last() -> None:
 
 
 def test_a_drafter_keeps_its_sequences_apart() -> None:
-    """Two texts with the same beginning, in one batch, and a third that comes later."""
+    """Two sequences with the same beginning in one batch, and a third one later."""
     params, ending = SamplingParams(max_new_tokens=50), phase3.Ending()
     drafter = NgramDrafter(1, 3)
     one, two = Sequence([1, 2], params, ending), Sequence([1, 2], params, ending)
@@ -71,7 +71,7 @@ def test_a_drafter_keeps_its_sequences_apart() -> None:
     two.append(9)
     assert drafter.propose([two, one], [4, 1]).widths == [0, 1]
     late = Sequence([1, 2], params, ending)
-    assert drafter.propose([late], [4]).widths == [0]  # nothing of the others' texts
+    assert drafter.propose([late], [4]).widths == [0]  # nothing from the other sequences
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 3), (3, 2), (-1, -1)])
@@ -81,7 +81,7 @@ def test_wrong_bounds_are_named(low: int, high: int) -> None:
 
 
 class Counted(dict[Any, Any]):
-    """Counts what is done to it."""
+    """Counts its operations."""
 
     done = 0
 
@@ -95,7 +95,7 @@ class Counted(dict[Any, Any]):
 
 
 def tokens(count: int) -> list[int]:
-    """Text of a kind: of few words, so that much of it repeats."""
+    """Make text of few words, with many repetitions."""
     generator = random.Random(0)
     words = [[generator.randrange(4000) for _ in range(generator.randrange(1, 6))] for _ in range(2000)]
     text: list[int] = []
@@ -114,7 +114,7 @@ def test_a_bounded_number_of_operations_per_token() -> None:
 
 
 def per_call(action: Callable[[int], object], counts: range) -> float:
-    """Median seconds."""
+    """Measure the median seconds."""
     taken = []
     for number in counts:
         began = time.perf_counter()
@@ -124,7 +124,7 @@ def per_call(action: Callable[[int], object], counts: range) -> float:
 
 
 def test_a_long_text_costs_no_more_per_token_than_a_short_one() -> None:
-    """Of the drafter as the loop calls it, at 100,000 tokens and at 1,000: within three times, with room for caches."""
+    """A call at 100,000 tokens takes less than three times the time at 1,000, which allows for cache misses."""
     text = tokens(101_000)
     sequence = Sequence(text[:1], SamplingParams(max_new_tokens=200_000), phase3.Ending())
     drafter = NgramDrafter(1, 3)
@@ -133,13 +133,13 @@ def test_a_long_text_costs_no_more_per_token_than_a_short_one() -> None:
         sequence.append(text[number])
         drafter.propose([sequence], [4])
 
-    gc.disable()  # it walks the whole index now and then, which is its cost and not the lookup's
+    gc.disable()  # a collection walks the whole index, which is not part of the lookup
     try:
         per_call(step, range(1, 500))
         early = per_call(step, range(500, 1500))
         for token in text[1500:100_000]:
             sequence.append(token)
-        drafter.propose([sequence], [4])  # reads what came in between
+        drafter.propose([sequence], [4])  # reads the tokens added in between
         late = per_call(step, range(100_000, 101_000))
     finally:
         gc.enable()

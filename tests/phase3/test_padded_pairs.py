@@ -18,7 +18,7 @@ PARAMS = phase3.SamplingParams(temperature=1.0, max_new_tokens=3)
 
 
 class OneHot(phase3.Transformer):
-    """A token is a one-hot vector and the head a table [V, V]: what follows depends on the last token alone."""
+    """A model whose states are one-hot tokens and whose head is a table [V, V]: only the last token matters."""
 
     def __init__(self, table: Tensor) -> None:
         nn.Module.__init__(self)
@@ -43,7 +43,7 @@ class OneHot(phase3.Transformer):
 
 
 def pair(target: int, draft: int) -> tuple[OneHot, OneHot]:
-    """So many ids each; where both have one they agree somewhat."""
+    """Make models with the given vocabulary sizes, and similar distributions over shared ids."""
     generator = torch.Generator().manual_seed(5)
     both = torch.randn(2, max(target, draft), max(target, draft), generator=generator, dtype=torch.float64)
     models = OneHot(both[0, :target, :target].clone()), OneHot(both.sum(0)[:draft, :draft].clone())
@@ -69,7 +69,7 @@ def test_chains(proof: Any, name: Any, widths: tuple[int, int]) -> None:
 @pytest.mark.parametrize("widths", [(3, 2), (3, 5)])
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_trees(proof: Any, name: Any, widths: tuple[int, int], shape: list[int] | None) -> None:
-    """Three children where the draft has two ids: the tree is then smaller than its shape. None: a dynamic tree."""
+    """With three children and a draft of two ids the tree is smaller than its shape. None: a dynamic tree."""
     target, draft = pair(*widths)
     policy, prompt = phase3.make_policy(name), [0, widths[0] - 1]
 

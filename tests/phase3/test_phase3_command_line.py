@@ -1,4 +1,4 @@
-"""What phase 3 adds to the command line: who guesses, how much, and what may stand."""
+"""The options of phase 3: drafters, controllers, trees and policies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*arguments: object) -> int:
 
 
 def completion(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first completion of a run, and its settings."""
+    """Run, and return the first completion and the settings."""
     assert run(*FAKE, *arguments, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     return document["completions"][0], document["settings"]
@@ -105,7 +105,7 @@ def test_show_tree_begins_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_nothing_leaks_from_one_run_into_the_next() -> None:
-    """The second run of a process against the only run of a fresh one: the same tokens, steps and counts."""
+    """The second run in a process has the tokens, steps and counts of a single run in a new process."""
     arguments = ["--model", "fake", "--drafter", "ngram", "--controller", "adaptive", "--policy", "coupled"]
     arguments += ["--temperature", "1", "--max-tokens", "60", "--prompt", "a b a b a b a"]
     script = ROOT / "phase-3-policies-drafters" / "generate.py"

@@ -1,8 +1,8 @@
-"""Lossless means lossless: each such policy's output follows the target's distribution, whoever drafts and how much.
+"""Lossless policies: the output follows the target's distribution, with every drafter and controller.
 
-Every random number is replaced by a branch, and every branch is taken (conftest.Walker), so these are not estimates.
-Not the full product of policies, controllers and drafters: all controllers with the draft model, all drafters with a
-fixed K, and the pairs that meet in the code (a drafter that asks the controller before it draws).
+Every random number is a branch, and all branches are enumerated (conftest.Walker), so probabilities are exact. Not the
+full product of policies, controllers and drafters: all controllers with the draft model, all drafters with a fixed K,
+and the pairs that interact (a drafter that calls the controller before it draws).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import phase3
 
 EXACT, FLOAT32 = 1e-12, 1e-5
 LOSSLESS = ["rejection", "longest_prefix", "coupled"]
-PROMPT = [0, 1, 1, 0, 1]  # the n-gram drafter finds its end twice
+PROMPT = [0, 1, 1, 0, 1]  # its last tokens occur twice, for the n-gram drafter
 
 
 def check(
@@ -34,7 +34,7 @@ def check(
     bound: float = EXACT,
     **params: Any,
 ) -> dict[Any, float]:
-    """The law is the target's; returns it by history, for checks that the case is what it claims to be."""
+    """Check that the law is the target's; return it by history, for checks of the case itself."""
     target = (models or proof.tables(3, seed=5))[0]
     settings = phase3.SamplingParams(**{"temperature": 1.0, "max_new_tokens": 3, **params})
     histories: dict[Any, float] = proof.histories(
@@ -49,7 +49,7 @@ def check(
 
 
 def drafted(histories: dict[Any, float]) -> set[int]:
-    """How many tokens steps drafted, over all histories."""
+    """Collect the numbers of draft tokens of all steps, over all histories."""
     return {depth for _, depths, _ in histories for depth in depths}
 
 
@@ -86,7 +86,7 @@ def test_an_adaptive_controller_that_has_time_to_adapt(
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("ks", [[2, 0, 1], [0, 2], [1, 0, 0, 2]])
 def test_any_sequence_of_ks(proof: Any, model_drafter: Callable[[Any], Any], policy: str, ks: list[int]) -> None:
-    """What a controller asks for by the clock could be any sequence of numbers, 0 among them."""
+    """A controller that uses the clock may choose any sequence of Ks, including 0."""
     check(proof, policy, model_drafter, lambda: proof.Replay(ks), top_k=2, max_new_tokens=4)
 
 
@@ -95,7 +95,7 @@ def test_any_sequence_of_ks(proof: Any, model_drafter: Callable[[Any], Any], pol
 def test_the_cost_controller_whatever_the_times(
     proof: Any, model_drafter: Callable[[Any], Any], policy: str, seed: int
 ) -> None:
-    """Its K follows times that are drawn anew for every run of the test: the same ones on every way through it."""
+    """Its times are random per test run, and equal in all branches of the enumeration."""
     clock = SimpleNamespace()
 
     def start() -> Any:
@@ -111,7 +111,7 @@ def test_the_cost_controller_whatever_the_times(
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("k", [1, 2])
 def test_every_policy_with_certain_guesses(proof: Any, policy: str, k: int) -> None:
-    """One-hot drafters: n-grams of the text, and one whose guess is always the next number."""
+    """One-hot drafters: n-grams, and one that always drafts the next number."""
     for drafter in (lambda _: lambda *_: phase3.NgramDrafter(1, 3), lambda _: proof.favourite(3)):
         histories = check(proof, policy, drafter, lambda: phase3.FixedController(k), max_new_tokens=4)
         assert drafted(histories) == set(range(k + 1))
@@ -121,13 +121,13 @@ def test_every_policy_with_certain_guesses(proof: Any, policy: str, k: int) -> N
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize(("controller", "top_k"), [("fixed 2", 2), ("confidence", 2), ("fixed 1", 0)])
 def test_every_policy_with_extrapolated_states(proof: Any, policy: str, controller: str, top_k: int) -> None:
-    """It reads the target's states, and has none before the first step."""
+    """It reads the target's states, which do not exist before the first step."""
     target = proof.tables(3, seed=5)[0]
 
     def drafter(params: Any) -> Any:
         return lambda walker, noise: phase3.ExtrapolateDrafter(target, params, walker, noise, alpha=0.5)
 
-    tokens = 4 if top_k else 3  # all three tokens of the vocabulary where one is drafted, two of them where two are
+    tokens = 4 if top_k else 3  # three kinds of token after one draft token, two after two
     histories = check(proof, policy, drafter, CONTROLLERS[controller], top_k=top_k, max_new_tokens=tokens)
     assert {depths[0] for _, depths, _ in histories} == {0}
     assert drafted(histories) == set(range(tokens - 1))
@@ -167,7 +167,7 @@ def test_in_float32(proof: Any, policy: str) -> None:
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
-    """One drafts two tokens and the other one: their joint law is the product of the target's."""
+    """One row drafts two tokens and the other one; their joint law is the product of the target's laws."""
     target, draft = proof.tables(3, seed=5)
     params = phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3)
     prompts = [[0], [1]]
@@ -187,7 +187,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
 
 
 def test_what_each_rule_accepts(proof: Any) -> None:
-    """Of the first draft token: rejection as much as can be, coupled noise less, independent noise least.
+    """Acceptance of the first draft token: rejection has the most, coupled noise less, independent noise least.
 
     The walker couples through the inverse distribution function; Gumbel noise is measured in test_policies.py.
     """
@@ -206,7 +206,7 @@ def test_what_each_rule_accepts(proof: Any) -> None:
             return phase3.ModelDrafter(draft, params, walker, other.draft_noise if other else noise)
 
         histories = proof.histories(target, drafter, params, PROMPT, policy, CONTROLLERS["fixed 1"])
-        accepted[name] = sum(weight * stood[0] for (_, _, stood), weight in histories.items())
+        accepted[name] = sum(weight * counts[0] for (_, _, counts), weight in histories.items())
         law: dict[Any, float] = {}
         for (tokens, _, _), weight in histories.items():
             law[tokens] = law.get(tokens, 0.0) + weight
@@ -218,7 +218,7 @@ def test_what_each_rule_accepts(proof: Any) -> None:
 
 
 def test_children_are_walked_without_replacement(proof: Any) -> None:
-    """The walker's own law of two children, against the product of the two draws."""
+    """The walker's law of two children equals the product of the two draws."""
     probs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.long)
     law = proof.Walker().law(lambda walker: tuple(walker.draw_several(probs, 2, zero, zero, 1)[0].tolist()))

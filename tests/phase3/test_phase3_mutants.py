@@ -1,6 +1,6 @@
-"""The mistakes that the enumeration catches, and one that some policies forgive.
+"""Mutants that the enumeration catches, and one that some policies tolerate.
 
-Each mutant is the engine with a piece of its source replaced; a piece that is no longer there fails its test.
+Each mutant is the engine with a piece of its source replaced; a test fails if its piece is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def distance(
     chains: Any = None,
     loop: Any = None,
 ) -> float:
-    """How far from the target the output is, with a confident draft of up to two tokens and perhaps a mutant or two."""
+    """Compute the output's distance from the target, with confident drafts of up to two tokens and given mutants."""
     target, draft = proof.tables(3, seed=11)
     params = phase3.SamplingParams(temperature=1.0, top_k=top_k, frequency_penalty=1.0, max_new_tokens=3)
     parts = proof.mutated("drafters.model", **({"ChainBuilder": chains.ChainBuilder} if chains else {}))
@@ -77,13 +77,13 @@ def test_the_proof_catches_this_mutant(proof: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["longest_prefix", "coupled"])
 def test_own_choices_do_not_care_how_a_draft_was_chosen(proof: Any, name: Any) -> None:
-    """Dropping drawn tokens leaves a biased selection of drafts; a target that draws for itself is not led by them."""
+    """Dropping drawn tokens selects drafts with a bias, which does not change the target's own draws."""
     chains = proof.mutated("drafters.chains", DROPS_A_DRAWN_TOKEN)
     assert distance(proof, phase3.make_policy(name), chains=chains) < EXACT
 
 
 OWN_CHOICE_MUTANTS = {
-    "draws once more where the draft fell": (
+    "draws once more after a rejection": (
         "return Verdict(accepted, own, ratios)",
         "again = source.draw(judged.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
         "        return Verdict(accepted, torch.where(accepted < widths, again, own), ratios)",
@@ -119,7 +119,7 @@ class Nosy(phase3.ConfidenceController):
 
 
 def test_what_a_confident_draft_reached_must_not_steer_the_next_one(proof: Any) -> None:
-    """How far it got depends on draft tokens behind one that fell, whose noise the next draft draws with again."""
+    """A draft's length depends on tokens after the first rejected one, whose noise the next draft uses again."""
     target, draft = proof.tables(2, seed=4)
     params = phase3.SamplingParams(temperature=1.0, max_new_tokens=4)
     distances = []

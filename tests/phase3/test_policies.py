@@ -1,4 +1,4 @@
-"""Acceptance policies: what each lets stand, by hand; how far the lossy ones lead away, by enumeration."""
+"""Acceptance policies: accepted tokens, by hand; the distance of lossy policies, by enumeration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXACT = 1e-12
 
 
 class Recording(phase3.GreedySource):
-    """Takes the most likely token, and keeps what it was asked to draw from."""
+    """Draws the likeliest token, and records the distributions."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[float], int, Purpose]] = []
@@ -42,7 +42,7 @@ OPINION = [0.5, 0.3, 0.2]  # entropy 1.0297, so exp(-entropy) is 0.3571
         (phase3.TopkAgree(1), [0]),
         (phase3.TopkAgree(2), [0, 1]),
         (phase3.TopkAgree(7), [0, 1, 2]),
-        (phase3.Typical(0.19, 1.0), [0, 1, 2]),  # epsilon always suffices
+        (phase3.Typical(0.19, 1.0), [0, 1, 2]),  # epsilon is the upper bound
         (phase3.Typical(1.0, 0.55), [0, 1, 2]),  # from 0.1964 on
         (phase3.Typical(1.0, 0.6), [0, 1]),  # from 0.2143 on
         (phase3.Typical(1.0, 0.9), [0]),  # from 0.3214 on
@@ -53,9 +53,9 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
     opinion = torch.tensor(OPINION, dtype=torch.float64)
     assert policy.good(opinion).nonzero()[:, 0].tolist() == good
     assert not policy.lossless
-    # The same for a whole block: the tokens up to the first that is not good stand, and no more.
+    # In a block the tokens before the first that is not good are accepted.
     for tokens in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
-        probs = torch.eye(3, dtype=torch.float64)[[1, 2, 0, 1]][None]  # what the next tokens are drawn from
+        probs = torch.eye(3, dtype=torch.float64)[[1, 2, 0, 1]][None]  # the distributions of the next tokens
         source = Recording()
         draft = phase3.Draft(torch.tensor([tokens]), None, [3])
         keys = torch.tensor([[3], [0], [7]])
@@ -80,18 +80,18 @@ def test_a_certain_target_lets_only_its_token_stand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "tau", "stands"),
+    ("settings", "tau", "accepted"),
     [
         ({"temperature": 0.0}, 0.25, True),  # by the softmax of raw logits: 0.3
         ({"temperature": 0.0}, 0.35, False),
         ({"temperature": 1.0}, 0.35, False),
-        ({"temperature": 1.0, "top_k": 2}, 0.35, True),  # 0.3 / 0.8 of what is sampled from
+        ({"temperature": 1.0, "top_k": 2}, 0.35, True),  # 0.3 / 0.8 after top-k
         ({"temperature": 0.5}, 0.25, False),  # 0.09 / 0.38
         ({"temperature": 2.0}, 0.31, True),  # 0.5477 / 1.702
     ],
 )
-def test_what_a_lossy_policy_judges_by(proof: Any, settings: dict[str, Any], tau: float, stands: bool) -> None:
-    """The guess is token 1 after 0, which the target gives 0.3; its own favourite is 0."""
+def test_what_a_lossy_policy_judges_by(proof: Any, settings: dict[str, Any], tau: float, accepted: bool) -> None:
+    """The draft token after 0 is 1, with target probability 0.3; the target's likeliest token is 0."""
     target = proof.table_model(torch.tensor([OPINION] * 3, dtype=torch.float64).log())
     params = phase3.SamplingParams(**settings, max_new_tokens=2)
     sequence = phase3.Sequence([0], params, phase3.Ending())
@@ -100,14 +100,14 @@ def test_what_a_lossy_policy_judges_by(proof: Any, settings: dict[str, Any], tau
         target, drafter, [sequence], params, phase3.ConfThreshold(tau), None, Recording()
     )
     step = next(iter(decode))
-    assert step.stats[0].accepted == stands
-    assert sequence.tokens == ([1, 0] if stands else [0])
+    assert step.stats[0].accepted == accepted
+    assert sequence.tokens == ([1, 0] if accepted else [0])
     assert step.judged is not None
     assert step.judged.probs[0, 0].tolist() == pytest.approx(phase3.probabilities(target.table[:1], params)[0].tolist())
 
 
 def expected_first_token(p: torch.Tensor, q: torch.Tensor, good: torch.Tensor) -> list[float]:
-    """A good draft token stands, else the target draws: q(x) good(x) + (1 - q(good)) p(x)."""
+    """Accept a good draft token, else draw from the target: q(x) good(x) + (1 - q(good)) p(x)."""
     return (q * good + (1 - (q * good).sum()) * p).tolist()
 
 
@@ -120,24 +120,24 @@ LOSSY: dict[str, tuple[Callable[[float], Any], list[float]]] = {
 
 
 def law_of(proof: Any, policy: Any, target: Any, draft: Any, tokens: int = 3) -> tuple[dict[Any, float], float]:
-    """Of K = 2 at temperature 1; and the expected number of draft tokens that stand in the first step."""
+    """Compute the law with K = 2 at temperature 1, and the expected number of accepted tokens in the first step."""
     params = phase3.SamplingParams(temperature=1.0, max_new_tokens=tokens)
     law: dict[Any, float] = {}
-    stood = 0.0
+    expected = 0.0
     for (text, _, accepted), weight in proof.histories(
         target, proof.model_drafter(draft, params), params, [1], policy, lambda: phase3.FixedController(2)
     ).items():
         law[text] = law.get(text, 0.0) + weight
-        stood += weight * accepted[0]
-    return law, stood
+        expected += weight * accepted[0]
+    return law, expected
 
 
 @pytest.mark.parametrize("name", list(LOSSY))
 def test_the_law_of_a_lossy_policy_from_strict_to_loose(proof: Any, name: str) -> None:
-    """By enumeration: the first token's law at every setting, and the whole text's at the loose end, where all stand.
+    """By enumeration: the first token's law at every setting, and the whole law at the loosest (all accepted).
 
-    Of the four parameters only tau has an end without loss. topk_agree with k = 1 and the strictest typical let the
-    target's favourite stand whenever it is drafted, which is too often: exp(-entropy) never exceeds the largest p.
+    Of the four parameters only tau has a lossless end. topk_agree with k = 1 and the strictest typical accept the
+    target's likeliest token whenever it is drafted, which is too often: exp(-entropy) is at most the largest p.
     """
     make, grid = LOSSY[name]
     target, draft = proof.tables(3, seed=1)
@@ -146,11 +146,11 @@ def test_the_law_of_a_lossy_policy_from_strict_to_loose(proof: Any, name: str) -
     distances, acceptances = [], []
     for value in grid:
         policy = make(value)
-        law, stood = law_of(proof, policy, target, draft)
+        law, accepted = law_of(proof, policy, target, draft)
         first = [sum(weight for tokens, weight in law.items() if tokens[0] == x) for x in range(3)]
         assert first == pytest.approx(expected_first_token(p[1], q[1], policy.good(p[1])), abs=EXACT)
         distances.append(proof.total_variation(law, plain))
-        acceptances.append(stood)
+        acceptances.append(accepted)
     loosest = {(a, b, c): float(q[1, a] * q[a, b] * p[b, c]) for a in range(3) for b in range(3) for c in range(3)}
     assert proof.total_variation(law, loosest) < EXACT
     assert all(after > before - EXACT for before, after in itertools.pairwise(acceptances))
@@ -160,7 +160,7 @@ def test_the_law_of_a_lossy_policy_from_strict_to_loose(proof: Any, name: str) -
 
 
 def test_a_stricter_policy_can_lead_further_away(proof: Any) -> None:
-    """Where the draft is as good as the target, all that a threshold does is to favour the favourites."""
+    """If the draft equals the target, a threshold only makes likely tokens likelier."""
     target, _ = proof.tables(3, seed=1)
     plain = proof.plain_law(target, phase3.SamplingParams(temperature=1.0, max_new_tokens=3), [1])
     distances = [
@@ -173,7 +173,7 @@ def test_a_stricter_policy_can_lead_further_away(proof: Any) -> None:
 
 
 def test_the_flag_tells_the_truth(proof: Any) -> None:
-    """`lossless` is what enumeration finds, with every policy at its default parameters."""
+    """`lossless` agrees with enumeration, with every policy at its default parameters."""
     target, draft = proof.tables(3, seed=2)
     params = phase3.SamplingParams(temperature=1.0, max_new_tokens=2)
     plain = proof.plain_law(target, params, [1])

@@ -1,4 +1,4 @@
-"""`--record` with every policy, drafter, tree and controller: the run can be replayed from its file alone."""
+"""`--record` with every policy, drafter, tree and controller: the run can be replayed from its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def completions(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[
 
 @pytest.fixture
 def recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path, check_recording: Check) -> Callable[..., Recording]:
-    """Runs with and without recording: the same tokens; the recording is of the schema and contradicts nothing."""
+    """Run with and without recording: the tokens are equal, and the recording fits the schema and is consistent."""
 
     def record(*arguments: object) -> Recording:
         plain = completions(capsys, *arguments)
@@ -74,7 +74,7 @@ def test_every_policy_and_drafter_of_chains(
 @pytest.mark.parametrize("tree", ["static", "dynamic"])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_every_policy_and_tree(recorded: Callable[..., Recording], policy: str, tree: str, temperature: int) -> None:
-    """Candidates have their real draft probabilities; after a sibling was rejected, those that it left."""
+    """Candidates have their draft probabilities; after the rejection of a sibling, those of the residual."""
     recording = recorded(*FAKE, "--tree", tree, "--policy", policy, "--temperature", temperature)
     drawn = tree == "static" and temperature == 1 and policy in ("rejection", "coupled")
     expected = "own_draw" if policy == "rejection" and not drawn else COMPARISONS[policy]
@@ -85,13 +85,13 @@ def test_every_policy_and_tree(recorded: Callable[..., Recording], policy: str, 
         for parent in {each["parent"] for each in step["proposed"]}:
             probs = [each["draft_prob"] for each in step["proposed"] if each["parent"] == parent]
             assert all(0 < prob < 1.0001 for prob in probs)
-            if not drawn:  # chosen in the order of their probability, of which they have no more than all
+            if not drawn:  # chosen by probability, with a sum of at most 1
                 assert probs == sorted(probs, reverse=True)
                 assert sum(probs) < 1.0001
 
 
 def test_siblings_that_are_tried_one_after_the_other(recorded: Callable[..., Recording]) -> None:
-    """Each has a uniform of its own, and its probability without those that were rejected before it."""
+    """Each has its own uniform number, and its probability without the siblings rejected before it."""
     arguments = ["--prompt", "def read(", "--max-tokens", 16, "--tree", "static", "--temperature", 1]
     recording = recorded(*arguments)
     assert {step["comparison"] for step in recording.steps} <= {"uniform", None}
@@ -126,7 +126,7 @@ def test_drafters_that_read_the_targets_states(
 @pytest.mark.parametrize("controller", ["fixed", "adaptive", "confidence", "cost"])
 @pytest.mark.parametrize("drafter", ["model", "ngram"])
 def test_controllers_and_batches(recorded: Callable[..., Recording], controller: str, drafter: str) -> None:
-    """With `cost`, tokens depend on the clock but under the target's own choice; some of its steps draft nothing."""
+    """With `cost`, tokens depend on the clock unless the target draws them itself; some steps draft nothing."""
     more = ["--prompt", "a b a b a", "--n", 2, "--temperature", 1, "--policy", "longest_prefix"]
     recording = recorded(*FAKE, "--drafter", drafter, "--controller", controller, *more)
     assert [each["prompt"] for each in recording.header["sequences"]] == [0, 0, 1, 1]
@@ -137,7 +137,7 @@ def test_controllers_and_batches(recorded: Callable[..., Recording], controller:
 
 
 def test_plain_steps_between_drafted_ones(recorded: Callable[..., Recording]) -> None:
-    """Prompt lookup often has nothing; such a step has the target's distribution as well."""
+    """Prompt lookup often finds nothing; such a step records the target's distribution too."""
     recording = recorded(*FAKE, "--drafter", "ngram", "--temperature", 1)
     plain = [step for step in recording.steps if step["comparison"] is None]
     assert plain

@@ -1,4 +1,4 @@
-"""Token for token: `coupled` and `longest_prefix` write what plain sampling writes; at temperature 0 others do too."""
+"""Token for token: `coupled` and `longest_prefix` equal plain sampling; at temperature 0 others do too."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from common.prompts import load_prompts
 CPU = torch.device("cpu")
 TEMPERATURES = [0.5, 1.0, 1.5]
 OWN = ["coupled", "longest_prefix"]
-STRICT: dict[str, Callable[[], Any]] = {  # greedy decoding is left alone; `typical` accepts near favourites everywhere
+STRICT: dict[str, Callable[[], Any]] = {  # not for greedy decoding; `typical` accepts near ties in all cases
     "rejection": lambda: phase3.make_policy("rejection"),
     "coupled": lambda: phase3.make_policy("coupled"),
     "longest_prefix": lambda: phase3.make_policy("longest_prefix"),
     "conf_threshold, tau = 1": lambda: phase3.ConfThreshold(1.0),
-    "conf_threshold, tau just above a half": lambda: phase3.ConfThreshold(0.51),  # no second token can have as much
+    "conf_threshold, tau just above a half": lambda: phase3.ConfThreshold(0.51),  # no second token can be as likely
     "topk_agree, k = 1": lambda: phase3.TopkAgree(1),
 }
 CONTROLLERS: dict[str, Callable[[], Any]] = {
     **{f"fixed {k}": lambda k=k: phase3.FixedController(k) for k in range(1, 9)},  # type: ignore[misc]
     "adaptive": lambda: phase3.AdaptiveController(2, phase3.Bounds(1, 8), 0.5),
     "confidence": lambda: phase3.ConfidenceController(phase3.Bounds(1, 8), 0.3),
-    "cost": lambda: phase3.CostController(phase3.Bounds(1, 8)),  # by the clock: its K differs from run to run
+    "cost": lambda: phase3.CostController(phase3.Bounds(1, 8)),  # its K depends on the clock and differs between runs
 }
 
 
@@ -44,7 +44,7 @@ class Pair:
         self.draft = phase3.load("stdlib-1m", torch.float32, CPU)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
-        """The last tokens of the first prompts: short, so that many fit into a test."""
+        """Return the last tokens of the first prompts, which are short for speed."""
         return [self.target.tokenizer.encode(prompt.text)[-length:] for prompt in load_prompts("code")[:count]]
 
 
@@ -72,7 +72,7 @@ def speculate(
     drafter: str = "model",
     samples: list[int] | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    """The finished sequences, and the stats of every step of every sequence."""
+    """Decode; return the finished sequences, and the stats of all their steps."""
     source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
     guess = make_drafter(drafter, model, draft, params, source, policy.draft_noise)
     numbers = samples or [0] * len(prompts)
@@ -83,7 +83,7 @@ def speculate(
 
 @pytest.fixture(scope="module")
 def plain(pair: Pair) -> Callable[..., list[list[int]]]:
-    """What plain decoding writes, by phase 1."""
+    """Decode plainly, with phase 1."""
     loaded = phase1.load("stdlib-10m", torch.float32, CPU)
 
     @cache
@@ -219,7 +219,7 @@ def test_greedy_equals_plain_whatever_the_request(request: dict[str, Any], name:
 @pytest.mark.parametrize("policy", ["rejection", "coupled", "typical"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ragged_batches_equal_single_runs(policy: Any, temperature: float) -> None:
-    """Rows that draft different numbers of tokens, by n-grams and by a model, past the context, with ends."""
+    """Rows draft different numbers of tokens, with n-grams and with a model, past the context, with stops."""
     model, draft = phase3.FakeModel(40, 64), phase3.FakeModel(40, 64, 0.7)
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=30, seed=4)
     prompts, samples = [[1], [5, 6, 7, 8, 9], [30] * 70, [2, 2], [1]], [0, 0, 0, 0, 1]
@@ -238,7 +238,7 @@ def test_ragged_batches_equal_single_runs(policy: Any, temperature: float) -> No
 
 
 def test_own_choices_stay_the_same_when_the_drafter_has_noise_of_its_own() -> None:
-    """The output does not depend on the coupling; how much of the draft stands does."""
+    """The output does not depend on the coupling; acceptance does."""
     model, draft = phase3.FakeModel(40, 2048), phase3.FakeModel(40, 2048, 0.8)
     params, policy = phase3.SamplingParams(temperature=1.0, max_new_tokens=400), phase3.make_policy("coupled")
     source = phase3.KeyedSource(0)

@@ -1,4 +1,4 @@
-"""Trees change nothing either: the law of the whole loop, by enumeration, and the mistakes that it catches."""
+"""Trees are lossless: the law of the whole loop, by enumeration, and mutants that it catches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_static_trees(proof: Any, name: Any, shape: str) -> None:
     ids=["top-k", "min-p", "penalties"],
 )
 def test_static_trees_under_sampling_parameters(proof: Any, settings: dict[str, Any]) -> None:
-    """top-k 2 leaves two tokens for three children: the tree is then smaller than its shape."""
+    """With top-k 2 there are two tokens for three children: the tree is smaller than its shape."""
     target, draft = proof.tables(3, seed=22)
     params = phase3.SamplingParams(**{"temperature": 1.0, "max_new_tokens": 3, **settings})
     policy = phase3.Rejection()
@@ -65,7 +65,7 @@ def test_dynamic_trees(proof: Any, name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["rejection", "longest_prefix", "coupled"])
 def test_a_window_per_layer(proof: Any, name: Any) -> None:
-    """The target's first layer sees two tokens and its second all of them: so does every branch of a tree."""
+    """The target's first layer attends to two tokens and its second to all, on every branch of a tree."""
     target, draft = proof.layered((2, None), seed=1), proof.tables(3, seed=27)[1]
     params, policy = phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3), phase3.make_policy(name)
     expected = proof.plain_law(target, params, [1, 0, 2])
@@ -73,7 +73,7 @@ def test_a_window_per_layer(proof: Any, name: Any) -> None:
     assert proof.total_variation(got, expected) < FLOAT32
     for windows in ((2, 2), (None, None), (None, 2)):
         other = proof.plain_law(proof.layered(windows, seed=1), params, [1, 0, 2])
-        assert proof.total_variation(other, expected) > 1e-3  # it does matter which layer has the window
+        assert proof.total_variation(other, expected) > 1e-3  # the layer with the window matters
 
 
 def test_end_of_text_inside_a_tree(proof: Any) -> None:
@@ -92,7 +92,7 @@ def test_a_tree_accepts_more_than_its_first_branch(proof: Any) -> None:
 
     def accepted(shape: list[int]) -> float:
         histories = proof.histories(target, static(draft, shape, policy), PARAMS, [1], policy, levels)
-        return float(sum(weight * stood[0] for (_, _, stood), weight in histories.items()))
+        return float(sum(weight * counts[0] for (_, _, counts), weight in histories.items()))
 
     assert accepted([-1, -1, 0]) > accepted([-1, 0]) + 0.01
 
@@ -106,7 +106,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         "policies",
         ("target = residual / mass if mass > 0 else target", "target = target"),
     ),
-    "the draft keeps the child that fell": ("policies", ("draft[token] = 0\n", "draft[token] = draft[token]\n")),
+    "the draft keeps the rejected child": ("policies", ("draft[token] = 0\n", "draft[token] = draft[token]\n")),
     "one uniform for all children of a node": ("policies", ("dtype=torch.long), trial)", "dtype=torch.long), 0)")),
     "what follows is drawn from the target, not its residual": (
         "policies",

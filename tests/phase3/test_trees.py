@@ -79,7 +79,7 @@ def test_past_the_context_a_tree_sees_the_window_of_its_depth(make_checkpoint: C
 
 
 def test_padding_beside_a_bushy_tree_stays_within_the_table_of_positions(make_checkpoint: Callable[..., Path]) -> None:
-    """The row with the tree is longer than the context, though no branch is; GPT-2 has no position for the rest."""
+    """The row with the tree is longer than the context, but no branch is; GPT-2 has no positions beyond."""
     loaded = phase3.load(str(make_checkpoint("gpt2")), torch.float32, CPU)  # its context is 128
     texts, trees = [list(range(20, 144)), [5, 6, 7]], [BUSHY, phase3.Tree([8], [-1])]
     together = phase3.target_forward(loaded.model, texts, trees).logits
@@ -88,7 +88,7 @@ def test_padding_beside_a_bushy_tree_stays_within_the_table_of_positions(make_ch
 
 
 def all_shapes(acceptance: list[list[float]], nodes: int) -> list[list[int]]:
-    """Every tree of that many nodes whose children are of ranks 0, 1, 2 ..., as parents level by level."""
+    """List every tree with that many nodes and child ranks 0, 1, 2 ..., as parents level by level."""
     paths = [path for depth in range(1, len(acceptance) + 1) for path in itertools.product(range(2), repeat=depth)]
     shapes = []
     for chosen in itertools.combinations(paths, nodes):
@@ -130,7 +130,7 @@ def drafters(pair: tuple[Any, Any], params: Any, policy: Any, source: Any) -> di
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: str, temperature: float) -> None:
-    """Greedy, and sampled with `coupled`; two rows at once, each equal to itself alone."""
+    """Greedy, and sampled with `coupled`; two rows in a batch equal the rows alone."""
     target = pair[0]
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=20, frequency_penalty=0.3)
     prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:2]]
@@ -150,9 +150,9 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
 
 
 def test_a_tree_of_some_nodes_and_what_lies_above_them() -> None:
-    branches, places = BUSHY.branches([4, 0])
+    branches, numbers = BUSHY.branches([4, 0])
     assert (branches.tokens, branches.parents) == ([5, 6, 9], [-1, -1, 1])
-    assert [branches.line(place) for place in places] == [BUSHY.line(4), BUSHY.line(0)]
+    assert [branches.line(number) for number in numbers] == [BUSHY.line(4), BUSHY.line(0)]
     assert BUSHY.branches([-1]) == (phase3.Tree([], []), [-1])
 
 
@@ -176,7 +176,7 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
     assert len(tree.tokens) == nodes
     assert max(sent) <= nodes
 
-    every = phase3.DynamicTreeDrafter(base, params, 10_000).grow(sequence, 7)  # nothing is cut from this one
+    every = phase3.DynamicTreeDrafter(base, params, 10_000).grow(sequence, 7)  # this tree is not cut
     worth: dict[tuple[int, ...], float] = {}
     for node in range(len(every.tokens)):
         line = every.line(node)

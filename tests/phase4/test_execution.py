@@ -1,4 +1,4 @@
-"""Fused matrices, padded lengths and compiled layers: the same numbers as phase 3's, or a line that says why not."""
+"""Fused matrices, padded lengths and compiled layers: the same numbers as phase 3's, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILIES = ["llama", "gpt2", "opt", "qwen3", "mistral"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
-    """One checkpoint in both engines, float32."""
+    """Load one checkpoint in both engines, float32."""
     folder = str(make_checkpoint(request.param))
     return phase3.load(folder, torch.float32, CPU), phase4.load(folder, torch.float32, CPU)
 
@@ -37,7 +37,7 @@ def pair(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -
 @pytest.mark.about("engine/weights.py, fused_matrices")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_which_matrices_are_fused(make_checkpoint: Callable[..., Path], family: str) -> None:
-    """Queries, keys and values, which read the same input; the gate with the half that is gated, where there is one."""
+    """Query, key and value are fused, which read the same input; gate and up too, if there is a gate."""
     config = phase4.ModelConfig.from_hf(json.loads((make_checkpoint(family) / "config.json").read_text()))
     fused = fused_matrices(config)
     qkv = {"query": config.heads, "key": config.kv_heads, "value": config.kv_heads}
@@ -49,7 +49,7 @@ def test_which_matrices_are_fused(make_checkpoint: Callable[..., Path], family: 
 
 
 def test_states_are_those_of_phase_3(pair: tuple[Any, Any]) -> None:
-    """All positions, some of them, and those of trees; layers on the way as well."""
+    """States of all positions, of some, and of trees; tapped layers too."""
     tokens = torch.randint(1, 300, (2, 23), generator=torch.Generator().manual_seed(0))
     wanted = torch.tensor([[22, 3], [7, 8]])
     for options in ({}, {"wanted": wanted}, {"wanted": wanted, "taps": (0, 1)}):
@@ -65,7 +65,7 @@ def test_states_are_those_of_phase_3(pair: tuple[Any, Any]) -> None:
 
 
 def test_single_matrices_are_found_in_the_fused_ones(pair: tuple[Any, Any]) -> None:
-    """Names and contents are those of phase 3, whose modules keep every matrix apart."""
+    """Names and contents equal those of phase 3, whose modules keep every matrix separate."""
     old, new = (loaded.model for loaded in pair)
     single = split(dict(new.named_parameters()), new.config)
     expected = dict(old.named_parameters())
@@ -93,7 +93,7 @@ def test_norms_are_those_of_torch() -> None:
 
 
 def test_a_forward_leaves_what_it_was_given(pair: tuple[Any, Any]) -> None:
-    """Layers write into memory of their own; outputs on the way are what they were when the forward passed."""
+    """In-place operations do not overwrite inputs or tapped outputs."""
     model, tokens = pair[1].model, torch.randint(1, 300, (1, 9))
     with torch.inference_mode():
         _, tapped = model.states(tokens, taps=(0,))
@@ -144,7 +144,7 @@ def test_reserved_memory_runs_along_the_outputs_and_avoids_pages(shape: tuple[in
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_path: Path, kind: Any) -> None:
-    """Heads that phase 3 saved compute the same here, and what is saved here is, byte for byte, the same file."""
+    """Heads saved by phase 3 compute the same here, and are saved here byte for byte as there."""
     folder = str(make_checkpoint("llama"))
     old, new = phase3.load(folder, torch.float32, CPU), phase4.load(folder, torch.float32, CPU)
     torch.manual_seed(0)
@@ -167,17 +167,17 @@ def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_
 
 
 def test_only_narrow_forwards_are_padded(make_checkpoint: Callable[..., Path]) -> None:
-    folder = str(make_checkpoint("gpt2"))  # whose table of positions ends at the context of 128
+    folder = str(make_checkpoint("gpt2"))  # position embeddings end at the context of 128
     full, half = (phase4.load(folder, dtype, CPU).model for dtype in (torch.float32, torch.bfloat16))
     assert [padded_length(length, full) for length in (5, 16, 121)] == [5, 16, 121]
     assert [padded_length(length, half) for length in (5, 16, 17, 121, 128)] == [16, 16, 32, 128, 128]
-    assert padded_length(131, half) == 131  # a tree may go on past it
+    assert padded_length(131, half) == 131  # trees may pass it
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert padded_length(5, full) == 16
 
 
 def test_padding_changes_no_logit(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of any length, chains and trees, at the edge of the context too."""
+    """Rows of any length, chains and trees, also at the end of the context."""
     model = pair[1].model
     edge = list(range(20, 20 + 125))
     texts, trees = [[5, 6, 7], edge], [phase4.Tree([8, 9, 10], [-1, -1, 1]), phase4.Tree([11, 12], [-1, 0])]
@@ -196,7 +196,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_nothing_to_compile_with_is_an_error(tmp_path: Path) -> None:
-    cache = str(tmp_path)  # another run may have compiled it all
+    cache = str(tmp_path)  # an earlier run may have compiled all graphs
     done = run("--compile", "--max-tokens", "4", CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=cache)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr[-500:]
     assert done.stderr.count("\n") == 1
@@ -207,7 +207,7 @@ def test_nothing_to_compile_with_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [["--draft", "none"], [], ["--tree", "static", "--temperature", "1"]])
 def test_compiled_layers_write_the_same_and_compile_once(how: list[str]) -> None:
-    """At most 3 graphs are compiled after the warm-up, whatever the lengths; all lengths share those of the warm-up."""
+    """At most 3 graphs are compiled after the warm-up, for all lengths."""
     options = {name.removeprefix("--"): value for name, value in zip(how[::2], how[1::2], strict=True)}
     llms = [
         phase4.LLM(phase4.Options(max_tokens=24, dtype="float32", compile=compiled, **options))  # type: ignore[arg-type]

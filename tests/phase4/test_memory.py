@@ -1,4 +1,4 @@
-"""What loading takes: a fresh process grows by what the weights take as stored, and by little more on the way."""
+"""Memory of loading: a new process grows by the size of the stored weights, and its peak by little more."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from common.phases import phases
 FOLDER = next(phase.folder for phase in phases() if phase.number == 4)
 LAYERS, WIDTH, FFN = 8, 640, 1920
 LINEAR = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)  # 43 million weights
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 2 / 64}  # per weight, the scales of int4 with it
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 2 / 64}  # per weight, with the scales of int4
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with random weights in float32, large enough that a process's own needs do not show."""
+    """Make a Llama with random weights in float32, large against a process's own memory."""
     folder, embedded = tmp_path_factory.mktemp("random"), MODELS / "stdlib-10m"
     config = json.loads((embedded / "config.json").read_text())
     heads = WIDTH // config["head_dim"]
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
-    """benchmarks/memory.py of the phase."""
+    """Import benchmarks/memory.py of the phase."""
     return bench_part(4, "memory")
 
 

@@ -1,4 +1,4 @@
-"""bench.py: its grid, what it refuses, and what its rows hold."""
+"""bench.py: its grid, its refusals, and the contents of its rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def of(rows: list[Row], section: str) -> list[Row]:
 
 @pytest.fixture
 def part(bench_part: Callable[[int, str], ModuleType]) -> Callable[[str], ModuleType]:
-    """`part("speed")` imports that file of benchmarks/."""
+    """Import a file of benchmarks/, as in `part("speed")`."""
     return lambda name: bench_part(4, name)
 
 
@@ -63,7 +63,7 @@ def test_the_users_prompts_are_timed_against_the_same_way_to_decode(tmp_path: Pa
     run = bench(*grid, *size, "--output", str(tmp_path / "out"))
     assert run.returncode == 0, run.stderr[-2000:]
     rows = of(read_rows(tmp_path / "out"), "speed")
-    assert {row.prompt for row in rows} == {"line-2", "line-4"}  # the others are for choosing
+    assert {row.prompt for row in rows} == {"line-2", "line-4"}  # the others are rows of the choice
     assert all(row.status == "ok" and row.tokens == row.figures["agreed"] for row in rows)
     baselines = {row.variant: row.baseline for row in rows}
     assert baselines["float32 plain"] == "phase 3 plain"

@@ -1,4 +1,4 @@
-"""On a graphics card: half precision, autocast, quantised and compiled models give what float32 gives, nearly."""
+"""On a GPU: half precision, autocast, quantised and compiled models are close to float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def logits(loaded: phase4.LoadedModel) -> Tensor:
 
 
 def assert_close(got: Tensor, exact: Tensor, enough: float) -> None:
-    """Root mean square of the difference, as a share of the spread of the logits. Equal would mean: not cast."""
+    """Check the RMS difference relative to the spread of the logits. It must not be 0, which would mean: not cast."""
     share = float((got - exact).pow(2).mean().sqrt() / exact.std())
     assert 0 < share < enough
 
@@ -43,7 +43,7 @@ def assert_close(got: Tensor, exact: Tensor, enough: float) -> None:
 @pytest.mark.parametrize(("dtype", "enough"), [("bfloat16", 0.03), ("float16", 0.005)])
 def test_half_precision_logits_are_close(dtype: str, enough: float) -> None:
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        pytest.skip("this card has no bfloat16")
+        pytest.skip("this GPU has no bfloat16")
     assert_close(logits(llm(dtype=dtype).loaded), logits(llm().loaded), enough)
 
 
@@ -86,13 +86,13 @@ def test_the_card_holds_the_weights_once(dtype: str, size: int) -> None:
 
 @pytest.fixture
 def shapes(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
-    """benchmarks/shapes.py of the phase."""
+    """Import benchmarks/shapes.py of the phase."""
     return bench_part(4, "shapes")
 
 
 @pytest.mark.parametrize("shape", ["gpt2-xl", "llama-3.1-8b"])
 def test_every_variant_of_the_large_shapes_runs(shapes: ModuleType, shape: str) -> None:
-    """Two layers of them."""
+    """Models with two layers."""
     config = dataclasses.replace(shapes.CONFIGS[shape], layers=2, vocab_size=1024)
     tokens = torch.arange(64, device=CUDA)[None]
     for variant in (shapes.BASE, *shapes.VARIANTS):

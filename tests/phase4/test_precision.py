@@ -1,4 +1,4 @@
-"""Number formats: what `auto` chooses and says, what stays in float32, what `--amp` casts, what a device refuses."""
+"""Number formats: the choice of `auto`, computations in float32, `--amp`, and refused dtypes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 def shape(**changes: object) -> phase4.ModelConfig:
-    """A small Llama's."""
+    """Make a small Llama's config."""
     values: dict[str, object] = dict(
         family="llama", vocab_size=64, layers=2, width=64, heads=4, kv_heads=2, head_dim=16
     )
@@ -39,7 +39,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every measurement finds bfloat16 twice as fast, and is written down here."""
+    """Make every measurement report bfloat16 as twice as fast, and record the calls."""
     calls: list[str] = []
 
     def measure(config: phase4.ModelConfig) -> dict[str, float]:
@@ -50,7 +50,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-# --- what auto chooses
+# --- the choice of auto
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_the_real_measurement_is_of_a_layer_of_bounded_size() -> None:
     assert min(times.values()) > 0
 
 
-# --- what stays in float32
+# --- computations in float32
 
 
 class InHalf(nn.Module):
-    """The two norms and the softmax as they would be if every step were rounded."""
+    """The two norms and the softmax with every intermediate result rounded."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class InHalf(nn.Module):
 
 
 def norm_error(norm: nn.Module, kind: str, dtype: torch.dtype) -> float:
-    """The largest error against float64, where squares pass float16's range and a mean needs more digits than 8."""
+    """Measure the largest error against float64; squares exceed float16's range, and a mean needs more than 8 bits."""
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     x = (x * 300 if dtype == torch.float16 else x + 100).to(dtype)
     exact = x.double()
@@ -168,7 +168,7 @@ def test_norm_statistics_are_float32(kind: str, dtype: torch.dtype) -> None:
 
 
 def attention_error(dtype: torch.dtype, length: int, last: bool) -> float:
-    """Of attention whose query and key are its input, so that scores are about 60 and differ by little; value: - 4."""
+    """Measure the error of attention whose query and key are its input, with scores near 60; value: minus 4."""
     attention = Attention(shape(width=16, heads=1, kv_heads=1, qkv_bias=True)).to(dtype)
     attention.qkv.weight = nn.Parameter(torch.eye(16).repeat(3, 1).to(dtype))
     attention.qkv.bias = nn.Parameter(torch.tensor([0.0] * 32 + [-4.0] * 16).to(dtype))
@@ -236,7 +236,7 @@ def test_amp_keeps_float32_weights_and_casts_the_products(make_checkpoint: Calla
     assert cast.dtype == torch.bfloat16
     assert 0 < (cast.float() - exact).abs().max() < 0.05 * exact.abs().max()
     for _ in llm.run(llm.sequences(["x"]), phase4.Clock()):
-        assert not torch.is_autocast_enabled("cpu")  # whoever takes the steps computes as before
+        assert not torch.is_autocast_enabled("cpu")  # the caller is outside autocast
 
 
 def test_amp_decodes_with_cast_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_amp_decodes_with_cast_products(monkeypatch: pytest.MonkeyPatch) -> None
         seen.clear()
 
 
-# --- what is said, and what is refused
+# --- reports and refusals
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""The profiler: what it writes, that its ranges leave no gap, and that it costs nothing where nobody asked for it."""
+"""The profiler: its files, ranges without gaps, and no cost without --profile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def steps_of(folder: Path) -> dict[str, Any]:
 
 
 def decode(profiler: Profiler, draft: str = "none", max_tokens: int = 40) -> list[int]:
-    """Tokens of a run of the toy model, whose steps are as short as steps get."""
+    """Decode with the toy model, whose steps are very short."""
     llm = phase4.LLM(phase4.Options(model="fake", draft=draft, max_tokens=max_tokens, device="cpu"))
     sequences = llm.sequences(["a b c"])
     for _ in profiler.watch(llm.run(sequences, phase4.Clock())):
@@ -85,7 +85,7 @@ def test_a_run_is_written_and_its_ranges_leave_no_gap(
 
 
 def test_the_trace_and_the_clock_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """At the third try at the latest: what interrupts a step of half a millisecond is in one and not in the other."""
+    """Three attempts, because an interruption of a step of half a millisecond may be in one of them only."""
     tries = []
     for number in (1, 2, 3):
         status, _, _ = run(capsys, "--draft", "fake:0.7", "--profile", tmp_path, "--profile-steps", 3)
@@ -96,14 +96,14 @@ def test_the_trace_and_the_clock_agree(capsys: pytest.CaptureFixture[str], tmp_p
         clocked = [sum(step[name] for step in steps if step["traced"]) for name in ranges]
         traced = [trace.ranges[name] for name in ranges]
         tries.append((clocked, traced, trace.wall_ms))
-        # Beginning a range takes time too, and so may others.
+        # Beginning a range takes time too, as may other processes.
         if traced == pytest.approx(clocked, rel=0.3, abs=0.3) and sum(traced) >= 0.75 * trace.wall_ms:
             return
     pytest.fail(f"clocked, traced, wall: {tries}")
 
 
 def test_the_steps_are_the_wall_time_of_decoding(tmp_path: Path) -> None:
-    """The clock outside agrees: a range that were left out of the steps would show here."""
+    """A clock outside agrees: a range missing from the steps would show here."""
     llm = phase4.LLM(phase4.Options(model="fake", draft="none", max_tokens=40, device="cpu"))
     with Profiler(tmp_path, CPU, traced=0) as profile:
         sequences = llm.sequences(["a b c"])
@@ -148,10 +148,10 @@ def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_switched_off_it_costs_less_than_a_hundredth_of_the_shortest_step(tmp_path: Path) -> None:
-    """Of 1 ms: the toy model's steps, and those of the embedded models on a card, take no less."""
+    """Less than a hundredth of 1 ms: no step of the toy model, or of an embedded model on a GPU, is shorter."""
     with Profiler(tmp_path, CPU, traced=0) as profile:
         decode(profile, "fake:0.7")
-    calls = profile.entered / len(profile.steps)  # with those of the profiler itself
+    calls = profile.entered / len(profile.steps)  # including the profiler's own
     assert calls >= 3
     assert CURRENT.get() is None
     times = timeit.repeat(lambda: stage("verify"), timer=time.thread_time, number=20_000, repeat=5)
@@ -263,7 +263,7 @@ def test_memory_is_seen_to_rise(tmp_path: Path) -> None:
     timeline = MemoryTimeline(CPU, lambda: "load", pause=0.002)
     timeline.start()
     time.sleep(0.05)
-    # pages of its own: torch may give out memory that an earlier test has freed and the process kept
+    # new pages: torch may reuse memory freed by an earlier test
     taken = mmap.mmap(-1, 64 * 2**20)
     taken.write(b"1" * len(taken))
     time.sleep(0.05)
@@ -292,7 +292,7 @@ def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, id_: int | N
 
 
 def test_a_trace_is_summed_up(tmp_path: Path) -> None:
-    """By hand: what an operator calls is not its own time, and what lies outside the steps is nobody's."""
+    """By hand: an operator's time excludes the operators it calls, and time outside the steps is not counted."""
     events = [
         event("user_annotation", "step 1", 0, 1000),
         event("user_annotation", "verify", 10, 700),

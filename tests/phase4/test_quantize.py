@@ -1,4 +1,4 @@
-"""Small whole numbers for weights: packed and written out again exactly, as small as promised, decoded losslessly."""
+"""Quantised weights: exact packing, expected sizes, and lossless decoding."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ every_format = pytest.mark.parametrize("format", FORMATS, ids=repr)
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
-    """Tied in GPT-2, with biases there."""
+    """Make a checkpoint; GPT-2's has a tied head and biases."""
     return make_checkpoint(request.param, **(WIDE if request.param == "llama" else {"n_embd": 64}))
 
 
 def matrix(seed: int, out: int = 6, width: int = 256) -> Tensor:
-    """Rows of very different size, one of them zero."""
+    """Make a matrix with rows of very different size, one of them zero."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0, 0.0, 1.0])[:out, None]
     return torch.randn(out, width, generator=generator) * sizes + 0.2 * sizes
@@ -73,15 +73,15 @@ def test_every_weight_takes_the_nearest_value_of_its_group(seed: int, format: Fo
     groups = weight.double().view(rows, scales.shape[1], -1)
     distance = (groups[..., None] - grid[:, :, None]).abs()
     chosen = linear.weight.double().view_as(groups)
-    # in float32, half-way cases may fall to either side
+    # in float32, half-way cases may round either way
     assert bool(((groups - chosen).abs() <= distance.amin(-1) + 1e-5 * scales).all())
-    # and no weight is further from its value than half a step: the grid covers them all
+    # every weight is within half a step of its value: the grid covers all weights
     slack = 1.0 + 0.01 * (127 if format.name == "int8" else 15)  # a float16 scale is up to 0.05% short
     assert bool(((groups - chosen).abs() <= 0.5 * slack * scales).all())
 
 
 def test_a_feature_far_larger_than_the_others_is_kept() -> None:
-    """The largest weight of a group is a value of its grid, to the precision of the scale, and not half a step off."""
+    """The largest weight of a group is a grid value, up to the precision of the scale."""
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
     weight[:, 5] *= 300
     error = linear_of(weight, Format("int4", 32)).weight[:, 5] / weight[:, 5] - 1
@@ -91,7 +91,7 @@ def test_a_feature_far_larger_than_the_others_is_kept() -> None:
 @every_format
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1e-5, 1.0, 1e6, 1e7, 1e30])
 def test_weights_of_any_size_are_half_a_step_from_their_values(size: float, format: Format) -> None:
-    """Scales in float16 were subnormal, or infinite."""
+    """Scales in float16 would be subnormal or infinite."""
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(1)) * size
     groups = format.grouped(weight)
     meant = linear_of(weight, format).weight.view_as(groups)
@@ -129,7 +129,7 @@ def test_memory_is_what_the_format_says(format: Format) -> None:
     assert scales == 2 * groups * (2 if format.asymmetric else 1)
     held = {id(tensor): tensor.nbytes for tensor in (*model.layers.parameters(), *model.layers.buffers())}
     norms = sum(p.nbytes for p in model.layers.parameters())
-    assert sum(held.values()) == values + scales + norms  # nothing else stayed behind
+    assert sum(held.values()) == values + scales + norms  # no other tensors
 
 
 def test_rounding_as_it_loads_is_rounding_afterwards(folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_rounding_as_it_loads_is_rounding_afterwards(folder: Path) -> None:
     assert torch.equal(loaded(tokens), afterwards(tokens))
     assert torch.equal(loaded.embedding.weight, embedding)
     half = phase4.load(str(folder), torch.bfloat16, CPU, format, quant_head=True).model
-    for name, tensor in loaded.layers.named_buffers():  # rounded from what the file holds, not from bfloat16
+    for name, tensor in loaded.layers.named_buffers():  # rounded from the file's float32, not from bfloat16
         assert torch.equal(half.layers.get_buffer(name), tensor)
 
 
@@ -160,7 +160,7 @@ def test_rounding_more_finely_changes_less(folder: Path) -> None:
 def test_a_quantised_target_is_decoded_losslessly(
     folder: Path, make_checkpoint: Callable[..., Path], settings: dict[str, Any], temperature: float
 ) -> None:
-    """With respect to itself, whatever drafts: itself before, another model, either of them quantised."""
+    """With respect to itself, with any draft: the original model or another one, quantised or not."""
     other = make_checkpoint("llama", **WIDE, num_hidden_layers=1)
     shared: dict[str, Any] = {
         "model": str(folder),

@@ -1,4 +1,4 @@
-"""AWQ and GPTQ: what they know of a matrix's inputs is true, and it makes the outputs better."""
+"""AWQ and GPTQ: the statistics of a matrix's inputs are right, and the outputs' error is smaller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def target(make_checkpoint: Callable[..., Path]) -> phase4.LoadedModel:
 
 
 def correlated(width: int = 128, rank: int = 16, spread: float = 0.0) -> tuple[Tensor, Inputs]:
-    """Inputs [4096, width] that vary mostly in a few directions, and with `spread` by very different amounts."""
+    """Make inputs [4096, width] that vary mostly in a few directions; `spread` makes features differ in size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4096, rank, generator=generator) @ torch.randn(rank, width, generator=generator) / rank**0.5
     x += 0.1 * torch.randn(4096, width, generator=generator)
@@ -39,7 +39,7 @@ def correlated(width: int = 128, rank: int = 16, spread: float = 0.0) -> tuple[T
 
 
 def error_of(method: Method, weight: Tensor, format: Format, x: Tensor, inputs: Inputs) -> float:
-    """Mean squared change of the real outputs."""
+    """Compute the mean squared change of the outputs."""
     linear = QuantLinear.of(METHODS[method](weight, format, inputs), format, None)
     return float((linear(x) - x @ weight.T).square().mean())
 
@@ -72,7 +72,7 @@ def test_without_correlation_gptq_rounds_to_nearest(format: Format) -> None:
 
 
 def test_gptq_moves_what_is_left_to_the_best_place() -> None:
-    """Two columns of one input: after the first is rounded, the second is rounded from where their sum is right."""
+    """Two columns with equal inputs: after the first is rounded, the second is changed so that their sum is right."""
     format = Format("int4", 32)
     weight = torch.zeros(1, 32)
     weight[0, :3] = torch.tensor([0.26, 0.3, 7.5])  # the last makes the step 1
@@ -83,7 +83,7 @@ def test_gptq_moves_what_is_left_to_the_best_place() -> None:
         0.9,
         0.9,
     )  # the second input follows the first
-    moments[2, 2] = 100.0  # so that clipping does not pay
+    moments[2, 2] = 100.0  # clipping must not pay
     levels = gptq(weight, format, Inputs(moments, torch.ones(32))).levels[0, 0] - 8
     assert rtn(weight, format).levels[0, 0, :2].tolist() == [8, 8]
     assert levels[:2].tolist() == [0, 1]  # 0.26 + 0.3 is nearer to 1 than to 0
@@ -105,7 +105,7 @@ def test_a_feature_that_never_comes_does_no_harm() -> None:
 def test_every_matrix_is_calibrated_on_what_it_will_be_given(
     target: phase4.LoadedModel, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is, on the activations of the quantised layers before it, in the order in which they run."""
+    """Activations come from the quantised layers before, in the order in which they run."""
     seen: list[tuple[torch.nn.Module, Inputs]] = []
     observe = quantize_calibrated.observe
 
@@ -118,7 +118,7 @@ def test_every_matrix_is_calibrated_on_what_it_will_be_given(
     names, before = linear_names(model, head=True), dict(model.named_modules())
     tokens = torch.randint(20, 300, (6, 16), generator=torch.Generator().manual_seed(0))
     quantize(model, FORMATS[1], method, tokens, head=True, rows=4)
-    assert [linear for linear, _ in seen] == [before[name] for name in names]  # which run in the order they stand
+    assert [linear for linear, _ in seen] == [before[name] for name in names]  # they run in this order
     for name, (_, inputs) in zip(names, seen, strict=True):
         given: list[Tensor] = []
         linear = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: they load as what was saved, and a wrong one is refused in a line that names the tensor."""
+"""Quantised checkpoints: they load as saved, and a damaged one is refused by the name of its tensor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def source(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """quantize.py of the phase, on the engine under the name it is installed by."""
+    """Import quantize.py of the phase with the installed engine package."""
     spec = importlib.util.spec_from_file_location("quantize", Path(phase4.__file__).parents[1] / "quantize.py")
     assert spec is not None
     assert spec.loader is not None
@@ -64,7 +64,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def quantized(source: Path, tmp_path: Path) -> Path:
-    """An int4 checkpoint, for tests to spoil."""
+    """Make an int4 checkpoint, for tests to damage."""
     loaded, format, folder = phase4.load(str(source), torch.float32, CPU), Format("int4", 64, True), tmp_path / "int4"
     quantize_model(loaded.model, format)
     save_quantized(folder, loaded.checkpoint, loaded.model, format, torch.float32, {"method": "rtn"})
@@ -177,7 +177,7 @@ def test_files_of_another_model_or_format_are_refused(
     with_config(**json.loads(file.read_text()), quantization_config=about)
     with pytest.raises(UserError, match=r"tensor layers\.\d\.ffn\.\S+ has shape"):
         load(quantized)
-    shutil.copy(source / "config.json", file)  # as if it were not quantised
+    shutil.copy(source / "config.json", file)  # as for an unquantised model
     with pytest.raises(UserError, match=r"tensor layers\.\d\.\S+ holds torch.uint8, which needs scales"):
         load(quantized)
 

@@ -1,4 +1,4 @@
-"""What other tools say of their quantised matrices in config.json: read, or refused by the name of the key."""
+"""Quantisation schemes of other tools in config.json: read, or refused by the name of the key."""
 
 from __future__ import annotations
 

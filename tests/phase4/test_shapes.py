@@ -1,4 +1,4 @@
-"""The large shapes of `make gpu`: they are the models they are named after, and every variant of them computes."""
+"""The large shapes of `make gpu`: they match the models of these names, and every variant computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def shapes(bench_part: Callable[[int, str], ModuleType]) -> ModuleType:
-    """benchmarks/shapes.py of the phase."""
+    """Import benchmarks/shapes.py of the phase."""
     return bench_part(4, "shapes")
 
 
@@ -33,7 +33,7 @@ def run(shapes: ModuleType, bench: Bench) -> list[Row]:
 
 
 def cut_down(config: Any, width: int, layers: int = 2) -> Any:
-    """A narrow model with a small vocabulary, in the proportions of the model."""
+    """Reduce a config to a narrow model with a small vocabulary, in the same proportions."""
     heads = width // config.head_dim
     kv_heads, ffn_width = heads * config.kv_heads // config.heads, width * config.ffn_width // config.width
     sizes: dict[str, Any] = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
@@ -60,7 +60,7 @@ def test_every_variant_computes_nearly_the_same(shapes: ModuleType) -> None:
         for variant, got in steps.items():
             assert got.shape == (1, 512)
             assert got.std() > 0
-            # Random numbers are drawn in the dtype of the weights: other dtypes, other weights.
+            # Random weights depend on the dtype in which they are drawn.
             same_weights = "float32" if variant == "amp" else shapes.BASE if variant in ("int8", "int4") else variant
             difference = (got - steps[same_weights]).pow(2).mean().sqrt() / got.std()
             assert difference < {"amp": 0.03, "int8": 0.05, "int4": 0.5}.get(variant, 1e-6), variant

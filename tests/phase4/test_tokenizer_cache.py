@@ -1,4 +1,4 @@
-"""The tokenizer cache: the same ids as without it, each text encoded once, the oldest forgotten, memory as promised."""
+"""The tokenizer cache: ids as without it, each text encoded once, LRU eviction, memory within the limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
 
 
 class Counting(Tokenizer):
-    """Encodes a text as its code points, and notes what it was asked for."""
+    """Encodes a text as its code points, and records the calls."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -76,7 +76,7 @@ def size_of_one() -> int:
 
 @given(calls=st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6), max_size=12), room=st.integers(0, 5))
 def test_the_least_recently_used_go_first(calls: list[list[str]], room: int) -> None:
-    """Against a list that is kept in order of use: the texts are all of one size."""
+    """Against a list in order of use; all texts have the same size."""
     one = size_of_one()
     tokenizer = Counting()
     cache = TokenizerCache(tokenizer, room * one + one // 2)
@@ -111,7 +111,7 @@ def test_the_bytes_are_what_the_store_takes(tokenizer: Tokenizer) -> None:
     lines = [line for prompt in load_prompts("code") for line in prompt.text.splitlines()]
     texts = list(dict.fromkeys(lines))[:2000]
     tracemalloc.start()
-    cache.encode([text + " " for text in texts])  # new strings, which the store alone keeps
+    cache.encode([text + " " for text in texts])  # new strings, held only by the cache
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert cache.stats.entries == len(texts)
