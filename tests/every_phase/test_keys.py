@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -16,37 +17,65 @@ from tests.support.small import sequences_of, small_session
 
 PROMPTS = [[1, 2, 3, 1, 2], [7]]
 SAMPLES = [0, 3]
-MODEL = {"draft": "fake:0.7"}
-STATIC = {"tree": "static", "k": 3, "tree_nodes": 8}
-DYNAMIC = {"tree": "dynamic", "k": 3, "tree_nodes": 8}
-LOSSLESS = ("coupled", "longest_prefix")
-LOSSY = ("conf_threshold", "topk_agree", "typical")
+MODEL: dict[str, Any] = {"draft": "fake:0.7"}
+POLICIES = ("rejection", "coupled", "longest_prefix", "conf_threshold", "topk_agree", "typical")
+DRAFTERS = ("model", "ngram", "extrapolate", "medusa", "eagle")
+BRANCHING = ("model", "medusa", "eagle")
+SHORT: dict[str, Any] = {"k": 2}  # random heads seldom guess more
+BY_DRAFTER = {"model": MODEL, "extrapolate": SHORT, "medusa": SHORT, "eagle": SHORT}
+TREES: dict[str, dict[str, Any]] = {
+    "chain": {},
+    "static tree": {"tree": "static", "k": 3, "tree_nodes": 8},
+    "dynamic tree": {"tree": "dynamic", "k": 3, "tree_nodes": 8},
+}
 CERTAIN = {"own", "accept", "residual"}
 DRAWN = {*CERTAIN, "draft"}
-# Options, the first phase that has them, and the rules that must occur.
+
+
+def rules(drafter: str, tree: str, policy: str) -> set[str]:
+    """By which something is decided."""
+    drawn = set[str]()
+    if tree == "chain" and drafter != "ngram":
+        drawn = {"draft"}
+    elif tree == "static tree" and policy in ("rejection", "coupled"):
+        drawn = {"children"}
+    return drawn | (CERTAIN if policy == "rejection" and tree != "dynamic tree" else {"own"})
+
+
+# Options, the first phase that has them, and the rules by which something is decided.
 WAYS: dict[str, tuple[dict[str, Any], int, set[str]]] = {
     "plain": ({"draft": "none"}, 2, {"own"}),
     "model": (MODEL, 2, DRAWN),
     "model, top-p": ({**MODEL, "top_p": 0.8, "temperature": 1.3}, 2, DRAWN),
-    "ngram": ({"drafter": "ngram"}, 3, CERTAIN),
-    "ngram, coupled": ({"drafter": "ngram", "policy": "coupled"}, 3, {"own"}),
-    "confidence": ({**MODEL, "controller": "confidence"}, 3, DRAWN),
-    **{f"model, {name}": ({**MODEL, "policy": name}, 3, {"own", "draft"}) for name in (*LOSSLESS, *LOSSY)},
-    "static tree": ({**MODEL, **STATIC}, 3, {*CERTAIN, "children"}),
-    "static tree, coupled": ({**MODEL, **STATIC, "policy": "coupled"}, 3, {"own", "children"}),
-    "static tree, longest_prefix": ({**MODEL, **STATIC, "policy": "longest_prefix"}, 3, {"own"}),
-    "static tree, typical": ({**MODEL, **STATIC, "policy": "typical"}, 3, {"own"}),
-    "dynamic tree": ({**MODEL, **DYNAMIC}, 3, {"own"}),
-    "dynamic tree, coupled": ({**MODEL, **DYNAMIC, "policy": "coupled"}, 3, {"own"}),
+    "model, confidence": ({**MODEL, "controller": "confidence"}, 3, DRAWN),
+    **{
+        f"{drafter}, {tree}, {policy}": (
+            {"drafter": drafter, "policy": policy, **BY_DRAFTER.get(drafter, {}), **TREES[tree]},
+            3,
+            rules(drafter, tree, policy),
+        )
+        for drafter, tree, policy in itertools.product(DRAFTERS, TREES, POLICIES)
+        if tree == "chain" or drafter in BRANCHING
+    },
+}
+QUICK = {
+    *list(WAYS)[:4],
+    *(f"model, chain, {policy}" for policy in POLICIES),
+    *(f"model, static tree, {policy}" for policy in ("rejection", "coupled", "longest_prefix", "typical")),
+    *(f"model, dynamic tree, {policy}" for policy in ("rejection", "coupled")),
+    *(f"{drafter}, chain, {policy}" for drafter in DRAFTERS[1:] for policy in ("rejection", "coupled")),
+    *(f"{drafter}, static tree, rejection" for drafter in ("medusa", "eagle")),
+    "medusa, static tree, coupled",
+    "eagle, dynamic tree, rejection",
 }
 
 
-@pytest.fixture(params=list(WAYS))
+@pytest.fixture(params=[pytest.param(way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in WAYS])
 def way(request: pytest.FixtureRequest, phase: Phase) -> tuple[dict[str, Any], set[str]]:
-    options, since, rules = WAYS[request.param]
+    options, since, decided_by = WAYS[request.param]
     if phase.number < since:
         pytest.skip(f"comes with phase {since}")
-    return options, rules
+    return options, decided_by
 
 
 def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> list[keys.Part]:
@@ -79,20 +108,20 @@ def test_every_number_is_the_one_that_the_table_names(
 ) -> None:
     """In torch, for two samples of each of two prompts: by the decisions, and by the requested numbers."""
     engine = importlib.import_module(phase.package)
-    options, rules = way
+    options, decided_by = way
     made = small_session(engine, monkeypatch, **options)
     sequences = sequences_of(engine, made, PROMPTS, SAMPLES)
     with keys.asked_of_philox(monkeypatch) as asked:
         found = run(engine, made, sequences)
     everything = decided(made, found)
     counts = keys.check(everything)
-    assert set(counts) == rules
+    assert set(counts) == decided_by
     assert min(counts.values()) > 10
     named = {each.key for each in everything}
     assert named <= asked
     # Other requested numbers decide nothing: they are after a rejected token, or pad a row of a batch.
     assert {key.purpose for key in asked - named} <= {Purpose.DRAFT, Purpose.ACCEPT}
-    if "draft" in rules and "residual" in rules:
+    if {"draft", "residual"} <= decided_by:
         assert later_in_a_block(everything, found) >= {"accept", "residual", "own"}
 
 
@@ -115,7 +144,7 @@ CPP: dict[str, tuple[dict[str, Any], set[str]]] = {
     "model, coupled": ({"k": 4, "policy": "coupled"}, {"own", "draft"}),
     "model, longest_prefix": ({"k": 4, "policy": "longest_prefix"}, {"own", "draft"}),
     "ngram": ({"drafter": "ngram"}, CERTAIN),
-    "static tree": (STATIC, {*CERTAIN, "children"}),
+    "static tree": (TREES["static tree"], {*CERTAIN, "children"}),
     "medusa": ({"drafter": "medusa", "k": 3}, DRAWN),
     "eagle": ({"drafter": "eagle", "k": 3}, DRAWN),
 }
@@ -139,11 +168,11 @@ def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
     "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("static tree", "medusa") else []) for way in CPP]
 )
 def test_and_in_cpp(phase: Phase, way: str) -> None:
-    """With a draft; several steps run in one call."""
-    options, rules = CPP[way]
+    """Where a draft is proposed; several steps are made in one call."""
+    options, decided_by = CPP[way]
     engine, made = cpp_session(phase, **options)
     counts: Counter[str] = keys.check(decided(made, run(engine, made, made.sequences([TEXT]), watched=False)))
-    assert set(counts) == rules
+    assert set(counts) == decided_by
     assert min(counts.values()) >= 5
 
 

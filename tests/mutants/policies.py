@@ -58,6 +58,14 @@ CHAINS = mutants(
     ("return self.sequences[row].tokens + self.tokens[row]", "return self.sequences[row].tokens"),
 )  # fmt: skip
 
+MAKERS = mutants(
+    f"{ENGINE}/drafters/__init__.py",
+    KEYS,
+    ("ExtrapolateDrafter(target, params, source, noise, options.alpha)", "ExtrapolateDrafter(target, params, source, alpha=options.alpha)"),
+    ("MedusaDrafter(target, heads, params, source, noise)", "MedusaDrafter(target, heads, params, source)"),
+    ("EagleDrafter(target, heads, params, source, noise)", "EagleDrafter(target, heads, params, source)"),
+)  # fmt: skip
+
 TREE_LAWS = (KEYS[0], "tests/phase3/test_trees.py", "tests/phase3/test_tree_laws.py", *KEYS[1:])
 TREES = mutants(
     f"{ENGINE}/drafters/trees.py",
@@ -101,4 +109,4 @@ SHAPES = mutants(
     ("chances[parent] if parent >= 0 else 1.0", "1.0"),
 )  # fmt: skip
 
-MUTANTS = [*POLICIES, *CHAINS, *TREES, *TREE, *SHAPES]
+MUTANTS = [*POLICIES, *CHAINS, *MAKERS, *TREES, *TREE, *SHAPES]

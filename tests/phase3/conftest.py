@@ -1,4 +1,4 @@
-"""The tools of the proof: a walker that enumerates every outcome of a loop, and models small enough for that.
+"""The tools of the proof: models small enough for a walker (support/walker.py) to visit every outcome of a loop.
 
 `Proof(engine)` holds them for one phase's engine package; later phases make their own from it.
 """
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 import phase3
 from common.philox import Purpose
 from tests.support.mutants import mutated
-
-Law = dict[Any, float]
-SLIVER = 1e-15  # a narrower branch is a rounding error
+from tests.support.walker import Law, Walker
 
 
 class TableModel(nn.Module):
@@ -55,79 +53,6 @@ class TableModel(nn.Module):
 
     def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
         return torch.full((length, length), float("-inf"), dtype=like.dtype).triu(1)
-
-
-class Walker:
-    """Replaces the random numbers of a loop, and enumerates all its outcomes.
-
-    Numbers with the same key (sample, position, purpose, trial) are one uniform number, as with keyed noise: an
-    interval from an earlier use holds for a later one. A draw uses the inverse distribution function, a decision a
-    comparison. So a drafter that draws with the noise of plain sampling is coupled to it.
-    """
-
-    def __init__(self) -> None:
-        self._script: list[int] = []
-        self._choices: list[tuple[int, int]] = []
-        self._intervals: dict[tuple[int, ...], tuple[float, float]] = {}
-
-    def law(self, run: Callable[[Walker], Any]) -> Law:
-        """Return the probability of every result of `run`."""
-        law: Law = defaultdict(float)
-        while True:
-            self._choices, self._intervals, self.weight = [], {}, 1.0
-            result = run(self)
-            law[result] += self.weight
-            while self._choices and self._choices[-1][0] == self._choices[-1][1] - 1:
-                self._choices.pop()
-            if not self._choices:
-                return dict(law)
-            self._script = [choice for choice, _ in self._choices[:-1]] + [self._choices[-1][0] + 1]
-
-    def _branch(self, weights: list[float]) -> int:
-        at = len(self._choices)
-        choice = self._script[at] if at < len(self._script) else 0
-        self._choices.append((choice, len(weights)))
-        self.weight *= weights[choice]
-        return choice
-
-    def _pick(self, weights: list[float], *key: int) -> int:
-        """Choose the part of [0, 1), divided by the weights, that contains the uniform number of this key."""
-        low, high = self._intervals.get(key, (0.0, 1.0))
-        cells, edge, total = [], 0.0, sum(weights)
-        for index, weight in enumerate(weights):
-            left, edge = edge, edge + weight / total
-            begin, end = max(low, left), min(high, edge)
-            if end - begin > SLIVER:
-                cells.append((index, begin, end))
-        index, begin, end = cells[self._branch([(end - begin) / (high - low) for _, begin, end in cells])]
-        self._intervals[key] = begin, end
-        return index
-
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        return self.draw_several(probs, 1, samples, positions, purpose)[:, 0]
-
-    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """Draw without replacement, each with a uniform number of its own."""
-        rows = []
-        for row, sample, position in zip(probs.tolist(), samples.tolist(), positions.tolist(), strict=True):
-            tokens: list[int] = []
-            for trial in range(count):
-                tokens.append(self._pick(row, sample, position, int(purpose), trial))
-                row[tokens[-1]] = 0.0
-            rows.append(tokens)
-        return torch.tensor(rows, dtype=torch.long).view(len(rows), count)
-
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
-        decided = [
-            [
-                self._pick([p, 1 - p], sample, position, int(Purpose.ACCEPT), trial) == 0
-                for p, position in zip(row, places, strict=True)
-            ]
-            for row, sample, places in zip(
-                probability.clamp(0, 1).tolist(), samples.tolist(), positions.tolist(), strict=True
-            )
-        ]
-        return torch.tensor(decided, dtype=torch.bool).view(probability.shape)
 
 
 def total_variation(a: Law, b: Law) -> float:
