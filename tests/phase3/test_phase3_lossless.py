@@ -1,8 +1,8 @@
 """Lossless policies: the output follows the target's distribution, with every drafter and controller.
 
-Every random number is a branch, and all branches are enumerated (support/walker.py), so probabilities are exact. Not the
-full product of policies, controllers and drafters: all controllers with the draft model, all drafters with a fixed K,
-and the pairs that interact (a drafter that calls the controller before it draws).
+Every random number is a branch, and all branches are enumerated (support/walker.py), so probabilities are exact. Not
+the full product of policies, controllers and drafters: all controllers with the draft model, all drafters with a fixed
+K, and the pairs that interact (a drafter that calls the controller before it draws).
 """
 
 from __future__ import annotations
