@@ -1,7 +1,7 @@
-"""The kernels under the compiler's sanitizers: memory that is not theirs, undefined arithmetic, races between threads.
+"""Runs the kernels under the compiler's sanitizers: memory errors, undefined behaviour, data races.
 
-A program of the kernels alone (selftest.cpp) is compiled with each sanitizer and run: Python, torch and OpenMP are
-not instrumented, and would be reported for what they do right.
+A program of the kernels alone (selftest.cpp) is compiled and run with each sanitizer. Python, torch and OpenMP are
+not instrumented, and would cause false reports.
 
     python -m checks.sanitize
 """
@@ -26,7 +26,7 @@ FLAGS = ["-O1", "-g", "-std=c++17", "-pthread", "-fno-omit-frame-pointer", *EXAC
 
 
 def run(sanitizer: str, folder: Path) -> str:
-    """Compile, run, and give what it said. UserError where something was found."""
+    """Compile and run the program, and return its output. UserError if the sanitizer reports an error."""
     compiler = find_compiler()
     if compiler is None:
         raise UserError("the sanitizers need a C++ compiler (g++ or clang++)")

@@ -1,7 +1,7 @@
-"""Who computes: which backend does which op, and whether whole steps run in C++.
+"""Chooses the backend of each op, and decides whether whole steps run in C++.
 
-Nothing falls back in silence: what runs and why others do not is in `stats["kernels"]`, and asking by name for what
-cannot run is an error.
+No fallback is silent: `stats["kernels"]` says which backend runs and why others do not. A backend that is asked for by
+name and cannot run is an error.
 
     python generate.py --kernels torch --prompt "from pathlib import" --json
 """
@@ -31,10 +31,10 @@ FORMATS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.bfloat16:
 
 
 class Backends:
-    """What `--kernels` chose for a device, and the models whose steps run in C++."""
+    """The kernels that `--kernels` selects for a device, and the models whose steps run in C++."""
 
     def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
-        """UserError for a backend that was asked for by name and cannot run."""
+        """Select the kernels. UserError for a backend that was asked for by name and cannot run."""
         self.options = options
         selection = registry.chosen(options.kernels, device, dtype)
         self.kernels: Kernels = selection.kernels
@@ -51,6 +51,7 @@ class Backends:
 
     @property
     def multiplies_in_torch(self) -> bool:
+        """Return True if torch computes the op `linear`."""
         return self.kernels.linear is TORCH.linear
 
     def _why_no_whole_steps(self, device: torch.device) -> str | None:
@@ -59,21 +60,21 @@ class Backends:
             return f"--kernels {options.kernels}"
         if (reason := registry.why_not("cpp", device)) is not None:
             return reason
-        if isinstance(reason := self.report["why_not"].get("cpp"), str):  # of no op alone: it could not be built
+        if isinstance(reason := self.report["why_not"].get("cpp"), str):  # one reason for all ops: the build failed
             return reason
         for name, unwanted in (("compile", False), ("amp", False)):
             if getattr(options, name) != unwanted:
-                return f"--{name} is about torch's operations"
+                return f"--{name} applies to torch's operations"
         if options.beams > 1:
-            return "beam search computes whole texts"
+            return "beam search computes whole sequences"
         if options.kv != "static":
             return f"the C++ step writes into a static cache, and --kv is {options.kv}"
         return None
 
     def take(self, models: Iterable[nn.Module], others: Iterable[object]) -> None:
-        """Let these models compute with the chosen kernels, and those that can in C++; `others` call ops as well.
+        """Give these models the chosen kernels, and pack those that can run in C++; `others` call ops as well.
 
-        The first model is the target, whose heads may be among the others.
+        The first model is the target; its draft heads may be among the others.
         """
         models, others = list(models), list(others)
         for each in (*models, *others):
@@ -84,9 +85,10 @@ class Backends:
         for each in others:
             self._pack_heads(each, models[0])
         if self.fast:
-            torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait in the kernels' way
+            torch.set_num_threads(1)  # torch has little left to do, and its spinning threads would slow the kernels
 
     def _pack(self, model: nn.Module) -> None:
+        """Pack a model for C++, or report why not. UserError if C++ was asked for by name."""
         from .kernels.cpp import CppModel
         from .kernels.cpp.weights import why_not_model
 
@@ -102,7 +104,7 @@ class Backends:
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
 
     def _pack_heads(self, heads: object, target: nn.Module) -> None:
-        """EAGLE's layer or Medusa's heads, where the target runs in C++."""
+        """Pack EAGLE's layer or Medusa's heads if the target runs in C++."""
         if not isinstance(heads, EagleHead | MedusaHeads):
             return
         self.report["draft_step"] = "cpp" if target in self.fast else "torch"
@@ -117,11 +119,11 @@ class Backends:
             self.heads = CppMedusa(heads, self.fast[target])
 
     def in_cpp(self, module: nn.Module) -> bool:
-        """Whether torch computes nothing of this model, or of these heads."""
+        """Return True if this model, or these heads, run entirely in C++."""
         return module in self.fast or (isinstance(module, EagleHead | MedusaHeads) and self.heads is not None)
 
     def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> ModelRunner:
-        """A runner for so many texts of at most so many tokens."""
+        """Return a runner for `rows` sequences of at most `tokens` tokens."""
         if model in self.fast:
             from .cpp_runner import make_cpp_runner
 

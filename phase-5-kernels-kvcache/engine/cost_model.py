@@ -1,8 +1,8 @@
-"""What a step costs, by the clock: what drafting a token took, and what verifying k of them.
+"""Measures the cost of a step: the time to draft one token, and the time to verify k of them.
 
-Without a cache a forward computes the whole text, and a few draft tokens more hardly count. With one it computes the
-text's last token and the draft: what that costs depends on k, on the model and on the machine, and it is not known but
-measured, for every k that was tried.
+Without a cache, a forward pass computes the whole sequence, and a few more draft tokens cost little. With a cache, it
+computes the last token and the draft. Its cost then depends on k, the model and the machine, and is measured for every
+k that was tried.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .steps import StepStats
 
-START = 64  # positions whose computing takes as long as starting a forward does, until something else was measured
-STALE = 64  # steps after which what a plain step took is measured again
+START = 64  # assumed overhead of a forward pass, in positions, until it was measured
+STALE = 64  # steps after which a plain step is measured again
 
 
 def _recent() -> deque[float]:
@@ -24,22 +24,22 @@ def _recent() -> deque[float]:
 
 
 def usual(times: Iterable[float]) -> float:
-    """The lower quartile: a forward that stalled, or found its weights fallen out of the caches, tells nothing."""
+    """Return the lower quartile: forward passes that stalled, or found their weights evicted, do not count."""
     ordered = sorted(times)
     return ordered[len(ordered) // 4]
 
 
 @dataclass
 class CostModel:
-    """Of the machine and the models, not of a text."""
+    """Times on this machine with these models; all sequences share them."""
 
-    draft_ms: deque[float] = field(default_factory=_recent)  # of one draft token
-    fixed_ms: deque[float] = field(default_factory=_recent)  # of the rule, per step that drafted
+    draft_ms: deque[float] = field(default_factory=_recent)  # per draft token
+    fixed_ms: deque[float] = field(default_factory=_recent)  # of the acceptance rule, per step with a draft
     units: dict[int, deque[float]] = field(default_factory=lambda: defaultdict(_recent))  # k -> ms / (START + computed)
     age: int = 0  # steps since the last plain one
 
     def observe(self, step: StepStats) -> None:
-        """A step that prefilled is none to learn from."""
+        """Record the times of a step; skip steps with a prefill."""
         if step.computed > step.proposed + step.plain:
             return
         self.age = self.age + 1 if step.proposed else 0
@@ -50,19 +50,19 @@ class CostModel:
 
     @property
     def known(self) -> bool:
-        """Whether anything was drafted often enough to go by."""
+        """Return True if drafting was measured at least twice."""
         return len(self.draft_ms) >= 2
 
     @property
     def wants_plain(self) -> bool:
-        """Whether a step without a draft would teach more than it costs."""
+        """Return True if the time of a plain step is missing or stale."""
         return len(self.units[0]) < 2 or self.age > STALE
 
     def verify_ms(self, k: int, plain: int) -> float:
-        """A forward over the `plain` positions that it computes without a draft, and k draft tokens.
+        """Predict the time of a forward pass over `plain` positions and k draft tokens.
 
-        Between two k that were tried on a line; outside on the line through the outermost. Fewer tokens never cost
-        more: where they seem to, they were tried when the machine had other things to do.
+        Interpolates linearly between measured k, and extrapolates beyond them. Fewer tokens never cost more: a larger
+        measured time is noise.
         """
         tried = sorted(each for each, units in self.units.items() if units)
         at = [usual(self.units[each]) * (START + plain + each) for each in tried]

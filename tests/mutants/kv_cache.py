@@ -1,4 +1,4 @@
-"""Phase 5: the KV caches, and the sequences that they hold."""
+"""Phase 5: the KV caches, and which sequences their rows hold."""
 # ruff: noqa: E501
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ LOOPS = (
     "cache or changes or shares or share or periodic or page or computes or whole or list or fork",
 )
 
-TEXTS = mutants(
-    f"{CACHES}/texts.py",
+MANAGER = mutants(
+    f"{CACHES}/manager.py",
     LOOPS,
     ("if held >= len(window) or row.held != window[:held]:", "if held > len(window) or row.held != window[:held]:"),
     ("if held >= len(window) or row.held != window[:held]:", "if held >= len(window):"),
@@ -80,7 +80,7 @@ DYNAMIC = mutants(
     f"{CACHES}/dynamic.py",
     ALONE,
     ("of_layer[row].first(self.lengths[row]).joined(added)", "of_layer[row].joined(added)"),
-    ("stand = [*range(start), *(start + entry for entry in entries)]", "stand = [*range(start), *(start + at for at, _ in enumerate(entries))]"),
+    ("kept = [*range(start), *(start + entry for entry in entries)]", "kept = [*range(start), *(start + at for at, _ in enumerate(entries))]"),
     ("of_layer[row] = of_layer[row].first(length)\n", "pass\n", "append and read cut to the length themselves"),
     ("of_layer[into] = of_layer[row].first(self.lengths[row])", "of_layer[into] = of_layer[row]", "append and read cut to the length, and joining makes new memory"),
     ("self.lengths[into] = self.lengths[row]", "pass"),
@@ -96,4 +96,4 @@ STORAGE = mutants(
     ("lambda tensor: tensor.index_select(-2, index)", "lambda tensor: tensor[..., : len(entries), :]"),
 )  # fmt: skip
 
-MUTANTS = [*TEXTS, *STATIC, *RING, *PAGED, *DYNAMIC, *STORAGE]
+MUTANTS = [*MANAGER, *STATIC, *RING, *PAGED, *DYNAMIC, *STORAGE]

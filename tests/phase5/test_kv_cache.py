@@ -235,6 +235,6 @@ def test_nothing_can_be_cut_back_to_more_than_there_is(kind: str) -> None:
 def test_ring_is_for_models_with_window_attention() -> None:
     make: Callable[[], KVCache] = lambda: make_cache(KVOptions("ring"), SHAPE, 1, 96, torch.float32, CPU, None)  # noqa: E731
     with pytest.raises(
-        UserError, match="--kv ring forgets what lies behind the window, and this model was not trained"
+        UserError, match="--kv ring overwrites tokens before the window, and this model was not trained"
     ):
         make()

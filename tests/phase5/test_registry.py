@@ -80,7 +80,7 @@ def test_auto_takes_no_kernel_that_no_card_has_seen(
     book = listed(tmp_path, monkeypatch, ("triton", "rope"))
     report = registry.choose("auto", CARD, book=book).report
     assert (report["ops"]["linear"], report["ops"]["rope"]) == ("torch", "triton")
-    assert "not checked on a card" in report["why_not"]["triton"]["linear"]
+    assert "not checked on a GPU" in report["why_not"]["triton"]["linear"]
     asked = registry.choose("triton", CARD, book=book).report
     assert asked["ops"]["linear"] == "triton"
     assert "linear" in asked["warnings"][0]
@@ -94,7 +94,7 @@ def test_auto_interprets_nothing(backends: dict[str, Any], tmp_path: Path, monke
     book = listed(tmp_path, monkeypatch, ("triton", "linear"))
     report = registry.choose("auto", CPU, book=book).report
     assert report["ops"]["linear"] == "torch"
-    assert report["why_not"]["triton"].startswith("is for graphics cards")
+    assert report["why_not"]["triton"].startswith("is for GPUs")
     assert registry.choose("triton", CPU, book=book).report["ops"]["linear"] == "triton"
 
 
@@ -102,7 +102,7 @@ def test_what_was_asked_for_runs_or_is_an_error(backends: dict[str, Any]) -> Non
     backends.update(cpp=backend(*Kernels._fields), cuda=backend("linear", why_not="there is no nvcc"))
     assert set(registry.choose("cpp", CPU).report["ops"].values()) == {"cpp"}
     assert registry.choose("torch", CPU).kernels == TORCH
-    with pytest.raises(UserError, match="--kernels cuda cannot run here: there is no nvcc; auto takes what can"):
+    with pytest.raises(UserError, match="--kernels cuda cannot run here: there is no nvcc; auto chooses a backend"):
         registry.choose("cuda", CPU)
     with pytest.raises(UserError, match="--kernels triton cannot run here: is not part of this engine"):
         registry.choose("triton", CPU)
@@ -169,7 +169,7 @@ def test_the_doctor_sees_every_backend() -> None:
 def test_the_doctor_says_that_whole_steps_run_in_cpp(backends: dict[str, Any]) -> None:
     backends.update(cpp=backend("linear", "rope"))
     (text,) = (there for name, there, _ in registry.examine(CPU) if name == "kernels cpp")
-    assert text == "whole steps of a model; apart from them the ops linear, rope"
+    assert text == "whole steps of a model; and the ops linear, rope"
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -99,5 +99,5 @@ def test_a_model_with_window_attention(how: str, kind: str, windowed: tuple[str,
 
 def test_ring_is_refused_for_the_trained_model() -> None:
     made = phase5.LLM(phase5.Options(kernels="torch", kv="ring", draft="none", **COMMON))
-    with pytest.raises(UserError, match="--kv ring forgets what lies behind the window, and this model was not"):
+    with pytest.raises(UserError, match="--kv ring overwrites tokens before the window, and this model was not"):
         made.generate(PROMPTS[:1])

@@ -1,6 +1,6 @@
 """EAGLE's drafter with its layer in C++: a whole chain in one call, a tree level by level.
 
-What the drafter remembers, and what of it the layer's cache still has, is as in eagle.py; only who computes is another.
+State and cache of the drafter are those of eagle.py; only the computation differs.
 
     python generate.py --kernels cpp --drafter eagle --prompt "from pathlib import"
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class FastLookahead(Lookahead):
-    """Over the same cache, into which the kernels write."""
+    """A Lookahead whose cache the C++ kernels write."""
 
     def __init__(self, fast: CppEagle, head: EagleHead, target: Transformer, capacity: int) -> None:
         super().__init__(head, target, capacity)
@@ -41,7 +41,7 @@ class FastLookahead(Lookahead):
         return self.predicted
 
     def draw(self, tokens: list[int], features: Tensor, end: int, count: int, how: Drawing) -> tuple[list[int], Tensor]:
-        """A chain behind the sequence's new tokens, and what each of it was drawn from [count, V]."""
+        """Draft a chain after the sequence's new tokens; return its tokens and their distributions [count, V]."""
         drawn, probs, predicted = self.fast.draft(
             self._without_guesses(), 0, tokens, features, count, how.params,
             sample=how.sample, position=how.position, noise=how.purpose,
@@ -58,10 +58,10 @@ class FastLookahead(Lookahead):
         self.cache.keep(0, list(range(count)))
         self.confirmed, self.end, self.predicted = self.confirmed + count, end, predicted
         self.rows, self.parents = {-1: -1}, list[int]()
-        self.entered = predicted[:0]  # the guesses' inputs
+        self.entered = predicted[:0]  # inputs of the draft tokens
 
     def extend(self, tree: Tree, nodes: list[int]) -> Tensor:
-        """All guesses so far go along again: within one step the kernels are told which of them a node sees."""
+        """Compute nodes of a tree. Earlier nodes are computed again: the tree mask applies within one step."""
         for node in nodes:
             self.rows[node] = len(self.parents)
             self.parents.append(self.rows[tree.parents[node]])
@@ -74,7 +74,7 @@ class FastLookahead(Lookahead):
 
 
 class FastEagleDrafter(EagleDrafter):
-    """The same drafts but for rounding."""
+    """An EagleDrafter in C++; its drafts differ by rounding only."""
 
     def __init__(
         self,
@@ -90,20 +90,20 @@ class FastEagleDrafter(EagleDrafter):
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """Chains that nobody may end early are drawn in C++ as well, where the kernels have their random numbers."""
+        """Draft chains in C++ if no `stop` may end them and the random numbers are keyed; otherwise as EagleDrafter."""
         chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
         rows = chains.open()
         for row in rows:
-            text = sequences[row]
-            drawing = Drawing(self.params, self.source, text.sample, text.length, self.noise)
-            if stop is not None or not keyed(drawing) or not self.ready(text):
+            sequence = sequences[row]
+            drawing = Drawing(self.params, self.source, sequence.sample, sequence.length, self.noise)
+            if stop is not None or not keyed(drawing) or not self.ready(sequence):
                 return super().propose(sequences, widths, stop)
-            layer, new = self._layer(text)
+            layer, new = self._layer(sequence)
             assert isinstance(layer, FastLookahead)
-            tokens, features = self._read(text, max(new, 1))
-            if not new:  # asked again for the same text: its last input is fed once more
+            tokens, features = self._read(sequence, max(new, 1))
+            if not new:  # asked again for the same sequence: feed its last input once more
                 layer.confirmed -= 1
-            drawn, probs = layer.draw(tokens, features, text.length - 1, widths[row], drawing)
+            drawn, probs = layer.draw(tokens, features, sequence.length - 1, widths[row], drawing)
             chains.take(row, drawn, None if self.params.greedy else probs)
         return chains.draft()
 

@@ -1,7 +1,7 @@
-"""Operations by name: the model and the loops say what is to be done, a backend says how.
+"""Operations by name: the model and the loops call ops, and a backend implements them.
 
-Every op has a reference in plain torch, which says what is right: those of the model in reference.py and fused.py, the
-rule of acceptance in ../verify.py, the next token in ../sampling.py. Which backend does what is chosen in registry.py.
+Every op has a reference in plain torch, which defines the right result: ops of the model in reference.py and fused.py,
+the acceptance rule in ../verify.py, the next token in ../sampling.py. registry.py chooses a backend for each op.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import fused, reference
 
 
 class Kernels(NamedTuple):
-    """One function for every op; shapes and meaning are those of its reference."""
+    """One function for every op, with the shapes and the meaning of its reference."""
 
     linear: Callable[..., Tensor] = reference.linear
     gated_linear: Callable[..., Tensor] = fused.gated_linear
@@ -27,7 +27,7 @@ class Kernels(NamedTuple):
     kv_append: Callable[..., None] = reference.kv_append
     rope_append: Callable[..., Tensor] = fused.rope_append
     decode_attention: Callable[..., Tensor] = reference.decode_attention
-    flash_prefill: Callable[..., Tensor] = reference.decode_attention  # the same, for many queries at once
+    flash_prefill: Callable[..., Tensor] = reference.decode_attention  # the same function, for many queries
     verify_prefix: Callable[..., Tensor] = reference.verify_prefix
     verify_greedy: Callable[..., tuple[Tensor, Tensor]] = fused.verify_greedy
     verify_sample: Callable[..., Verdict] = verify

@@ -1,9 +1,9 @@
-"""Compile C++ and CUDA when a kernel is first needed, and keep the result for the next time.
+"""Compiles C++ and CUDA when a kernel is first needed, and caches objects and libraries.
 
-Every object and every library is named by a hash of all that decides its content: the source and the headers that it
-includes, the compiler's version, the flags, the machine's architecture. A stale file is never loaded, and sources that
-two phases share are compiled once. A build runs in a folder of its own under a lock. The finished file is renamed into
-place, with its checksum beside it, so a file that a killed build or a full disk left half written is built again.
+The name of every object and library contains a hash of its inputs: the source and its headers, the compiler's version,
+the flags, the machine's architecture. A stale file is therefore never loaded, and sources that two phases share are
+compiled once. A build runs in its own folder, under a lock. The finished file is renamed into the cache, with a
+checksum beside it, so a file that a killed build or a full disk left incomplete is built again.
 
     from engine.kernels import build
     library = build.build("hello", [Path("hello.cpp")], compiler="g++", flags=["-O2", "-shared", "-fPIC"])
@@ -44,18 +44,18 @@ COMPILERS = threading.Semaphore(CORES)  # compilers that run at a time, of all b
 
 
 class BuildError(UserError):
-    """A compiler that is missing, failed or was killed; the message holds what it said."""
+    """A compiler is missing, failed or was killed; the message contains its output."""
 
 
 def why_not() -> str | None:
-    """Why nothing may be compiled, or None."""
+    """Return why compiling is forbidden, or None."""
     if flag("SPECDEC_FORCE_PY"):
         return f"SPECDEC_FORCE_PY={os.environ['SPECDEC_FORCE_PY']} forbids compiled kernels"
     return None
 
 
 def python_flags() -> list[str]:
-    """Where the headers of Python and pybind11 lie. BuildError without pybind11."""
+    """Return the include flags of Python and pybind11. BuildError without pybind11."""
     try:
         import pybind11
     except ImportError:
@@ -75,12 +75,11 @@ def build(
     include: Sequence[Path] = (),
     cpu_seconds: float = 0,
 ) -> Path:
-    """Return the shared library made of the sources; compile only what is not in the cache.
+    """Return the shared library of the sources; compile only what is not in the cache.
 
-    flags go to the compilation of every source and to linking; own_flags[file name] to that source alone, after them;
-    link_flags to linking alone. include: folders searched for headers; a header counts by name and content, wherever it
-    lies. cpu_seconds > 0: what compiling costs about; a note on stderr then says how long it will take. BuildError says
-    what failed.
+    flags are used for every source and for linking; own_flags[file name] for that source alone, after them; link_flags
+    for linking alone. include: folders searched for headers; a header counts by name and content, wherever it lies.
+    cpu_seconds > 0: the approximate cost of compiling; a note on stderr then says how long it takes. BuildError if a command fails.
     """
     program = shutil.which(compiler)
     if program is None:
@@ -95,7 +94,7 @@ def build(
     with FileLock(folder / f"{name}.lock"):
         if is_whole(library):  # another process built it while this one waited
             return library
-        for left in folder.glob(f"{name}.building-*"):  # by builds that were killed: their lock is free, and ours now
+        for left in folder.glob(f"{name}.building-*"):  # of killed builds: they no longer hold the lock
             shutil.rmtree(left, ignore_errors=True)
         if cpu_seconds > 0:
             about = max(1, round(cpu_seconds / CORES))
@@ -125,7 +124,7 @@ def build(
 
 
 def keep(made: Path, target: Path) -> None:
-    """Move a finished file into the cache. Its checksum comes first: a file without one is never taken for whole."""
+    """Move a finished file into the cache, after its checksum: a file without a checksum counts as incomplete."""
     total = made.with_name(made.name + ".sum")
     total.write_text(checksum(made), encoding="ascii")
     os.replace(total, sum_file(target))
@@ -133,7 +132,7 @@ def keep(made: Path, target: Path) -> None:
 
 
 def execute(command: list[str]) -> None:
-    """Run a compiler that writes the file behind `-o`. BuildError with its message where it fails or writes nothing."""
+    """Run a compiler that writes the file after `-o`. BuildError with its message if it fails or writes nothing."""
     with COMPILERS:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     made = Path(command[command.index("-o") + 1])
@@ -152,7 +151,7 @@ def execute(command: list[str]) -> None:
 
 
 def signal_name(number: int) -> str:
-    """`SIGKILL` for 9; real-time signals have no name of their own."""
+    """Return `SIGKILL` for 9; real-time signals have no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -161,7 +160,7 @@ def signal_name(number: int) -> str:
 
 @lru_cache
 def version(program: str) -> str:
-    """What the compiler says of itself."""
+    """Return the output of `--version`. BuildError if the compiler cannot be run."""
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -170,7 +169,7 @@ def version(program: str) -> str:
 
 
 def fingerprint(sources: Sequence[Path], others: Sequence[str], include: Sequence[Path] = ()) -> str:
-    """A hash of the sources, of all headers they include by name, and of what else decides the library."""
+    """Hash the sources, the headers that they include in quotes, pybind11's version, the machine, and `others`."""
     digest = hashlib.sha256()
     try:
         import pybind11
@@ -187,10 +186,10 @@ def fingerprint(sources: Sequence[Path], others: Sequence[str], include: Sequenc
 
 
 def with_headers(sources: Sequence[Path], include: Sequence[Path] = ()) -> list[Path]:
-    """The sources, and every file that one of them includes in quotes, each once. BuildError for a source not there.
+    """Return the sources and every file that they include in quotes, each once. BuildError for a missing source.
 
-    A header is looked for beside the file that includes it, then in the folders of `include`; one found nowhere is the
-    compiler's.
+    A header is searched beside the file that includes it, then in the folders of `include`. A header found nowhere
+    belongs to the compiler.
     """
     found: list[Path] = []
     waiting = [source.resolve() for source in sources]
@@ -216,9 +215,9 @@ def checksum(library: Path) -> str:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether the file is there, as it was when it was finished, and not shorter than its ELF header says.
+    """Return True if the file matches its checksum and is not shorter than its ELF header says.
 
-    The loader maps a library without a look at its length: touching what is missing is a SIGBUS, not an error.
+    The loader maps a library without checking its length: access to a missing page is a SIGBUS, not an error.
     """
     try:
         if sum_file(file).read_text(encoding="ascii") != checksum(file):
@@ -227,20 +226,20 @@ def is_whole(file: Path) -> bool:
             header = opened.read(64)
     except (OSError, UnicodeDecodeError):
         return False
-    if header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian: on other systems the loader checks
+    if header[:6] != b"\x7fELF\x02\x01":  # not 64-bit little-endian ELF: the loader of such systems checks the length
         return True
     if len(header) < 64:
         return False
-    sections = int.from_bytes(header[40:48], "little")  # the section headers, which linkers write last
+    sections = int.from_bytes(header[40:48], "little")  # offset of the section headers, which linkers write last
     size, count = (int.from_bytes(header[at : at + 2], "little") for at in (58, 60))
     return file.stat().st_size >= sections + size * count
 
 
 def cache_folder(asked: Path | None = None) -> Path:
-    """Return where libraries are kept: `asked`, SPECDEC_BUILD_DIR, or the user's cache.
+    """Return the folder of the libraries: `asked`, SPECDEC_BUILD_DIR, or the user's cache.
 
-    A library is code, so the folder must be the user's own, and nobody else may write to it. A temporary folder serves,
-    with a note, where the user's cache cannot be used. BuildError where SPECDEC_BUILD_DIR is writable for others.
+    A library is code, so the user must own the folder, and nobody else may write to it. If the user's cache cannot be
+    used, a temporary folder replaces it, with a note. BuildError if SPECDEC_BUILD_DIR is writable for others.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("SPECDEC_BUILD_DIR")
@@ -259,9 +258,9 @@ def cache_folder(asked: Path | None = None) -> Path:
 
 
 def why_unusable(folder: Path) -> str | None:
-    """Why libraries are not kept in the folder, which is made where it is absent; None if they can be.
+    """Create the folder if it is absent, and return why libraries cannot be kept there, or None.
 
-    Writing is tried, not asked: a file system that is mounted read-only says so only when it is written to.
+    The check writes a file: a file system that is mounted read-only fails only on a write.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -276,7 +275,7 @@ def why_unusable(folder: Path) -> str | None:
 
 
 def own_temporary() -> Path:
-    """A folder for temporary libraries that nobody else can have put one into."""
+    """Return a temporary folder that only this user can write to."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"llm-inference-lab-kernels-{user}"
     if not folder.is_symlink() and why_unusable(folder) is None:
@@ -287,7 +286,7 @@ def own_temporary() -> Path:
 def load(path: Path, name: str) -> ModuleType:
     """Import the extension module `name` from a library, once: phases with equal sources share the module.
 
-    BuildError where it does not load.
+    BuildError if it does not load.
     """
     full = f"{path.name.partition('.')[0]}.{name}"  # the part before the dot names the content
     if full in sys.modules:
@@ -305,7 +304,7 @@ def load(path: Path, name: str) -> ModuleType:
 
 
 def load_built(name: str, make: Callable[[], Path]) -> ModuleType:
-    """Load the module `name` from the library that `make` builds; one that does not load is built once more."""
+    """Load the module `name` from the library that `make` builds; rebuild the library once if it does not load."""
     library = make()
     try:
         return load(library, name)

@@ -1,8 +1,8 @@
-"""References of the ops that do at once what the model otherwise asks for one by one: fewer launches, fewer trips.
+"""References of the fused ops, which save kernel launches and memory traffic.
 
-Each is composed of the references it replaces, so a backend that has only the parts gives the same result. PARTS: where
-torch's is chosen, the model asks for the parts, from whatever backend has them. On a CPU that is the faster way (both
-queries and keys turn in one go, and the halves of a gate are products of their own), elsewhere as fast.
+Each reference is composed of the ops that it replaces, so a backend without the fused op gives the same result. PARTS:
+where torch's is chosen, the model calls these unfused ops instead, from any backend. On a CPU that is faster (queries
+and keys are rotated in one call, and the halves of a gate are separate products), elsewhere as fast.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PARTS = {"gated_linear": ("linear",), "rope_append": ("rope", "kv_append")}
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual [..., D], rounded as it is stored, and its norm: (normed, sum).
+    """Add x and residual [..., D] in their dtype, and normalise the sum: return (normed, sum).
 
-    Where no gradient is asked for the sum takes x's memory: see reference.py.
+    The sum is computed in place, in x, if no gradient is needed: see `times` in reference.py.
     """
     total = x + residual if torch.is_grad_enabled() else x.add_(residual)
     return reference.rms_norm(total, weight, eps), total
@@ -37,7 +37,7 @@ def rope_append(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Turn query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; gives the turned query.
+    """Rotate query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; return the query.
 
     Shapes of the tables as for `rope`, of the rest as for `kv_append`.
     """
@@ -46,16 +46,15 @@ def rope_append(
 
 
 def gated_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the first half of the outputs times the second half: x [..., in] -> [..., out / 2] (Shazeer 2020)."""
+    """Return SiLU(first half of the outputs) * second half: x [..., in] -> [..., out / 2] (Shazeer 2020)."""
     gate, up = reference.linear(layer, x).chunk(2, -1)
     return F.silu(gate) * up
 
 
 def verify_greedy(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of draft_tokens [R, K] are the choices of scores [R, K+1, V], and the choice that follows them.
+    """Return how many leading draft_tokens [R, K] are the argmax of scores [R, K+1, V], and the next token.
 
-    A choice is the highest score, of equal ones the first. widths int64 [R]: how many of a row's K tokens count. Both
-    results are int64 [R].
+    Ties: the lower token id wins. widths int64 [R]: draft tokens per row. Both results are int64 [R].
     """
     choices = scores.argmax(-1)
     accepted = reference.verify_prefix(draft_tokens, choices, widths)

@@ -1,4 +1,4 @@
-"""Every op in plain torch: what the others are held against, and what runs where no other can.
+"""Every op in plain torch: the reference for other backends, and the fallback if none can run.
 
 python bench.py --only caches
 """
@@ -15,22 +15,22 @@ from ..kv_cache.protocol import KVCache
 
 
 def times(x: Tensor, other: Tensor) -> Tensor:
-    """x * other, in x's memory where no gradient is asked for and it has no gaps.
+    """Return x * other, computed in place if x is contiguous and needs no gradient.
 
-    A forward reads every weight once, which drives all else out of the caches: what was just written is still there,
-    and fresh memory is not.
+    The weights of a forward pass evict everything else from the CPU's caches. x was just written and is still cached,
+    new memory is not.
     """
     return x * other if torch.is_grad_enabled() or not x.is_contiguous() else x.mul_(other)
 
 
 def linear(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """x [..., in] -> [..., out], or the outputs start .. stop alone. The layer knows the format of its matrix."""
+    """Multiply x [..., in] -> [..., out], or only the outputs start .. stop. The layer knows its weight format."""
     product: Tensor = layer(x) if stop is None else layer(x, start, stop)
     return product
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the statistics are float32 in every dtype.
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics are float32 in every dtype.
 
     Three passes over x: its length and two products. On a CPU torch's own takes four: a power, its sum, the products.
     """
@@ -45,12 +45,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @lru_cache(maxsize=64)
 def constant(value: float, device: torch.device) -> Tensor:
-    """A number where operations take tensors: making one costs what adding it costs."""
+    """Return a cached 0-dim tensor: creating one costs as much as an addition."""
     return torch.tensor(value, device=device)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each feature against its partner half a head away: (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotate each feature with its partner half a head away (RoPE): (a, b) -> (a cos - b sin, b cos + a sin).
 
     x [B, T, H, head_dim]; the tables [T, 1, head_dim] or [B, T, 1, head_dim].
     """
@@ -58,7 +58,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], keys: Tensor, values: Tensor) -> None:
-    """Write the first counts[r] of keys and values [R, T, kv_heads, head_dim] behind row rows[r] of the cache."""
+    """Append the first counts[r] of keys and values [R, T, kv_heads, head_dim] to row rows[r] of the cache."""
     whole = keys.shape[1]
     for at, (row, count) in enumerate(zip(rows, counts, strict=True)):
         if count == whole:
@@ -70,10 +70,10 @@ def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], ke
 def decode_attention(
     query: Tensor, cache: KVCache, layer: int, rows: list[int], counts: list[int], masks: list[Tensor | None]
 ) -> Tensor:
-    """query [R, W, H, head_dim] over what the rows hold and the counts[r] tokens just appended -> the same shape.
+    """Attend with query [R, W, H, head_dim] to each row's tokens and its counts[r] just appended; same shape.
 
-    masks[r] [W, n] is 0 where a query may look and -inf where not; None where every query sees all. Nothing is read
-    that was never written, whatever lies there.
+    masks[r] [W, n] is 0 for a visible key and -inf for a hidden one; None: every query sees all keys. Entries that were
+    never written are not read.
     """
     mixed = [
         attend(query[at], *cache.read(layer, row, count), mask)
@@ -83,9 +83,9 @@ def decode_attention(
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """One row: query [W, H, head_dim] over keys and values [kv_heads, n, head_dim] -> [W, H, head_dim]."""
+    """Attend in one row: query [W, H, head_dim] to keys and values [kv_heads, n, head_dim] -> [W, H, head_dim]."""
     (W, H, d), kv = query.shape, len(keys)
-    if W == 1 and mask is None:  # query heads that share a key head are so many queries of it
+    if W == 1 and mask is None:  # query heads that share a key head become its queries
         return F.scaled_dot_product_attention(query.view(1, kv, H // kv, d), keys[None], values[None]).view(1, H, d)
     whole = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=kv < H
@@ -94,7 +94,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> 
 
 
 def verify_prefix(draft_tokens: Tensor, choices: Tensor, widths: Tensor) -> Tensor:
-    """How many of draft_tokens [R, K] are the choices [R, K+1] of the target, from the first on: int64 [R]."""
+    """Return how many leading draft_tokens [R, K] equal the target's choices [R, K+1]: int64 [R]."""
     K = draft_tokens.shape[1]
-    stands = (draft_tokens == choices[:, :K]) & (torch.arange(K, device=widths.device) < widths[:, None])
-    return stands.long().cumprod(1).sum(1)
+    accepted = (draft_tokens == choices[:, :K]) & (torch.arange(K, device=widths.device) < widths[:, None])
+    return accepted.long().cumprod(1).sum(1)

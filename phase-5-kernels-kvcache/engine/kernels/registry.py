@@ -1,8 +1,8 @@
-"""Which backend does what: the fastest that is right for the device, or the one that was asked for by name.
+"""Chooses a backend for every op: the fastest one that runs on the device, or the one asked for by name.
 
-Every op has a function per backend. `auto` takes them in the order CUDA, Triton, C++, torch; a kernel for a graphics
-card only if ledger.py lists its source as checked on one. What runs, and why others do not, is told: nothing falls back
-in silence, and asking by name for what cannot run is an error.
+Every op has a function per backend. `auto` tries CUDA, Triton, C++, torch, in this order. A GPU kernel is used only if
+ledger.py lists its source as checked on a GPU. The report says which backend runs each op, and why others do not. No
+fallback is silent, and a backend that is asked for by name and cannot run is an error.
 
     python -c "from engine.kernels.registry import choose; import torch; print(choose('auto', torch.device('cpu'))[1])"
 """
@@ -27,7 +27,7 @@ from . import TORCH, Kernels, ledger
 from .build import BuildError
 from .fused import PARTS
 
-Backend = Literal["cuda", "triton", "cpp", "torch"]  # in the order in which `auto` asks
+Backend = Literal["cuda", "triton", "cpp", "torch"]  # in the order in which `auto` tries them
 Asked = Literal["auto", "torch", "triton", "cuda", "cpp"]
 Report = dict[str, Any]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -40,25 +40,25 @@ WHAT = {
 
 
 class Selection(NamedTuple):
-    """A function for every op; and, as it goes into `stats["kernels"]`, what was chosen and why."""
+    """A function for every op, and the report of the choice, which goes into `stats["kernels"]`."""
 
     kernels: Kernels
     report: Report
 
 
 def forced() -> bool:
-    """Whether SPECDEC_FORCE_PY asks for plain torch."""
+    """Return True if SPECDEC_FORCE_PY asks for plain torch."""
     return flag("SPECDEC_FORCE_PY")
 
 
 def module_of(backend: Backend) -> ModuleType | None:
-    """The package of a backend, with ops() and why_not(device); None where this engine has none of that name."""
+    """Return the package of a backend, with ops() and why_not(device); None if this engine has no such package."""
     spec = importlib.util.find_spec(f".{backend}", __package__)
     return None if spec is None or spec.origin is None else importlib.import_module(f".{backend}", __package__)
 
 
 def why_not(backend: Backend, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device at all; None if it can. Loads no compiler and builds nothing."""
+    """Return why a backend cannot run on a device; None if it can. Builds nothing."""
     if backend == "torch":
         return None
     if forced():
@@ -71,7 +71,7 @@ def why_not(backend: Backend, device: torch.device) -> str | None:
 
 
 def functions(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
-    """What can do an op on a device, by backend. UserError for an op that does not exist."""
+    """Return the functions of an op that run on a device, by backend. UserError for an unknown op."""
     if op not in Kernels._fields:
         raise UserError(f"there is no op {op!r}; the ops are {', '.join(Kernels._fields)}")
     found: dict[str, Callable[..., Any]] = {}
@@ -84,7 +84,7 @@ def functions(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
 
 
 def operations(backend: Backend) -> dict[str, Callable[..., Any]]:
-    """The functions of a backend that can run here, by op; what they need is imported now."""
+    """Import a backend that can run here, and return its functions by op. ValueError for unknown ops."""
     module = module_of(backend)
     ops: dict[str, Callable[..., Any]] = {} if module is None else module.ops()
     if unknown := sorted(set(ops) - set(Kernels._fields)):
@@ -99,14 +99,14 @@ def choose(
     book: Path | None = None,
     broken: Mapping[Backend, str] = MappingProxyType({}),
 ) -> Selection:
-    """The functions for a device (and a dtype, if it matters), and the report. Builds nothing.
+    """Choose a function of every op for a device (and a dtype, if given), and report why. Builds nothing.
 
-    UserError for an unknown backend, and for one asked by name that cannot run here. `book`: the ledger's file.
-    `broken`: backends that turned out not to run, and why.
+    `book`: the ledger's file. `broken`: backends whose build failed, and why. UserError for an unknown backend, and for
+    one that is asked for by name and cannot run here.
     """
     if asked not in ("auto", *BACKENDS):
         raise UserError(f"unknown kernels {asked!r}; use auto, {', '.join(reversed(BACKENDS))}")
-    reasons: dict[str, dict[str, str]] = {}  # of each backend, by op; "" stands for all ops
+    reasons: dict[str, dict[str, str]] = {}  # of each backend, by op; "" means all ops
     offers: dict[str, dict[str, Callable[..., Any]]] = {}
     warnings: list[str] = []
     for backend in BACKENDS[:-1] if asked == "auto" else BACKENDS:
@@ -114,10 +114,10 @@ def choose(
             continue
         reason = broken.get(backend) or why_not(backend, device)
         if reason is None and asked == "auto" and backend in FOR_CARDS and device.type != "cuda":
-            reason = f"is for graphics cards; on {device.type} it runs only slowly, and where it is asked for by name"
+            reason = f"is for GPUs; on {device.type} it runs slowly, and only if it is asked for by name"
         if reason is not None:
             if asked != "auto":
-                raise UserError(f"--kernels {asked} cannot run here: {reason}; auto takes what can")
+                raise UserError(f"--kernels {asked} cannot run here: {reason}; auto chooses a backend that can")
             reasons[backend] = {"": reason}
             continue
         offers[backend], reasons[backend] = _offered(backend, asked, dtype, book)
@@ -125,7 +125,7 @@ def choose(
         unlisted = [op for op in offers[asked] if ledger.entry(asked, op, book) is None]
         if unlisted:
             warnings.append(
-                f"{asked} kernels that were not checked on a card yet run because they were asked for: "
+                f"{asked} kernels that were not checked on a GPU yet run because they were asked for: "
                 f"{', '.join(unlisted)}; `make gpu` checks and lists them"
             )
     ran: dict[str, str] = {}
@@ -143,23 +143,21 @@ def choose(
 def _offered(
     backend: Backend, asked: str, dtype: torch.dtype | None, book: Path | None
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """What a backend that can run would do, and of every other op why it would not."""
+    """Return the ops that a backend offers, and the reason for every op that it does not offer."""
     ops, reasons = operations(backend), dict[str, str]()
-    refuses = getattr(module_of(backend), "why_not_op", None)  # of a backend that takes some dtypes only
+    refuses = getattr(module_of(backend), "why_not_op", None)  # backends that support some dtypes only
     for op in Kernels._fields:
         if op not in ops:
             reasons[op] = "has no such kernel"
         elif refuses is not None and dtype is not None and (reason := refuses(op, dtype)) is not None:
             reasons[op] = reason
         elif asked == "auto" and backend in FOR_CARDS and ledger.entry(backend, op, book) is None:
-            reasons[op] = (
-                f"not checked on a card in this version of its source; --kernels {backend} runs it all the same"
-            )
+            reasons[op] = f"not checked on a GPU in this version of its source; --kernels {backend} runs it anyway"
     return {op: function for op, function in ops.items() if op not in reasons}, reasons
 
 
 def _brief(reasons: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Of every backend one reason if it is the same for all ops, else one for each."""
+    """Return one reason per backend if it is the same for all ops, else one per op."""
     brief: dict[str, Any] = {}
     for backend, by_op in reasons.items():
         if "" in by_op:
@@ -171,14 +169,14 @@ def _brief(reasons: dict[str, dict[str, str]]) -> dict[str, Any]:
 
 
 def use(target: object, kernels: Kernels) -> None:
-    """Let a model and all in it, or a policy, call these."""
+    """Make a model with all its modules, or a policy, call these functions."""
     for each in target.modules() if isinstance(target, nn.Module) else [target]:
         if hasattr(type(each), "kernels"):
             object.__setattr__(each, "kernels", kernels)  # policies are frozen
 
 
 def describe(report: Report) -> str:
-    """A report in a line: which backend does which ops, and the warnings."""
+    """Format a report as one line, the ops by backend, followed by the warnings."""
     by_backend: dict[str, list[str]] = {}
     for op, backend in report["ops"].items():
         by_backend.setdefault(backend, []).append(op)
@@ -190,7 +188,7 @@ def describe(report: Report) -> str:
 
 
 def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
-    """For `lab doctor`: of every backend its name, what there is of it (None: it cannot run), what it is or lacks."""
+    """Return for `lab doctor` each backend's name, its ops (None: it cannot run), and its description or problem."""
     found: list[tuple[str, str | None, str]] = []
     for backend in BACKENDS[:-1]:
         reason = why_not(backend, device)
@@ -200,21 +198,22 @@ def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
         ops = operations(backend)
         text = f"{len(ops)} of {len(Kernels._fields)} ops"
         if backend == "cpp":
-            text = f"whole steps of a model; apart from them the ops {', '.join(ops)}"
+            text = f"whole steps of a model; and the ops {', '.join(ops)}"
         if backend in FOR_CARDS:
             listed = {op: ledger.entry(backend, op) for op in ops}
             cards = sorted({entry["device"] for entry in listed.values() if entry is not None})
             checked = sum(entry is not None for entry in listed.values())
-            text += f", {checked} checked" + (f" on {', '.join(cards)}" if cards else " on a card")
+            text += f", {checked} checked" + (f" on {', '.join(cards)}" if cards else " on a GPU")
         found.append((f"kernels {backend}", text, WHAT[backend]))
     found.append(("kernels torch", f"{len(Kernels._fields)} of {len(Kernels._fields)} ops", "the reference"))
     return found
 
 
 def chosen(asked: str, device: torch.device, dtype: torch.dtype | None = None) -> Selection:
-    """As choose, and what is chosen has been compiled. BuildError where that fails for a backend asked for by name.
+    """Choose as `choose` does, and compile the chosen backends.
 
-    `auto` goes on without it, and says so: on stderr, and in the report.
+    If a build fails, `auto` goes on without that backend, with a note on stderr and in the report. BuildError for a
+    backend that was asked for by name.
     """
     broken: dict[Backend, str] = {}
     while True:
@@ -237,7 +236,7 @@ def chosen(asked: str, device: torch.device, dtype: torch.dtype | None = None) -
 
 
 def prepare(device: torch.device) -> list[str]:
-    """Compile now what would be compiled when it is first needed; the backends that were. BuildError if one fails."""
+    """Compile all backends that can run on the device; return their names. BuildError if one fails."""
     ready: list[str] = []
     for backend in BACKENDS:
         build = getattr(module_of(backend), "prepare", None) if backend != "torch" else None

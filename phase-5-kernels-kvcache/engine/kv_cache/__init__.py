@@ -1,11 +1,11 @@
-"""Caches of keys and values: what a decoder remembers of the tokens it has seen, so that a token costs one token.
+"""KV caches: keys and values of earlier tokens, so that a forward pass computes the new tokens alone.
 
-| kind | memory | appending | can |
+| kind | memory | append | supports |
 |---|---|---|---|
-| dynamic | as long as the text | copies the text | trees, any length |
-| static | for the longest text, at once | in place | trees |
-| ring | window + 16 tokens, constant | in place, over the oldest | models with window attention, without end |
-| paged | pages of 16 tokens, as needed | in place | trees, shared prompts |
+| dynamic | as long as the sequence | copies the row | trees, any length |
+| static | allocated once, for the longest sequence | in place | trees |
+| ring | window + 16 tokens, constant | in place, over the oldest | endless sequences, with window attention |
+| paged | pages of 16 tokens, when needed | in place | trees, shared prompts |
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class KVOptions:
-    """What `--kv`, `--kv-dtype`, `--kv-slots` and `--kv-pages` say; 0: as many as the request can need."""
+    """The options `--kv`, `--kv-dtype`, `--kv-slots` and `--kv-pages`; 0: as many as the request can need."""
 
     kind: Kind = "static"
     format: Format = "auto"
@@ -61,14 +61,17 @@ def make_cache(
     device: torch.device,
     window: int | None,
 ) -> KVCache:
-    """An empty cache for so many rows of at most so many tokens, drafts included. `computed`: what attention reads."""
+    """Return an empty cache of `rows` rows of at most `tokens` tokens, drafts included.
+
+    `computed`: the dtype that attention reads. UserError for a ring without window attention in every layer.
+    """
     dtype = stored(options, computed)
     if options.kind == "dynamic":
         return DynamicCache(shape, rows, dtype, computed, device)
     if options.kind == "ring":
         if window is None:
             raise UserError(
-                "--kv ring forgets what lies behind the window, and this model was not trained with window attention "
+                "--kv ring overwrites tokens before the window, and this model was not trained with window attention "
                 "in every layer; use static or paged: past the context they prefill again at a jump"
             )
         return RingCache(shape, rows, window, dtype, computed, device)
@@ -78,14 +81,14 @@ def make_cache(
 
 
 def stored(options: KVOptions, computed: torch.dtype) -> torch.dtype:
-    """The format that a cache keeps."""
+    """Return the dtype that a cache stores."""
     return computed if options.format == "auto" else torch.int8 if options.format == "int8" else DTYPES[options.format]
 
 
 def needed_bytes(
     options: KVOptions, shape: CacheShape, rows: int, tokens: int, computed: torch.dtype, window: int | None
 ) -> int:
-    """What such a cache takes once all rows are as long as they get; nothing is taken to find out."""
+    """Return the bytes of such a cache with all rows at full length, without allocating it."""
     dtype = stored(options, computed)
     per_token = shape.bytes_per_token(dtype.itemsize, 2 if dtype == torch.int8 else 0)
     if options.kind == "paged":

@@ -1,6 +1,6 @@
-"""`--kv dynamic`: every append makes new tensors, one token longer. What one writes first, kept here as the contrast.
+"""`--kv dynamic`: every append allocates new tensors, one token longer. The simplest cache, kept as a contrast.
 
-A text of n tokens copies 1 + 2 + ... + n tokens on its way.
+A sequence of n tokens copies 1 + 2 + ... + n tokens in total.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DynamicCache:
         return 0
 
     def make_room(self, row: int, tokens: int) -> None:
-        """There is always room."""
+        """Do nothing: a row grows at every append."""
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         for of_layer, x in ((self.keys[layer], keys), (self.values[layer], values)):
@@ -53,10 +53,10 @@ class DynamicCache:
 
     def keep(self, row: int, entries: list[int]) -> None:
         start = self.lengths[row]
-        stand = [*range(start), *(start + entry for entry in entries)]
+        kept = [*range(start), *(start + entry for entry in entries)]
         for of_layer in (*self.keys, *self.values):
-            of_layer[row] = of_layer[row].chosen(stand)
-        self.lengths[row] = len(stand)
+            of_layer[row] = of_layer[row].chosen(kept)
+        self.lengths[row] = len(kept)
 
     def truncate(self, row: int, length: int) -> None:
         check_truncation(length, self.lengths[row])

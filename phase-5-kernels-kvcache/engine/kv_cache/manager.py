@@ -1,8 +1,8 @@
-"""Which texts a cache holds: what of a text the model has seen already, and what it still has to.
+"""Assigns rows of a cache to sequences, and tracks the token ids that each row holds.
 
-A row remembers the token ids whose keys and values it holds. Before a forward the row is cut back to what its text
-still begins with; so whatever happened to the text (a guess that fell, a window that jumped, another text altogether),
-the cache holds what a fresh prefill would give. Texts that begin alike share what one of them has computed.
+Before a forward pass, a row is cut back to the longest prefix that it shares with its sequence. This covers a rejected
+draft token, a jump of the window, and a different sequence: the cache always equals a fresh prefill. A new sequence
+shares the entries of a row with the same prefix.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from .protocol import KVCache
 
 @dataclass
 class CacheEntry:
+    """One row of the cache, and its token ids."""
+
     number: int
-    held: list[int] = field(default_factory=list)  # token ids, of which the cache has keys and values
-    text: list[int] = field(default_factory=list)  # appended behind them in the last forward, and certain
-    draft: list[int] = field(default_factory=list)  # likewise, and guesses
+    held: list[int] = field(default_factory=list)  # token ids of the entries that the row holds
+    text: list[int] = field(default_factory=list)  # token ids of the sequence that the last forward pass appended
+    draft: list[int] = field(default_factory=list)  # draft tokens that the last forward pass appended
 
 
 class CacheManager:
-    """The rows of one model's cache, by whatever names the loop gives its texts."""
+    """The rows of one model's cache, by owner: any hashable name of a sequence."""
 
     def __init__(self, cache: KVCache, rows: int) -> None:
         self.cache = cache
         self.rows: dict[Hashable, CacheEntry] = {}
         self.free = list(range(rows))[::-1]
-        self.positions = 0  # that went through the model, all in all
+        self.positions = 0  # positions that the model computed so far
 
     def begin(self, owner: Hashable, window: list[int], borrow: bool = True) -> CacheEntry:
-        """The row of a text, cut back to what it shares with the text; its last token is always still to be seen.
+        """Return the row of a sequence, cut back to its common prefix with window[:-1].
 
-        borrow: a new text may begin with what another row has. Not where more is wanted of it than keys and values.
+        The last token of the window is always computed. borrow: a new sequence may share the entries of another row;
+        False if hidden states are needed as well.
         """
         if owner not in self.rows:
             row = self.rows[owner] = CacheEntry(self.free.pop())
@@ -48,12 +51,12 @@ class CacheManager:
 
     def _truncate(self, row: CacheEntry, length: int) -> None:
         if length < self.cache.shortest(row.number):
-            length = 0  # what it would look back on is overwritten
+            length = 0  # the window of the next token is overwritten
         self.cache.truncate(row.number, length)
         del row.held[length:]
 
     def _borrow(self, row: CacheEntry, window: list[int]) -> None:
-        """Begin with what another row has of the same beginning."""
+        """Fork the row with the longest common prefix, if there is one."""
         others = [other for other in self.rows.values() if other is not row and self.cache.first(other.number) == 0]
         best = max(others, key=lambda other: common_prefix(other.held, window[:-1]), default=None)
         if best is not None and (shared := common_prefix(best.held, window[:-1])):
@@ -62,17 +65,18 @@ class CacheManager:
             self._truncate(row, shared)
 
     def appended(self, row: CacheEntry, text: list[int], draft: list[int]) -> None:
-        """A forward has appended these tokens behind what the row holds."""
+        """Record the tokens that a forward pass has appended to the row."""
         row.text, row.draft = text, draft
         self.positions += len(text) + len(draft)
         if not draft:
             self.settle(row, [])
 
     def keep(self, owner: Hashable, nodes: list[int]) -> None:
-        """Of the last forward's draft, these nodes stand."""
+        """Accept these nodes of the last forward pass's draft."""
         self.settle(self.rows[owner], nodes)
 
     def settle(self, row: CacheEntry, nodes: list[int]) -> None:
+        """Keep the appended tokens of the sequence and these draft nodes; drop the other nodes."""
         if row.text:
             entries = [*range(len(row.text)), *(len(row.text) + node for node in nodes)]
             self.cache.keep(row.number, entries)
@@ -80,11 +84,11 @@ class CacheManager:
             row.text, row.draft = [], []
 
     def owner(self, number: int) -> Hashable:
-        """Whose text lies in a row of the cache."""
+        """Return the owner of a row of the cache."""
         return next(owner for owner, row in self.rows.items() if row.number == number)
 
     def release(self, owner: Hashable) -> None:
-        """The text is finished: its row, if it had one, is free for another."""
+        """Free the row of a finished sequence, if it has one."""
         if owner in self.rows:
             row = self.rows.pop(owner)
             self.cache.truncate(row.number, 0)
@@ -92,7 +96,7 @@ class CacheManager:
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Return the length of the longest common prefix."""
     if left == right[: len(left)]:
         return len(left)
     return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

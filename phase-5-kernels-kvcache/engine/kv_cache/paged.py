@@ -1,7 +1,7 @@
-"""`--kv paged`: memory in pages of 16 tokens that rows take as they grow (Kwon et al. 2023, PagedAttention).
+"""`--kv paged`: memory in pages of 16 tokens, allocated as rows grow (Kwon et al. 2023, PagedAttention).
 
-A row is a list of page numbers. Rows with the same beginning share its pages; the first to write into a shared page
-copies it (copy-on-write), so a prompt's samples hold the prompt once. Pages come from a free list and return to it.
+The block table of a row lists its page numbers. Rows with a common prefix share its pages. A write to a shared page
+copies the page first (copy-on-write), so all samples of a prompt store it once. A free list holds unused pages.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ PAGE = 16
 
 
 class OutOfBlocks(UserError):
-    """This row cannot grow; all rows are as they were."""
+    """A row cannot grow because no page is free; no row was changed."""
 
     def __init__(self, message: str, row: int) -> None:
         super().__init__(message)
         self.row = row
-        self.owner: Hashable = None  # whose text it is; a runner knows
+        self.owner: Hashable = None  # of the row; set by the runner
 
 
 class PagedCache:
-    """Per layer two tensors [pages, kv_heads, 16, head_dim], and for every row the pages of its tokens in order."""
+    """Per layer two tensors [pages, kv_heads, 16, head_dim], and a block table for every row."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class PagedCache:
         self.values = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
         self.lengths = [0] * rows
         self.tables: list[list[int]] = [[] for _ in range(rows)]
-        self.users = [0] * pages  # rows that hold the page
+        self.users = [0] * pages  # reference count: rows that hold the page
         self.free = list(range(pages))[::-1]
 
     def length(self, row: int) -> int:
@@ -60,7 +60,7 @@ class PagedCache:
         return 0
 
     def make_room(self, row: int, tokens: int) -> None:
-        """Take the pages that are lacking, and copy what others share of those that will be written."""
+        """Allocate missing pages, and copy shared pages that will be written. OutOfBlocks if too few are free."""
         table, start = self.tables[row], self.lengths[row]
         wanted = -(-(start + tokens) // PAGE)
         shared = [at for at in range(start // PAGE, min(len(table), wanted)) if self.users[table[at]] > 1]
@@ -85,13 +85,13 @@ class PagedCache:
         self.users[page] = 1
         return page
 
-    def _places(self, row: int, positions: list[int]) -> tuple[Tensor, slice, Tensor]:
+    def _slots(self, row: int, positions: list[int]) -> tuple[Tensor, slice, Tensor]:
         pairs = [(self.tables[row][position // PAGE], position % PAGE) for position in positions]
-        places = torch.tensor(pairs, dtype=torch.long, device=self.device).view(-1, 2)
-        return places[:, 0], slice(None), places[:, 1]
+        slots = torch.tensor(pairs, dtype=torch.long, device=self.device).view(-1, 2)
+        return slots[:, 0], slice(None), slots[:, 1]
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        place = self._places(row, list(range(self.lengths[row], self.lengths[row] + len(keys))))
+        place = self._slots(row, list(range(self.lengths[row], self.lengths[row] + len(keys))))
         self.keys[layer].write(place, keys)
         self.values[layer].write(place, values)
 
@@ -104,8 +104,8 @@ class PagedCache:
     def keep(self, row: int, entries: list[int]) -> None:
         start = self.lengths[row]
         if entries != list(range(len(entries))):
-            source = self._places(row, [start + entry for entry in entries])
-            target = self._places(row, list(range(start, start + len(entries))))
+            source = self._slots(row, [start + entry for entry in entries])
+            target = self._slots(row, list(range(start, start + len(entries))))
             for storage in (*self.keys, *self.values):
                 storage.move(source, target)
         self.lengths[row] += len(entries)
@@ -117,7 +117,7 @@ class PagedCache:
         self._release(row)
 
     def _release(self, row: int) -> None:
-        """Give back the pages behind the row's length."""
+        """Free the pages after the row's length."""
         table = self.tables[row]
         while len(table) > -(-self.lengths[row] // PAGE):
             page = table.pop()

@@ -1,13 +1,13 @@
-"""What a KV cache does, whichever way it keeps its memory.
+"""The interface of a KV cache.
 
-A cache holds, for every layer, keys and values of the first `length(row)` tokens of each row. A forward appends those
-of its tokens behind that length, layer by layer, and attention reads them from there; only `keep` makes them part of
-the row. So a rejected draft costs nothing: what was not kept is overwritten.
+For every layer, a cache holds keys and values of the first `length(row)` tokens of each row. A forward pass appends its
+tokens after that length, layer by layer, and attention reads them there. Only `keep` adds them to the row. Rejecting a
+draft therefore costs nothing: the next step overwrites its entries.
 
-    append(layer, ...)  for every layer       keys and values of m new tokens, behind the length
-    read(layer, ...)                          those of the row, and of the m new ones
-    keep(row, entries)                        of the new ones, these stand: they move together, the length grows
-    truncate(row, length)                     the row ends earlier
+    append(layer, ...)  for every layer       writes keys and values of m new tokens after the length
+    read(layer, ...)                          returns those of the row and of the m new tokens
+    keep(row, entries)                        accepts some of the m: moves them to the front, and the length grows
+    truncate(row, length)                     shortens the row
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class CacheShape(NamedTuple):
-    """What one token takes: its keys and its values, in every layer."""
+    """The size of one token's keys and values, over all layers."""
 
     layers: int
     kv_heads: int
@@ -34,41 +34,41 @@ class KVCache(Protocol):
     shape: CacheShape
 
     def length(self, row: int) -> int:
-        """Tokens that the row holds."""
+        """Return the number of tokens that the row holds."""
         ...
 
     def first(self, row: int) -> int:
-        """The earliest of them that can still be read: 0, except where old ones are overwritten."""
+        """Return the earliest readable position: 0, unless old tokens were overwritten."""
         ...
 
     def shortest(self, row: int) -> int:
-        """Fewer tokens than this a row cannot be cut back to, except none: what they look back on is overwritten."""
+        """Return the smallest length other than 0 that `truncate` allows: shorter rows lack part of their window."""
         ...
 
     def make_room(self, row: int, tokens: int) -> None:
-        """Before a forward over this many new tokens. UserError where the cache cannot hold them; nothing changed."""
+        """Prepare for `tokens` new tokens. UserError if the cache cannot hold them; then nothing changed."""
         ...
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        """Write behind the row's length; the length stays."""
+        """Write after the row's length; the length does not change."""
         ...
 
     def read(self, layer: int, row: int, new: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [kv_heads, n, head_dim] of the tokens from `first` on, `new` appended ones included."""
+        """Return keys and values [kv_heads, n, head_dim] from position `first` on, `new` appended tokens included."""
         ...
 
     def keep(self, row: int, entries: list[int]) -> None:
-        """Of the tokens appended behind the length, those numbered (ascending) stand, one behind the other."""
+        """Accept the appended tokens with these numbers (ascending): move them to the front, and extend the row."""
         ...
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget what lies behind the first `length` tokens. ValueError for more than there are, or too few."""
+        """Cut the row to its first `length` tokens. ValueError for more than it holds, or fewer than `shortest`."""
         ...
 
     def fork(self, row: int, into: int) -> None:
-        """Make `into` hold what `row` holds; each goes its own way from then on."""
+        """Copy the content of `row` to the row `into`; later writes to one do not change the other."""
         ...
 
     def nbytes(self) -> int:
-        """Memory that is taken now."""
+        """Return the bytes that are allocated now."""
         ...

@@ -1,7 +1,7 @@
-"""`--kv ring`: constant memory for models that were trained to look back a window of W tokens only (Mistral).
+"""`--kv ring`: constant memory, for models that were trained with window attention over W tokens (Mistral).
 
-The token at position p lies in slot p modulo W + 16. So the last W + 16 tokens are there: the window of every query of
-a step of up to 16 tokens, none of which overwrites what another still reads, and rolling back is a length again.
+The token at position p is stored in slot p modulo W + 16, so the cache holds the last W + 16 tokens. A step has
+up to 16 tokens: none overwrites a token in the window of another, and rollback still only sets the length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .protocol import CacheShape
 from .static import check_truncation
 from .storage import Storage
 
-SPARE = 16  # tokens of one step
+SPARE = 16  # most tokens of one step
 
 
 class RingCache:
@@ -35,7 +35,7 @@ class RingCache:
         self.keys = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
         self.values = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
         self.lengths = [0] * rows
-        self.reached = [0] * rows  # the furthest that was ever written, which is what overwrites
+        self.reached = [0] * rows  # one past the furthest position ever written: later writes overwrite older slots
         self.device = device
 
     def length(self, row: int) -> int:
@@ -45,7 +45,7 @@ class RingCache:
         return max(0, self.reached[row] - self.slots)
 
     def shortest(self, row: int) -> int:
-        """The next token sees the window that it ends: all of the window must still be there."""
+        """Return the shortest length whose next token still has its whole window."""
         first = self.first(row)
         return first + (self.slots - SPARE) - 1 if first else 0
 
@@ -54,16 +54,16 @@ class RingCache:
             raise UserError(f"a ring takes {SPARE} tokens at a time, and {tokens} came; prefill in chunks of {SPARE}")
         self.reached[row] = max(self.reached[row], self.lengths[row] + tokens)
 
-    def _places(self, row: int, start: int, stop: int) -> tuple[int, slice, Tensor]:
+    def _slots(self, row: int, start: int, stop: int) -> tuple[int, slice, Tensor]:
         return row, slice(None), torch.arange(start, stop, device=self.device) % self.slots
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        place = self._places(row, self.lengths[row], self.lengths[row] + len(keys))
+        place = self._slots(row, self.lengths[row], self.lengths[row] + len(keys))
         self.keys[layer].write(place, keys.transpose(0, 1))
         self.values[layer].write(place, values.transpose(0, 1))
 
     def read(self, layer: int, row: int, new: int) -> tuple[Tensor, Tensor]:
-        place = self._places(row, self.first(row), self.lengths[row] + new)
+        place = self._slots(row, self.first(row), self.lengths[row] + new)
         return self.keys[layer].read(place), self.values[layer].read(place)
 
     def keep(self, row: int, entries: list[int]) -> None:
@@ -76,7 +76,7 @@ class RingCache:
         self.lengths[row] += len(entries)
 
     def truncate(self, row: int, length: int) -> None:
-        """Not further back than the window still reaches from there."""
+        """Cut the row. ValueError if part of the next token's window is overwritten."""
         check_truncation(length, self.lengths[row])
         if length and length < self.shortest(row):
             raise ValueError(f"cannot truncate to {length}: what the window shows from there is overwritten")

@@ -1,6 +1,6 @@
-"""`--kv static`: memory for every token that may come, taken once; appending writes in place.
+"""`--kv static`: memory for the longest sequence, allocated once; `append` writes in place.
 
-Rolling back costs nothing: the length says what counts, and what lies behind it is overwritten.
+Rollback only sets the length: the next step overwrites the entries after it.
 """
 
 from __future__ import annotations
@@ -82,5 +82,6 @@ class StaticCache:
 
 
 def check_truncation(length: int, held: int) -> None:
+    """Raise ValueError if a row of `held` tokens cannot be cut to `length`."""
     if not 0 <= length <= held:
         raise ValueError(f"cannot truncate a row of {held} tokens to {length}")

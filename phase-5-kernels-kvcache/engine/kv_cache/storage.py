@@ -1,6 +1,6 @@
-"""Memory for keys or values in a number format: float32, bfloat16, float16, or int8 with a scale per token and head.
+"""Storage of keys or values in a number format: float32, bfloat16, float16, or int8 with a scale per token and head.
 
-What is written in int8 is rounded to nearest: scale = max |x| / 127 over a head's features; it is read multiplied out.
+Int8 rounds to nearest: scale = max |x| / 127 over a head's features. Reads return level * scale.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that nobody has written yet; nothing may read it. Tests fill it with what would be noticed."""
+    """Allocate uninitialised memory. Tests fill it with NaN, so that a read before the first write is noticed."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Storage:
-    """A tensor [..., head_dim] of one format, written and read in another."""
+    """A tensor [..., head_dim] that is stored in one dtype, and read in another."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, computed: torch.dtype, device: torch.device) -> None:
-        """`computed` is what `read` gives."""
+        """`dtype` is the stored dtype; `computed` is the dtype that `read` returns."""
         self.values = reserve(shape, dtype, device)
         self.scales = reserve((*shape[:-1], 1), torch.bfloat16, device) if dtype == torch.int8 else None
         self.computed = computed
 
     def write(self, place: Any, x: Tensor) -> None:
-        """x to the place that an index names: the slice values[place] has its shape."""
+        """Write x to an index `place`; values[place] has the shape of x."""
         if self.scales is None:
             self.values[place] = x if x.dtype == self.values.dtype else x.to(self.values.dtype)
             return
@@ -37,22 +37,23 @@ class Storage:
         self.values[place] = (x.float() / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
 
     def read(self, place: Any) -> Tensor:
+        """Return values[place] in the dtype `computed`."""
         values = self.values[place]
         if self.scales is None:
             return values if values.dtype == self.computed else values.to(self.computed)
         return (values.float() * self.scales[place].float()).to(self.computed)
 
     def first(self, count: int) -> Storage:
-        """The first `count` entries along the dimension before the last: the same memory, cut."""
+        """Return a view of the first `count` entries along the token dimension (the one before the last)."""
         return self._with(lambda tensor: tensor[..., :count, :])
 
     def chosen(self, entries: list[int]) -> Storage:
-        """A copy of some entries along that dimension."""
+        """Return a copy of some entries along the token dimension."""
         index = torch.tensor(entries, dtype=torch.long, device=self.values.device)
         return self._with(lambda tensor: tensor.index_select(-2, index))
 
     def joined(self, other: Storage) -> Storage:
-        """New memory, with the entries of both along that dimension."""
+        """Return a copy of both, concatenated along the token dimension."""
         joined = self._with(lambda tensor: tensor)
         joined.values = torch.cat((self.values, other.values), -2)
         if self.scales is not None and other.scales is not None:
@@ -66,7 +67,7 @@ class Storage:
         return changed
 
     def move(self, source: Any, target: Any) -> None:
-        """Copy the entries of one index to another, as they are stored."""
+        """Copy the stored entries at one index to another index."""
         for tensor in (self.values, self.scales):
             if tensor is not None:
                 tensor[target] = tensor[source].clone()

@@ -1,10 +1,10 @@
-"""The C++ backend for CPUs: whole steps of a model in one call, at the speed at which memory gives the weights.
+"""The C++ backend for CPUs: whole steps of a model in one call, limited by the read speed of the weights.
 
     from engine.kernels.cpp import CppModel
     fast = CppModel(loaded.model, "bfloat16")
     fast.step(cache, [tokens]).logits
 
-The best instruction set of the processor is compiled and used: SPECDEC_CPU_ISA=avx512|avx2|portable forces one.
+The best instruction set of the CPU is compiled and used; SPECDEC_CPU_ISA=avx512|avx2|portable forces one.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .ops import sample, verify_sample
 
 
 def ops() -> dict[str, Callable[..., Any]]:
-    """op -> function."""
+    """Return the functions of this backend, by op."""
     return {"sample": sample, "verify_sample": verify_sample}
 
 
 def why_not(device: torch.device | None = None) -> str | None:
-    """Why nothing in C++ can run on this device here, or None. Nothing is compiled to find out."""
+    """Return why the C++ backend cannot run on this device, or None. Compiles nothing."""
     if device is not None and device.type != "cpu":
         return f"the C++ kernels run on the CPU, and the device is {device.type}"
     return _library.why_not()
 
 
 def prepare(device: torch.device) -> None:
-    """Compile the library, where it is not there yet."""
+    """Compile the library if it is not cached yet."""
     library()
 
 

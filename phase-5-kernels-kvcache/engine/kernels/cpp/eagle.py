@@ -1,4 +1,4 @@
-"""EAGLE's layer in C++: a one-layer model whose inputs are made of tokens and features (see drafters/eagle.py).
+"""EAGLE's layer in C++: a one-layer model whose inputs combine tokens and features (see drafters/eagle.py).
 
 layer = CppEagle(head, target, CppModel(target, "bfloat16"))
 cache = layer.new_cache(rows=1, tokens=300)
@@ -30,7 +30,7 @@ NO_LIMIT = 2**30
 
 
 class CppEagle(CppModel):
-    """Its cache holds the sequence's inputs; positions count from the first of them."""
+    """EAGLE's layer. Its cache holds the sequence's inputs; positions count from the first input."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class CppEagle(CppModel):
         target: Transformer,
         beside: CppModel,
     ) -> None:
-        """beside: the target in C++, whose output matrix is read here too, and whose format and threads are taken."""
+        """beside: the target in C++; its output matrix, weight format and threads are used."""
         parts = SimpleNamespace(
             config=dataclasses.replace(head.config, windows=(head.shape.reach,)),
             embedding=target.embedding,
@@ -47,7 +47,7 @@ class CppEagle(CppModel):
             head=None,
             join=head.join,
         )
-        self._parts = parts  # the target's embedding is read where it lies
+        self._parts = parts  # the target's embedding is read in place
         self._norms = {"token_norm": head.token_norm, "state_norm": head.state_norm}
         self._head = beside._head
         self._prepare(parts, beside.weights, beside.threads, None, beside.exact_activations, release=False)
@@ -55,7 +55,7 @@ class CppEagle(CppModel):
     def _take_tables(self, model: Any) -> list[Tensor]:
         for name, norm in self._norms.items():
             set_norm(self._engine, -1, name, norm)
-        self._engine.set_table("positions", 0, 0, NO_LIMIT)  # learned positions are in the target's states already
+        self._engine.set_table("positions", 0, 0, NO_LIMIT)  # the target's states already include learned positions
         embedding = model.embedding.weight.detach().contiguous()
         self._engine.set_table("embedding", embedding.data_ptr(), KIND_OF[embedding.dtype], len(embedding))
         return [embedding]
@@ -74,20 +74,20 @@ class CppEagle(CppModel):
         super()._finish()
 
     def inputs(self, tokens: Sequence[int], features: Tensor) -> Tensor:
-        """What the layer is fed, [n, D]: each token's embedding beside the feature [n, D] that it was drawn from."""
+        """Return the layer's inputs [n, D]: each token's embedding joined with the feature that it was drawn from."""
         features = self._checked(tokens, features)
         joined = torch.empty(len(tokens), self.config.width)
         self._engine.join(list(tokens), features.data_ptr(), joined.data_ptr())
         return joined
 
     def begin(self, cache: StaticCache, row: int, inputs: Tensor) -> Tensor:
-        """The feature [1, D] predicted behind a sequence's new inputs [n, D]."""
+        """Append a sequence's new inputs [n, D]; return the feature [1, D] predicted after them."""
         found = self.step(cache, [[0] * len(inputs)], rows=[row], inputs=inputs, hidden=True, logits=False).hidden
         assert found is not None
         return found
 
     def extend(self, cache: StaticCache, row: int, inputs: Tensor, parents: Sequence[int], new: int) -> Tensor:
-        """The features [new, D] behind the last nodes of a tree behind the sequence, from all nodes' inputs [n, D]."""
+        """Compute a tree from all nodes' inputs [n, D]; return the features [new, D] of its last `new` nodes."""
         n = len(parents)
         found = self.step(
             cache, [[0] * n], rows=[row], inputs=inputs, parents=[parents], wanted=range(n - new, n), hidden=True,
@@ -109,12 +109,15 @@ class CppEagle(CppModel):
         position: int,
         noise: Purpose = Purpose.DRAFT,
     ) -> tuple[list[int], Tensor, Tensor]:
-        """`count` tokens behind a sequence in one call, what each was drawn from [count, V], and the feature [1, D]
-        predicted behind the sequence.
+        """Draft `count` tokens after a sequence in one call.
 
-        tokens: those of the sequence that the row has no inputs of, at least one, beside their features [n, D].
-        position: of the first new token in the text, for its random number. The row afterwards has keys and values of
-        the sequence's inputs and of all drawn tokens but the last: `cache.keep` what stands. UserError for penalties.
+        Returns the tokens, the distributions [count, V] that they were drawn from, and the feature [1, D] predicted
+        after the sequence.
+
+        tokens: the sequence's tokens that are not in the row yet, at least one, with their features [n, D].
+        position: that of the first new token in the sequence, for its random number. Afterwards the row has keys and
+        values of the sequence's inputs and of all drafted tokens except the last: `cache.keep` the accepted ones.
+        UserError for penalties.
         """
         self._check_text(cache, row, tokens, params)
         features = self._checked(tokens, features)

@@ -1,4 +1,4 @@
-"""The compiled code: a library that all instruction sets share, and one library for each of them, built when needed.
+"""The compiled code: one library that all instruction sets share, and one per instruction set, built when needed.
 
 SPECDEC_CPU_ISA=avx2 python generate.py --kernels cpp --prompt "from pathlib import"
 """
@@ -32,12 +32,12 @@ EXACT = ["-ffp-contract=off"]  # a sum's bits must not depend on which loop the 
 QUIET = ["-w"]
 WIDE = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 OWN_FLAGS = {
-    "bindings.cpp": ["-O1"],  # calls and checks, no arithmetic
+    "bindings.cpp": ["-O1"],  # no arithmetic
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": WIDE,
     "isa_avx512_dot.cpp": [*WIDE, "-mavx512vnni", "-mavx512bf16"],
 }
-CPU_SECONDS = 52  # of compiling an instruction set and what all share
+CPU_SECONDS = 52  # to compile one instruction set and the shared library
 
 
 def is_x86() -> bool:
@@ -45,17 +45,17 @@ def is_x86() -> bool:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler to use: CXX, or the first of g++, clang++, c++ that is there."""
+    """Return the C++ compiler: CXX, or the first of g++, clang++, c++ on the PATH; None without one."""
     asked = os.environ.get("CXX")
     return next((name for name in ([asked] if asked else ["g++", "clang++", "c++"]) if shutil.which(name)), None)
 
 
 def why_not() -> str | None:
-    """Why the C++ backend cannot be had on this machine, or None. Nothing is compiled to find out."""
+    """Return why the C++ backend cannot be built on this machine, or None. Compiles nothing."""
     if (reason := build.why_not()) is not None:
         return reason
     if not SOURCE.is_dir():
-        return "the sources in C++ are not here"  # as in the folder of an exercise
+        return "the sources in C++ are not here"  # an exercise leaves them out
     if sys.platform not in ("linux", "darwin"):
         return f"the C++ kernels are written for Linux and macOS, and this is {sys.platform}"
     if find_compiler() is None:
@@ -68,7 +68,7 @@ def why_not() -> str | None:
 
 
 def make(name: str, sources: Sequence[str], cpu_seconds: float = 0) -> Path:
-    """Build a library of these sources. BuildError with the compiler's message, UserError if nothing may be built."""
+    """Build a library of these sources. BuildError with the compiler's message; UserError if nothing can be built."""
     if (reason := why_not()) is not None:
         raise UserError(f"--kernels cpp cannot run: {reason}")
     compiler = find_compiler()
@@ -87,9 +87,9 @@ def make(name: str, sources: Sequence[str], cpu_seconds: float = 0) -> Path:
 
 @lru_cache
 def library() -> Any:
-    """Return the module, with the best instruction set of this processor loaded. Errors: see `make`.
+    """Return the module, with the best instruction set of this CPU loaded. Errors: see `make`.
 
-    Both libraries are compiled at the same time. Another instruction set is compiled when `load_isa` asks for it.
+    Both libraries are compiled in parallel. `load_isa` compiles other instruction sets.
     """
     best = best_isa()
     with ThreadPoolExecutor(1) as pool:
@@ -101,25 +101,25 @@ def library() -> Any:
 
 @lru_cache
 def has_isa(name: str) -> bool:
-    """Whether this processor has the instruction set."""
+    """Return True if this CPU has the instruction set."""
     return bool(ctypes.CDLL(str(make("processor", ["processor"]))).processor_has(name.encode()))
 
 
 def best_isa() -> str:
-    """The best instruction set that this processor has: a key of OBJECTS."""
+    """Return the best instruction set of this CPU: a key of OBJECTS."""
     return next(name for name in OBJECTS if has_isa(name))
 
 
 @lru_cache
 def load_isa(name: str) -> str:
-    """Make an instruction set (a key of OBJECTS) ready for use, and return its name."""
+    """Load an instruction set (a key of OBJECTS), compiled if necessary, and return its name."""
     if name != best_isa():
         library().load_isa(str(make(OBJECTS[name], [OBJECTS[name]], CPU_SECONDS)), f"lab_{OBJECTS[name]}")
     return name
 
 
 def chosen_isa() -> str:
-    """The instruction set: SPECDEC_CPU_ISA, or the best that the processor has. UserError for one that it lacks."""
+    """Return the instruction set: SPECDEC_CPU_ISA, or the CPU's best. UserError for one that the CPU lacks."""
     asked = os.environ.get("SPECDEC_CPU_ISA", "").lower()
     if asked not in ("", *ISAS, *OBJECTS):
         raise UserError(f"SPECDEC_CPU_ISA={asked} is unknown; use {', '.join(ISAS)}")
@@ -131,13 +131,13 @@ def chosen_isa() -> str:
 
 
 def default_threads() -> int:
-    """Physical cores that this process may run on."""
+    """Return the number of physical cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
 def checked_threads(threads: int | None) -> int:
-    """None: the default. UserError below 1; more than there are processors is noted, because it is slower."""
+    """Return the thread count; None: the default. UserError below 1; a note for more threads than processors."""
     if threads is None:
         return default_threads()
     if threads < 1:

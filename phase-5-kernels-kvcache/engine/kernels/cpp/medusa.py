@@ -1,7 +1,7 @@
-"""Medusa's heads in C++: their matrices in panels, products by the target's engine (see drafters/medusa.py).
+"""Medusa's heads in C++: packed matrices, multiplied by the target's engine (see drafters/medusa.py).
 
 fast = CppMedusa(heads, CppModel(target, "bfloat16"))
-fast.logits(states[-1:], target.embedding(last))    # of every head, [H, V]
+fast.logits(states[-1:], target.embedding(last))    # [H, V], one row per head
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .weights import Plan, pack
 
 
 class CppMedusa:
-    """In the target's format, on its threads; the sums between the products are left to torch."""
+    """Medusa's heads in the target's weight format, on its threads; torch adds between the products."""
 
     def __init__(self, heads: MedusaHeads, beside: CppModel) -> None:
         self.heads, self.beside = heads, beside
@@ -47,7 +47,7 @@ class CppMedusa:
         return out
 
     def logits(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """What every head says, [H, V], of a state [1, F] and the embedding [1, D] of the token after it."""
+        """Return the logits [H, V] of all heads, from a state [1, F] and the embedding [1, D] of the next token."""
         states, H = states.detach().float().contiguous(), self.heads.shape.heads
         x = states[:, : self.beside.config.width]
         for packed in self._packed["reduce"]:
@@ -63,7 +63,7 @@ class CppMedusa:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """weight [in, out], as the heads have it."""
+    """Make a Linear from weight [in, out], the layout of the heads."""
     inputs, outputs = weight.shape
     made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)

@@ -1,6 +1,6 @@
-"""Single operations of the loops in C++: the next token, and the rule of acceptance.
+"""Ops in C++: the next token, and the acceptance rule.
 
-Arguments and results are those of engine/sampling.py and engine/verify.py, which say what is right.
+Arguments and results are those of the references in engine/sampling.py and engine/verify.py.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ...verify import GreedySource, RandomSource, Verdict, verify
 from .library import chosen_isa, library
 
 MASK = 2**64 - 1
-WHOLE = 2**31 - 1  # no vocabulary is larger
+WHOLE = 2**31 - 1  # larger than any vocabulary
 
 
 def sampling_of(params: SamplingParams, seed: int | None = None) -> Any:
-    """`seed` replaces that of the parameters; a negative one is one too."""
+    """Convert sampling parameters for C++; `seed`, which may be negative, replaces theirs."""
     seed = params.seed if seed is None else seed
     temperature, top_k = 0.0 if params.greedy else params.temperature, min(params.top_k, WHOLE)
     return library().Sampling(temperature, top_k, params.top_p, params.min_p, seed & MASK)
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """logits [R, V] -> the distribution that is sampled, without penalties."""
+    """Return the distribution that is sampled from logits [R, V], without penalties."""
     check_finite(logits)
     probs = logits.detach().float().contiguous().clone()
     library().probabilities(chosen_isa(), probs.data_ptr(), *probs.shape, sampling_of(params))
@@ -43,7 +43,7 @@ def sample(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
 ) -> list[int]:
-    """The next token of every row of logits [R, V]. Sampler that is not keyed is the caller's own: torch draws."""
+    """Choose the next token of every row of logits [R, V]. With a sampler that is not keyed, torch draws."""
     if logits.dtype == torch.float64 or not (params.greedy or isinstance(sampler, KeyedSampler)):
         return choose(logits, params, sampler, samples, positions, prompts, outputs)
     check_finite(logits)
@@ -67,9 +67,9 @@ def verify_sample(
     positions: Tensor,
     source: RandomSource,
 ) -> Verdict:
-    """The rule of engine/verify.py; source neither keyed nor certain are the caller's own: torch decides.
+    """Apply the acceptance rule of engine/verify.py; torch decides if `source` is neither keyed nor greedy.
 
-    ValueError for shapes that do not fit together, and for draft tokens that are not in the vocabulary.
+    ValueError for shapes that do not match, and for draft tokens outside the vocabulary.
     """
     keyed = isinstance(source, KeyedSampler)
     if target_probs.dtype == torch.float64 or not (keyed or isinstance(source, GreedySource)):

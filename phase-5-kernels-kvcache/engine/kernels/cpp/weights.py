@@ -1,6 +1,6 @@
-"""A model's matrices into panels: read from the torch model one after the other, some rows to a thread.
+"""Packs a model's matrices into panels, one after the other; the rows are split over threads.
 
-Matrices that are quantised already keep their levels; others are rounded to nearest, as engine/quantize.py does it.
+Quantised matrices keep their levels; others are rounded to nearest, as in engine/quantize.py.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 KIND_OF = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-ROWS = 128  # of a matrix that a thread takes at a time; a multiple of a panel
+ROWS = 128  # rows that a thread packs at a time; a multiple of a panel
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One matrix: where it comes from, where it goes, and in which format."""
+    """One matrix: its source module, its place in the engine, and its format."""
 
     layer: int
     which: str  # qkv, output, up, down, head
     module: nn.Linear | QuantLinear
     format: Weights
-    pair: bool  # gate and up
+    pair: bool  # gate and up in one matrix
 
     def shape(self, exact: bool | None) -> Any:
-        """`exact`: whether activations stay float32; None: where that costs nothing, with weights of 16 or 32 bits."""
+        """Return the shape for C++. `exact`: activations stay float32; None: with weights of 16 or 32 bits."""
         quantised = self.module if isinstance(self.module, QuantLinear) else None
         group = 0
         if self.format == "int4":
@@ -63,7 +63,7 @@ def int4_format(width: int) -> Format:
 
 
 def why_not_model(model: nn.Module) -> str | None:
-    """What of a model the kernels do not take, or None."""
+    """Return why the kernels do not support a model, or None."""
     if not isinstance(model, Transformer) or not model.has_cache:
         return f"the C++ kernels run Transformer checkpoints, and this is a {type(model).__name__}"
     config = model.config
@@ -82,6 +82,8 @@ def why_not_model(model: nn.Module) -> str | None:
 
 
 def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
+    """Yield a plan for every matrix. UserError for int4 if no group size divides the inputs."""
+
     def plan(layer: int, which: str, module: nn.Module, wanted: Weights, pair: bool = False) -> Plan:
         assert isinstance(module, nn.Linear | QuantLinear)
         if isinstance(module, QuantLinear):
@@ -104,7 +106,7 @@ def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
 
 
 def pack(plan: Plan, arena: Any, exact: bool | None, threads: int) -> Any:
-    """The matrix in panels, in the arena's memory; `threads` fill it."""
+    """Pack a matrix into panels in the arena's memory, with `threads` threads."""
     packed = library().Packed(arena, plan.shape(exact))
     module = plan.module
     quantised = module if isinstance(module, QuantLinear) else None
@@ -129,7 +131,7 @@ def pack(plan: Plan, arena: Any, exact: bool | None, threads: int) -> Any:
     if format is None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, starts))
-    else:  # torch rounds, with threads of its own
+    else:  # torch quantises with its own threads
         for first in starts:
             fill(first)
     if quantised is not None and quantised.factor is not None:
@@ -149,7 +151,7 @@ def fill_levels(packed: Any, first: int, levels: Tensor, scales: Tensor, zeros: 
 
 
 def describe(config: ModelConfig) -> dict[str, object]:
-    """The numbers that the engine is made with."""
+    """Return the constructor arguments of the engine."""
     return {
         "layers": config.layers,
         "width": config.width,
@@ -179,7 +181,7 @@ def set_norm(engine: Any, layer: int, name: str, norm: nn.Module) -> None:
 
 
 def set_vectors(engine: Any, model: Any) -> None:
-    """Norms, which are copied as float32."""
+    """Copy the norms, as float32."""
     for number, layer in enumerate(model.layers):
         set_norm(engine, number, "attention_norm", layer.attention_norm)
         set_norm(engine, number, "ffn_norm", layer.ffn_norm)
@@ -190,9 +192,9 @@ def set_vectors(engine: Any, model: Any) -> None:
 
 
 def release_matrix(plan: Plan) -> None:
-    """Give back what a torch module holds, once it is packed: it cannot compute any more."""
+    """Free the weights of a packed torch module, which cannot compute any more."""
     if plan.which == "head":
-        pass  # drafters read it
+        pass  # drafters still read it
     elif isinstance(plan.module, Linear):
         plan.module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     elif isinstance(plan.module, QuantLinear):
