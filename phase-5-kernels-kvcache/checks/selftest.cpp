@@ -1,5 +1,5 @@
-// The kernels by themselves, without Python: what the sanitizers run (see sanitize.py). Random models, formats,
-// caches and trees; every token's logits must have the same bits alone and among others, on one thread and on several.
+// Tests the kernels without Python; the sanitizers run this program (see sanitize.py). Random models, formats,
+// caches and trees: every token's logits must have the same bits alone and in a batch, on one thread and on several.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -112,9 +112,9 @@ struct Memory {  // a cache of two rows
         Cache& cache = view.cache;
         cache.kind = kind, cache.rows = 2, cache.kv_heads = m.kv_heads;
         cache.capacity = capacity, cache.head_dim = m.head_dim;
-        const size_t places = size_t(2) * size_t(m.kv_heads) * size_t(capacity);
-        const size_t bytes = places * size_t(m.head_dim) * (kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2);
-        for (int i = 0; i < 2 * m.layers; ++i) owned.emplace_back(bytes, 0xff), scales.emplace_back(places, 0xffff);
+        const size_t entries = size_t(2) * size_t(m.kv_heads) * size_t(capacity);
+        const size_t bytes = entries * size_t(m.head_dim) * (kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2);
+        for (int i = 0; i < 2 * m.layers; ++i) owned.emplace_back(bytes, 0xff), scales.emplace_back(entries, 0xffff);
         for (int i = 0; i < m.layers; ++i) {
             view.keys.push_back(owned[size_t(2 * i)].data()), view.values.push_back(owned[size_t(2 * i + 1)].data());
             view.key_scales.push_back(scales[size_t(2 * i)].data());
@@ -155,19 +155,19 @@ void one_model(Kind weights, Kind kind, const Isa* isa) {
         engine->step(memory.view, request_of(head, 0, 0, together.data()));
         engine->step(memory.view, request_of(tail, int(first), 0, &together[first * vocab]));
         need(std::memcmp(alone.data(), together.data(), alone.size() * 4) == 0, "a token among others has other bits");
-        // The same text as the last line of a tree: every second node is a guess that nothing follows.
+        // The same tokens as one path of a tree: every second node is a leaf.
         Request branched = request_of({}, int(first), 0, tree.data());
-        std::vector<int> places;
+        std::vector<int> path;
         int parent = -1;
         for (size_t i = 0; i < tail.size(); ++i) {
             branched.tokens.push_back(tokens[0]), branched.positions.push_back(int(first + i)), branched.parents.push_back(parent);
             branched.tokens.push_back(tail[i]), branched.positions.push_back(int(first + i)), branched.parents.push_back(parent);
             parent = int(branched.tokens.size()) - 1;
-            places.push_back(parent);
+            path.push_back(parent);
         }
         if (first + branched.tokens.size() <= 40) {
             branched.counts = {int(branched.tokens.size())};
-            branched.wanted = places;
+            branched.wanted = path;
             engine->step(memory.view, branched);
             need(std::memcmp(&alone[first * vocab], tree.data(), tail.size() * vocab * 4) == 0, "a tree's line has other bits");
         }
@@ -180,18 +180,18 @@ void one_model(Kind weights, Kind kind, const Isa* isa) {
         need(drawn.size() == 4 && plain.size() == 8, "a chain has another length");
         std::vector<int64_t> ids(drawn.begin(), drawn.begin() + 3);
         if (how.temperature != 0) {
-            const Stood stood =
+            const Accepted verdict =
                 verify(*isa, ids.data(), 3, probs.data(), probs.data(), int(vocab), 1, 2, 3, false, ratios.data(), spare.data());
-            need(stood.accepted == 3, "a draft by the target itself must stand");
+            need(verdict.accepted == 3, "a draft by the target itself must be accepted");
         }
     }
 }
 
-// What two models make of a text in `steps` steps, and the distributions that were met on the way.
+// Speculative decoding of a sequence by two models in `steps` steps, with all distributions.
 struct Run {
     std::vector<Speculated> steps;
     std::vector<float> draft_probs, target_probs;
-    std::vector<int> text;  // what was gained
+    std::vector<int> text;  // the new tokens
 
     Run(Engine& target, Engine& drafter, const std::vector<int>& known, int at_once, int steps_, int count, const Sampling& how, bool own, uint32_t purpose) {
         const size_t vocab = size_t(target.model.vocab), k = size_t(count), all = size_t(steps_);
@@ -213,7 +213,7 @@ struct Run {
                 text.push_back(step.next);
                 steps.push_back(step);
             }
-            // As the Python side does: each model keeps what stood, and is given the rest the next time.
+            // As in Python: each model keeps the accepted tokens, and computes the others in the next step.
             const Speculated& last = steps.back();
             std::vector<int> whole(known);
             whole.insert(whole.end(), text.begin(), text.end());
@@ -233,8 +233,9 @@ bool same(const Run& a, const Run& b) {
            std::memcmp(a.target_probs.data(), b.target_probs.data(), a.target_probs.size() * 4) == 0;
 }
 
-// Steps of speculation: several in a call are single ones, a draft by the target itself stands, the target's own choice
-// gives plain decoding, on one thread and on several; and two texts at once, in two host threads that share the pool.
+// Speculative steps: several in a call equal single ones, a draft by the target itself is accepted, and the target's
+// own choice gives plain decoding, on one thread and on several. Two host threads that share the pool decode at the
+// same time.
 void speculation(Kind weights, const Isa* isa) {
     Made made(weights), other(weights, made.model.vocab);
     std::vector<int> known(size_t(between(1, 20)));
@@ -260,7 +261,7 @@ void speculation(Kind weights, const Isa* isa) {
             need(first == nullptr || same(*first, single), "on other threads speculation has other bits");
             if (first == nullptr) first = std::make_unique<Run>(single);
             for (const Speculated& step : itself->steps)
-                need(step.accepted == count, "a draft by the target itself must stand");
+                need(step.accepted == count, "a draft by the target itself must be accepted");
             if (own || how.temperature == 0) {
                 Memory memory(made.model, Kind::f32, int(known.size() + single.text.size()));
                 const auto plain = target->generate(

@@ -1,4 +1,4 @@
-"""Phase 5: the next token, and steps of speculation, in C++. Every mutant is compiled separately."""
+"""Phase 5: sampling and speculative steps in C++. Each mutant is a separate build."""
 # ruff: noqa: E501
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAMPLING = mutants(
     ("vocab, seed, sample, position, RESIDUAL);", "vocab, seed, sample, position, ACCEPT);"),
     ("if (!(least < ratios[i]) && accepted == count) accepted = i;", "if (!(least < ratios[i])) accepted = i;"),
     ("std::max(0.0f, spare[i] - draft[i])", "std::abs(spare[i] - draft[i])"),
-    ("if (draft == nullptr) spare[fallen] = 0;", "if (draft == nullptr) spare[fallen] *= 1;"),
+    ("if (draft == nullptr) spare[rejected] = 0;", "if (draft == nullptr) spare[rejected] *= 1;"),
     ("draw_residual(isa, following, own, draft[accepted], vocab, seed, sample, at, certain, spare)", "draw_residual(isa, following, own, draft[accepted], vocab, seed, sample, position, certain, spare)"),
     ("draw_gumbel(isa, following, vocab, seed, sample, at, SAMPLE)", "draw_gumbel(isa, following, vocab, seed, sample, position, SAMPLE)"),
 )  # fmt: skip

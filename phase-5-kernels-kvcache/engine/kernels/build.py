@@ -79,7 +79,8 @@ def build(
 
     flags are used for every source and for linking; own_flags[file name] for that source alone, after them; link_flags
     for linking alone. include: folders searched for headers; a header counts by name and content, wherever it lies.
-    cpu_seconds > 0: the approximate cost of compiling; a note on stderr then says how long it takes. BuildError if a command fails.
+    cpu_seconds > 0: the approximate cost of compiling; a note on stderr then says how long it takes. BuildError if a
+    command fails.
     """
     program = shutil.which(compiler)
     if program is None:

@@ -1,14 +1,14 @@
 // Attention of a few tokens over a static cache. Included by one file per instruction set.
 //
-// Keys are walked by their place in the text, LANES at a time from the first that a query sees: what was held, then the
-// query's own line among the new tokens. Where a key lies makes no difference to any sum. So a token of a draft, of a
-// tree or alone gets the same bits.
+// Keys are visited in the order of their positions, LANES at a time, from the first visible key: the cached tokens,
+// then the query's ancestors among the new tokens. The order of every sum does not depend on the slots of the keys, so
+// a token in a draft, in a tree or alone gets the same bits.
 
 namespace lab::SIMD_NAME {
 
-// x to one place of the cache, in its format: the rounding of kv_cache/storage.py.
+// Write x [count] to the cache in its number format, rounded as in kv_cache/storage.py.
 template <Kind KIND>
-static void write_place(const float* x, int count, void* to, uint16_t* scale_to) {
+static void write_entry(const float* x, int count, void* to, uint16_t* scale_to) {
     if constexpr (KIND == Kind::i8) {
         float peak = 0;
         for (int i = 0; i < count; ++i) peak = __builtin_fabsf(x[i]) > peak ? __builtin_fabsf(x[i]) : peak;
@@ -28,19 +28,19 @@ static void write_place(const float* x, int count, void* to, uint16_t* scale_to)
     }
 }
 
-LAB_INLINE void write_place(Kind kind, const float* x, int count, void* base, uint16_t* scales, size_t place) {
-    const size_t at = place * size_t(count);
+LAB_INLINE void write_entry(Kind kind, const float* x, int count, void* base, uint16_t* scales, size_t entry) {
+    const size_t at = entry * size_t(count);
     switch (kind) {
-        case Kind::f32: return write_place<Kind::f32>(x, count, (float*)base + at, nullptr);
-        case Kind::bf16: return write_place<Kind::bf16>(x, count, (uint16_t*)base + at, nullptr);
-        case Kind::f16: return write_place<Kind::f16>(x, count, (uint16_t*)base + at, nullptr);
-        default: return write_place<Kind::i8>(x, count, (int8_t*)base + at, scales + place);
+        case Kind::f32: return write_entry<Kind::f32>(x, count, (float*)base + at, nullptr);
+        case Kind::bf16: return write_entry<Kind::bf16>(x, count, (uint16_t*)base + at, nullptr);
+        case Kind::f16: return write_entry<Kind::f16>(x, count, (uint16_t*)base + at, nullptr);
+        default: return write_entry<Kind::i8>(x, count, (int8_t*)base + at, scales + entry);
     }
 }
 
 constexpr int size_of(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2; }
 
-// The values of Q queries, C registers of features from `from` on: sum over keys of probability x value.
+// For Q queries and C registers of features from `from` on: the sum over keys of probability x value.
 template <Kind KIND, int Q, int C>
 static void mix(
     const uint8_t* values, const Token& token, int first, int keys, int d, int from, const float* scores,
@@ -50,7 +50,7 @@ static void mix(
     LAB_EACH(q, Q) LAB_EACH(c, C) acc[q][c] = Floats{};
     const int width = C == 1 && d - from < LANES ? d - from : LANES;
     for (int j = 0; j < keys; ++j) {
-        const int place = first + j, slot = place < token.held ? place : token.line[place - token.held];
+        const int position = first + j, slot = position < token.held ? position : token.line[position - token.held];
         const uint8_t* at = values + (size_t(slot) * d + from) * size_of(KIND);
         LAB_EACH(c, C) {
             const Floats value = load_any<KIND>(at + c * LANES * size_of(KIND), C == 1 ? width : LANES);
@@ -76,7 +76,7 @@ static void mix_all(
     for (; from < d; from += LANES) mix<KIND, Q, 1>(values, token, first, keys, d, from, scores, stride, out);
 }
 
-// `queries` neighbouring heads of one token, which share keys and values: query [queries, d], scaled -> out likewise.
+// Attention of `queries` adjacent heads of one token, which share keys and values: scaled query [queries, d] -> out.
 template <Kind KIND>
 static void attend_as(
     const Cache& cache, int layer, const Token& token, int kv_head, int window, const float* query, int queries,
@@ -94,8 +94,8 @@ static void attend_as(
         const uint8_t* at[LANES];
         float scale[LANES];
         for (int i = 0; i < LANES; ++i) {
-            const int place = first + (block + i < count ? block + i : count - 1);
-            const int slot = place < token.held ? place : token.line[place - token.held];
+            const int position = first + (block + i < count ? block + i : count - 1);
+            const int slot = position < token.held ? position : token.line[position - token.held];
             at[i] = keys + size_t(slot) * d * size_of(KIND);
             if constexpr (KIND == Kind::i8) scale[i] = float_of_bf16(cache.key_scales[layer][row + slot]);
         }
@@ -134,7 +134,7 @@ static void attend_as(
         for (int i = 0; i < count; i += LANES) store(mine + i, load(mine + i) * share);
         if constexpr (KIND == Kind::i8) {
             for (int i = 0; i < count; ++i) {
-                const int place = first + i, slot = place < token.held ? place : token.line[place - token.held];
+                const int position = first + i, slot = position < token.held ? position : token.line[position - token.held];
                 mine[i] *= float_of_bf16(cache.value_scales[layer][row + slot]);
             }
         }

@@ -1,4 +1,4 @@
-// What Python sees. Tensors come as addresses; whoever passes one keeps it alive (see ../__init__.py).
+// The interface to Python. Tensors are passed as addresses; the caller keeps them alive (see ../__init__.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -177,7 +177,7 @@ PYBIND11_MODULE(lab_cpp, module) {
         .def_readonly("draft_ms", &Speculated::draft_ms)
         .def_readonly("verify_ms", &Speculated::verify_ms)
         .def_readonly("accept_ms", &Speculated::accept_ms);
-    // Of a text, each model has its own row, and its own number of tokens in it.
+    // Each model has its own row for the sequence, and its own number of cached tokens.
     module.def("speculate", [](Engine& target, const View& seen, int row, int held, std::vector<int> known, Engine& drafter,
                                const View& drafting, int its_row, int its_held, std::vector<int> its_known, int sample,
                                int position, int count, const Sampling& how, bool own, uint32_t purpose, int steps, uintptr_t tokens,
@@ -219,10 +219,10 @@ PYBIND11_MODULE(lab_cpp, module) {
             need(token >= 0 && token < vocab, "a draft token is not in the vocabulary");
         }
         std::vector<float> spare(static_cast<size_t>(vocab));
-        const Stood stood = verify(
+        const Accepted verdict = verify(
             isa_of(isa), pointer<int64_t>(draft), count, pointer<float>(draft_probs), pointer<float>(target_probs),
             vocab, seed, uint32_t(sample), uint32_t(position), certain, pointer<float>(ratios), spare.data()
         );
-        return std::make_pair(stood.accepted, stood.next);
+        return std::make_pair(verdict.accepted, verdict.next);
     });
 }

@@ -1,4 +1,4 @@
-// A model that is ready to run: its matrices, its threads, and memory for a block of tokens.
+// A model that can run: its matrices, its threads, and scratch memory for a block of tokens.
 #pragma once
 
 #include <map>
@@ -13,13 +13,13 @@
 
 namespace lab {
 
-// What one step is asked for. Tokens of one row stand together; parents are numbers within the row's tokens, -1 for
-// what follows the row's held tokens.
+// The inputs of one step. The tokens of a row are contiguous; a parent is an index into the row's tokens, or -1 for a
+// token that follows the row's cached tokens.
 struct Request {
     std::vector<int> tokens, positions;
-    std::vector<int> rows, counts, held;  // of every row: its number, its tokens here, what it holds
-    std::vector<int> parents;             // empty: each row's tokens follow one another
-    std::vector<int> wanted;              // ascending
+    std::vector<int> rows, counts, held;  // per row: its number, its tokens in this step, its cached tokens
+    std::vector<int> parents;             // empty: each row's tokens are a chain
+    std::vector<int> wanted;              // tokens whose outputs are returned, ascending
     std::vector<int> taps;
     const float* inputs = nullptr;  // [tokens, width] in place of the tokens' embeddings
     float* hidden = nullptr;
@@ -43,50 +43,50 @@ public:
     void set_vector(int layer, const std::string& which, std::vector<float> values);
     void set_window(int layer, int window);
     void set_rotation(std::vector<float> cos, std::vector<float> sin);
-    void finish();  // everything is there: memory for the steps is taken
+    void finish();  // call after all setters: allocates memory for the steps
 
-    // std::invalid_argument for what cannot be; nothing has been written then. Where tokens are drawn,
-    // std::overflow_error for logits that are not finite.
+    // Throws std::invalid_argument for inputs that are not valid, before anything is written. Functions that sample
+    // throw std::overflow_error for logits that are not finite.
     void step(const View& view, const Request& request);
 
     struct Text {
         int row, held;
-        std::vector<int> known;  // tokens that the cache does not hold yet; at least one
+        std::vector<int> known;  // tokens that are not cached yet; at least one
         int sample, position;    // of the next token, for the keyed noise
     };
-    // A request for what follows a text: all tokens it has, the last one's logits.
+    // A request over all uncached tokens of a sequence, for the logits of the last one.
     static Request following(const Text& text, float* logits);
-    // The next token of plain decoding, from its logits [vocab].
+    // Choose the next token as plain decoding does, from its logits [vocab].
     int choose_plain(const float* logits, const Sampling& how, int sample, int position);
-    // Rows [count, vocab] of logits become what is sampled from.
+    // Convert rows [count, vocab] of logits, in place, to the distributions that are sampled.
     void to_probabilities(float* rows, int count, const Sampling& how);
 
-    // `count` tokens, each drawn with one uniform number; probs [count, vocab] is what each was drawn from.
+    // Draft `count` tokens, each with one uniform number; writes their distributions to probs [count, vocab].
     std::vector<int> draft(const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs);
-    // What the target's heads read of every forward, one row after the other; null: nothing.
+    // The hidden states that draft heads read, one row per forward pass; null: none.
     struct States {
         float* hidden = nullptr;  // [count, width]
         float* tapped = nullptr;  // [count, taps * width]
         std::vector<int> taps;
     };
-    // Plain decoding until `count` tokens or one of `ends`; `states` are of the token before each.
+    // Decode plainly until `count` tokens or one of `ends`; `states` are those of the token before each new token.
     std::vector<int> generate(
         const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends,
         const States& states
     );
 
-    // A layer that continues a target's features (EAGLE) reads every token beside the feature [width] that it was drawn
-    // from: here of the known tokens, of which `held` are in the layer's cache. `predicted` [width] is written: the
-    // feature behind the text. Otherwise as draft().
+    // draft() with EAGLE's layer, whose input joins each token with the feature [width] that the token was drawn from.
+    // `features` are those of the uncached tokens. Writes the feature predicted after the sequence to `predicted`
+    // [width].
     std::vector<int> continue_features(
         const View& view, const Text& text, const float* features, int count, const Sampling& how, uint32_t purpose,
         float* predicted, float* probs
     );
-    // What such a layer is fed: tokens, each beside its feature -> out [tokens, width].
+    // EAGLE's inputs: each token's embedding joined with its feature -> out [tokens, width].
     void join(const std::vector<int>& tokens, const float* features, float* out);
     void set_join(std::shared_ptr<Packed> join) { join_ = std::move(join); }
 
-    // One matrix alone: x [count, inputs] -> out [count, outputs of the model's shape].
+    // Multiply by one matrix: x [count, inputs] -> out [count, outputs].
     void product(const Packed& packed, const float* x, int count, float* out);
     double read_speed(const float* from, size_t count, int repeats);  // bytes per second, all threads
 
@@ -115,7 +115,7 @@ private:
     std::vector<Token> tokens_;
     std::vector<int> lines_;
     Block block_;
-    std::recursive_mutex mutex_;  // one caller at a time: Python lets others run meanwhile
+    std::recursive_mutex mutex_;  // one caller at a time: the bindings release Python's lock
     size_t acts_floats_ = 0;
     int capacity_ = 0;
     bool finished_ = false;

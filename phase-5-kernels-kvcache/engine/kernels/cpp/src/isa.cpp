@@ -10,13 +10,13 @@
 namespace lab {
 
 namespace {
-std::atomic<const Isa*> added[4];  // looked at while another thread adds one
+std::atomic<const Isa*> added[4];  // read while another thread adds one
 }
 
 void add_isa(const Isa* isa) {
-    for (auto& place : added) {
+    for (auto& slot : added) {
         const Isa* there = nullptr;
-        if (place.compare_exchange_strong(there, isa) || strcmp(there->name, isa->name) == 0) return;
+        if (slot.compare_exchange_strong(there, isa) || strcmp(there->name, isa->name) == 0) return;
     }
 }
 
@@ -28,8 +28,8 @@ void load_isa(const char* path, const char* symbol) {
 }
 
 const Isa* find_isa(const char* name) {
-    for (const auto& place : added) {
-        const Isa* isa = place.load();
+    for (const auto& slot : added) {
+        const Isa* isa = slot.load();
         if (isa != nullptr && strcmp(isa->name, name) == 0) return isa;
     }
     return nullptr;

@@ -1,4 +1,4 @@
-// One instruction set: the files below, compiled for it. The including file gives SIMD_NAME, ISA_OBJECT and ISA_TEXT.
+// One instruction set: compiles the files below for it. The including file defines SIMD_NAME, ISA_OBJECT and ISA_TEXT.
 #include "isa.h"
 
 #include "simd.h"
@@ -27,7 +27,7 @@ static void one_product(
     }
 }
 
-// Eight streams side by side, each as long as it can be: as the products read their panels.
+// Sum with eight parallel streams, the access pattern of products that read panels.
 static double read_all(const float* from, size_t count) {
     constexpr size_t STREAMS = 8;
     const size_t length = count / STREAMS / LANES * LANES;

@@ -1,4 +1,4 @@
-// What a model is to the kernels: matrices in panels, vectors of float32, and numbers. No arithmetic here.
+// The data structures of a model: matrices in panels, float32 vectors, and sizes. No arithmetic here.
 #pragma once
 
 #include <cstddef>
@@ -6,38 +6,38 @@
 
 namespace lab {
 
-// Formats of numbers in memory.
+// Number formats in memory.
 enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i4 = 4 };
 
-constexpr int PANEL = 32;      // outputs that lie side by side
-constexpr int MAX_BLOCK = 32;  // tokens that go through the layers together; longer inputs go block by block
+constexpr int PANEL = 32;      // outputs that are interleaved
+constexpr int MAX_BLOCK = 32;  // tokens per forward pass; longer inputs are split into blocks
 constexpr int ALIGNMENT = 64;
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-// How many consecutive inputs of one output stand together: what one 32-bit lane of a dot instruction takes.
+// How many consecutive inputs of one output are contiguous: the width of a 32-bit lane of a dot instruction.
 constexpr int together(Kind kind) { return kind == Kind::bf16 ? 2 : kind == Kind::i8 ? 4 : kind == Kind::i4 ? 8 : 1; }
 
 // Bytes of one row of a panel: `together` inputs of 32 outputs.
 constexpr int row_bytes(Kind kind) { return kind == Kind::f16 ? 2 * PANEL : 4 * PANEL; }
 
-// A matrix [outputs, inputs] as the dot products read it: panels of 32 outputs; in each, from the first input to the
-// last, `together` inputs of output 0, of output 1, ... So a register holds neighbouring outputs, each of which is
-// summed up in its own lane from the first input to the last. The order of a sum depends on nothing else.
+// A matrix [outputs, inputs] in the layout of the dot products: panels of 32 outputs. A panel stores, from the first
+// input to the last, `together` inputs of output 0, of output 1, ... A register holds adjacent outputs, and each lane
+// sums one output from the first input to the last. So the order of a sum is always the same.
 struct Matrix {
     Kind kind = Kind::f32;
-    int outputs = 0;           // as they lie: multiple of PANEL
-    int inputs = 0;            // as the model says
-    int padded = 0;            // as they lie: multiple of `together`, and of `group`
-    int group = 0;             // i8, i4: inputs that are quantised together on the side of the activations
+    int outputs = 0;           // as stored: multiple of PANEL
+    int inputs = 0;            // of the model
+    int padded = 0;            // as stored: multiple of `together` and of `group`
+    int group = 0;             // i8, i4: activations that share a scale
     int scale_group = 0;       // i4: inputs that share a weight scale; multiple of `group`
-    bool wide = false;         // activations stay float32, and weights are widened to meet them
+    bool wide = false;         // activations stay float32, and weights are converted to float32
     const uint8_t* data = nullptr;
     const float* scales = nullptr;     // i8: [outputs]
     const uint16_t* halves = nullptr;  // i4: scales [panel][input / scale_group][PANEL], bfloat16
     const uint16_t* zeros = nullptr;   // i4: likewise, float16; null: 8
-    const int* order = nullptr;        // [inputs]: the activation that each input takes; null: in order
-    const float* factor = nullptr;     // [inputs]: what activations are multiplied with then
+    const int* order = nullptr;        // [inputs]: the index of each input's activation; null: identity
+    const float* factor = nullptr;     // [inputs]: factors of the activations
     const float* bias = nullptr;       // [outputs]
 
     size_t panel_bytes() const { return size_t(padded / together(kind)) * row_bytes(kind); }
@@ -57,11 +57,11 @@ struct Layer {
     Norm attention_norm, ffn_norm;
     const float* query_norm = nullptr;  // [head_dim]
     const float* key_norm = nullptr;
-    Matrix qkv, output, up, down;       // up: with a gate, panels of gate and up take turns
-    int window = 0;                     // positions that attention reaches back, itself included; 0: all
+    Matrix qkv, output, up, down;       // up: with a gate, panels of gate and up alternate
+    int window = 0;                     // visible positions, the query's own included; 0: all
 };
 
-struct Table {  // rows of a table as the checkpoint has them
+struct Table {  // a table in the layout of the checkpoint
     const void* data = nullptr;
     Kind kind = Kind::f32;
     int rows = 0;
@@ -100,34 +100,34 @@ struct Cache {
 // One token of a block.
 struct Token {
     int id = 0, position = 0;
-    int row = 0, slot = 0;          // where its key and value go
-    int held = 0;                   // slots 0 .. held - 1 of the row are seen by it
-    const int* line = nullptr;      // and these, in order: its ancestors among the new tokens, and itself
+    int row = 0, slot = 0;          // where its key and value are written
+    int held = 0;                   // it sees the slots 0 .. held - 1 of the row
+    const int* line = nullptr;      // and these slots, in order: its ancestors among the new tokens, and itself
     int line_length = 0;
-    int wanted = -1;                // row of the outputs, -1: none of it is read
+    int wanted = -1;                // row of the outputs; -1: no output
 };
 
-// What one step is to do, and memory for it. All arrays are float32.
+// The inputs, outputs and scratch memory of one block. All arrays are float32.
 struct Block {
     const Model* model = nullptr;
     const Cache* cache = nullptr;
     const Token* tokens = nullptr;
     int count = 0;
-    bool embedded = false;      // x is there already
+    bool embedded = false;      // x already holds the embeddings
     float* x = nullptr;         // [count, width]
     float* qkv = nullptr;       // [count, qkv.outputs]
     float* mixed = nullptr;     // [count, heads * head_dim]
     float* up = nullptr;        // [count, up.outputs]
     float* inner = nullptr;     // [count, ffn_padded]
-    int wanted = 0;             // how many of the tokens
+    int wanted = 0;             // number of tokens with outputs
     float* hidden = nullptr;    // [wanted in all blocks, width], or null
     float* logits = nullptr;    // [wanted in all blocks, vocab], or null
     float* tapped = nullptr;    // [wanted in all blocks, taps * width], or null
     const int* taps = nullptr;
     int tap_count = 0;
-    float* const* normed = nullptr;   // of every thread: [MAX_BLOCK, widest]
-    uint8_t* const* acts = nullptr;   // of every thread: activations as a matrix wants them
-    float* const* scores = nullptr;   // of every thread: [queries of a group, capacity + lanes]
+    float* const* normed = nullptr;   // per thread: [MAX_BLOCK, widest]
+    uint8_t* const* acts = nullptr;   // per thread: activations in the format of a matrix
+    float* const* scores = nullptr;   // per thread: [queries of a group, capacity + lanes]
     int widest = 0;
     int score_stride = 0;
 };

@@ -6,7 +6,7 @@ namespace lab::SIMD_NAME {
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));
 
-// Low and high halves of the 64-bit products, lane by lane.
+// The low and high halves of 64-bit products, per lane.
 LAB_INLINE void products(Words a, uint32_t by, Words& low, Words& high) {
     const Longs lanes = (Longs)a;
     const Longs even = (lanes & 0xffffffffull) * uint64_t(by), odd = (lanes >> 32) * uint64_t(by);
@@ -61,7 +61,7 @@ LAB_INLINE Floats gumbel_of(Words words) {
     return -logarithm(-logarithm(uniform));
 }
 
-// Argmax of scale * x[i] + noise[i] over begin .. end - 1; the first of equals.
+// Argmax of scale * x[i] + noise[i] over begin .. end - 1; ties: the lowest index.
 static int gumbel_largest(
     const float* x, int begin, int end, float scale, const uint32_t key[2], const uint32_t counter[3], float* best_value
 ) {
@@ -72,7 +72,7 @@ static int gumbel_largest(
     for (int from = begin; from < end; from += 4 * LANES) {
         Words words[4];
         philox(block + uint32_t(from / 4), counter, key, words);
-        // Word i belongs to token from + 4 * lane + i: turned round by way of memory.
+        // Word i belongs to token from + 4 * lane + i: transpose through memory.
         float noise[4][LANES];
         for (int i = 0; i < 4; ++i) store(noise[i], gumbel_of(words[i]));
         float value[4 * LANES];

@@ -16,7 +16,7 @@ using namespace plain_code;
 namespace {
 
 constexpr size_t LARGE = size_t(1) << 21;
-constexpr int GROUP = 64;  // activations that are quantised together
+constexpr int GROUP = 64;  // activations that share a scale
 
 size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
@@ -65,7 +65,7 @@ float read(const void* from, Kind kind, size_t at) {
 #define LAB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
 #endif
 
-constexpr int WORDS = 32;  // of a row that are moved at a time
+constexpr int WORDS = 32;  // of a row that are copied at a time
 
 // to[w * PANEL + i] = lines[i][w], four by four.
 void transpose(const uint32_t (&lines)[PANEL][WORDS], int words, uint32_t* to) {
@@ -99,7 +99,7 @@ Arena::Arena(size_t bytes) : mapped_(bytes + LARGE), size_(bytes) {
     if (all == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<uint8_t*>(all);
 #if defined(MADV_HUGEPAGE)
-    if (bytes >= LARGE) madvise(all, mapped_, MADV_HUGEPAGE);  // a wish: the system may have none
+    if (bytes >= LARGE) madvise(all, mapped_, MADV_HUGEPAGE);  // a hint: huge pages may not be available
 #endif
     used_ = (LARGE - reinterpret_cast<size_t>(memory_) % LARGE) % LARGE;
     size_ += used_;
@@ -135,7 +135,7 @@ Packed::Packed(std::shared_ptr<Arena> arena, const Shape& s) : matrix(dimensions
     if (s.factor) matrix.factor = static_cast<float*>(arena_->take(size_t(matrix.inputs) * 4));
 }
 
-int Packed::place(int row) const {
+int Packed::index_of(int row) const {
     if (!shape.pair) return row;
     const int half = shape.outputs / 2, of = row % half;
     return of / PANEL * 2 * PANEL + of % PANEL + (row >= half ? PANEL : 0);
@@ -150,9 +150,9 @@ void Packed::fill(int first, int count, const void* rows, Kind kind) {
     check(first, count, rows);
     need(kind < Kind::i8 && matrix.kind < Kind::i8, "levels come with scales");
     const size_t row_size = size_t(matrix.inputs) * size_of(kind);
-    if (matrix.kind == Kind::f16) {  // one input in two bytes: no words to move
+    if (matrix.kind == Kind::f16) {  // two bytes per input: not a multiple of words
         for (int row = 0; row < count; ++row) {
-            const int at = place(first + row);
+            const int at = index_of(first + row);
             auto* to = reinterpret_cast<uint16_t*>(panel_of(at)) + at % PANEL;
             for (int k = 0; k < matrix.inputs; ++k) {
                 const size_t from = size_t(row) * matrix.inputs + k;
@@ -182,7 +182,7 @@ void Packed::fill_levels(int first, int count, const void* levels, const uint16_
     const int groups = matrix.kind == Kind::i4 ? matrix.padded / matrix.scale_group : 1, half = matrix.scale_group / 2;
     fill_words(first, count, [&](int row, int begin, int words, uint32_t* to) {
         if (matrix.kind == Kind::i8) {
-            // Unsigned, as the dot instruction wants one side: 128 more, which is taken off again in every sum.
+            // The dot instruction needs one unsigned operand: add 128 here, and subtract it again in every sum.
             const auto* from = static_cast<const uint8_t*>(levels) + size_t(row) * matrix.inputs;
             const int k = begin * 4, there = k + words * 4 <= matrix.inputs ? words * 4 : matrix.inputs - k;
             if (there < words * 4) memset(to, 0, size_t(words) * 4);
@@ -190,7 +190,7 @@ void Packed::fill_levels(int first, int count, const void* levels, const uint16_
             for (int w = 0; w < words; ++w) to[w] ^= 0x80808080u;
             return;
         }
-        // Of eight inputs, 0 .. 3 are the low halves of the word's bytes and 4 .. 7 the high ones.
+        // Of eight inputs, 0 .. 3 are the low nibbles of the word's bytes and 4 .. 7 the high nibbles.
         const auto* from = static_cast<const uint8_t*>(levels) + size_t(row) * groups * half;
         for (int w = 0; w < words; ++w) {
             const int k = (begin + w) * 8, of = k % matrix.scale_group;
@@ -202,7 +202,7 @@ void Packed::fill_levels(int first, int count, const void* levels, const uint16_
         }
     });
     for (int row = 0; row < count; ++row) {
-        const int at = place(first + row), lane = at % PANEL;
+        const int at = index_of(first + row), lane = at % PANEL;
         if (matrix.kind == Kind::i8) writable(matrix.scales)[at] = float_of_bf16(scales[row]);
         else
             for (int g = 0; g < groups; ++g) {
@@ -215,16 +215,16 @@ void Packed::fill_levels(int first, int count, const void* levels, const uint16_
 
 uint8_t* Packed::panel_of(int at) { return writable(matrix.data) + size_t(at / PANEL) * matrix.panel_bytes(); }
 
-// Rows that are neighbours in a panel are taken together, some words at a time: their words are read along the rows and
-// written across them, a whole line of the cache at once.
+// Adjacent rows of a panel are transposed together, some words at a time: words are read along the rows and written
+// across them, a whole cache line at once.
 template <class Read>
 void Packed::fill_words(int first, int count, Read read_words) {
     uint32_t lines[PANEL][WORDS];
     const int words = matrix.padded / together(matrix.kind);
     for (int row = 0; row < count;) {
-        const int at = place(first + row), lane = at % PANEL;
+        const int at = index_of(first + row), lane = at % PANEL;
         int lanes = 1;
-        while (row + lanes < count && lane + lanes < PANEL && place(first + row + lanes) == at + lanes) ++lanes;
+        while (row + lanes < count && lane + lanes < PANEL && index_of(first + row + lanes) == at + lanes) ++lanes;
         auto* panel = reinterpret_cast<uint32_t*>(panel_of(at)) + lane;
         for (int begin = 0; begin < words; begin += WORDS) {
             const int some = words - begin < WORDS ? words - begin : WORDS;
@@ -240,7 +240,7 @@ void Packed::fill_words(int first, int count, Read read_words) {
 
 void Packed::set_bias(const float* bias) {
     need(shape.bias && bias != nullptr, "the matrix has no bias");
-    for (int row = 0; row < shape.outputs; ++row) writable(matrix.bias)[place(row)] = bias[row];
+    for (int row = 0; row < shape.outputs; ++row) writable(matrix.bias)[index_of(row)] = bias[row];
 }
 
 void Packed::set_factor(const float* factor) {

@@ -1,4 +1,4 @@
-// Matrices are put into panels once, when a model is loaded; after that nothing is copied.
+// Packs matrices into panels, once, when a model is loaded; after that nothing is copied.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 
 namespace lab {
 
-// Memory for all matrices of a model, in large pages where the system has them: a step reads all of it, and with pages
-// of 4 KB the processor would look up thousands of addresses for every token.
+// Memory for all matrices of a model, in huge pages if available: a step reads all of it, and 4 KB pages would cost
+// thousands of TLB misses per token.
 class Arena {
 public:
     explicit Arena(size_t bytes);
@@ -19,7 +19,7 @@ public:
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    void* take(size_t bytes);  // zeroed, 64-byte aligned; std::bad_alloc where it is not there
+    void* take(size_t bytes);  // zeroed, 64-byte aligned; std::bad_alloc if it does not fit
     size_t used() const { return used_; }
 
 private:
@@ -31,35 +31,36 @@ struct Shape {
     Kind kind;
     int outputs, inputs;
     bool wide;        // activations stay float32
-    bool pair;        // the rows are two halves, gate and up, whose panels take turns
+    bool pair;        // the rows are two halves, gate and up, whose panels alternate
     int scale_group;  // i4
     bool zeros, factor, bias;
 };
 
-// A matrix that owns its place in the arena, filled row by row.
+// A matrix in the arena, filled row by row.
 class Packed {
 public:
     Packed(std::shared_ptr<Arena> arena, const Shape& shape);
 
-    static size_t bytes(const Shape& shape);  // that it will take
+    static size_t bytes(const Shape& shape);  // bytes that it allocates
 
-    // Rows first .. first + count - 1 from memory [count, inputs] of a floating format.
+    // Fill the rows first .. first + count - 1 from memory [count, inputs] in a floating format.
     void fill(int first, int count, const void* rows, Kind kind);
-    // Levels as engine/quantize.py stores them: int8 [count, inputs], or int4 [count, groups, group / 2]. Scales and
-    // zeros [count, groups], of bfloat16 and float16.
+    // The same from levels as engine/quantize.py stores them: int8 [count, inputs], or int4 [count, groups, group / 2].
+    // Scales [count, groups] are bfloat16, zeros float16.
     void fill_levels(int first, int count, const void* levels, const uint16_t* scales, const uint16_t* zeros);
     void set_bias(const float* bias);      // [outputs]
     void set_factor(const float* factor);  // [inputs]
-    void set_order(std::vector<int> order);  // [inputs]: the activation that each takes
+    void set_order(std::vector<int> order);  // [inputs]: the index of each input's activation
 
     Matrix matrix;
     const Shape shape;
 
 private:
     void check(int first, int count, const void* rows) const;
-    int place(int row) const;  // where a row goes
+    int index_of(int row) const;  // the output index of a row
     uint8_t* panel_of(int at);
-    // read_words(row, begin, count, to): 32-bit words begin .. begin + count - 1 of a row, as a lane of the panel has them.
+    // read_words(row, begin, count, to): reads the 32-bit words begin .. begin + count - 1 of a row, in the panel's
+    // layout.
     template <class Read>
     void fill_words(int first, int count, Read read_words);
     std::vector<int> order_;

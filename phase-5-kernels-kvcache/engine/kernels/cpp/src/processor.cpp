@@ -1,4 +1,4 @@
-// Which instruction sets this processor has. A library of its own: what it says decides what is compiled.
+// Detects the CPU's instruction sets. A library of its own, because the result decides what is compiled.
 #include <cstring>
 
 extern "C" __attribute__((visibility("default"))) int processor_has(const char* name) {

@@ -33,7 +33,7 @@ bool is_finite(const float* x, int count) {
         uint32_t bits;
         std::memcpy(&bits, x + i, sizeof bits);
         broken |= (bits & 0x7fffffff) > 0x7f800000 || bits == 0x7f800000;  // NaN, infinity
-        any |= bits != 0xff800000;                                        // -infinity: a token that cannot be
+        any |= bits != 0xff800000;                                        // not -infinity, which excludes a token
     }
     return any && !broken;
 }
@@ -74,13 +74,13 @@ void probabilities(const Isa& isa, float* x, int vocab, const Sampling& how) {
         std::nth_element(sorted.begin(), sorted.begin() + how.top_k - 1, sorted.end(), std::greater<float>());
         const float smallest = sorted[size_t(how.top_k) - 1];
         auto room = how.top_k - std::count_if(x, x + vocab, [smallest](float y) { return y > smallest; });
-        for (int i = 0; i < vocab; ++i)  // of those at the edge, the first
+        for (int i = 0; i < vocab; ++i)  // ties at the edge: the lower ids stay
             if (x[i] < smallest || (x[i] == smallest && room-- <= 0)) x[i] = NEVER;
     }
     if (how.top_p < 1) {
         std::vector<int> order(static_cast<size_t>(vocab));
         std::iota(order.begin(), order.end(), 0);
-        // Of equal ones the higher id comes first, and is dropped first.
+        // Ties: the higher id comes first, and is dropped first.
         std::sort(order.begin(), order.end(), [x](int a, int b) { return x[a] < x[b] || (x[a] == x[b] && a > b); });
         std::vector<float> probs(x, x + vocab);
         softmax(isa, probs.data(), vocab);
@@ -113,7 +113,7 @@ int draw_gumbel(
 }
 
 int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, uint32_t position, uint32_t purpose) {
-    // By sums of blocks: a sum of all, one after the other, waits for every addition.
+    // Sum by blocks: one sequential sum would wait for every addition.
     constexpr int BLOCK = 32;
     std::vector<double> sums;
     double total = 0;
@@ -128,7 +128,7 @@ int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, 
     double sum = 0;
     size_t block = 0;
     while (block + 1 < sums.size() && sum + sums[block] <= wanted) sum += sums[block++];
-    int last = vocab - 1;  // where rounding leaves nothing: a token that can be drawn
+    int last = vocab - 1;  // if rounding leaves no mass: the last token with a probability
     for (int i = int(block) * BLOCK; i < vocab; ++i) {
         if (probs[i] > 0) last = i;
         sum += probs[i];
@@ -147,13 +147,13 @@ int choose(
         probabilities(isa, spare, vocab, how);
         return draw_gumbel(isa, spare, vocab, how.seed, sample, position, SAMPLE);
     }
-    // argmax(log p + noise) = argmax(logit / temperature + noise): what all tokens share does not matter.
+    // argmax(log p + noise) = argmax(logit / temperature + noise): a common offset does not change the argmax.
     const uint32_t key[2] = {uint32_t(how.seed), uint32_t(how.seed >> 32)}, counter[3] = {position, sample, SAMPLE};
     float best;
     return isa.gumbel(logits, 0, vocab, float(1 / how.temperature), key, counter, &best);
 }
 
-int stand(
+int count_accepted(
     const int64_t* draft, int count, const float* draft_probs, const float* target_probs, int vocab, uint64_t seed,
     uint32_t sample, uint32_t position, bool certain, float* ratios
 ) {
@@ -170,26 +170,26 @@ int stand(
 }
 
 int draw_residual(
-    const Isa& isa, const float* target, const float* draft, int64_t fallen, int vocab, uint64_t seed, uint32_t sample,
+    const Isa& isa, const float* target, const float* draft, int64_t rejected, int vocab, uint64_t seed, uint32_t sample,
     uint32_t position, bool certain, float* spare
 ) {
     std::copy(target, target + vocab, spare);
-    if (draft == nullptr) spare[fallen] = 0;
+    if (draft == nullptr) spare[rejected] = 0;
     else
         for (int i = 0; i < vocab; ++i) spare[i] = std::max(0.0f, spare[i] - draft[i]);
     double mass = 0;
     for (int i = 0; i < vocab; ++i) mass += spare[i];
-    // Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
+    // Rounding can reject a token whose ratio differs from 1 in the last bit; the residual is then empty.
     const float* residual = mass > 0 ? spare : target;
     if (certain) return isa.largest(residual, vocab);
     return draw_inverse(residual, vocab, seed, sample, position, RESIDUAL);
 }
 
-Stood verify(
+Accepted verify(
     const Isa& isa, const int64_t* draft, int count, const float* draft_probs, const float* target_probs, int vocab,
     uint64_t seed, uint32_t sample, uint32_t position, bool certain, float* ratios, float* spare
 ) {
-    const int accepted = stand(draft, count, draft_probs, target_probs, vocab, seed, sample, position, certain, ratios);
+    const int accepted = count_accepted(draft, count, draft_probs, target_probs, vocab, seed, sample, position, certain, ratios);
     const size_t row = size_t(accepted) * size_t(vocab);
     const float* following = target_probs + row;
     const uint32_t at = position + uint32_t(accepted);

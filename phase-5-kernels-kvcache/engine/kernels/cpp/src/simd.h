@@ -1,6 +1,6 @@
-// Vectors of float32 as wide as the instruction set allows that this file is compiled for. The arithmetic is that of the
-// compilers' vector types; only what they have no word for is written with intrinsics. All of it lives in a namespace
-// per instruction set, so that the linker never takes one set's function for another's.
+// Vectors of float32, as wide as the instruction set that this file is compiled for. Arithmetic uses the compilers'
+// vector types, and intrinsics only where these have no operation. Each instruction set has its own namespace, so that
+// the linker never mixes their functions.
 #pragma once
 
 #include <cstdint>
@@ -107,7 +107,7 @@ LAB_INLINE Floats load(const uint16_t* from, Kind kind) {  // float16 or bfloat1
 #endif
 }
 
-// LANES numbers of any format; of which `count` are there, and the others are taken as 0.
+// Load LANES numbers of any format: `count` from memory, the others are 0.
 template <Kind KIND>
 LAB_INLINE Floats load_any(const void* from, int count = LANES) {
     constexpr int SIZE = KIND == Kind::f32 ? 4 : KIND == Kind::i8 ? 1 : 2;
@@ -185,7 +185,7 @@ LAB_INLINE Floats exponential(Floats x) {
     y = fma(y, r, all(5.0000001201e-1f));
     y = fma(y, r * r, r) + 1.0f;
     y = (Floats)((Ints)y + (__builtin_convertvector(n, Ints) << 23));
-    return given < low ? Floats{} : y;  // what would be subnormal is 0, as in torch
+    return given < low ? Floats{} : y;  // subnormal results are 0, as in torch
 }
 
 }  // namespace lab::SIMD_NAME

@@ -15,7 +15,7 @@ double ms_since(std::chrono::steady_clock::time_point& last) {
     return took.count();
 }
 
-// The text gains `tokens`, of which a model's row has the first `held`.
+// Append `tokens` to the sequence; the first `held` of them are in the model's row.
 void advance(Engine::Text& text, const std::vector<int>& tokens, int held) {
     text.held += int(text.known.size()) + held;
     text.known.assign(tokens.begin() + held, tokens.end());
@@ -45,7 +45,7 @@ Speculated one(
     target.step(seen, request);
     done.verify_ms = ms_since(last);
 
-    // The target's own tokens are drawn from logits, as in plain decoding: its bits, not those of a detour.
+    // Choose the target's own tokens from logits, as plain decoding does, to get the same bits.
     const bool greedy = what.how.temperature == 0;
     auto own = [&](int i) { return target.choose_plain(target_probs + size_t(i) * vocab, what.how, text.sample, text.position + i); };
     if (what.own || greedy) {
@@ -59,7 +59,7 @@ Speculated one(
         target.to_probabilities(target_probs, what.count + 1, what.how);
         const uint32_t sample = uint32_t(text.sample), position = uint32_t(text.position);
         const int V = int(vocab);
-        done.accepted = stand(tokens, what.count, draft_probs, target_probs, V, what.how.seed, sample, position, false, ratios);
+        done.accepted = count_accepted(tokens, what.count, draft_probs, target_probs, V, what.how.seed, sample, position, false, ratios);
         if (done.accepted == what.count) {
             done.next = target.choose_plain(bonus.data(), what.how, text.sample, text.position + what.count);
         } else {

@@ -1,9 +1,9 @@
-// All layers for a block of tokens: what every thread does between two barriers. Included by one file per instruction
+// All layers for a block of tokens: the work of one thread between two barriers. Included by one file per instruction
 // set.
 //
-// Outputs of a matrix are split between the threads; who computes one also does what follows it alone (bias, residual,
-// rotation, gate). What everyone needs whole, such as a norm, everyone computes for himself: that is cheaper than
-// meeting. Five meetings per layer remain.
+// The outputs of a matrix are split between the threads. The thread that computes an output also applies its bias,
+// residual, RoPE rotation or gate. Norms are recomputed on every thread, which is cheaper than a barrier. Five barriers
+// per layer remain.
 
 namespace lab::SIMD_NAME {
 
@@ -80,7 +80,7 @@ static void add_row(const Table& table, int row, int width, float* to, bool add)
     }
 }
 
-// Queries and keys of whole heads begin .. end - 1 are normed and turned; keys and values go into the cache.
+// For the heads begin .. end - 1: normalise and rotate queries and keys; write keys and values to the cache.
 static void finish_heads(const Block& block, int layer, int begin, int end) {
     const Model& model = *block.model;
     const Layer& weights = model.layer[layer];
@@ -103,17 +103,17 @@ static void finish_heads(const Block& block, int layer, int begin, int end) {
             }
             const Cache& cache = *block.cache;
             const int of = head - model.heads - (value ? model.kv_heads : 0);
-            const size_t place = cache.at(token.row, of, token.slot);
+            const size_t entry = cache.at(token.row, of, token.slot);
             void* base = value ? cache.values[layer] : cache.keys[layer];
             uint16_t* scales = cache.kind != Kind::i8 ? nullptr
                              : value                  ? cache.value_scales[layer]
                                                       : cache.key_scales[layer];
-            write_place(cache.kind, x, d, base, scales, place);
+            write_entry(cache.kind, x, d, base, scales, entry);
         }
     }
 }
 
-// The smallest number of panels that ends where a head ends.
+// The smallest number of panels that holds a whole number of heads.
 LAB_INLINE int panels_per_unit(int d) {
     int panels = 1;
     while (panels * PANEL % d != 0) ++panels;
@@ -123,7 +123,7 @@ LAB_INLINE int panels_per_unit(int d) {
 static void attention_of(const Block& block, int layer, int thread, int threads) {
     const Model& model = *block.model;
     const int d = model.head_dim, group = model.heads / model.kv_heads;
-    // Heads that share keys go together, unless there are too few of them for all threads.
+    // Heads that share keys are one item, unless there are fewer items than threads.
     const int items = block.count * model.kv_heads;
     const int parts = items >= threads ? 1 : (threads / items < group ? threads / items : group);
     const Range mine = share(items * parts, thread, threads);
@@ -155,7 +155,7 @@ static void activate_all(const Block& block, int begin, int end) {
     }
 }
 
-// A product whose outputs are split between the threads, in units of so many panels; returns this thread's units.
+// Multiply by w, with the outputs split between the threads in units of `unit` panels; return this thread's units.
 static Range product(
     const Block& block, const Matrix& w, const float* x, size_t stride, int count, int unit, int thread, int threads,
     float* out, size_t out_stride, int limit, bool add
@@ -218,7 +218,7 @@ static void layers_of(const Block& block, int thread, int threads, Barrier& barr
     }
 }
 
-// What one thread does of a step.
+// One thread's share of a step.
 static void step(const Block& block, int thread, int threads, Barrier& barrier) {
     const Model& model = *block.model;
     const int width = model.width;

@@ -7,9 +7,9 @@
 namespace lab {
 
 namespace {
-// How long a thread without work keeps spinning. A decoding loop comes back sooner; whoever went away does not.
+// How long a thread without work spins. The next step of a decoding loop arrives sooner.
 constexpr auto PATIENCE = std::chrono::microseconds(1000);
-constexpr int BETWEEN_LOOKS = 64;  // at the clock
+constexpr int BETWEEN_LOOKS = 64;  // spins between two reads of the clock
 }  // namespace
 
 std::shared_ptr<Pool> Pool::of(int threads) {
@@ -42,7 +42,7 @@ void Pool::run(Job job, void* with) {
     job_ = job;
     with_ = with;
     busy_.store(size_ - 1, std::memory_order_relaxed);
-    number_.fetch_add(1);  // sequentially consistent, as the sleepers' look at it: one of us sees the other
+    number_.fetch_add(1);  // sequentially consistent with the sleepers' load: either they see the job, or we see them
     if (asleep_.load() > 0) {
         std::lock_guard<std::mutex> hold(mutex_);
         called_.notify_all();
@@ -71,7 +71,7 @@ void Pool::work(int thread) {
             asleep_.fetch_sub(1);
             break;
         }
-        done += 1;  // every job waits for all threads, so none is missed
+        done += 1;  // every job waits for all threads, so no thread misses one
         const bool last = ending_;
         job_(with_, thread);
         busy_.fetch_sub(1, std::memory_order_acq_rel);

@@ -1,5 +1,5 @@
-// Threads that wait for work, and a barrier between them: spinning first, because a step is over in microseconds, then
-// yielding, so that two processes on the same cores do not burn each other's time.
+// A thread pool, and a barrier. Waiting threads spin first, because a step takes microseconds; then they yield, so that
+// two processes on the same cores do not slow each other down.
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,7 @@ inline void relax() {
 #endif
 }
 
-// All threads meet here; none goes on before the last has come. Reusable at once: a meeting is told by its number.
+// A barrier for all threads. It can be reused at once: every meeting has a number.
 class Barrier {
 public:
     explicit Barrier(int threads) : threads_(threads) {}
@@ -49,18 +49,18 @@ public:
     }
 
 private:
-    static constexpr int EAGER = 100;   // a pause alone takes some ten nanoseconds, as long as most meetings
-    static constexpr int SPINS = 1000;  // some tens of microseconds: longer than any thread is late by itself
+    static constexpr int EAGER = 100;   // no pause at first: one takes about ten nanoseconds, as long as most barriers
+    static constexpr int SPINS = 1000;  // some tens of microseconds: longer than the usual delay of a thread
     const int threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> meeting_{0};
 };
 
-// run(f) calls f(0 .. n - 1) on n threads, the caller's among them, and returns when all are done. Threads do not
+// run(f) calls f(0 .. n - 1) on n threads, including the caller's, and returns when all are done. Threads do not
 // survive a fork: in the child, run throws.
 //
-// All models of a process that want as many threads share one pool: a draft and its target take turns, and the threads
-// of one that has just stopped would spin where those of the other are to run.
+// All models of a process with the same thread count share one pool. A draft model and its target alternate: with two
+// pools, the idle threads of one would spin on the cores that the other needs.
 class Pool {
 public:
     static std::shared_ptr<Pool> of(int threads);
@@ -82,11 +82,11 @@ private:
     const int size_;
     const pid_t owner_;
     std::vector<std::thread> workers_;
-    std::mutex turn_;  // of whoever calls run
+    std::mutex turn_;  // held by the caller of run
     Job job_ = nullptr;
     void* with_ = nullptr;
     bool ending_ = false;
-    alignas(64) std::atomic<uint32_t> number_{0};  // of the job that is under way
+    alignas(64) std::atomic<uint32_t> number_{0};  // number of the current job
     alignas(64) std::atomic<int> busy_{0};
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex mutex_;
