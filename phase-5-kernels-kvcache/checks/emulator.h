@@ -1,11 +1,10 @@
-// CUDA's threads on a CPU, so that the kernels can be checked where there is no card: slow, and meant for tests.
+// CUDA threads on a CPU, to test the kernels without a GPU: slow, for tests only.
 //
-// Blocks run one after the other. Every thread of a block is a fiber of its own (ucontext), which goes on until it waits
-// at a barrier or for the other lanes of its warp; then the next one runs. So barriers, shuffles and the tensor cores'
-// product do what they do on a card, and a barrier that not all threads reach is found: the block can never end. Every
-// other block runs its threads from the last to the first, so that a missing barrier does not go unnoticed because one
-// thread always comes before another.
-// Shared memory is filled with NaN before every block: nothing may be read that was not written.
+// Blocks run one after the other. Every thread of a block is a fiber (ucontext), which runs until it waits at a barrier
+// or for the other lanes of its warp; then the next fiber runs. Barriers, shuffles and tensor core products behave as
+// on a GPU. A barrier that not all threads reach is an error. Every other block runs its threads in reverse order, so
+// that a missing barrier is noticed. Shared memory is filled with NaN before every block, so that a read of
+// uninitialised memory is noticed.
 #pragma once
 
 #include <algorithm>
@@ -63,7 +62,7 @@ struct Fiber {
     jmp_buf point;
     dim3 thread;
     bool started = false, done = false;
-    Barrier* at = nullptr;  // where it waits, and for which round of it to end
+    Barrier* at = nullptr;  // the barrier it waits at, and the generation it waits for
     unsigned generation = 0;
     std::unique_ptr<char[]> stack;
 };
@@ -196,8 +195,8 @@ template <class T> T __shfl_up_sync(unsigned, T value, int by) {
     return emulated::exchange(value, lane < by ? lane : lane - by);
 }
 template <class T> T __shfl_sync(unsigned, T value, int source) { return emulated::exchange(value, source & 31); }
-template <class T> T atomicAdd(T* place, T value) {
-    T before = *place;
-    *place += value;
+template <class T> T atomicAdd(T* address, T value) {
+    T before = *address;
+    *address += value;
     return before;
 }

@@ -1,8 +1,8 @@
-"""Compile the kernels for a graphics card that is not there, and say what each takes of it.
+"""Compiles the kernels for a GPU that is not present, and reports registers, spills and shared memory.
 
-The checks (check.py) are run with a recorder in the place of the card: every kernel that they would start is
-compiled instead, to the card's own instructions. So a kernel that no card can take is found on any machine. Registers
-and spills are what NVIDIA's assembler, which comes with Triton, reports.
+The checks of check.py run with a recorder in place of the GPU: every kernel that they would launch is compiled to
+the GPU's instructions instead. So a kernel that does not compile is found on any machine. Registers and spills are
+reported by NVIDIA's assembler, which comes with Triton.
 
     python -m checks.offline 90
 """
@@ -46,17 +46,17 @@ NAMES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-SM_SUFFIX = {90: "a", 100: "a"}  # architectures whose own instructions Triton uses
+SM_SUFFIX = {90: "a", 100: "a"}  # architectures whose specific instructions Triton uses
 
 
 class Launch(NamedTuple):
-    """A kernel with the kinds of its arguments: what decides which program is compiled."""
+    """A kernel with its argument types, which determine the compiled program."""
 
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]  # warps and stages
-    aligned: tuple[int, ...]  # which arguments are multiples of 16, by number: loads are wider then
+    aligned: tuple[int, ...]  # indices of arguments that are multiples of 16, which allows wider loads
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Compiled(NamedTuple):
 
 @contextmanager
 def recording() -> Iterator[dict[str, Launch]]:
-    """What kernels would be started within, each once; none is."""
+    """Record the kernels that would be launched within, each once, without launching them."""
     found: dict[str, Launch] = {}
 
     def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -104,14 +104,14 @@ def kind_of(argument: Any) -> str:
 
 
 def is_aligned(argument: Any) -> bool:
-    """Triton looks at the same, and makes a program of its own for it."""
+    """Return True if Triton would specialise the program for an aligned argument."""
     if isinstance(argument, Tensor):
         return argument.data_ptr() % 16 == 0
     return isinstance(argument, int) and argument % 16 == 0
 
 
 def launches(dtypes: tuple[torch.dtype, ...] = check.DTYPES, ops: tuple[str, ...] = ()) -> list[Launch]:
-    """Those of the checks of all ops, or of some."""
+    """Return the launches of the checks of all ops, or of some."""
     with recording() as found, torch.inference_mode():
         for op, function in all_ops().items():
             if not ops or op in ops:
@@ -122,7 +122,7 @@ def launches(dtypes: tuple[torch.dtype, ...] = check.DTYPES, ops: tuple[str, ...
 
 
 def real(ops: tuple[str, ...] = ()) -> list[Launch]:
-    """Those of a step of a large model, Llama-3.1-8B in bfloat16: 16 tokens behind 1,000, and a tree."""
+    """Return the launches of a step of Llama-3.1-8B in bfloat16: 16 tokens after 1,000, and a tree."""
     asked, dtype = ops or tuple(all_ops()), torch.bfloat16
     with recording() as found, torch.inference_mode():
         x = torch.zeros(16, 4096, dtype=dtype)
@@ -152,7 +152,7 @@ def real(ops: tuple[str, ...] = ()) -> list[Launch]:
 
 
 def layers(outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """A matrix in every format, unfilled."""
+    """Yield an uninitialised matrix in every format."""
     layer = Linear(inputs, outputs, bias=False)
     layer.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), False)
     yield layer
@@ -161,7 +161,7 @@ def layers(outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[nn.Module]
 
 
 def compiled(launch: Launch, arch: int) -> Compiled:
-    """UserError, with the compiler's message, where it cannot be compiled for an architecture such as 90."""
+    """Compile for an architecture such as 90. UserError with the compiler's message if that fails."""
     target = GPUTarget("cuda", arch, 32)
     try:
         attributes = {(number,): [["tt.divisibility", 16]] for number in launch.aligned}
@@ -176,7 +176,7 @@ def compiled(launch: Launch, arch: int) -> Compiled:
 
 
 def assembled(ptx: str, arch: int) -> str:
-    """What the assembler says of a program."""
+    """Assemble a program, and return the assembler's report."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     program = folder / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as temporary:
@@ -189,7 +189,7 @@ def assembled(ptx: str, arch: int) -> str:
 
 def main(arguments: list[str]) -> int:
     if INTERPRETED:
-        raise UserError("TRITON_INTERPRET=1 is set, and then nothing is compiled; leave it away")
+        raise UserError("TRITON_INTERPRET=1 is set, and then nothing is compiled; unset it")
     arch = int(arguments[0]) if arguments and arguments[0].isdigit() else 90
     rows = []
     for launch in real(tuple(arguments[1:])):

@@ -196,7 +196,7 @@ def test_wrong_arguments_are_named(call: Callable[..., None], changed: dict[str,
 
 def test_a_layer_in_a_form_of_its_own_is_refused(ops: Ops) -> None:
     packed = PackedLinear.__new__(PackedLinear)
-    with pytest.raises(UserError, match="a PackedLinear keeps its matrix in a form of its own; expected Linear or"):
+    with pytest.raises(UserError, match="a PackedLinear stores its matrix in another format; expected Linear or"):
         ops["linear"](packed, torch.zeros(1, 4))
 
 
@@ -227,7 +227,7 @@ def test_a_query_that_sees_nothing_gives_zeros(ops: Ops) -> None:
 def test_without_emulation_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPECDEC_CUDA_EMULATOR", raising=False)
     reason = library.why_not(CPU)
-    assert "needs a card of NVIDIA, and this is cpu" in str(reason)
+    assert "needs an NVIDIA GPU, and this is cpu" in str(reason)
     monkeypatch.setenv("SPECDEC_CUDA_EMULATOR", "nowhere/emulator.h")
     assert "nowhere/emulator.h is no file of the name emulator.h" in str(library.why_not(CPU))
     monkeypatch.setenv("SPECDEC_FORCE_PY", "1")

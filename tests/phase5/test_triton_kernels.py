@@ -236,9 +236,9 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
         ),
         (
             lambda ops: ops["sample"](torch.zeros(1, 3), SamplingParams(temperature=1.0), object(), [0], [0], [], []),
-            "sampler of the kind object",
+            "a source of type object",
         ),
-        (lambda ops: ops["linear"](PackedLinear.__new__(PackedLinear), torch.zeros(1, 4)), "a form of its own"),
+        (lambda ops: ops["linear"](PackedLinear.__new__(PackedLinear), torch.zeros(1, 4)), "in another format"),
     ],
 )
 def test_wrong_arguments_are_named(

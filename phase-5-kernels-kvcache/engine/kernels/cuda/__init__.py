@@ -1,6 +1,6 @@
-"""The ops as kernels in CUDA C++: a file each, built by nvcc when they are first called (library.py).
+"""The ops as kernels in CUDA C++, built by nvcc on the first call (library.py).
 
-SPECDEC_CUDA_EMULATOR=checks/emulator.h runs them on the CPU, every CUDA thread as a fiber: slow, and meant for tests.
+SPECDEC_CUDA_EMULATOR=checks/emulator.h runs them on the CPU, every CUDA thread as a fiber: slow, for tests only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _SHARED = ("device.cuh", "ops.h", "bindings.cpp", "support.py", "library.py")
-_CACHE = ("cache.cuh", "rope.py", "../places.py", *_SHARED)
+_CACHE = ("cache.cuh", "rope.py", "../metadata.py", *_SHARED)
 _LINEAR = (
     "linear.py",
     "linear.cuh",
@@ -22,8 +22,8 @@ _LINEAR = (
     "weights.cuh",
     "mma.cuh",
 )
-_ATTEND = ("attention.py", "../sight.py", "attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh")
-SOURCES = {  # of every op, the files that make its kernel: what the ledger hashes
+_ATTEND = ("attention.py", "../key_ranges.py", "attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh")
+SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
     "linear": (*_LINEAR, *_SHARED),
     "gated_linear": (*_LINEAR, *_SHARED),
     "rms_norm": ("norm.py", "norm.cu", *_SHARED),
@@ -41,21 +41,21 @@ SOURCES = {  # of every op, the files that make its kernel: what the ledger hash
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device; None if they can. Builds nothing."""
+    """Return why the kernels cannot run on a device; None if they can. Builds nothing."""
     from . import library
 
     return library.why_not(device)
 
 
 def prepare(device: torch.device) -> None:
-    """Compile the kernels, where they are not there yet, and load them. BuildError where that fails."""
+    """Compile the kernels if they are not cached, and load them. BuildError if that fails."""
     from . import library
 
     library.library(device)
 
 
 def ops() -> dict[str, Callable[..., Any]]:
-    """op -> function; what it imports is not imported before somebody asks."""
+    """Import the kernels' modules, and return their functions by op."""
     from . import attention, linear, norm, rope, tokens
 
     return {

@@ -1,8 +1,8 @@
-// Attention of 16 query rows over 16 keys at a time, by one warp: the part that decoding and prefill share.
+// Attention of one warp: 16 query rows over 16 keys at a time. Decoding and prefill share this code.
 //
-// Scores are the product of queries (16 x features) and keys (features x 8 keys); the weights that an online softmax
-// makes of them (Milakov and Gimelshein 2018) are already where the next product, by values (16 keys x 8 features),
-// wants them (Dao 2023, FlashAttention-2). Lanes take 8 features side by side: see mma.cuh for why they may.
+// Scores are the product of queries (16 x features) and keys (features x 8 keys). An online softmax (Milakov and
+// Gimelshein 2018) turns them into weights, whose register layout fits the next product, by values (16 keys x 8
+// features; Dao 2023, FlashAttention-2). Each lane loads 8 contiguous features: mma.cuh explains why that is valid.
 #pragma once
 
 #include "cache.cuh"
@@ -11,7 +11,7 @@
 
 constexpr float NEVER = -INFINITY;
 
-// Eight features of a head from f on as T; zeros from D on. Whole numbers stay what they are: their scale comes later.
+// Load eight features of a head from f on as T; zeros from D on. Int8 levels are not scaled here.
 template <class T, class Stored, bool ALIGNED>
 __device__ __forceinline__ uint4 eight(const Stored* head, int f, int D) {
     if constexpr (ALIGNED && std::is_same_v<T, Stored>) {
@@ -30,12 +30,12 @@ __device__ __forceinline__ uint4 eight(const Stored* head, int f, int D) {
     }
 }
 
-// What a warp knows of its 16 rows; F: features of a head, padded to 64 or 128. A lane has rows g and g + 8.
+// State of a warp's 16 query rows; F: features of a head, padded to 64 or 128. A lane holds rows g and g + 8.
 template <class T, int F> struct Rows {
     uint32_t q[F / 16][4];
     float acc[F / 8][4];
     float top[2], total[2];
-    int begin[2], stop[2];  // positions that the rows see
+    int begin[2], stop[2];  // visible positions of the rows
 
     __device__ __forceinline__ void reset() {
 #pragma unroll
@@ -46,7 +46,7 @@ template <class T, int F> struct Rows {
         total[0] = total[1] = 0;
     }
 
-    // Row i (0: g, 1: g + 8) of the queries; zeros for one that is not there.
+    // Load row i (0: g, 1: g + 8) of the queries; zeros if it is padding.
     template <bool ALIGNED> __device__ __forceinline__ void load(int i, const T* query, bool real, int D) {
         int t = threadIdx.x % 4;
 #pragma unroll
@@ -57,8 +57,8 @@ template <class T, int F> struct Rows {
         }
     }
 
-    // Keys p0 .. p0 + 15. key(j, c): features 32 c + 8 t .. of key 8 j + g; value(i, c): features 64 c + 8 g .. of key
-    // 2 t, 2 t + 1, 2 t + 8, 2 t + 9; the scales (of int8, else 1) of key 8 j + 2 t + e.
+    // Attend to keys p0 .. p0 + 15. key(j, c): features 32 c + 8 t .. of key 8 j + g; value(i, c): features 64 c + 8 g
+    // .. of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9; the int8 scales (else 1) are those of key 8 j + 2 t + e.
     template <class Key, class Value, class KeyScale, class ValueScale>
     __device__ __forceinline__ void attend(int p0, float scale, const Key& key, const Value& value,
                                            const KeyScale& key_scale, const ValueScale& value_scale) {
@@ -120,7 +120,7 @@ template <class T, int F> struct Rows {
                                           {v[3].x, v[3].y, v[3].z, v[3].w}};
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                unsigned which = j % 2 ? 0x7632 : 0x5410;  // feature j of two keys, side by side
+                unsigned which = j % 2 ? 0x7632 : 0x5410;  // feature j of two keys in one word
                 uint32_t pairs[2] = {choose_bytes(words[0][j / 2], words[1][j / 2], which),
                                      choose_bytes(words[2][j / 2], words[3][j / 2], which)};
                 float(&to)[4] = acc[8 * c + j];
@@ -130,7 +130,7 @@ template <class T, int F> struct Rows {
         }
     }
 
-    // Do body(i, feature, number) for all that the lane has of both rows, features in ascending order.
+    // Call body(i, feature, number) for the lane's numbers of both rows, features in ascending order.
     template <class Body> __device__ __forceinline__ void each(const Body& body) const {
         int t = threadIdx.x % 4;
 #pragma unroll
@@ -142,7 +142,7 @@ template <class T, int F> struct Rows {
     }
 };
 
-// Two softmaxes of one row, joined: the sums and what they weighed, by their maxima.
+// Merges the partial softmaxes of one row: rescales their sums by the common maximum.
 struct Joined {
     float top = NEVER, total = 0, mine, theirs;
     __device__ __forceinline__ void add(float its_top, float its_total) {
@@ -154,9 +154,9 @@ struct Joined {
     }
 };
 
-// What the query heads of a tile of 16 are, and what they see. In a tree (lines) a tile has one query's heads alone.
+// Which query heads a tile of 16 holds. In a tree (lines) a tile holds the heads of one query.
 struct Tile {
-    int r, h, G, W, one, first;  // row, key head; query heads that share it; queries; of trees the query and its head
+    int r, h, G, W, one, first;  // row, key head; query heads per key head; queries; in trees the query, and the first head
     bool tree;
     __device__ __forceinline__ int w(int i) const { return tree ? one : (first + i) / G; }
     __device__ __forceinline__ int g(int i) const { return tree ? first + i : (first + i) % G; }
@@ -173,12 +173,12 @@ __device__ __forceinline__ Tile tile_of(const Attention& call, int number, int r
     return tile;
 }
 
-__device__ __forceinline__ Places places_of(const Attention& call) {
-    return Places{at_address<const int>(call.rows), at_address<const int>(call.tables), call.width, call.shift,
+__device__ __forceinline__ SlotMapping slots_of(const Attention& call) {
+    return SlotMapping{at_address<const int>(call.rows), at_address<const int>(call.tables), call.width, call.shift,
                   unsigned(call.wrap), call.s_place, call.s_head, call.s_slot};
 }
 
-// The token that stands for a position of a query: itself, or in a tree what the query's line lists.
+// The token at a position as a query sees it: the position itself, or in a tree the entry of the query's path.
 __device__ __forceinline__ unsigned token_of(const Attention& call, const Tile& tile, int position) {
     if (!tile.tree) return position;
     int listed = position - at_address<const int>(call.base)[tile.r];

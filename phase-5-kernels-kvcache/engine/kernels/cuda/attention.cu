@@ -1,10 +1,10 @@
 // decode_attention: a few queries over a long cache, split over the sequence (Flash-Decoding, Dao et al. 2023).
 //
-// A block takes 16 query heads that share a key head, and `part` positions, of which each of its four warps takes every
-// fourth sixteen; a second kernel joins the parts of a query in order. Parts and sixteens begin at fixed positions, a
-// query is always one of 16 rows, and what it does not see adds an exact zero. So its bits depend neither on how many
-// queries there are nor on what else is in the cache. In a tree every query's block walks that query's line.
-// Keys and values go from memory to registers, 16 bytes at a time (int8: 8), without a stop in shared memory.
+// A block computes 16 query heads that share a key head over `part` positions. Its four warps take groups of 16 keys in
+// turn. A second kernel merges the parts of a query in order. Parts and groups begin at fixed positions, a query is
+// always one of 16 rows, and hidden keys add an exact zero. So the bits of a query depend neither on the number of
+// queries nor on other cache entries. In a tree, a block visits the keys of one query's path. Keys and values are
+// loaded from global memory to registers, 16 bytes at a time (int8: 8), without shared memory.
 #include "attend.cuh"
 
 void attention_rows(const Attention& call, int part, int parts, int64_t mixed, int64_t tops, int64_t sums, int64_t stream);
@@ -28,20 +28,20 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     __shared__ int64_t queries[16];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, D = call.D;
     Tile tile = tile_of(call, blockIdx.x, blockIdx.z, 16);
-    Places places = places_of(call);
+    SlotMapping slots = slots_of(call);
     const Stored *keys = at_address<const Stored>(call.keys), *values = at_address<const Stored>(call.values);
     const bf16 *key_scales = at_address<const bf16>(call.key_scales), *value_scales = at_address<const bf16>(call.value_scales);
 
     Rows<T, F> rows;
     rows.reset();
-    // Lane i finds out about row i; the lanes that have it ask.
+    // Lane i computes the range of row i; the lanes that hold the row read it by shuffle.
     int row = lane % 16, w = tile.w(row);
     bool real = tile.real(row);
     int64_t query = (int64_t(tile.r) * call.W + w) * call.H + tile.h * tile.G + tile.g(row);
     int begin = real ? at_address<const int>(call.lo)[int64_t(tile.r) * call.W + w] : 0x7fffffff;
     int stop = real ? at_address<const int>(call.end)[int64_t(tile.r) * call.W + w] : 0;
     if (warp == 0 && lane < 16) queries[row] = real ? query : -1;
-    int64_t place = tile.r * call.q_row + w * call.q_token + (tile.h * tile.G + tile.g(row)) * call.q_head;
+    int64_t offset = tile.r * call.q_row + w * call.q_token + (tile.h * tile.G + tile.g(row)) * call.q_head;
     int earliest = begin, furthest = stop;  // of all 16
     for (int by = 8; by; by /= 2) {
         earliest = min(earliest, __shfl_xor_sync(~0u, earliest, by));
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     for (int i = 0; i < 2; i++) {
         rows.begin[i] = __shfl_sync(~0u, begin, g + 8 * i);
         rows.stop[i] = __shfl_sync(~0u, stop, g + 8 * i);
-        int64_t its = __shfl_sync(~0u, place, g + 8 * i);
+        int64_t its = __shfl_sync(~0u, offset, g + 8 * i);
         bool there = __shfl_sync(~0u, int(real), g + 8 * i);
         rows.template load<ALIGNED>(i, at_address<const T>(call.query) + its, there, D);
     }
@@ -59,15 +59,15 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     int here = blockIdx.y * to.part, end = min(here + to.part, furthest);
     for (int p0 = here + 16 * warp; p0 < end; p0 += 16 * WARPS) {
         if (p0 + 16 <= earliest) continue;
-        // Of what no row sees nothing is read: nobody may have written it.
+        // Keys that no row sees are not read: they may be uninitialised.
         auto head_at = [&](int number) -> int64_t {
             int p = p0 + number;
             return p < earliest || p >= furthest ? -1
-                                                 : places.number(tile.r, token_of(call, tile, p), tile.h);
+                                                 : slots.number(tile.r, token_of(call, tile, p), tile.h);
         };
         int64_t of_keys[2] = {head_at(g), head_at(8 + g)};
         int64_t of_values[4] = {head_at(2 * t), head_at(2 * t + 1), head_at(2 * t + 8), head_at(2 * t + 9)};
-        uint4 k[2][F / 32], v[4][F / 64];  // all of it on its way before the first is needed
+        uint4 k[2][F / 32], v[4][F / 64];  // issue all loads before the first use
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     }
 }
 
-// One query head: its parts, one after the other. One that sees nothing gives zeros.
+// Merge the parts of one query head in order. A head that sees no key gives zeros.
 template <class T> __global__ void join(const float* mixed, const float* tops, const float* sums, T* out, int parts, int D) {
     int64_t query = blockIdx.x;
     for (int f = threadIdx.x; f < D; f += blockDim.x) {

@@ -1,5 +1,6 @@
-// decode_attention without the tensor cores: for float32, for heads of more than 128 features, and for a cache whose
-// format is not the model's. A warp takes one query head and one part: a lane a key, then a lane some features.
+// decode_attention without tensor cores: for float32, for heads of more than 128 features, and for a cache whose format
+// differs from the model's. A warp computes one query head and one part: first one key per lane, then some features per
+// lane.
 #include "attend.cuh"
 
 namespace {
@@ -11,10 +12,10 @@ __global__ void __launch_bounds__(32)
 by_rows(Attention call, float* mixed, float* tops, float* sums, int part, int parts, float scale) {
     __shared__ float query[WIDEST];
     int lane = threadIdx.x, D = call.D, G = call.H / call.HK;
-    int64_t number = blockIdx.x;  // of the query head
+    int64_t number = blockIdx.x;  // index of the query head
     int head = number % call.H, w = number / call.H % call.W, r = number / call.H / call.W;
     Tile tile{r, head / G, G, call.W, w, 0, call.lines != 0};
-    Places places = places_of(call);
+    SlotMapping slots = slots_of(call);
     const Stored *keys = at_address<const Stored>(call.keys), *values = at_address<const Stored>(call.values);
     const T* q = at_address<const T>(call.query) + r * call.q_row + w * call.q_token + head * call.q_head;
     for (int i = lane; i < D; i += 32) query[i] = to_float(q[i]);
@@ -27,7 +28,7 @@ by_rows(Attention call, float* mixed, float* tops, float* sums, int part, int pa
         if (p0 + 32 <= begin) continue;
         int p = p0 + lane;
         bool seen = p >= begin && p < end;
-        int64_t at = seen ? places.number(r, token_of(call, tile, p), tile.h) : 0;
+        int64_t at = seen ? slots.number(r, token_of(call, tile, p), tile.h) : 0;
         float score = NEVER, value_scale = 1;
         if (seen) {
             float sum = 0;

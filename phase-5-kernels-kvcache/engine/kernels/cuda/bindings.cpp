@@ -1,4 +1,4 @@
-// The ops, as Python calls them: whole numbers in, nothing out. Every call lets other Python threads run.
+// The interface to Python: integers in, nothing out. Every call releases Python's lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,7 +6,7 @@
 
 namespace py = pybind11;
 
-// Structures come as one list of numbers in the order in which ops.h declares their members.
+// A structure is passed as a list of its members, in the order of ops.h.
 static Matrix matrix_from(const std::vector<int64_t>& of) {
     return {int(of.at(0)), int(of.at(1)), of.at(2), of.at(3), of.at(4), of.at(5), of.at(6), int(of.at(7)), of.at(8), of.at(9)};
 }

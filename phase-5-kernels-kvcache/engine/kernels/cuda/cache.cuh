@@ -1,20 +1,20 @@
-// Where a token lies in a cache, the same for every kind of cache: keys of a layer are [places, kv_heads, slots, D].
+// The location of a token in a cache, for every kind of cache: keys of a layer are [places, kv_heads, slots, D].
 //
-//     static, ring   place = row,              slot = p, or of a ring p modulo slots
-//     paged          place = table[p / page],  slot = p modulo page
+//     static, ring   place = row,                    slot = p; ring: p modulo slots
+//     paged          place = block table[p / page],  slot = p modulo page
 #pragma once
 
 #include "device.cuh"
 
-struct Places {
-    const int* rows;    // [R] row of the cache, of every row of the forward
+struct SlotMapping {
+    const int* rows;    // [R] cache row of every row of the forward pass
     const int* tables;  // [R, width] pages of 1 << shift positions, or null
     int width, shift;
     unsigned wrap;                    // slots of a ring, or 0
     int64_t s_place, s_head, s_slot;  // strides in heads of D features
 
-    // Which of the heads in memory a position's is: its features begin D times as far, its int8 scale stands there. A
-    // division is slow: where none is needed, none is done.
+    // The index of a position's head in memory: its features begin at D times this index, its int8 scale is at the
+    // index. Avoids divisions, which are slow.
     __device__ __forceinline__ int64_t number(int r, unsigned position, int head) const {
         if (tables) {
             int64_t page = tables[int64_t(r) * width + (position >> shift)];
@@ -24,8 +24,8 @@ struct Places {
     }
 };
 
-// Write features lane, lane + 32, ... of one head, held by a warp, as number `at` of a layer's keys or values;
-// int8 is rounded to nearest, ties to even, with scale = max |x| / 127, as kv_cache/storage.py does. x(i) is feature i.
+// Write one head to index `at` of a layer's keys or values; lane l of a warp writes features l, l + 32, ... Int8 is
+// rounded to nearest, ties to even, with scale = max |x| / 127, as in kv_cache/storage.py. x(i) is feature i.
 template <class Stored, class X>
 __device__ __forceinline__ void put(const X& x, Stored* cache, bf16* scales, int64_t at, int D) {
     int lane = threadIdx.x % 32;

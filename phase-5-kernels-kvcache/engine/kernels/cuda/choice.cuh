@@ -1,4 +1,4 @@
-// The best of many numbers, of equal ones the first: for a block, in any order of its threads the same.
+// Argmax over a block; ties: the lowest index. The result does not depend on the order of threads.
 #pragma once
 
 #include "device.cuh"
@@ -7,12 +7,12 @@ struct Best {
     float value;
     int index;
     static __device__ __forceinline__ Best none() { return {-INFINITY, 0x7fffffff}; }
-    __device__ __forceinline__ void offer(float its, int at) {  // what is no number never wins
+    __device__ __forceinline__ void offer(float its, int at) {  // NaN never wins
         if (its > value || (its == value && at < index)) value = its, index = at;
     }
 };
 
-// For all threads; `space` holds one per warp.
+// Returns the block's argmax to all threads; `space` holds one entry per warp.
 __device__ __forceinline__ Best block_best(Best mine, Best* space) {
     for (int by = 16; by; by /= 2) {
         float value = __shfl_xor_sync(~0u, mine.value, by);

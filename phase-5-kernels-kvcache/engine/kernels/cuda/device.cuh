@@ -1,5 +1,5 @@
-// What all kernels share: number formats, their conversions, launching. Compiled by nvcc for a card, or with EMULATED by
-// any C++ compiler for the tests (emulator.h): what differs between the two stands here and in mma.cuh.
+// Number formats, conversions and launches, for all kernels. Compiled by nvcc for a GPU, or with EMULATED by any C++
+// compiler for tests (emulator.h). All differences between the two are in this file and in mma.cuh.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 #include <cuda_runtime.h>
 #endif
 
-// Formats as the Python side names them.
+// Number formats; support.py has the same values.
 enum Format { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 
 #ifdef EMULATED
@@ -32,7 +32,7 @@ using bf16 = __nv_bfloat16;
 using f16 = __half;
 #endif
 
-// Bits of one type as another of the same size.
+// Reinterpret bits as another type of the same size.
 template <class To, class From> __device__ __forceinline__ To bits_as(From from) {
     static_assert(sizeof(To) == sizeof(From), "sizes differ");
     To to;
@@ -68,7 +68,7 @@ template <> __device__ __forceinline__ float to_float(f16 x) { return __half2flo
 template <> __device__ __forceinline__ bf16 from_float(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ f16 from_float(float x) { return __float2half_rn(x); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
-// Never joined to one operation, which a compiler may do in one kernel and not in its twin for more rows.
+// Never contracted to an fma: a compiler might do that in one kernel, but not in its variant for more rows.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
@@ -87,14 +87,14 @@ template <class T> __device__ __forceinline__ float high_of(uint32_t both) {
     return to_float(bits_as<T>(uint16_t(both >> 16)));
 }
 
-// Shared memory whose size is given at the launch; 16 bytes is the widest access.
+// Dynamic shared memory, aligned for accesses of 16 bytes.
 #ifdef EMULATED
 #define DYNAMIC_SHARED(name) unsigned char* name = emulated::machine.shared
 #else
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// A launch on a stream; an error is an exception, so that none is lost. Nothing to do is not an error.
+// Launch on a stream; throws on an error. An empty grid is not an error.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int64_t stream, Arguments... arguments) {
     if (!grid.x || !grid.y || !grid.z) return;
@@ -120,7 +120,7 @@ template <class T> __device__ __host__ __forceinline__ T* at_address(int64_t add
 
 __device__ __host__ __forceinline__ int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Call with a value of the C++ type of a format, of those that are computed in: with_float(code, [&](auto zero) {...}).
+// Call body with a value of the C++ type of a floating format: with_float(code, [&](auto zero) {...}).
 template <class Do> void with_float(int format, const Do& body) {
     switch (format) {
         case FLOAT32: body(float{}); break;
@@ -130,7 +130,7 @@ template <class Do> void with_float(int format, const Do& body) {
     }
 }
 
-// The same for what a cache stores.
+// The same for the formats of a cache.
 template <class Do> void with_stored(int format, const Do& body) {
     if (format == INT8)
         body(int8_t{});
@@ -148,12 +148,12 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// The sum over a block, for all its threads, in an order that depends on the size of the block alone. `space` holds one
-// number per warp.
+// Returns the sum over a block to all its threads. The order of the sum depends only on the block size. `space` holds
+// one number per warp.
 template <class T> __device__ __forceinline__ T block_sum(T x, T* space) {
     int lane = threadIdx.x % 32, warps = blocks_of(blockDim.x, 32);
     x = warp_sum(x);
-    __syncthreads();  // what stood there may still be read
+    __syncthreads();  // other warps may still read the old content
     if (lane == 0) space[threadIdx.x / 32] = x;
     __syncthreads();
     T total = space[0];

@@ -1,7 +1,7 @@
-"""The library of CUDA kernels: built by nvcc when it is first needed, for the card that is there.
+"""Builds the library of CUDA kernels with nvcc when it is first needed, for the GPU of this machine.
 
-SPECDEC_CUDA_ARCH=90a names another architecture. SPECDEC_CUDA_EMULATOR=FILE names a header, emulator.h, that stands in
-for CUDA's: with it g++ builds the same sources to run on the CPU, which is slow, and meant for tests.
+SPECDEC_CUDA_ARCH=90a selects another architecture. SPECDEC_CUDA_EMULATOR=FILE names a header, emulator.h, that replaces
+CUDA's: with it g++ builds the same sources to run on the CPU, which is slow and for tests only.
 
     SPECDEC_CUDA_EMULATOR=checks/emulator.h python -c "from engine.kernels.cuda.library import *; print(library(CPU))"
 """
@@ -40,7 +40,7 @@ SOURCES = (
     "verify.cu",
     "sample.cu",
 )
-# What can be exact is: a division is rounded, and numbers too small to be normal are kept.
+# No fast math: divisions are correctly rounded, and subnormal numbers are kept.
 NVCC = ("-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi")
 GXX = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DEMULATED", "-U_FORTIFY_SOURCE", "-Wno-psabi")
 HALF = ("-mf16c",) if platform.machine() == "x86_64" else ()  # float16 in hardware
@@ -53,36 +53,36 @@ def emulator() -> Path | None:
 
 
 def emulated() -> bool:
-    """Whether the CPU stands in for a card."""
+    """Return True if the CPU emulates a GPU."""
     return emulator() is not None
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device; None if they can. Builds nothing."""
+    """Return why the kernels cannot run on a device; None if they can. Builds nothing."""
     reason = build.why_not()
     if reason is not None:
         return reason
     if not (FOLDER / SOURCES[0]).is_file():
-        return "the sources in CUDA are not here"  # as in the folder of an exercise
+        return "the sources in CUDA are not here"  # an exercise leaves them out
     if device.type == "cpu" and (header := emulator()) is not None:
         if header.name != "emulator.h" or not header.is_file():
             return f"SPECDEC_CUDA_EMULATOR={header} is no file of the name emulator.h"
         if not sys.platform.startswith("linux"):
-            return f"threads of CUDA are emulated on Linux alone, and this is {sys.platform}"
+            return f"CUDA threads are emulated on Linux only, and this is {sys.platform}"
         return None if shutil.which("g++") else "there is no g++ on the PATH to emulate CUDA with"
     if device.type != "cuda":
-        return f"CUDA needs a card of NVIDIA, and this is {device.type}"
+        return f"CUDA needs an NVIDIA GPU, and this is {device.type}"
     if not torch.cuda.is_available():
-        return "torch finds no card of NVIDIA"
+        return "torch finds no NVIDIA GPU"
     if torch.version.hip is not None:
-        return "this torch is built for cards of AMD"
+        return "this torch is built for AMD GPUs"
     if shutil.which("nvcc") is None:
         return "there is no nvcc on the PATH; it comes with the CUDA toolkit"
     return None
 
 
 def architecture(device: torch.device) -> str:
-    """`90a` for compute capability 9.0, and so on: SPECDEC_CUDA_ARCH, or what the card has."""
+    """Return SPECDEC_CUDA_ARCH, or the GPU's architecture: `90a` for compute capability 9.0. UserError if malformed."""
     asked = os.environ.get("SPECDEC_CUDA_ARCH", "")
     if asked:
         if not re.fullmatch(r"[1-9]\d{1,2}[af]?", asked):
@@ -121,11 +121,11 @@ def build_library(part: str, sources: tuple[Path, ...], device: torch.device) ->
         return _build(part, sources, None, architecture(device))
     header = emulator()
     if header is None:
-        raise UserError(f"CUDA needs a card of NVIDIA, and this is {device.type}")
+        raise UserError(f"CUDA needs an NVIDIA GPU, and this is {device.type}")
     return _build(part, sources, header, "")
 
 
 @lru_cache
 def library(device: torch.device) -> ModuleType:
-    """That of all ops."""
+    """Return the library of all ops."""
     return build_library("cuda", tuple(FOLDER / source for source in SOURCES), device)

@@ -1,17 +1,17 @@
-// `linear` for a few rows of x: a step of decoding reads every weight once and does little with it, so the bus decides.
+// `linear` for a few rows of x. A decoding step reads every weight once with little arithmetic, so memory bandwidth is
+// the limit.
 //
-// A block takes 16 outputs; its 8 warps share the inputs, in runs of four chunks that begin at fixed places. The weights
-// are the 16 x 16 operand of the tensor cores, the rows of x the 16 x 8 one: weights go from memory to registers in
-// accesses of 16 bytes, without a stop in shared memory, and rows of x that are not there are zeros. The sum of an
-// output is formed in an order that the matrix's shape alone decides: so a row's bits are the same however many rows
-// are computed beside it.
+// A block computes 16 outputs; its 8 warps share the inputs, in runs of four chunks that begin at fixed positions.
+// Weights are the 16 x 16 operand of the tensor cores, rows of x the 16 x 8 one. Weights are loaded from global memory
+// to registers in accesses of 16 bytes, without shared memory; missing rows of x are zeros. The order of a sum depends
+// only on the shape of the matrix, so a row has the same bits in any batch.
 #pragma once
 
 #include "weights.cuh"
 
 namespace linear_kernel {
 
-constexpr int WARPS = 8, RUN = 4;  // chunks that a warp takes one after the other
+constexpr int WARPS = 8, RUN = 4;  // consecutive chunks of a warp
 
 template <class T> struct Call {
     const T* x;
@@ -21,9 +21,9 @@ template <class T> struct Call {
     Grid grid;
     const f16* factor;
     const void* bias;
-    int bias_format, shift;  // of 4 bits: a group has 1 << shift inputs
-    int64_t columns, K, inner;  // outputs (of the gated: pairs), inputs, chunks of a part
-    float* sums;                // of the parts, or null
+    int bias_format, shift;  // int4: a group has 1 << shift inputs
+    int64_t columns, K, inner;  // outputs (gated: pairs), inputs, chunks of a part
+    float* sums;                // of the parts; null for one part
     T* out;
 };
 
@@ -33,7 +33,7 @@ __device__ __forceinline__ float any_float(const void* numbers, int format, int6
     return to_float(static_cast<const f16*>(numbers)[at]);
 }
 
-// A sum, and what is still to be done with it.
+// Apply the int8 scale and the bias to a sum.
 template <class T, int BITS> __device__ __forceinline__ float finished(const Call<T>& call, float sum, int64_t n) {
     if (BITS == 8) sum = multiply(sum, to_float(call.grid.scales[n]));
     if (call.bias) sum = add(sum, any_float(call.bias, call.bias_format, n));
@@ -54,12 +54,12 @@ template <class T> __device__ __forceinline__ uint4 times_factor(uint4 x, const 
     return uint4{words[0], words[1], words[2], words[3]};
 }
 
-// NT: tiles of 8 rows of x. HALVES: 2 for the gated, whose pairs lie `columns` outputs apart.
+// NT: tiles of 8 rows of x. HALVES: 2 if gated; the two outputs of a pair are `columns` apart.
 template <class T, int BITS, int NT, int HALVES, bool ALIGNED>
 __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> call) {
     using W = Weights<BITS, T>;
     constexpr int TOKENS = 8 * NT;
-    // Chunks whose weights are on their way at once; what fits into registers.
+    // Chunks whose weights are loaded at once, limited by registers.
     constexpr int TOGETHER = NT > 2 || (HALVES == 2 && BITS == 4) ? 1 : HALVES == 2 || BITS == 4 ? 2 : 4;
     DYNAMIC_SHARED(memory);
     float* space = reinterpret_cast<float*>(memory);  // [HALVES, WARPS, TOKENS, 16]
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> cal
     int64_t n0 = int64_t(blockIdx.y) * 16, m0 = int64_t(blockIdx.x) * TOKENS;
     int64_t K = call.K, chunks = blocks_of(K, 4 * W::INPUTS);
     int64_t first = int64_t(blockIdx.z) * call.inner, last = min(first + call.inner, chunks);
-    int64_t row[HALVES][2];  // where there are no more outputs, the last one is computed again
+    int64_t row[HALVES][2];  // padding outputs repeat the last one
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(WARPS * 32, NT > 2 ? 1 : 2) linear(Call<T> cal
     }
 }
 
-// The parts of a matrix with few outputs and many inputs, added up in order.
+// Add the parts of split inputs, in order.
 template <class T, int BITS> __global__ void add_up(Call<T> call, int parts) {
     int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, all = call.M * call.columns;
     if (at >= all) return;
@@ -211,7 +211,7 @@ void linear_8(int format, int64_t x, int64_t x_stride, int M, const Matrix& matr
 void linear_4(int format, int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, int parts, int64_t sums,
               int64_t out, int64_t stream);
 
-// One of the three: a file each, so that they compile side by side.
+// Each of the three has its own file, so that they compile in parallel.
 #define LINEAR_OF(BITS)                                                                                               \
     void linear_##BITS(int format, int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, int parts,    \
                        int64_t sums, int64_t out, int64_t stream) {                                                    \

@@ -1,8 +1,7 @@
-"""`linear` and `gated_linear`: see linear.cuh, and weights.cuh for how matrices are stored.
+"""`linear` and `gated_linear`: see linear.cuh, and weights.cuh for the storage of matrices.
 
-A row's bits do not depend on the others, of its own text or of other texts. But where a text comes with more than 64
-tokens, more than any step or tree of guesses has, it is a prefill: there arithmetic decides, not the way through
-memory, and the product is torch's own.
+The bits of a row do not depend on other rows of the batch. A sequence with more than 64 tokens, more than any step or
+tree has, is a prefill, which is limited by arithmetic: torch computes the product.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from ...quantize import QuantLinear
 from .. import fused, reference
 from .support import FORMATS, address, floating, of_dtype, on_device, require, rows_of, stream_of
 
-BUSY = 264  # blocks of 16 outputs that keep a large card busy: two for each of its 132 multiprocessors
+BUSY = 264  # blocks of 16 outputs that fill a large GPU: two for each of 132 multiprocessors
 MOST_PARTS = 8
-MANY = 64  # tokens of a text; more are torch's
+MANY = 64  # tokens of a sequence; torch computes more
 
 
 class Matrix(NamedTuple):
-    """A layer's matrix, or the outputs of it that are asked for, as the kernels read it."""
+    """A layer's matrix, or some of its outputs, in the layout of the kernels."""
 
-    bits: int  # 16 (or 32) as it is, 8, 4
+    bits: int  # 16 (or 32) unquantised, 8, 4
     values: Tensor
     scales: Tensor | None
     zeros: Tensor | None
@@ -36,13 +35,13 @@ class Matrix(NamedTuple):
     group: int
 
     def numbers(self) -> list[int]:
-        """In the order of ops.h."""
+        """Return the members in the order of ops.h."""
         bias_format = 0 if self.bias is None else FORMATS[self.bias.dtype]
         tensors = (self.values, self.scales, self.zeros, self.factor, self.bias)
         return [self.bits, self.group, *map(address, tensors), bias_format, self.outputs, self.inputs]
 
     def parts(self, columns: int) -> int:
-        """How many blocks share the inputs of an output: a function of the matrix alone, not of the rows."""
+        """Return how many blocks share the inputs of an output; it depends on the matrix only, not on the rows."""
         chunk = {4: 128, 8: 64}.get(self.bits, 32)  # inputs; a block's warps share runs of 32 of them: linear.cuh
         parts = 1
         while -(-columns // 16) * parts < BUSY and self.inputs >= 2 * parts * 32 * chunk and parts < MOST_PARTS:
@@ -51,7 +50,7 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix:
-    """UserError for a layer whose matrix is kept in a way that the kernels do not read."""
+    """Return a layer's matrix. UserError for a storage format that the kernels do not support."""
     if isinstance(layer, QuantLinear):
         bits, group = (8, layer.in_features) if layer.format.name == "int8" else (4, layer.format.group)
         values, scales, zeros, factor = layer.values, layer.scales, layer.zeros, layer.factor
@@ -59,12 +58,12 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
         bits, group, values, scales, zeros, factor = 16, layer.in_features, layer.weight, None, None, None
     else:
         wanted = f"{Linear.__name__} or {QuantLinear.__name__}"
-        require(op, False, f"a {type(layer).__name__} keeps its matrix in a form of its own", wanted)
+        require(op, False, f"a {type(layer).__name__} stores its matrix in another format", wanted)
         raise AssertionError
     total = len(values)
     stop = total if stop is None else stop
     require(op, 0 <= start <= stop <= total, f"outputs {start} .. {stop} are asked for", f"some of 0 .. {total}")
-    require(op, values.is_contiguous(), "the matrix has gaps in memory", "rows that follow each other")
+    require(op, values.is_contiguous(), "the matrix is not contiguous", "contiguous rows")
     cut = slice(start, stop)
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     parts = [None if tensor is None else tensor[cut] for tensor in (scales, zeros)]
@@ -94,7 +93,7 @@ def _run(
             FORMATS[x.dtype], address(rows), rows.stride(0), M, matrix.numbers(), gated, address(out), stream_of(x)
         )
         return out
-    parts = 1 if gated else matrix.parts(columns)  # a gate and its partner meet in one block
+    parts = 1 if gated else matrix.parts(columns)  # one block needs a gate and its partner
     sums = x.new_empty(parts, M, columns, dtype=torch.float32) if parts > 1 else None
     library.linear(
         FORMATS[x.dtype], address(rows), rows.stride(0), M, matrix.numbers(), gated, parts, address(sums), address(out),
@@ -104,15 +103,15 @@ def _run(
 
 
 def linear(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """x [..., in] -> [..., out], or the outputs start .. stop alone, in x's dtype; sums in float32."""
+    """Multiply x [..., in] -> [..., out], or only the outputs start .. stop, in x's dtype; sums in float32."""
     return _run("linear", layer, x, start, stop, gated=False)
 
 
 def gated_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the first half of the outputs times the second: x [..., in] -> [..., out / 2], rounded once."""
+    """Return SiLU(first half of the outputs) * second half: x [..., in] -> [..., out / 2], rounded once."""
     return _run("gated_linear", layer, x, 0, None, gated=True)
 
 
 def unconstrained(layer: nn.Module, x: Tensor) -> Tensor:
-    """`linear` without the tensor cores' tiles: what the same bits for 1 and 16 rows are priced against, at one row."""
+    """Run `linear` without tensor cores; the bench measures the cost of equal bits for 1 and 16 rows against it."""
     return _run("linear", layer, x, 0, None, gated=False, padded=False)

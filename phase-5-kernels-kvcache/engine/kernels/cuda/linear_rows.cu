@@ -1,16 +1,16 @@
-// `linear` without the tensor cores: a warp takes one output and adds up its inputs in float32.
+// `linear` without tensor cores: a warp computes one output, in float32.
 //
-// It is what float32 is computed with, and what the tensor cores' padding is priced against: for a single row there is
-// no tile of eight to fill. Every row of x has a sum of its own, so its bits do not depend on the others either.
+// Used for float32, and as the bench's baseline for the padding of the tensor cores: a single row needs no tile of
+// eight. Every row of x has its own sum, so its bits do not depend on other rows.
 #include "linear.cuh"
 
 namespace {
 
-constexpr int WARPS = 4, EACH = 8;  // inputs that a lane takes at once
+constexpr int WARPS = 4, EACH = 8;  // inputs per load of a lane
 
 template <class T, int BITS> struct Loaded {
     float w[EACH];
-    int64_t k[2];  // where the first four and the last four of the inputs stand
+    int64_t k[2];  // indices of the first four and of the last four inputs
 };
 
 template <class T, int BITS>

@@ -1,12 +1,12 @@
 // The tensor cores' product of a warp, D[16, 8] += A[16, 16] B[16, 8], and arithmetic on two numbers in a word.
 //
-// How the lanes share the matrices (PTX ISA, mma.m16n8k16), with g = lane / 4 and t = lane % 4:
+// The layout of the matrices over lanes (PTX ISA, mma.m16n8k16), with g = lane / 4 and t = lane % 4:
 //     A  word 0: row g,     columns 2t, 2t + 1     word 1: row g + 8, the same columns
 //        word 2: row g,     columns 2t + 8, + 9    word 3: row g + 8, the same columns
 //     B  word 0: rows 2t, 2t + 1 of column g       word 1: rows 2t + 8, + 9 of column g
 //     D  0, 1: row g, columns 2t, 2t + 1           2, 3: row g + 8, the same columns
-// Which input of the sum is called column 2t of A and row 2t of B does not matter if both mean the same: so a lane may
-// take inputs that lie side by side in memory, 8 of them in one access of 16 bytes.
+// The inputs of a sum can be permuted if A and B use the same permutation. So a lane loads 8 contiguous inputs in one
+// access of 16 bytes.
 #pragma once
 
 #include "device.cuh"
@@ -88,9 +88,9 @@ __device__ __forceinline__ uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_
 
 #endif
 
-// Four whole numbers of 8 bits, with signs, as two words of two numbers each; exact. The bits of a number join those of
-// a power of two whose last place is 1: 1024 in float16 (the sign's bit turned), 128 in bfloat16, where seven bits fit
-// and the sign takes off 128 more.
+// Convert four int8 to two words of two numbers each, exactly. The bits of an integer are the low mantissa bits of a
+// power of two whose unit in the last place is 1: 1024 in float16 (with the sign bit flipped), 128 in bfloat16, where
+// seven bits fit and a set sign subtracts 128 more.
 template <class T> __device__ __forceinline__ void widen_int8(uint32_t four, uint32_t& first, uint32_t& second) {
     if constexpr (std::is_same_v<T, f16>) {
         four ^= 0x80808080u;
@@ -103,7 +103,7 @@ template <class T> __device__ __forceinline__ void widen_int8(uint32_t four, uin
     }
 }
 
-// A float16 number as two that add up to it in T: one in float16, two in bfloat16.
+// Split a number into two of type T that add up to it; float16 needs one, bfloat16 two.
 template <class T> __device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
     T first = from_float<T>(x);
     float left = x - to_float(first);

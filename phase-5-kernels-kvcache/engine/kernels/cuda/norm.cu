@@ -1,4 +1,4 @@
-// rms_norm, and the same with the addition before it: one block per row, so a row's bits are its own.
+// rms_norm and add_rms_norm: one block per row, so a row's bits do not depend on other rows.
 #include "device.cuh"
 #include "ops.h"
 
@@ -21,14 +21,14 @@ norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t x
         if (ADD) {
             T stored = from_float<T>(wide + to_float(residual[i]));
             total[i] = stored;
-            wide = to_float(stored);  // the norm is that of what is stored
+            wide = to_float(stored);  // normalise the rounded sum
         }
         sum += wide * wide;
     }
     sum = block_sum(sum, space);
     float scale = 1.0f / sqrtf(sum / D + eps);
     for (int i = threadIdx.x; i < D; i += THREADS) {
-        float wide = to_float(ADD ? total[i] : x[i]);  // a thread reads back what it wrote itself
+        float wide = to_float(ADD ? total[i] : x[i]);  // each thread reads what it wrote itself
         out[i] = from_float<T>(wide * scale * to_float(weight[i]));
     }
 }

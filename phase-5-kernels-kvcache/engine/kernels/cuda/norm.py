@@ -32,12 +32,12 @@ def _run(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last of [..., D]; statistics in float32."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension of [..., D]; statistics in float32."""
     return _run("rms_norm", x, None, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(the norm of x + residual, x + residual), the sum rounded as it is stored."""
+    """Return (norm of x + residual, x + residual), with the sum rounded to its dtype."""
     out, total = _run("add_rms_norm", x, residual, weight, eps)
     assert total is not None
     return out, total

@@ -1,5 +1,5 @@
-// What bindings.cpp gives to Python. Addresses of memory, and the stream, are int64; formats as in device.cuh.
-// The wrappers beside this file check what they pass; nothing is checked here.
+// The functions that bindings.cpp exports. Addresses and the stream are int64; formats as in device.cuh. The Python
+// wrappers check the arguments; nothing is checked here.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ void rope_append(int format, int stored, int64_t query, int64_t key, int64_t val
                  int64_t counts, int64_t tables, int width, int shift, int64_t wrap, const std::vector<int64_t>& strides, int R,
                  int T, int H, int HK, int D, bool turn, int64_t stream);
 
-// A matrix as quantize.py stores it; bits 16 or 32 for one in x's format, 8, 4. Addresses are 0 for what is not there.
+// A matrix as quantize.py stores it; bits: 16 or 32 in x's format, 8, 4. The address of a missing tensor is 0.
 struct Matrix {
     int bits, group;
     int64_t values, scales, zeros, factor, bias;
@@ -25,14 +25,15 @@ struct Matrix {
     int64_t N, K;  // outputs, inputs
 };
 
-// out[M, N] = x[M, K] times the matrix; gated: [M, N / 2]. `sums` float32 [parts, M, columns] where parts > 1.
+// out[M, N] = x[M, K] times the matrix; gated: [M, N / 2]. `sums` float32 [parts, M, columns] if parts > 1.
 void linear(int format, int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, int parts, int64_t sums,
             int64_t out, int64_t stream);
 void linear_rows(int format, int64_t x, int64_t x_stride, int M, const Matrix& matrix, bool gated, int64_t out,
                  int64_t stream);
 
-// One call of attention: the cache's layer, what each query sees (lo, end [R, W]; base [R] and lines [R, W, L] of trees,
-// or 0), the queries [R, W, H, D]. s_place, s_head, s_slot are in heads of D features, the q_ in elements.
+// One call of attention: a layer of the cache, the visible range of each query (lo, end [R, W]; for trees also base [R]
+// and lines [R, W, L], else 0), the queries [R, W, H, D]. s_place, s_head, s_slot are in heads of D features, the q_ in
+// elements.
 struct Attention {
     int format, stored;
     int64_t query, keys, values, key_scales, value_scales, rows, tables, lo, end, base, lines, out;
@@ -40,7 +41,7 @@ struct Attention {
     int64_t wrap, s_place, s_head, s_slot, q_row, q_token, q_head;
 };
 
-// mixed float32 [R, W, H, parts, D], tops and sums [R, W, H, parts]: what the parts of `part` positions give.
+// mixed float32 [R, W, H, parts, D], tops and sums [R, W, H, parts]: the partial results of parts of `part` positions.
 void decode_attention(const Attention& call, int part, int parts, int64_t mixed, int64_t tops, int64_t sums,
                       int64_t stream);
 void flash_prefill(const Attention& call, int64_t stream);

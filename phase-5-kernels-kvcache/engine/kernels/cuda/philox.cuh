@@ -1,14 +1,14 @@
-// The keyed random numbers of common/philox.py, with the same bits: Philox 4x32-10 (Salmon et al. 2011).
+// The keyed random numbers of common/philox.py, bit for bit: Philox 4x32-10 (Salmon et al. 2011).
 //
-// Number `index` of (sample, position, purpose) is word index % 4 of the block with counter (index / 4, position, sample,
-// purpose) under the seed's two halves.
+// Number `index` of (sample, position, purpose) is word index % 4 of the block with counter (index / 4, position,
+// sample, purpose) under the seed's two halves.
 #pragma once
 
 #include "device.cuh"
 
 enum Purpose : uint32_t { SAMPLE = 0, DRAFT = 1, ACCEPT = 2, RESIDUAL = 3 };
 
-struct Key {  // of one row, as the wrappers pass it
+struct Key {  // of one row, in the order of tokens.py
     int64_t sample, low, high, position;
 };
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ Words words(const Key& key, int64_t position, uint32_
     return {{a, b, c, d}};
 }
 
-// The middle of one of 2**23 equal cells of (0, 1): no bit is rounded away.
+// The midpoint of one of 2**23 equal cells of (0, 1), exact in float32.
 __device__ __forceinline__ float uniform(uint32_t word) { return (float(word >> 9) + 0.5f) * 1.1920928955078125e-07f; }
 
 __device__ __forceinline__ float gumbel(uint32_t word) { return -logf(-logf(uniform(word))); }

@@ -1,7 +1,7 @@
-// flash_prefill: attention of many queries at once, in tiles that never leave the chip (Dao et al. 2022).
+// flash_prefill: attention of many queries, in tiles that stay on the chip (Dao et al. 2022).
 //
-// A block takes 64 queries of a head, 16 per warp, and walks the keys in tiles of 64, which it lays down in shared
-// memory for all four warps: int8 is widened on the way. A warp stops where the last of its queries stops seeing.
+// A block computes 64 queries of a head, 16 per warp. It loads the keys in tiles of 64 to shared memory, for all four
+// warps; int8 is converted during the load. A warp stops after the last key that one of its queries sees.
 #include "attend.cuh"
 
 namespace {
@@ -10,7 +10,7 @@ constexpr int WARPS = 4, KEYS = 64, QUERIES = 16 * WARPS;
 
 template <class T, class Stored, int F, bool ALIGNED>
 __global__ void __launch_bounds__(WARPS * 32, 2) prefill(Attention call, float scale) {
-    constexpr int K_LINE = F + 32, V_LINE = F + 8;  // so that the lanes' 16 bytes lie in different banks
+    constexpr int K_LINE = F + 32, V_LINE = F + 8;  // padded against bank conflicts of 16-byte accesses
     DYNAMIC_SHARED(memory);
     T* k_tile = reinterpret_cast<T*>(memory);                                 // [KEYS, K_LINE]
     T* v_tile = k_tile + KEYS * K_LINE;                                       // [KEYS, V_LINE]
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) prefill(Attention call, float s
     int head = blockIdx.y, r = blockIdx.z, h = head / (call.H / call.HK);
     int w0 = blockIdx.x * QUERIES, mine = w0 + 16 * warp;
     const int *lo = at_address<const int>(call.lo) + int64_t(r) * call.W, *end = at_address<const int>(call.end) + int64_t(r) * call.W;
-    Places places = places_of(call);
+    SlotMapping slots = slots_of(call);
     const Stored *keys = at_address<const Stored>(call.keys), *values = at_address<const Stored>(call.values);
 
     int earliest = 0x7fffffff, furthest = 0, my_earliest = 0x7fffffff, my_furthest = 0;
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(WARPS * 32, 2) prefill(Attention call, float s
     }
 
     for (int p0 = earliest / KEYS * KEYS; p0 < furthest; p0 += KEYS) {
-        __syncthreads();  // the last tile was read by all
+        __syncthreads();  // all warps have read the last tile
         for (int e = threadIdx.x; e < KEYS * (F / 8); e += WARPS * 32) {
             int key = e / (F / 8), f = e % (F / 8) * 8, p = p0 + key;
             bool live = p >= earliest && p < furthest;
-            int64_t at = live ? places.number(r, p, h) : 0;
+            int64_t at = live ? slots.number(r, p, h) : 0;
             uint4 none{0, 0, 0, 0};
             *reinterpret_cast<uint4*>(k_tile + key * K_LINE + f) = live ? eight<T, Stored, ALIGNED>(keys + at * D, f, D) : none;
             *reinterpret_cast<uint4*>(v_tile + key * V_LINE + f) = live ? eight<T, Stored, ALIGNED>(values + at * D, f, D) : none;

@@ -1,6 +1,6 @@
-// verify_prefix and verify_greedy: the longest prefix of a draft that the target would have written itself, straight
-// from the logits. Blocks look for the highest score of 8,192, of equal ones the first; another picks the best of them;
-// then a warp counts.
+// verify_prefix and verify_greedy: the longest prefix of a draft that equals the target's argmax tokens, computed from
+// the logits. A block finds the argmax of 8,192 scores (ties: the lowest id); a second kernel finds the best of the
+// blocks; a third counts accepted tokens.
 #include "choice.cuh"
 #include "ops.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = 512, AT_ONCE = 8, PART = 8192;
 
-// Of the part blockIdx.y of a row; `found` [rows, parts], or straight to `out` where there is a single part.
+// The argmax of part blockIdx.y of a row; written to `found` [rows, parts], or to `out` if there is a single part.
 template <class T>
 __global__ void __launch_bounds__(THREADS) highest(const T* scores, int64_t stride, int V, Best* found, int64_t* out) {
     __shared__ Best space[THREADS / 32];
@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(32) pick(const Best* found, int parts, int V, 
 __global__ void __launch_bounds__(32)
 count(const int64_t* draft, const int64_t* choices, const int64_t* widths, int64_t* accepted, int64_t* following, int K) {
     int64_t r = blockIdx.x;
-    int stands = 0x7fffffff, width = int(min(widths[r], int64_t(K)));
+    int first_rejected = 0x7fffffff, width = int(min(widths[r], int64_t(K)));
     for (int k = threadIdx.x; k < K; k += 32)
-        if (k >= width || draft[r * K + k] != choices[r * (K + 1) + k]) stands = min(stands, k);
-    for (int by = 16; by; by /= 2) stands = min(stands, __shfl_xor_sync(~0u, stands, by));
-    stands = min(stands, K);
+        if (k >= width || draft[r * K + k] != choices[r * (K + 1) + k]) first_rejected = min(first_rejected, k);
+    for (int by = 16; by; by /= 2) first_rejected = min(first_rejected, __shfl_xor_sync(~0u, first_rejected, by));
+    first_rejected = min(first_rejected, K);
     if (threadIdx.x != 0) return;
-    accepted[r] = stands;
-    if (following) following[r] = choices[r * (K + 1) + stands];
+    accepted[r] = first_rejected;
+    if (following) following[r] = choices[r * (K + 1) + first_rejected];
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 """`rope`, `kv_append`, `rope_append`: see rope.cu.
 
-A dynamic cache is one that copies all it holds for every token; that is what it is there to show, and torch does that
-here as well.
+A dynamic cache copies its content for every token; torch does that here too.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ SHIFT = PAGE.bit_length() - 1
 
 
 def tables_of(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """The tables [T, 1, D] or [B, T, 1, D] without gaps, and their strides by row (0: one for all) and token."""
+    """Return contiguous tables [T, 1, D] or [B, T, 1, D], and their strides by row (0: shared) and token."""
     B, T, _, D = x.shape
     require(op, D % 2 == 0, f"a head has {D} features", "an even number")
     for name, table in (("cos", cos), ("sin", sin)):
@@ -31,15 +30,15 @@ def tables_of(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 def strides_of(op: str, values: Tensor) -> list[int]:
-    """Of keys or values [places, kv_heads, slots, D], counted in heads: by place, head and slot."""
+    """Return the strides of keys or values [places, kv_heads, slots, D] in heads: by place, head and slot."""
     D = values.shape[-1]
     good = values.stride(-1) == 1 and all(stride % D == 0 for stride in values.stride()[:3])
-    require(op, good, f"the cache has strides {values.stride()}", f"heads of {D} features without gaps")
+    require(op, good, f"the cache has strides {values.stride()}", f"contiguous heads of {D} features")
     return [stride // D for stride in values.stride()[:3]]
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, head_dim] turned to its positions; the tables [T, 1, head_dim] or [B, T, 1, head_dim]."""
+    """Rotate x [B, T, H, head_dim] (RoPE); the tables are [T, 1, head_dim] or [B, T, 1, head_dim]."""
     floating("rope", x=x)
     library = on_device("rope", x=x, cos=cos, sin=sin)
     x = dense(x)
@@ -54,7 +53,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], keys: Tensor, values: Tensor) -> None:
-    """Write the first counts[r] of keys and values [R, T, kv_heads, head_dim] behind row rows[r] of the cache."""
+    """Append the first counts[r] of keys and values [R, T, kv_heads, head_dim] to row rows[r] of the cache."""
     _append("kv_append", cache, layer, rows, counts, None, keys, values, None)
 
 
@@ -69,13 +68,13 @@ def rope_append(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Turn query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; gives the query."""
+    """Rotate query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; return the query."""
     if isinstance(cache, DynamicCache):
         _append("rope_append", cache, layer, rows, counts, None, rope(key, cos, sin), value, None)
         return rope(query, cos, sin)
-    turned = _append("rope_append", cache, layer, rows, counts, query, key, value, (cos, sin))
-    assert turned is not None
-    return turned
+    rotated = _append("rope_append", cache, layer, rows, counts, query, key, value, (cos, sin))
+    assert rotated is not None
+    return rotated
 
 
 def _append(
@@ -100,7 +99,7 @@ def _append(
         on_device(op, keys=key, values=value)
         reference.kv_append(cache, layer, rows, counts, key, value)
         return None
-    places, (keys, values) = places_of(f"cuda {op}", cache, rows, counts, key.device), layer_of(cache, layer)
+    metadata, (keys, values) = places_of(f"cuda {op}", cache, rows, counts, key.device), layer_of(cache, layer)
     key, value = dense(key), dense(value)
     (HK, D), H, out, cos, sin, strides = key.shape[2:], 0, None, None, None, [0, 0]
     if query is not None and turn is not None:
@@ -110,7 +109,7 @@ def _append(
         H = query.shape[2]
         out = torch.empty(R, T, H, D, dtype=query.dtype, device=query.device)
     library = on_device(op, keys=key, values=value, query=query, cos=cos, sin=sin, cache=keys.values)
-    width = 0 if places.tables is None else places.tables.shape[1]
+    width = 0 if metadata.tables is None else metadata.tables.shape[1]
     all_strides = [
         *((0, 0, 0) if query is None else query.stride()[:3]),
         *key.stride()[:3],
@@ -121,8 +120,8 @@ def _append(
     library.rope_append(
         FORMATS[key.dtype], FORMATS[keys.values.dtype], address(query), address(key), address(value), address(cos),
         address(sin), address(out), address(keys.values), address(values.values), address(keys.scales),
-        address(values.scales), address(places.rows), address(places.starts), address(places.counts),
-        address(places.tables), width, SHIFT, places.wrap, all_strides, R, T, H, HK, D, turn is not None,
+        address(values.scales), address(metadata.rows), address(metadata.starts), address(metadata.counts),
+        address(metadata.tables), width, SHIFT, metadata.wrap, all_strides, R, T, H, HK, D, turn is not None,
         stream_of(key),
     )  # fmt: skip
     return out

@@ -1,9 +1,8 @@
-// sample: from logits to a token on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
+// sample: chooses a token from logits on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
 //
-// A block has a row. Nothing is sorted: where a filter cuts is found by its number's bits, eight at a time, from
-// histograms of what has the bits found so far (radix selection). Masses are whole numbers, exp(x - highest) in units of
-// 2^-40: their sums are the same in any order, so the atomic additions leave nothing to chance. Of equal logits at an
-// edge those with the lowest ids stay.
+// One block per row. Nothing is sorted: radix selection finds the threshold of a filter eight bits at a time, from
+// histograms of the numbers with the prefix found so far. Masses are integers, exp(x - highest) in units of 2^-40, so
+// the order of atomic additions does not change their sum. Of equal logits at a threshold, the lowest ids stay.
 #include "choice.cuh"
 #include "ops.h"
 #include "philox.cuh"
@@ -19,20 +18,20 @@ template <class T> struct Row {
     int V;
     float top;
 
-    // Adding 0 makes -0 the same number as 0.
+    // Adding 0 turns -0 into 0.
     __device__ __forceinline__ float operator()(int at) const { return divide(to_float(logits[at]), temperature) + 0.0f; }
     __device__ __forceinline__ float weight(float x) const { return expf(x - top); }
     __device__ __forceinline__ Count mass(float x) const { return Count(double(weight(x)) * 1099511627776.0); }
 };
 
-// float32 as whole numbers of the same order.
+// Map float32 to integers of the same order.
 __device__ __forceinline__ uint32_t ordered(float x) {
     uint32_t bits = as_bits(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Of the numbers `least` .. the largest, walked upwards (or downwards): the one at which the sum of their `worth`s first
-// exceeds (reaches) `limit`, and the sum before it.
+// Visit the numbers from `least` on in ascending (UP) or descending order. Return the first number at which the sum of
+// their `worth`s exceeds (UP) or reaches `limit`; `before` receives the sum before it.
 template <bool UP, class T, class Worth>
 __device__ uint32_t select(const Row<T>& row, uint32_t least, Count limit, Count* before, Count* bins, const Worth& worth) {
     __shared__ uint32_t found_bin;
@@ -57,7 +56,7 @@ __device__ uint32_t select(const Row<T>& row, uint32_t least, Count limit, Count
                 if (bins[bin]) filled = bin;
                 bool there = UP ? sum + bins[bin] > limit : sum + bins[bin] >= limit;
                 if (there && bins[bin]) break;
-                if (bin == last) {  // rounding: the last that there is
+                if (bin == last) {  // rounding: take the last filled bin
                     bin = filled;
                     sum -= bins[bin];
                     break;
@@ -86,7 +85,7 @@ template <class T> __device__ Count equal_to(const Row<T>& row, uint32_t edge, C
     return *space;
 }
 
-// That number in float32.
+// The inverse of `ordered`.
 __device__ __forceinline__ float number_of(uint32_t whole) {
     return bits_as<float>(whole & 0x80000000u ? whole & 0x7fffffffu : ~whole);
 }
@@ -107,16 +106,16 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
     for (int at = threadIdx.x; at < V; at += THREADS) top = fmaxf(top, row(at));
     row.top = block_max(top, floats);
 
-    uint32_t least = 0;  // the smallest logit that is kept, by its bits
+    uint32_t least = 0;  // the smallest kept logit, as an ordered integer
     Count sum = 0;
     __shared__ Count all;
     const bool counted = top_k > 0 && top_k < V;
     if (counted) least = select<false>(row, 0, top_k, &sum, bins, [](float) { return 1; });
     uint32_t edge = least;
-    Count stay = counted ? top_k - sum : V;  // of the logits at the edge, the first
+    Count stay = counted ? top_k - sum : V;  // how many logits at the edge stay
     if (top_p < 1) {
         auto mass = [&](float x) { return row.mass(x); };
-        // What top-k drops at its edge is below all that it keeps: as much more has to go.
+        // Logits that top-k drops at its edge come first in ascending order: add their mass to the limit.
         Count excess = counted ? (equal_to(row, least, &all) - stay) * mass(number_of(least)) : 0;
         __syncthreads();
         if (threadIdx.x == 0) all = 0;
@@ -135,17 +134,17 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
         if (!counted || edge != least) stay = equal_to(row, edge, &all);
         Count before = edge == least ? 0 : sum - excess;
         Count leave = each && drop > before ? (drop - before) / each : 0;
-        stay -= min(leave, stay - 1);  // one always stays
+        stay -= min(leave, stay - 1);  // at least one stays
     }
     const bool limited = counted || top_p < 1;
 
-    // Twice through what is kept, by the same rule: for its mass, and for the draw.
+    // Two passes over the kept tokens: first their mass, then the draw.
     float total = 0;
     Best best = Best::none();
     for (int pass = 0; pass < 2; pass++) {
         int passed = 0;
         float part = 0;
-        for (int first = 0; first < V; first += THREADS * 4) {  // a thread has four tokens, which share a block's noise
+        for (int first = 0; first < V; first += THREADS * 4) {  // a thread has four tokens, which share one Philox block
             Words noise{};
             if (pass) noise = words(keys[r], keys[r].position, SAMPLE, first / 4 + threadIdx.x);
             float x[4];
@@ -158,7 +157,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
                 whole[i] = at < V ? ordered(x[i]) : 0;
                 mine += at < V && whole[i] == edge;
             }
-            int before = 0;  // of the equal ones, how many come earlier
+            int before = 0;  // ties with a lower id
             if (limited) {
                 int sums = mine;
                 for (int by = 1; by < 32; by *= 2) {

@@ -1,4 +1,4 @@
-"""What the wrappers share: checks of their arguments, and how tensors become what the library takes."""
+"""Helpers of the wrappers: argument checks, and conversion of tensors to the library's arguments."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require(op: str, good: bool, wrong: str, right: str) -> None:
-    """UserError that says what is wrong with an argument, and what would be right."""
+    """Raise UserError with what is wrong with an argument and what would be right, unless `good`."""
     if not good:
         raise UserError(f"cuda {op}: {wrong}; expected {right}")
 
 
 def on_device(op: str, **tensors: Tensor | None) -> ModuleType:
-    """All tensors on one device, and kernels can run there: the library that has them."""
+    """Check that all tensors are on one device on which kernels can run; return its library."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     first = next(iter(devices.values()))
     for name, device in devices.items():
@@ -37,7 +37,7 @@ def on_device(op: str, **tensors: Tensor | None) -> ModuleType:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """Each is float32, bfloat16 or float16."""
+    """Check that each tensor is float32, bfloat16 or float16."""
     for name, tensor in tensors.items():
         if tensor is not None:
             wanted = "float32, bfloat16 or float16"
@@ -55,21 +55,21 @@ def same_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., D] as a matrix [rows, D] whose rows have no gaps in them: the same memory where that is possible."""
+    """Reshape [..., D] to [rows, D] with contiguous rows; a view if possible."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
-    """The same tensor, its last dimension without gaps."""
+    """Return the tensor with a contiguous last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 for what is not there."""
+    """Return the address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def stream_of(tensor: Tensor) -> int:
-    """The stream that torch's own kernels for this tensor would go to now."""
+    """Return torch's current stream for this tensor."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

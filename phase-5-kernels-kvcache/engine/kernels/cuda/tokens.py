@@ -13,7 +13,7 @@ from .support import FORMATS, address, floating, of_dtype, on_device, require, r
 
 
 def choices_of(op: str, scores: Tensor) -> Tensor:
-    """The index of the highest of each row of scores [..., V], of equal ones the first: int64 [...]."""
+    """Return the argmax of each row of scores [..., V], int64 [...]. Ties: the lowest index."""
     library = on_device(op, scores=scores)
     floating(op, scores=scores)
     require(op, scores.shape[-1] > 0, "there are no scores", "a vocabulary")
@@ -43,27 +43,27 @@ def _count(op: str, draft_tokens: Tensor, choices: Tensor, widths: Tensor, follo
 
 
 def verify_prefix(draft_tokens: Tensor, choices: Tensor, widths: Tensor) -> Tensor:
-    """How many of draft_tokens [R, K] are the choices [R, K+1] of the target, from the first on: int64 [R]."""
+    """Return how many leading draft_tokens [R, K] equal the target's choices [R, K+1]: int64 [R]."""
     return _count("verify_prefix", draft_tokens, choices, widths, following=False)[0]
 
 
 def verify_greedy(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """That for the choices of scores [R, K+1, V], and the choice that follows: both int64 [R]."""
+    """Do the same with the argmax of scores [R, K+1, V]; return the counts and the next tokens, both int64 [R]."""
     return _count("verify_greedy", draft_tokens, choices_of("verify_greedy", scores), widths, following=True)
 
 
 def seed_of(op: str, sampler: object) -> int | None:
-    """The seed of keyed sampler; None where nothing is left to chance."""
+    """Return the seed of a keyed source; None if greedy. UserError for other sources."""
     if isinstance(sampler, GreedySource):
         return None
     kind = type(sampler).__name__
-    require(op, isinstance(sampler, KeyedSampler), f"sampler of the kind {kind}", "keyed, or Certain")
+    require(op, isinstance(sampler, KeyedSampler), f"a source of type {kind}", "a keyed or greedy one")
     assert isinstance(sampler, KeyedSampler)
     return sampler.seed
 
 
 def keyed(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """What the kernels read of every row: int64 [R, 4], (sample, low and high half of the seed, position)."""
+    """Return the kernels' keys, int64 [R, 4]: sample, low and high half of the seed, position."""
     keys = torch.empty(len(samples), 4, dtype=torch.int64, device=samples.device)
     keys[:, 0], keys[:, 1] = samples, seed & 0xFFFFFFFF
     keys[:, 2], keys[:, 3] = (seed >> 32) & 0xFFFFFFFF, positions
@@ -79,8 +79,11 @@ def verify_sample(
     positions: Tensor,
     source: RandomSource,
 ) -> Verdict:
-    """As verify(): draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32
-    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other sampler than keyed or none."""
+    """Apply the acceptance rule, as verify() does.
+
+    draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32 [R, K+1, V],
+    widths, samples, positions int64 [R]. UserError for a source that is neither keyed nor greedy.
+    """
     op = "verify_sample"
     seed = seed_of(op, source)
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
@@ -114,7 +117,7 @@ def sample(
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """As choose(): the next token of every row of logits [R, V]. UserError for other sampler than keyed."""
+    """Choose the next token of every row of logits [R, V], as choose() does. UserError unless the sampler is keyed."""
     op = "sample"
     library = on_device(op, logits=logits)
     floating(op, logits=logits)

@@ -1,7 +1,8 @@
-// verify_sample: the whole rule of ../../verify.py for a row in one block, with the keyed uniforms.
+// verify_sample: the acceptance rule of ../../verify.py, one block per row, with keyed uniforms.
 //
-// All threads walk the draft until a token falls; then they draw what follows: from the target by Gumbel-max if all
-// stand, else from the residual by one uniform and the inverse distribution function, added up in float64 as there.
+// All threads visit the draft tokens up to the first rejected one. The next token is then sampled: from the target by
+// Gumbel-max if all were accepted, else from the residual by one uniform and the inverse distribution function in
+// float64.
 #include "choice.cuh"
 #include "ops.h"
 #include "philox.cuh"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int THREADS = 512;
 
-// What is left of the target where a token fell: max(0, target - draft); a draft without probabilities is one-hot.
+// The residual after a rejected token: max(0, target - draft); a draft without probabilities is one-hot.
 struct Residual {
     const float *target, *draft;
     int64_t token;
@@ -20,7 +21,7 @@ struct Residual {
     }
 };
 
-// argmax of log p plus noise, keyed by the position and the token: four tokens share a block of the cipher.
+// Gumbel-max: argmax of log p plus noise keyed by position and token; four tokens share one Philox block.
 __device__ int drawn(const float* probs, const Key& key, int64_t position, int V, Best* space) {
     Best best = Best::none();
     for (int block = threadIdx.x; block * 4 < V; block += THREADS) {
@@ -35,7 +36,7 @@ __device__ int drawn(const float* probs, const Key& key, int64_t position, int V
     return best.index < V ? best.index : 0;
 }
 
-// How many of the V sums p(0) + .. + p(i) are at most `limit`: the place that the inverse distribution function gives.
+// The inverse distribution function: the number of the V sums p(0) + .. + p(i) that are at most `limit`.
 template <class P> __device__ int below(const P& p, double limit, int V, double* space) {
     __shared__ int counts[THREADS / 32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = 0;
@@ -86,8 +87,8 @@ verify(const int64_t* tokens, const float* draft, const float* target, const int
     __shared__ double sums[THREADS / 32];
     int64_t r = blockIdx.x, width = min(widths[r], int64_t(K));
     Key key = keys[r];
-    int stood = 0;
-    bool standing = true;
+    int count = 0;
+    bool accepting = true;
     for (int k = 0; k < K; k++) {
         int64_t token = tokens[r * K + k];
         float ratio = target[(r * (K + 1) + k) * V + token];
@@ -97,29 +98,29 @@ verify(const int64_t* tokens, const float* draft, const float* target, const int
         }
         if (threadIdx.x == 0) ratios[r * K + k] = ratio;
         float chance = certain ? 0.5f : uniform(words(key, key.position + k, ACCEPT, 0).at[0]);
-        standing = standing && k < width && chance < ratio;
-        stood += standing;
+        accepting = accepting && k < width && chance < ratio;
+        count += accepting;
     }
-    const float* here = target + (r * (K + 1) + stood) * V;
+    const float* here = target + (r * (K + 1) + count) * V;
     auto whole = [&](int at) { return here[at]; };
     int next;
-    if (stood == width) {
-        next = certain ? most(whole, V, bests) : drawn(here, key, key.position + stood, V, bests);
+    if (count == width) {
+        next = certain ? most(whole, V, bests) : drawn(here, key, key.position + count, V, bests);
     } else {
-        Residual residual{here, draft ? draft + (r * K + stood) * V : nullptr, tokens[r * K + stood]};
+        Residual residual{here, draft ? draft + (r * K + count) * V : nullptr, tokens[r * K + count]};
         double mass = mass_of(residual, V, sums);
-        // Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty, and the target
-        // is drawn from.
+        // Rounding can reject a token whose ratio differs from 1 in the last bit. The residual is then empty, and the
+        // next token is sampled from the target.
         bool empty = mass <= 0;
         if (empty) mass = mass_of(whole, V, sums);
         if (certain) {
             next = empty ? most(whole, V, bests) : most(residual, V, bests);
         } else {
-            double limit = mass * double(uniform(words(key, key.position + stood, RESIDUAL, 0).at[0]));
+            double limit = mass * double(uniform(words(key, key.position + count, RESIDUAL, 0).at[0]));
             next = min(empty ? below(whole, limit, V, sums) : below(residual, limit, V, sums), V - 1);
         }
     }
-    if (threadIdx.x == 0) accepted[r] = stood, following[r] = next;
+    if (threadIdx.x == 0) accepted[r] = count, following[r] = next;
 }
 
 }  // namespace

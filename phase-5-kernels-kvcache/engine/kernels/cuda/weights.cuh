@@ -1,9 +1,9 @@
-// How matrices are stored, and how 16 bytes of a row become operands of the tensor cores.
+// Storage formats of matrices, and the conversion of 16 bytes of a row to operands of the tensor cores.
 //
-//     16 bits   in T           8 inputs side by side
-//     8 bits    whole numbers  16 inputs side by side; the output's scale multiplies the finished sum
+//     16 bits   T              8 contiguous inputs
+//     8 bits    int8           16 contiguous inputs; the sum is multiplied with the output's scale
 //     4 bits    levels 0 .. 15 of groups: byte j of a group holds inputs j (low four bits) and j + group / 2; 32 inputs
-//               in two runs of 16; (level - zero) * scale is formed here, and rounded to T as quantize.py does
+//               in two runs of 16; (level - zero) * scale is computed here, and rounded to T as in quantize.py
 #pragma once
 
 #include "mma.cuh"
@@ -14,7 +14,7 @@ struct Grid {  // scales, zeros [N, K / group] of bfloat16 and float16; zeros ma
     const f16* zeros;
 };
 
-// Eight numbers in 16 bytes from a row of K, zeros behind its end; ALIGNED: one access.
+// Load eight numbers (16 bytes) from a row of K, zeros after its end; ALIGNED: one access.
 template <bool ALIGNED, class T> __device__ __forceinline__ uint4 load8(const T* row, int64_t k, int64_t K) {
     static_assert(sizeof(T) == 2, "eight of two bytes");
     if constexpr (ALIGNED) return k < K ? *reinterpret_cast<const uint4*>(row + k) : uint4{0, 0, 0, 0};
@@ -24,7 +24,7 @@ template <bool ALIGNED, class T> __device__ __forceinline__ uint4 load8(const T*
     return uint4{words[0], words[1], words[2], words[3]};
 }
 
-// Sixteen bytes from a row of `bytes`.
+// Load sixteen bytes from a row of `bytes`.
 template <bool ALIGNED> __device__ __forceinline__ uint4 load16(const uint8_t* row, int64_t at, int64_t bytes) {
     if constexpr (ALIGNED) return at < bytes ? *reinterpret_cast<const uint4*>(row + at) : uint4{0, 0, 0, 0};
     uint32_t words[4] = {0, 0, 0, 0};
@@ -33,16 +33,16 @@ template <bool ALIGNED> __device__ __forceinline__ uint4 load16(const uint8_t* r
     return uint4{words[0], words[1], words[2], words[3]};
 }
 
-// What the weights of a unit share; of 4 bits: the scale as two numbers of T, or with zeros as float32, and 8 - zero.
+// The shared scale of a unit's weights; int4: the scale as two numbers of T, or, with zeros, as float32 and 8 - zero.
 struct Group {
     uint32_t first, second;
 };
 
 template <int BITS, class T> struct Weights;
 
-// INPUTS: of a unit, which is what a lane loads at once. A quad's four units make PIECES times two products of 16
-// inputs; `expand` gives the operands of piece p, two words for each of the two, and x's eight numbers for them begin at
-// input piece(unit, p).
+// A lane loads a unit of INPUTS inputs at once. A quad's four units give PIECES times two products of 16 inputs.
+// `expand` returns the operands of piece p, two words for each product; the matching eight numbers of x begin at input
+// piece(unit, p).
 template <class T> struct Weights<16, T> {
     static constexpr int INPUTS = 8, PIECES = 1;
     template <bool ALIGNED>
@@ -70,8 +70,8 @@ template <class T> struct Weights<8, T> {
     }
 };
 
-// The inputs of a unit of 4 bits: from `first` on in its low halves, from first + group / 2 on in the high ones.
-// A group has 1 << shift of them: a division would take longer than what it is for.
+// The first input of an int4 unit: its low nibbles hold inputs from `first` on, its high nibbles from first + group / 2
+// on. A group has 1 << shift inputs: shifts replace slow divisions.
 __device__ __forceinline__ int64_t first_of_int4(int64_t unit, int bytes, int shift) {
     int64_t byte = unit * bytes;
     return (byte >> (shift - 1) << shift) + (byte & ((1 << (shift - 1)) - 1));

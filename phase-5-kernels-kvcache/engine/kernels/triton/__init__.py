@@ -1,6 +1,6 @@
-"""The ops as Triton kernels: Python that Triton compiles for the graphics card when they are first called.
+"""The ops as Triton kernels: Python that Triton compiles for the GPU on the first call.
 
-TRITON_INTERPRET=1, set before Triton is imported, runs them on the CPU in numpy: slow, and meant for tests.
+TRITON_INTERPRET=1, set before Triton is imported, runs them on the CPU in numpy: slow, for tests only.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 _SHARED = ("support.py",)
-_PLACES = ("slots.py", "../places.py", *_SHARED)
-SOURCES = {  # of every op, the files that make its kernel: what the ledger hashes
+_CACHE = ("slots.py", "../metadata.py", *_SHARED)
+SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
     "linear": ("linear.py", *_SHARED),
     "gated_linear": ("linear.py", *_SHARED),
     "rms_norm": ("norm.py", *_SHARED),
     "add_rms_norm": ("norm.py", *_SHARED),
-    "rope": ("rope.py", "append.py", *_PLACES),
-    "kv_append": ("append.py", *_PLACES),
-    "rope_append": ("rope.py", "append.py", *_PLACES),
-    "decode_attention": ("attention.py", "append.py", "../sight.py", *_PLACES),
-    "flash_prefill": ("prefill.py", "attention.py", "append.py", "../sight.py", *_PLACES),
+    "rope": ("rope.py", "append.py", *_CACHE),
+    "kv_append": ("append.py", *_CACHE),
+    "rope_append": ("rope.py", "append.py", *_CACHE),
+    "decode_attention": ("attention.py", "append.py", "../key_ranges.py", *_CACHE),
+    "flash_prefill": ("prefill.py", "attention.py", "append.py", "../key_ranges.py", *_CACHE),
     "verify_prefix": ("prefix.py", *_SHARED),
     "verify_greedy": ("prefix.py", *_SHARED),
     "verify_sample": ("verify.py", "noise.py", *_SHARED),
@@ -32,7 +32,7 @@ SOURCES = {  # of every op, the files that make its kernel: what the ledger hash
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device; None if they can. Does not import Triton."""
+    """Return why the kernels cannot run on a device; None if they can. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,7 +41,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def ops() -> dict[str, Callable[..., Any]]:
-    """op -> function; what it imports is not imported before somebody asks."""
+    """Import the kernels' modules, and return their functions by op."""
     from . import append, attention, linear, norm, prefill, prefix, rope, sample, verify
 
     return {

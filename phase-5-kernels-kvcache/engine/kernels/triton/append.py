@@ -1,7 +1,7 @@
-"""`kv_append`: one program writes keys and values of one new token, in every kind of cache but the naive one.
+"""`kv_append`: one program writes keys and values of one new token, for every kind of cache except `dynamic`.
 
-Into an int8 cache it quantises on the way: scale = max |x| / 127 over a head's features, to nearest, ties to even, as
-kv_cache/storage.py does. A row's tokens behind its count are padding and are not written.
+For an int8 cache it quantises: scale = max |x| / 127 over a head's features, rounded to nearest, ties to even, as in
+kv_cache/storage.py. A row's tokens after its count are padding and are not written.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,9 +20,9 @@ from .support import floating, launch, on_device, power, require, same_shape
 
 @triton.jit
 def quantised(x):
-    """x float32 [H, D] -> whole numbers in float32, and the scales [H] in bfloat16."""
+    """Quantise x float32 [H, D] to int8 levels, as float32; return them and the scales [H] in bfloat16."""
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 1e-30)
-    # Rounded to nearest by hand, ties to even: the interpreter cuts bits off.
+    # Round to nearest, ties to even, explicitly: the interpreter truncates.
     bits = scale.to(tl.int32, bitcast=True)
     scale = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
     divisor = tl.zeros(x.shape, tl.float32) + scale.to(tl.float32)[:, None]
@@ -33,15 +33,15 @@ def quantised(x):
 
 @triton.jit
 def put(x, cache, scales, at, h, d, HK, D, s_head, INT8: tl.constexpr):
-    """Write x float32 [heads, features] to the token at an offset of the first head's features."""
+    """Write x float32 [heads, features] to the cache; `at` is the offset of the token's first head."""
     inside = (h < HK)[:, None] & (d < D)[None, :]
-    place = at + h[:, None] * s_head + d[None, :]
+    index = at + h[:, None] * s_head + d[None, :]
     if INT8:
         level, scale = quantised(x)
-        tl.store(cache + place, level.to(tl.int8), mask=inside)
+        tl.store(cache + index, level.to(tl.int8), mask=inside)
         tl.store(scales + (at + h * s_head) // D, scale, mask=h < HK)
     else:
-        tl.store(cache + place, x.to(cache.dtype.element_ty), mask=inside)
+        tl.store(cache + index, x.to(cache.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _append(new_keys, new_values, keys, values, key_scales, value_scales, rows, 
 
 
 def check_new(op: str, cache: KVCache, rows: list[int], counts: list[int], keys: Tensor, values: Tensor) -> None:
-    """The new tokens fit the cache and the rows."""
+    """Check that the new tokens match the cache and the rows."""
     R, T = keys.shape[:2]
     same_shape(op, "keys", keys, R, T, cache.shape.kv_heads, cache.shape.head_dim)
     same_shape(op, "values", values, *keys.shape)
@@ -73,15 +73,14 @@ def check_new(op: str, cache: KVCache, rows: list[int], counts: list[int], keys:
 
 
 def dense(x: Tensor) -> Tensor:
-    """The same tensor, its last dimension without gaps."""
+    """Return the tensor with a contiguous last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], keys: Tensor, values: Tensor) -> None:
-    """Write the first counts[r] of keys and values [R, T, kv_heads, head_dim] behind row rows[r] of the cache.
+    """Append the first counts[r] of keys and values [R, T, kv_heads, head_dim] to row rows[r] of the cache.
 
-    A dynamic cache is one that copies all it holds for every token; that is what it is there to show, and it does so
-    here as well, by torch.
+    A dynamic cache copies its content for every token; torch does that here too.
     """
     check_new("kv_append", cache, rows, counts, keys, values)
     if isinstance(cache, DynamicCache):
@@ -89,11 +88,11 @@ def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], ke
         return
     keys, values = dense(keys), dense(values)
     R, T, HK, D = keys.shape
-    places, of_layer = places_of("kv_append", cache, rows, counts, keys.device), layer_of(cache, layer)
-    tensors, (tables, slots, width) = tensors_of(of_layer), ways(places)
+    metadata, of_layer = places_of("kv_append", cache, rows, counts, keys.device), layer_of(cache, layer)
+    tensors, (tables, slots, width) = tensors_of(of_layer), ways(metadata)
     on_device("kv_append", keys=keys, cache=tensors[0])
     launch(
-        _append, (T, R), keys, values, *tensors, places.rows, places.starts, places.counts, tables,
+        _append, (T, R), keys, values, *tensors, metadata.rows, metadata.starts, metadata.counts, tables,
         HK, D, *keys.stride()[:3], *values.stride()[:3], slots, width, *tensors[0].stride()[:3],
-        PAGED=places.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(HK), BLOCK=power(D),
+        PAGED=metadata.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(HK), BLOCK=power(D),
     )  # fmt: skip

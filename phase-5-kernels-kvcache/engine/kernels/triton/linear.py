@@ -1,11 +1,11 @@
-"""`linear` for a few rows: each weight is read once for 16 of them, and more rows are more blocks of 16.
+"""`linear` for a few rows, in blocks of 16 rows: each weight is read once per block.
 
-A step of decoding reads every weight and does little with it, so the bus decides, and 16 rows cost what one does. One
-row is computed as one of 16, the rest zeros: so its sums are added up in the same order however many are computed
-together, and its bits are the same. Of a matrix with few outputs the inputs are split at fixed places, the parts being
-added up in order, so that all of the card is busy.
+A decoding step reads every weight with little arithmetic, so memory bandwidth is the limit, and 16 rows cost as much as
+one. A single row is computed as one of 16, the others zeros, so the order of its sums and its bits are the same in any
+batch. If a matrix has few outputs, its inputs are split at fixed positions to fill the GPU, and the parts are added in
+order.
 
-Weights: float32, bfloat16, float16, or int8 and int4 as quantize.py stores them, widened in registers.
+Weights: float32, bfloat16, float16, or int8 and int4 as quantize.py stores them, converted in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -23,14 +23,14 @@ from ...quantize import QuantLinear
 from .support import INTERPRETED, dot, floating, launch, on_device, power, require, rows_of
 
 TILE = 16  # rows
-BUSY = 256  # programs that keep a large card busy
+BUSY = 256  # programs that fill a large GPU
 
 
 @triton.jit
 def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride, w_stride, k_stride,
              KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, FACTOR: tl.constexpr,
              TILE_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Sums of x[m] * w[n] over the inputs k_from .. k_to, float32 [TILE_M, BLOCK_N]; of int8 without the scales."""
+    """Sum x[m] * w[n] over the inputs k_from .. k_to: float32 [TILE_M, BLOCK_N]; int8 without its scales."""
     acc = tl.zeros((TILE_M, BLOCK_N), tl.float32)
     rows = x + m[:, None].to(tl.int64) * x_stride
     kind = x.dtype.element_ty
@@ -41,7 +41,7 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
         for k in range(k_from, k_to, BLOCK_K):
             byte = k // 2 + tl.arange(0, BYTES)
             group = byte // HALF
-            low = group * GROUP + byte % HALF  # a byte holds two inputs that lie half a group apart
+            low = group * GROUP + byte % HALF  # a byte holds two inputs, half a group apart
             good = byte < k_to // 2
             packed = tl.load(lines + byte[:, None], mask=good[:, None] & (n < N)[None, :], other=0)
             of_group = n[None, :].to(tl.int64) * (K // GROUP) + group[:, None]
@@ -54,8 +54,8 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
                 at = low + half * HALF
                 part = tl.load(rows + at[None, :], mask=(m < M)[:, None] & good[None, :], other=0.0)
                 if FACTOR:
-                    turned = tl.load(factor + at, mask=good, other=0.0).to(kind).to(tl.float32)
-                    part = (part.to(tl.float32) * turned[None, :]).to(kind)
+                    factors = tl.load(factor + at, mask=good, other=0.0).to(kind).to(tl.float32)
+                    part = (part.to(tl.float32) * factors[None, :]).to(kind)
                 level = (packed >> (4 * half)) & 15
                 acc = dot(part, ((level.to(tl.float32) - zero) * scale).to(kind), acc, WIDE)
     else:
@@ -65,10 +65,10 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
             good = at < k_to
             part = tl.load(rows + at[None, :], mask=(m < M)[:, None] & good[None, :], other=0.0)
             if FACTOR:
-                turned = tl.load(factor + at, mask=good, other=0.0).to(kind).to(tl.float32)
-                part = (part.to(tl.float32) * turned[None, :]).to(kind)
+                factors = tl.load(factor + at, mask=good, other=0.0).to(kind).to(tl.float32)
+                part = (part.to(tl.float32) * factors[None, :]).to(kind)
             weights = tl.load(lines + at[:, None] * k_stride, mask=good[:, None] & (n < N)[None, :], other=0)
-            if TILE_M == 1:  # what a kernel does that need not give the same bits for 16 rows
+            if TILE_M == 1:  # only for `unconstrained`: other bits than for 16 rows
                 wide = weights.to(tl.float32) * tl.trans(part).to(tl.float32)
                 acc += tl.sum(wide, 0)[None, :]
             else:
@@ -87,12 +87,12 @@ def _finish(acc, n, N, scales, bias, INT8: tl.constexpr, BIAS: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])  # one program for 1 row and for 16
+@triton.jit(do_not_specialize=["M"])  # the same code for 1 row and for 16
 def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, w_stride, k_stride, inner,
             KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
             GATED: tl.constexpr, SPLIT: tl.constexpr, TILE_M: tl.constexpr, BLOCK_N: tl.constexpr,
             BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """GATED: N is half of the outputs, and out[n] = silu(y[n]) y[n + N]. SPLIT: out is float32 [SPLIT, M, N] sums."""
+    """Compute y = x w. GATED: N is half of the outputs, out[n] = silu(y[n]) y[n + N]. SPLIT: out [SPLIT, M, N] sums."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     part = tl.program_id(2)
@@ -101,9 +101,9 @@ def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, w_stride,
     acc = _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride, w_stride, k_stride,
                    KIND, GROUP, ZEROS, FACTOR, TILE_M, BLOCK_N, BLOCK_K, WIDE)  # fmt: skip
     inside = (m < M)[:, None] & (n < N)[None, :]
-    place = m[:, None].to(tl.int64) * N + n[None, :]
+    index = m[:, None].to(tl.int64) * N + n[None, :]
     if SPLIT > 1:
-        tl.store(out + part.to(tl.int64) * M * N + place, acc, mask=inside)
+        tl.store(out + part.to(tl.int64) * M * N + index, acc, mask=inside)
     else:
         acc = _finish(acc, n, N, scales, bias, KIND == "int8", BIAS)
         if GATED:
@@ -113,28 +113,28 @@ def _linear(x, w, scales, zeros, factor, bias, out, M, N, K, x_stride, w_stride,
             up = _finish(up, second, 2 * N, scales, bias, KIND == "int8", BIAS)
             small = tl.exp(-tl.abs(acc))  # never overflows
             acc = acc * tl.where(acc < 0.0, small, 1.0) / (1.0 + small) * up
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + index, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _add_up(parts, scales, bias, out, M, N, INT8: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
             TILE_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The sums of the parts, in order."""
+    """Add the parts in order."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    place = m[:, None].to(tl.int64) * N + n[None, :]
+    index = m[:, None].to(tl.int64) * N + n[None, :]
     acc = tl.zeros((TILE_M, BLOCK_N), tl.float32)
-    source = parts + place
+    source = parts + index
     for _ in tl.static_range(SPLIT):
         acc += tl.load(source, mask=inside, other=0.0)
         source += M * N
     acc = _finish(acc, n, N, scales, bias, INT8, BIAS)
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + index, acc.to(out.dtype.element_ty), mask=inside)
 
 
 class Matrix(NamedTuple):
-    """A layer's matrix, or the outputs of it that are asked for, as the kernels read it."""
+    """A layer's matrix, or some of its outputs, in the layout of the kernels."""
 
     kind: str  # "plain", "int8" or "int4"
     values: Tensor
@@ -148,7 +148,7 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix:
-    """UserError for a layer whose matrix is kept in a way that the kernels do not read."""
+    """Return a layer's matrix. UserError for a storage format that the kernels do not support."""
     kind: str
     if isinstance(layer, QuantLinear):
         kind, values, group = layer.format.name, layer.values, layer.format.group
@@ -158,14 +158,14 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
         group = 2
     else:
         wanted = f"{Linear.__name__} or {QuantLinear.__name__}"
-        require(op, False, f"a {type(layer).__name__} keeps its matrix in a form of its own", wanted)
+        require(op, False, f"a {type(layer).__name__} stores its matrix in another format", wanted)
         raise AssertionError
     total = len(values)
     stop = total if stop is None else stop
     require(op, 0 <= start <= stop <= total, f"outputs {start} .. {stop} are asked for", f"some of 0 .. {total}")
     cut = slice(start, stop)
     good = kind != "int4" or values.is_contiguous()
-    require(op, good, "the int4 matrix has gaps in memory", "bytes that follow each other")
+    require(op, good, "the int4 matrix is not contiguous", "a contiguous one")
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     parts = [None if tensor is None else tensor[cut] for tensor in (scales, zeros)]
     return Matrix(
@@ -174,11 +174,11 @@ def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix
 
 
 def blocks(matrix: Matrix, columns: int) -> tuple[int, int, int, int]:
-    """(outputs, inputs of a tile, parts, inputs of a part): functions of the matrix alone, not of the rows."""
+    """Return (outputs, inputs of a tile, parts, inputs of a part); they depend on the matrix only, not on the rows."""
     wide = {4: 128, 2: 256, 1: 256}[matrix.values.element_size()]
     block_k = min(128 if matrix.kind == "int4" else wide, power(matrix.inputs, 32))
     block_n = 32 if columns >= 32 * BUSY or matrix.kind == "int4" else 16
-    if INTERPRETED:  # which takes as long for a large tile as for a small one
+    if INTERPRETED:  # a large tile takes as long as a small one
         block_n = 128
     parts = 1
     while triton.cdiv(columns, block_n) * parts < BUSY and matrix.inputs >= 4 * parts * block_k and parts < 8:
@@ -201,11 +201,11 @@ def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gat
     columns = matrix.outputs // 2 if gated else matrix.outputs
     out = x.new_empty(*x.shape[:-1], columns)
     block_n, block_k, parts, inner = blocks(matrix, columns)
-    if gated:  # both halves meet in one program, so the inputs are not split
+    if gated:  # one program needs both halves, so the inputs are not split
         parts, inner = 1, matrix.inputs
     M, K = rows.shape
     sums = x.new_empty(parts, M, columns, dtype=torch.float32) if parts > 1 else out
-    none = rows  # stands for what is not there, and is not read
+    none = rows  # placeholder for missing tensors, never read
     scales = none if matrix.scales is None else matrix.scales
     zeros = none if matrix.zeros is None else matrix.zeros
     factor = none if matrix.factor is None else matrix.factor
@@ -227,17 +227,17 @@ def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gat
 
 
 def linear(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """x [..., in] -> [..., out], or the outputs start .. stop alone, in x's dtype; sums in float32."""
+    """Multiply x [..., in] -> [..., out], or only the outputs start .. stop, in x's dtype; sums in float32."""
     return _run("linear", layer, x, start, stop, gated=False)
 
 
 def gated_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the first half of the outputs times the second: x [..., in] -> [..., out / 2], rounded once."""
+    """Return SiLU(first half of the outputs) * second half: x [..., in] -> [..., out / 2], rounded once."""
     return _run("gated_linear", layer, x, 0, None, gated=True)
 
 
 def unconstrained(layer: nn.Module, x: Tensor) -> Tensor:
-    """`linear` of one row at a time, without the zeros beside it: what the same bits for 16 rows are priced against."""
+    """Run `linear` row by row without padding; the bench measures the cost of equal bits for 16 rows against it."""
     matrix = matrix_of("linear", layer, 0, None)
-    require("linear", matrix.kind != "int4", "int4 is computed in tiles of 16 alone", "another format")
+    require("linear", matrix.kind != "int4", "int4 is computed in tiles of 16 only", "another format")
     return _run("linear", layer, x, 0, None, gated=False, tile=1)

@@ -1,7 +1,7 @@
-"""The keyed random numbers of common/philox.py inside a kernel: the same bits.
+"""The keyed random numbers of common/philox.py inside a kernel, bit for bit.
 
-Philox 4x32-10 (Salmon et al. 2011): ten rounds of two 32 x 32 -> 64 bit products on a counter of four words under a
-key of two. The counter names what a number is for: (index // 4, position, sample, purpose); word index % 4 is it.
+Philox 4x32-10 (Salmon et al. 2011): ten rounds of two 32 x 32 -> 64 bit products on a counter of four words, with a key
+of two words. The counter is (index // 4, position, sample, purpose); the number is word index % 4.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def words(block, position, sample, purpose, low, high):
-    """The four words for counters (block, position, sample, purpose) under the key (low, high); all uint32."""
+    """Return the four words for counters (block, position, sample, purpose) with the key (low, high); all uint32."""
     a = block
     b = position
     c = sample
@@ -34,32 +34,32 @@ def words(block, position, sample, purpose, low, high):
 
 @triton.jit
 def uniform(word):
-    """The middle of one of 2**23 equal cells of (0, 1), float32: no bit is rounded away."""
+    """Return the midpoint of one of 2**23 equal cells of (0, 1), exact in float32."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
 @triton.jit
 def splat(value, like):
-    """One word for all of a block."""
+    """Broadcast one word to the shape of `like`."""
     return tl.zeros(like.shape, tl.uint32) + value.to(tl.uint32)
 
 
 @triton.jit
 def gumbel(keys, first, position, purpose: tl.constexpr, BLOCK: tl.constexpr):
-    """-log(-log(u)) for the tokens first .. first + BLOCK - 1; keys: int64 (sample, seed's low half, its high half)."""
+    """Return -log(-log(u)) for tokens first .. first + BLOCK - 1; keys: int64 (sample, seed low half, seed high half)."""
     blocks = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     sample = splat(tl.load(keys), blocks)
     low = splat(tl.load(keys + 1), blocks)
     high = splat(tl.load(keys + 2), blocks)
     a, b, c, d = words(blocks, splat(position, blocks), sample, tl.full(blocks.shape, purpose, tl.uint32), low, high)
-    # Word w of block n is token 4n + w: joined so that the last two dimensions, [2, 2], count w.
-    together = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
-    return -tl.log(-tl.log(uniform(together)))
+    # Word w of block n belongs to token 4n + w: join so that the last two dimensions, [2, 2], index w.
+    interleaved = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
+    return -tl.log(-tl.log(uniform(interleaved)))
 
 
 @triton.jit
 def chance(keys, position, purpose: tl.constexpr):
-    """The first uniform of (sample, position, purpose), in a block of one."""
+    """Return the first uniform of (sample, position, purpose)."""
     one = tl.zeros((1,), tl.uint32)
     sample = splat(tl.load(keys), one)
     low = splat(tl.load(keys + 1), one)
@@ -69,7 +69,7 @@ def chance(keys, position, purpose: tl.constexpr):
 
 
 def keyed(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """What the kernels read of every row: int64 [R, 4], (sample, low and high half of the seed, position)."""
+    """Return the kernels' keys, int64 [R, 4]: sample, low and high half of the seed, position."""
     keys = samples.new_empty(len(samples), 4)
     keys[:, 0], keys[:, 1] = samples, seed & 0xFFFFFFFF
     keys[:, 2], keys[:, 3] = (seed >> 32) & 0xFFFFFFFF, positions

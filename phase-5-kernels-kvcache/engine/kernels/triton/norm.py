@@ -1,4 +1,4 @@
-"""`rms_norm`, and the same with the addition before it: one program per row, so a row's bits are its own."""
+"""`rms_norm` and `add_rms_norm`: one program per row, so a row's bits do not depend on other rows."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .support import floating, launch, on_device, power, require, rows_of, same_shape
 
-WIDEST = 65536  # features that a program holds at once
+WIDEST = 65536  # most features of a program
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _norm(x, residual, weight, out, total, x_stride, r_stride, D, eps, ADD: tl.c
         wide += tl.load(residual + row * r_stride + at, mask=inside, other=0.0).to(tl.float32)
         stored = wide.to(total.dtype.element_ty)
         tl.store(total + row * D + at, stored, mask=inside)
-        wide = stored.to(tl.float32)  # the norm is that of what is stored
+        wide = stored.to(tl.float32)  # normalise the rounded sum
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
     scaled = wide * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + at, scaled.to(out.dtype.element_ty), mask=inside)
@@ -40,7 +40,7 @@ def _check(op: str, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last of [..., D]; statistics in float32."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension of [..., D]; statistics in float32."""
     _check("rms_norm", x, weight, None)
     rows, out = rows_of(x), torch.empty_like(x, memory_format=torch.contiguous_format)
     D = x.shape[-1]
@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(the norm of x + residual, x + residual), the sum rounded as it is stored."""
+    """Return (norm of x + residual, x + residual), with the sum rounded to its dtype."""
     _check("add_rms_norm", x, weight, residual)
     rows, others = rows_of(x), rows_of(residual)
     out, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))

@@ -1,7 +1,7 @@
-"""`flash_prefill`: attention of many queries at once, in tiles that never leave the chip (Dao et al. 2022).
+"""`flash_prefill`: attention of many queries, in tiles that stay on the chip (Dao et al. 2022).
 
-64 queries of a head walk the keys in blocks of 64, and stop where the last of them stops seeing. What a prompt's tokens
-see is a range; queries with lines of their own, as in a tree, go to `decode_attention`.
+A program computes 64 queries of a head over blocks of 64 keys, up to the last key that one of them sees. Each token of
+a prompt sees a range of positions; trees, whose queries see paths, use `decode_attention`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -51,40 +51,40 @@ def _prefill(query, keys, values, key_scales, value_scales, rows, tables, lo, en
         total = total * shrink + tl.sum(weights, 1)
         acc = mix(acc * shrink[:, None], weights, q.dtype, values, value_scales, at, live, d, D, INT8, WIDE)
     found = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    place = ((r * W + w[:, None]).to(tl.int64) * H + h) * D + d[None, :]
-    tl.store(out + place, found.to(out.dtype.element_ty), mask=inside)
+    index = ((r * W + w[:, None]).to(tl.int64) * H + h) * D + d[None, :]
+    tl.store(out + index, found.to(out.dtype.element_ty), mask=inside)
 
 
 def flash_prefill(
     query: Tensor, cache: KVCache, layer: int, rows: list[int], counts: list[int], masks: list[Tensor | None]
 ) -> Tensor:
-    """As decode_attention: query [R, W, H, head_dim] over what the rows hold and the tokens just appended."""
+    """Attend as decode_attention does, with query [R, W, H, head_dim], for many queries."""
     op = "flash_prefill"
     check_query(op, query, cache, rows, counts)
     query = dense(query)
-    places = places_of(op, cache, rows, counts, query.device)
-    sight = key_ranges(op, places, masks, query.shape[1])
-    if sight.lines is not None:
+    metadata = places_of(op, cache, rows, counts, query.device)
+    ranges = key_ranges(op, metadata, masks, query.shape[1])
+    if ranges.lines is not None:
         return decode_attention(query, cache, layer, rows, counts, masks)
     if not isinstance(cache, DynamicCache):
-        return _run(query, layer_of(cache, layer), places, sight)
+        return _run(query, layer_of(cache, layer), metadata, ranges)
     out = []
     for r in range(len(rows)):
         own = row_of(cache, layer, rows[r])
-        out.append(_run(query[r : r + 1], own, in_row(query.device), ranges_of_row(sight, r)))
+        out.append(_run(query[r : r + 1], own, in_row(query.device), ranges_of_row(ranges, r)))
     return torch.cat(out) if out else torch.empty_like(query)
 
 
-def _run(query: Tensor, layer: Layer, places: AttentionMetadata, sight: KeyRanges) -> Tensor:
-    tensors, (tables, slots, width) = tensors_of(layer), ways(places)
+def _run(query: Tensor, layer: Layer, metadata: AttentionMetadata, ranges: KeyRanges) -> Tensor:
+    tensors, (tables, slots, width) = tensors_of(layer), ways(metadata)
     on_device("flash_prefill", query=query, cache=tensors[0])
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]
     out = torch.empty(R, W, H, D, dtype=query.dtype, device=query.device)
     launch(
-        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, places.rows, tables, sight.lo, sight.end,
+        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, metadata.rows, tables, ranges.lo, ranges.end,
         out, W, H, H // HK, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
         math.log2(math.e) / math.sqrt(D),
-        PAGED=places.tables is not None, INT8=layer.scales[0] is not None,
+        PAGED=metadata.tables is not None, INT8=layer.scales[0] is not None,
         TILE=QUERIES, BLOCK=KEYS, WIDTH=power(D, 16), WIDE=INTERPRETED,
     )  # fmt: skip
     return out

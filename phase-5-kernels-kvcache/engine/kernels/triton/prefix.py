@@ -1,7 +1,7 @@
-"""`verify_prefix` and `verify_greedy`: the longest prefix of a draft that the target would have written itself.
+"""`verify_prefix` and `verify_greedy`: the longest prefix of a draft that equals the target's argmax tokens.
 
-Straight from the logits: one program looks for the highest of a vocabulary, of equal ones the first, and a second
-kernel counts. A vocabulary of any size is walked in blocks.
+Computed from the logits: one program finds the argmax of a row (ties: the lowest id), in blocks of the vocabulary, and
+a second kernel counts accepted tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -19,15 +19,15 @@ BLOCK = 4096
 
 @triton.jit
 def highest(scores, V, BLOCK: tl.constexpr):
-    """The index of the highest of V scores, of equal ones the first. What is no number is never it."""
+    """Return the argmax of V scores. Ties: the lowest index. NaN never wins."""
     top = float("-inf")
     best = 0
     for first in range(0, V, BLOCK):
         at = first + tl.arange(0, BLOCK)
         x = tl.load(scores + at, mask=at < V, other=float("-inf")).to(tl.float32)
         x = tl.where(x == x, x, float("-inf"))
-        here, place = tl.max(x, 0), tl.argmax(x, 0)
-        best = tl.where(here > top, first + place, best)
+        here, index = tl.max(x, 0), tl.argmax(x, 0)
+        best = tl.where(here > top, first + index, best)
         top = tl.maximum(here, top)
     return best
 
@@ -44,15 +44,15 @@ def _prefix(draft, choices, widths, accepted, following, K, d_row, c_row, NEXT: 
     k = tl.arange(0, BLOCK)
     here = k < tl.minimum(K, tl.load(widths + r))
     same = tl.load(draft + r * d_row + k, mask=here, other=-1) == tl.load(choices + r * c_row + k, mask=here, other=-2)
-    stands = tl.min(tl.where(same, BLOCK, k), 0)  # the first that falls; behind the last, others do
-    stands = tl.where(stands == BLOCK, BLOCK - 1, stands)
-    tl.store(accepted + r, stands.to(tl.int64))
+    count = tl.min(tl.where(same, BLOCK, k), 0)  # the first rejected token
+    count = tl.where(count == BLOCK, BLOCK - 1, count)
+    tl.store(accepted + r, count.to(tl.int64))
     if NEXT:
-        tl.store(following + r, tl.load(choices + r * c_row + stands))
+        tl.store(following + r, tl.load(choices + r * c_row + count))
 
 
 def choices_of(op: str, scores: Tensor) -> Tensor:
-    """The index of the highest of each row of scores [..., V]: int64 [...]."""
+    """Return the argmax of each row of scores [..., V]: int64 [...]."""
     on_device(op, scores=scores)
     floating(op, scores=scores)
     require(op, scores.shape[-1] > 0, "there are no scores", "a vocabulary")
@@ -77,10 +77,10 @@ def _count(op: str, draft_tokens: Tensor, choices: Tensor, widths: Tensor, follo
 
 
 def verify_prefix(draft_tokens: Tensor, choices: Tensor, widths: Tensor) -> Tensor:
-    """How many of draft_tokens [R, K] are the choices [R, K+1] of the target, from the first on: int64 [R]."""
+    """Return how many leading draft_tokens [R, K] equal the target's choices [R, K+1]: int64 [R]."""
     return _count("verify_prefix", draft_tokens, choices, widths, following=False)[0]
 
 
 def verify_greedy(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """That for the choices of scores [R, K+1, V], and the choice that follows: both int64 [R]."""
+    """Do the same with the argmax of scores [R, K+1, V]; return the counts and the next tokens, both int64 [R]."""
     return _count("verify_greedy", draft_tokens, choices_of("verify_greedy", scores), widths, following=True)

@@ -1,4 +1,4 @@
-"""`rope`, and `rope_append`: the turn of queries and keys, and the way of keys and values into the cache in one go."""
+"""`rope` rotates queries or keys; `rope_append` rotates both and appends keys and values to the cache."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .support import floating, launch, on_device, power, require, same_shape
 
 
 @triton.jit
-def turned(x, cos, sin, h, d, H, D, s_head):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for features half a head apart; rounded as torch does, to x's dtype."""
+def rotated(x, cos, sin, h, d, H, D, s_head):
+    """(a, b) -> (a cos - b sin, b cos + a sin) for features half a head apart; rounded as in torch, to x's dtype."""
     inside = (h < H)[:, None] & (d < D)[None, :]
     partner = (d + D // 2) % D
     a = tl.load(x + h[:, None] * s_head + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -36,9 +36,9 @@ def _rope(x, cos, sin, out, T, H, D, s_row, s_token, s_head, t_row, t_token,
     t, r = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, d = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     table = r * t_row + t * t_token
-    y = turned(x + r * s_row + t * s_token, cos + table, sin + table, h, d, H, D, s_head)
-    place = ((r * T + t) * H + h[:, None]) * D + d[None, :]
-    tl.store(out + place, y, mask=(h < H)[:, None] & (d < D)[None, :])
+    y = rotated(x + r * s_row + t * s_token, cos + table, sin + table, h, d, H, D, s_head)
+    index = ((r * T + t) * H + h[:, None]) * D + d[None, :]
+    tl.store(out + index, y, mask=(h < H)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -51,13 +51,13 @@ def _rope_append(query, new_keys, new_values, cos, sin, out, keys, values, key_s
     far = r.to(tl.int64)
     h, d = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     table = far * t_row + t * t_token
-    y = turned(query + far * q_row + t * q_token, cos + table, sin + table, h, d, H, D, q_head)
-    place = ((far * T + t) * H + h[:, None]) * D + d[None, :]
-    tl.store(out + place, y, mask=(h < H)[:, None] & (d < D)[None, :])
+    y = rotated(query + far * q_row + t * q_token, cos + table, sin + table, h, d, H, D, q_head)
+    index = ((far * T + t) * H + h[:, None]) * D + d[None, :]
+    tl.store(out + index, y, mask=(h < H)[:, None] & (d < D)[None, :])
     if t < tl.load(counts + r):
         g = tl.arange(0, KV_HEADS)
         at = offset(rows, tables, r, tl.load(starts + r) + t, slots, table_width, s_place, s_slot, PAGED)
-        k = turned(new_keys + far * k_row + t * k_token, cos + table, sin + table, g, d, HK, D, k_head)
+        k = rotated(new_keys + far * k_row + t * k_token, cos + table, sin + table, g, d, HK, D, k_head)
         put(k.to(tl.float32), keys, key_scales, at, g, d, HK, D, s_head, INT8)
         source = new_values + far * v_row + t * v_token + g[:, None] * v_head + d[None, :]
         v = tl.load(source, mask=(g < HK)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _rope_append(query, new_keys, new_values, cos, sin, out, keys, values, key_s
 
 
 def tables_of(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """The tables [T, 1, D] or [B, T, 1, D] without gaps, and their strides by row (0: one for all) and token."""
+    """Return contiguous tables [T, 1, D] or [B, T, 1, D], and their strides by row (0: shared) and token."""
     B, T, _, D = x.shape
     require(op, D % 2 == 0, f"a head has {D} features", "an even number")
     for name, table in (("cos", cos), ("sin", sin)):
@@ -78,7 +78,7 @@ def tables_of(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, head_dim] turned to its positions; the tables [T, 1, head_dim] or [B, T, 1, head_dim]."""
+    """Rotate x [B, T, H, head_dim] (RoPE); the tables are [T, 1, head_dim] or [B, T, 1, head_dim]."""
     on_device("rope", x=x, cos=cos, sin=sin)
     floating("rope", x=x, cos=cos, sin=sin)
     x = dense(x)
@@ -101,7 +101,7 @@ def rope_append(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Turn query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; gives the query."""
+    """Rotate query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; return the query."""
     op = "rope_append"
     check_new(op, cache, rows, counts, key, value)
     floating(op, query=query, cos=cos, sin=sin)
@@ -113,15 +113,15 @@ def rope_append(
     query, key, value = dense(query), dense(key), dense(value)
     (R, T, H, D), HK = query.shape, key.shape[2]
     cos, sin, *strides = tables_of(op, query, cos, sin)
-    places, of_layer = places_of(op, cache, rows, counts, key.device), layer_of(cache, layer)
-    tensors, (tables, slots, width) = tensors_of(of_layer), ways(places)
+    metadata, of_layer = places_of(op, cache, rows, counts, key.device), layer_of(cache, layer)
+    tensors, (tables, slots, width) = tensors_of(of_layer), ways(metadata)
     out = torch.empty(R, T, H, D, dtype=query.dtype, device=query.device)
     launch(
         _rope_append, (T, R), query, key, value, cos, sin, out, *tensors,
-        places.rows, places.starts, places.counts, tables, T, H, HK, D,
+        metadata.rows, metadata.starts, metadata.counts, tables, T, H, HK, D,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides,
         slots, width, *tensors[0].stride()[:3],
-        PAGED=places.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(H),
+        PAGED=metadata.tables is not None, INT8=of_layer.scales[0] is not None, HEADS=power(H),
         KV_HEADS=power(HK), BLOCK=power(D),
     )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
-"""`sample`: from logits to a token on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
+"""`sample`: chooses a token from logits on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
 
-What comes back to the host is a token id per row. No sort: where a filter cuts is found by halving the range of
-float32 numbers, 32 times, each time counting (top-k) or adding up (top-p) what lies above or below. Of equal logits at
-an edge those with the lowest ids stay.
+The host receives one token id per row. Nothing is sorted: a bisection over the float32 numbers finds the threshold of a
+filter; each step counts the logits above (top-k) or adds the mass below (top-p). Of equal logits at a threshold, the
+lowest ids stay.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,7 +26,7 @@ BLOCK = 4096
 
 @triton.jit
 def scaled(logits, first, temperature, V, BLOCK: tl.constexpr):
-    """A block of logits / temperature in float32, -inf past the end; adding 0 makes -0 the same number as 0."""
+    """Load a block of logits / temperature in float32, -inf past the end; adding 0 turns -0 into 0."""
     at = first + tl.arange(0, BLOCK)
     x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(tl.float32)
     return tl.div_rn(x, tl.zeros((BLOCK,), tl.float32) + temperature) + 0.0
@@ -34,7 +34,7 @@ def scaled(logits, first, temperature, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def ordered(x):
-    """float32 as whole numbers of the same order."""
+    """Map float32 to integers of the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
@@ -42,14 +42,14 @@ def ordered(x):
 @triton.jit
 def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
             TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """drop = 1 - top_p: the share of the least likely tokens that goes."""
+    """Sample one token per row. drop = 1 - top_p: the mass of the least likely tokens that is dropped."""
     r = tl.program_id(0).to(tl.int64)
     row, mine = logits + r * stride, keys + r * 4
     top = float("-inf")
     for first in range(0, V, BLOCK):
         top = tl.maximum(top, tl.max(scaled(row, first, temperature, V, BLOCK), 0))
 
-    least = tl.full((1,), -2147483648, tl.int64)  # the smallest logit that is kept, as a whole number
+    least = tl.full((1,), -2147483648, tl.int64)  # the smallest kept logit, as an ordered integer
     if TOP_K:
         above = ordered(tl.zeros((1,), tl.float32) + top) + 1
         for _ in range(33):
@@ -63,8 +63,11 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
             least = tl.where(enough, middle, least)
             above = tl.where(enough, above, middle)
 
-    edge, stay = least, tl.zeros((1,), tl.int64)  # of the logits at the edge, the first so many stay
-    over, excess = tl.zeros((1,), tl.int64), tl.zeros((1,), tl.float32)  # those that top-k drops there, and their mass
+    edge, stay = least, tl.zeros((1,), tl.int64)  # how many logits at the edge stay
+    over, excess = (
+        tl.zeros((1,), tl.int64),
+        tl.zeros((1,), tl.float32),
+    )  # how many top-k drops at the edge, and their mass
     if TOP_K:
         count, share = tl.zeros((1,), tl.int64), tl.zeros((1,), tl.float32)
         for first in range(0, V, BLOCK):
@@ -83,7 +86,10 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
             x = scaled(row, first, temperature, V, BLOCK)
             mass += tl.sum(tl.where(ordered(x) >= least, tl.exp(x - top), 0.0), 0)
         mass -= excess
-        low, edge = least - 1, ordered(tl.zeros((1,), tl.float32) + top)  # the mass up to low goes, up to edge stays
+        low, edge = (
+            least - 1,
+            ordered(tl.zeros((1,), tl.float32) + top),
+        )  # numbers up to `low` are dropped; `edge` stays
         for _ in range(33):
             middle = (low + edge) >> 1
             below = tl.zeros((1,), tl.float32)
@@ -107,7 +113,7 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
         below, ties = tl.where(lowest, 0.0, below - excess), tl.where(lowest, ties - over, ties)
         gone = tl.maximum(drop * mass - below, 0.0)
         gone = tl.floor(gone / tl.where(share > 0.0, share, 1.0)).to(tl.int64)
-        stay = ties - tl.minimum(gone, ties - 1)  # one always stays
+        stay = ties - tl.minimum(gone, ties - 1)  # at least one stays
 
     total, passed = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.int64)
     for first in range(0, V, BLOCK):
@@ -135,8 +141,8 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
         keep = keep & (at < V) & (p > 0.0)
         noisy = tl.log(tl.where(keep, p, 1.0)) + gumbel(mine, first, tl.load(mine + 3), SAMPLE, BLOCK)
         noisy = tl.where(keep, noisy, float("-inf"))
-        here, place = tl.max(noisy, 0), tl.argmax(noisy, 0)
-        best = tl.where(here > most, first + place, best)
+        here, index = tl.max(noisy, 0), tl.argmax(noisy, 0)
+        best = tl.where(here > most, first + index, best)
         most = tl.maximum(here, most)
     tl.store(out + r, tl.cast(best, tl.int64))
 
@@ -150,7 +156,7 @@ def sample(
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """As choose(): the next token of every row of logits [R, V]. UserError for other sampler than keyed."""
+    """Choose the next token of every row of logits [R, V], as choose() does. UserError unless the sampler is keyed."""
     op = "sample"
     on_device(op, logits=logits)
     if params.penalised:

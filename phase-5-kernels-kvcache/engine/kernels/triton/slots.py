@@ -1,4 +1,4 @@
-"""../places.py inside a kernel: from a position of a row to where its keys and values lie."""
+"""../metadata.py inside a kernel: the offset of the keys and values at a position of a row."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
@@ -10,12 +10,12 @@ from torch import Tensor
 from ...kv_cache.paged import PAGE
 from ..metadata import AttentionMetadata, Layer
 
-NEVER = 1 << 30  # positions that wrap after so many do not
+NEVER = 1 << 30  # modulus of positions that do not wrap
 
 
 @triton.jit
 def offset(rows, tables, r, position, slots, table_width, s_place, s_slot, PAGED: tl.constexpr):
-    """Of the first head's features of some positions of the forward's row r, in elements."""
+    """Return the offset, in elements, of the first head's features at positions of the forward pass's row r."""
     slot = position % slots
     if PAGED:
         place = tl.load(tables + r * table_width + position // slots).to(tl.int64)
@@ -24,15 +24,15 @@ def offset(rows, tables, r, position, slots, table_width, s_place, s_slot, PAGED
     return place * s_place + slot * s_slot
 
 
-def ways(places: AttentionMetadata) -> tuple[Tensor, int, int]:
-    """Page tables (where there are none, something that is not read), slots of a place, width of the tables."""
-    if places.tables is None:
-        return places.rows, places.wrap or NEVER, 1
-    return places.tables, PAGE, places.tables.shape[1]
+def ways(metadata: AttentionMetadata) -> tuple[Tensor, int, int]:
+    """Return block tables (or a placeholder that is not read), slots per page or row, and the width of the tables."""
+    if metadata.tables is None:
+        return metadata.rows, metadata.wrap or NEVER, 1
+    return metadata.tables, PAGE, metadata.tables.shape[1]
 
 
 def tensors_of(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """keys, values, and what int8 is multiplied with; where there is nothing, something that is not read."""
+    """Return keys, values and their int8 scales (or placeholders that are not read)."""
     keys, values = layer.keys.values, layer.values.values
     key_scales, value_scales = layer.scales
     if key_scales is None or value_scales is None:

@@ -1,4 +1,4 @@
-"""What the kernels share: checks of their arguments, and a product that is right in the interpreter too."""
+"""Helpers of the kernels: argument checks, launches, and a matrix product that is also right in the interpreter."""
 
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
@@ -22,10 +22,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + a @ b in float32.
+    """Return acc + a @ b in float32.
 
-    The interpreter keeps bfloat16 as 16-bit whole numbers and multiplies those: wrong by orders of magnitude. So there
-    (WIDE), and only there, both are widened first, which changes no value.
+    The interpreter stores bfloat16 as 16-bit integers and multiplies those, which is wrong by orders of magnitude.
+    WIDE, set only in the interpreter, converts both to float32 first, which changes no value.
     """
     if WIDE:
         a = a.to(tl.float32)
@@ -34,13 +34,13 @@ def dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def require(op: str, good: bool, wrong: str, right: str) -> None:
-    """UserError that says what is wrong with an argument, and what would be right."""
+    """Raise UserError with what is wrong with an argument and what would be right, unless `good`."""
     if not good:
         raise UserError(f"triton {op}: {wrong}; expected {right}")
 
 
 def on_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors on one device, and Triton can run there."""
+    """Check that all tensors are on one device on which Triton can run."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     first = next(iter(devices.values()))
     for name, device in devices.items():
@@ -50,7 +50,7 @@ def on_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """Each is float32, bfloat16 or float16."""
+    """Check that each tensor is float32, bfloat16 or float16."""
     for name, tensor in tensors.items():
         if tensor is not None:
             wanted = "float32, bfloat16 or float16"
@@ -62,18 +62,18 @@ def same_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., D] as a matrix [rows, D] whose rows have no gaps in them: the same memory where that is possible."""
+    """Reshape [..., D] to [rows, D] with contiguous rows; a view if possible."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def power(n: int, least: int = 1) -> int:
-    """The smallest power of two that holds n: the size of a tile."""
+    """Return the smallest power of two that is at least n: the size of a tile."""
     return max(least, 1 << (max(1, n) - 1).bit_length())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel, unless there is nothing to do."""
+    """Launch a kernel, unless the grid is empty."""
     recorder = RECORDER.get()
     if recorder is not None:
         recorder(kernel, arguments, constants)

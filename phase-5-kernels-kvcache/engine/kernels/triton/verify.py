@@ -1,7 +1,7 @@
-"""`verify_sample`: the whole rule of ../../verify.py for a row in one program, with the keyed uniforms.
+"""`verify_sample`: the acceptance rule of ../../verify.py, one program per row, with keyed uniforms.
 
-It walks the draft until a token falls, then draws what follows: from the target by Gumbel-max if all stand, else from
-the residual by one uniform and the inverse distribution function, added up in float64 as there.
+A program visits the draft tokens up to the first rejected one. The next token is then sampled: from the target by
+Gumbel-max if all were accepted, else from the residual by one uniform and the inverse distribution function in float64.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -25,7 +25,7 @@ SAMPLE, ACCEPT, RESIDUAL = (tl.constexpr(int(p)) for p in (Purpose.SAMPLE, Purpo
 
 @triton.jit
 def drawn(probs, keys, position, V, BLOCK: tl.constexpr):
-    """argmax of log p plus Gumbel noise: a draw from p, keyed by the position and the token."""
+    """Sample from p by Gumbel-max: argmax of log p plus noise keyed by position and token."""
     top = float("-inf")
     best = 0
     for first in range(0, V, BLOCK):
@@ -33,15 +33,15 @@ def drawn(probs, keys, position, V, BLOCK: tl.constexpr):
         p = tl.load(probs + at, mask=at < V, other=0.0)
         noisy = tl.log(tl.where(p > 0.0, p, 1.0)) + gumbel(keys, first, position, SAMPLE, BLOCK)
         noisy = tl.where(p > 0.0, noisy, float("-inf"))
-        here, place = tl.max(noisy, 0), tl.argmax(noisy, 0)
-        best = tl.where(here > top, first + place, best)
+        here, index = tl.max(noisy, 0), tl.argmax(noisy, 0)
+        best = tl.where(here > top, first + index, best)
         top = tl.maximum(here, top)
     return best
 
 
 @triton.jit
 def remaining(target, draft, token, first, V, DRAFT: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of max(0, target - draft), in float64 of what float32 gives; a draft without probabilities is one-hot."""
+    """Return a block of max(0, target - draft), computed in float32, as float64; no draft probabilities: one-hot."""
     at = first + tl.arange(0, BLOCK)
     p = tl.load(target + at, mask=at < V, other=0.0)
     if DRAFT:  # noqa: SIM108
@@ -58,8 +58,8 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
     width = tl.load(widths + r)
     mine = keys + r * 4
     position = tl.load(mine + 3)
-    stood = width * 0
-    standing = width == width
+    count = width * 0
+    accepting = width == width
     for k in range(K):
         token = tl.load(tokens + r * K + k)
         ratio = tl.load(target + (r * (K + 1) + k) * V + token)
@@ -68,23 +68,23 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             ratio = tl.where(ratio > 1.0, 1.0, ratio)
         tl.store(ratios + r * K + k, ratio)
         if CERTAIN:  # noqa: SIM108
-            stands = ratio > 0.5
+            accept = ratio > 0.5
         else:
-            stands = chance(mine, position + k, ACCEPT) < ratio
-        standing = standing & stands & (k < width)
-        stood += standing.to(tl.int64)
-    tl.store(accepted + r, stood)
-    here = target + (r * (K + 1) + stood) * V
-    fell = draft + (r * K + tl.minimum(stood, K - 1)) * V
-    token = tl.load(tokens + r * K + stood, mask=stood < K, other=-1)
-    rejected = stood < width
+            accept = chance(mine, position + k, ACCEPT) < ratio
+        accepting = accepting & accept & (k < width)
+        count += accepting.to(tl.int64)
+    tl.store(accepted + r, count)
+    here = target + (r * (K + 1) + count) * V
+    draft_row = draft + (r * K + tl.minimum(count, K - 1)) * V
+    token = tl.load(tokens + r * K + count, mask=count < K, other=-1)
+    rejected = count < width
 
     mass = tl.zeros((1,), tl.float64)
     if rejected:
         for first in range(0, V, BLOCK):
-            mass += tl.sum(remaining(here, fell, token, first, V, DRAFT, BLOCK), 0)
-    # Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty, and the target is
-    # drawn from. A one-hot draft of a token that no position has leaves the target as it is.
+            mass += tl.sum(remaining(here, draft_row, token, first, V, DRAFT, BLOCK), 0)
+    # Rounding can reject a token whose ratio differs from 1 in the last bit. The residual is then empty, and the next
+    # token is sampled from the target. A one-hot draft with an unknown token id leaves the target unchanged.
     whole = rejected & (tl.max(mass, 0) <= 0.0)
     if CERTAIN:
         best = 0
@@ -93,9 +93,9 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             at = first + tl.arange(0, BLOCK)
             p = tl.load(here + at, mask=at < V, other=-1.0)
             if rejected & (whole == 0):
-                p = tl.where(at < V, remaining(here, fell, token, first, V, DRAFT, BLOCK).to(tl.float32), -1.0)
-            most, place = tl.max(p, 0), tl.argmax(p, 0)
-            best = tl.where(most > top, first + place, best)
+                p = tl.where(at < V, remaining(here, draft_row, token, first, V, DRAFT, BLOCK).to(tl.float32), -1.0)
+            most, index = tl.max(p, 0), tl.argmax(p, 0)
+            best = tl.where(most > top, first + index, best)
             top = tl.maximum(most, top)
         tl.store(following + r, tl.cast(best, tl.int64))
     elif rejected:
@@ -103,29 +103,29 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
             for first in range(0, V, BLOCK):
                 at = first + tl.arange(0, BLOCK)
                 mass += tl.sum(tl.load(here + at, mask=at < V, other=0.0).to(tl.float64), 0)
-        limit = tl.sum(mass, 0) * chance(mine, position + stood, RESIDUAL).to(tl.float64)
+        limit = tl.sum(mass, 0) * chance(mine, position + count, RESIDUAL).to(tl.float64)
         before = limit * 0.0
-        below = stood * 0
+        below = count * 0
         for first in range(0, V, BLOCK):
             at = first + tl.arange(0, BLOCK)
             if whole:
                 p = tl.load(here + at, mask=at < V, other=0.0).to(tl.float64)
             else:
-                p = remaining(here, fell, token, first, V, DRAFT, BLOCK)
+                p = remaining(here, draft_row, token, first, V, DRAFT, BLOCK)
             reached = before + tl.cumsum(p, 0)
             below += tl.sum(((reached <= limit) & (at < V)).to(tl.int64), 0)
             before += tl.sum(p, 0)
         tl.store(following + r, tl.minimum(below, V - 1))
     else:
-        tl.store(following + r, drawn(here, mine, position + stood, V, BLOCK).to(tl.int64))
+        tl.store(following + r, drawn(here, mine, position + count, V, BLOCK).to(tl.int64))
 
 
 def seed_of(op: str, sampler: object) -> int | None:
-    """The seed of keyed sampler; None where nothing is left to chance."""
+    """Return the seed of a keyed source; None if greedy. UserError for other sources."""
     if isinstance(sampler, GreedySource):
         return None
     kind = type(sampler).__name__
-    require(op, isinstance(sampler, KeyedSampler), f"sampler of the kind {kind}", "keyed, or Certain")
+    require(op, isinstance(sampler, KeyedSampler), f"a source of type {kind}", "a keyed or greedy one")
     assert isinstance(sampler, KeyedSampler)
     return sampler.seed
 
@@ -139,8 +139,11 @@ def verify_sample(
     positions: Tensor,
     source: RandomSource,
 ) -> Verdict:
-    """As verify(): draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32
-    [R, K+1, V], widths, samples, positions int64 [R]. UserError for other sampler than keyed or none."""
+    """Apply the acceptance rule, as verify() does.
+
+    draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32 [R, K+1, V],
+    widths, samples, positions int64 [R]. UserError for a source that is neither keyed nor greedy.
+    """
     op = "verify_sample"
     seed = seed_of(op, source)
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
