@@ -1,10 +1,10 @@
-"""What must be remembered so that a token costs one token, and what that gives: speed, memory, the price of verifying.
+"""Measures the KV cache and the C++ kernels: speed, memory, the cost of verification.
 
-Sections (`--only`). Plain decoding against itself (`null`). With torch's operations: kinds of cache against phase 4 and
-transformers, ways to draft, one more token behind texts of many lengths, what m verified tokens cost against one, and
-what a cache in fewer bits costs in perplexity. With steps in C++ (`fast`): plain decoding and speculation in every
-number format, on a small model and on a large one. Asked for by name: kernels against what the machine allows, rung by
-rung (`--ladder`), and against other engines (`--peers`). A graphics card has its own ladder, peers and `kernels`.
+Sections (`--only`). Plain decoding against itself (`null`). With torch: kinds of cache against phase 4 and
+transformers, drafters, one more token after sequences of many lengths, the cost of m verified tokens, and the
+perplexity of a cache in fewer bits. With steps in C++ (`fast`): plain and speculative decoding in every number format,
+on a small and a large model. Only on request: kernels against the limits of the machine, rung by rung (`--ladder`), and
+against other engines (`--peers`). A GPU has its own ladder, peers and `kernels`.
 
     python bench.py --quick
     python bench.py --output results --only speed
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from typing import get_args
 
-import launch  # noqa: F401 (it has to come first)
+import launch  # noqa: F401 (must be the first import)
 import torch
 from benchmarks.fast import FAST, measure_fast
 from benchmarks.lengths import LENGTHS, measure_lengths
@@ -49,28 +49,28 @@ SECTIONS: dict[Section, Measure] = {
 TITLES = {  # section, or a part of one -> title of its table
     "null": "Plain decoding against itself",
     "cache": "Greedy plain decoding, against phase 4",
-    "speed": "Ways to draft, with torch's operations",
-    "lengths": "One more token behind a text",
+    "speed": "Drafters, with torch's operations",
+    "lengths": "One more token after a sequence",
     "verification": "What verification costs",
     "quality": "Perplexity by the cache's format",
-    "quality_cpp": "Perplexity by what the C++ kernels multiply",
-    "fast_k": "Steps in C++: draft lengths on the calibrate half",
-    "fast": "Steps in C++",
-    "fast_drafters": "Other drafters, steps in C++",
-    "loop": "Plain decoding inside one call into C++",
+    "quality_cpp": "Perplexity by the C++ kernels' number formats",
+    "fast_k": "C++ steps: draft lengths on the calibrate half",
+    "fast": "C++ steps",
+    "fast_drafters": "Other drafters, C++ steps",
+    "loop": "Plain decoding inside one C++ call",
     "cold_start": "From the start of the process to the first token",
     "ladder": "CPU ladder",
-    "machine": "What the processor allows",
-    "peers": "Others on the same weights",
-    "copy": "A copy on the card",
-    "kernels": "Kernels on a card",
-    "gpu_ladder": "Ladders on a card",
-    "gpu_peers": "Peers on a card",
+    "machine": "Limits of the CPU",
+    "peers": "Other engines on the same weights",
+    "copy": "A copy on the GPU",
+    "kernels": "GPU kernels",
+    "gpu_ladder": "GPU ladders",
+    "gpu_peers": "Other engines on the GPU",
 }
 
 
 def sections(options: Options, on_card: bool) -> list[Section]:
-    """Those that were asked for; else all but what takes other engines or many rungs, which a card always measures."""
+    """Return the requested sections; else all, but `ladder`, `peers` and `kernels` only on a GPU."""
     wanted: list[Section] = [*options.only]
     wanted += ["ladder"] if options.ladder else []
     wanted += ["peers"] if options.peers else []
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     ) as results:
         lab = Lab(options, results, device)
         for section in sections(options, device.type == "cuda"):
-            torch.set_num_threads(threads)  # a llm whose steps run in C++ leaves torch one
+            torch.set_num_threads(threads)  # an LLM with C++ steps sets torch to one thread
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)

@@ -1,7 +1,7 @@
-"""The ladder on a CPU: one decode step several ways, against what memory and arithmetic allow (`bench.py --ladder`).
+"""The CPU ladder: one decoding step in several versions, against the limits of memory and arithmetic (`--ladder`).
 
-For every rung: tokens per second, bytes of weights read per second, and what share that is of the speed at which this
-machine reads as much memory, measured beside every run. A rung's logits are held against the torch model's first.
+For every rung: tokens per second, bytes of weights read per second, and their share of this machine's read speed, which
+is measured with every run. The logits of a rung are compared with the torch model's before it is timed.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ from ladder.cpp import RUNGS, Kind, Rung
 from .runs import Lab
 
 LADDER = {
-    "ladder": "greedy tokens of one text, the steps alone; the baseline is the first rung",
-    "machine": "what the processor allows: reading memory of a size over and over, and float32 products",
-    "gb_per_s": "bytes of matrices that were read / time",
-    "of_bandwidth": "the time in which the same threads read as many bytes over and over / the time that was taken",
+    "ladder": "greedy tokens of one sequence, the steps alone; the baseline is the first rung",
+    "machine": "limits of the CPU: repeated reads of memory of a size, and float32 products",
+    "gb_per_s": "bytes of matrices read / time",
+    "of_bandwidth": "time of the same threads for reading as many bytes repeatedly / measured time",
     "gflop_per_s": "2 x weights x tokens / time",
 }
 CHECKED = 12  # tokens whose logits are compared with the torch model before a rung is timed
 TOKENS = 64  # of a run
-# Weights and activations of 8 bits of mantissa; relative to the largest logit.
+# Bounds of the error, relative to the largest logit.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 3e-2}
 FUSED: dict[Weights, float] = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-3, "int8": 0.1, "int4": 0.6}
-LEVELS = {"L2": 2**20, "L3": 24 * 2**20, "DRAM": 2**29}  # bytes that all threads read together
-Steps = Callable[[int], float]  # decodes so many tokens behind what was checked: the seconds that the steps took
+LEVELS = {"L2": 2**20, "L3": 24 * 2**20, "DRAM": 2**29}  # bytes, over all threads
+Steps = Callable[
+    [int], float
+]  # decodes a number of tokens after the checked ones, and returns the seconds of the steps
 
 
 class Models:
-    """What the rungs share, made when first asked for."""
+    """Inputs of the rungs, created on first use."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab, self.threads = lab, lab.options.threads or default_threads()
@@ -59,7 +61,7 @@ class Models:
 
     @torch.inference_mode()
     def _text(self) -> tuple[list[int], torch.Tensor]:
-        """Some tokens, and their logits by torch."""
+        """Return some tokens, and their logits computed by torch."""
         generator = torch.Generator().manual_seed(self.lab.options.seed)
         text = torch.randint(1, self.target().config.vocab_size, (CHECKED,), generator=generator).tolist()
         return text, self.target()(torch.tensor([text]))[0]
@@ -87,7 +89,7 @@ class Models:
         return decode, rung.weight_bytes
 
     def fused(self, weights: Weights) -> tuple[Steps, int]:
-        """The engine's own step."""
+        """Return the engine's own step, checked, and its bytes of weights."""
         fast, (text, expected) = CppModel(self.target(), weights, self.threads), self.text()
         kept = fast.new_cache(1, CHECKED + TOKENS + 1)
         logits = fast.step(kept, [text], wanted=range(CHECKED)).logits
@@ -149,7 +151,7 @@ def refuse_if_off(title: str, got: torch.Tensor, expected: torch.Tensor, bound: 
 
 
 def read_speed(model: CppModel, size: int) -> float:
-    """GB/s at which the model's threads read so many bytes again and again; the best of five."""
+    """Return the GB/s at which the model's threads read `size` bytes repeatedly; the best of five."""
     memory = torch.ones(max(1024, size // 4))
     repeats = max(1, 200_000_000 // size)
     speeds = [model._engine.read_speed(memory.data_ptr(), memory.numel(), repeats) for _ in range(5)]
@@ -161,7 +163,7 @@ def reading(model: CppModel, size: int) -> Outcome:
 
 
 def peak(model: CppModel) -> Outcome:
-    """Float32 products whose weights are in the nearest cache: the roof of arithmetic; the best of twenty."""
+    """Time float32 products with cached weights, the limit of arithmetic; the best of twenty."""
     rows, outputs, inputs = 8 * 64, 64 * model.threads, 128
     shape = library().Shape(
         kind=0, outputs=outputs, inputs=inputs, wide=True, pair=False, scale_group=0, zeros=False, factor=False,
@@ -178,7 +180,7 @@ def peak(model: CppModel) -> Outcome:
 
 
 def draw_roofline(lab: Lab, file: Path) -> None:
-    """The roofline (Williams, Waterman, Patterson 2009): operations per second over operations per byte."""
+    """Draw the roofline (Williams, Waterman, Patterson 2009): operations per second over operations per byte."""
     rungs: list[dict[str, Any]] = [line for line in lab.table("ladder") if "gflop_per_s" in line]
     roofs = {line["variant"]: line for line in lab.table("machine")}
     if not rungs or "float32 arithmetic" not in roofs or "gflop_per_s" not in roofs["float32 arithmetic"]:
@@ -186,10 +188,10 @@ def draw_roofline(lab: Lab, file: Path) -> None:
     arithmetic = roofs.pop("float32 arithmetic")["gflop_per_s"]
     title = f"one token of {rungs[0]['model']}: {rungs[0]['threads']} threads, {rungs[0]['instruction_set']}"
     with figure(file, 1, 1, (9, 5), title + lab.mark) as (axes,):
-        places = [0.25 * 2 ** (step / 8) for step in range(41)]
+        intensities = [0.25 * 2 ** (step / 8) for step in range(41)]
         for style, (name, line) in zip(("--", "-.", ":"), roofs.items(), strict=False):
-            roof = [min(line["gb_per_s"] * place, arithmetic) for place in places]
-            axes.plot(places, roof, style, color=GREY, linewidth=1, label=f"{name}: {line['gb_per_s']:.0f} GB/s")
+            roof = [min(line["gb_per_s"] * intensity, arithmetic) for intensity in intensities]
+            axes.plot(intensities, roof, style, color=GREY, linewidth=1, label=f"{name}: {line['gb_per_s']:.0f} GB/s")
         axes.axhline(arithmetic, color="black", linewidth=1, label="float32 arithmetic")
         for place, line in enumerate(rungs):
             intensity = line["gflop_per_s"] / line["gb_per_s"]

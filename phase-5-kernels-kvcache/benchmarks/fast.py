@@ -1,9 +1,9 @@
-"""Loops whose steps run in C++: what speculation gives in each number format, on a small model and on a large one.
+"""Speculative decoding with C++ steps in each number format, on a small and a large model.
 
-The baseline is plain decoding by the same kernels in the same format. Greedy drafts must write its tokens, and so must
-drafts that share its noise (`coupled`): in C++ a token's bits do not depend on how many are verified together. The
-draft model's weights are int8 throughout. Beside them: plain decoding inside one call, and the time from the start of
-the process to the first token.
+The baseline is plain decoding by the same kernels in the same format. Greedy and `coupled` speculation must give its
+tokens: in C++ a token's bits do not depend on how many are verified in one forward pass. The draft model's weights are
+always int8. Also measured: plain decoding inside one call, and the time from the start of the process to the first
+token.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from engine.kernels.cpp.weights import Weights
 from .runs import Lab
 
 FAST = {
-    "fast": "speculation with steps in C++ against plain decoding with the same; format: of the weights, a draft's are "
+    "fast": "speculative against plain decoding, both with C++ steps; format: of the target's weights, the draft's are "
     "int8; best K: the draft length that was fastest on the calibrate half (fast_k)",
     "fast_k": "fixed draft lengths on the calibrate half, from which `best K` is chosen",
-    "fast_drafters": "other drafters, with steps in C++",
-    "loop": "plain greedy decoding of 256 tokens inside one call into C++, by format and threads",
-    "cold_start": "one token: from the start of generate.py to its first token, kernels built before",
+    "fast_drafters": "other drafters, with C++ steps",
+    "loop": "plain greedy decoding of 256 tokens inside one C++ call, by format and threads",
+    "cold_start": "from the start of generate.py to its first token, with compiled kernels",
 }
-LARGE = "100M inflation"  # of the embedded model: the same function at the cost of a large one
+LARGE = "100M inflation"  # the embedded model's function at the cost of a large model
 DRAFT = "stdlib-1m"
-CALIBRATE = 12  # prompts by which K is chosen
+CALIBRATE = 12  # prompts for choosing K
 LOOP_TOKENS = 256
 
 
@@ -70,7 +70,7 @@ def of_large(lab: Lab) -> None:
 
 @contextmanager
 def large_model(lab: Lab) -> Iterator[Path]:
-    """A temporary folder; nothing is written in a dry run."""
+    """Write the large model to a temporary folder; a dry run writes nothing."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "large"
         if not lab.options.dry_run:
@@ -79,7 +79,7 @@ def large_model(lab: Lab) -> Iterator[Path]:
 
 
 def of_format(lab: Lab, model: str, format: str, temperature: float, wanted: dict[str, Any]) -> None:
-    """One cell: K is chosen on the calibrate half, and timed on the test half beside the controller."""
+    """Measure one cell: choose K on the calibrate half, and time it and the controller on the test half."""
     cell: dict[str, Any] = {
         "model": model, "format": format, "temperature": temperature, "instruction_set": lab.instruction_set
     }  # fmt: skip
@@ -87,7 +87,7 @@ def of_format(lab: Lab, model: str, format: str, temperature: float, wanted: dic
     plain = lab.decoder(**{**options, "draft": "none"})
     draft = {**options, "draft_quant": "int8"}
     fixed = {f"K = {k}": lab.decoder(figures={"k": k}, k=k, **draft) for k in lab.options.k}
-    # Here a token's bits do not depend on how many are computed together, so this holds in every format.
+    # In C++ a token's bits do not depend on the batch, so tokens are equal in every format.
     exact = [] if temperature else [*fixed, "best K", "cost"]
     once = lab.with_options(rounds=lab.options.rounds or 1)
     once.compare("fast_k", cell, {"plain": plain, **fixed}, lab.prompts(CALIBRATE, "calibrate"), exact=exact)
@@ -102,7 +102,7 @@ def number_format(format: str) -> dict[str, str]:
 
 
 def fastest(lab: Lab, cell: dict[str, Any]) -> str:
-    """The fixed K with the best ratio on the calibrate half. UserError where none ran."""
+    """Return the fixed K with the best ratio on the calibrate half. UserError if none ran."""
     lines = [line for line in lab.table("fast_k") if all(line[name] == value for name, value in cell.items())]
     ratios = {line["variant"]: line["speedup"] for line in lines if "K" in line["variant"] and "speedup" in line}
     if not ratios:
@@ -111,7 +111,7 @@ def fastest(lab: Lab, cell: dict[str, Any]) -> str:
 
 
 def of_drafters(lab: Lab, temperature: float) -> None:
-    """EAGLE and Medusa, whose steps are one call for the draft and one for the target; n-grams, which are no call."""
+    """Measure n-grams, EAGLE and Medusa; the last two make one C++ call for the draft and one for the target."""
     options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature}
     runs = {"plain": lab.decoder(draft="none", **options)}
     runs |= {name: run for name, run in lab.drafting(**options).items() if not name.startswith("model")}
@@ -120,7 +120,7 @@ def of_drafters(lab: Lab, temperature: float) -> None:
 
 
 def measure_loops(lab: Lab) -> None:
-    """What is left when nothing but the kernels runs."""
+    """Measure plain decoding with nothing but the kernels."""
     formats: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
     for model in dict.fromkeys((lab.options.model, DRAFT)):
         loaded = cache(lambda name=model: load(name, torch.float32, torch.device("cpu")))
@@ -150,7 +150,7 @@ def loop(loaded: Any, weights: Weights, threads: int) -> Variant:
 
 
 def measure_cold_start(lab: Lab) -> None:
-    """With the kernels in C++, and with torch's operations alone."""
+    """Measure the start with C++ kernels, and with torch alone."""
     cell = {"model": lab.options.model, "instruction_set": lab.instruction_set}
     lab.compare("cold_start", cell, {name: first_token(lab.options.model, name) for name in ("cpp", "torch")})
 

@@ -1,8 +1,8 @@
-"""Every op of the GPU backends at two models' shapes: GB/s, and what share that is of a copy on the same card.
+"""Every op of the GPU backends at two models' shapes: GB/s, and its share of a copy on the same GPU.
 
-What decoding costs is bytes: so each op is held against the bytes that it must read and write. And what the same bits
-for 1 and 16 rows cost, against the kernel that need not give them. A kernel is checked before it is timed. It runs on a
-card alone; `--dry-run` walks the grid.
+Decoding is limited by memory bandwidth, so each op is compared with the bytes that it must read and write. The cost of
+equal bits for 1 and 16 rows is measured against a kernel without this guarantee. A kernel is checked before it is
+timed. Needs a GPU; `--dry-run` walks the grid.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .gpu_timing import Replay, alone, copies_for, measure_copy, on_card, record
 from .runs import Lab
 
 GPU_KERNELS = {
-    "kernels": "every op at a model's shape, by backend; rows: tokens that are computed together; `free`: the kernel "
-    "that may add up in any order, against that whose bits do not depend on the rows. ms_per_token: of one call; "
-    "inputs come from memory, launches are replayed as a graph",
-    "copy": "torch's copy of 1 GiB on the same card, read and written",
+    "kernels": "every op at a model's shape, by backend; rows: tokens in the batch; `free`: a kernel that may sum in any "
+    "order, against one whose bits do not depend on the rows. ms_per_token: of one call; inputs are read from "
+    "memory, launches are replayed as a graph",
+    "copy": "torch's copy of 1 GiB on the same GPU, read and written",
     "gb_per_s": "bytes that must be read and written, each once / time",
-    "of_bandwidth": "the time in which that copy moves as many bytes / the time that was taken",
+    "of_bandwidth": "time of that copy for as many bytes / measured time",
 }
 BYTES = {torch.bfloat16: 2, torch.int8: 1}
 
@@ -52,7 +52,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    tokens: int  # of the text that attention looks back on
+    tokens: int  # in the cache
 
     @property
     def qkv(self) -> int:
@@ -68,7 +68,7 @@ ROWS = (1, 5, 16)
 
 @dataclass(frozen=True)
 class Case:
-    """An op on a shape. `make(device, copies)` gives for every copy of the inputs what the function is called with."""
+    """An op on a shape. `make(device, copies)` returns the arguments of the function for every copy of the inputs."""
 
     shape: str
     op: str
@@ -76,7 +76,7 @@ class Case:
     rows: int
     nbytes: int
     make: Callable[[torch.device, int], list[tuple[Any, ...]]]
-    free: str | None = None  # where there is one: the op's counterpart that is not bound to an order
+    free: str | None = None  # the op's variant that may sum in any order, if there is one
 
 
 def cases() -> Iterator[Case]:
@@ -164,7 +164,7 @@ def make_attention(
 
 
 def small(shape: Shape, rows: int) -> Iterator[Case]:
-    """What is over before it has begun: for these the launch counts, and their share of a step."""
+    """Yield the small ops, whose time is mostly the launch."""
     nbytes = 4 * rows * shape.width
     yield Case(shape.name, "rms_norm", "a layer's width", rows, nbytes, partial(make_norm, shape, rows))
     heads = shape.heads + shape.kv_heads
@@ -186,10 +186,10 @@ def make_rope(shape: Shape, rows: int, device: torch.device, copies: int) -> lis
 
 
 def choosing(shape: Shape) -> Iterator[Case]:
-    """What ends a step: of K draft tokens, over the whole vocabulary."""
+    """Yield the ops that end a step: acceptance of K draft tokens, and sampling, over the whole vocabulary."""
     K, V = 4, shape.vocabulary
     yield Case(shape.name, "verify_greedy", f"{K} tokens", K + 1, 2 * (K + 1) * V, partial(make_greedy, K, V))
-    nbytes = 4 * (2 * K + 1) * V  # every probability once; which are read depends on what is drawn
+    nbytes = 4 * (2 * K + 1) * V  # every probability once; the exact number depends on the draw
     yield Case(shape.name, "verify_sample", f"{K} tokens", K + 1, nbytes, partial(make_verdict, K, V))
     for name, params in {
         "no filter": SamplingParams(temperature=1.0),
@@ -221,7 +221,7 @@ def make_sample(params: SamplingParams, V: int, device: torch.device, copies: in
 
 
 def measure_gpu_kernels(lab: Lab) -> None:
-    """UserError where there is no card and nothing was said of a dry run."""
+    """Measure all cases. UserError without a GPU, except in a dry run."""
     dry = lab.options.dry_run
     backends = ["triton", "cuda"] if dry else usable(lab.device)
     bandwidth = measure_copy(lab)
@@ -237,12 +237,12 @@ def usable(device: torch.device) -> list[str]:
     reasons = {backend: registry.why_not(backend, device) for backend in ("triton", "cuda")}
     if device.type != "cuda" or all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        raise UserError(f"kernels for a card cannot be timed here ({why}); --dry-run walks the grid")
+        raise UserError(f"GPU kernels cannot be timed here ({why}); --dry-run walks the grid")
     return [backend for backend, reason in reasons.items() if reason is None]
 
 
 def variants(case: Case, backends: list[str], device: torch.device, bandwidth: float, dry: bool) -> dict[str, Variant]:
-    """By backend a way to call it once on every copy of the inputs. All share the inputs, made when first needed."""
+    """Return a variant per backend, which calls the op on every copy of the inputs. All share the inputs."""
     copies = copies_for(case.nbytes)
 
     @cache
@@ -264,18 +264,18 @@ def variants(case: Case, backends: list[str], device: torch.device, bandwidth: f
 def prepare(
     case: Case, backend: str, free: bool, device: torch.device, inputs: Callable[[], list[tuple[Any, ...]]]
 ) -> Replay:
-    """Checked, then recorded as a graph. WrongResult for a kernel that is wrong."""
+    """Check a kernel, then record it as a graph. WrongResult if the check fails."""
     function: Callable[..., Any] = registry.functions(case.op, device)[backend]
     if free:
         function = without_order(backend, case.free)
     refuse_if_off(case, backend, function, inputs()[0])
     calls = [partial(function, *each) for each in inputs()]
-    # The tokens of `sample` go to the host, which no graph records.
+    # `sample` copies tokens to the host, which a graph cannot record.
     return alone(calls, device) if case.op == "sample" else replay(record(calls))
 
 
 def without_order(backend: str, op: str | None) -> Callable[..., Any]:
-    """The kernel that need not give the same bits for 1 and 16 rows."""
+    """Return the variant without equal bits for 1 and 16 rows."""
     if backend == "cuda":
         from engine.kernels import cuda
 
@@ -298,7 +298,7 @@ def refuse_if_off(case: Case, backend: str, function: Callable[..., Any], argume
 
 
 def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The reference may compute in the memory of what it is given."""
+    """Copy the arguments: the reference may compute in place."""
     return tuple(each.clone() if isinstance(each, Tensor) else each for each in arguments)
 
 

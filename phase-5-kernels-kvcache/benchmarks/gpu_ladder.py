@@ -1,6 +1,6 @@
-"""The CUDA ladders: `linear` and `decode_attention`, rung by rung, in GB/s and what share that is of a copy.
+"""The CUDA ladders: `linear` and `decode_attention`, rung by rung, in GB/s and as a share of a copy.
 
-Every rung is checked against torch before it is timed. It runs on a card alone; `--dry-run` walks the grid.
+Every rung is checked against torch before it is timed. Needs a GPU; `--dry-run` walks the grid.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .gpu_timing import Replay, copies_for, measure_copy, on_card, record, repla
 from .runs import Lab
 
 GPU_LADDER = {
-    "gpu_ladder": "1 to 5: a file of ladder/cuda; free: the engine's op without the promise that a "
-    "token's bits do not depend on how many are computed; engine: with it. The first rung is the baseline",
+    "gpu_ladder": "1 to 5: a file of ladder/cuda; free: the engine's op, whose bits may depend on "
+    "the batch size; engine: the op whose bits do not. The first rung is the baseline",
 }
 LINEAR = {"Llama-3.1-8B gate and up": (28672, 4096), "Llama-3.1-8B down": (4096, 14336), "gpt2-xl up": (6400, 1600)}
 # Query heads, key heads, features of a head, tokens.
@@ -55,7 +55,7 @@ def cases() -> list[Case]:
 
 
 def measure_gpu_ladder(lab: Lab) -> None:
-    """UserError where there is no card and nothing was said of a dry run."""
+    """Measure all rungs. UserError without a GPU, except in a dry run."""
     if not lab.options.dry_run:
         reason = f"this is {lab.device.type}" if lab.device.type != "cuda" else registry.why_not("cuda", lab.device)
         if reason is not None:
@@ -68,7 +68,7 @@ def measure_gpu_ladder(lab: Lab) -> None:
 
 
 def variants(case: Case, device: torch.device, bandwidth: float) -> dict[str, Variant]:
-    """By rung a way to call it on every copy of the inputs, which all share. WrongResult where one is wrong."""
+    """Return a variant per rung, which calls it on every copy of the shared inputs. WrongResult if a check fails."""
     copies = copies_for(case.nbytes)
 
     @cache
@@ -128,8 +128,8 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
         str(rung): [partial(ladder.attention, rung, query, keys, values, n) for keys, values in pairs] for rung in RUNGS
     }
     engine = registry.functions("decode_attention", device)["cuda"]
-    # The op copies to the card where a cache's tokens lie, and keeps that with the cache until another call comes. A
-    # graph reads it again: so every call has a cache and lists of its own, over the same keys and values.
+    # The op stores its metadata with the cache until the next call, and a graph reads it again. So every call has its
+    # own cache object and lists, over the same keys and values.
     for name, function in (("free", attention.unconstrained), ("engine", engine)):
         calls[name] = [partial(function, query[None, None], copy(cache), 0, [0], [1], [None]) for cache in caches]
     first_keys, first_values = (part.float()[None] for part in pairs[0])
@@ -138,11 +138,11 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
 
 
 def draw_gpu_ladder(lab: Lab, file: Path) -> None:
-    """The share of a copy's bandwidth, a line for every shape."""
+    """Draw the share of a copy's bandwidth, one line per shape."""
     lines = [line for line in lab.table("gpu_ladder") if not line["variant"].endswith(AGAIN)]
     if not lines:
         return
-    with figure(file, 1, 2, (6.2, 4.2), f"the CUDA ladders{lab.mark}") as panels:
+    with figure(file, 1, 2, (6.2, 4.2), f"CUDA ladders{lab.mark}") as panels:
         for axes, op in zip(panels, ("linear", "attention"), strict=True):
             for place, shape in enumerate(dict.fromkeys(x["shape"] for x in lines if x["op"] == op)):
                 mine = [line for line in lines if line["op"] == op and line["shape"] == shape]

@@ -1,8 +1,8 @@
-"""End to end on a card: our decode loop with each backend's kernels, against two peers that use torch.compile.
+"""End to end on a GPU: our decoding loop with each backend's kernels, against two peers that use torch.compile.
 
-The peers are transformers' `generate` with its static cache, whose forward it compiles; and a plain loop written for
-this bench in the manner of gpt-fast: a static cache, and one compiled decode step that is replayed as a CUDA graph.
-Same weights, same prompt, greedy. For gpt2-xl and Llama-3.1-8B the weights are random, and so is the text.
+The peers are transformers' `generate` with its static cache, whose forward it compiles, and a plain loop in the manner
+of gpt-fast: a static cache, and one compiled decoding step that is replayed as a CUDA graph. Same weights, same prompt,
+greedy. gpt2-xl and Llama-3.1-8B have random weights.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ GPU_PEERS = {
     "the checkpoint's own. compiled loop (the baseline): static cache, one compiled step, replayed as a CUDA graph; "
     "ours with a backend's kernels, and with a draft where the model has one; transformers' generate with a static "
     "cache and torch.compile",
-    "agreement": "of gpu_peers: share of the tokens before the first that is not the compiled loop's: in bfloat16 "
-    "roundings differ, and the first that differs changes all behind it",
+    "agreement": "of gpu_peers: share of the tokens before the first one that differs from the compiled loop's; in "
+    "bfloat16 roundings differ, and the first different token changes all later ones",
 }
 EMBEDDED = ("stdlib-10m", "stdlib-1m")
 Decode = Callable[[Prompt | None], list[int]]
 
 
 class CompiledLoop:
-    """Greedy decoding by a compiled step over one token at a position that is a tensor: one graph for all of them."""
+    """Greedy decoding by a compiled step for one token; its position is a tensor, so that one graph serves all."""
 
     def __init__(self, model: Transformer, tokens: int, compiled: bool = True) -> None:
-        """`tokens`: prompt and output at most."""
+        """Allocate the cache. `tokens`: most tokens of prompt and output."""
         config, weight = model.config, model.embedding.weight
         self.model, self.tokens = model, tokens
         size = (config.layers, 1, config.kv_heads, tokens, config.head_dim)
         self.keys = torch.zeros(size, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
-        self.places = torch.arange(tokens, device=weight.device)
-        self.tables = model.rotation_at(self.places, weight) if config.positions == "rope" else None
+        self.positions = torch.arange(tokens, device=weight.device)
+        self.tables = model.rotation_at(self.positions, weight) if config.positions == "rope" else None
         mode = "reduce-overhead" if weight.is_cuda else "default"
         self.step: Callable[[Tensor, Tensor], Tensor] = self.forward
         if compiled:
             self.step = torch.compile(self.forward, mode=mode, fullgraph=True)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens int64 [1, T] at positions [T] -> the most likely token behind the last: int64 [1, 1]."""
+        """Return the most likely token after the last: tokens int64 [1, T] at positions [T] -> int64 [1, 1]."""
         model, config = self.model, self.model.config
         x = model.embedding(tokens)
         rotation = None
@@ -68,7 +68,7 @@ class CompiledLoop:
             x = x + model.positions(positions + config.position_offset)
         else:
             rotation = self.tables[0][positions], self.tables[1][positions]
-        away = positions[:, None] - self.places[None, :]  # [T, tokens]
+        away = positions[:, None] - self.positions[None, :]  # [T, tokens]
         masks = {window: (away >= 0) & (away < (window or self.tokens)) for window in set(config.windows)}
         for number, layer in enumerate(model.layers):
             query, key, value = layer.before(x, rotation, None)  # type: ignore[operator]
@@ -83,20 +83,20 @@ class CompiledLoop:
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], count: int) -> list[int]:
-        """`count` tokens, whatever they are; the prompt goes through the plain forward."""
+        """Decode `count` tokens, without stopping at EOS; the prompt uses the forward that is not compiled."""
         if len(prompt) + count > self.tokens:
             raise ValueError(f"{len(prompt) + count} tokens; there is room for {self.tokens}")
         at = len(prompt)
-        token = self.forward(torch.tensor([prompt], device=self.places.device), self.places[:at])
+        token = self.forward(torch.tensor([prompt], device=self.positions.device), self.positions[:at])
         found = [token]
         for position in range(at, at + count - 1):
-            token = self.step(token, self.places[position : position + 1]).clone()  # a graph's output is overwritten
+            token = self.step(token, self.positions[position : position + 1]).clone()  # a graph's output is overwritten
             found.append(token)
         return torch.cat(found, 1)[0].tolist()
 
 
 class StaticPeer(TransformersPeer):
-    """transformers' `generate` with its static cache; on a card it compiles the forward itself."""
+    """transformers' `generate` with its static cache; on a GPU it compiles the forward."""
 
     def decode(self, prompt: list[int], count: int) -> list[int]:
         tokens = torch.tensor([prompt], device=self.device)
@@ -114,16 +114,16 @@ class StaticPeer(TransformersPeer):
 
 
 def measure_gpu_peers(lab: Lab) -> None:
-    """UserError where there is no card and nothing was said of a dry run."""
+    """Measure all models. UserError without a GPU, except in a dry run."""
     if not lab.options.dry_run and lab.device.type != "cuda":
-        raise UserError(f"the peers on a card need a card, and this is {lab.device.type}; --dry-run walks their grid")
+        raise UserError(f"the GPU peers need a GPU, and this is {lab.device.type}; --dry-run walks their grid")
     for name in EMBEDDED[:1] if lab.options.quick else (*EMBEDDED, *SHAPES):
-        with ExitStack() as stack:  # a model at a time: it is given back before the next one comes
+        with ExitStack() as stack:  # one model at a time: freed before the next one
             of_model(lab, name, stack)
 
 
 def of_model(lab: Lab, name: str, stack: ExitStack) -> None:
-    """One prompt: another length would be compiled anew."""
+    """Measure one model with one prompt: another length would compile again."""
     random = name in SHAPES
     cell = {"model": name, "weights": "random" if random else "own", "dtype": "bfloat16"}
     if not lab.finished("gpu_peers", cell):
@@ -132,7 +132,7 @@ def of_model(lab: Lab, name: str, stack: ExitStack) -> None:
 
 
 def decoders(lab: Lab, path: Callable[[], str], drafts: bool) -> dict[str, Variant]:
-    """By name a run that gives exactly `--max-tokens` tokens."""
+    """Return variants by name, each of exactly `--max-tokens` tokens."""
     count = lab.options.max_tokens
     loaded = cache(lambda: load(path(), torch.bfloat16, lab.device))
 
@@ -168,7 +168,7 @@ def decoders(lab: Lab, path: Callable[[], str], drafts: bool) -> dict[str, Varia
         def run(prompt: Prompt | None, round_: int) -> Outcome:
             began = time.perf_counter()
             tokens = make()(prompt)
-            seconds = time.perf_counter() - began  # the tokens have come to the host
+            seconds = time.perf_counter() - began  # the tokens are on the host
             if len(tokens) != count:
                 raise UserError(f"{len(tokens)} tokens came, expected {count}")
             pairs = zip(tokens, wanted(prompt), strict=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of large models' shapes with random weights: speed can be measured on them, and nothing else.
+"""Checkpoints with the shapes of large models and random weights, for measuring speed only.
 
 with shape_folder("gpt2-xl", torch.device("cuda")) as folder: ...
 """
@@ -39,7 +39,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 def shape_folder(
     shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **changed: Any
 ) -> Iterator[Path]:
-    """A temporary folder that loads like any other, with the embedded tokenizer; the weights are drawn on the device.
+    """Write a checkpoint with random weights and the embedded tokenizer to a temporary folder.
 
     `changed` replaces numbers of the configuration. UserError for an unknown shape.
     """

@@ -1,7 +1,7 @@
-"""Timing kernels on a card: captured in a graph, so that starting them costs nothing, and from memory, not a cache.
+"""Times GPU kernels without launch overhead, and with inputs from memory rather than the L2 cache.
 
-A kernel that takes ten microseconds is over before Python has started the next. So some launches, each on inputs of its
-own, are recorded once (a CUDA graph) and replayed as one; together their inputs are larger than the card's cache.
+A kernel of ten microseconds ends before Python launches the next. So several launches, each with its own inputs, are
+recorded as a CUDA graph and replayed; their inputs exceed the GPU's cache.
 
     seconds = replay(record([call] * copies))()
 """
@@ -21,18 +21,18 @@ from common.prompts import Prompt
 
 from .runs import Lab
 
-FLUSHED = 512 << 20  # bytes that no card's cache holds
+FLUSHED = 512 << 20  # bytes, more than any GPU's cache
 COPIED, ROUNDS = 1 << 30, 20
-Replay = Callable[[], float]  # runs what was prepared: its seconds
+Replay = Callable[[], float]  # runs the prepared calls, and returns their seconds
 
 
 def copies_for(nbytes: int, most: int = 32) -> int:
-    """How many inputs of this size go through memory in turn before one comes back."""
+    """Return how many copies of inputs of this size exceed the GPU's cache."""
     return max(2, min(most, -(-FLUSHED // nbytes)))
 
 
 def record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One after the other, in a graph; each was called before, so all that is made once has been made."""
+    """Call everything once, to initialise it, then record the calls in a graph."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def replay(graph: torch.cuda.CUDAGraph) -> Replay:
-    """Replays the graph: its seconds by the card's own clock."""
+    """Return a function that replays the graph and returns its seconds by the GPU's clock."""
 
     def run() -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -58,7 +58,7 @@ def replay(graph: torch.cuda.CUDAGraph) -> Replay:
 
 
 def alone(calls: Sequence[Callable[[], object]], device: torch.device) -> Replay:
-    """Makes the calls one by one: their seconds, launches and answers included."""
+    """Return a function that makes the calls one by one and returns their seconds, launches included."""
 
     def run() -> float:
         torch.cuda.synchronize(device)
@@ -72,7 +72,7 @@ def alone(calls: Sequence[Callable[[], object]], device: torch.device) -> Replay
 
 
 def on_card(make: Callable[[], Replay], calls: int, nbytes: int, bandwidth: float) -> Variant:
-    """A variant of `calls` calls that must each move so many bytes, on a card that copies at `bandwidth` bytes/s."""
+    """Return a variant of `calls` calls that each move `nbytes`, on a GPU that copies at `bandwidth` bytes/s."""
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
         figures = {"gb": calls * nbytes / 1e9, "bandwidth_s": calls * nbytes / bandwidth}
@@ -82,7 +82,7 @@ def on_card(make: Callable[[], Replay], calls: int, nbytes: int, bandwidth: floa
 
 
 def measure_copy(lab: Lab) -> float:
-    """Bytes read and written per second by torch's own copy of 1 GiB: what kernels are held against. Rows of `copy`."""
+    """Measure torch's copy of 1 GiB, in bytes read and written per second, as rows of `copy`."""
 
     @cache
     def made() -> Replay:

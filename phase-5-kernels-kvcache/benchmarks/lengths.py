@@ -1,7 +1,7 @@
-"""One more token behind a text of n tokens: what it costs without a cache, with each kind, and what the cache takes.
+"""One more token after n tokens: its time without a cache and with each kind, and the memory of the cache.
 
-The with-and-without curve is the lesson's picture: a text of n tokens costs n^2 in all where nothing is remembered. The
-embedded model ends at its context; a Llama shape with random weights goes on to 4,096 tokens.
+Without a cache a sequence of n tokens costs n^2 in total. The embedded model is measured up to its context, a Llama
+shape with random weights up to 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from engine.weights import lay_out
 from .runs import Lab
 
 LENGTHS = {
-    "lengths": "the next token's logits behind a text of `length` tokens, which the cache holds; without a cache, of "
-    "the whole text; shape: the embedded model, or one of 4 layers, 512 wide, 8 heads over 2 of keys, random weights",
-    "prefill_ms": "all tokens of the text go through the model, in chunks of 512; measured once",
+    "lengths": "time of the next token's logits after `length` cached tokens; without a cache, of the "
+    "whole sequence; shape: the embedded model, or one of 4 layers, 512 wide, 8 heads over 2 of keys, random weights",
+    "prefill_ms": "time of a forward pass over the sequence, in chunks of 512; measured once",
     "append_ms": "writing one token's keys and values in all layers, and reading them for attention; no arithmetic",
-    "cache_mib": "memory that the cache takes for this text, with room for a tree of 64 guesses",
+    "cache_mib": "memory of the cache for this sequence, with room for a tree of 64 draft tokens",
 }
 RANDOM = "random Llama shape"
 SIZES = (32, 64, 128, 256, 512, 1000)
@@ -69,7 +69,7 @@ def random_llama(like: engine.Transformer) -> engine.Transformer:
 
 
 def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
-    """A run is one token behind the text; the one of the run before is taken back."""
+    """Time one token after the sequence; each run replaces the token of the run before."""
 
     @cache
     def made() -> tuple[engine.Transformer, ModelRunner, list[int], float]:
@@ -99,7 +99,7 @@ def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
 
 @torch.inference_mode()
 def appending_ms(model: engine.Transformer, runner: CachedRunner) -> float:
-    """One token more in every layer, as a forward does it, and back."""
+    """Time the append and read of one token in every layer."""
     config, kept = model.config, runner.texts.cache
     number = runner.texts.rows["text"].number
     key = torch.randn(1, config.kv_heads, config.head_dim).to(model.embedding.weight)

@@ -1,7 +1,7 @@
 """llama.cpp as a peer: the same weights as a GGUF file, run through its C API.
 
-Needs llama-cpp-python and gguf (the extra `peers`). What is timed is llama_decode in a loop, at the
-thread count that is fastest here; tokens are chosen in Python by numpy's argmax, outside of what is timed.
+Needs llama-cpp-python and gguf (the extra `peers`). The time is that of llama_decode in a loop, at the thread count
+that is fastest on this machine. numpy's argmax chooses tokens, outside of the timed part.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Format = Literal["f32", "f16", "q8_0"]
 
 
 def why_not(config: ModelConfig | None = None) -> str | None:
-    """Why llama.cpp cannot be asked, or None."""
+    """Return why llama.cpp cannot be measured, or None."""
     for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
         try:
             __import__(module)
@@ -37,7 +37,7 @@ def why_not(config: ModelConfig | None = None) -> str | None:
 
 
 def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) -> None:
-    """The checkpoint's weights in llama.cpp's layout; norms stay float32. UserError for what is no plain Llama."""
+    """Write the checkpoint as GGUF; norms stay float32. UserError if it is not a plain Llama."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
     from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) ->
 
 
 def gguf_name(name: str) -> str | None:
-    """What GGUF calls a tensor of a Llama checkpoint."""
+    """Return the GGUF name of a tensor of a Llama checkpoint."""
     whole = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -105,14 +105,14 @@ def gguf_name(name: str) -> str | None:
 
 
 def pairs_side_by_side(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp turns features 2i and 2i + 1 against each other; the checkpoint has them half a head apart."""
+    """Permute for RoPE: llama.cpp rotates features 2i and 2i + 1, the checkpoint features half a head apart."""
     out, width = weight.shape
     return weight.view(heads, 2, out // heads // 2, width).transpose(1, 2).reshape(out, width)
 
 
 @cache
 def _quiet() -> Any:
-    """The callback that swallows llama.cpp's log. llama.cpp keeps it for the whole process, so it is never freed."""
+    """Return a callback that discards llama.cpp's log; llama.cpp keeps it, so it must never be freed."""
     import llama_cpp
 
     return llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -122,7 +122,7 @@ class LlamaCpp:
     """One model and one context of llama.cpp."""
 
     def __init__(self, file: Path, vocab: int, tokens: int, threads: int, repack: bool = True) -> None:
-        """`repack`: let llama.cpp put weights into the layouts it prefers: see `repacks`."""
+        """Load a model. `repack`: let llama.cpp convert the weights to its own layouts; see `repacks`."""
         import llama_cpp
 
         self.api: Any = llama_cpp
@@ -142,7 +142,7 @@ class LlamaCpp:
         self.held = 0
 
     def decode(self, tokens: list[int], every: bool = False) -> None:
-        """A forward over new tokens behind those held; logits of the last one, or of all."""
+        """Run a forward pass over new tokens after the cached ones; logits of the last one, or of all."""
         batch = self.batch
         batch.n_tokens = len(tokens)
         for at, token in enumerate(tokens):
@@ -153,12 +153,12 @@ class LlamaCpp:
         self.held += len(tokens)
 
     def logits(self, count: int = 1) -> NDArray[np.float32]:
-        """[count, V] of the last forward's asked tokens."""
+        """Return the logits [count, V] of the last forward pass."""
         found: Any = self.api.llama_get_logits(self.context)
         return np.ctypeslib.as_array(found, shape=(count, self.vocab)).copy()
 
     def cut(self, length: int) -> None:
-        """Forget what lies behind the first `length` tokens."""
+        """Cut the cache to its first `length` tokens."""
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, length, -1)
         self.held = length
 
@@ -166,12 +166,12 @@ class LlamaCpp:
         self.api.llama_set_n_threads(self.context, threads, threads)
 
     def time_steps(self, width: int, steps: int) -> float:
-        """Seconds per forward of `width` tokens; those of one go on, those of several are taken back each time."""
+        """Return seconds per forward pass of `width` tokens; for several, the cache is cut back each time."""
         start, total = self.held, 0.0
         for _ in range(steps):
             began = time.perf_counter()
             self.decode([7] * width, every=True)
-            self.api.llama_get_logits(self.context)  # waits until they are there
+            self.api.llama_get_logits(self.context)  # waits for the logits
             total += time.perf_counter() - began
             if width > 1:
                 self.cut(start)
@@ -184,9 +184,9 @@ class LlamaCpp:
 
 
 def repacks(file: Path, vocab: int) -> bool:
-    """Whether llama.cpp survives a forward over repacked weights: tried in a process of its own.
+    """Return True if llama.cpp runs a forward pass over repacked weights without a crash, in its own process.
 
-    On virtual machines that announce AMX, its int8 kernels can end in a segmentation fault.
+    On virtual machines that report AMX, its int8 kernels can crash with a segmentation fault.
     """
     code = (
         "import sys; from pathlib import Path; from benchmarks.llama_cpp import LlamaCpp;"
@@ -197,7 +197,7 @@ def repacks(file: Path, vocab: int) -> bool:
 
 
 def compare_logits(peer: LlamaCpp, ours: Tensor, tokens: list[int]) -> float:
-    """The largest difference of the peer's logits from ours [T, V], as a share of the largest logit."""
+    """Return the largest difference of the peer's logits from ours [T, V], relative to the largest logit."""
     peer.cut(0)
     peer.decode(tokens, every=True)
     theirs = torch.from_numpy(peer.logits(len(tokens)))

@@ -1,7 +1,7 @@
-"""Kernels against what the machine allows, and against others: the sections `ladder`, `peers` and `kernels`.
+"""Kernels against the limits of the machine and against other engines: the sections `ladder`, `peers` and `kernels`.
 
-On a processor the ladder and the peers are those of the C++ backend, on a graphics card those of CUDA and Triton; what
-a machine lacks is a row that says so. A dry run walks the grids of both.
+On a CPU the ladder and the peers are those of the C++ backend, on a GPU those of CUDA and Triton. A row says what the
+machine lacks. A dry run walks the grids of both.
 
     python bench.py --ladder --output results
     python bench.py --peers --output results
@@ -43,4 +43,4 @@ def measure_kernels(lab: Lab) -> None:
     if on_card(lab) or lab.options.dry_run:
         measure_gpu_kernels(lab)
     elif "kernels" in lab.options.only:
-        raise UserError("kernels for graphics cards are timed on one, and this is a CPU; --dry-run walks their grid")
+        raise UserError("GPU kernels need a GPU, and this is a CPU; --dry-run walks their grid")

@@ -1,7 +1,7 @@
-"""Others on the same weights: transformers' generate, assisted generation and prompt lookup; llama.cpp (`--peers`).
+"""Other engines on the same weights (`--peers`): llama.cpp, and transformers' generate with its ways to speculate.
 
-All decode greedily behind the same prompts, in turns. llama.cpp is timed through its C API (see llama_cpp.py), at the
-thread count that is fastest for it. Logits are held against the float32 torch model's first.
+All decode greedily after the same prompts, interleaved. llama.cpp is timed through its C API (see llama_cpp.py), at its
+fastest thread count. Logits are compared with the float32 torch model's before timing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .cpu_ladder import read_speed
 from .runs import Lab
 
 PEERS = {
-    "peers": "greedy decoding behind the first 64 tokens of a prompt; new_tokens 1: a forward and its choice for every "
-    "token, new_tokens 5: forwards that give the logits of five (nothing is kept of them), per forward. Of "
-    "transformers the time of a whole request, its prompt included",
-    "logits": "largest difference from the float32 torch model's logits, as a share of the largest logit",
-    "note": "what is special about how a peer ran",
+    "peers": "greedy decoding after the first 64 tokens of a prompt; new_tokens 1: a forward and its argmax for every "
+    "token, new_tokens 5: forwards over five tokens with their logits, which are not kept. For "
+    "transformers the time of a whole request, including its prompt",
+    "logits": "largest difference from the float32 torch model's logits, relative to the largest logit",
+    "note": "how a peer ran, if not as usual",
 }
 BOUNDS = {"f16": 5e-3, "q8_0": 0.1, "float16": 1e-3, "bfloat16": 3e-2, "int8": 0.1}
 RANDOM = "random-100m"
@@ -57,7 +57,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def opened(name: str) -> Iterator[LoadedModel]:
-    """The checkpoint of this name; random weights lie in a temporary folder as long as they are needed."""
+    """Load a checkpoint by name; random weights are in a temporary folder until the exit."""
     if name != RANDOM:
         yield load(name, torch.float32, torch.device("cpu"))
         return
@@ -77,16 +77,16 @@ def opened(name: str) -> Iterator[LoadedModel]:
 
 @dataclass
 class Peer:
-    """A model of ours or of llama.cpp. Both functions give the seconds of some forwards, one token or more wide."""
+    """A model of ours or of llama.cpp."""
 
-    prefill: Callable[[list[int]], Tensor]  # takes a prompt into an empty cache -> its logits [T, V]
-    forwards: Callable[[int, int], float]  # width, count
+    prefill: Callable[[list[int]], Tensor]  # prompt -> its logits [T, V], with the prompt in the cache
+    forwards: Callable[[int, int], float]  # width, count -> seconds of `count` forwards over `width` tokens
     nbytes: float  # of matrices
     note: str
 
 
 class Peers:
-    """Everyone who decodes one model, made when first needed."""
+    """The engines for one model, created on first use."""
 
     def __init__(self, lab: Lab, name: str, stack: ExitStack) -> None:
         self.lab, self.tokens = lab, lab.options.max_tokens
@@ -125,7 +125,7 @@ class Peers:
         return Peer(prefill, forwards, fast.weight_bytes, f"activations {fast.activations}")
 
     def llama(self, format: llama_cpp.Format) -> Peer:
-        """llama.cpp at the number of threads that is fastest for it."""
+        """Return llama.cpp at its fastest thread count."""
         file, config = self.folder() / f"{format}.gguf", self.loaded().config
         llama_cpp.write_gguf(self.loaded().checkpoint.folder, config, file, format)
         repack = llama_cpp.repacks(file, config.vocab_size)
@@ -148,7 +148,7 @@ class Peers:
         return Peer(prefill, lambda width, count: count * made.time_steps(width, count), file.stat().st_size, note)
 
     def timed(self, name: str, make: Callable[[], Peer], width: int) -> Variant:
-        """WrongResult where the logits are not the model's."""
+        """Return a variant of an engine. WrongResult if its logits differ from the model's."""
         bound = BOUNDS[name.split()[-1]]
 
         @cache
@@ -171,7 +171,7 @@ class Peers:
         return run
 
     def transformers(self, **options: Any) -> Variant:
-        """Their loops with a cache, in float32."""
+        """Return a variant of transformers' generate with a cache, in float32."""
         device = torch.device("cpu")
 
         @cache

@@ -1,4 +1,4 @@
-"""The figures of the bench, drawn from its derived tables."""
+"""Draws the figures of the bench from its derived tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .runs import Lab
 
 
 def draw(lab: Lab, folder: Path) -> None:
-    """Whatever the rows allow."""
+    """Draw every figure that has rows."""
     if lab.rows("lengths"):
         lengths(lab, folder / "lengths.png")
     if lab.rows("verification"):
@@ -26,23 +26,23 @@ def draw(lab: Lab, folder: Path) -> None:
 
 
 def lines_of(lab: Lab, section: str, column: str) -> list[dict[str, Any]]:
-    """Lines that have a value, without the null arm."""
+    """Return the lines of a table with a value in `column`, without the null arm."""
     return [line for line in lab.table(section) if column in line and not line["variant"].endswith(", again")]
 
 
 def lengths(lab: Lab, file: Path) -> None:
-    """One more token behind a text of n: what it takes with and without a cache, and what the cache takes."""
+    """Draw the time of one more token after n, with and without a cache, and the memory of the cache."""
     lines = lines_of(lab, "lengths", "ms_per_token")
     shapes = list(dict.fromkeys(line["shape"] for line in lines))
-    with figure(file, max(1, len(shapes)), 2, (5.6, 4.0), f"one more token behind a text{lab.mark}") as panels:
+    with figure(file, max(1, len(shapes)), 2, (5.6, 4.0), f"One more token after a sequence{lab.mark}") as panels:
         for shape, (time, memory) in zip(shapes, zip(panels[::2], panels[1::2], strict=True), strict=False):
             of_shape = [line for line in lines if line["shape"] == shape]
-            for place, name in enumerate(dict.fromkeys(line["variant"] for line in of_shape)):
+            for number, name in enumerate(dict.fromkeys(line["variant"] for line in of_shape)):
                 mine = [line for line in of_shape if line["variant"] == name]
                 at = [line["length"] for line in mine]
-                time.plot(at, [line["ms_per_token"] for line in mine], label=name, **look(place))
+                time.plot(at, [line["ms_per_token"] for line in mine], label=name, **look(number))
                 if all("cache_mib" in line for line in mine):
-                    memory.plot(at, [line["cache_mib"] for line in mine], label=name, **look(place))
+                    memory.plot(at, [line["cache_mib"] for line in mine], label=name, **look(number))
             time.set_yscale("log")
             time.set_ylabel("ms (logarithmic)")
             memory.set_ylabel("MiB of cache")
@@ -54,24 +54,24 @@ def lengths(lab: Lab, file: Path) -> None:
 
 
 def verification(lab: Lab, file: Path) -> None:
-    """Cost in forwards of one token, with its interval: the inverse of the ratio."""
+    """Draw the cost of m tokens in forward passes of one token, the inverse of the ratio, with its interval."""
     lines = lines_of(lab, "verification", "ms_per_token")
-    with figure(file, 1, 1, (7.2, 4.2), f"what verification costs{lab.mark}") as (axes,):
+    with figure(file, 1, 1, (7.2, 4.2), f"Cost of verification{lab.mark}") as (axes,):
         cells = dict.fromkeys((line["cache"], line["length"]) for line in lines)
-        for place, (kind, length) in enumerate(cells):
+        for number, (kind, length) in enumerate(cells):
             mine = [line for line in lines if (line["cache"], line["length"]) == (kind, length)]
             costs = [1 / line.get("speedup", 1.0) for line in mine]
             axes.errorbar(
                 [int(line["variant"]) for line in mine], costs, errors(mine, costs),
-                linestyle="--" if kind == "off" else "-", capsize=2, label=f"{kind}, {length}", **look(place),
+                linestyle="--" if kind == "off" else "-", capsize=2, label=f"{kind}, {length}", **look(number),
             )  # fmt: skip
         axes.set_xlabel("new tokens in one forward")
-        axes.set_ylabel("times as long as one")
+        axes.set_ylabel("time, in forwards of one token")
         axes.legend(title="cache, tokens in the text", fontsize="small")
 
 
 def errors(lines: Sequence[dict[str, Any]], costs: Sequence[float]) -> list[list[float]]:
-    """Distances of the interval's ends from the cost; 0 where there is none."""
+    """Return the distances of the interval's ends from the cost; 0 without an interval."""
     below, above = list[float](), list[float]()
     for line, cost in zip(lines, costs, strict=True):
         low, high = line.get("speedup_low"), line.get("speedup_high")
@@ -81,15 +81,15 @@ def errors(lines: Sequence[dict[str, Any]], costs: Sequence[float]) -> list[list
 
 
 def survival(lab: Lab, section: str, file: Path) -> None:
-    """How many drafts stand up to their j-th token, by drafter; samples alone, because greedy text loops."""
+    """Draw the share of drafts accepted up to token j, by drafter; samples only, because greedy text loops."""
     lines = [line for line in lines_of(lab, section, "survival") if line["temperature"] > 0]
     if not lines:
         return
-    with figure(file, title=f"draft tokens that stand, {lab.options.model}{lab.mark}") as (axes,):
-        for place, line in enumerate(lines):
+    with figure(file, title=f"Accepted draft tokens, {lab.options.model}{lab.mark}") as (axes,):
+        for number, line in enumerate(lines):
             depth = range(1, len(line["survival"]) + 1)
-            axes.plot(depth, line["survival"], label=f"{line['variant']}, {line['temperature']:g}", **look(place))
+            axes.plot(depth, line["survival"], label=f"{line['variant']}, {line['temperature']:g}", **look(number))
         axes.set_ylim(0, 1)
         axes.set_xlabel("position in the draft")
-        axes.set_ylabel("share of the drafts that stand so far")
+        axes.set_ylabel("share of drafts accepted up to here")
         axes.legend(title="drafter, temperature", fontsize="small")

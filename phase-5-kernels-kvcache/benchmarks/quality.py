@@ -1,7 +1,7 @@
-"""What fewer bits cost in perplexity of held-out text: in a cache, and in what the C++ kernels multiply.
+"""The cost of fewer bits in perplexity of held-out text: in the cache, and in the C++ kernels.
 
-The second half of each window of 512 tokens counts. For the caches, windows are fed in pieces of 32, so that all but a
-piece's own tokens were stored and read again. A row is a window.
+The second half of each window of 512 tokens counts. For caches, a window is computed in pieces of 32 tokens, so that
+each piece reads the earlier ones from the cache. A row is a window.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from engine.runner import NO_DRAFT, CachedRunner, make_runner
 from .runs import Lab
 
 QUALITY = {
-    "quality": "perplexity of held-out text by the format in which keys and values are kept; the weights are float32",
-    "quality_cpp": "likewise, by the format of the matrices (int4: groups of 64, nearest) and that in which "
-    "activations meet them, in the C++ kernels; sums are float32, of int8 whole numbers",
+    "quality": "perplexity of held-out text by the format of cached keys and values; the weights are float32",
+    "quality_cpp": "likewise, by the formats of matrices (int4: groups of 64, nearest) and of activations in "
+    "the C++ kernels; sums are float32, of int8 integers",
     "nll": "mean of -ln of the probability of the tokens that are the second half of windows of 512",
     "nll_more": "nll, less that of float32 on the same tokens; small values are the relative change of the perplexity",
 }
 FORMATS = ("float32", "float16", "bfloat16", "int8")
 WINDOW, PIECE = 512, 32
-PRODUCTS: dict[str, tuple[Weights, bool]] = {  # weights, and whether activations stay float32
+PRODUCTS: dict[str, tuple[Weights, bool]] = {  # weights; True: activations stay float32
     "float32": ("float32", True),
     "float16": ("float16", True),
     "bfloat16": ("bfloat16", True),
@@ -42,7 +42,7 @@ PRODUCTS: dict[str, tuple[Weights, bool]] = {  # weights, and whether activation
     "int8, int8 activations": ("int8", False),
     "int4, int8 activations": ("int4", False),
 }
-Judge = Callable[[Tensor], Tensor]  # a window -> the logits of what its second half's tokens follow
+Judge = Callable[[Tensor], Tensor]  # a window -> the logits that predict its second half
 
 
 def measure_quality(lab: Lab) -> None:
@@ -59,7 +59,7 @@ def measure_quality(lab: Lab) -> None:
 def by_window(
     lab: Lab, section: str, cell: dict[str, Any], judges: Mapping[str, Judge], windows: Sequence[Tensor]
 ) -> None:
-    """The first judge is the one that others are compared with."""
+    """Measure every judge on every window; the others are compared with the first judge."""
     first = next(iter(judges))
 
     def exact(number: int) -> float:
@@ -84,7 +84,7 @@ def by_window(
 
 
 def of_products(lab: Lab, weights: Weights, exact_activations: bool) -> Judge:
-    """Quantised to the nearest level: a calibrated int4 (phase 4) loses less."""
+    """Return a judge by C++ kernels. Weights are rounded to nearest; calibrated int4 (phase 4) loses less."""
 
     @cache
     def model() -> CppModel:
@@ -112,7 +112,7 @@ def of_cache(lab: Lab, name: Any) -> Judge:
 
 
 def heldout(lab: Lab) -> list[Tensor]:
-    """Windows of held-out text; as many as hold `--tokens` in their second halves."""
+    """Return windows of held-out text, with `--tokens` tokens in their second halves."""
     tokenizer, stream = lab.load().tokenizer, list[int]()
     for file in read_corpus("heldout"):
         stream += tokenizer.encode(file.text)
@@ -123,7 +123,7 @@ def heldout(lab: Lab) -> list[Tensor]:
 
 
 def fed(runner: CachedRunner, text: list[int]) -> Tensor:
-    """The hidden states of the last piece, which goes along with one step."""
+    """Return the hidden states of the last piece, computed in one step."""
     runner.max_inline = PIECE
     held = len(text) - PIECE
     return runner.step(["window"], [text], [NO_DRAFT], known=[held]).states_of(0, [], 0)

@@ -1,4 +1,4 @@
-"""What the sections of the bench share: options, llms of this phase and others, and one prompt decoded as one run.
+"""Options of the bench, LLMs of this phase and others, and runs of one prompt; used by all sections.
 
 lab.decoder(draft="none", kv="static")(prompt, 0)
 """
@@ -29,17 +29,17 @@ FIGURES = {
     "speedup": "the baseline's seconds per token / this variant's, in pairs of the same prompt and round",
     "tokens_per_forward": "new tokens / target forwards",
     "acceptance": "accepted / proposed draft tokens",
-    "survival": "share of the drafts whose first 1, 2, ... tokens all stand",
+    "survival": "share of the drafts whose first 1, 2, ... tokens are all accepted",
     "draft_share": "time spent drafting / time of all steps",
-    "loop_share": "share of the tokens that end an 8-gram which the same output held before",
+    "loop_share": "share of the tokens that end an 8-gram that occurred before in the same output",
     "ttft_ms": "to the first token; mean over the runs",
     "tpot_ms": "(end to end - TTFT) / (tokens - 1), over all runs",
-    "instruction_set": "what the C++ kernels use (SPECDEC_CPU_ISA forces one)",
+    "instruction_set": "instruction set of the C++ kernels (SPECDEC_CPU_ISA forces one)",
 }
 
 
 class Options(BenchOptions):
-    """What remembering keys and values gives: speed, memory, and what a verified token costs."""
+    """Measure the KV cache and the C++ kernels: speed, memory, and the cost of verification."""
 
     max_tokens: int = Field(32, ge=8, description="new tokens per prompt")
     budget: float = Field(25, gt=0, description="or until one comparison has taken so many seconds; see also --rounds")
@@ -60,13 +60,13 @@ class Options(BenchOptions):
 
 
 class Decoder:
-    """Decodes one prompt, anew at every call. The llm is made at the first one: a dry run loads nothing."""
+    """Decodes one prompt per call. The LLM is created at the first call, so a dry run loads nothing."""
 
     def __init__(self, make: Callable[[], Any], figures: Mapping[str, Any] | None = None) -> None:
         self.make, self.figures = cache(make), dict(figures or {})
 
     def __call__(self, prompt: Prompt | None, round_: int) -> Outcome:
-        """At temperature > 0 every round has its own seed."""
+        """Decode a prompt; every round has its own seed."""
         assert prompt is not None
         llm = self.make()
         llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
@@ -80,7 +80,7 @@ class Decoder:
 
 
 def times(stats: Any) -> dict[str, float]:
-    """TTFT, and what TPOT is made of; phase 4 counts neither."""
+    """Return TTFT and the inputs of TPOT; phase 4 has neither."""
     if not hasattr(stats, "tpot_ms"):
         return {}
     return {
@@ -91,7 +91,7 @@ def times(stats: Any) -> dict[str, float]:
 
 
 def drafting(steps: list[Any]) -> dict[str, Any]:
-    """What came of the drafts of one run, counted."""
+    """Return counts and times of the drafts of one run."""
     drafts = [step for step in steps if step.depth]
     if not drafts:
         return {}
@@ -109,24 +109,24 @@ def drafting(steps: list[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Lab(Bench):
-    """A bench with models at hand."""
+    """A bench with loaded models."""
 
     options: Options
     loaded: dict[torch.dtype, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what runs in torch: float32 unless another was asked for."""
+        """Return the dtype of torch models: float32 unless another was asked for."""
         found: torch.dtype = getattr(torch, "float32" if self.options.dtype == "auto" else self.options.dtype)
         return found
 
     def one_round(self) -> Self:
-        """For what is slow: one round over all prompts, unless the user says how long to measure."""
+        """Return a lab with one round over all prompts, for slow sections, unless the user set the length."""
         asked = self.options.model_fields_set & {"rounds", "budget", "precision"}
         return self if asked or self.options.quick else self.with_options(rounds=1)
 
     def short(self) -> Self:
-        """For the cells of a grid, each of which is over soon."""
+        """Return a lab with a fifth of the budget, for the cells of a grid."""
         return self.with_options(budget=self.options.budget / 5)
 
     @property
@@ -134,7 +134,7 @@ class Lab(Bench):
         return "none" if self.options.dry_run else cpp.chosen_isa()
 
     def refused(self, section: str, reason: str | None) -> bool:
-        """A row says why, if there is a reason."""
+        """Record the reason as a row and return True, if there is a reason."""
         if reason is not None and not self.options.dry_run:
             self.refuse(section, {}, section, reason)
             return True
@@ -147,7 +147,7 @@ class Lab(Bench):
         return found
 
     def llm(self, of: Any = engine, **wanted: Any) -> Any:
-        """A llm of this phase or of another, with options of its generate.py."""
+        """Return an LLM of this phase or of another, with options of its generate.py."""
         chosen = {
             "model": self.options.model,
             "draft": self.options.draft,
@@ -165,7 +165,7 @@ class Lab(Bench):
         return Decoder(lambda: self.llm(of, **wanted), figures)
 
     def drafting(self, controller: str = "cost", **wanted: Any) -> dict[str, Variant]:
-        """Every drafter that was asked for, by its name."""
+        """Return a variant for every requested drafter, by name."""
         return {
             f"{name}, {controller}": self.decoder(drafter=name, controller=controller, **wanted)
             for name in self.options.drafters
@@ -173,7 +173,7 @@ class Lab(Bench):
 
 
 def read_prompt(lab: Lab, prompt: Prompt, most: int | None = None) -> list[int]:
-    """The tokens of a prompt, or its first. UserError for a prompt without any."""
+    """Return the token ids of a prompt, at most `most`. UserError for an empty prompt."""
     tokens = lab.load().tokenizer.encode(prompt.text)[:most]
     if not tokens:
         raise UserError(f"prompt {prompt.id} has no tokens")

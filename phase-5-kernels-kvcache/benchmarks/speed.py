@@ -1,6 +1,6 @@
-"""End to end with torch's operations: kinds of cache, speculation, and plain decoding against itself.
+"""End to end with torch: kinds of cache, drafters, and plain decoding against itself.
 
-Greedy variants must write the baseline's tokens, and are not timed if they do not.
+Greedy variants must give the baseline's tokens; others are not timed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from common.prompts import Prompt
 from .runs import Lab, read_prompt
 
 SPEED = {
-    "cache": "greedy plain decoding: phase 4, which keeps nothing (the baseline); kinds of cache; transformers' "
+    "cache": "greedy plain decoding: phase 4, without a cache (the baseline); kinds of cache; transformers' "
     "generate with its cache",
-    "speed": "ways to draft, with the static cache; the baseline is plain decoding",
-    "null": "plain decoding as generate.py does it, timed against itself: no difference is there to be found",
+    "speed": "drafters, with the static cache; the baseline is plain decoding",
+    "null": "plain decoding as in generate.py, timed against itself: there is no difference",
 }
 KINDS = ("static", "dynamic", "paged")
 CACHE_PROMPTS = 24
@@ -42,7 +42,7 @@ def measure_null(lab: Lab) -> None:
 
 
 def null_verdicts(lab: Lab) -> list[str]:
-    """For every try: whether an interval excludes 1, and whether a claim is printed."""
+    """Return for every try whether an interval excludes 1, and whether a claim is printed."""
     found = []
     for line in lab.table("null"):
         if "speedup" in line:
@@ -54,7 +54,7 @@ def null_verdicts(lab: Lab) -> list[str]:
 
 
 def measure_cache(lab: Lab) -> None:
-    """Phase 4 is slow, so this takes fewer prompts than what is claimed of samples."""
+    """Measure kinds of cache; phase 4 is slow, so this section has fewer prompts than claims about samples."""
     lab, plain = lab.one_round(), dict[str, Any](draft="none")
     prompts = lab.prompts(min(CACHE_PROMPTS, lab.options.prompts))
     runs: dict[str, Variant] = {}
@@ -64,13 +64,13 @@ def measure_cache(lab: Lab) -> None:
         lab.refuse("cache", {}, "phase 4", f"{error}; `make install` installs the phases")
     runs |= {kind: lab.decoder(kv=kind, **plain) for kind in KINDS}
     runs["transformers"] = transformers(lab)
-    # In half precision different orders of summation round differently, and a near tie may go either way.
+    # In half precision, sums in different orders round differently, which can change the argmax of a near tie.
     exact = list(runs) if lab.dtype == torch.float32 else []
     lab.compare("cache", {"temperature": 0.0}, runs, prompts, exact=exact)
 
 
 def transformers(lab: Lab) -> Variant:
-    """Their own loop, greedy."""
+    """Return a variant of transformers' greedy generate."""
     peer = cache(lambda: TransformersPeer(open_checkpoint(lab.options.model).folder, lab.dtype, lab.device))
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:

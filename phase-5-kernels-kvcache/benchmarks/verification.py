@@ -1,7 +1,7 @@
-"""What verification costs: a forward over m new tokens against one over a single token, without a cache and with one.
+"""The cost of verification: a forward pass over m new tokens against one new token, with and without a cache.
 
-Without a cache a text of 128 tokens is computed anyway, and m more hardly count. With one, a token costs one token: m
-of them cost what the weights' way through memory costs, once, and then arithmetic.
+Without a cache the whole sequence is computed anyway, and m more tokens cost little. With a cache the weights are read
+once for all m tokens, and arithmetic grows with m.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from engine.tree import Tree
 from .runs import Lab
 
 VERIFICATION = {
-    "verification": "one forward that gives the logits of `variant` new tokens behind a text of `length` tokens: one, "
-    "and a draft; speedup: of one token's forward over it, so its inverse is what m tokens cost in tokens",
+    "verification": "one forward with the logits of `variant` new tokens after `length` tokens: one, and a draft; "
+    "speedup: of one token's forward over it, so its inverse is the cost of m tokens in single tokens",
 }
 NEW = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 TEXTS = (128, 512)

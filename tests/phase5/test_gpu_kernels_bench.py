@@ -52,7 +52,7 @@ def test_a_dry_run_walks_the_grid() -> None:
 
 def test_without_a_card_it_says_so() -> None:
     done = run("real")
-    if "kernels for a card cannot be timed here" not in done.stderr:
+    if "GPU kernels cannot be timed here" not in done.stderr:
         assert importlib.util.find_spec("triton")
         import torch
 

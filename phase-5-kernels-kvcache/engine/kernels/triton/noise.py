@@ -46,7 +46,7 @@ def splat(value, like):
 
 @triton.jit
 def gumbel(keys, first, position, purpose: tl.constexpr, BLOCK: tl.constexpr):
-    """Return -log(-log(u)) for tokens first .. first + BLOCK - 1; keys: int64 (sample, seed low half, seed high half)."""
+    """Return -log(-log(u)) for tokens first .. first + BLOCK - 1; keys: int64 (sample, low and high half of seed)."""
     blocks = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     sample = splat(tl.load(keys), blocks)
     low = splat(tl.load(keys + 1), blocks)
