@@ -30,9 +30,9 @@ from .gpu_timing import Replay, alone, copies_for, measure_copy, on_card, record
 from .runs import Lab
 
 GPU_KERNELS = {
-    "kernels": "every op at a model's shape, by backend; rows: tokens in the batch; `free`: a kernel that may sum in any "
-    "order, against one whose bits do not depend on the rows. ms_per_token: of one call; inputs are read from "
-    "memory, launches are replayed as a graph",
+    "kernels": "every op at a model's shape, by backend; rows: tokens in the batch; `free`: a kernel that sums in any "
+    "order, against one whose bits do not depend on the rows. ms_per_token: of one call; inputs are read "
+    "from memory, launches are replayed as a graph",
     "copy": "torch's copy of 1 GiB on the same GPU, read and written",
     "gb_per_s": "bytes that must be read and written, each once / time",
     "of_bandwidth": "time of that copy for as many bytes / measured time",

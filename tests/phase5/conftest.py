@@ -1,7 +1,7 @@
-"""How kernels are built, interpreted and watched in these tests.
+"""Fixtures that build, interpret and watch kernels.
 
-Where there is no card Triton's kernels are interpreted (tests/conftest.py asks for that, before anything can import
-Triton). Where there is one the same checks run on it (tests marked gpu), and nothing is interpreted.
+Without a GPU, Triton's kernels are interpreted (tests/conftest.py sets this before Triton is imported). With a GPU the
+same checks run on it (tests marked gpu), and nothing is interpreted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from phase5.kernels.cuda import library
 
 @pytest.fixture(scope="session")
 def interpreted() -> None:
-    """Skips, with the reason, where kernels cannot be interpreted."""
+    """Skip if kernels cannot be interpreted, with the reason."""
     if torch.cuda.is_available():
-        pytest.skip("there is a card: the tests marked gpu run the same checks on it")
+        pytest.skip("there is a GPU: the tests marked gpu run the same checks on it")
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if not triton.knobs.runtime.interpret:
         pytest.skip("triton was imported before TRITON_INTERPRET=1 could be set")
@@ -33,9 +33,9 @@ def interpreted() -> None:
 
 @pytest.fixture
 def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel reads or writes outside of the memory of the tensors that it was given; what is masked does not count.
+    """Check that kernels access only memory of their tensors; masked accesses do not count.
 
-    Off a card this would go unnoticed, or end the process.
+    Without this check such accesses would go unnoticed on the CPU, or end the process.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -49,7 +49,7 @@ def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
         return launch(self, *arguments, **more)
 
     class Guard:
-        """Looks at every address on its way to the interpreter."""
+        """Check every address that the interpreter accesses."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(access, name)
@@ -60,7 +60,7 @@ def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
             for begin, end in memory:
                 inside |= (meant >= begin) & (meant < end)
             if not inside.all():
-                raise IndexError(f"{(~inside).sum()} of {meant.size} {what} lie outside of all tensors")
+                raise IndexError(f"{(~inside).sum()} of {meant.size} {what} are outside of all tensors")
 
         def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
             self.look("reads", addresses, mask)
@@ -76,9 +76,9 @@ def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def llm_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`llm_on(kernels, **options)`: a llm whose target and policy run on these kernels.
+    """`llm_on(kernels, **options)` returns an LLM whose target and policy run on these kernels.
 
-    What drafts stays on torch but for its attention; that changes no token.
+    Drafters stay on torch except for attention; that changes no token.
     """
 
     def make(kernels: Kernels, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def llm_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def emulate() -> Callable[[pytest.MonkeyPatch], None]:
-    """`emulate(patch)`: CUDA kernels built by g++ run on the CPU while the patch lasts. Or skips, and says why."""
+    """`emulate(patch)` runs CUDA kernels, built by g++, on the CPU while the patch lasts, or skips."""
     emulator = Path(phase5.__file__).resolve().parents[1] / "checks" / "emulator.h"
 
     def begin(patch: pytest.MonkeyPatch) -> None:

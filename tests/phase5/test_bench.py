@@ -1,4 +1,4 @@
-"""Phase 5's bench: the runs are rows, what is counted adds up, and plain decoding is held against itself."""
+"""Phase 5's bench: runs are rows, counts add up, and plain decoding is compared with itself."""
 
 from __future__ import annotations
 

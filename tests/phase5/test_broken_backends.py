@@ -1,4 +1,4 @@
-"""Backends that look as if they could run, and cannot: a compiler that fails, a card without nvcc."""
+"""Backends that look usable but are not: a compiler that fails, a GPU without nvcc."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
 
 def compiler(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, ends: str = "exit 1") -> None:
-    """The only one of this name that is found; it fails, and says why."""
+    """Put a compiler of this name on the PATH that fails with a message."""
     script = folder / name
     script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal: no room" >&2\n{ends}\n')
     script.chmod(0o755)
@@ -34,7 +34,7 @@ def compiler(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, ends: str
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch says where there is one."""
+    """Make torch report a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setenv("SPECDEC_CUDA_ARCH", "90a")
@@ -56,7 +56,7 @@ def test_auto_goes_on_without_what_cannot_be_built(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The whole way: the compiler fails, torch computes, and it is said on stderr and in the stats."""
+    """If the compiler fails, torch computes, and stderr and the stats say so."""
     pytest.importorskip("pybind11")
     compiler(tmp_path, "g++", monkeypatch, ends)
     monkeypatch.delenv("CXX", raising=False)
@@ -111,7 +111,7 @@ def test_a_card_without_nvcc(card: None, tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_nvcc_that_fails(card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pybind11")
     compiler(tmp_path, "nvcc", monkeypatch)
-    assert library.why_not(CARD) is None  # it is only known when it is tried
+    assert library.why_not(CARD) is None  # known only after a build
     with pytest.raises(BuildError, match=r"nvcc failed \(status 1\) on .*sm_90a(.|\n)*fatal: no room"):
         registry.chosen("cuda", CARD)
     assert not list((tmp_path / "cache").glob("*.so"))
@@ -123,7 +123,7 @@ def test_an_nvcc_that_fails(card: None, tmp_path: Path, monkeypatch: pytest.Monk
 def test_interpreted_kernels_read_matrices_as_they_were_loaded(
     make_checkpoint: Callable[..., Path], interpreted: None
 ) -> None:
-    """On processors with bfloat16 products torch keeps matrices in a form of its own; nobody else can read that."""
+    """On CPUs with bfloat16 products torch stores matrices in its own format, which other backends cannot read."""
     options: dict[str, Any] = {
         "model": str(make_checkpoint("llama")),
         "device": "cpu",

@@ -1,4 +1,4 @@
-"""The just-in-time builder: what is cached, what is built again, and what is said when it cannot be."""
+"""The just-in-time builder: what is cached, what is rebuilt, and its error messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> Path:
-    """g++, which notes every call in a file beside it."""
+    """Write a g++ that logs every call to a file."""
     script = tmp_path / "counting-g++"
     script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo "$@" >> {tmp_path}/calls\nexec g++ "$@"\n')
     script.chmod(0o755)
@@ -130,7 +130,7 @@ def test_a_damaged_library_is_built_again(damage: str, source: Path, compiler: P
     if damage == "short with its sum":
         build.sum_file(library).write_text(build.checksum(library))
     assert build.build("answer", [source], compiler=str(compiler), flags=FLAGS, cache=cache) == library
-    assert calls(compiler) == 3  # the object is there still
+    assert calls(compiler) == 3  # the object is still cached
     assert answer_of(library) == 41
 
 

@@ -1,4 +1,4 @@
-"""The cache in every loop: after every step it holds what a fresh prefill of the text would give."""
+"""The cache in every loop: after every step it equals a fresh prefill of the sequence."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ DRAFTING: dict[str, dict[str, Any]] = {
     "eagle, static tree": {"drafter": "eagle", "k": 3, "tree": "static", "tree_nodes": 8},
     "eagle, dynamic tree": {"drafter": "eagle", "k": 3, "tree": "dynamic", "tree_nodes": 8},
 }
-# How far a stored number may be from a fresh one: rounding differs with the number of tokens computed together, and in
-# int8 by half a step of the scale besides, in every layer before.
+# Bounds of the difference between cached and fresh numbers: rounding depends on the batch size; int8 adds half a step
+# of the scale in every layer before.
 WITHIN = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.02, "int8": 0.15}
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written holds what would be noticed."""
+    """Fill uninitialised memory with NaN, so that reads of it are noticed."""
 
     def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype, device=device)
@@ -65,7 +65,7 @@ def llm(**options: Any) -> Any:
 
 
 class Watched:
-    """Runners as a llm makes them, kept so that their caches can be looked into."""
+    """Collect the runners that an LLM makes, so that tests can read their caches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runners: list[CachedRunner] = []
@@ -78,7 +78,7 @@ class Watched:
 
 
 def difference(runner: CachedRunner) -> float:
-    """The largest difference of what any row holds from a prefill of the same tokens."""
+    """Return the largest difference of any row from a prefill of the same tokens."""
     worst, options = 0.0, KVOptions("static")
     for row in runner.texts.rows.values():
         if not row.held:
@@ -100,7 +100,7 @@ def difference(runner: CachedRunner) -> float:
 def test_every_step_leaves_what_a_prefill_gives(
     how: str, kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of prompts of different lengths in one batch, for the target's cache and the draft's."""
+    """Prompts of different lengths in one batch, for the target's and the draft's cache."""
     watched = Watched(monkeypatch)
     made = llm(kv=kind, temperature=temperature, max_tokens=12, **DRAFTING[how])
     sequences = made.sequences(texts(2))
@@ -132,7 +132,7 @@ def test_tokens_and_steps_are_those_without_a_cache(how: str, kind: str) -> None
 
 @pytest.mark.parametrize("how", [how for how in DRAFTING if how != "plain"])
 def test_the_target_computes_the_prompt_and_every_draft_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """prompt - 1 positions are prefilled; each step computes one token and its draft."""
+    """A prefill computes prompt - 1 positions, each step one token and its draft."""
     watched = Watched(monkeypatch)
     made = llm(**DRAFTING[how])
     sequences = made.sequences(texts(1))
@@ -154,12 +154,12 @@ def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) ->
             assert cache.users.count(4) == (length - 1) // 16
     assert len({tuple(s.tokens) for s in sequences}) > 1
     assert watched.runners[0].texts.positions < 2 * length
-    assert len(caches[-1].free) == len(caches[-1].users)  # all is given back at the end
+    assert len(caches[-1].free) == len(caches[-1].users)  # all pages are freed at the end
 
 
 @pytest.mark.parametrize("how", ["plain", "model", "ngram", "eagle, static tree"])
 def test_a_request_that_finds_no_page_is_refused_and_the_others_go_on(how: str) -> None:
-    """What it has so far stays, and is what it would have been."""
+    """A refused sequence keeps its tokens, which equal those of a run without refusal."""
     options = {"kv": "paged", "max_tokens": 36, **DRAFTING[how]}  # three pages for a short prompt
     long, short = "x = 1\n" * 50, ["import os", "class Stack:"]
     for prompts, pages, begun in (([short[0], long, short[1]], 8, False), (short, 3, True)):
@@ -203,16 +203,16 @@ def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callabl
     [
         *((kind, "torch", 0.01, period) for kind in get_args(Kind) for period in ([3] if kind == "off" else [1, 3, 7])),
         ("static", "cpp", 0.01, 3),
-        ("static", "cpp", 1.0, 3),  # without penalties whole steps are made in one call
+        ("static", "cpp", 1.0, 3),  # without penalties one call makes several steps
     ],
 )
 @pytest.mark.parametrize("how", ["plain", "ngram", "model"])
 def test_constant_and_periodic_texts_past_the_context(
     how: str, kind: str, kernels: str, penalty: float, period: int, looping: Path
 ) -> None:
-    """After a jump of the window the row begins like the text once more, with fewer tokens; and a ring forgot some.
+    """After a jump the row may have a common prefix with the window again; a ring has overwritten part of it.
 
-    The right tokens are phase 1's.
+    Phase 1 gives the expected tokens.
     """
     if kernels == "cpp" and (reason := registry.why_not("cpp", CPU)) is not None:
         pytest.skip(f"no C++ backend here: {reason}")
@@ -228,7 +228,7 @@ def test_constant_and_periodic_texts_past_the_context(
     made = llm(kv=kind, kernels=kernels, **options, **drafting[how])
     (done,) = made.generate([text])
     assert done.tokens == expected.tokens
-    assert penalty == 1 or len(set(done.tokens[-32:])) <= 8  # it does repeat itself
+    assert penalty == 1 or len(set(done.tokens[-32:])) <= 8  # the output repeats
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_deep_dynamic_trees_fit_into_the_cache(
 
 
 def test_eagles_layer_has_room_for_all_that_a_deep_tree_extends() -> None:
-    """However full it is: four nodes on each of 64 levels, but for the last, which nobody extends."""
+    """A full tree fits: four nodes on each of 64 levels; nodes of the last level are not extended."""
     made = llm(drafter="eagle")
     layer = Lookahead(made.heads, made.loaded.model, 300)
     fed = max(n for n in range(300) if layer.has_room(n))
@@ -292,12 +292,12 @@ def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Cal
     for text in ([5, 6, 7, 8], [5, 6, 7, 8, 9], [5, 6, 10], [11], [5, 6, 10, 12]):
         torch.testing.assert_close(runner.logits(["a"], [text]), whole.logits(["a"], [text]), atol=1e-5, rtol=1e-4)
     assert runner.texts.positions == 4 + 1 + 1 + 1 + 4
-    runner.logits(["b"], [[5, 6, 10, 13]])  # begins as the other does
+    runner.logits(["b"], [[5, 6, 10, 13]])  # has a common prefix with the other
     assert runner.texts.positions == 11 + 1
 
 
 def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its cache holds of the text is what a layer fed with all inputs at once holds."""
+    """EAGLE's cache equals that of a layer that computes all inputs at once."""
     made = llm(drafter="eagle", max_tokens=24, tree="dynamic", k=3, tree_nodes=8)
     drafters: list[EagleDrafter] = []
 
@@ -339,7 +339,7 @@ def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
 
 @pytest.mark.no_exercise
 def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the whole square of all texts without a cache; with one of the cache, and of a chunk of one text."""
+    """Without a cache the masks of all sequences count; with one, the cache and the mask of a chunk."""
     monkeypatch.setattr("phase5.llm.available_memory", lambda device: 100 * 2**20)
     few = {"draft": "none", "max_tokens": 900, "n": 8, "temperature": 1.0}
     assert len(llm(kv="static", **few).sequences(["x"])) == 8

@@ -1,4 +1,4 @@
-"""What a step costs by the clock, and the K that follows from it."""
+"""The measured cost of a step, and the K that follows from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.about("engine/cost_model.py, CostModel.observe")
 
 
 def step(k: int, verify: float, draft: float = 0.5, accepted: int = 0, computed: int | None = None) -> StepStats:
-    """Of a text in a cache: a forward computes one token and the draft."""
+    """Make the stats of a step with a cache: the forward computes one token and the draft."""
     return StepStats(
         k=k,
         proposed=k,
@@ -72,7 +72,7 @@ def test_a_plain_step_is_wanted_until_it_is_known_and_again_after_a_while() -> N
     [
         (lambda k: 2.0, 0.01, 8),  # verifying and drafting are nearly free
         (lambda k: 2.0 * (1 + k), 0.01, 0),  # a draft token costs what a token costs
-        (lambda k: 2.0 if k < 4 else 9.0, 0.05, 3),  # a cliff behind three
+        (lambda k: 2.0 if k < 4 else 9.0, 0.05, 3),  # a cliff after three
     ],
 )
 def test_the_controller_goes_by_what_verifying_costs(verify: object, draft: float, chosen: int) -> None:
@@ -88,7 +88,7 @@ def test_its_answer_holds_for_the_steps_that_it_declines_and_then_it_looks_again
     controller = CostController(Bounds(1, 8), retry=6)
     for _ in range(4):
         for k in (0, 0, 2, 4):
-            controller.observe(step(k, 2.0 * (1 + k)))  # a draft token costs what a token costs, and falls
+            controller.observe(step(k, 2.0 * (1 + k)))  # a draft token costs as much as a token, and is rejected
     assert controller.next_k() == 0
     assert controller.holds == 6
     for _ in range(4):
@@ -98,7 +98,7 @@ def test_its_answer_holds_for_the_steps_that_it_declines_and_then_it_looks_again
     for _ in range(2):
         controller.observe(step(0, 2.0))
     assert controller.next_k() > 0
-    assert controller.holds == 1  # while it looks, every step is decided by itself
+    assert controller.holds == 1  # while measuring, K is chosen for every step
 
 
 def test_a_settled_answer_holds_for_several_steps() -> None:

@@ -1,4 +1,4 @@
-"""What Python may hand to the C++ kernels: whatever the numbers, an exception, and never a signal."""
+"""Bad arguments of the C++ kernels raise an exception and never cause a signal."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_logits_that_are_not_finite_end_every_loop(fast: cpp.CppModel) -> None:
 
 @pytest.mark.parametrize("threads", range(2, 9))
 def test_heads_that_share_keys_are_split_between_threads(threads: int) -> None:
-    """One token and one key head: all threads but one begin within the group."""
+    """One token and one key head: all threads except one begin inside the group."""
     config = dataclasses.replace(TINY, heads=8, kv_heads=1, head_dim=16)
     model = model_of(config, 5)
     found = []
@@ -165,13 +165,13 @@ def test_heads_that_share_keys_are_split_between_threads(threads: int) -> None:
 
 
 def test_random_calls_end_in_an_exception_or_a_result() -> None:
-    """In a process of its own: a signal is a failure, and would be this process's."""
+    """Run in a separate process, because a signal would end this one."""
     run_fuzz(CALLS, {})
 
 
 @pytest.mark.slow
 def test_random_calls_touch_no_memory_that_is_not_theirs(tmp_path: Path) -> None:
-    """10,000 calls of a library built with the address sanitizer, which ends the process at the first wrong access."""
+    """Make 10,000 calls of a library with the address sanitizer, which ends the process at the first bad access."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_file():
         pytest.skip("this compiler has no address sanitizer")
@@ -198,7 +198,7 @@ cache = fast.new_cache(1, 16)
 before = fast.step(cache, [[3]]).logits
 child = os.fork()
 if child == 0:
-    signal.alarm(30)  # what hangs is killed
+    signal.alarm(30)  # a process that hangs is killed
     try:
         print("same" if fast.step(cache, [[3]]).logits.equal(before) else "other", flush=True)
     except RuntimeError as error:
@@ -222,7 +222,7 @@ def test_a_fork_works_or_is_refused(threads: int, said: str) -> None:
 
 
 def fuzz(calls: int = CALLS) -> None:
-    """Calls with hostile numbers; memory is as large as the numbers that are taken ask for."""
+    """Calls with hostile numbers; memory has the size that accepted numbers require."""
     chosen = random.Random(1)
     any_of = chosen.choice
     target, drafter = (cpp.CppModel(model_of(TINY, seed), "float32", 2) for seed in (0, 1))

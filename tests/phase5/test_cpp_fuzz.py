@@ -32,7 +32,7 @@ def model_of(config: ModelConfig, seed: int) -> Transformer:
 
 
 def product_case(seed: int, engine: cpp.CppModel) -> None:
-    """One matrix of any shape times any number of rows, against float64."""
+    """One matrix of random shape, with a random number of rows, against float64."""
     choose = random.Random(seed)
     kind = choose.choice(["float32", "bfloat16", "float16", "int8", "int4"])
     outputs, inputs, rows = choose.randint(1, 200), choose.randint(1, 300), choose.randint(1, 40)
@@ -69,7 +69,7 @@ def product_case(seed: int, engine: cpp.CppModel) -> None:
     room = 2e-6 * (magnitude + 1)
     if not exact and kind == "bfloat16":
         room += magnitude / 256  # activations have 8 bits
-    elif not exact and kind in ("int8", "int4"):  # and here they are off by half a level of their group, at most
+    elif not exact and kind in ("int8", "int4"):  # at most half a level of their group
         room += x.abs().amax(1, keepdim=True) / 254 * 1.01 * meant.abs().sum(1)
     assert bool(((out.double() - expected).abs() <= room).all()), (seed, kind, outputs, inputs, rows, exact)
     alone = torch.empty(1, outputs)
@@ -78,7 +78,7 @@ def product_case(seed: int, engine: cpp.CppModel) -> None:
 
 
 def step_case(seed: int) -> None:
-    """A model of any shape, prefilled and stepped at random, against the torch model on the same cache."""
+    """A model of random shape with random prefill and steps, against the torch model on the same cache."""
     choose = random.Random(seed)
     kv_heads, group, head_dim = choose.randint(1, 4), choose.randint(1, 5), 2 * choose.randint(1, 20)
     layer_norm = choose.random() < 0.3

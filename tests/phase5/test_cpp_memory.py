@@ -1,4 +1,4 @@
-"""Packing a model takes little more memory than the packed model has."""
+"""Packing a model needs little more memory than the packed model."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_the_peak_is_a_fifth_above_the_weights(weights: str) -> None:
     before, peak, after, packed = map(float, done.stdout.split())
     assert packed > 50
     source = packed if weights == "float16" else 2 * packed
-    # What was there besides the weights stays; on top of it, at any time, no more than 1.2 of the larger form.
+    # Memory beyond the earlier content is at most 1.2 times the larger form of the weights.
     assert peak < before - source + 1.2 * max(source, packed)
     assert after < before - source + 1.2 * packed + 8

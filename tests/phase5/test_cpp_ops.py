@@ -1,4 +1,4 @@
-"""Choosing, verifying, drafting and generating in C++: the tokens of the torch path."""
+"""Sampling, acceptance, drafting and generation in C++: the tokens of the torch path."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_is_impossible_has_probability_zero() -> None:
 
 @pytest.mark.usefixtures("_isa")
 def test_tokens_exactly_at_the_edge_of_a_filter() -> None:
-    """Four tokens of probability 1/4: half of the mass is two of them. And min_p = 1 keeps all that are likeliest."""
+    """With four tokens of probability 1/4, top_p = 0.5 keeps two of them; min_p = 1 keeps all of the most likely."""
     equal = torch.zeros(1, 4)
     for params, count in (
         (SamplingParams(temperature=1.0, top_p=0.5), 2),
@@ -150,7 +150,7 @@ def test_the_rule_of_acceptance(one_hot: bool, vocab: int) -> None:
     rows, K = 300, 5
     draft_probs = (logits_of(rows * K, vocab, 1) / 2).softmax(-1).view(rows, K, vocab)
     target_probs = (logits_of(rows * (K + 1), vocab, 2) / 2).softmax(-1).view(rows, K + 1, vocab)
-    # Half of each draft distribution is the target's, so that several tokens stand.
+    # Half of each draft distribution is the target's, so that several tokens are accepted.
     draft_probs = (draft_probs * 0.3 + target_probs[:, :K] * 0.7).contiguous()
     keys = torch.arange(rows), torch.arange(rows) * 7
     tokens = torch.stack([draft_probs[:, k].argmax(-1) for k in range(K)], 1)
@@ -194,7 +194,7 @@ def models(llama_folder: Path) -> tuple[Transformer, cpp.CppModel]:
 def test_a_chain_is_that_of_single_steps(
     models: tuple[Transformer, cpp.CppModel], params: SamplingParams, noise: Purpose
 ) -> None:
-    """The tokens that chains.py would draw from the same logits, and what they were drawn from."""
+    """Return the tokens that chains.py draws from the same logits, and their distributions."""
     _, fast = models
     prompt, K = [5, 9, 200, 31], 6
     cache = fast.new_cache(1, 64)
@@ -246,7 +246,7 @@ def test_a_whole_generation_is_that_of_single_steps(
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
-    """The embedded draft, 4,096 tokens: the noise of one is drawn by whoever has its share."""
+    """The embedded draft with 4,096 tokens: threads share the noise."""
     model = load("stdlib-1m", torch.float32, torch.device("cpu")).model
     assert isinstance(model, Transformer)
     params = SamplingParams(temperature=0.9, seed=8)
@@ -273,9 +273,9 @@ def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppMod
 
 
 def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
-    """A token of every row of probs [R, V], from one uniform number each: what replaces a draft token that fell.
+    """Sample a token of every row of probs [R, V] with one uniform number each, as the residual after a rejection.
 
-    The draft is a token with probability 0, which falls always, and leaves the target as it is.
+    The draft token has probability 0, so it is always rejected, and the residual equals the target.
     """
     rows, vocab = probs.shape
     target = torch.zeros(rows, 2, vocab + 1)
@@ -298,7 +298,7 @@ def test_the_inverse_distribution_is_that_of_a_running_sum(vocab: int) -> None:
 
 @pytest.mark.parametrize("vocab", [40, 96, 1000])
 def test_the_inverse_distribution_gives_nothing_of_probability_zero(vocab: int) -> None:
-    """Zeros at both ends, whole blocks of them, and rows in which a single token is left."""
+    """Rows with zeros at both ends, whole blocks of zeros, and a single token left."""
     rows = 600
     generator = torch.Generator().manual_seed(vocab)
     weights = torch.rand(rows, vocab, generator=generator)

@@ -1,4 +1,4 @@
-"""The C++ step against the torch model: every family, format, cache and instruction set; and the same bits always."""
+"""The C++ step against the torch model: every family, format, cache and instruction set; and equal bits."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def tokens_of(count: int, seed: int = 0) -> list[int]:
 def torch_step(
     model: Transformer, cache: StaticCache, tokens: list[int], tree: Tree | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of new tokens of row 0, written behind what it holds; a tree follows the last."""
+    """Append new tokens to row 0, and a tree after the last; return hidden states and logits."""
     held, text = cache.lengths[0], len(tokens)
     places = list(range(held, held + text))
     ancestors = None
@@ -94,7 +94,7 @@ def torch_step(
 
 
 def rounded(model: Transformer, weights: str) -> None:
-    """The matrices as the format has them, in place."""
+    """Round the matrices to the format, in place."""
     if weights in ("int8", "int4"):
         quantize_model(model, Format("int8") if weights == "int8" else Format("int4", 32), head=True)
         return
@@ -105,7 +105,7 @@ def rounded(model: Transformer, weights: str) -> None:
 
 
 def close(got: Tensor, expected: Tensor, bound: float) -> None:
-    """Within `bound` of the largest logit."""
+    """Check that logits differ by less than `bound` of the largest."""
     scale = expected.abs().max()
     assert ((got - expected).abs().max() / scale).item() < bound
 
@@ -113,7 +113,7 @@ def close(got: Tensor, expected: Tensor, bound: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weights", FORMATS)
 def test_a_step_is_the_models(family: str, weights: Weights, folders: Callable[[str], Path]) -> None:
-    """Prefill, decode, taps and hidden states, with activations as they are: only the order of sums differs."""
+    """Prefill, decode, taps and hidden states with float32 activations: only the order of sums differs."""
     model = loaded(folders(family))
     rounded(model, weights)
     fast = cpp.CppModel(model, weights, 2, exact_activations=True)
@@ -149,7 +149,7 @@ def test_rounded_activations_stay_near(weights: Weights, folders: Callable[[str]
 @pytest.mark.parametrize("kind", CACHES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mixed"])
 def test_every_cache(kind: torch.dtype, family: str, folders: Callable[[str], Path]) -> None:
-    """What is written is what storage.py writes, but for a rounding here and there; what is read is that."""
+    """The cache equals what storage.py writes, except for single roundings; reads return it."""
     model = loaded(folders(family))
     fast = cpp.CppModel(model, "float32", 2)
     ours, theirs = fast.new_cache(1, 64, kind), fast.new_cache(1, 64, kind)
@@ -194,7 +194,7 @@ def cache_arguments(model: Transformer) -> tuple[CacheShape, int, int, torch.dty
 
 
 def one_by_one(fast: cpp.CppModel, tokens: list[int], kind: torch.dtype = torch.float32) -> Tensor:
-    """Every token in a step of its own."""
+    """Compute every token in its own step."""
     cache = fast.new_cache(1, 64, kind)
     rows = []
     for token in tokens:
@@ -229,7 +229,7 @@ def test_the_same_bits_for_any_number_of_tokens_and_threads(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mixed"])
 def test_a_tree_is_its_lines(family: str, folders: Callable[[str], Path]) -> None:
-    """Every node's logits are those of its line decoded alone, bit for bit; and near the torch model's."""
+    """Every node's logits equal those of its path decoded alone, bit for bit, and are close to the torch model's."""
     model = loaded(folders(family))
     fast = cpp.CppModel(model, "float32", 2)
     text = tokens_of(13)
@@ -277,7 +277,7 @@ def test_taps_are_the_layers_outputs(folders: Callable[[str], Path]) -> None:
 
 
 def test_nothing_unwritten_is_read(folders: Callable[[str], Path]) -> None:
-    """What lies behind the row's end is poison."""
+    """Memory after the row's end is NaN, and is not read."""
     model = loaded(folders("mistral"))
     fast = cpp.CppModel(model, "float32", 2)
     tokens = tokens_of(19)
@@ -366,7 +366,7 @@ def test_other_caches_and_models_are_refused(folders: Callable[[str], Path]) -> 
 
 
 def test_a_fork_is_noticed(folders: Callable[[str], Path]) -> None:
-    """Threads stay behind in the parent: the child is told, and ends."""
+    """Threads do not survive a fork: in the child a step raises an error."""
     fast = cpp.CppModel(loaded(folders("llama")), "float32", 2)
     fast.step(fast.new_cache(1, 8), [[1]])
     child = os.fork()

@@ -1,6 +1,6 @@
-"""No CUDA kernel reads or writes outside of the memory it was given: emulated, between pages that nobody may touch.
+"""No CUDA kernel accesses memory outside of its tensors: emulated, between protected pages.
 
-A card would say nothing of most such accesses, nor would the checks: what lies there is often harmless.
+A GPU would not report most such accesses, and the checks would pass: the memory there is often harmless.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pytest
 
 from phase5.kernels import Kernels
 
-# Every tensor that a wrapper hands to the library is moved to pages of its own for the call, so that it ends (begins)
-# where a page begins (ends) that must not be touched: to do so is the end of the process.
+# Every tensor that a wrapper passes to the library is moved to separate pages for the call. It ends (begins) at a
+# protected page, and an access to that page ends the process.
 PROGRAM = """
 import ctypes, mmap, sys
 import torch
@@ -27,7 +27,7 @@ check = beside(5, "checks.check")
 op, side, wrong = sys.argv[1:]
 libc, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-away = []  # (memory, where in it, the tensor's address, bytes)
+away = []  # (memory, offset, the tensor's address, bytes)
 
 def guarded(tensor):
     if tensor is None:

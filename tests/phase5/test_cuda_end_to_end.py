@@ -1,4 +1,4 @@
-"""A whole engine on CUDA kernels, emulated: what drafting writes is what plain decoding writes, bit for bit."""
+"""A whole engine on emulated CUDA kernels: speculative output equals plain output, bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kernels(emulate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.M
 def llm(
     kernels: Kernels, folder: str, llm_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    # On a CPU the loader lays matrices out as its products like them; on a card, as here, rows follow each other.
+    # On a CPU the loader changes the strides of matrices for its products; on a GPU, as here, rows are contiguous.
     loader = importlib.import_module("phase5.load")
     monkeypatch.setattr(loader, "reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
     return partial(llm_on, kernels, **{"model": folder, "device": "cpu", "quant_head": False})
@@ -56,7 +56,7 @@ def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, llm: An
     drafting = llm(draft=folder, draft_quant="int8", k=4, **KINDS[kind])
     assert tokens(drafting) == plain
     accepted = sum(stats.accepted for steps in drafting.steps.values() for stats in steps)
-    assert accepted > 8  # otherwise nothing was verified together
+    assert accepted > 8  # otherwise no forward pass verified a draft
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_trees(kind: str, tree: str, llm: Any, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral", "mixed"])
 def test_other_families(family: str, llm: Any, make_checkpoint: Callable[..., Path]) -> None:
-    """With a window that slides, norms of queries and keys, biases, learned positions."""
+    """Window attention, norms of queries and keys, biases, learned positions."""
     mixed = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
     other = str(make_checkpoint("qwen3", **mixed) if family == "mixed" else make_checkpoint(family))
     for kv in ["static", "ring"] if family == "mistral" else ["static"]:

@@ -1,6 +1,6 @@
-"""Every CUDA kernel, emulated on the CPU, against its reference; and kernels that are wrong, which must be found out.
+"""Every CUDA kernel, emulated on the CPU, against its reference; and wrong kernels, which the checks must detect.
 
-On a card the same checks run for all backends: see test_triton_kernels.py.
+On a GPU the same checks run for all backends: see test_triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype:
             check.near(f"{rows} rows", together, TORCH.linear(layer, x), check.WITHIN[dtype])
             if rows <= 64:
                 check.same_bits(f"{rows} rows", ops["linear"](layer, x[rows - 1 :]), together[rows - 1 :])
-        x = check.poisoned(CPU, dtype, 7, 13, 160)  # texts and their tokens: more than 64 rows, but not of one text
+        x = check.poisoned(
+            CPU, dtype, 7, 13, 160
+        )  # [sequences, tokens, features]: more than 64 rows, but not of one sequence
         check.same_bits("7 texts", ops["linear"](layer, x[6:, 12:].clone()), ops["linear"](layer, x)[6:, 12:])
 
 
@@ -124,27 +126,27 @@ def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
 
 
 def test_random_numbers_have_the_same_bits(ops: Ops) -> None:
-    """A token whose ratio is the very uniform number falls, and with the next larger ratio it stands."""
+    """A token whose ratio equals the uniform number is rejected; with the next larger ratio it is accepted."""
     seeds, R = (0, -1, 2**40 + 7), 40
     samples, positions = torch.arange(R) * 3, torch.arange(R) * 100 + 5
     for seed in seeds:
         chance = philox.uniforms(seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0]
         above = torch.from_numpy(np.nextafter(chance.numpy(), np.float32(2)))
-        for ratio, stands in ((chance, 0), (above, 1)):
+        for ratio, accepted in ((chance, 0), (above, 1)):
             target = torch.stack((ratio, 1 - ratio), 1)[:, None].expand(R, 2, 2).contiguous()
             tokens, widths = torch.zeros(R, 1, dtype=torch.long), torch.ones(R, dtype=torch.long)
             verdict = ops["verify_sample"](tokens, None, target, widths, samples, positions, KeyedSource(seed))
-            assert (verdict.accepted == stands).all()
+            assert (verdict.accepted == accepted).all()
 
 
 def test_sampling_follows_the_distribution(ops: Ops) -> None:
-    """And filtered ones: 300 draws of each, against the reference's very tokens."""
+    """Also with filters: 300 draws each give the reference's tokens."""
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(300, 7).contiguous()
     for filters in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}):
         params = SamplingParams(temperature=1.3, **filters)
         arguments: Any = (params, KeyedSampler(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
         found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
-        assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where a logarithm's last bit decides
+        assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where the last bit of a logarithm matters
         assert len(set(found)) > 1
 
 
@@ -235,7 +237,7 @@ def test_without_emulation_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert "SPECDEC_FORCE_PY" in str(reason)
 
 
-# What the emulator itself must notice, each a program of its own.
+# Errors that the emulator must detect, each in its own program.
 PROGRAM = """
 #include "device.cuh"
 #include <cstdio>
@@ -293,7 +295,7 @@ def test_the_emulator_finds_out(name: str, tmp_path: Path) -> None:
     assert said in run_program(tmp_path, body)
 
 
-# Kernels with a mistake in them, as they could stand in the sources: the checks must not let them pass.
+# Mutants of the kernels' sources, which the checks must detect.
 MUTATIONS = [
     ("attend.cuh", "p0 + number < stop[i]", "p0 + number < stop[i] - 1", "decode_attention", "attention.cu"),
     ("attend.cuh", "0x7632 : 0x5410", "0x5410 : 0x7632", "decode_attention", "attention.cu"),

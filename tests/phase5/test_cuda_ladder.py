@@ -1,4 +1,4 @@
-"""Every rung of the CUDA ladders gives what torch gives, emulated or on a card; and their bench, walked through."""
+"""Every rung of the CUDA ladders equals torch, emulated or on a GPU; and a dry run of their bench."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ check, ladder = beside(5, "checks.check"), beside(5, "ladder.cuda")
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
 
-@pytest.fixture(scope="module", params=["emulated", pytest.param("on a card", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["emulated", pytest.param("on a GPU", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, emulate: Callable[[pytest.MonkeyPatch], None]) -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "emulated":
@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest, emulate: Callable[[pytest.MonkeyPatch
 
 
 def numbers(device: torch.device, *shape: int, seed: int) -> Tensor:
-    """In the midst of NaN, and at an address that 16 bytes divide."""
+    """Return a tensor surrounded by NaN, at a multiple of 16 bytes."""
     made: Tensor = check.poisoned(device, BF16, *shape, seed=seed)
     return made
 
@@ -94,5 +94,5 @@ def test_the_benches_walk_their_grids(tmp_path: Path, bench_part: Callable[[int,
         wet = runs.Lab(runs.Options(), results, CPU)
         with pytest.raises(UserError, match=r"cannot run here: .*--dry-run walks their grid"):
             gpu_ladder.measure_gpu_ladder(wet)
-        with pytest.raises(UserError, match="need a card, and this is cpu"):
+        with pytest.raises(UserError, match="need a GPU, and this is cpu"):
             gpu_peers.measure_gpu_peers(wet)

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for the cards that are meant, and the kernels that decoding waits for keep to registers."""
+"""The CUDA sources compile for the intended GPUs, and the kernels of decoding do not spill registers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Used(NamedTuple):
 
 
 def compile_for(arch: str, source: Path, folder: Path) -> list[Used]:
-    """What ptxas reports of every kernel in a source."""
+    """Return ptxas' report of every kernel in a source."""
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("there is no nvcc on the PATH")
@@ -59,7 +59,7 @@ def no_spills(used: list[Used]) -> None:
 
 
 def test_a_report_with_spills_is_read() -> None:
-    """As ptxas writes it."""
+    """A report in the format of ptxas."""
     text = (
         "ptxas info    : Function properties for _Z4slowPf\n"
         "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
@@ -91,7 +91,7 @@ def test_the_rungs_compile(source: str, tmp_path: Path) -> None:
 
 
 def test_every_file_belongs_to_an_op() -> None:
-    """So that the ledger forgets a check when any file that went into the kernel changes."""
+    """A change of any source file of a kernel must invalidate its check in the ledger."""
     files = {path.name for path in library.FOLDER.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py")}
     named = {name for names in SOURCES.values() for name in names if not name.startswith("../")}
     assert files - named == {"__init__.py"}

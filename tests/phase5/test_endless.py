@@ -1,4 +1,4 @@
-"""Texts far past the context: memory stays what it was, and every token is the one that phase 1 writes."""
+"""Sequences far past the context: memory is constant, and tokens equal phase 1's."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from phase5.kv_cache import KVOptions
 from phase5.runner import CachedRunner, UncachedRunner, cache_shape, make_runner
 
 TOKENS = 20_000
-WARM = 2_000  # tokens, after which nothing is new to the process
-GROWTH = 16  # MiB; keys and values of the tokens behind WARM would take 18
-LOOKED_AT = (100, 3_000, 10_001, TOKENS)  # tokens of the text
+WARM = 2_000  # tokens, after which memory is stable
+GROWTH = 16  # MiB; keys and values of the tokens after WARM would need 18
+LOOKED_AT = (100, 3_000, 10_001, TOKENS)  # lengths at which logits are compared
 
 pytestmark = [pytest.mark.slow, pytest.mark.no_exercise]
 
@@ -37,7 +37,7 @@ def resident() -> float:
 def test_twenty_thousand_tokens_at_constant_memory(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled, because greedy text of random weights repeats itself; compared with runners that forget nothing."""
+    """Sampled, because greedy text of random weights repeats; compared with runners that keep every token."""
     folder = make_checkpoint("mistral", max_position_embeddings=32_768, num_hidden_layers=4)
     options: dict[str, Any] = {
         "model": str(folder),
@@ -75,7 +75,7 @@ def test_twenty_thousand_tokens_at_constant_memory(
     for length in LOOKED_AT:
         text, found = seen[length]
         torch.testing.assert_close(found, static.logits(["text"], [text]), atol=1e-4, rtol=1e-4)
-        if length <= 3_000:  # the mask of a whole text is of its length squared
+        if length <= 3_000:  # the mask of a whole sequence grows with its length squared
             torch.testing.assert_close(found, whole.logits(["text"], [text]), atol=1e-4, rtol=1e-4)
 
 
@@ -102,7 +102,7 @@ def written(engine: Any, folder: Path, temperature: float, **options: Any) -> li
 
 @pytest.fixture(scope="module")
 def phase_1_writes(short: Path) -> Callable[[float], list[int]]:
-    """What plain decoding without a cache writes; it takes minutes, so each text is written once."""
+    """Return the tokens of plain decoding without a cache; cached, because one sequence takes minutes."""
     return cache(lambda temperature: written(phase1, short, temperature))
 
 
@@ -115,7 +115,11 @@ def test_the_default_draft_model_five_thousand_tokens_past_the_context(
 ) -> None:
     if kernels == "cpp" and (reason := registry.why_not("cpp", torch.device("cpu"))) is not None:
         pytest.skip(f"no C++ backend here: {reason}")
-    options = {"kernels": kernels, "kv": kind, "policy": "coupled"}  # at temperature 0 any policy writes the same
+    options = {
+        "kernels": kernels,
+        "kv": kind,
+        "policy": "coupled",
+    }  # at temperature 0 all policies give the same tokens
     found = written(phase5, short, temperature, **options)
     assert len(found) == CONTEXT + PAST
     assert found == phase_1_writes(temperature)

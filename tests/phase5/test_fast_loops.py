@@ -68,7 +68,7 @@ def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("how", [name for name in DRAFTING if name.startswith("eagle")])
 def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing of it in torch; its drafts are as good as torch's."""
+    """The drafter computes nothing in torch, and its drafts are as good as torch's."""
     options = {"temperature": temperature, "max_tokens": 48, **DRAFTING[how]}
     slow = llm(kernels="torch", **options)
     assert slow.backends.report["draft_step"] == "torch"
@@ -130,7 +130,7 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
 
 @pytest.mark.parametrize("how", ["plain", "model", "ngram"])
 def test_steps_after_the_end_of_a_text_are_not_counted(how: str) -> None:
-    """Plain decoding that ends with its fifth token has taken five steps, however many were drawn in the call."""
+    """Plain decoding that ends with its fifth token reports five steps, however many tokens the call computed."""
     (whole,) = llm(draft="none").generate(texts(1))
     for kernels in ("cpp", "torch"):
         made = llm(kernels=kernels, **DRAFTING[how])
@@ -149,7 +149,7 @@ def test_steps_after_the_end_of_a_text_are_not_counted(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["plain", "model", "eagle", "medusa"])
 def test_batches_and_samples_are_what_each_is_alone(how: str) -> None:
-    """Prompts that begin alike share keys and values; what a drafter reads of the target is computed for each."""
+    """Prompts with a common prefix share keys and values; hidden states for a drafter are computed for each."""
     made = llm(temperature=1.0, **DRAFTING[how])
     prompts = [*texts(3), texts(3)[0] + " not"]
     alone = [made.generate([text])[0].tokens for text in prompts]
@@ -161,7 +161,7 @@ def test_batches_and_samples_are_what_each_is_alone(how: str) -> None:
 def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
     how: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts after several plain tokens in one call are those after as many steps."""
+    """Drafts after several plain tokens in one call equal those after as many single steps."""
     monkeypatch.setattr("phase5.controllers.CostController.best", lambda self: 0 if self.wait == self.retry else 3)
     monkeypatch.setattr("phase5.cost_model.CostModel.wants_plain", False)
     options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}

@@ -1,4 +1,4 @@
-"""On a card: what drafting writes is what plain decoding writes, on all prompts, in every dtype, on every backend."""
+"""On a GPU: speculative output equals plain output, on all prompts, in every dtype, on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench of kernels on a card: its grid can be walked without one, and says that nothing was measured."""
+"""The bench of GPU kernels: a dry run needs no GPU, and says that nothing was measured."""
 
 from __future__ import annotations
 

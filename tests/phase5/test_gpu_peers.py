@@ -1,4 +1,4 @@
-"""The peers of the bench on a card, on a CPU: they decode what the engine decodes."""
+"""The bench's GPU peers, run on a CPU: their tokens equal the engine's."""
 
 from __future__ import annotations
 

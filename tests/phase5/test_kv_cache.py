@@ -1,4 +1,4 @@
-"""Caches alone: whatever is appended, kept, cut back and forked, a row reads as a plain list would."""
+"""Caches alone: after any appends, kept entries, truncations and forks, a row equals a plain list."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written holds what would be noticed."""
+    """Fill uninitialised memory with NaN, so that reads of it are noticed."""
 
     def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype, device=device)
@@ -40,7 +40,7 @@ def cache_of(kind: str, rows: int = 3, tokens: int = 96, format: str = "auto", p
 
 
 def entries(tokens: list[int], layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [n, kv_heads, head_dim] that say whose they are."""
+    """Make keys and values [n, kv_heads, head_dim] that encode their row and position."""
     at = torch.tensor(tokens, dtype=torch.float32)[:, None, None]
     keys = at + torch.arange(8).view(2, 4) / 8 + layer / 2
     return keys, -keys
@@ -77,7 +77,7 @@ ACTIONS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS)
 def test_a_cache_is_a_list(kind: str, actions: list[Action]) -> None:
-    """Append up to 16 tokens and keep some of them; cut back; let another row go on from there."""
+    """Append up to 16 tokens and keep some; truncate; fork to another row."""
     cache, rows, number = cache_of(kind), [list[int]() for _ in range(3)], 0
     for what, row, size, chosen in actions:
         held = rows[row]
@@ -143,7 +143,7 @@ def test_a_full_static_cache_says_how_much_is_needed() -> None:
     cache = make_cache(KVOptions("static", slots=10), SHAPE, 1, 96, torch.float32, CPU, None)
     append(cache, 0, list(range(8)))
     cache.keep(0, list(range(8)))
-    cache.make_room(0, 2)  # it may be filled to its last place
+    cache.make_room(0, 2)  # it may be filled to its last slot
     with pytest.raises(UserError, match=r"holds 10 tokens per text, and 11 are needed: give a larger --kv-slots"):
         cache.make_room(0, 3)
     check(cache, 0, list(range(8)))
@@ -196,7 +196,7 @@ def test_a_ring_stays_as_large_as_it_is() -> None:
 
 @pytest.mark.about("engine/kv_cache/ring.py, RingCache.shortest")
 def test_how_far_a_ring_can_be_cut_back() -> None:
-    """Of 48 tokens it has the last 40: the window of 24 that the 32nd ends begins with the first of them."""
+    """A ring keeps the last 40 of 48 tokens: the window of 24 that ends at the 32nd begins at the first of them."""
     cache, held = cache_of("ring"), list(range(48))
     for start in range(0, 48, 16):
         append(cache, 0, held[start : start + 16])
@@ -206,7 +206,7 @@ def test_how_far_a_ring_can_be_cut_back() -> None:
     cache.truncate(0, 31)
     append(cache, 0, [99])
     check(cache, 0, held[:31], [99])
-    cache.truncate(0, 0)  # another text: nothing of it is overwritten
+    cache.truncate(0, 0)  # another sequence: nothing of it is overwritten
     append(cache, 0, [7, 8])
     check(cache, 0, [], [7, 8])
 

@@ -1,4 +1,4 @@
-"""The list of kernels that were checked on a card goes by their source."""
+"""The ledger of kernels that were checked on a GPU is keyed by their source."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_kernel_is_listed_until_its_source_changes(tmp_path: Path, monkeypatch
     assert ledger.fingerprint("triton", "linear") != before
     assert ledger.entry("triton", "linear", book) is None
     assert ledger.entry("triton", "rope", book) is not None
-    written.record("triton", "linear", "Another", ["one"], book)  # takes the place of the old version
+    written.record("triton", "linear", "Another", ["one"], book)  # replaces the old version
     assert sorted(e["device"] for e in ledger.read(book).values()) == ["A Card", "Another"]
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_listed_for_nothing(tmp_path: Path) -> None:
 
 def test_without_a_card_nothing_is_listed() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a card")
+        pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="this machine has none"):
         written.main(["--write"])
     with pytest.raises(UserError, match="expected nothing, --write or --list"):

@@ -1,4 +1,4 @@
-"""What loading for the C++ kernels costs: processor time and memory, beside reading the files and copying them once."""
+"""The cost of loading for the C++ kernels in CPU time and memory, against reading the files and copying them once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def python(code: str, *arguments: str) -> list[float]:
 
 
 def write_llama(folder: Path, source: Path, layers: int, width: int, ffn: int) -> None:
-    """A Llama shape with random weights in bfloat16, in shards, with the tokenizer of `source`."""
+    """Write a Llama shape with random bfloat16 weights, in shards, with the tokenizer of `source`."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((source / "config.json").read_text())
     config |= {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": 32}
@@ -102,7 +102,7 @@ def test_a_billion_weights_are_ready_soon_and_in_little_memory(weights: str, tmp
     write_llama(folder, MODELS / "stdlib-10m", layers=22, width=2048, ffn=5632)
     python(READ, str(folder))  # the files are in the page cache
     readings, loads = [], []
-    for _ in range(3):  # a machine's speed wanders: both by turns, and the least of each
+    for _ in range(3):  # the machine's speed varies: interleave both, and compare the minima
         readings += python(READ, str(folder))
         loads.append(python(LOAD, str(folder), weights))
     seconds, peak, packed = min(loads)

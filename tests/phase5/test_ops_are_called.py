@@ -1,6 +1,6 @@
-"""No kernel that nobody calls: every op of the registry runs, on the kernels that were asked for by name, end to end.
+"""Every op of the registry is called, end to end, on the kernels that were asked for by name.
 
-And where a chain is verified the host does not wait for its mask.
+The host does not wait for the mask of a chain.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def counted(calls: Counter[str], op: str, function: Callable[..., Any]) -> Calla
 
 
 def counting(backend: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each op of a backend is called, from now on."""
+    """Count the calls of each op of a backend."""
     module, calls = importlib.import_module(f"phase5.kernels.{backend}"), Counter[str]()
     ops = {op: counted(calls, op, function) for op, function in module.ops().items()}
     monkeypatch.setattr(module, "ops", lambda: ops)
@@ -67,7 +67,7 @@ def all_are_called(tiny: str, backend: str, calls: Counter[str]) -> None:
         report = run(tiny, backend, prompt, **options).backends.report
         assert report["ops"] == dict.fromkeys(Kernels._fields, backend), options
         assert not report["by_parts"], options
-    assert set(calls) == set(Kernels._fields), f"nobody calls {set(Kernels._fields) - set(calls)}"
+    assert set(calls) == set(Kernels._fields), f"never called: {set(Kernels._fields) - set(calls)}"
 
 
 def test_every_triton_kernel_is_called(tiny: str, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_every_cuda_kernel_is_called(
     tiny: str, emulate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch)
-    # On a CPU the loader lays matrices out as its products like them; on a card, as here, rows follow each other.
+    # On a CPU the loader changes the strides of matrices for its products; on a GPU, as here, rows are contiguous.
     loader = importlib.import_module("phase5.load")
     monkeypatch.setattr(loader, "reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
     all_are_called(tiny, "cuda", counting("cuda", monkeypatch))
@@ -99,7 +99,7 @@ def test_torch_calls_the_parts_and_says_so(tiny: str) -> None:
 @pytest.mark.parametrize("held", [0, 5, 255, 256, 300])
 @pytest.mark.parametrize("kind", ["static", "dynamic", "ring"])
 def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is known of it without reading is what is read. Rows of a batch, one of them shorter; another alone."""
+    """Properties known without reading a mask equal the mask itself. Rows of a batch, one shorter; another alone."""
     shape, how = CacheShape(1, 1, 4), (torch.float32, torch.float32, CPU)
     cache: Any = RingCache(shape, 3, 350, *how)
     if kind != "ring":
@@ -130,7 +130,7 @@ def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pyte
 
 
 def test_what_is_not_in_the_table_is_read() -> None:
-    """A part of it that begins elsewhere, or a copy of it that was changed, says something else."""
+    """A slice with another start, or a modified copy, has other properties."""
     mask = in_order(4, 10, torch.zeros(1))
     assert key_ranges.is_in_order(mask, 10)
     assert not key_ranges.is_in_order(mask, 9)

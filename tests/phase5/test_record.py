@@ -1,4 +1,4 @@
-"""`--record` with a cache, and with steps in C++: what the cache held, and the tokens of the fast loop."""
+"""`--record` with a cache and with C++ steps: the cache's lengths, and the tokens of the fast loop."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def completions(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
 def test_the_tokens_are_those_of_the_loop_in_cpp(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, check_recording: Check, temperature: int, how: list[str]
 ) -> None:
-    """Recorded one step at a time; and a line on stderr says that this is another loop."""
+    """A recorded run makes one step per call, and a line on stderr says so."""
     arguments = ["--kernels", "cpp", "--temperature", temperature, "--seed", 3, *how]
     fast, quiet = completions(capsys, *arguments)
     recorded, err = completions(capsys, *arguments, "--record", tmp_path / "run.jsonl")
@@ -69,11 +69,11 @@ def test_the_tokens_are_those_of_the_loop_in_cpp(
 def test_what_the_cache_holds(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, check_recording: Check, kernels: str, kv: str, draft: str
 ) -> None:
-    """All of a text but its last token, until the text ends and its place is free."""
+    """The row holds all tokens except the last, until the sequence ends and its row is free."""
     if kernels == "cpp" and kv != "static":
         pytest.skip("the C++ step writes into a static cache")
     arguments = ["--kernels", kernels, "--kv", kv, "--draft", draft, "--temperature", 1]
-    arguments += ["--prompt", "\n".join(f"import module_{n}" for n in range(9))]  # long enough for a prefill of its own
+    arguments += ["--prompt", "\n".join(f"import module_{n}" for n in range(9))]  # long enough for a separate prefill
     done, err = completions(capsys, *arguments, "--record", tmp_path / "run.jsonl")
     recording = check_recording(tmp_path / "run.jsonl")
     assert ("--record" in err) == (kernels == "cpp")

@@ -1,4 +1,4 @@
-"""Which backend does what, and that nothing is chosen in silence."""
+"""The choice of backends, and its report: no fallback is silent."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PHASE = Path(phase5.__file__).resolve().parents[1]
 
 
 def nothing(*arguments: Any) -> Any:
-    """Stands for a kernel."""
+    """A placeholder kernel."""
 
 
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace | None]:
-    """Backends as a test says; without an entry there is none."""
+    """Register the backends that a test names; others do not exist."""
     made: dict[str, SimpleNamespace | None] = {}
     monkeypatch.setattr(registry, "module_of", made.get)
     monkeypatch.delenv("SPECDEC_FORCE_PY", raising=False)
@@ -42,7 +42,7 @@ def backend(*ops: str, why_not: str | None = None, **more: Any) -> SimpleNamespa
 
 
 def listed(folder: Path, monkeypatch: pytest.MonkeyPatch, *kernels: tuple[str, str]) -> Path:
-    """A ledger that lists these, whatever their source."""
+    """Write a ledger that lists these kernels, whatever their source."""
     monkeypatch.setattr(ledger, "fingerprint", lambda backend, op: f"{backend} {op}")
     book = folder / "verified.json"
     for of, op in kernels:
@@ -89,7 +89,7 @@ def test_auto_takes_no_kernel_that_no_card_has_seen(
 
 
 def test_auto_interprets_nothing(backends: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for cards can be run on a CPU for tests; that is no way to compute."""
+    """`auto` does not use GPU kernels on a CPU, where only tests run them."""
     backends.update(triton=backend("linear"))
     book = listed(tmp_path, monkeypatch, ("triton", "linear"))
     report = registry.choose("auto", CPU, book=book).report
@@ -120,7 +120,7 @@ def test_a_backend_may_take_some_dtypes_only(backends: dict[str, Any]) -> None:
 
 
 def test_functions_of_an_op(backends: dict[str, Any]) -> None:
-    backends.update(cpp=backend("linear"), triton=backend("linear", why_not="no card"))
+    backends.update(cpp=backend("linear"), triton=backend("linear", why_not="no GPU"))
     assert registry.functions("linear", CPU) == {"cpp": nothing, "torch": TORCH.linear}
     with pytest.raises(UserError, match="there is no op 'convolve'; the ops are linear, "):
         registry.functions("convolve", CPU)
@@ -187,7 +187,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_triton_all_runs_on_torch_and_says_so() -> None:
-    """And nothing imports it before it is asked for."""
+    """A backend is not imported before it is asked for."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"

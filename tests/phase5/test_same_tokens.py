@@ -1,4 +1,4 @@
-"""Greedy decoding in float32 writes what phase 1 writes: 100 prompts, every kind of cache, with and without a draft."""
+"""Greedy float32 output equals phase 1's: 100 prompts, every kind of cache, with and without a draft."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.no_exercise]  # `lab check` has the 
 
 
 def written(made: Any, prompts: list[str]) -> list[list[int]]:
-    """One prompt after the other: in a batch, rounding would depend on the batch."""
+    """Decode prompts one by one: rounding depends on the batch."""
     return [made.generate([prompt])[0].tokens for prompt in prompts]
 
 
@@ -32,7 +32,7 @@ def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
 
 
 def some_fell(made: Any) -> bool:
-    """Whether of what was drafted some stood and some fell: else equality would say little."""
+    """Check that some draft tokens were accepted and some rejected; otherwise equality proves little."""
     steps = [step for steps in made.steps.values() for step in steps]
     accepted, proposed = sum(step.accepted for step in steps), sum(step.proposed for step in steps)
     return bool(0 < accepted < proposed)
@@ -76,19 +76,19 @@ SHORT = [prompt[:40] for prompt in PROMPTS]
 
 @pytest.fixture(scope="module")
 def windowed(make_checkpoint: Callable[..., Path]) -> tuple[str, list[list[int]]]:
-    """A model that looks back 8 tokens, and what phase 1 writes with it."""
+    """Return a model with a window of 8 tokens, and phase 1's output with it."""
     folder = str(make_checkpoint("mistral"))
     return folder, written(phase1.LLM(phase1.Options(model=folder, **COMMON)), SHORT)
 
 
 @pytest.mark.parametrize("kind", ["off", "dynamic", "static", "ring", "paged"])
-@pytest.mark.parametrize("how", ["plain", "all stands", "ngram"])
+@pytest.mark.parametrize("how", ["plain", "all accepted", "ngram"])
 def test_a_model_with_window_attention(how: str, kind: str, windowed: tuple[str, list[list[int]]]) -> None:
-    """`ring` is for such models alone. As a draft the model itself is always right; n-grams are sometimes."""
+    """`ring` needs such models. The model as its own draft is always accepted, n-grams sometimes."""
     folder, expected = windowed
     drafting: dict[str, dict[str, Any]] = {
         "plain": {"draft": "none"},
-        "all stands": {"draft": folder, "k": 4},
+        "all accepted": {"draft": folder, "k": 4},
         "ngram": {"drafter": "ngram", "k": 4},
     }
     options: dict[str, Any] = {"model": folder, "kernels": "torch", "kv": kind, **drafting[how], **COMMON}

@@ -1,4 +1,4 @@
-"""Steps of speculation in one call into C++: those of single steps and of the torch rule, and the target's law."""
+"""Speculative steps in one C++ call equal single steps and the torch rule, and follow the target's distribution."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Pair(NamedTuple):
 
 
 def shaken(model: Transformer, by: float) -> Transformer:
-    """A model that often agrees: the same one, its matrices shifted a little."""
+    """Return a model that often agrees with another: a copy with slightly changed matrices."""
     near = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -79,14 +79,14 @@ def loaded(folder: Path) -> Transformer:
 @pytest.fixture(scope="module")
 def pair(llama_folder: Path) -> Pair:
     model = loaded(llama_folder)
-    with torch.no_grad():  # as they are made, random models find all tokens about equally likely
+    with torch.no_grad():  # without it, random models find all tokens about equally likely
         model.head.weight *= 8
     return pair_of(model, 0.2)
 
 
 @pytest.fixture(scope="module")
 def small(llama_folder: Path) -> Pair:
-    """With the first tokens alone, and an output matrix under which several of them are likely."""
+    """Return a model with a small vocabulary, and an output matrix that makes several tokens likely."""
     whole = loaded(llama_folder)
     state = {
         name: tensor[:16] if name in ("embedding.weight", "head.weight") else tensor
@@ -105,7 +105,7 @@ def runners(pair: Pair, tokens: int) -> tuple[CppRunner, CppRunner]:
 
 
 def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, calls: list[int]) -> Any:
-    """Tokens, and every step; calls[i]: how many steps the i-th call makes."""
+    """Decode, and return the tokens and all steps; calls[i]: steps in the i-th call."""
     target, drafter = runners(pair, 120)
     text, done = list(PROMPT), list[Speculated]()
     source: RandomSource = GreedySource() if params.greedy else KeyedSource(params.seed)
@@ -120,7 +120,7 @@ def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, 
 
 
 def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int) -> Iterator[Any]:
-    """The same step by step: a chain, a forward over it, and the rule of policies.py in torch."""
+    """Decode step by step: a chain, a forward pass over it, and the rule of policies.py in torch."""
     caches = pair.target.new_cache(1, 120), pair.drafter.new_cache(1, 120)
     source: RandomSource = GreedySource() if params.greedy else KeyedSource(params.seed)
     text = list(PROMPT)
@@ -152,7 +152,7 @@ def test_several_steps_in_a_call_are_single_ones_and_those_of_torch(
     params, rule, steps = WAYS[way], POLICIES[policy], 12
     expected = list(one_by_one(pair, params, rule, count, steps))
     accepted = [each[1] for each in expected]
-    assert 0 < sum(accepted) < count * steps, "drafts that all stand, or all fall, show little"
+    assert 0 < sum(accepted) < count * steps, "drafts that are all accepted, or all rejected, prove little"
     for calls in ([1] * steps, [steps], [1, 5, 2, 4]):
         _, done = several_steps(pair, params, rule, count, calls)
         assert [(each.draft, each.accepted, each.next_token) for each in done] == [each[:3] for each in expected]
@@ -164,7 +164,7 @@ def test_several_steps_in_a_call_are_single_ones_and_those_of_torch(
 
 
 def law(model: Transformer) -> Tensor:
-    """[V, V] the probability of every first two tokens behind the prompt."""
+    """Return the probability [V, V] of the first two tokens after the prompt."""
     V, prompt = model.config.vocab_size, [1, 2, 3]
     with torch.inference_mode():
         first = model(torch.tensor([prompt]))[0, -1].double().softmax(-1)
@@ -176,7 +176,7 @@ def law(model: Transformer) -> Tensor:
 def chances(
     small: Pair, verdict: Callable[[Speculated], list[int]], policy: str = "rejection", seeds: int = 4000
 ) -> float:
-    """How likely so uneven a sample of the first two tokens is under the target's law (chi-square)."""
+    """Return the chi-square p-value of samples of the first two tokens under the target's distribution."""
     V, rule = small.model.config.vocab_size, POLICIES[policy]
     seen = torch.zeros(V, V)
     caches = small.target.new_cache(1, 16), small.drafter.new_cache(1, 16)
@@ -193,7 +193,7 @@ def chances(
             found += verdict(each)
         seen[found[0], found[1]] += 1
     expected = law(small.model).flatten() * seeds
-    common = expected >= 5  # cells that are rarer count together
+    common = expected >= 5  # rarer cells are merged
     observed = [*seen.flatten()[common].tolist(), float(seen.flatten()[~common].sum())]
     wanted = [*expected[common].tolist(), float(expected[~common].sum())]
     scale = sum(observed) / sum(wanted)
@@ -212,7 +212,7 @@ def test_two_tokens_are_distributed_as_the_targets(small: Pair, policy: str) -> 
 
 
 def test_the_law_is_tested(small: Pair) -> None:
-    """A rule that lets every token stand is found, and one that lets the first that fell stand."""
+    """The test detects a rule that accepts every token, and one that accepts the first rejected token."""
     assert chances(small, lambda step: [*step.draft, step.next_token]) < 1e-4
     assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next_token]) < 1e-4
 
@@ -243,7 +243,7 @@ def plain_text(pair: Pair, params: SamplingParams, ending: Ending) -> Sequence:
 
 
 class Holding(phase5.controllers.FixedController):
-    """Answers for many steps at once."""
+    """A controller that fixes K for many steps."""
 
     holds = 6
 
@@ -258,7 +258,7 @@ def test_a_text_that_ends_within_a_call_ends_as_in_plain_decoding(pair: Pair, te
     for at in (1, 9, 10, 11, 12, 13):
         ending = Ending(eos_ids=(whole[at],))
         expected = plain_text(pair, params, ending)
-        sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next text
+        sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next sequence
         drafting = phase5.drafters.ModelDrafter(drafter, params, source, policy.draft_noise)
         steps = list(speculative_decode(target, drafting, [sequence], params, policy, lambda: Holding(4), source))
         assert (sequence.tokens, sequence.finish_reason) == (expected.tokens, "eos")
@@ -281,7 +281,7 @@ def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
 
 @pytest.mark.parametrize("k", [3, 7])
 def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that the context has no room for are made one by one, and where the window jumps nothing is lost."""
+    """Near the end of the context steps are made one by one, and a jump of the window loses no token."""
     context = pair.model.config.context
     params = SamplingParams(max_new_tokens=60)
     calls: list[int] = []

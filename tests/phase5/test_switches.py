@@ -1,4 +1,4 @@
-"""Switches in environment variables: what they mean, and what they may not contradict."""
+"""Environment variables as options, and their conflicts."""
 
 from __future__ import annotations
 

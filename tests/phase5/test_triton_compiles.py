@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles to a card's own instructions, without the card, and the decoding ones spill nothing.
+"""Every Triton kernel compiles to GPU instructions, without a GPU, and the kernels of decoding do not spill registers.
 
-What is interpreted says nothing of types that the compiler refuses. In a process of its own: here kernels are
+The interpreter accepts types that the compiler rejects. Compilation needs a separate process: in this one kernels are
 interpreted.
 """
 
@@ -52,7 +52,7 @@ def compile_all(arch: int, dtypes: list[str], ops: list[str], cache: Path) -> li
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_all_compile(arch: int, tmp_path: Path) -> None:
-    """All that the checks start; float16 is the same instructions as bfloat16."""
+    """Compile all launches of the checks; float16 has the same instructions as bfloat16."""
     found = compile_all(arch, ["bfloat16", "float32"], [], tmp_path)
     assert len({name for name, *_ in found}) >= 12
 

@@ -1,4 +1,4 @@
-"""A whole engine on Triton kernels, interpreted: what drafting writes is what plain decoding writes, bit for bit."""
+"""A whole engine on interpreted Triton kernels: speculative output equals plain output, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(make_checkpoint: Callable[..., Path]) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(make_checkpoint: Callable[..., Path]) -> str:
-    """One layer, one key head: a program of a kernel takes milliseconds here."""
+    """One layer, one key head: each program of a kernel takes milliseconds here."""
     narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
     return str(make_checkpoint("llama", num_hidden_layers=1, **narrow))
 
@@ -44,7 +44,7 @@ def kernels(interpreted: None) -> Kernels:
 
 @pytest.fixture
 def llm(kernels: Kernels, folder: str, llm_on: Callable[..., Any]) -> Callable[..., Any]:
-    """A llm on Triton."""
+    """Return an LLM on Triton kernels."""
     return lambda **options: llm_on(kernels, **{"model": folder, "device": "cpu", **options})
 
 
@@ -58,7 +58,7 @@ def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, llm: An
     drafting = llm(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind])
     assert tokens(drafting) == plain
     accepted = sum(stats.accepted for steps in drafting.steps.values() for stats in steps)
-    assert accepted > 8  # otherwise nothing was verified together
+    assert accepted > 8  # otherwise no forward pass verified a draft
 
 
 @slow
@@ -83,7 +83,7 @@ def test_trees(kind: str, how: dict[str, Any], llm: Any, folder: str) -> None:
 @pytest.mark.parametrize("policy", ["coupled", "rejection"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_at_temperature_1(kind: str, policy: str, llm: Any, folder: str) -> None:
-    """Coupled drafts change no token; with rejection the kernel decides as the reference does."""
+    """With `coupled` no token changes; with rejection sampling the kernel accepts as the reference does."""
     options = {"temperature": 1.0, "top_p": 0.95, "policy": policy, "max_tokens": 12, **KINDS[kind]}
     drafting = llm(draft=folder, draft_quant="int8", k=4, **options)
     found = tokens(drafting)
@@ -98,7 +98,7 @@ def test_at_temperature_1(kind: str, policy: str, llm: Any, folder: str) -> None
 @slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral", "mixed"])
 def test_other_families(family: str, llm: Any, make_checkpoint: Callable[..., Path]) -> None:
-    """With a window that slides, norms of queries and keys, biases, learned positions."""
+    """Window attention, norms of queries and keys, biases, learned positions."""
     mixed = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
     other = str(make_checkpoint("qwen3", **mixed) if family == "mixed" else make_checkpoint(family))
     kinds = ["static", "ring"] if family == "mistral" else ["static"]

@@ -1,4 +1,4 @@
-"""Every Triton kernel, interpreted on the CPU, against its reference; and wrong kernels, which must be found out."""
+"""Every Triton kernel, interpreted on the CPU, against its reference; and mutants, which the checks must detect."""
 
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
@@ -109,39 +109,39 @@ def test_on_a_card_it_is_right(op: str, backend: Any) -> None:
 
 @pytest.mark.parametrize("op", Kernels._fields)
 def test_the_reference_passes_its_own_checks(op: str) -> None:
-    """But for the bits: torch's products may add up in another order for more rows."""
+    """Except for equal bits: torch's products may sum in another order for more rows."""
     assert check.check(op, getattr(TORCH, op), CPU, full=False, invariance=False)
 
 
 def test_a_kernel_that_leaves_its_tensors_is_caught(guarded: None) -> None:
-    """But masked accesses may point anywhere."""
+    """Masked accesses may point anywhere."""
     reach[(1,)](torch.zeros(8), torch.zeros(8), 8, BLOCK=16)
-    with pytest.raises(triton.runtime.errors.InterpreterError, match="1 of 9 writes lie outside"):
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="1 of 9 writes are outside"):
         reach[(1,)](torch.zeros(9), torch.zeros(8), 9, BLOCK=16)
 
 
 def short_tail(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Off by one: the last input of every row is left out."""
+    """Off by one: skip the last input of every row."""
     x = x.clone()
     x[..., -1:] = 0
     return reference.linear(layer, x, start, stop)
 
 
 def last_of_equals(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Of equal scores it takes the last one."""
+    """Wrong ties: take the last of equal scores."""
     choices = scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
     accepted = reference.verify_prefix(draft_tokens, choices, widths)
     return accepted, choices.gather(1, accepted[:, None])[:, 0]
 
 
 def blind_to_the_last(query: Tensor, cache: Any, layer: int, rows: Any, counts: Any, masks: Any) -> Tensor:
-    """Off by one: the newest key is not looked at."""
+    """Off by one: skip the newest key."""
     fewer = [None if mask is None else mask[:, :-1] for mask in masks]
     return reference.decode_attention(query, cache, layer, rows, [count - 1 for count in counts], fewer)
 
 
 def one_too_many(query: Tensor, cache: Any, layer: int, rows: Any, counts: Any, masks: Any) -> Tensor:
-    """Off by one the other way: what lies behind the last key was never written."""
+    """Off by one: read one key too many, which is uninitialised."""
     more = [None if mask is None else nn.functional.pad(mask, (0, 1)) for mask in masks]
     return reference.decode_attention(query, cache, layer, rows, [count + 1 for count in counts], more)
 
@@ -151,7 +151,7 @@ def writes_padding(cache: Any, layer: int, rows: Any, counts: Any, keys: Tensor,
 
 
 def another_order_for_more(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Right, but what one row gives depends on how many there are."""
+    """Right, but the bits of a row depend on the batch size."""
     whole = reference.linear(layer, x, start, stop)
     return whole if x.shape[0] == 1 else whole * (1 + 1e-7 * x.shape[0])
 
@@ -180,7 +180,7 @@ def test_a_wrong_kernel_is_found_out(op: str, wrong: Callable[..., Any], why: st
 
 
 def test_the_interpreters_product_of_bfloat16_is_wrong_and_ours_is_not(interpreted: None) -> None:
-    """The trap that `dot` steps around; when this fails, the interpreter has been mended, and `dot` can go."""
+    """The interpreter's bug that `dot` avoids; if this test fails, the bug is fixed and `dot` can be removed."""
     torch.manual_seed(0)
     for dtype, off in ((torch.bfloat16, 100.0), (torch.float16, None)):
         a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
@@ -207,7 +207,7 @@ def test_random_numbers_have_the_same_bits(interpreted: None) -> None:
 
 
 def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., Any]]) -> None:
-    """Eight equal tokens, of which half the probability keeps the first four."""
+    """Of eight equal tokens, top_p = 0.5 keeps the first four."""
     drawn = set()
     for position in range(16):
         params = SamplingParams(temperature=1.0, top_p=0.5)
@@ -273,5 +273,5 @@ def test_the_unconstrained_product_is_right_too(ops: dict[str, Callable[..., Any
 
 
 def test_keyed_decisions_are_keyed_randomness() -> None:
-    """What verify_sample takes its seed from."""
+    """The source of verify_sample's seed."""
     assert isinstance(KeyedSource(3), KeyedSampler)

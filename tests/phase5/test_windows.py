@@ -1,4 +1,4 @@
-"""A window per layer: with every cache and backend the logits are those of transformers, and drafts change no token."""
+"""A window per layer: with every cache and backend the logits equal transformers', and drafts change no token."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def changed(folder: Path, **keys: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, str]) -> Callable[[str, list[list[int]]], Tensor]:
-    """What transformers expects behind each text, [texts, V]."""
+    """Return transformers' logits after each sequence, [sequences, V]."""
     models: dict[str, Any] = {}
 
     def logits(family: str, texts: list[list[int]]) -> Tensor:
@@ -113,7 +113,7 @@ def test_cuda(
 
 
 def test_a_ring_is_refused(folders: dict[str, str]) -> None:
-    """What its full layers look back on would be overwritten."""
+    """A ring would overwrite tokens that the full layers need."""
     made = phase5.LLM(phase5.Options(model=folders["mistral"], kernels="torch", kv="ring", device="cpu"))
     with pytest.raises(UserError, match=r"--kv ring.*not trained with window attention in every layer; use static"):
         made.generate(["import os"])
@@ -124,7 +124,7 @@ REPEATING = " 0 1 2" * 28
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
-    """stdlib-1m with a window of 24 in its second layer and a context of 96; and what phase 1 writes past it."""
+    """Return stdlib-1m with a window of 24 in its second layer and a context of 96, and phase 1's output past it."""
     folder = tmp_path_factory.mktemp("mixed") / "stdlib-1m"
     shutil.copytree(MODELS / "stdlib-1m", folder)
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "layer_types": [FULL, SLIDING]}
@@ -137,7 +137,7 @@ def repeated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 @pytest.mark.parametrize("how", ["plain", "ngram", "tree"])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "paged", pytest.param("cpp", marks=needs_cpp)])
 def test_a_repeating_text_past_the_context(kind: str, how: str, repeated: tuple[dict[str, Any], list[int]]) -> None:
-    """Layers that see everything limit the context: its start jumps as it does without windows."""
+    """Layers without a window limit the context: its start jumps as without windows."""
     options, expected = repeated
     drafting: dict[str, dict[str, Any]] = {
         "plain": {"draft": "none"},
