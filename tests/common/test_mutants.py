@@ -27,28 +27,42 @@ def test_every_mutant_has_tests_that_are_there() -> None:
     assert all(any(test.startswith("tests/") for test in each.tests) for each in MUTANTS)
 
 
-PROGRAM = """
+START = """
+import os
 from pathlib import Path
 from tests.support.mutants import mutants
 from tests.support.mutation import run, verdict
 tests = ("tests/test_thing.py",)
+root, work = Path("ROOT"), Path("WORK")
+"""
+PROGRAM = """
 listed = mutants("thing.py", tests, ("a + b", "a - b"), ("a * b", "b * a"), ("a * b", "a * b * 1", "a factor of 1"),
     ("a + b", "b + a", "commutes"), ("a + b", "a +"), ("a + b", "sum(iter(int, 1))"))
-lines = [verdict(outcome) for outcome in run(listed, Path("REPOSITORY"), Path("WORK"), limit=10, say=lambda line: None)]
+lines = [verdict(outcome) for outcome in run(listed, root, work, limit=10, say=lambda line: None)]
 print([(line.split()[0], good) for line, good in lines])
+"""
+STOPPED = """
+listed = mutants("thing.py", tests, ("a * b", "b * a"), ("a + b", "sum(iter(int, 1))"))
+running = run(listed, root, work, jobs=2, say=lambda line: None, done=[listed[0].name])
+print(verdict(next(running)))
+running.close()
+try:
+    os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    print("no process is left")
 """
 
 
-def test_what_becomes_of_mutants(tmp_path: Path) -> None:
-    """Killed, survived, equivalent, not importable and endless mutants; afterwards the copy is unchanged."""
+def run_on_a_thing(tmp_path: Path, program: str) -> str:
+    """What the program prints, which has a repository of one file and one test."""
     work, root = tmp_path / "work", tmp_path / "repository"
     (root / "tests").mkdir(parents=True)
     (root / "thing.py").write_text("def add(a, b):\n    return a + b\n\n\ndef times(a, b):\n    return a * b\n")
     test = "from thing import add\n\n\ndef test_it():\n    assert add(2, 3) == 5\n"
     (root / "tests" / "test_thing.py").write_text(test)
-    program = PROGRAM.replace("REPOSITORY", str(root)).replace("WORK", str(work))
+    start = START.replace("ROOT", str(root)).replace("WORK", str(work))
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", start + program],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -56,7 +70,12 @@ def test_what_becomes_of_mutants(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.stderr == ""
-    assert done.stdout.strip() == str(
+    return done.stdout
+
+
+def test_what_becomes_of_mutants(tmp_path: Path) -> None:
+    """Noticed, not noticed, equivalent, one that cannot be imported, and one that never ends; the copy is as before."""
+    assert run_on_a_thing(tmp_path, PROGRAM).strip() == str(
         [
             ("passes", True),
             ("killed", True),
@@ -67,7 +86,14 @@ def test_what_becomes_of_mutants(tmp_path: Path) -> None:
             ("killed", True),
         ]
     )
-    assert (work / "copy-0" / "thing.py").read_text() == (root / "thing.py").read_text()
+    assert (tmp_path / "work" / "copy-0" / "thing.py").read_text() == (tmp_path / "repository" / "thing.py").read_text()
+
+
+def test_a_run_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
+    """The mutant in the second copy would compute for ever; what is done already is not run."""
+    first, last = run_on_a_thing(tmp_path, STOPPED).splitlines()
+    assert first == str(("passes without a mutant: tests/test_thing.py", True))
+    assert last == "no process is left"
 
 
 @pytest.mark.slow

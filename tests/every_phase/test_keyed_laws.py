@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from common.phases import Phase
-from common.philox import Purpose
+from common.philox import Purpose, uniforms
 from tests.support.small import sequences_of, small_session
 from tests.support.walker import Walker
 
@@ -71,6 +71,16 @@ def test_draws_follow_the_distribution(keyed: Any, purpose: Purpose) -> None:
     probs = law(1, SIZE)
     tokens = keyed.draw(probs.expand(DRAWS, SIZE), *rows(), purpose)
     assert likelihood(torch.bincount(tokens, minlength=SIZE), probs) > RARE
+
+
+def test_a_draw_is_that_of_a_running_sum(keyed: Any) -> None:
+    """Of weights with any sum, the last two of them zero: the first whose sum is above the number's share."""
+    (samples, positions), sizes = rows(500), torch.linspace(0.2, 5, 500)
+    weights = law(8, 500, 6) * sizes[:, None]
+    weights[:, 4:] = 0
+    sums = weights.double().cumsum(-1)
+    share = uniforms(3, samples, positions, Purpose.RESIDUAL, 1).double() * sums[:, -1:]
+    assert keyed.draw(weights, samples, positions, Purpose.RESIDUAL).tolist() == (sums <= share).sum(-1).tolist()
 
 
 def test_neighbours_are_independent(keyed: Any) -> None:

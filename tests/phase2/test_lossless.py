@@ -52,6 +52,22 @@ def test_one_step_law(proof: SimpleNamespace, seed: int, one_hot: bool) -> None:
     assert proof.total_variation(law, expected) < EXACT
 
 
+def test_no_more_tokens_stand_than_count() -> None:
+    """Of rows of one width: the padding of a narrower one would stand here, for the target is certain of it."""
+    tokens, target, widths = torch.arange(3).expand(4, 3), torch.eye(4).expand(4, 4, 4), torch.arange(4)
+    for probs in (None, target[:, :3]):
+        verdict = phase2.verify(tokens, probs, target, widths, widths, 7 + widths, phase2.KeyedSource(1))
+        assert verdict.accepted.tolist() == verdict.next_tokens.tolist() == [0, 1, 2, 3]
+
+
+def test_at_temperature_0_a_token_stands_where_it_is_the_targets_favourite() -> None:
+    target = torch.eye(7)[torch.tensor([[1, 2, 3, 4], [1, 5, 3, 4]])]
+    tokens, zero = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.zeros(2, dtype=torch.long)
+    verdict = phase2.verify(tokens, None, target, torch.tensor([3, 3]), zero, zero, phase2.GreedySource())
+    assert verdict.accepted.tolist() == [3, 1]
+    assert verdict.next_tokens.tolist() == [4, 5]
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "temperature 1": {},
     "temperature 0.6": {"temperature": 0.6},
