@@ -38,7 +38,7 @@ from common.quality import QUALITY, quality
 from common.random_checkpoint import random_checkpoint
 from engine import LoadedModel, SamplingParams, Transformer, beam_search, generate, load, next_logits, probabilities
 from engine.cost import forward_flops, weight_bytes
-from engine.generate import of_similar_length
+from engine.forward import of_similar_length
 
 DEFINITIONS = {
     "curve": "ms_per_token: one decoding step (a forward over the whole sequence, a choice of a token) by the length "

@@ -3,7 +3,8 @@
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig
 from .context import visible, window_start
-from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .forward import next_logits
+from .generate import Clock, Generation, Stats, decode, generate, stream
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer

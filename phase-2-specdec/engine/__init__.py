@@ -5,7 +5,8 @@ from .config import ModelConfig, RopeConfig
 from .context import visible, window_start
 from .drafting import Draft, Drafter, ModelDrafter
 from .fake import FakeModel
-from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .forward import next_logits
+from .generate import Clock, Generation, Stats, decode, generate, stream
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer

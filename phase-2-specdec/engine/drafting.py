@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from .generate import next_logits
+from .forward import next_logits
 from .model import Transformer
 from .sampling import Sampler, SamplingParams, probabilities
 from .sequence import Sequence

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from common.benchmark import interleave, median, print_table, seconds
 
-from .generate import next_logits
+from .forward import next_logits
 from .model import Transformer
 from .sequence import Sequence
 from .speculative import StepStats

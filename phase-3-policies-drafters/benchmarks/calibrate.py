@@ -48,7 +48,7 @@ def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
     seen: list[tuple[engine.Tree, list[int]]] = []
     with progress(f"calibrating {drafter}", len(texts)) as show:
         for number, text in enumerate(texts):
-            loop = engine.speculative_decode(
+            loop = engine.decode(
                 llm.loaded.model,
                 tree_drafter,
                 llm.sequences([text]),

@@ -115,14 +115,12 @@ def toy_distance(policy: AcceptancePolicy, temperature: float, size: int = 3) ->
     params = engine.SamplingParams(temperature=temperature, max_new_tokens=3)
 
     def plain(start: int, walk: Walk) -> tuple[int, ...]:
-        return tuple(engine.generate(models[0], [[start]], params, sampler=walk)[0].tokens)
+        return tuple(engine.generate(models[0], [[start]], params, source=walk)[0].tokens)
 
     def speculative(start: int, walk: Walk) -> tuple[int, ...]:
         sequence = engine.Sequence([start], params, engine.Ending())
         drafter = engine.ModelDrafter(models[1], params, walk)
-        loop = engine.speculative_decode(
-            models[0], drafter, [sequence], params, policy, lambda: engine.FixedController(2), walk
-        )
+        loop = engine.decode(models[0], drafter, [sequence], params, policy, lambda: engine.FixedController(2), walk)
         for _ in loop:
             pass
         return tuple(sequence.tokens)

@@ -15,7 +15,8 @@ from .controllers import (
 from .drafters import DynamicTreeDrafter, ExtrapolateDrafter, ModelDrafter, NgramDrafter, NgramIndex, StaticTreeDrafter
 from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
-from .generate import Clock, Generation, Stats, decode, generate, next_logits, stream
+from .forward import next_logits
+from .generate import Clock, Generation, Stats, generate, stream
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
@@ -23,18 +24,18 @@ from .options import Options
 from .policies import (
     AcceptancePolicy,
     ConfThreshold,
-    Judged,
-    Path,
     Rejection,
     SampleMatch,
+    TargetProbs,
     TopkAgree,
     Typical,
     make_policy,
 )
 from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
-from .speculative import Step, StepStats, speculative_decode
-from .target import Target, target_forward
+from .speculative import decode
+from .steps import Path, Step, StepStats, TargetOutput
+from .target import target_forward
 from .tree import Tree
 from .tree_shapes import acceptance_by_rank, best_shape, expected_tokens
 from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
@@ -58,7 +59,6 @@ __all__ = [
     "FixedController",
     "Generation",
     "GreedySource",
-    "Judged",
     "KController",
     "KeyedSampler",
     "KeyedSource",
@@ -81,7 +81,8 @@ __all__ = [
     "Stats",
     "Step",
     "StepStats",
-    "Target",
+    "TargetOutput",
+    "TargetProbs",
     "TopkAgree",
     "Transformer",
     "Tree",
@@ -100,7 +101,6 @@ __all__ = [
     "make_policy",
     "next_logits",
     "probabilities",
-    "speculative_decode",
     "stream",
     "target_forward",
     "verify",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .generate import next_logits
+from .forward import next_logits
 from .model import Transformer
 from .sampling import SamplingParams, check_finite, ranked
 from .sequence import Ending

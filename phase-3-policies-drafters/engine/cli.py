@@ -167,11 +167,11 @@ def main(arguments: list[str]) -> int:
     clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        for step in llm.run(sequences, clock, recorder.watch if recorder else None):
+        for step in llm.run(sequences, clock):
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
-            if step and options.show_tree and sequences[0] in step.sequences:
+            if step and options.show_tree and drafts and sequences[0] in step.sequences:
                 print_tree(step, llm.loaded.tokenizer)
             if recorder:
                 recorder.step(step)

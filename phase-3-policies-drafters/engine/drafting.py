@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .sequence import Sequence
@@ -27,6 +28,10 @@ class Draft:
     probs: Tensor | None
     widths: list[int]
     trees: list[Tree] | None = None  # instead of chains
+
+    @staticmethod
+    def nothing(rows: int) -> Draft:
+        return Draft(torch.empty(rows, 0, dtype=torch.long), None, [0] * rows)
 
 
 @dataclass(frozen=True)

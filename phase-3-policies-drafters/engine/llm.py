@@ -23,15 +23,15 @@ from .controllers import CostModel
 from .cost import forward_bytes, ranking_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
-from .drafting import Brancher
+from .drafting import Brancher, Drafter
 from .fake import FakeModel
-from .generate import Clock, Generation, Watch, decode, finish
+from .generate import Clock, Generation, finish
 from .load import LoadedModel, load
 from .options import Options
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
-from .sampling import KeyedSampler
 from .sequence import Sequence
-from .speculative import Step, StepStats, speculative_decode
+from .speculative import decode
+from .steps import Step, StepStats
 from .tree_shapes import best_shape, measured_acceptance
 from .verify import GreedySource, KeyedSource, RandomSource
 
@@ -110,39 +110,31 @@ class LLM:
             "environment": environment(weight.device, weight.dtype, torch.get_num_threads(), hashes),
         }
 
-    def run(self, sequences: list[Sequence], clock: Clock, watch: Watch | None = None) -> Iterator[Step | None]:
-        """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None.
-
-        `watch` sees the steps of plain decoding.
-        """
+    def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
+        """Decode to the end, marking each sequence's tokens on the clock; yields every step, None in a beam search."""
         if self.options.beams > 1:
             yield from self._search(sequences, clock)
             return
-        if self.speculative:
-            yield from self._speculate(sequences, clock)
-            return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedSampler(self.params.seed), watch):
-            for sequence in active:
-                clock.mark(sequence)
-            yield None
-
-    def _speculate(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step]:
         source = GreedySource() if self.params.greedy else KeyedSource(self.params.seed)
+        drafter = self._drafter(source) if self.speculative else None
+        controller = partial(self.options.make_controller, self.costs)
+        for step in decode(self.loaded.model, drafter, sequences, self.params, self.policy, controller, source):
+            for sequence, stats in zip(step.sequences, step.stats, strict=True):
+                clock.mark(sequence)
+                if drafter is not None:
+                    self._keep(sequence, stats)
+            yield step
+
+    def _keep(self, sequence: Sequence, stats: StepStats) -> None:
+        if self.options.metrics_detailed:
+            stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
+        self.steps[sequence].append(stats)
+
+    def _drafter(self, source: RandomSource) -> Drafter:
         draft = self.draft.model if self.draft else None
         noise = self.policy.draft_noise
         drafter = make_drafter(self.options, self.loaded.model, draft, self.params, source, noise, self.heads)
-        if self.options.tree != "off":
-            drafter = self._tree_drafter(cast(Brancher, drafter), source)
-        controller = partial(self.options.make_controller, self.costs)
-        for step in speculative_decode(
-            self.loaded.model, drafter, sequences, self.params, self.policy, controller, source
-        ):
-            for sequence, stats in zip(step.sequences, step.stats, strict=True):
-                clock.mark(sequence)
-                if self.options.metrics_detailed:
-                    stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
-                self.steps[sequence].append(stats)
-            yield step
+        return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
 
     def _tree_drafter(self, drafter: Brancher, source: RandomSource) -> TreeDrafter:
         if self.options.tree == "dynamic":

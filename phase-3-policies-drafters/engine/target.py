@@ -1,31 +1,15 @@
-"""The one target forward of a step: what the target says after each text and after each of its draft tokens."""
+"""The target forward of a step: logits after each sequence and after each of its draft tokens."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .context import window_start
+from .forward import next_logits
 from .model import Masks, Transformer
+from .steps import TargetOutput
 from .tree import Tree
-
-
-@dataclass(frozen=True)
-class Target:
-    """Column 0 stands after the text itself, column 1 + i after draft token i."""
-
-    logits: Tensor  # [R, K+1, V]
-    states: Tensor | None  # [R, W, F] what a drafter asked for: hidden states, tapped layers beside them
-    columns: list[list[int]]  # for each row, where in `states` its positions are: those asked for, then the draft
-
-    def states_of(self, row: int, nodes: list[int], draft: int) -> Tensor:
-        """[n, F]: the positions of the text that were asked for, then the given ones of `draft` draft tokens."""
-        assert self.states is not None, "the drafter did not ask for states"
-        columns = self.columns[row]
-        text = columns[: len(columns) - draft]
-        return self.states[row, text + [columns[len(text) + node] for node in nodes]]
 
 
 @torch.inference_mode()
@@ -35,11 +19,14 @@ def target_forward(
     drafts: list[Tree],
     known: list[int] | None = None,
     taps: tuple[int, ...] = (),
-) -> Target:
+) -> TargetOutput:
     """One forward over all rows, right-padded; shorter rows repeat their last position.
 
-    `known[r]` is the first position of text r whose states are wanted besides the draft's; None where none are.
+    `known[r]` is the first position of text r whose states are wanted besides the draft's; None where none are. Without
+    drafts and states, texts of similar length share a forward.
     """
+    if known is None and not any(draft.tokens for draft in drafts):
+        return TargetOutput(next_logits(model, texts)[:, None])
     device, context = model.embedding.weight.device, model.config.context
     starts = [window_start(len(text) + draft.depth, context) for text, draft in zip(texts, drafts, strict=True)]
     windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
@@ -68,8 +55,10 @@ def target_forward(
         positions, masks = tree_layout(model, [len(window) for window in windows], drafts, longest)
         hidden, tapped = model.states(tokens, positions, wanted, masks, taps)
     at = hidden if known is None else hidden[torch.arange(len(texts), device=device)[:, None], read]
-    states = None if known is None else hidden if tapped is None else torch.cat((hidden, tapped), -1)
-    return Target(model.logits(at), states, [list(range(len(row))) for row in asked])
+    if known is None:
+        return TargetOutput(model.logits(at))
+    states = hidden if tapped is None else torch.cat((hidden, tapped), -1)
+    return TargetOutput(model.logits(at), [of_row[: len(row)] for of_row, row in zip(states, asked, strict=True)])
 
 
 def tree_layout(model: Transformer, lengths: list[int], drafts: list[Tree], longest: int) -> tuple[Tensor, Masks]:

@@ -184,12 +184,12 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        steps = llm.run(sequences, clock, recorder.watch if recorder else None)
+        steps = llm.run(sequences, clock)
         for step in profiler.watch(steps) if profiler else steps:
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
-            if step and options.show_tree and sequences[0] in step.sequences:
+            if step and options.show_tree and drafts and sequences[0] in step.sequences:
                 print_tree(step, llm.loaded.tokenizer)
             if recorder:
                 recorder.step(step)

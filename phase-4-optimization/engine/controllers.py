@@ -26,7 +26,7 @@ from torch import Tensor
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from .speculative import StepStats
+    from .steps import StepStats
 
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
@@ -155,7 +155,7 @@ class CostController:
     on older steps. a_1 starts from `prior`; a later a_i is smoothed towards a_(i-1), and equals it until it has data.
 
     Expected time: K draft tokens, and a target forward over sequence and draft. A forward has a fixed cost of
-    `overhead` positions (generate.py, `of_similar_length`). The costs of a draft token and of a position are medians of
+    `overhead` positions (forward.py, `of_similar_length`). The costs of a draft token and of a position are medians of
     the last few steps, because the first forward of a process, or a stalled one, is many times slower.
 
     Drafts are short until costs are measured, and so is the first draft of a sequence. After K = 0 one token is drafted

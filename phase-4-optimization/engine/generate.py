@@ -1,4 +1,4 @@
-"""Plain decoding without a cache: one forward over the whole sequence for every new token.
+"""Completions of prompts, and what they took.
 
 from engine import SamplingParams, generate, load
 loaded = load("stdlib-10m", torch.float32, torch.device("cpu"))
@@ -8,21 +8,14 @@ print(generate(loaded.model, [loaded.tokenizer.encode("from pathlib import")], S
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .context import visible
 from .model import Transformer
-from .profiler import stage
-from .sampling import KeyedSampler, Sampler, SamplingParams, choose
+from .sampling import SamplingParams
 from .sequence import Ending, FinishReason, Sequence
-from .shapes import padded_length
-
-Watch = Callable[[list[Sequence], Tensor], None]
-"""Takes the sequences of a step, and the logits [R, V] that their new tokens were chosen by."""
+from .speculative import decode
+from .verify import RandomSource
 
 
 @dataclass(frozen=True)
@@ -84,79 +77,6 @@ class Clock:
         )
 
 
-def of_similar_length(lengths: list[int], forward: int = 64) -> list[list[int]]:
-    """Row numbers in groups whose padding is at most a quarter of their real size, plus `forward` tokens.
-
-    A padded position costs as much as a real one, and without a cache a forward is bound by arithmetic: long and short
-    rows had better not share one. But a forward of its own has a fixed cost as well, about that of 64 tokens on a CPU.
-    """
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        joined = [*groups[-1], row] if groups else []
-        real = sum(lengths[r] for r in joined)
-        if joined and lengths[row] * len(joined) - real <= real // 4 + forward:
-            groups[-1] = joined
-        else:
-            groups.append([row])
-    return groups
-
-
-@torch.inference_mode()
-def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
-    """Logits of the token that follows each text (token ids), [R, V]: a forward per group of similar length."""
-    windows = [visible(text, model.config.context) for text in texts]
-    device = model.embedding.weight.device
-    groups = of_similar_length([len(window) for window in windows])
-    parts = []
-    for group in groups:
-        longest = padded_length(len(windows[group[-1]]), model)
-        padded = [windows[row] + [0] * (longest - len(windows[row])) for row in group]  # on the right
-        last = torch.tensor([[len(windows[row]) - 1] for row in group], device=device)  # [G, 1]
-        parts.append(model.logits(model.hidden(torch.tensor(padded, device=device), wanted=last)[:, 0]))
-    if len(groups) == 1 and groups[0] == list(range(len(texts))):
-        return parts[0]
-    order = torch.tensor([row for group in groups for row in group], device=device)
-    return torch.cat(parts)[order.argsort()]
-
-
-def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, sampler: Sampler) -> Tensor:
-    """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
-    stage("verify")
-    logits = next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences])
-    stage("sample")
-    tokens = choose(
-        logits,
-        params,
-        sampler,
-        samples=[sequence.sample for sequence in sequences],
-        positions=[sequence.length for sequence in sequences],
-        prompts=[sequence.prompt for sequence in sequences],
-        outputs=[sequence.tokens for sequence in sequences],
-    )
-    for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.append(token)
-    return logits
-
-
-def decode(
-    model: Transformer,
-    sequences: list[Sequence],
-    params: SamplingParams,
-    sampler: Sampler | None = None,
-    watch: Watch | None = None,
-) -> Iterator[list[Sequence]]:
-    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
-
-    `watch` is called after every step, before the sequences are given out.
-    """
-    sampler = sampler or KeyedSampler(params.seed)
-    while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        logits = decode_step(model, active, params, sampler)
-        if watch is not None:
-            watch(active, logits)
-        yield active
-
-
 def finish(sequence: Sequence, stats: Stats) -> Generation:
     assert sequence.finish_reason is not None, "the sequence is still being decoded"
     return Generation(sequence.tokens, sequence.finish_reason, stats, sequence.text)
@@ -168,7 +88,7 @@ def generate(
     params: SamplingParams,
     ending: Ending | None = None,
     samples: list[int] | None = None,
-    sampler: Sampler | None = None,
+    source: RandomSource | None = None,
 ) -> list[Generation]:
     """Complete every prompt (token ids), all in one batch; prompts may differ in length.
 
@@ -180,8 +100,8 @@ def generate(
     ending = ending or Ending()
     sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
     clock = Clock()
-    for active in decode(model, sequences, params, sampler):
-        for sequence in active:
+    for step in decode(model, None, sequences, params, source=source):
+        for sequence in step.sequences:
             clock.mark(sequence)
     return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
 
@@ -191,5 +111,5 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one completion, each as soon as it is known."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
-    for _ in decode(model, [sequence], params):
+    for _ in decode(model, None, [sequence], params):
         yield sequence.tokens[-1]

@@ -1,4 +1,4 @@
-"""Acceptance policies: which draft tokens may stand.
+"""Acceptance policies: which draft tokens are accepted.
 
 Lossless: the output follows the target's distribution exactly, whatever the draft is.
 - Rejection (Leviathan et al. 2023; Chen et al. 2023): the rule of verify.py, the one that accepts most.
@@ -7,18 +7,18 @@ Lossless: the output follows the target's distribution exactly, whatever the dra
 - SampleMatch, as `coupled`: the same, and the drafter draws with that noise too, so target and draft agree as often as
   one shared Gumbel vector allows (Daliri et al. 2025, drafter-invariant speculative decoding; Kolmogorov couplings).
 
-Lossy: a token stands if the target finds it good enough; what follows is drawn from the target. The text is then no
-longer a sample of the target's distribution, and how far away it is, is a number (see README).
+Lossy: a draft token is accepted if the target finds it good enough; the token that follows is drawn from the target.
+The text is then no longer a sample of the target's distribution; the README measures the distance.
 - ConfThreshold: the target's probability of the token is at least tau.
 - TopkAgree: the token is among the target's k most likely.
 - Typical (Cai et al. 2024, Medusa): its probability is at least min(epsilon, delta * exp(-entropy)).
-They judge by the probabilities that are sampled from, and at temperature 0 by the softmax of the raw logits.
+They use the probabilities that are sampled from, and at temperature 0 the softmax of the raw logits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from common.philox import Purpose
 
 from .drafting import Draft
 from .sampling import most_likely
+from .steps import Path, Trial
 from .tree import Tree
 from .verify import RandomSource, Verdict, verify
 
@@ -36,11 +37,11 @@ LOSSLESS = ("rejection", "coupled", "longest_prefix")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the target said after each of R texts and their draft tokens, by column as in Target; [R, K+1, V] each."""
+class TargetProbs:
+    """The target's distributions after each of R sequences and their draft tokens, [R, K+1, V] each."""
 
-    probs: Tensor  # the distributions that are sampled from
-    opinion: Tensor  # what the lossy policies judge by: the same, or at temperature 0 the softmax of the raw logits
+    probs: Tensor  # those that are sampled from
+    opinion: Tensor  # those that lossy policies go by: the same, or at temperature 0 the softmax of the raw logits
 
 
 class AcceptancePolicy(Protocol):
@@ -49,38 +50,29 @@ class AcceptancePolicy(Protocol):
 
     @property
     def draft_noise(self) -> Purpose:
-        """Of the random numbers that a drafter draws its tokens with."""
+        """The purpose of the random numbers that a drafter draws its tokens with."""
         ...
 
     @property
     def draws_children(self) -> bool:
-        """Whether the children in a tree of fixed shape are to be drawn; else they are the drafter's favourites."""
+        """True if a static tree's children are drawn; otherwise they are the drafter's likeliest tokens."""
         ...
 
     def verify(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
+        self,
+        draft: Draft,
+        target: TargetProbs,
+        widths: Tensor,
+        samples: Tensor,
+        positions: Tensor,
+        source: RandomSource,
     ) -> Verdict:
-        """For R chains: how many tokens stand, and what follows. samples, positions as for verify()."""
+        """Decide for R chains how many tokens are accepted, and what follows. samples, positions as for verify()."""
         ...
 
-    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
-        """For one tree ([1, N+1, V]): the way down that stands, and the token that follows it."""
+    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+        """Decide for one tree (target [1, N+1, V]) which path is accepted, and the token that follows it."""
         ...
-
-
-class Trial(NamedTuple):
-    """A child that recursive rejection tried, and the distributions [V] that decided about it."""
-
-    node: int
-    target: Tensor
-    draft: Tensor
-
-
-@dataclass(frozen=True)
-class Path:
-    nodes: list[int]  # from the text downwards
-    next_token: int
-    trials: list[Trial] = field(default_factory=list)  # in a tree of drawn children, in the order of the attempts
 
 
 class Rejection:
@@ -91,22 +83,28 @@ class Rejection:
     draws_children = True
 
     def verify(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
+        self,
+        draft: Draft,
+        target: TargetProbs,
+        widths: Tensor,
+        samples: Tensor,
+        positions: Tensor,
+        source: RandomSource,
     ) -> Verdict:
-        return verify(draft.tokens, draft.probs, judged.probs, widths, samples, positions, source)
+        return verify(draft.tokens, draft.probs, target.probs, widths, samples, positions, source)
 
-    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
-        """Drawn children: recursive rejection. Chosen ones: the target's own draw, which accepts as much."""
+    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+        """Drawn children: recursive rejection. Chosen children: sample match, which accepts as many."""
         if tree.probs is None:
-            return match_tree(tree, judged.probs[0], sample, position, source)
-        return recursive_rejection(tree, judged.probs[0], sample, position, source)
+            return match_tree(tree, target.probs[0], sample, position, source)
+        return recursive_rejection(tree, target.probs[0], sample, position, source)
 
 
 @dataclass(frozen=True)
 class SampleMatch:
-    """A draft token stands while the target, with the noise of plain sampling, draws the same one."""
+    """Accept a draft token while the target, with the noise of plain sampling, draws the same one."""
 
-    shared_noise: bool  # whether the drafter draws with that noise as well
+    shared_noise: bool  # True if the drafter draws with that noise as well
     lossless = True
 
     @property
@@ -118,58 +116,70 @@ class SampleMatch:
         return Purpose.SAMPLE if self.shared_noise else Purpose.DRAFT
 
     def verify(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
+        self,
+        draft: Draft,
+        target: TargetProbs,
+        widths: Tensor,
+        samples: Tensor,
+        positions: Tensor,
+        source: RandomSource,
     ) -> Verdict:
         R, K = draft.tokens.shape
         accepted, own = torch.zeros_like(widths), torch.zeros_like(widths)
-        active = torch.arange(R, device=widths.device)  # rows whose draft has stood so far
+        active = torch.arange(R, device=widths.device)  # rows whose draft is accepted so far
         for column in range(K + 1):
             at = positions[active] + column
-            own[active] = source.draw(judged.probs[active, column], samples[active], at, Purpose.SAMPLE)
+            own[active] = source.draw(target.probs[active, column], samples[active], at, Purpose.SAMPLE)
             if column == K:
                 break
             active = active[(own[active] == draft.tokens[active, column]) & (column < widths[active])]
             accepted[active] += 1
             if not len(active):
                 break
-        ratios = judged.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
+        ratios = target.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
         return Verdict(accepted, own, ratios)
 
-    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
-        return match_tree(tree, judged.probs[0], sample, position, source)
+    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+        return match_tree(tree, target.probs[0], sample, position, source)
 
 
 class Lossy:
-    """Common to all policies that let good enough tokens stand; each says in `good` which are."""
+    """Common to all policies that accept good enough tokens; each defines `good`."""
 
     lossless = False
     draft_noise = Purpose.DRAFT
     draws_children = False
 
     def good(self, opinion: Tensor) -> Tensor:
-        """bool [..., V]: which tokens may stand under opinions [..., V]."""
+        """bool [..., V]: which tokens are accepted under opinions [..., V]."""
         raise NotImplementedError
 
     def verify(
-        self, draft: Draft, judged: Judged, widths: Tensor, samples: Tensor, positions: Tensor, source: RandomSource
+        self,
+        draft: Draft,
+        target: TargetProbs,
+        widths: Tensor,
+        samples: Tensor,
+        positions: Tensor,
+        source: RandomSource,
     ) -> Verdict:
         R, K = draft.tokens.shape
-        good = self.good(judged.opinion[:, :K]).gather(-1, draft.tokens[..., None])[..., 0]  # [R, K]
-        stands = good & (torch.arange(K, device=widths.device) < widths[:, None])
-        accepted = stands.long().cumprod(dim=1).sum(dim=1)
-        following = judged.probs[torch.arange(R, device=widths.device), accepted]
+        good = self.good(target.opinion[:, :K]).gather(-1, draft.tokens[..., None])[..., 0]  # [R, K]
+        passed = good & (torch.arange(K, device=widths.device) < widths[:, None])
+        accepted = passed.long().cumprod(dim=1).sum(dim=1)
+        following = target.probs[torch.arange(R, device=widths.device), accepted]
         next_tokens = source.draw(following, samples, positions + accepted, Purpose.SAMPLE)
-        return Verdict(accepted, next_tokens, good.to(judged.probs.dtype))
+        return Verdict(accepted, next_tokens, good.to(target.probs.dtype))
 
-    def accept_tree(self, tree: Tree, judged: Judged, sample: int, position: int, source: RandomSource) -> Path:
-        """At every node on to the first child that is good enough."""
-        good = self.good(judged.opinion[0])  # [N+1, V]
+    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+        """Go from every node to its first child that is good enough."""
+        good = self.good(target.opinion[0])  # [N+1, V]
         nodes: list[int] = []
         node = -1
         while fitting := [child for child in tree.children(node) if bool(good[node + 1, tree.tokens[child]])]:
             node = fitting[0]
             nodes.append(node)
-        return Path(nodes, draw_one(judged.probs[0, node + 1], sample, position + len(nodes), source))
+        return Path(nodes, draw_one(target.probs[0, node + 1], sample, position + len(nodes), source))
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,7 @@ class Typical(Lossy):
 def make_policy(
     name: PolicyName, tau: float = 0.3, agree_k: int = 3, epsilon: float = 0.09, delta: float = 0.3
 ) -> AcceptancePolicy:
-    """The policy of this name; it takes of the parameters those that are its own."""
+    """Make the policy of this name; it takes of the parameters those that are its own."""
     if name == "rejection":
         return Rejection()
     if name in ("coupled", "longest_prefix"):
@@ -229,7 +239,7 @@ def draw_one(probs: Tensor, sample: int, position: int, source: RandomSource, pu
 
 
 def match_tree(tree: Tree, probs: Tensor, sample: int, position: int, source: RandomSource) -> Path:
-    """The target draws its own token at every node ([N+1, V]), as plain sampling would, and follows it where it can."""
+    """Draw the target's token at every node (probs [N+1, V]), as plain sampling would, and follow it to a child."""
     nodes: list[int] = []
     node = -1
     while True:
@@ -242,9 +252,9 @@ def match_tree(tree: Tree, probs: Tensor, sample: int, position: int, source: Ra
 
 
 def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, source: RandomSource) -> Path:
-    """Children that were drawn without replacement, tried in that order (Chen et al. 2024, Sequoia, Algorithm 2).
+    """Try children that were drawn without replacement, in that order (Chen et al. 2024, Sequoia, Algorithm 2).
 
-    A child x stands with probability min(1, target(x) / draft(x)). If it falls, the target becomes its residual
+    Child x is accepted with probability min(1, target(x) / draft(x)). After a rejection the target becomes its residual
     max(0, target - draft), normalised, and the draft loses x and is normalised: that is the law of the next draw.
     """
     assert tree.probs is not None, "these children were not drawn"
@@ -254,13 +264,13 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, s
     samples = torch.tensor([sample], device=probs.device)
     while True:
         target, draft = probs[node + 1], tree.probs[node + 1].to(probs.device)
-        at, stood = position + len(nodes), None
+        at, accepted = position + len(nodes), None
         for trial, child in enumerate(tree.children(node)):
             trials.append(Trial(child, target, draft))
             token = tree.tokens[child]
             ratio = (target[token] / draft[token]).clamp(max=1).view(1, 1)
             if bool(source.decide(ratio, samples, torch.full_like(ratio, at, dtype=torch.long), trial)):
-                stood = child
+                accepted = child
                 break
             residual = (target - draft).clamp(min=0)
             mass = residual.sum()
@@ -269,8 +279,8 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, s
             draft[token] = 0
             left = draft.sum()
             draft = draft / left if left > 0 else draft
-        if stood is None:
+        if accepted is None:
             purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE
             return Path(nodes, draw_one(target, sample, at, source, purpose), trials)
-        node = stood
+        node = accepted
         nodes.append(node)

@@ -11,7 +11,7 @@ from rich.tree import Tree as Drawing
 
 from common.tokenizer import IncrementalDecoder, Tokenizer
 
-from .speculative import Step
+from .steps import Step
 
 STYLES = {"accepted": "green", "corrected": "underline red", "bonus": "cyan"}
 MARKS = {"accepted": ("[", "]"), "corrected": ("{", "}"), "bonus": ("<", ">")}

@@ -1,8 +1,8 @@
-"""Acceptance on text that is given: what a drafter is worth where nobody chose the text to suit it.
+"""Teacher-forced acceptance: how many draft tokens are accepted on held-out text.
 
-At each point of a held-out text the drafter proposes from the true prefix and the policy judges; the text then moves on
-along the truth, by as many tokens as the step would have given. Sampled output drifts to what the models find easy, and
-greedy output loops; both flatter a drafter.
+At each point of the text the drafter proposes from the true prefix and the policy decides. The text then advances along
+the truth by as many tokens as the step would have given. Sampled output drifts to what the models find easy, and greedy
+output loops; both flatter a drafter.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def teacher_forced_acceptance(
     k: int,
     source: RandomSource,
 ) -> list[int]:
-    """How many of k draft tokens (of a tree's levels) stood at each point of `truth`, which follows `prompt`.
+    """Count the accepted of k draft tokens (of a tree's levels) at each point of `truth`, which follows `prompt`.
 
     Token ids. All of it must fit in the model's context: a drafter that reads the target's states is given those of the
     true text, from one forward over the whole.
     """
-    sequence, stood = Sequence(prompt, params, Ending()), []
+    sequence, accepted = Sequence(prompt, params, Ending()), list[int]()
     taps = drafter.taps
     every = None
     if taps is not None:
@@ -44,9 +44,9 @@ def teacher_forced_acceptance(
             drafter.observe(Outcome([sequence], [0], [before]))
         draft = drafter.propose([sequence], [k])
         trees = draft.trees or [Tree.chain(draft.tokens[0].tolist())]
-        target = target_forward(model, [prompt + sequence.tokens], trees)
-        paths = accept(policy, draft, trees, target, [sequence], params, source)[2]
-        stood.append(len(paths[0].nodes))
-        for token in truth[len(sequence.tokens) :][: stood[-1] + 1]:
+        output = target_forward(model, [prompt + sequence.tokens], trees)
+        (path,) = accept(policy, draft, trees, output, [sequence], params, source)
+        accepted.append(len(path.nodes))
+        for token in truth[len(sequence.tokens) :][: accepted[-1] + 1]:
             sequence.append(token)
-    return stood
+    return accepted

@@ -20,7 +20,7 @@ from engine.load import LoadedModel
 from engine.policies import Rejection
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
-from engine.speculative import speculative_decode
+from engine.speculative import decode
 from engine.teacher_forced import teacher_forced_acceptance
 from engine.verify import KeyedSource, RandomSource
 
@@ -86,7 +86,7 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
             step("forced")
             sequence = Sequence(text, params, target.ending)
             controller = partial(FixedController, k)
-            for done in speculative_decode(target.model, drafter, [sequence], params, policy, controller, source):
+            for done in decode(target.model, drafter, [sequence], params, policy, controller, source):
                 emitted, forwards = emitted + done.stats[0].emitted, forwards + 1
             step("sampled")
     return {

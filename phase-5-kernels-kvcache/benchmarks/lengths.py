@@ -79,13 +79,13 @@ def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
         runner = make_runner(model, options, 1, size + 8)
         if isinstance(runner, CachedRunner):
             runner.max_inline = 1
-        runner.logits(["text"], [text])
+        runner.forward(["text"], [text])
         return model, runner, text, runner.prefill_ms
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
         model, runner, text, prefill_ms = made()
         began = time.perf_counter()
-        runner.logits(["text"], [[*text, 1 + round_ % 100]])
+        runner.forward(["text"], [[*text, 1 + round_ % 100]])
         synchronize(lab.device)
         seconds = time.perf_counter() - began
         figures = {"prefill_ms": prefill_ms}

@@ -20,7 +20,7 @@ from engine.kernels import registry
 from engine.kernels.cpp import CppModel
 from engine.kernels.cpp.weights import Weights
 from engine.kv_cache import KVOptions
-from engine.runner import NO_DRAFT, CachedRunner, make_runner
+from engine.runner import CachedRunner, make_runner
 
 from .runs import Lab
 
@@ -126,4 +126,4 @@ def fed(runner: CachedRunner, text: list[int]) -> Tensor:
     """Return the hidden states of the last piece, computed in one step."""
     runner.max_inline = PIECE
     held = len(text) - PIECE
-    return runner.step(["window"], [text], [NO_DRAFT], known=[held]).states_of(0, [], 0)
+    return runner.forward(["window"], [text], known=[held]).states_of(0, [], 0)

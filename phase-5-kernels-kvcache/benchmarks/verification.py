@@ -45,7 +45,7 @@ def of_cache(lab: Lab, name: Any, length: int) -> None:
     def forward(m: int) -> Variant:
         def run(prompt: Prompt | None, round_: int) -> Outcome:
             runner, text = made()
-            runner.step(["text"], [text[:length]], [Tree.chain(text[length : length + m - 1])])
+            runner.forward(["text"], [text[:length]], [Tree.chain(text[length : length + m - 1])])
             return Outcome(1)
 
         return run

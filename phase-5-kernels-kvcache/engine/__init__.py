@@ -1,4 +1,4 @@
-"""Speculative decoding that remembers: caches of keys and values, kernels by name, whole steps in C++."""
+"""KV caches, kernels by name, and whole steps in C++."""
 
 from .beam import beam_search
 from .config import ModelConfig, RopeConfig
@@ -15,7 +15,8 @@ from .controllers import (
 from .drafters import DynamicTreeDrafter, ExtrapolateDrafter, ModelDrafter, NgramDrafter, NgramIndex, StaticTreeDrafter
 from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
-from .generate import Clock, Generation, Stats, decode, generate, stream
+from .forward import next_logits
+from .generate import Clock, Generation, Stats, generate, stream
 from .kv_cache import KVOptions
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
@@ -24,10 +25,9 @@ from .options import Options
 from .policies import (
     AcceptancePolicy,
     ConfThreshold,
-    Judged,
-    Path,
     Rejection,
     SampleMatch,
+    TargetProbs,
     TopkAgree,
     Typical,
     make_policy,
@@ -35,9 +35,9 @@ from .policies import (
 from .runner import CachedRunner, ModelRunner, UncachedRunner, make_runner
 from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
-from .speculative import speculative_decode
-from .steps import Step, StepStats
-from .target import Target, next_logits, target_forward
+from .speculative import decode
+from .steps import Path, Step, StepStats, TargetOutput
+from .target import target_forward
 from .tree import Tree
 from .tree_shapes import acceptance_by_rank, best_shape, expected_tokens
 from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
@@ -62,7 +62,6 @@ __all__ = [
     "FixedController",
     "Generation",
     "GreedySource",
-    "Judged",
     "KController",
     "KVOptions",
     "KeyedSampler",
@@ -87,7 +86,8 @@ __all__ = [
     "Stats",
     "Step",
     "StepStats",
-    "Target",
+    "TargetOutput",
+    "TargetProbs",
     "TopkAgree",
     "Transformer",
     "Tree",
@@ -108,7 +108,6 @@ __all__ = [
     "make_runner",
     "next_logits",
     "probabilities",
-    "speculative_decode",
     "stream",
     "target_forward",
     "verify",

@@ -21,6 +21,7 @@ from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .model import Transformer
 from .runner import ModelRunner, make_runner
+from .speculative import MultiStep
 
 if TYPE_CHECKING:
     from .kernels.cpp import CppEagle, CppMedusa, CppModel
@@ -48,6 +49,15 @@ class Backends:
         self.report["step"] = "cpp" if reason is None else "torch"
         if reason is not None:
             self.report["why_no_cpp_step"] = reason
+
+    @property
+    def multi_step(self) -> MultiStep | None:
+        """What makes several steps in one call; None where the target's steps do not run in C++."""
+        if not self.fast:
+            return None
+        from .multi_step import multi_step
+
+        return multi_step
 
     @property
     def multiplies_in_torch(self) -> bool:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .forward import next_logits
 from .model import Transformer
 from .sampling import SamplingParams, check_finite, ranked
 from .sequence import Ending
-from .target import next_logits
 
 
 @dataclass(frozen=True)

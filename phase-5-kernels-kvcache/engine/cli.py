@@ -118,7 +118,7 @@ def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
         return
     sequence = sequences[0]
     with llm.computing():
-        plain_ms = plain_step_ms(llm._runner(llm.loaded.model, [sequence]), sequence)
+        plain_ms = plain_step_ms(llm.make_runner(llm.loaded.model, [sequence]), sequence)
     costs = account(llm.steps[sequence], plain_ms)
     if costs is None:
         print("nothing to explain: no step drafted a token", file=sys.stderr)
@@ -189,12 +189,12 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        steps = llm.run(sequences, clock, recorder.watch if recorder else None)
+        steps = llm.run(sequences, clock, multi_step=recorder is None)
         for step in profiler.watch(steps) if profiler else steps:
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
-            if step and options.show_tree and sequences[0] in step.sequences:
+            if step and options.show_tree and drafts and sequences[0] in step.sequences:
                 print_tree(step, llm.loaded.tokenizer)
             if recorder:
                 recorder.step(step)

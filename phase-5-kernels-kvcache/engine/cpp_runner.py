@@ -12,12 +12,12 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from .drafters.chains import keyed
+from .drawing import Drawing, Speculated
 from .kernels.cpp import CppModel
 from .kv_cache import KVOptions, StaticCache
 from .kv_cache.manager import CacheManager
 from .model import Transformer
-from .runner import NO_DRAFT, CachedRunner, Drawing, ModelRunner, Speculated, Work, room
+from .runner import NO_DRAFT, CachedRunner, Work, room
 
 
 class CppRunner(CachedRunner):
@@ -87,7 +87,12 @@ class CppRunner(CachedRunner):
     def draw(
         self, owner: Hashable, text: list[int], count: int, how: Drawing
     ) -> tuple[list[int], Tensor | None] | None:
-        if not keyed(how) or len(text) + count > self.model.config.context:
+        """Draw `count` tokens one after the other, and give the distributions [count, V] if `how` asks for them.
+
+        Or, with taps, the states of the token before each, [count, F]. None where C++ lacks the random numbers, or a
+        window would jump.
+        """
+        if not how.keyed or len(text) + count > self.model.config.context:
             return None
         params = how.params
         work = self._begin(owner, text, NO_DRAFT, None, ())
@@ -120,13 +125,13 @@ class CppRunner(CachedRunner):
         text: list[int],
         count: int,
         how: Drawing,
-        drafter: ModelRunner,
+        drafter: CppRunner,
         sample_match: bool,
         steps: int,
     ) -> list[Speculated]:
         most = steps * (count + 1) - 1  # tokens past the text that are computed
         context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
-        if not isinstance(drafter, CppRunner) or not keyed(how) or len(text) + most > context:
+        if not how.keyed or len(text) + most > context:
             return []
         mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
         self.cache.make_room(mine.row.number, len(mine.new) + most)

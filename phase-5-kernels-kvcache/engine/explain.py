@@ -73,7 +73,7 @@ def plain_step_ms(runner: ModelRunner, sequence: Sequence, repeats: int = 5) -> 
     """Measure the median time of a plain decoding step at the middle of this sequence."""
     text = sequence.prompt + sequence.tokens[: len(sequence.tokens) // 2]
     device = runner.model.embedding.weight.device
-    runs = interleave({"plain": lambda: runner.logits(["explained"], [text])}, repeats, warmup=2, device=device)[
+    runs = interleave({"plain": lambda: runner.forward(["explained"], [text])}, repeats, warmup=2, device=device)[
         "plain"
     ]
     return median(seconds(runs)) * 1e3

@@ -1,4 +1,4 @@
-"""Plain decoding: one forward of the model for every new token.
+"""Completions of prompts, and what they took.
 
 from engine import SamplingParams, generate, load
 loaded = load("stdlib-10m", torch.float32, torch.device("cpu"))
@@ -8,24 +8,16 @@ print(generate(loaded.model, [loaded.tokenizer.encode("from pathlib import")], S
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from common.philox import Purpose
-
-from .kv_cache import KVOptions, OutOfBlocks
+from .kv_cache import KVOptions
 from .model import Transformer
-from .profiler import stage
-from .runner import Drawing, ModelRunner, make_runner
-from .sampling import KeyedSampler, Sampler, SamplingParams, check_finite
+from .runner import make_runner
+from .sampling import SamplingParams
 from .sequence import Ending, FinishReason, Sequence
-
-Watch = Callable[[list[Sequence], Tensor], None]
-"""Takes the sequences of a step, and the logits [R, V] that their new tokens were chosen by."""
-
-AT_ONCE = 8  # tokens that a runner may draw in one call; what lies behind the text's end is dropped
+from .speculative import decode
+from .verify import RandomSource
 
 
 @dataclass(frozen=True)
@@ -89,95 +81,6 @@ class Clock:
         )
 
 
-def decode_step(runner: ModelRunner, sequences: list[Sequence], params: SamplingParams, sampler: Sampler) -> Tensor:
-    """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
-    stage("verify")
-    logits = runner.logits(list(sequences), [sequence.prompt + sequence.tokens for sequence in sequences])
-    stage("sample")
-    for sequence, token in zip(sequences, sample(runner, logits, sequences, params, sampler), strict=True):
-        if not sequence.append(token):
-            runner.release(sequence)
-    return logits
-
-
-def sample(
-    runner: ModelRunner, logits: Tensor, sequences: list[Sequence], params: SamplingParams, sampler: Sampler
-) -> list[int]:
-    """The token that follows each sequence, by logits [R, V]. UserError for logits that are not finite."""
-    check_finite(logits)
-    return runner.model.kernels.sample(
-        logits,
-        params,
-        sampler,
-        samples=[sequence.sample for sequence in sequences],
-        positions=[sequence.length for sequence in sequences],
-        prompts=[sequence.prompt for sequence in sequences],
-        outputs=[sequence.tokens for sequence in sequences],
-    )
-
-
-def decode(
-    runner: ModelRunner,
-    sequences: list[Sequence],
-    params: SamplingParams,
-    sampler: Sampler | None = None,
-    watch: Watch | None = None,
-) -> Iterator[list[Sequence]]:
-    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
-
-    `watch` is called after every step, before the sequences are given out; tokens drawn at once have no logits to show,
-    so with it they are drawn one at a time.
-    """
-    sampler = sampler or KeyedSampler(params.seed)
-    while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        if watch is None and len(active) == 1 and (tokens := several(runner, active[0], params, sampler)[0]):
-            for token in tokens:
-                more = active[0].append(token)
-                if not more:
-                    runner.release(active[0])
-                yield active
-                if not more:  # what was drawn past the end is no step
-                    break
-            continue
-        try:
-            logits = decode_step(runner, active, params, sampler)
-        except OutOfBlocks as error:
-            refuse(runner, sequences, error)
-            continue
-        if watch is not None:
-            watch(active, logits)
-        yield active
-
-
-def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -> Sequence:
-    """The request that found no page is refused and gives its pages back; the others go on. Raises if it is alone."""
-    if len(sequences) == 1:
-        raise error
-    assert isinstance(error.owner, Sequence)
-    error.owner.refuse(str(error))
-    runner.release(error.owner)
-    return error.owner
-
-
-def several(
-    runner: ModelRunner,
-    sequence: Sequence,
-    params: SamplingParams,
-    sampler: Sampler,
-    count: int = AT_ONCE,
-    taps: tuple[int, ...] | None = None,
-) -> tuple[list[int], Tensor | None]:
-    """The next few tokens in one call, with `taps` the states before each; no tokens where the runner cannot.
-
-    And none for the first token, which somebody waits for.
-    """
-    count = min(count, params.max_new_tokens - len(sequence.tokens))
-    if not sequence.tokens or count < 2:
-        return [], None
-    how = Drawing(params, sampler, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False, taps=taps)
-    return runner.draw(sequence, sequence.prompt + sequence.tokens, count, how) or ([], None)
-
-
 def finish(sequence: Sequence, stats: Stats) -> Generation:
     assert sequence.finish_reason is not None, "the sequence is still being decoded"
     return Generation(sequence.tokens, sequence.finish_reason, stats, sequence.text)
@@ -189,7 +92,7 @@ def generate(
     params: SamplingParams,
     ending: Ending | None = None,
     samples: list[int] | None = None,
-    sampler: Sampler | None = None,
+    source: RandomSource | None = None,
 ) -> list[Generation]:
     """Complete every prompt (token ids), all in one batch; prompts may differ in length.
 
@@ -202,8 +105,8 @@ def generate(
     sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
     clock = Clock()
     runner = make_runner(model, KVOptions(), len(sequences), max(map(len, prompts)) + params.max_new_tokens)
-    for active in decode(runner, sequences, params, sampler):
-        for sequence in active:
+    for step in decode(runner, None, sequences, params, source=source):
+        for sequence in step.sequences:
             clock.mark(sequence)
     return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
 
@@ -214,5 +117,5 @@ def stream(
     """The tokens of one completion, each as soon as it is known."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
     runner = make_runner(model, KVOptions(), 1, len(prompt) + params.max_new_tokens)
-    for _ in decode(runner, [sequence], params):
+    for _ in decode(runner, None, [sequence], params):
         yield sequence.tokens[-1]

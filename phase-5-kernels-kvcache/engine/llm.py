@@ -28,9 +28,9 @@ from .cost import forward_bytes, ranking_bytes
 from .cost_model import CostModel
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
-from .drafting import Brancher
+from .drafting import Brancher, Drafter
 from .fake import FakeModel
-from .generate import Clock, Generation, Watch, decode, finish
+from .generate import Clock, Generation, finish
 from .kv_cache import PAGE, needed_bytes
 from .load import LoadedModel, load
 from .model import Transformer
@@ -41,9 +41,8 @@ from .precision import Precision, computing, each_within, resolve_precision
 from .profiler import stage
 from .quantize import Format
 from .runner import CHUNK, DRAFT_ROOM, CachedRunner, ModelRunner, cache_shape
-from .sampling import KeyedSampler
 from .sequence import Sequence
-from .speculative import speculative_decode
+from .speculative import decode
 from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import best_shape, measured_acceptance
@@ -220,46 +219,48 @@ class LLM:
         """What `--amp` puts around every forward."""
         return computing(self.options.amp, self.loaded.model.embedding.weight.device)
 
-    def run(self, sequences: list[Sequence], clock: Clock, watch: Watch | None = None) -> Iterator[Step | None]:
-        """Decode to the end, marking each sequence's tokens on the clock; yields every step of speculation, or None.
+    def run(self, sequences: list[Sequence], clock: Clock, multi_step: bool = True) -> Iterator[Step | None]:
+        """Decode to the end, marking each sequence's tokens on the clock; yields every step, None in a beam search.
 
-        `watch` sees the steps of plain decoding; with it no steps are made together in one call.
+        multi_step: several steps may be made in one call, which keeps no logits of them.
         """
-        yield from each_within(self.computing, self._decode(sequences, clock, watch))
+        yield from each_within(self.computing, self._decode(sequences, clock, multi_step))
 
-    def _decode(self, sequences: list[Sequence], clock: Clock, watch: Watch | None) -> Iterator[Step | None]:
+    def _decode(self, sequences: list[Sequence], clock: Clock, multi_step: bool) -> Iterator[Step | None]:
         if self.options.beams > 1:
             yield from self._search(sequences, clock)
             return
-        if self.speculative:
-            yield from self._speculate(sequences, clock, multi_step=watch is None)
-            return
-        runner = self.runner = self._runner(self.loaded.model, sequences)
-        for active in decode(runner, sequences, self.params, KeyedSampler(self.params.seed), watch):
-            for sequence in active:
-                clock.mark(sequence)
-            yield None
-
-    def _speculate(self, sequences: list[Sequence], clock: Clock, multi_step: bool) -> Iterator[Step]:
         source = GreedySource() if self.params.greedy else KeyedSource(self.params.seed)
-        runner = self.runner = self._runner(self.loaded.model, sequences)
-        draft = self._runner(self.draft.model, sequences) if self.draft else None
-        noise = self.policy.draft_noise
-        drafter = make_drafter(
-            self.options, self.loaded.model, draft, self.params, source, noise, self.heads, self.backends.heads
-        )
-        if self.options.tree != "off":
-            drafter = self._tree_drafter(cast(Brancher, drafter), source)
+        runner = self.runner = self.make_runner(self.loaded.model, sequences)
+        drafter = self._drafter(sequences, source) if self.speculative else None
         controller = partial(self.options.make_controller, self.cost_model)
-        for step in speculative_decode(
-            runner, drafter, sequences, self.params, self.policy, controller, source, multi_step
-        ):
+        several = self.backends.multi_step if multi_step else None
+        for step in decode(runner, drafter, sequences, self.params, self.policy, controller, source, several):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 clock.mark(sequence)
-                if self.options.metrics_detailed:
-                    stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
-                self.steps[sequence].append(stats)
+                if drafter is not None:
+                    self._keep(sequence, stats)
             yield step
+
+    def _keep(self, sequence: Sequence, stats: StepStats) -> None:
+        if self.options.metrics_detailed:
+            stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
+        self.steps[sequence].append(stats)
+
+    def _drafter(self, sequences: list[Sequence], source: RandomSource) -> Drafter:
+        draft = self.make_runner(self.draft.model, sequences) if self.draft else None
+        drafter = make_drafter(
+            self.options,
+            self.loaded.model,
+            draft,
+            self.params,
+            source,
+            self.policy.draft_noise,
+            self.heads,
+            self.backends.heads,
+            draft_in_cpp=self.draft is not None and self.backends.in_cpp(self.draft.model),
+        )
+        return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
 
     def remembered(self) -> dict[str, object]:
         """What the target's cache was, and what it took; or why there was none."""
@@ -276,7 +277,7 @@ class LLM:
             "prefill_ms": self.runner.prefill_ms,
         }
 
-    def _runner(self, model: Transformer, sequences: list[Sequence]) -> ModelRunner:
+    def make_runner(self, model: Transformer, sequences: list[Sequence]) -> ModelRunner:
         """With room for these sequences and their output."""
         longest = max(len(sequence.prompt) for sequence in sequences) + self.params.max_new_tokens
         return self.backends.runner(model, self.options.kv_options(), len(sequences), longest)

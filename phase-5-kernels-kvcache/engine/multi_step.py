@@ -1,7 +1,9 @@
-"""Several steps of one text in one call, where its models run: only what came of them comes back.
+"""Makes several steps of one sequence in one call into C++.
 
-Between two calls there is Python, and by then the processor's caches hold the model's weights and none of it: a step
-of a small model costs as much again outside of its kernels. Controllers say for how many steps their answer stands.
+Between two calls Python runs, and then the CPU's caches no longer hold the model's weights: a step of a small model
+costs as much again outside of its kernels. The controller says for how many steps its answer holds.
+
+    python generate.py --kernels cpp --prompt "from pathlib import"
 """
 
 from __future__ import annotations
@@ -9,101 +11,122 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import torch
+from common.philox import Purpose
 
 from .controllers import KController
+from .cpp_runner import CppRunner
 from .drafters.model import ModelDrafter
 from .drafting import Draft, Drafter, Outcome
-from .generate import AT_ONCE, several
-from .policies import AcceptancePolicy, Judged, Path, Rejection, SampleMatch
+from .drawing import Drawing, Speculated
+from .policies import AcceptancePolicy, Rejection, SampleMatch
 from .profiler import CURRENT, stage
-from .runner import Drawing, ModelRunner, Speculated
-from .sampling import SamplingParams
+from .runner import ModelRunner
 from .sequence import Sequence
-from .steps import Step, StepStats, StepTimes, step_stats, take
+from .speculative import append
+from .steps import Path, Step, StepStats, StepTimes, step_stats
 from .tree import Tree
 from .verify import RandomSource
 
+AT_ONCE = 8  # plain steps of a call; tokens past the end of the sequence are dropped
+NO_DRAFT = Draft.nothing(1)
 
-def plain_steps(
+
+def multi_step(
     runner: ModelRunner,
-    drafter: Drafter,
-    sequence: Sequence,
-    params: SamplingParams,
-    controller: KController,
-    source: RandomSource,
-) -> Iterator[Step]:
-    """Steps for which nobody asks for a draft: plain decoding, at its price. None where the runner cannot."""
-    if drafter.taps is not None and drafter.known(sequence) != sequence.length - 1:
-        return  # it wants more states than those of the tokens to come
-    began = time.perf_counter()
-    count = min(AT_ONCE, controller.holds)
-    tokens, states = several(runner, sequence, params, source, count, drafter.taps)
-    for at, token in enumerate(tokens):
-        if sequence.finish_reason is not None:
-            return
-        start, length = len(sequence.tokens), sequence.length
-        take(runner, sequence, [token])
-        if at == 0:
-            verify_ms = (time.perf_counter() - began) * 1e3 / len(tokens)
-        drafter.observe(Outcome([sequence], [0], None if states is None else [states[at : at + 1]]))
-        computed = runner.computed[0] - len(tokens) + 1 if at == 0 else 1
-        stats = StepStats(0, 0, 0, 0, 1, length, computed, runner.plain(length), 0.0, verify_ms, 0.0)
-        controller.observe(stats)
-        draft = Draft(torch.empty(1, 0, dtype=torch.long), None, [0])
-        yield Step([sequence], [start], draft, [Tree([], [])], None, None, [Path([], token)], [stats])
-
-
-def drafted_steps(
-    runner: ModelRunner,
-    drafter: Drafter,
+    drafter: Drafter | None,
     sequence: Sequence,
     asked: int,
-    params: SamplingParams,
     policy: AcceptancePolicy,
     controller: KController,
     source: RandomSource,
 ) -> Iterator[Step]:
-    """Steps with drafts of `asked` tokens by a model. None where the runner, the policy or the controller cannot."""
-    sample_match = isinstance(policy, SampleMatch)
-    if not isinstance(drafter, ModelDrafter) or not (sample_match or isinstance(policy, Rejection)):
+    """Make steps with drafts of `asked` tokens, or plain ones; none where runner, drafter or policy cannot."""
+    if isinstance(runner, CppRunner):
+        if asked and drafter is not None:
+            yield from _drafted(runner, drafter, sequence, asked, policy, controller, source)
+        else:
+            yield from _plain(runner, drafter, sequence, controller, source)
+
+
+def _plain(
+    runner: CppRunner, drafter: Drafter | None, sequence: Sequence, controller: KController, source: RandomSource
+) -> Iterator[Step]:
+    """Steps without a draft. None for the first token, which somebody waits for."""
+    taps = None if drafter is None else drafter.taps
+    if drafter is not None and taps is not None and drafter.known(sequence) != sequence.length - 1:
+        return  # the drafter wants states of more tokens than those to come
+    count = min(AT_ONCE, sequence.params.max_new_tokens - len(sequence.tokens))
+    if drafter is not None:
+        count = min(count, controller.holds)
+    if not sequence.tokens or count < 2:
+        return
+    began = time.perf_counter()
+    how = Drawing(sequence.params, source, sequence.sample, sequence.length, Purpose.SAMPLE, probs=False, taps=taps)
+    tokens, states = runner.draw(sequence, sequence.prompt + sequence.tokens, count, how) or ([], None)
+    for at, token in enumerate(tokens):
+        if sequence.finish_reason is not None:
+            return
+        start, length = len(sequence.tokens), sequence.length
+        append(runner, sequence, [token])
+        if at == 0:
+            verify_ms = (time.perf_counter() - began) * 1e3 / len(tokens)
+        computed = runner.computed[0] - len(tokens) + 1 if at == 0 else 1
+        stats = StepStats(0, 0, 0, 0, 1, length, computed, runner.plain(length), 0.0, verify_ms, 0.0)
+        if drafter is not None:
+            drafter.observe(Outcome([sequence], [0], None if states is None else [states[at : at + 1]]))
+            controller.observe(stats)
+        yield Step([sequence], [start], NO_DRAFT, [Tree([], [])], None, [Path([], token)], [stats])
+
+
+def _drafted(
+    runner: CppRunner,
+    drafter: Drafter,
+    sequence: Sequence,
+    asked: int,
+    policy: AcceptancePolicy,
+    controller: KController,
+    source: RandomSource,
+) -> Iterator[Step]:
+    """Steps with drafts by a model whose forwards are in C++ as well."""
+    if not isinstance(drafter, ModelDrafter) or not isinstance(drafter.runner, CppRunner):
+        return
+    if not isinstance(policy, SampleMatch | Rejection):
         return
     if controller.ends_early or CURRENT.get() is not None:  # a profile tells the parts of a step from one another
         return
     began = time.perf_counter()
-    fitting = (params.max_new_tokens - len(sequence.tokens)) // (asked + 1)
+    fitting = (sequence.params.max_new_tokens - len(sequence.tokens)) // (asked + 1)
     steps = max(1, min(controller.holds, fitting)) if sequence.tokens else 1  # the first token is waited for
-    how = Drawing(params, source, sequence.sample, sequence.length, policy.draft_noise)
-    done = runner.speculate(
-        sequence, sequence.prompt + sequence.tokens, asked, how, drafter.runner, sample_match, steps
-    )
+    how = Drawing(sequence.params, source, sequence.sample, sequence.length, policy.draft_noise)
+    text, match = sequence.prompt + sequence.tokens, isinstance(policy, SampleMatch)
+    done = runner.speculate(sequence, text, asked, how, drafter.runner, match, steps)
     around = time.perf_counter() - began - sum(each.draft_ms + each.verify_ms + each.accept_ms for each in done) / 1e3
     for at, each in enumerate(done):
         if sequence.finish_reason is not None:
             return
         computed = runner.computed[0] if at == 0 else each.computed
-        yield _step(runner, drafter, sequence, asked, each, computed, around / len(done), controller)
+        step = _step(runner, drafter, sequence, asked, each, computed, around / len(done))
+        controller.observe(step.stats[0])
+        yield step
 
 
 def _step(
-    runner: ModelRunner,
+    runner: CppRunner,
     drafter: Drafter,
     sequence: Sequence,
     asked: int,
     done: Speculated,
     computed: int,
     around: float,
-    controller: KController,
 ) -> Step:
-    """The text takes what one of the steps gave. around: its share of the seconds outside of the kernels."""
+    """Commit one of the steps. around: its share of the seconds outside of the kernels."""
     stage("accept")
     began, start, length = time.perf_counter(), len(sequence.tokens), sequence.length
-    take(runner, sequence, [*done.draft[: done.accepted], done.next_token])
+    append(runner, sequence, [*done.draft[: done.accepted], done.next_token])
     drafter.observe(Outcome([sequence], [done.accepted], None))
     tree, path = Tree.chain(done.draft), Path(list(range(done.accepted)), done.next_token)
     accept = done.accept_ms / 1e3 + around + time.perf_counter() - began
-    times = StepTimes(done.draft_ms / 1e3, done.verify_ms / 1e3, accept, 0.0)
-    stats = step_stats(sequence, asked, start, length, tree, path, computed, runner.plain(length), times)
-    controller.observe(stats)
-    draft, judged = Draft(done.tokens, done.draft_probs, [asked]), Judged(done.target_probs, done.target_probs)
-    return Step([sequence], [start], draft, [tree], judged, done, [path], [stats])
+    times = StepTimes(done.draft_ms / 1e3, done.verify_ms / 1e3, accept)
+    stats = step_stats(sequence, asked, start, tree, path, computed, runner.plain(length), times)
+    draft = Draft(done.tokens, done.draft_probs, [asked])
+    return Step([sequence], [start], draft, [tree], None, [path], [stats], done.target_probs)

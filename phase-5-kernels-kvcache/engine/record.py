@@ -24,9 +24,8 @@ from .generate import Clock
 from .llm import LLM
 from .policies import Rejection
 from .runner import CachedRunner
-from .sampling import probabilities
 from .sequence import Sequence
-from .speculative import Step
+from .steps import Step
 
 SCHEMA_VERSION = 1
 TOP = 5  # listed tokens of a distribution
@@ -35,8 +34,8 @@ TOP = 5  # listed tokens of a distribution
 class Recorder:
     """Writes each step as it ends, a whole line in one system call. UserError if the file cannot be written.
 
-    `sequences` are all of the run, and `clock` is its clock, which starts when the header is written. The loop calls
-    `watch` in a step of plain decoding. The driver of the loop calls `step` after every step, and `finish` at the end.
+    `sequences` are all of the run, and `clock` is its clock, which starts when the header is written. The driver of the
+    loop calls `step` after every step, and `finish` at the end.
     """
 
     def __init__(self, path: Path, llm: LLM, sequences: list[Sequence]) -> None:
@@ -49,7 +48,6 @@ class Recorder:
         self.steps, self.began = 0, 0.0  # milliseconds on the run's clock
         self.prefilled = 0.0  # milliseconds of the steps so far
         self.cached = [0] * len(sequences)  # tokens of each sequence in the target's cache
-        self.seen: tuple[list[Sequence], Tensor, float] | None = None  # the last step without a draft
         try:
             self.file = path.open("wb", buffering=0)
         except OSError as error:
@@ -57,23 +55,13 @@ class Recorder:
         self._write(self._header())
         self.clock = Clock()
 
-    def watch(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Keep logits [R, V] of a step without a draft, from which the sequences' last tokens were chosen."""
-        self.seen = list(sequences), logits, self._now()
-
     def step(self, step: Step | None) -> None:
-        """Write a line for every sequence of `step`, or, without one, of the step that was watched last."""
-        if step is not None:
-            for row in range(len(step.sequences)):
-                self._add(step.sequences[row], self._drafted(step, row))
-        elif self.seen is not None:
-            sequences, logits, done = self.seen
-            for row, sequence in enumerate(sequences):
-                start = len(sequence.tokens) - 1
-                times = {"draft_ms": 0.0, "verify_ms": done - self.began, "accept_ms": 0.0, "kv_ms": 0.0}
-                self._add(sequence, {**self._plain(sequence, start, logits[row]), **times})
+        """Write a line for every sequence of the step; a beam search has no steps."""
+        for row, sequence in enumerate(step.sequences if step else []):
+            assert step is not None
+            self._add(sequence, self._described(step, row))
         self.prefilled = self.llm.runner.prefill_ms if self.llm.runner else 0.0
-        self.steps, self.seen, self.began = self.steps + 1, None, self._now()
+        self.steps, self.began = self.steps + 1, self._now()
 
     def finish(self) -> None:
         """Write the footer, unless writing has failed before. A sequence without a finish reason was interrupted."""
@@ -106,25 +94,25 @@ class Recorder:
             ],
         }
 
-    def _drafted(self, step: Step, row: int) -> dict[str, Any]:
-        """Return the outcome of one sequence's draft, and the token after it."""
-        sequence, start, stats, path = step.sequences[row], step.starts[row], step.stats[row], step.paths[row]
-        if step.logits is not None:
-            line = self._plain(sequence, start, step.logits[row])
-        else:
-            assert step.judged is not None, "a step is judged, or has logits"
-            comparison, end = self._comparison(step, row), path.nodes[-1] if path.nodes else -1
-            origin, rejected = "plain", None
-            if comparison is not None and not step.trees[row].children(end):
-                origin = "bonus"
-            elif comparison in ("uniform", "certain"):
-                origin, rejected = "residual", self._rejected(step, row)
-            line = self._line(sequence, start, step.judged.probs[row, end + 1], path.next_token, origin, rejected)
-            line["comparison"] = comparison
-            line["proposed"] = self._candidates(step, row, comparison)
-            line["path"] = path.nodes
-        times = {name: getattr(stats, name) for name in ("draft_ms", "verify_ms", "accept_ms", "kv_ms")}
-        return {**line, **times, "k": stats.k, "counted": {"proposed": stats.proposed, "accepted": stats.accepted}}
+    def _described(self, step: Step, row: int) -> dict[str, Any]:
+        """Return the line of one sequence: its draft, what was accepted of it, and the token after it."""
+        stats, path, tree, target = step.stats[row], step.paths[row], step.trees[row], step.target_probs(row)
+        comparison, end = self._comparison(step, row), path.nodes[-1] if path.nodes else -1
+        origin, rejected = "plain", None
+        if comparison is not None and not tree.children(end):
+            origin = "bonus"
+        elif comparison in ("uniform", "certain"):
+            origin, rejected = "residual", self._rejected(step, row, target)
+        line = self._line(step.sequences[row], step.starts[row], target[end + 1], path.next_token, origin, rejected)
+        return {
+            **line,
+            **{name: getattr(stats, name) for name in ("draft_ms", "verify_ms", "accept_ms", "kv_ms")},
+            "comparison": comparison,
+            "proposed": self._candidates(step, row, comparison, target),
+            "path": path.nodes,
+            "k": stats.k,
+            "counted": {"proposed": stats.proposed, "accepted": stats.accepted},
+        }
 
     def _comparison(self, step: Step, row: int) -> str | None:
         """Name how draft tokens were compared; None without draft tokens."""
@@ -137,22 +125,19 @@ class Recorder:
             return "own_draw"
         return "certain" if step.sequences[row].params.greedy else "uniform"
 
-    def _rejected(self, step: Step, row: int) -> tuple[Tensor, Tensor]:
-        """Return the target's and the draft's distributions [V] of the last rejection."""
-        assert step.judged is not None, "something was rejected"
+    def _rejected(self, step: Step, row: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the target's and the draft's distributions [V] of the last rejection; target [K+1, V]."""
         if trials := step.paths[row].trials:
             return trials[-1].target, trials[-1].draft
         at = len(step.paths[row].nodes)
-        target = step.judged.probs[row, at]
         if step.draft.probs is not None:
-            return target, step.draft.probs[row, at]
-        certain = torch.zeros_like(target)
+            return target[at], step.draft.probs[row, at]
+        certain = torch.zeros_like(target[at])
         certain[step.trees[row].tokens[at]] = 1.0
-        return target, certain
+        return target[at], certain
 
-    def _candidates(self, step: Step, row: int, comparison: str | None) -> list[dict[str, Any]]:
-        assert step.judged is not None, "something was proposed"
-        sequence, tree, path, target = step.sequences[row], step.trees[row], step.paths[row], step.judged.probs[row]
+    def _candidates(self, step: Step, row: int, comparison: str | None, target: Tensor) -> list[dict[str, Any]]:
+        sequence, tree, path = step.sequences[row], step.trees[row], step.paths[row]
         trials = {trial.node: trial for trial in path.trials}
         candidates = list[dict[str, Any]]()
         for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
@@ -166,8 +151,11 @@ class Recorder:
                 of_target, of_draft = trials[node].target[token], trials[node].draft[token].to(target.device)
                 target_prob, draft_prob = float(of_target), float(of_draft)
                 chance = float((of_target / of_draft).clamp(max=1))
-            elif comparison in ("uniform", "certain") and step.verdict is not None:
-                chance = float(step.verdict.ratios[row, node])
+            elif comparison == "certain" or (comparison == "uniform" and step.draft.probs is None):
+                chance = target_prob
+            elif comparison == "uniform" and step.draft.probs is not None:
+                of_draft = step.draft.probs[row, node, token].to(target.device)
+                chance = float((target[parent + 1, token] / of_draft).clamp(max=1))
             uniform = None
             if tried and comparison == "uniform":
                 position = len(sequence.prompt) + step.starts[row] + tree.depths[node] - 1
@@ -195,12 +183,6 @@ class Recorder:
         if tree.probs is not None:
             return float(tree.probs[parent + 1, token])
         return float(tree.chosen_from[parent][token]) if parent in tree.chosen_from else 1.0
-
-    def _plain(self, sequence: Sequence, start: int, logits: Tensor) -> dict[str, Any]:
-        """Return the line of a step without a draft, from the logits [V] after the sequence."""
-        outputs = [sequence.tokens[:start]]
-        probs = probabilities(logits[None], sequence.params, [sequence.prompt], outputs)[0]
-        return self._line(sequence, start, probs, sequence.tokens[start], "plain")
 
     def _line(
         self,

@@ -1,9 +1,9 @@
-"""How a model is run over texts that grow: computing all of each text every time, or only what is new of it.
+"""Runs a model over sequences that grow: without a cache over all tokens, or with one over the new tokens alone.
 
-The loops ask a runner, and do not know which it is. `owner` names a text from step to step (a loop's sequences do).
+The loop calls a runner and does not know which kind it is. `owner` identifies a sequence from step to step.
 
     runner = make_runner(loaded.model, KVOptions(), rows=1, tokens=300)
-    runner.logits(["a text"], [loaded.tokenizer.encode("from pathlib import")])
+    runner.forward(["a text"], [loaded.tokenizer.encode("from pathlib import")]).logits
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from common.device import synchronize
-from common.philox import Purpose
 
 from .attention import CachedAttention, beside_padding, seen
 from .config import ModelConfig
@@ -27,108 +26,49 @@ from .kv_cache import CacheShape, KVCache, KVOptions, OutOfBlocks, make_cache
 from .kv_cache.manager import CacheEntry, CacheManager
 from .kv_cache.ring import SPARE
 from .model import Transformer
-from .sampling import Sampler, SamplingParams
-from .target import Target, next_logits, target_forward
+from .steps import TargetOutput
+from .target import target_forward
 from .tree import Tree
 
 NO_DRAFT = Tree([], [])
 DRAFT_ROOM = 64  # nodes of the largest tree
 CHUNK = 512  # tokens of a long text that are prefilled in one forward
 Owners = list[Hashable]
-Drawn = tuple[list[int], Tensor | None]  # tokens, and what they were drawn from
-
-
-class Drawing(NamedTuple):
-    """From what tokens are drawn, and with which random numbers: of a sample, from a position on, for a purpose."""
-
-    params: SamplingParams
-    source: Sampler
-    sample: int
-    position: int
-    purpose: Purpose
-    probs: bool = True  # whether the distributions are wanted
-    taps: tuple[int, ...] | None = None  # instead: the target's states, with the outputs of these layers
-
-
-class Speculated(NamedTuple):
-    """A step of one text that was drafted, verified and accepted in one call, or one of several."""
-
-    tokens: Tensor  # int64 [1, K] the draft
-    draft_probs: Tensor | None  # [1, K, V] what each was drawn from; None where it was certain
-    target_probs: Tensor  # [1, K+1, V] what is sampled from behind the text and each of them
-    ratios: Tensor  # [1, K] the probability with which each was to stand
-    draft: list[int]
-    accepted: int  # of the draft, the tokens that stood
-    next_token: int
-    computed: int  # tokens that the target computed, without a prefill
-    draft_ms: float
-    verify_ms: float
-    accept_ms: float
 
 
 class ModelRunner(Protocol):
+    """Runs one model over sequences, which it knows by their owner: any hashable, the loop's `Sequence`."""
+
     model: Transformer
-    prefill_ms: float  # spent so far on what texts began with
-    computed: list[int]  # positions of each text that the last step put through the model
+    prefill_ms: float  # spent so far on prompts
+    computed: list[int]  # positions of each sequence that the last forward computed
 
     def plain(self, length: int) -> int:
-        """Positions that a step without a draft computes for a text of this length."""
+        """Positions that a forward without a draft computes for a sequence of this length."""
         ...
 
-    def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
-        """What follows each text, [R, V]."""
-        ...
-
-    def step(
+    def forward(
         self,
         owners: Owners,
         texts: list[list[int]],
-        drafts: list[Tree],
+        drafts: list[Tree] | None = None,
         known: list[int] | None = None,
         taps: tuple[int, ...] = (),
-    ) -> Target:
-        """One forward over texts and drafts. `known` and `taps` as in target_forward."""
+    ) -> TargetOutput:
+        """One forward over texts (token ids of prompt and output) and drafts; known, taps as in target_forward."""
         ...
 
-    def keep(self, owner: Hashable, nodes: list[int]) -> None:
-        """Of the last step's draft for this text, these nodes stand: they need not be computed again."""
-        ...
-
-    def draw(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing
-    ) -> tuple[list[int], Tensor | None] | None:
-        """Several tokens one after the other in one call, and what they were drawn from [count, V], where it is asked.
-
-        Or, where `how` has taps, the states of the token before each, [count, F].
-
-        None where this runner cannot: its logits are to be asked for token by token.
-        """
-        ...
-
-    def speculate(
-        self,
-        owner: Hashable,
-        text: list[int],
-        count: int,
-        how: Drawing,
-        drafter: ModelRunner,
-        sample_match: bool,
-        steps: int,
-    ) -> list[Speculated]:
-        """Whole steps in one call: the drafter's model draws `count` tokens, this one says which of them stand.
-
-        By rejection, or by its own choice (policies.py). [] where this runner cannot. The caller takes them all, or
-        the text ends within.
-        """
+    def commit(self, owner: Hashable, nodes: list[int]) -> None:
+        """Keep these nodes of the last forward's draft: they are accepted and are not computed again."""
         ...
 
     def release(self, owner: Hashable) -> None:
-        """The text is finished."""
+        """The sequence is finished."""
         ...
 
 
 class UncachedRunner:
-    """`--kv off`: every forward computes the whole of every text."""
+    """`--kv off`: every forward computes all tokens of every sequence."""
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.prefill_ms = model, 0.0
@@ -137,43 +77,23 @@ class UncachedRunner:
     def plain(self, length: int) -> int:
         return length - window_start(length, self.model.config.context)
 
-    def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
-        self.computed = [self.plain(len(text)) for text in texts]
-        return next_logits(self.model, texts)
-
-    def step(
+    def forward(
         self,
         owners: Owners,
         texts: list[list[int]],
-        drafts: list[Tree],
+        drafts: list[Tree] | None = None,
         known: list[int] | None = None,
         taps: tuple[int, ...] = (),
-    ) -> Target:
+    ) -> TargetOutput:
+        drafts = drafts or [NO_DRAFT] * len(texts)
         self.computed = [
             self.plain(len(text) + draft.depth) - draft.depth + len(draft.tokens)
             for text, draft in zip(texts, drafts, strict=True)
         ]
         return target_forward(self.model, texts, drafts, known, taps)
 
-    def keep(self, owner: Hashable, nodes: list[int]) -> None:
+    def commit(self, owner: Hashable, nodes: list[int]) -> None:
         """Nothing is kept."""
-
-    def draw(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing
-    ) -> tuple[list[int], Tensor | None] | None:
-        return None
-
-    def speculate(
-        self,
-        owner: Hashable,
-        text: list[int],
-        count: int,
-        how: Drawing,
-        drafter: ModelRunner,
-        sample_match: bool,
-        steps: int,
-    ) -> list[Speculated]:
-        return []
 
     def release(self, owner: Hashable) -> None:
         """Nothing was kept."""
@@ -194,18 +114,16 @@ class CachedRunner:
     def plain(self, length: int) -> int:
         return 1
 
-    def logits(self, owners: Owners, texts: list[list[int]]) -> Tensor:
-        return self.step(owners, texts, [NO_DRAFT] * len(texts)).logits[:, 0]
-
     @torch.inference_mode()
-    def step(
+    def forward(
         self,
         owners: Owners,
         texts: list[list[int]],
-        drafts: list[Tree],
+        drafts: list[Tree] | None = None,
         known: list[int] | None = None,
         taps: tuple[int, ...] = (),
-    ) -> Target:
+    ) -> TargetOutput:
+        drafts = drafts or [NO_DRAFT] * len(texts)
         try:
             works = [
                 self._begin(owner, text, draft, None if known is None else known[at], taps)
@@ -218,8 +136,7 @@ class CachedRunner:
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
             self.texts.appended(work.row, work.new, work.draft.tokens)
-        columns = [] if states is None else [list(range(len(of_row))) for of_row in states]
-        return Target(logits, states, columns)
+        return TargetOutput(logits, states)
 
     def _verify(
         self, works: list[Work], wants_states: bool, taps: tuple[int, ...]
@@ -289,25 +206,8 @@ class CachedRunner:
         )
         return hidden, hidden if tapped is None else torch.cat((hidden, tapped), -1)
 
-    def keep(self, owner: Hashable, nodes: list[int]) -> None:
+    def commit(self, owner: Hashable, nodes: list[int]) -> None:
         self.texts.keep(owner, nodes)
-
-    def draw(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing
-    ) -> tuple[list[int], Tensor | None] | None:
-        return None
-
-    def speculate(
-        self,
-        owner: Hashable,
-        text: list[int],
-        count: int,
-        how: Drawing,
-        drafter: ModelRunner,
-        sample_match: bool,
-        steps: int,
-    ) -> list[Speculated]:
-        return []
 
     def release(self, owner: Hashable) -> None:
         self.texts.release(owner)

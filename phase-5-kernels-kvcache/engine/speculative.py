@@ -1,10 +1,11 @@
-"""Draft and verify: a cheap drafter guesses tokens, one target forward checks them all.
+"""The decoding loop: a drafter proposes tokens, one target forward verifies them, an acceptance policy decides.
 
-Every step: each sequence's controller says how many tokens to draft; the drafter proposes a chain of them, or a tree;
-ONE target forward over sequence and draft gives the distributions that follow the sequence and each draft token; the
-policy says which of them stand and what follows. A step costs one target forward and gives between 1 and K+1 tokens
-(Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2); with a lossless policy, of exactly the target's
-distribution.
+Every step has three parts. Plan: each sequence's controller says how many tokens to draft. Execute: the drafter
+proposes a chain of so many tokens, or a tree; ONE target forward over sequences and drafts gives the distributions that
+follow the sequence and each draft token; the policy says which draft tokens are accepted and which token follows.
+Commit: the sequences take their tokens, drafter and controllers see the outcome. A step costs one target forward and
+gives between 1 and K+1 tokens (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2); with a lossless
+policy they follow the target's distribution exactly. Plain decoding is the case K = 0.
 """
 
 from __future__ import annotations
@@ -12,28 +13,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from common.device import synchronize
 
 from .context import window_start
 from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
-from .generate import decode_step, refuse, sample
-from .greedy import Greedy
+from .kernels import Kernels
 from .kv_cache import OutOfBlocks
-from .multi_step import drafted_steps, plain_steps
-from .policies import AcceptancePolicy, Judged, Path, Rejection
+from .policies import AcceptancePolicy, Rejection, TargetProbs
 from .profiler import stage
 from .runner import ModelRunner
 from .sampling import SamplingParams, check_finite, penalise, probabilities
 from .sequence import Sequence
-from .steps import Step as Step  # where others look for it
-from .steps import StepStats, StepTimes, step_stats, take
-from .target import Target
+from .steps import Path, Step, StepTimes, TargetOutput, outputs_before, step_stats
 from .tree import Tree
-from .verify import GreedySource, KeyedSource, RandomSource, Verdict
+from .verify import GreedySource, KeyedSource, RandomSource
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -49,77 +48,65 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
 
 
 def accept(
+    kernels: Kernels,
     policy: AcceptancePolicy,
     draft: Draft,
     trees: list[Tree],
-    target: Target,
+    output: TargetOutput,
     sequences: list[Sequence],
     params: SamplingParams,
     source: RandomSource,
-) -> tuple[Judged, Verdict | None, list[Path]]:
-    """Which draft tokens stand, by the policy, and what follows them."""
-    logits = target.logits
-    draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    # Penalties see at each position what plain decoding would have seen there: the output, and the draft up to it.
-    prompts: list[list[int]] = []
-    outputs: list[list[int]] = []
+) -> list[Path]:
+    """For each sequence the accepted draft tokens and the token that follows them; without a draft, the next token."""
+    samples, lengths = [sequence.sample for sequence in sequences], [sequence.length for sequence in sequences]
+    logits, prompts = output.logits, [sequence.prompt for sequence in sequences]
+    if not any(tree.tokens for tree in trees):
+        check_finite(logits)
+        texts = [sequence.tokens for sequence in sequences]
+        tokens = kernels.sample(logits[:, 0], params, source, samples, lengths, prompts, texts)
+        return [Path([], token) for token in tokens]
+    width, outputs, flat = logits.shape[1], list[list[int]](), logits.flatten(0, 1)
     if params.penalised:
+        prompts = [prompt for prompt in prompts for _ in range(width)]
         for sequence, tree in zip(sequences, trees, strict=True):
-            lines = [sequence.tokens, *(sequence.tokens + tree.line(node) for node in range(len(tree.tokens)))]
-            prompts += [sequence.prompt] * logits.shape[1]
-            outputs += lines + lines[-1:] * (logits.shape[1] - len(lines))
+            before = outputs_before(sequence.tokens, tree)
+            outputs += before + before[-1:] * (width - len(before))
+    draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
+    widths, *at = torch.tensor([draft.widths, samples, lengths], device=logits.device)
     certain = params.greedy and draft.probs is None and isinstance(source, GreedySource)
-    if certain and policy.lossless and draft.trees is None:
-        flat = logits.flatten(0, 1)
+    if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
         check_finite(flat)
         scores = penalise(flat.float(), params, prompts, outputs) if params.penalised else flat
-        judged: Judged = Greedy(scores.view(*logits.shape))
-    else:
-        probs = probabilities(logits.flatten(0, 1), params, prompts, outputs).view(*logits.shape)
-        judged = Judged(probs, probs if policy.lossless or not params.greedy else logits.float().softmax(-1))
-    if draft.trees is not None:
-        paths = []
-        for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
-            nodes = len(tree.tokens)
-            of_row = Judged(judged.probs[row : row + 1, : nodes + 1], judged.opinion[row : row + 1, : nodes + 1])
-            paths.append(policy.accept_tree(tree, of_row, sequence.sample, sequence.length, source))
-        return judged, None, paths
-    keys = [draft.widths, [s.sample for s in sequences], [s.length for s in sequences]]
-    widths, samples, positions = torch.tensor(keys, device=logits.device)
-    verdict = policy.verify(draft, judged, widths, samples, positions, source)
-    stood = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
-    return judged, verdict, [Path(list(range(accepted)), following) for accepted, following in stood]
+        return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), widths))
+    probs = probabilities(flat, params, prompts if params.penalised else [], outputs).view(*logits.shape)
+    target = TargetProbs(probs, probs if policy.lossless or not params.greedy else logits.float().softmax(-1))
+    if draft.trees is None:
+        verdict = policy.verify(draft, target, widths, at[0], at[1], source)
+        return paths_of(verdict.accepted, verdict.next_tokens)
+    paths = []
+    for row, tree in enumerate(trees):
+        part = slice(row, row + 1), slice(len(tree.tokens) + 1)
+        of_row = TargetProbs(target.probs[part], target.opinion[part])
+        paths.append(policy.accept_tree(tree, of_row, samples[row], lengths[row], source))
+    return paths
 
 
-def plain_step(
+def paths_of(accepted: Tensor, next_tokens: Tensor) -> list[Path]:
+    """Of R chains, from the number of accepted tokens and the token after them, int64 [R] each."""
+    return [Path(list(range(n)), token) for n, token in zip(accepted.tolist(), next_tokens.tolist(), strict=True)]
+
+
+def append(runner: ModelRunner, sequence: Sequence, tokens: list[int]) -> None:
+    """Give the sequence these tokens, up to where it ends; its cache is then released."""
+    for token in tokens:
+        if not sequence.append(token):
+            runner.release(sequence)
+            return
+
+
+def decode_step(
     runner: ModelRunner,
-    drafter: Drafter,
-    sequences: list[Sequence],
-    params: SamplingParams,
-    controllers: list[KController],
-    source: RandomSource,
-) -> Step:
-    """A step for which nobody asked for a draft: plain decoding, at its price."""
-    starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    began = time.perf_counter()
-    logits = decode_step(runner, sequences, params, source)
-    verify_ms = (time.perf_counter() - began) * 1e3
-    drafter.observe(Outcome(sequences, [0] * len(sequences), None))
-    counts = zip(lengths, runner.computed, strict=True)
-    stats = [
-        StepStats(0, 0, 0, 0, 1, length, computed, runner.plain(length), 0.0, verify_ms, 0.0)
-        for length, computed in counts
-    ]
-    for controller, of_sequence in zip(controllers, stats, strict=True):
-        controller.observe(of_sequence)
-    draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
-    paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
-    return Step(sequences, starts, draft, [Tree([], [])] * len(sequences), None, None, paths, stats, logits)
-
-
-def speculative_step(
-    runner: ModelRunner,
-    drafter: Drafter,
+    drafter: Drafter | None,
     sequences: list[Sequence],
     asked: list[int],
     params: SamplingParams,
@@ -127,12 +114,12 @@ def speculative_step(
     controllers: list[KController],
     source: RandomSource,
 ) -> Step:
-    """Draft, verify, accept, for every given sequence at once; each takes its tokens and may end."""
+    """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
     device = runner.model.embedding.weight.device
-    stage("draft")
     began = time.perf_counter()
-    draft = Draft(torch.empty(len(sequences), 0, dtype=torch.long), None, [0] * len(sequences))
-    if any(asked):
+    draft = Draft.nothing(len(sequences))
+    if drafter is not None and any(asked):
+        stage("draft")
         early = any(controller.ends_early for controller in controllers)
         draft = drafter.propose(sequences, asked, (lambda row, probs: controllers[row].stop(probs)) if early else None)
     synchronize(device)
@@ -141,94 +128,80 @@ def speculative_step(
 
     chains = zip(draft.tokens.tolist(), draft.widths, strict=True)
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
-    known = None if drafter.taps is None else [drafter.known(sequence) for sequence in sequences]
-    starts, lengths = [len(s.tokens) for s in sequences], [s.length for s in sequences]
-    judged, verdict, states, logits, kept = None, None, None, None, 0.0
-    if known is None and not any(tree.tokens for tree in trees):  # nothing to verify: plain decoding, at its price
-        logits = decode_step(runner, sequences, params, source)
-        verified = time.perf_counter()
-        paths = [Path([], sequence.tokens[-1]) for sequence in sequences]
-    else:
-        texts = [sequence.prompt + sequence.tokens for sequence in sequences]
-        target = runner.step(list(sequences), texts, trees, known, drafter.taps or ())
-        synchronize(device)
-        verified = time.perf_counter()
-        stage("accept")
-        if any(tree.tokens for tree in trees):
-            judged, verdict, paths = accept(policy, draft, trees, target, sequences, params, source)
-        else:  # the forward was for its states
-            logits = target.logits[:, 0]
-            tokens = sample(runner, logits, sequences, params, source)
-            paths = [Path([], token) for token in tokens]
-        deciding = time.perf_counter()
-        for sequence, path in zip(sequences, paths, strict=True):
-            runner.keep(sequence, path.nodes)
-        kept = time.perf_counter() - deciding
-        for sequence, tree, path in zip(sequences, trees, paths, strict=True):
-            take(runner, sequence, [*(tree.tokens[node] for node in path.nodes), path.next_token])
-        if known is not None:
-            states = [target.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
-    drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
-    done = time.perf_counter()
+    plain = not any(tree.tokens for tree in trees)
+    taps = None if drafter is None else drafter.taps
+    known = None if drafter is None or taps is None else [drafter.known(sequence) for sequence in sequences]
+    output = runner.forward(list(sequences), [s.prompt + s.tokens for s in sequences], trees, known, taps or ())
+    synchronize(device)
+    verified = time.perf_counter()
+    stage("sample" if plain else "accept")
 
-    times = StepTimes(drafted - began, verified - drafted, done - verified - kept, kept)
-    stats = []
-    for row, sequence in enumerate(sequences):
-        computed, plain = runner.computed[row], runner.plain(lengths[row])
-        of_row = (asked[row], starts[row], lengths[row], trees[row], paths[row])
-        stats.append(step_stats(sequence, *of_row, computed, plain, times))
+    paths = accept(runner.model.kernels, policy, draft, trees, output, sequences, params, source)
+    starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
+    decided = time.perf_counter()
+    for sequence, path in zip(sequences, paths, strict=True):
+        runner.commit(sequence, path.nodes)
+    kept = time.perf_counter() - decided
+    for sequence, tree, path in zip(sequences, trees, paths, strict=True):
+        append(runner, sequence, [*(tree.tokens[node] for node in path.nodes), path.next_token])
+    if drafter is not None:
+        states = None
+        if known is not None:
+            states = [output.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
+        drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
+    done = time.perf_counter() - kept
+    if plain:
+        verified = done
+    times = StepTimes(drafted - began, verified - drafted, done - verified, kept)
+    each = zip(sequences, asked, starts, trees, paths, runner.computed, lengths, strict=True)
+    stats = [
+        step_stats(sequence, k, start, tree, path, computed, runner.plain(length), times)
+        for sequence, k, start, tree, path, computed, length in each
+    ]
     for controller, of_sequence in zip(controllers, stats, strict=True):
         controller.observe(of_sequence)
-    return Step(sequences, starts, draft, trees, judged, verdict, paths, stats, logits)
+    return Step(sequences, starts, draft, trees, output, paths, stats)
 
 
-def next_steps(
+def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -> Sequence:
+    """Refuse the request that found no block and free its blocks; the others go on. Raises if it is alone."""
+    if len(sequences) == 1:
+        raise error
+    assert isinstance(error.owner, Sequence)
+    error.owner.refuse(str(error))
+    runner.release(error.owner)
+    return error.owner
+
+
+class MultiStep(Protocol):
+    """Makes several steps of one sequence in one call; none where it cannot."""
+
+    def __call__(
+        self,
+        runner: ModelRunner,
+        drafter: Drafter | None,
+        sequence: Sequence,
+        asked: int,
+        policy: AcceptancePolicy,
+        controller: KController,
+        source: RandomSource,
+    ) -> Iterator[Step]: ...
+
+
+def decode(
     runner: ModelRunner,
-    drafter: Drafter,
-    sequences: list[Sequence],
-    params: SamplingParams,
-    policy: AcceptancePolicy,
-    controllers: list[KController],
-    source: RandomSource,
-    multi_step: bool,
-) -> Iterator[Step]:
-    """The next step of all sequences; of a single one, if `multi_step`, as many as can be made in one call."""
-    context = runner.model.config.context
-    asked = [
-        block_width(sequence, controller.next_k(), context)
-        for sequence, controller in zip(sequences, controllers, strict=True)
-    ]
-    plain = not any(asked)
-    made = 0
-    if multi_step and len(sequences) == 1:
-        one, controller = sequences[0], controllers[0]
-        for step in (
-            plain_steps(runner, drafter, one, params, controller, source)
-            if plain
-            else drafted_steps(runner, drafter, one, asked[0], params, policy, controller, source)
-        ):
-            made += 1
-            yield step
-    if not made and plain and drafter.taps is None:
-        yield plain_step(runner, drafter, sequences, params, controllers, source)
-    elif not made:
-        yield speculative_step(runner, drafter, sequences, asked, params, policy, controllers, source)
-
-
-def speculative_decode(
-    runner: ModelRunner,
-    drafter: Drafter,
+    drafter: Drafter | None,
     sequences: list[Sequence],
     params: SamplingParams,
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
     source: RandomSource | None = None,
-    multi_step: bool = True,
+    multi_step: MultiStep | None = None,
 ) -> Iterator[Step]:
-    """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace.
+    """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
 
-    `controller` makes a fresh controller for each sequence. By default rejection, and K = 4. multi_step: several steps
-    may be made in one call, which does not say what each of them took; the tokens are the same.
+    Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
+    rejection, and K = 4. `multi_step` is asked first for a sequence that is alone; the tokens are the same.
     """
     policy = policy or Rejection()
     source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
@@ -236,9 +209,19 @@ def speculative_decode(
     controllers = {sequence: make() for sequence in sequences}
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         mine = [controllers[sequence] for sequence in active]
+        asked = [0] * len(active)
+        if drafter is not None:
+            widths = zip(active, mine, strict=True)
+            asked = [block_width(sequence, each.next_k(), runner.model.config.context) for sequence, each in widths]
+        made = 0
         try:
-            yield from next_steps(runner, drafter, active, params, policy, mine, source, multi_step)
+            if multi_step is not None and len(active) == 1:
+                for step in multi_step(runner, drafter, active[0], asked[0], policy, mine[0], source):
+                    made += 1
+                    yield step
+            if not made:
+                yield decode_step(runner, drafter, active, asked, params, policy, mine, source)
         except OutOfBlocks as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
-            if drafter.taps is None:  # a drafter that reads states keeps none of the others'
+            if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'
                 drafter.observe(Outcome([refused], [0], None))

@@ -1,48 +1,74 @@
-"""What a step of speculative decoding was: the draft, what became of it, and what it took."""
+"""What a step of decoding consists of: the draft, the target's output, the accepted path, and statistics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .drafting import Draft
-from .policies import Judged, Path
-from .runner import ModelRunner
+from .sampling import probabilities
 from .sequence import Sequence
 from .tree import Tree
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What one forward gives for R sequences: column 0 follows the sequence, column 1 + i its draft token i."""
+
+    logits: Tensor  # [R, K+1, V]
+    states: list[Tensor] | None = None
+    """R of [n, F], for a drafter that reads them: at the sequence's positions that it asked for, then the draft's.
+
+    Hidden states, and the outputs of tapped layers beside them.
+    """
+
+    def states_of(self, row: int, nodes: list[int], draft: int) -> Tensor:
+        """[n, F]: the sequence's positions that were asked for, then the given ones of `draft` draft tokens."""
+        assert self.states is not None, "the drafter did not ask for states"
+        before = len(self.states[row]) - draft
+        return self.states[row][[*range(before), *(before + node for node in nodes)]]
+
+
+class Trial(NamedTuple):
+    """A child that recursive rejection tried, and the distributions [V] that decided about it."""
+
+    node: int
+    target: Tensor
+    draft: Tensor
+
+
+@dataclass(frozen=True)
+class Path:
+    """The accepted nodes of a sequence's tree, and the token that follows them."""
+
+    nodes: list[int]  # from the root downwards
+    next_token: int
+    trials: list[Trial] = field(default_factory=list)  # in a tree of drawn children, in the order of the attempts
 
 
 @dataclass(frozen=True)
 class StepStats:
     """What one step did for one sequence. Times are of the whole step, which a batch shares, in milliseconds.
 
-    Draft tokens past an EOS, a stop string or the token limit count as neither proposed nor accepted.
+    Draft tokens past an EOS, a stop string or the token limit count as neither proposed nor accepted. A step without a
+    draft counts as verification alone.
     """
 
     k: int  # draft tokens asked for; of a tree, levels
-    proposed: int  # draft tokens that the target looked at
+    proposed: int  # draft tokens that the target computed
     depth: int  # of them, those in one chain; of a tree, its levels
-    accepted: int  # those that stood
+    accepted: int
     emitted: int  # tokens that the sequence gained
     length: int  # of the sequence before the step
-    computed: int  # positions that the target computed: what it had not seen of the text, and the draft
-    plain: int  # of them, those that every step has to; the rest are a prefill, or the draft
+    computed: int  # positions that the target computed: those of the sequence that its cache lacked, and the draft
+    plain: int  # of them, those that a step without a draft computes as well
     draft_ms: float
     verify_ms: float
     accept_ms: float
-    kv_ms: float = 0.0  # moving what stood to its place in the cache
+    kv_ms: float = 0.0  # moving accepted keys and values to their place in the cache
     rss_mib: float | None = None  # of the process after the step, where it was asked for
-
-
-class Said(Protocol):
-    """What a recording asks of a verdict; that of a greedy run has it made only then (greedy.py)."""
-
-    @property
-    def ratios(self) -> Tensor:
-        """[R, K] the probability with which each draft token was to stand."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -53,11 +79,25 @@ class Step:
     starts: list[int]  # output length of each sequence before the step
     draft: Draft
     trees: list[Tree]  # the same, a tree for every sequence: a chain is one
-    judged: Judged | None  # what the target said, [R, K+1, V]; None where nothing was drafted
-    verdict: Said | None  # of chains
-    paths: list[Path]  # the draft tokens that stood, and what followed
+    output: TargetOutput | None  # None for steps of a call that makes several
+    paths: list[Path]
     stats: list[StepStats]
-    logits: Tensor | None = None  # instead of what the target said, where the step was one of plain decoding: [R, V]
+    probs: Tensor | None = None  # [R, K+1, V] the target's distributions, from a call that makes several steps
+
+    def target_probs(self, row: int) -> Tensor:
+        """[K+1, V]: the distributions that the target's tokens are sampled from."""
+        if self.probs is not None:
+            return self.probs[row]
+        assert self.output is not None, "a call that makes several plain steps keeps no logits"
+        sequence, tree = self.sequences[row], self.trees[row]
+        logits = self.output.logits[row, : len(tree.tokens) + 1]
+        outputs = outputs_before(sequence.tokens[: self.starts[row]], tree)
+        return probabilities(logits, sequence.params, [sequence.prompt] * len(logits), outputs)
+
+
+def outputs_before(output: list[int], tree: Tree) -> list[list[int]]:
+    """The output that plain decoding would have had at each column: without the tree, then up to each of its nodes."""
+    return [output, *(output + tree.line(node) for node in range(len(tree.tokens)))]
 
 
 class StepTimes(NamedTuple):
@@ -66,23 +106,15 @@ class StepTimes(NamedTuple):
     draft: float
     verify: float
     accept: float
-    keep: float
+    keep: float = 0.0
 
 
 def step_stats(
-    sequence: Sequence,
-    asked: int,
-    start: int,
-    length: int,
-    tree: Tree,
-    path: Path,
-    computed: int,
-    plain: int,
-    times: StepTimes,
+    sequence: Sequence, asked: int, start: int, tree: Tree, path: Path, computed: int, plain: int, times: StepTimes
 ) -> StepStats:
-    """start, length: the sequence's output and its whole length before the step. The rest as in StepStats."""
+    """asked: draft tokens, of a tree levels. start: output length before the step. The rest as in StepStats."""
     emitted = len(sequence.tokens) - start
-    # Where the text ended inside the accepted part, what lies past its end was never looked at.
+    # Where the sequence ended inside the accepted part, draft tokens past its end do not count.
     reach = emitted if emitted <= len(path.nodes) else tree.depth
     return StepStats(
         k=asked,
@@ -90,7 +122,7 @@ def step_stats(
         depth=reach,
         accepted=min(len(path.nodes), emitted),
         emitted=emitted,
-        length=length,
+        length=len(sequence.prompt) + start,
         computed=computed,
         plain=plain,
         draft_ms=times.draft * 1e3,
@@ -98,11 +130,3 @@ def step_stats(
         accept_ms=times.accept * 1e3,
         kv_ms=times.keep * 1e3,
     )
-
-
-def take(runner: ModelRunner, sequence: Sequence, tokens: list[int]) -> None:
-    """The sequence gains these tokens, up to where it ends."""
-    for token in tokens:
-        if not sequence.append(token):
-            runner.release(sequence)
-            return

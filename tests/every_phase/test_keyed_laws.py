@@ -122,7 +122,7 @@ def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, targe
     widths = torch.ones(DRAWS, dtype=torch.long)
     if not hasattr(engine, "make_policy"):
         return engine.verify(tokens, probs, target, widths, samples, positions, source)
-    draft, said = engine.Draft(tokens, probs, [1] * DRAWS), engine.Judged(target, target)
+    draft, said = engine.Draft(tokens, probs, [1] * DRAWS), engine.TargetProbs(target, target)
     return engine.make_policy(policy, **SOME).verify(draft, said, widths, samples, positions, source)
 
 
@@ -173,7 +173,7 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     for children, sample, position in zip(drawn.tolist(), samples.tolist(), positions.tolist(), strict=True):
         tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
         said = torch.stack((target, *law_after[children]))[None]
-        path = rule.accept_tree(tree, engine.Judged(said, said), sample, position, branching)
+        path = rule.accept_tree(tree, engine.TargetProbs(said, said), sample, position, branching)
         if path.nodes:
             second.append((children[path.nodes[0]], path.next_token))
         first.append(children[path.nodes[0]] if path.nodes else path.next_token)

@@ -78,6 +78,13 @@ def way(request: pytest.FixtureRequest, phase: Phase) -> tuple[dict[str, Any], s
     return options, decided_by
 
 
+def how_to_run(engine: Any, watch: Any, watched: bool) -> list[Any]:
+    """Phase 2 calls a function in its plain steps. From phase 3 on a step holds logits, from 5 on if made alone."""
+    if hasattr(engine, "make_runner"):
+        return [watched]
+    return [] if hasattr(engine, "TargetOutput") else [watch if watched else None]
+
+
 def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> list[keys.Part]:
     """Return all parts of all steps. watched: steps without a draft run one at a time, and have their logits."""
     found: list[keys.Part] = []
@@ -85,7 +92,8 @@ def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> l
     def watch(active: list[Any], logits: torch.Tensor) -> None:
         found.extend(keys.parts_of_plain(engine, active, logits, made.params))
 
-    for step in made.run(sequences, engine.Clock(), watch if watched else None):
+    steps = made.run(sequences, engine.Clock(), *how_to_run(engine, watch, watched))
+    for step in steps:
         if step is not None:
             found.extend(keys.parts(engine, step, made.params))
     return found

@@ -51,12 +51,19 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def how_to_run(engine: ModuleType, recorder: Any) -> list[Any]:
+    """Phase 2 shows its plain steps to a function; from phase 5 on a call may make several steps, without logits."""
+    if hasattr(engine, "make_runner"):
+        return [recorder is None]
+    return [] if hasattr(engine, "TargetOutput") or recorder is None else [recorder.watch]
+
+
 def run(engine: ModuleType, options: dict[str, Any], record: Path | None) -> tuple[list[list[int]], list[str]]:
     """Return the tokens of two prompts, and the operations of the loop without the recorder's."""
     llm = engine.LLM(engine.Options(**options))
     sequences = llm.sequences(["x y z x y", "a longer text"])
     recorder = importlib.import_module(f"{engine.__name__}.record").Recorder(record, llm, sequences) if record else None
-    steps = llm.run(sequences, engine.Clock(), recorder.watch if recorder else None)
+    steps = llm.run(sequences, engine.Clock(), *how_to_run(engine, recorder))
     names, ended, going = list[str](), cast(Any, object()), True
     while going:
         with Operations() as counted:

@@ -23,7 +23,7 @@ POLICIES = mutants(
     ("samples[active], at, Purpose.SAMPLE)", "samples[active], at, Purpose.RESIDUAL)"),
     ("return Purpose.SAMPLE if self.shared_noise else Purpose.DRAFT", "return Purpose.DRAFT if self.shared_noise else Purpose.SAMPLE"),
     ("next_tokens = source.draw(following, samples, positions + accepted, Purpose.SAMPLE)", "next_tokens = source.draw(following, samples, positions, Purpose.SAMPLE)"),
-    ("draw_one(judged.probs[0, node + 1], sample, position + len(nodes), source)", "draw_one(judged.probs[0, node + 1], sample, position, source)"),
+    ("draw_one(target.probs[0, node + 1], sample, position + len(nodes), source)", "draw_one(target.probs[0, node + 1], sample, position, source)"),
     # Recursive rejection.
     ("ratio = (target[token] / draft[token])", "ratio = (draft[token] / target[token])"),
     ("residual = (target - draft).clamp(min=0)", "residual = (target - draft).abs()"),
@@ -34,7 +34,7 @@ POLICIES = mutants(
     ("if tree.probs is None:\n            return match_tree", "if tree.probs is not None:\n            return match_tree"),
     # The target's own choice.
     ("if tree.tokens[child] == token]", "if tree.tokens[child] != token]"),
-    ("judged.probs[active, column], samples", "judged.probs[active, 0], samples"),
+    ("target.probs[active, column], samples", "target.probs[active, 0], samples"),
     ("(own[active] == draft.tokens[active, column]) & (column < widths[active])", "(own[active] == draft.tokens[active, column])"),
     # Lossy policies.
     ("return opinion >= self.tau", "return opinion > self.tau"),

@@ -134,7 +134,7 @@ class Proof:
         """Compute the distribution of plain decoding's output."""
 
         def run(walker: Walker) -> tuple[int, ...]:
-            return tuple(self.engine.generate(target, [prompt], params, ending, sampler=walker)[0].tokens)
+            return tuple(self.engine.generate(target, [prompt], params, ending, source=walker)[0].tokens)
 
         return Walker().law(run)
 
@@ -158,7 +158,7 @@ class Proof:
         def run(walker: Walker) -> tuple[tuple[int, ...], ...]:
             sequence = self.engine.Sequence(prompt, params, ending or self.engine.Ending())
             guess = drafter(walker, policy.draft_noise)
-            decode = (loop or self.engine).speculative_decode
+            decode = (loop or self.engine).decode
             steps = [s.stats[0] for s in decode(target, guess, [sequence], params, policy, controller, walker)]
             return tuple(sequence.tokens), tuple(s.depth for s in steps), tuple(s.accepted for s in steps)
 

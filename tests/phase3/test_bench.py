@@ -162,7 +162,7 @@ def test_the_law_of_a_steps_first_token_is_the_loops(part: Any) -> None:
         def run(walk: Any, policy: Any = policy) -> tuple[int, ...]:
             sequence = engine.Sequence([1], params, engine.Ending())
             drafter = engine.ModelDrafter(draft, params, walk)
-            list(engine.speculative_decode(target, drafter, [sequence], params, policy, None, walk))
+            list(engine.decode(target, drafter, [sequence], params, policy, None, walk))
             return tuple(sequence.tokens[:1])
 
         walked = distance.Walk().law(run)

@@ -222,7 +222,7 @@ def test_rows_of_a_batch_choose_as_they_would_alone(name: Any, temperature: floa
         drafter = phase3.ModelDrafter(draft, params, source)
         sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in prompts]
         widths: dict[Any, list[int]] = {sequence: [] for sequence in sequences}
-        for step in phase3.speculative_decode(
+        for step in phase3.decode(
             model, drafter, sequences, params, None, lambda: phase3.make_controller(name, confidence=0.5), source
         ):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):

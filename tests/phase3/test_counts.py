@@ -30,7 +30,7 @@ def speculate(model: Any, draft: Any, params: Any, policy: str, controller: Any,
     source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
     drafter = phase3.ModelDrafter(draft, params, source, rule.draft_noise)
     sequence = phase3.Sequence([1], params, ending or phase3.Ending())
-    steps = phase3.speculative_decode(model, drafter, [sequence], params, rule, lambda: controller, source)
+    steps = phase3.decode(model, drafter, [sequence], params, rule, lambda: controller, source)
     return sequence, [step.stats[0] for step in steps]
 
 

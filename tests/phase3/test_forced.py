@@ -33,9 +33,7 @@ def test_on_its_own_output_it_accepts_what_decoding_accepted(drafter: str, polic
         return make_drafter(drafter, model, draft, params, source, rule.draft_noise)
 
     sequence = phase3.Sequence(prompt, params, phase3.Ending())
-    steps = phase3.speculative_decode(
-        model, guess(), [sequence], params, rule, lambda: phase3.FixedController(3), source
-    )
+    steps = phase3.decode(model, guess(), [sequence], params, rule, lambda: phase3.FixedController(3), source)
     expected = [step.stats[0].accepted for step in steps]
     accepted = teacher_forced_acceptance(model, guess(), prompt, sequence.tokens, params, rule, 3, source)
     assert accepted == expected[: len(accepted)]

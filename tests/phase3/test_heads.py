@@ -78,7 +78,7 @@ def test_the_memory_of_inputs_is_that_of_the_whole_text(target: phase3.LoadedMod
     head, source = random_eagle(target, (0,), reach), phase3.KeyedSource(0)
     drafter = EagleDrafter(target.model, head, params, source)
     sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in ([30, 31, 32], list(range(40, 60)))]
-    steps = phase3.speculative_decode(target.model, drafter, sequences, params, source=source)
+    steps = phase3.decode(target.model, drafter, sequences, params, source=source)
     for _ in itertools.islice(steps, 8):
         for sequence in sequences:
             text = torch.tensor([sequence.prompt + sequence.tokens])
@@ -97,7 +97,7 @@ def test_beside_layers_with_windows_eagles_layer_has_its_own_reach(make_checkpoi
     assert head.config.windows == (None,)
     drafter = EagleDrafter(target.model, head, params, phase3.GreedySource())
     sequence = phase3.Sequence(list(range(30, 42)), params, phase3.Ending())
-    steps = list(phase3.speculative_decode(target.model, drafter, [sequence], params))
+    steps = list(phase3.decode(target.model, drafter, [sequence], params))
     assert sum(stats.proposed for step in steps for stats in step.stats) > 0
     assert sequence.tokens == phase3.generate(target.model, [sequence.prompt], params)[0].tokens
 
@@ -121,7 +121,7 @@ def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[
     params = phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
     drafter = MedusaDrafter(target.model, heads, params, phase3.GreedySource())
     sequence = phase3.Sequence([30, 31, 32], params, phase3.Ending())
-    for _ in itertools.islice(phase3.speculative_decode(target.model, drafter, [sequence], params), 4):
+    for _ in itertools.islice(phase3.decode(target.model, drafter, [sequence], params), 4):
         text = torch.tensor([sequence.prompt + sequence.tokens])
         trained = heads.features(
             target.model, text, target_states(target, text, heads.taps), 1
@@ -267,7 +267,7 @@ def test_saved_heads_load_and_draft(trained: Any, temperature: float, tmp_path: 
     policy = phase3.make_policy("longest_prefix" if params.greedy else "rejection")
     drafter = figures.learned_drafter(heads, target, params, source)
     accepted = 0
-    for step in phase3.speculative_decode(target.model, drafter, sequences, params, policy, source=source):
+    for step in phase3.decode(target.model, drafter, sequences, params, policy, source=source):
         accepted += sum(stats.accepted for stats in step.stats)
     assert accepted > 0 or params.greedy
     if params.greedy:
@@ -303,7 +303,7 @@ def test_past_the_context(trained: Any) -> None:
     sequence = phase3.Sequence(prompt, params, phase3.Ending())
     drafter = figures.learned_drafter(trained.heads, target, params, phase3.GreedySource())
     policy = phase3.make_policy("longest_prefix")
-    for _ in phase3.speculative_decode(target.model, drafter, [sequence], params, policy):
+    for _ in phase3.decode(target.model, drafter, [sequence], params, policy):
         pass
     assert sequence.tokens == phase3.generate(target.model, [prompt], params)[0].tokens
 

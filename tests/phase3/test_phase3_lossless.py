@@ -177,7 +177,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
         controllers = iter([phase3.FixedController(2), phase3.FixedController(1)])
         drafter = phase3.ModelDrafter(draft, params, walker)
         policy, make = phase3.make_policy("rejection"), lambda: next(controllers)
-        for _ in phase3.speculative_decode(target, drafter, sequences, params, policy, make, walker):
+        for _ in phase3.decode(target, drafter, sequences, params, policy, make, walker):
             pass
         return tuple(tuple(sequence.tokens) for sequence in sequences)
 

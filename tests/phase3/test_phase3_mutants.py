@@ -85,16 +85,16 @@ def test_own_choices_do_not_care_how_a_draft_was_chosen(proof: Any, name: Any) -
 OWN_CHOICE_MUTANTS = {
     "draws once more after a rejection": (
         "return Verdict(accepted, own, ratios)",
-        "again = source.draw(judged.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
+        "again = source.draw(target.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
         "        return Verdict(accepted, torch.where(accepted < widths, again, own), ratios)",
     ),
     "looks at what follows the draft token": (
-        "judged.probs[active, column]",
-        "judged.probs[active, min(column + 1, K)]",
+        "target.probs[active, column]",
+        "target.probs[active, min(column + 1, K)]",
     ),
     "draws the bonus from the distribution before": (
-        "judged.probs[active, column]",
-        "judged.probs[active, min(column, max(K - 1, 0))]",
+        "target.probs[active, column]",
+        "target.probs[active, min(column, max(K - 1, 0))]",
     ),
 }
 

@@ -59,7 +59,7 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
         source = Recording()
         draft = phase3.Draft(torch.tensor([tokens]), None, [3])
         keys = torch.tensor([[3], [0], [7]])
-        verdict = policy.verify(draft, phase3.Judged(probs, opinion.expand(1, 4, 3)), *keys, source)
+        verdict = policy.verify(draft, phase3.TargetProbs(probs, opinion.expand(1, 4, 3)), *keys, source)
         accepted = next((i for i, token in enumerate(tokens) if token not in good), 3)
         assert int(verdict.accepted) == accepted
         assert int(verdict.next_tokens) == [1, 2, 0, 1][accepted]
@@ -96,14 +96,11 @@ def test_what_a_lossy_policy_judges_by(proof: Any, settings: dict[str, Any], tau
     params = phase3.SamplingParams(**settings, max_new_tokens=2)
     sequence = phase3.Sequence([0], params, phase3.Ending())
     drafter = proof.favourite(3)(None, None)
-    decode = phase3.speculative_decode(
-        target, drafter, [sequence], params, phase3.ConfThreshold(tau), None, Recording()
-    )
+    decode = phase3.decode(target, drafter, [sequence], params, phase3.ConfThreshold(tau), None, Recording())
     step = next(iter(decode))
     assert step.stats[0].accepted == accepted
     assert sequence.tokens == ([1, 0] if accepted else [0])
-    assert step.judged is not None
-    assert step.judged.probs[0, 0].tolist() == pytest.approx(phase3.probabilities(target.table[:1], params)[0].tolist())
+    assert step.target_probs(0)[0].tolist() == pytest.approx(phase3.probabilities(target.table[:1], params)[0].tolist())
 
 
 def expected_first_token(p: torch.Tensor, q: torch.Tensor, good: torch.Tensor) -> list[float]:
@@ -197,7 +194,7 @@ def test_acceptance_under_keyed_noise(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     p, q = torch.randn(2, size, generator=generator, dtype=torch.float64).softmax(-1)
     zeros, positions = torch.zeros(draws, dtype=torch.long), torch.arange(draws)
-    judged = phase3.Judged(*[p.expand(draws, 2, size)] * 2)
+    target = phase3.TargetProbs(*[p.expand(draws, 2, size)] * 2)
     ratio = torch.maximum(p[None] / p[:, None], q[None] / q[:, None])  # [x, y]
     expected = {
         "rejection": torch.minimum(p, q).sum(),
@@ -209,7 +206,7 @@ def test_acceptance_under_keyed_noise(seed: int) -> None:
         policy = phase3.make_policy(name)  # type: ignore[arg-type]
         tokens = source.draw(q.expand(draws, -1), zeros, positions, policy.draft_noise)
         draft = phase3.Draft(tokens[:, None], q.expand(draws, 1, size), [1] * draws)
-        verdict = policy.verify(draft, judged, zeros + 1, zeros, positions, source)
+        verdict = policy.verify(draft, target, zeros + 1, zeros, positions, source)
         shares[name] = float(verdict.accepted.double().mean())
         assert abs(shares[name] - share) < 4 * math.sqrt(share * (1 - share) / draws)
     assert shares["longest_prefix"] < shares["coupled"] < shares["rejection"]

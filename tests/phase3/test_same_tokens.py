@@ -77,7 +77,7 @@ def speculate(
     guess = make_drafter(drafter, model, draft, params, source, policy.draft_noise)
     numbers = samples or [0] * len(prompts)
     sequences = [phase3.Sequence(p, params, ending, s) for p, s in zip(prompts, numbers, strict=True)]
-    steps = phase3.speculative_decode(model, guess, sequences, params, policy, controller, source)
+    steps = phase3.decode(model, guess, sequences, params, policy, controller, source)
     return sequences, [stats for step in steps for stats in step.stats]
 
 
@@ -246,7 +246,7 @@ def test_own_choices_stay_the_same_when_the_drafter_has_noise_of_its_own() -> No
     for noise in (Purpose.SAMPLE, Purpose.DRAFT):
         sequence = phase3.Sequence([1], params, phase3.Ending())
         drafter = phase3.ModelDrafter(draft, params, source, noise)
-        steps = phase3.speculative_decode(model, drafter, [sequence], params, policy, CONTROLLERS["fixed 2"], source)
+        steps = phase3.decode(model, drafter, [sequence], params, policy, CONTROLLERS["fixed 2"], source)
         stats = [step.stats[0] for step in steps]
         rates.append(sum(s.accepted for s in stats) / sum(s.proposed for s in stats))
         texts.append(sequence.tokens)

@@ -138,7 +138,7 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
     source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
     drafter = drafters(pair, params, policy, source)[kind]
     sequences = [phase3.Sequence(prompt, params, target.ending) for prompt in prompts]
-    steps = list(phase3.speculative_decode(target.model, drafter, sequences, params, policy, source=source))
+    steps = list(phase3.decode(target.model, drafter, sequences, params, policy, source=source))
     expected = [g.tokens for g in phase3.generate(target.model, prompts, params, target.ending)]
     assert [sequence.tokens for sequence in sequences] == expected
     assert sum(stats.accepted for step in steps for stats in step.stats) > 5

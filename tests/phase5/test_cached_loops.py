@@ -290,9 +290,11 @@ def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Cal
     runner, whole = make_runner(model, KVOptions(), 2, 64), UncachedRunner(model)
     assert isinstance(runner, CachedRunner)
     for text in ([5, 6, 7, 8], [5, 6, 7, 8, 9], [5, 6, 10], [11], [5, 6, 10, 12]):
-        torch.testing.assert_close(runner.logits(["a"], [text]), whole.logits(["a"], [text]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            runner.forward(["a"], [text]).logits, whole.forward(["a"], [text]).logits, atol=1e-5, rtol=1e-4
+        )
     assert runner.texts.positions == 4 + 1 + 1 + 1 + 4
-    runner.logits(["b"], [[5, 6, 10, 13]])  # has a common prefix with the other
+    runner.forward(["b"], [[5, 6, 10, 13]])  # has a common prefix with the other
     assert runner.texts.positions == 11 + 1
 
 

@@ -17,17 +17,17 @@ import phase5
 from common.philox import Purpose
 from phase5 import load
 from phase5.cpp_runner import CppRunner, make_cpp_runner
-from phase5.generate import decode
+from phase5.drawing import Drawing, Speculated
 from phase5.kernels import cpp
 from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.kv_cache import KVOptions
 from phase5.model import Transformer
+from phase5.multi_step import multi_step
 from phase5.pair import fit_vocabulary
-from phase5.policies import AcceptancePolicy, Judged, Rejection, SampleMatch
-from phase5.runner import Drawing, Speculated
-from phase5.sampling import KeyedSampler, SamplingParams, probabilities
+from phase5.policies import AcceptancePolicy, Rejection, SampleMatch, TargetProbs
+from phase5.sampling import SamplingParams, probabilities
 from phase5.sequence import Ending, Sequence
-from phase5.speculative import speculative_decode
+from phase5.speculative import decode
 from phase5.verify import GreedySource, KeyedSource, RandomSource
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
@@ -135,7 +135,7 @@ def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, cou
         probs = probabilities(logits, params)[None]
         draft = phase5.drafting.Draft(torch.tensor([drawn]), None if params.greedy else draft_probs[None], [count])
         keys = torch.tensor([count]), torch.tensor([2]), torch.tensor([len(text)])
-        verdict = policy.verify(draft, Judged(probs, probs), *keys, source)
+        verdict = policy.verify(draft, TargetProbs(probs, probs), *keys, source)
         accepted, following = int(verdict.accepted), int(verdict.next_tokens)
         yield drawn, accepted, following, draft_probs, fast_probabilities(logits, params), verdict.ratios
         text += [*drawn[:accepted], following]
@@ -237,7 +237,7 @@ def test_a_draft_of_another_width_keeps_the_targets_law(small: Pair, own: int) -
 
 def plain_text(pair: Pair, params: SamplingParams, ending: Ending) -> Sequence:
     sequence = Sequence(PROMPT, params, ending)
-    for _ in decode(runners(pair, 120)[0], [sequence], params):
+    for _ in decode(runners(pair, 120)[0], None, [sequence], params, multi_step=multi_step):
         pass
     return sequence
 
@@ -259,8 +259,8 @@ def test_a_text_that_ends_within_a_call_ends_as_in_plain_decoding(pair: Pair, te
         ending = Ending(eos_ids=(whole[at],))
         expected = plain_text(pair, params, ending)
         sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next sequence
-        drafting = phase5.drafters.ModelDrafter(drafter, params, source, policy.draft_noise)
-        steps = list(speculative_decode(target, drafting, [sequence], params, policy, lambda: Holding(4), source))
+        drafting = phase5.drafters.FastModelDrafter(drafter, params, source, policy.draft_noise)
+        steps = list(decode(target, drafting, [sequence], params, policy, lambda: Holding(4), source, multi_step))
         assert (sequence.tokens, sequence.finish_reason) == (expected.tokens, "eos")
         assert sum(stats.emitted for step in steps for stats in step.stats) == len(expected.tokens)
         assert len(target.texts.rows) == len(drafter.texts.rows) == 0
@@ -273,8 +273,8 @@ def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
     params = SamplingParams(max_new_tokens=limit)
     target, drafter = runners(pair, len(PROMPT) + limit)
     sequence = Sequence(PROMPT, params, Ending())
-    drafting = phase5.drafters.ModelDrafter(drafter, params, GreedySource())
-    steps = list(speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)))
+    drafting = phase5.drafters.FastModelDrafter(drafter, params, GreedySource())
+    steps = list(decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k), None, multi_step))
     assert sequence.tokens == plain_text(pair, params, Ending()).tokens
     assert all(stats.k < limit for step in steps for stats in step.stats)
 
@@ -297,11 +297,11 @@ def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -
     for length in range(context - 50, context + 3, 4):
         prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
-        for _ in decode(runners(pair, length + 60)[0], [expected], params, KeyedSampler(0)):
+        for _ in decode(runners(pair, length + 60)[0], None, [expected], params, multi_step=multi_step):
             pass
         target, drafter = runners(pair, length + 60)
-        drafting = phase5.drafters.ModelDrafter(drafter, params, GreedySource())
-        for _ in speculative_decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k)):
+        drafting = phase5.drafters.FastModelDrafter(drafter, params, GreedySource())
+        for _ in decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k), None, multi_step):
             pass
         assert sequence.tokens == expected.tokens
     assert 0 in calls

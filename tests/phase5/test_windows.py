@@ -64,11 +64,11 @@ def expected(folders: dict[str, str]) -> Callable[[str, list[list[int]]], Tensor
 def check(runner: ModelRunner, family: str, expected: Callable[[str, list[list[int]]], Tensor]) -> None:
     """A prompt, one more token twice, a chain that is accepted, and a tree."""
     for length, draft in ((20, NO_DRAFT), (21, NO_DRAFT), (22, phase5.Tree.chain(TOKENS[22:26])), (27, TREE)):
-        found = runner.step(["a"], [TOKENS[:length]], [draft]).logits[0]
+        found = runner.forward(["a"], [TOKENS[:length]], [draft]).logits[0]
         lines = [draft.line(node) if node >= 0 else [] for node in range(-1, len(draft.tokens))]
         meant = expected(family, [TOKENS[:length] + line for line in lines])
         torch.testing.assert_close(found, meant, rtol=1e-4, atol=1e-4)
-        runner.keep("a", list(range(len(draft.tokens))) if draft.is_chain else [])
+        runner.commit("a", list(range(len(draft.tokens))) if draft.is_chain else [])
 
 
 @pytest.mark.parametrize("kind", ["off", "dynamic", "static", "paged"])

@@ -97,11 +97,10 @@ def parts(engine: Any, step: Any, params: Any) -> Iterator[Part]:
         origins = None if step.draft.probs is None else step.draft.probs[row]
         kind: Literal["chain", "drawn tree", "chosen tree"] = "chain"
         if hasattr(step, "paths"):
+            if step.output is None and step.probs is None:
+                continue  # a call that makes several plain steps keeps no logits
             path, following = step.paths[row].nodes, step.paths[row].next_token
-            if step.logits is not None:
-                yield _plain(engine, sequence, start, step.logits[row], following, params)
-                continue
-            tokens, parents, target = step.trees[row].tokens, step.trees[row].parents, step.judged.probs[row]
+            tokens, parents, target = step.trees[row].tokens, step.trees[row].parents, step.target_probs(row)
             if step.draft.trees is not None:
                 origins = step.trees[row].probs
                 kind = "chosen tree" if origins is None else "drawn tree"

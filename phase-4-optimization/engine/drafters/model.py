@@ -7,7 +7,7 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
-from ..generate import next_logits
+from ..forward import next_logits
 from ..model import Transformer
 from ..sampling import SamplingParams
 from ..sequence import Sequence

@@ -17,6 +17,7 @@ from .extrapolate import ExtrapolateDrafter
 from .heads import Heads, find_heads, load_heads
 from .medusa import MedusaDrafter, MedusaHeads
 from .model import ModelDrafter
+from .model_fast import FastModelDrafter
 from .ngram import NgramDrafter, NgramIndex
 from .trees import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter
 
@@ -30,6 +31,7 @@ __all__ = [
     "EagleHead",
     "ExtrapolateDrafter",
     "FastEagleDrafter",
+    "FastModelDrafter",
     "MedusaDrafter",
     "MedusaHeads",
     "ModelDrafter",
@@ -52,10 +54,11 @@ def make_drafter(
     noise: Purpose,
     heads: Heads | None = None,
     fast: CppEagle | CppMedusa | None = None,
+    draft_in_cpp: bool = False,
 ) -> Drafter:
     """Make the drafter that the options name. Only `model` needs `draft`, only `medusa` and `eagle` need `heads`.
 
-    fast: the heads, where they run in C++.
+    fast: the heads, if they run in C++. draft_in_cpp: the draft model's runner is a CppRunner.
     """
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
@@ -68,4 +71,5 @@ def make_drafter(
             return FastEagleDrafter(cast("CppEagle", fast), target, heads, params, source, noise)
         return EagleDrafter(target, heads, params, source, noise, cached=options.kv != "off")
     assert draft is not None, "the drafter `model` needs a draft model"
-    return ModelDrafter(draft, params, source, noise)
+    make = FastModelDrafter if draft_in_cpp else ModelDrafter
+    return make(draft, params, source, noise)

@@ -8,18 +8,9 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Stop
-from ..runner import Drawing
-from ..sampling import KeyedSampler, SamplingParams, probabilities
+from ..sampling import SamplingParams, probabilities
 from ..sequence import Sequence
-from ..verify import GreedySource, RandomSource
-
-
-def keyed(how: Drawing) -> bool:
-    """Whether nothing but the parameters, and their own seed, says which tokens are drawn: other code can, too."""
-    params, source = how.params, how.source
-    certain = params.greedy and (isinstance(source, GreedySource) or how.purpose == Purpose.SAMPLE)
-    seeded = isinstance(source, KeyedSampler) and source.seed == params.seed
-    return (certain or seeded) and not params.penalised
+from ..verify import RandomSource
 
 
 class ChainBuilder:

@@ -15,14 +15,14 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Stop
+from ..drawing import Drawing
 from ..kv_cache import StaticCache
 from ..model import Transformer
-from ..runner import Drawing
 from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
-from .chains import ChainBuilder, keyed
+from .chains import ChainBuilder
 from .eagle import EagleDrafter, EagleHead, Lookahead
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class FastEagleDrafter(EagleDrafter):
         for row in rows:
             sequence = sequences[row]
             drawing = Drawing(self.params, self.source, sequence.sample, sequence.length, self.noise)
-            if stop is not None or not keyed(drawing) or not self.ready(sequence):
+            if stop is not None or not drawing.keyed or not self.ready(sequence):
                 return super().propose(sequences, widths, stop)
             layer, new = self._layer(sequence)
             assert isinstance(layer, FastLookahead)

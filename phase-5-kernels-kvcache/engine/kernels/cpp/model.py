@@ -19,11 +19,11 @@ from torch import Tensor
 from common.errors import UserError
 from common.philox import Purpose
 
+from ...drawing import Speculated
 from ...kv_cache import CacheShape, StaticCache
 from ...model import Transformer
 from ...quantize import QuantLinear
 from ...rope import frequencies
-from ...runner import Speculated
 from ...sampling import SamplingParams, not_finite
 from .library import checked_threads, chosen_isa, library
 from .ops import sampling_of
