@@ -1,9 +1,9 @@
-"""The acceptance rule of speculative sampling, alone: which draft tokens stand, and which token follows them.
+"""The acceptance rule of speculative sampling, alone: which draft tokens are accepted, and which token follows.
 
-Leviathan et al. 2023 (Algorithm 1) and Chen et al. 2023 (Algorithm 2). From left to right, draft token x stands with
-probability min(1, target_probs[x] / draft_probs[x]). The first that falls is replaced by a draw from the residual,
-max(0, target_probs - draft_probs) normalised; if all stand, a bonus token is drawn from the target's last distribution.
-What comes out follows the target's distribution exactly, whatever the draft is:
+Leviathan et al. 2023 (Algorithm 1) and Chen et al. 2023 (Algorithm 2). From left to right, draft token x is accepted
+with probability min(1, target_probs[x] / draft_probs[x]). The first rejected token is replaced by a draw from the
+residual, max(0, target_probs - draft_probs) normalised; if all are accepted, a bonus token is drawn from the target's
+last distribution. The output follows the target's distribution exactly, whatever the draft is:
 
     P(x) = draft(x) min(1, target(x) / draft(x))  +  P(rejected) residual(x)  =  min(draft, target)(x)
            + (1 - sum min(draft, target)) max(0, target - draft)(x) / sum max(0, target - draft)  =  target(x)
@@ -24,7 +24,7 @@ from .sampling import KeyedSampler, Sampler
 
 
 class RandomSource(Sampler, Protocol):
-    """Where the sampler of verification enters. Tests replace it to walk every possible outcome."""
+    """The random decisions of verification. Tests replace it to walk every possible outcome."""
 
     def decide(self, probability: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
         """True with the given probability [R, K], each at its own position (int64 [R, K]); samples int64 [R]."""
@@ -73,11 +73,11 @@ class GreedySource:
 
 @dataclass(frozen=True)
 class Verdict:
-    """For each of R rows: how many draft tokens stand, and the token that follows them."""
+    """For each of R rows: how many draft tokens are accepted, and the token that follows them."""
 
     accepted: Tensor  # int64 [R]
     next_tokens: Tensor  # int64 [R]
-    ratios: Tensor  # [R, K] the probability with which each draft token was to stand
+    ratios: Tensor  # [R, K] the probability with which each draft token is accepted
 
 
 def verify(
@@ -101,8 +101,8 @@ def verify(
         ratios = target_of
     else:
         ratios = (target_of / draft_probs.gather(-1, draft_tokens[..., None])[..., 0]).clamp(max=1)
-    stands = source.decide(ratios, samples, positions[:, None] + columns) & (columns < widths[:, None])
-    accepted = stands.long().cumprod(dim=1).sum(dim=1)  # up to the first that falls
+    passed = source.decide(ratios, samples, positions[:, None] + columns) & (columns < widths[:, None])
+    accepted = passed.long().cumprod(dim=1).sum(dim=1)  # up to the first rejected token
 
     following = target_probs[rows, accepted]  # [R, V]
     rejected = accepted < widths
@@ -113,13 +113,13 @@ def verify(
         next_tokens[full] = source.draw(following[full], samples[full], at, Purpose.SAMPLE)
     if bool(rejected.any()):
         cut = rows[rejected]
-        fell = accepted[cut]
+        first = accepted[cut]
         if draft_probs is None:
-            residual = following[cut].scatter(-1, draft_tokens[cut, fell][:, None], 0.0)
+            residual = following[cut].scatter(-1, draft_tokens[cut, first][:, None], 0.0)
         else:
-            residual = (following[cut] - draft_probs[cut, fell]).clamp(min=0)
+            residual = (following[cut] - draft_probs[cut, first]).clamp(min=0)
         mass = residual.sum(-1, keepdim=True)
         # Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
         residual = torch.where(mass > 0, residual / mass, following[cut])
-        next_tokens[cut] = source.draw(residual, samples[cut], positions[cut] + fell, Purpose.RESIDUAL)
+        next_tokens[cut] = source.draw(residual, samples[cut], positions[cut] + first, Purpose.RESIDUAL)
     return Verdict(accepted, next_tokens, ratios)

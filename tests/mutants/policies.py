@@ -41,8 +41,8 @@ POLICIES = mutants(
     ("most_likely(opinion, min(self.k, opinion.shape[-1]))", "most_likely(opinion, min(self.k + 1, opinion.shape[-1]))"),
     ("entropy = -torch.xlogy(opinion, opinion)", "entropy = torch.xlogy(opinion, opinion)"),
     (".clamp(max=self.epsilon)", ".clamp(min=self.epsilon)"),
-    ("stands = good & (torch.arange(K", "stands = good | (torch.arange(K"),
-    ("accepted = stands.long().cumprod(dim=1).sum(dim=1)", "accepted = stands.long().sum(dim=1)"),
+    ("passed = good & (torch.arange(K", "passed = good | (torch.arange(K"),
+    ("accepted = passed.long().cumprod(dim=1).sum(dim=1)", "accepted = passed.long().sum(dim=1)"),
     ("node = fitting[0]\n", "node = fitting[-1]\n"),
 )  # fmt: skip
 
