@@ -36,7 +36,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, accepted: list[int]) -> None:
-        """How many tokens of the last proposal stood, for every sequence of it."""
+        """Take the number of accepted tokens of the last proposal, for every sequence of it."""
         ...
 
 

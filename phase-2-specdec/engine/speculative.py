@@ -34,7 +34,7 @@ class StepStats:
 
     k: int  # draft tokens asked for
     proposed: int  # draft tokens that the target looked at
-    accepted: int  # those that stood
+    accepted: int
     emitted: int  # tokens that the sequence gained
     draft_ms: float
     verify_ms: float
@@ -121,9 +121,9 @@ def speculative_step(
     )
     accepted, next_tokens = verdict.accepted.tolist(), verdict.next_tokens.tolist()
     starts, gained = [len(s.tokens) for s in sequences], []
-    for sequence, new, stood, following in zip(sequences, drafts, accepted, next_tokens, strict=True):
+    for sequence, new, kept, following in zip(sequences, drafts, accepted, next_tokens, strict=True):
         before = len(sequence.tokens)
-        for token in [*new[:stood], following]:
+        for token in [*new[:kept], following]:
             if not sequence.append(token):
                 break
         gained.append(len(sequence.tokens) - before)
@@ -136,13 +136,13 @@ def speculative_step(
         "accept_ms": (done - verified) * 1e3,
     }
     stats = []
-    for width, stood, emitted in zip(widths, accepted, gained, strict=True):
-        cut = emitted <= stood  # the text ended inside the accepted part
+    for width, kept, emitted in zip(widths, accepted, gained, strict=True):
+        cut = emitted <= kept  # the text ended inside the accepted part
         stats.append(
             StepStats(
                 k=width,
                 proposed=emitted if cut else width,
-                accepted=min(stood, emitted),
+                accepted=min(kept, emitted),
                 emitted=emitted,
                 **times,
             )

@@ -26,8 +26,8 @@ def teacher_forced_acceptance(
     k: int,
     source: RandomSource,
 ) -> list[int]:
-    """How many of k draft tokens stood at each point of `truth`, the text that follows `prompt` (token ids)."""
-    sequence, stood = Sequence(prompt, params, Ending()), []
+    """Count the accepted of k draft tokens at each point of `truth`, the text that follows `prompt` (token ids)."""
+    sequence, accepted = Sequence(prompt, params, Ending()), []
     device = model.embedding.weight.device
     while len(sequence.tokens) + k < len(truth):
         draft = drafter.propose([sequence], k)
@@ -43,8 +43,8 @@ def teacher_forced_acceptance(
             torch.tensor([sequence.length], device=device),
             source,
         )
-        stood.append(int(verdict.accepted))
-        drafter.observe([stood[-1]])
-        for token in truth[len(sequence.tokens) :][: stood[-1] + 1]:
+        accepted.append(int(verdict.accepted))
+        drafter.observe([accepted[-1]])
+        for token in truth[len(sequence.tokens) :][: accepted[-1] + 1]:
             sequence.append(token)
-    return stood
+    return accepted

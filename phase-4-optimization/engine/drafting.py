@@ -1,4 +1,4 @@
-"""What a drafter is: it proposes tokens, and is told what became of them."""
+"""The interface of drafters: propose tokens, and observe how many of them were accepted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stop = Callable[[int, Tensor], bool]
 
 @dataclass(frozen=True)
 class Draft:
-    """Guesses for what follows R sequences: for each a chain of up to K tokens, or a tree.
+    """Draft tokens after R sequences: for each a chain of up to K tokens, or a tree.
 
     `probs` are the distributions that the tokens were drawn from, float [R, K, V]; None where each token was certain
     (one-hot), as a greedy draft's is. Verification is exact only with the very distributions that were used.
@@ -36,19 +36,19 @@ class Draft:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a draft, for every sequence of it."""
+    """The outcome of a draft, for every sequence of it."""
 
     sequences: list[Sequence]
     accepted: list[int]
     states: list[Tensor] | None
-    """What the drafter reads of the target ([n, F]), at all positions that it did not know and that now stand.
+    """The target's states that the drafter reads ([n, F]), at all positions from `Drafter.known` on.
 
-    They end at the last draft token that stood; the token that follows it has not been through the target yet.
+    They end at the last accepted draft token; the target has not computed the token that follows it yet.
     """
 
 
 class Drafter(Protocol):
-    """Proposes tokens; what stood is told to it afterwards. All it keeps about a sequence is keyed by the sequence."""
+    """Proposes tokens and observes the outcome. Everything it keeps of a sequence is keyed by the sequence."""
 
     taps: tuple[int, ...] | None
     """What it reads of the target: None for nothing, () for the output, and the outputs of these layers besides."""

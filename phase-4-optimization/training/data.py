@@ -91,7 +91,7 @@ class MixedBatches:
 
 
 def count_table(stream: Tensor, gap: int, vocabulary: int) -> Tensor:
-    """For every token, the one that most often stands `gap` places after it, int64 [V]; nothing is added to counts.
+    """For every token, the one that occurs most often `gap` positions after it, int64 [V]; nothing is added to counts.
 
     A token that never occurred gets the token that is most frequent overall.
     """

@@ -41,7 +41,7 @@ def text_figures(heads: Heads, target: LoadedModel, rows: Tensor, depths: int, t
 
     The table sees the token of the first depth's last input: for EAGLE the one just drawn, for Medusa the one before.
     """
-    right, stands, survives, counted = [], [], [], []
+    right, passed, survives, counted = [], [], [], []
     device = target.model.embedding.weight.device
     gap = 2 if isinstance(heads, MedusaHeads) else 1
     for row in rows.to(device).split(4):
@@ -52,7 +52,7 @@ def text_figures(heads: Heads, target: LoadedModel, rows: Tensor, depths: int, t
         of_depth = [(logits[d, :, : T - 1].argmax(-1) == row[:, d + 2 : d + 1 + T]).float() for d in range(depths)]
         right.append(torch.stack(of_depth))
         both = acceptance(probs, logits, row)
-        stands.append(both[0])
+        passed.append(both[0])
         survives.append(both[1])
         last = row[:, 2 - gap : 1 - gap + T]
         counted.append((table.to(device)[last] == row[:, 2 : 1 + T]).float())
@@ -61,7 +61,7 @@ def text_figures(heads: Heads, target: LoadedModel, rows: Tensor, depths: int, t
         "positions": sum(part[0].numel() for part in right),
         "accuracy": torch.cat(right, 1).mean((1, 2)).tolist(),
         "table_accuracy": float(torch.cat(counted).mean()),
-        "acceptance": torch.cat(stands, 1).mean((1, 2)).tolist(),
+        "acceptance": torch.cat(passed, 1).mean((1, 2)).tolist(),
         "survival": survival.tolist(),
         "tokens_per_forward": 1 + float(survival.sum()),
     }
@@ -73,7 +73,7 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
     forced: on the true continuation; sampled: on the target's own, whose first step has no states to draft from.
     """
     policy, suite = Rejection(), load_prompts("code", "test")[:prompts]
-    stood: list[int] = []
+    accepted: list[int] = []
     emitted = forwards = 0
     with progress("tokens per target forward", 2 * len(suite)) as step:
         for number, prompt in enumerate(suite):
@@ -82,7 +82,7 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
             text = target.tokenizer.encode(prompt.text)
             truth = target.tokenizer.encode(prompt.continuation)[: length - 1]
             drafter = learned_drafter(heads, target, params, source)
-            stood += teacher_forced_acceptance(target.model, drafter, text, truth, params, policy, k, source)
+            accepted += teacher_forced_acceptance(target.model, drafter, text, truth, params, policy, k, source)
             step("forced")
             sequence = Sequence(text, params, target.ending)
             controller = partial(FixedController, k)
@@ -92,7 +92,7 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
     return {
         "k": k,
         "prompts": len(suite),
-        "forced_tokens_per_forward": 1 + sum(stood) / len(stood),
-        "forced_survival": [sum(n >= d for n in stood) / len(stood) for d in range(1, k + 1)],
+        "forced_tokens_per_forward": 1 + sum(accepted) / len(accepted),
+        "forced_survival": [sum(n >= d for n in accepted) / len(accepted) for d in range(1, k + 1)],
         "sampled_tokens_per_forward": emitted / forwards,
     }

@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """First the cross entropy to the target's distribution, then what counts: the tokens that stand.
+    """First the cross entropy to the target's distribution, then the number of accepted tokens.
 
-    A draft token stands with probability 1 - TV = sum min(p, q). Over text x drawn from the target p, a chain drawn
-    from q gets past depth j with probability min(1, q_j(x_j) / p_j(x_j)), so
+    A draft token is accepted with probability 1 - TV = sum min(p, q). Over text x drawn from the target p, a chain
+    drawn from q gets past depth j with probability min(1, q_j(x_j) / p_j(x_j)), so
 
         E[accepted] = sum over d of  prod_{j < d} min(1, q_j(x_j) / p_j(x_j))  *  sum_v min(p_d(v), q_d(v)):
 
@@ -33,8 +33,8 @@ class Objective:
         """probs [R, W, V] the target's, logits [K, R, T, V] of the depths, tokens int64 [R, W], T <= W - K."""
         depths, _, T, _ = logits.shape
         if self.accepted:
-            stands, survives = acceptance(probs, logits, tokens)
-            return 1 - (survives if self.chain else stands).mean()
+            passes, survives = acceptance(probs, logits, tokens)
+            return 1 - (survives if self.chain else passes).mean()
         weights = [self.decay**d for d in range(depths)]
         losses = [
             -(probs[:, d + 1 : d + 1 + T] * of_depth.log_softmax(-1)).sum(-1).mean()
@@ -67,16 +67,16 @@ class Overlap(torch.autograd.Function):
 
 
 def acceptance(probs: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The chance that each depth's token stands once the ones before it do, and that all up to it stand; [K, R, T]."""
+    """Return [K, R, T]: the chance that each depth's token is accepted if those before it are, and that all are."""
     depths, _, T, _ = logits.shape
-    stands, survives = [], []
+    passes, survives = [], []
     reached = torch.ones_like(logits[0, ..., 0])
     for d, of_depth in enumerate(logits.unbind()):
         p = probs[:, d + 1 : d + 1 + T]
         # past the end nothing is read of the last depth's own token
         token = tokens[:, min(d, depths - 2) + 2 :][:, :T, None] if depths > 1 else tokens[:, 1 : 1 + T, None]
         overlap, at = Overlap.apply(of_depth, p, token)  # type: ignore[no-untyped-call]
-        stands.append(overlap)
+        passes.append(overlap)
         survives.append(reached * overlap)
         reached = reached * (at / p.gather(-1, token).clamp(min=1e-12))[..., 0].clamp(max=1)
-    return torch.stack(stands), torch.stack(survives)
+    return torch.stack(passes), torch.stack(survives)

@@ -53,7 +53,7 @@ def greedy_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 yield Case(f"{dtype}, vocabulary {V}, widths {widths} of {K}", run, dtype)
 
     def edges(function: Function) -> list[Tensor]:
-        """The highest stands first, last, at the edges of blocks; and twice."""
+        """Put the highest first, last, at the edges of blocks, and twice."""
         V, found = 50257, list[Tensor]()
         for places in ([0], [V - 1], [4095, 4096], [4096, V - 1], [2047, 8192]):
             of_target = torch.full((1, 2, V), -3.0, device=device)

@@ -48,7 +48,7 @@ class KController(Protocol):
 
     @property
     def holds(self) -> int:
-        """For how many steps that answer stands, where a runner can make several in one call."""
+        """For how many steps that answer holds, if a runner can make several in one call."""
         ...
 
     def stop(self, draft_probs: Tensor) -> bool:

@@ -157,7 +157,7 @@ class CppRunner(CachedRunner):
         last = done[-1]
         self.texts.appended(mine.row, mine.new + gained[:-1], [])
         drafter.texts.appended(its.row, its.new + gained[: -2 if last.accepted == count else -1], [])
-        self.texts.positions += sum(count - each.accepted for each in done)  # guesses that fell
+        self.texts.positions += sum(count - each.accepted for each in done)  # rejected draft tokens
         return done
 
 

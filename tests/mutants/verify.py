@@ -75,10 +75,10 @@ SPECULATIVE = mutants(
     ("torch.tensor([s.sample for s in sequences], device=device)", "torch.tensor([0 for s in sequences], device=device)"),
     ("len(window) - len(draft) - 1 + j", "len(window) - len(draft) + j"),
     ("outputs = [s.tokens + new[:j]", "outputs = [s.tokens + new[: j + 1]"),
-    ("for token in [*new[:stood], following]:", "for token in [following, *new[:stood]]:"),
+    ("for token in [*new[:kept], following]:", "for token in [following, *new[:kept]]:"),
     ("proposed=emitted if cut else width", "proposed=width"),
-    ("accepted=min(stood, emitted)", "accepted=stood"),
-    ("cut = emitted <= stood", "cut = emitted < stood"),
+    ("accepted=min(kept, emitted)", "accepted=kept"),
+    ("cut = emitted <= kept", "cut = emitted < kept"),
 )  # fmt: skip
 
 SEVERAL = mutants(

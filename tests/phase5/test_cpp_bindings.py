@@ -87,7 +87,7 @@ def test_shapes_that_do_not_fit_together_are_refused() -> None:
 def test_steps_that_cannot_be_are_refused(fast: cpp.CppModel) -> None:
     cache, params = fast.new_cache(2, 16), SamplingParams()
     refused: list[tuple[str, Callable[[], Any]]] = [
-        ("stands twice", lambda: fast.step(cache, [[1], [2]], rows=[0, 0])),
+        ("occurs twice", lambda: fast.step(cache, [[1], [2]], rows=[0, 0])),
         ("no such row", lambda: step(fast, cache, row=2)),
         ("no room", lambda: step(fast, cache, held=2**31 - 1)),
         ("no room", lambda: step(fast, cache, held=16)),

@@ -53,7 +53,7 @@ class Walker:
         return choice
 
     def _pick(self, weights: list[float], *key: int) -> int:
-        """Which of the cells with these weights, laid side by side, the uniform number of this key falls into."""
+        """Choose the part of [0, 1), divided by the weights, that contains the uniform number of this key."""
         low, high = self._known.get(key, (0.0, 1.0))
         cells, edge, total = [], 0.0, sum(weights)
         for index, weight in enumerate(weights):

@@ -32,7 +32,7 @@ def in_order(T: int, before: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def staircase(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[FEW, columns + FEW]: zeros, and behind them -inf where a later token stands."""
+    """[FEW, columns + FEW]: zeros, then -inf for later tokens."""
     later = torch.full((FEW, FEW), float("-inf"), dtype=dtype, device=device).triu(1)
     return torch.cat((later.new_zeros(FEW, columns), later), 1)
 

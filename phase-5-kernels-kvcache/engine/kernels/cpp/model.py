@@ -170,7 +170,7 @@ class CppModel:
         of the one that token i follows, -1 for the row's last held token: a tree; by default each follows the one
         before it. positions default to what that gives. wanted are numbers in the rows' tokens one behind the other,
         ascending; by default the last token of each row. inputs [T, D] enter the first layer in place of the tokens'
-        embeddings. What stands is for the caller to say: `cache.keep`.
+        embeddings. The caller says which are accepted: `cache.keep`.
         UserError where the cache is none that the kernels take, ValueError for numbers that cannot be.
         """
         if rows is None:
@@ -232,8 +232,8 @@ class CppModel:
 
         known: tokens of the text that the row does not hold yet, at least one. position: of the first drawn token, for
         its random number; by default behind the known ones. They are drawn as drafters/chains.py draws them. The row
-        afterwards has keys and values of the known tokens and of all drawn but the last: `cache.keep` what stands.
-        UserError for penalties, which need the text.
+        afterwards has keys and values of the known tokens and of all drawn but the last: `cache.keep` the accepted
+        ones. UserError for penalties, which need the text.
         """
         self._check_text(cache, row, known, params)
         probs = torch.empty(max(0, count), self.config.vocab_size)
@@ -312,9 +312,9 @@ class CppModel:
         """Steps of speculative decoding in one call: `drafter` draws `count` tokens, this model verifies them.
 
         known, its_known: tokens of the text that each model's row does not hold yet, at least one. own: a draft token
-        stands while this model draws the same one, with the noise of plain sampling; otherwise by rejection (Leviathan
-        et al. 2023). The row afterwards has keys and values of the known tokens and of all that the text gained but its
-        last token; the drafter's row too, but for the last token of a draft that stood as a whole: `cache.keep` them.
+        is accepted while this model draws the same one, with the noise of plain sampling; otherwise by rejection
+        (Leviathan et al. 2023). The row afterwards has keys and values of the known tokens and of all that the text gained but its
+        last token; the drafter's row too, but for the last token of a fully accepted draft: `cache.keep` them.
         UserError for penalties.
         """
         self._check_text(cache, row, known, params)

@@ -189,7 +189,7 @@ void Engine::check(const View& view, const Request& request) const {
     size_t total = 0;
     for (size_t r = 0; r < request.rows.size(); ++r) {
         need(request.rows[r] >= 0 && request.rows[r] < cache.rows, "no such row in the cache");
-        need(std::find(request.rows.begin(), request.rows.begin() + long(r), request.rows[r]) == request.rows.begin() + long(r), "a row stands twice in a step");
+        need(std::find(request.rows.begin(), request.rows.begin() + long(r), request.rows[r]) == request.rows.begin() + long(r), "a row occurs twice in a step");
         need(request.held[r] >= 0 && request.counts[r] >= 0, "a row's length or count is below 0");
         need(request.held[r] <= cache.capacity - request.counts[r], "the cache has no room for the tokens");
         need(size_t(request.counts[r]) <= count - total, "the rows' counts are not the number of tokens");
