@@ -313,9 +313,9 @@ class CppModel:
 
         known, its_known: tokens of the text that each model's row does not hold yet, at least one. own: a draft token
         is accepted while this model draws the same one, with the noise of plain sampling; otherwise by rejection
-        (Leviathan et al. 2023). The row afterwards has keys and values of the known tokens and of all that the text gained but its
-        last token; the drafter's row too, but for the last token of a fully accepted draft: `cache.keep` them.
-        UserError for penalties.
+        (Leviathan et al. 2023). The row afterwards has keys and values of the known tokens and of all that the text
+        gained but its last token; the drafter's row too, but for the last token of a fully accepted draft: `cache.keep`
+        them. UserError for penalties.
         """
         self._check_text(cache, row, known, params)
         drafter._check_text(its_cache, its_row, its_known, params)
