@@ -81,7 +81,7 @@ def way(request: pytest.FixtureRequest, phase: Phase) -> tuple[dict[str, Any], s
 def how_to_run(engine: Any, watch: Any, watched: bool) -> list[Any]:
     """Phase 2 calls a function in its plain steps. From phase 3 on a step holds logits, from 5 on if made alone."""
     if hasattr(engine, "make_runner"):
-        return [watched]
+        return [not watched]
     return [] if hasattr(engine, "TargetOutput") else [watch if watched else None]
 
 

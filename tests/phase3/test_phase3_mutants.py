@@ -50,7 +50,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "penalties blind to the draft": (
         "speculative",
-        ("sequence.tokens + tree.line(node)", "sequence.tokens + 0 * tree.line(node)"),
+        ("before = outputs_before(sequence.tokens, tree)", "before = [sequence.tokens] * (len(tree.tokens) + 1)"),
     ),
     "drawn from the target, not the residual": (
         "verify",

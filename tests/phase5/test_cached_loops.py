@@ -303,8 +303,8 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
     made = llm(drafter="eagle", max_tokens=24, tree="dynamic", k=3, tree_nodes=8)
     drafters: list[EagleDrafter] = []
 
-    def make(*arguments: Any) -> EagleDrafter:
-        made = make_drafter(*arguments)
+    def make(*arguments: Any, **more: Any) -> EagleDrafter:
+        made = make_drafter(*arguments, **more)
         assert isinstance(made, EagleDrafter)
         drafters.append(made)
         return made
