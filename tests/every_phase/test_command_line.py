@@ -142,8 +142,8 @@ def test_an_interrupted_run_keeps_what_it_has(
 ) -> None:
     whole = engine.LLM.run
 
-    def interrupted(*arguments: Any) -> Any:
-        for step, _ in enumerate(whole(*arguments), start=1):
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        for step, _ in enumerate(whole(*arguments, **more), start=1):
             yield
             if step == 3:
                 raise KeyboardInterrupt
@@ -263,7 +263,7 @@ def test_broken_checkpoints_are_explained(run: Run, broken: Path) -> None:
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, weights, {"format": "pt"})
     assert_refused(attempt(), name, "[63, 48]", "[64, 48]")
     save_file({**tensors, "model.layers.1.mlp.side_proj.weight": tensors[name].clone()}, weights, {"format": "pt"})
-    assert_refused(attempt(), "side_proj", "not known")
+    assert_refused(attempt(), "side_proj", "unknown")
     save_file(tensors, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-100])
     assert_refused(attempt(), "model.safetensors")

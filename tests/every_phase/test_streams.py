@@ -33,8 +33,8 @@ def signalled(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     whole = engine.LLM.run
 
     def prepare(number: int) -> None:
-        def run(*arguments: Any) -> Any:
-            for count, step in enumerate(whole(*arguments), start=1):
+        def run(*arguments: Any, **more: Any) -> Any:
+            for count, step in enumerate(whole(*arguments, **more), start=1):
                 yield step
                 if count == 3:
                     os.kill(os.getpid(), number)

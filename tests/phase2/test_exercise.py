@@ -187,13 +187,13 @@ def test_keyed_decisions() -> None:
     assert alone.tolist() == (uniforms < chance)[1:].tolist(), f"the second row alone: {inputs}"
 
 
-@pytest.mark.about("engine/verify.py, Certain.draw")
+@pytest.mark.about("engine/verify.py, GreedySource.draw")
 def test_certain_draws() -> None:
     one_hot, zeros = torch.eye(4)[[2, 0, 3]], torch.zeros(3, dtype=torch.long)
     assert phase2.GreedySource().draw(one_hot, zeros, zeros, Purpose.SAMPLE).tolist() == [2, 0, 3], rounded(one_hot)
 
 
-@pytest.mark.about("engine/verify.py, Certain.decide")
+@pytest.mark.about("engine/verify.py, GreedySource.decide")
 def test_certain_decisions() -> None:
     chance = torch.tensor([[1.0, 0.0, 1.0]])
     got = phase2.GreedySource().decide(chance, torch.zeros(1), torch.tensor([[7, 8, 9]]))

@@ -85,7 +85,7 @@ def llm_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         def behind(*arguments: Any, **more: Any) -> Any:
             return dataclasses.replace(attention.CachedAttention(*arguments, **more), kernels=kernels)
 
-        monkeypatch.setattr("phase5.runner.Behind", behind)
+        monkeypatch.setattr("phase5.runner.CachedAttention", behind)
         monkeypatch.setattr("phase5.llm.pack_matrices", lambda module: None)
         made = phase5.LLM(phase5.Options(**{"max_tokens": 8, "draft": "none", "kernels": "torch", **options}))
         registry.use(made.loaded.model, kernels)

@@ -324,7 +324,7 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="--kv ring forgets"):
+    with pytest.raises(UserError, match="--kv ring overwrites tokens"):
         llm(kv="ring", draft="none").generate(["import "])
     made = llm(kv_slots=30, draft="none")
     needed = len(made.encoder.encode(texts(1))[0]) + 20
