@@ -74,7 +74,7 @@ TREES = mutants(
     ("keys[0], keys[1], self.noise)[0].tolist()", "keys[0], keys[1], self.noise)[0].flip(-1).tolist()"),
     ("keys[0], keys[1], self.noise)[0].tolist()", "keys[0], keys[1], Purpose.SAMPLE)[0].tolist()"),
     ("self.drawn = drawn and not params.greedy", "self.drawn = drawn"),
-    ("params = self.params if self.drawn else self.ranking", "params = self.ranking"),
+    ("params = self.params if self.drawn else self.ranking", "params = self.ranking", "where children are drawn the temperature is not 0, and the two are the same"),
     ("count = min(count, int((probs > 0).sum()))", "pass"),
     ("if not self.drawn:\n            return ranked", "if True:\n            return ranked"),
     ("torch.stack([rows.get(node, nothing) for node", "torch.stack([rows[-1] for node"),

@@ -162,6 +162,7 @@ def test_counts_add_up(agreement: float) -> None:
     params = phase2.SamplingParams(temperature=1.0, max_new_tokens=101)
     (sequence,), steps = speculate(model, guess, [[1]], params, phase2.Ending(), 4)
     check_counts(steps, len(sequence.tokens))
+    assert all(step.stats[0].k < 101 - step.starts[0] for step in steps)  # a token follows the draft
     accepted, proposed = (sum(getattr(s.stats[0], name) for s in steps) for name in ("accepted", "proposed"))
     if agreement == 0.0:
         assert accepted == 0

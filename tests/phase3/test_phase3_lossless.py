@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import phase3
+from common.philox import Purpose
+from phase3.drafters.chains import ChainBuilder
 
 EXACT, FLOAT32 = 1e-12, 1e-5
 LOSSLESS = ["rejection", "longest_prefix", "coupled"]
@@ -131,6 +133,16 @@ def test_every_policy_with_extrapolated_states(proof: Any, policy: str, controll
     histories = check(proof, policy, drafter, CONTROLLERS[controller], top_k=top_k, max_new_tokens=tokens)
     assert {depths[0] for _, depths, _ in histories} == {0}
     assert drafted(histories) == set(range(tokens - 1))
+
+
+def test_a_chain_is_penalised_for_what_it_has_drafted() -> None:
+    """Lossless without it as well, but the draft would be worse: the logits are the same in every step."""
+    params = phase3.SamplingParams(frequency_penalty=2.0)
+    sequence = phase3.Sequence([3], params, phase3.Ending())
+    builder = ChainBuilder([sequence], [3], params, phase3.GreedySource(), Purpose.DRAFT, None)
+    while builder.open():
+        builder.draw(0, torch.tensor([0.0, 1.0, 0.5, -5.0]))
+    assert builder.tokens == [[1, 2, 0]]
 
 
 @pytest.mark.parametrize("policy", LOSSLESS)

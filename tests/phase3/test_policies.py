@@ -66,6 +66,16 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
         assert source.asked == [(probs[0, accepted].tolist(), 7 + accepted, Purpose.SAMPLE)]
 
 
+def test_a_lossy_policy_goes_on_to_the_first_child_that_is_good_enough() -> None:
+    """In the order of the siblings, on every level."""
+    tree = phase3.Tree([2, 1, 0, 1, 0], [-1, -1, -1, 1, 1])
+    probs, source = torch.eye(3)[[0, 0, 0, 0, 2, 0]][None], Recording()
+    opinion = torch.tensor(OPINION).expand(1, 6, 3)
+    path = phase3.ConfThreshold(0.25).accept_tree(tree, phase3.TargetProbs(probs, opinion), 0, 7, source)
+    assert (path.nodes, path.next_token) == ([1, 3], 2)
+    assert source.asked == [([0, 0, 1], 9, Purpose.SAMPLE)]
+
+
 def test_of_equal_opinions_the_lower_ids_are_the_likeliest() -> None:
     assert phase3.TopkAgree(2).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [1, 3]
     assert phase3.TopkAgree(3).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [0, 1, 3]

@@ -28,6 +28,8 @@ def test_a_chain_is_the_tree_without_branches(tokens: list[int]) -> None:
     tree = phase3.Tree.chain(tokens)
     assert tree.tokens == tokens
     assert tree.parents == [-1, 0, 1][: len(tokens)]
+    assert tree.is_chain
+    assert not BUSHY.is_chain
 
 
 MIXED = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
@@ -109,6 +111,13 @@ def test_the_best_shape_is_the_best_of_all(rows: list[tuple[float, float]], node
     assert phase3.expected_tokens(acceptance, best) == pytest.approx(most)
 
 
+def test_shapes_and_what_they_promise_by_hand() -> None:
+    """No place for what never stands, but for a rank that never stood before one that did."""
+    assert phase3.expected_tokens([[0.5, 0.25], [0.5, 0.2]], [-1, -1, 0, 1]) == 1 + 0.5 + 0.25 + 0.25 + 0.125
+    assert phase3.best_shape([[0.5, 0.0, 0.0], [0.5, 0.0, 0.0]], 9) == [-1, 0]
+    assert phase3.best_shape([[0.0, 0.5]], 9) == [-1, -1]
+
+
 def test_acceptance_by_rank_counts_only_where_the_walk_came() -> None:
     tree = phase3.Tree([1, 2, 3, 4], [-1, -1, 0, 0])
     steps = [(tree, [0, 3]), (tree, [0]), (tree, [1]), (tree, [])]
@@ -143,6 +152,7 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
     assert [sequence.tokens for sequence in sequences] == expected
     assert sum(stats.accepted for step in steps for stats in step.stats) > 5
     assert max(step.trees[0].depth for step in steps) == 4
+    assert max(len(step.trees[0].tokens) for step in steps) == 12
     for tree in [step.trees[0] for step in steps if step.trees[0].probs is None]:
         for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
             rank = tree.children(parent).index(node)
@@ -186,6 +196,15 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
         worth[tuple(line)] = float(last) * worth.get(tuple(line[:-1]), 1.0)
     best = sorted(worth, key=lambda line: -worth[line])[:nodes]
     assert {tuple(tree.line(node)) for node in range(nodes)} == set(best)
+
+
+def test_a_dynamic_tree_has_no_node_that_cannot_be_drawn(pair: tuple[Any, Any]) -> None:
+    """Of two tokens that top-k leaves: 2, 4 and 8 nodes, for four of a level are extended."""
+    params = phase3.SamplingParams(temperature=1.0, top_k=2)
+    base = phase3.ModelDrafter(pair[1].model, params, phase3.KeyedSource(0))
+    sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
+    tree = phase3.DynamicTreeDrafter(base, params, 100).grow(sequence, 3)
+    assert [tree.depths.count(depth) for depth in (1, 2, 3)] == [2, 4, 8]
 
 
 def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None:

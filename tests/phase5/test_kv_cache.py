@@ -123,6 +123,18 @@ def test_int8_is_within_half_a_step_of_its_scale(kind: str) -> None:
             assert bool(((found - wanted).abs() <= step / 2).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_moves_with_its_scale(kind: str) -> None:
+    """Large tokens into the places of small ones, and into another row."""
+    cache = cache_of(kind, format="int8")
+    append(cache, 0, [1, 100, 3, 50, 7, 90])
+    cache.keep(0, [1, 4, 5])
+    check(cache, 0, [100, 7, 90], within=0.01)
+    cache.fork(0, 1)
+    append(cache, 1, [60])
+    check(cache, 1, [100, 7, 90], [60], within=0.01)
+
+
 @pytest.mark.about("engine/kv_cache/protocol.py, CacheShape.bytes_per_token")
 def test_static_bytes_are_those_of_the_formula() -> None:
     for format, size, scale in (("float32", 4, 0), ("float16", 2, 0), ("int8", 1, 2)):
