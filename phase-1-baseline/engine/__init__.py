@@ -1,7 +1,8 @@
 """Naive decoding: every new token recomputes the whole sequence."""
 
 from .beam import beam_search
-from .config import ModelConfig, RopeConfig
+from .config import ModelConfig
+from .config_rope import RopeConfig
 from .context import visible, window_start
 from .forward import next_logits
 from .generate import Clock, Generation, Stats, decode, generate, stream

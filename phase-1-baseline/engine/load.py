@@ -19,7 +19,8 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
-from .config import ModelConfig, context_note
+from .config import ModelConfig
+from .config_rope import context_note
 from .model import Transformer
 from .sequence import Ending
 

@@ -1,7 +1,8 @@
 """Speculative decoding: a small model drafts tokens, one target forward verifies several; the output is unchanged."""
 
 from .beam import beam_search
-from .config import ModelConfig, RopeConfig
+from .config import ModelConfig
+from .config_rope import RopeConfig
 from .context import visible, window_start
 from .drafting import Draft, Drafter, ModelDrafter
 from .fake import FakeModel

@@ -37,7 +37,7 @@ class Keys(BaseModel):
 
 
 class RopeKeys(Keys):
-    """The keys of `rope_parameters` or `rope_scaling`; config.py checks the kind."""
+    """The keys of `rope_parameters` or `rope_scaling`; config_rope.py checks the kind."""
 
     rope_type: str | None = None
     type: str | None = None

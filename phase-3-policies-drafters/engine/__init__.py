@@ -1,7 +1,8 @@
 """Speculative decoding with a choice of drafter, controller, tree shape and acceptance policy."""
 
 from .beam import beam_search
-from .config import ModelConfig, RopeConfig
+from .config import ModelConfig
+from .config_rope import RopeConfig
 from .context import visible, window_start
 from .controllers import (
     AdaptiveController,

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .config import RopeConfig
+from .config_rope import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

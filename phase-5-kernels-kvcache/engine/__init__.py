@@ -1,7 +1,8 @@
 """KV caches, kernels by name, and whole steps in C++."""
 
 from .beam import beam_search
-from .config import ModelConfig, RopeConfig
+from .config import ModelConfig
+from .config_rope import RopeConfig
 from .context import visible, window_start
 from .controllers import (
     AdaptiveController,

@@ -8,13 +8,14 @@ Hugging Face names the same thing differently in every family (`n_embd`, `hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.errors import UserError
 from common.files import shown
 
 from .config_file import read_keys
+from .config_rope import RopeConfig, read_context, read_rope
 from .quantize_schemes import METHODS, read_scheme
 
 FAMILIES = {
@@ -40,24 +41,6 @@ LLAMA_BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions: base frequency, and how it is stretched for long contexts (see rope.py)."""
-
-    theta: float = 10_000.0
-    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    original_context: int = 0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: derived from factor and the two mscales
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    truncate: bool = True  # yarn
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder-only transformer. Widths are numbers of features, `context` is in tokens."""
 
@@ -75,7 +58,7 @@ class ModelConfig:
     positions: Literal["rope", "learned"]
     activation: Literal["silu", "gelu_tanh", "gelu", "relu"]
     gated: bool  # SiLU-gated feed-forward (three matrices) or plain (two)
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     position_offset: int = 0  # OPT's table of learned positions begins with two unused rows
     qkv_bias: bool = False
     output_bias: bool = False  # on the attention's output projection
@@ -167,11 +150,11 @@ def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or (128 if family == "qwen3" else width // heads),
         ffn_width=config["intermediate_size"],
-        context=_context(config),
+        context=read_context(config),
         norm="rms",
         norm_eps=config.get("rms_norm_eps", 1e-6),
         positions="rope",
-        rope=_rope(config),
+        rope=read_rope(config),
         activation=_activation(config.get("hidden_act", "silu")),
         gated=True,
         qkv_bias=family == "qwen2" or attention_bias,
@@ -270,76 +253,3 @@ def _windows(family: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
     if window is None and SLIDING in kinds:
         raise UserError(f"layer_types of config.json names {SLIDING}, and sliding_window gives no window")
     return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
-def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-
-
-def _original_context(config: Mapping[str, Any]) -> int | None:
-    """Tokens before scaling; the key beside `rope_parameters` is preferred to the one in it, as in transformers."""
-    key = "original_max_position_embeddings"
-    original: int | None = config.get(key) or _rope_values(config).get(key)
-    return original
-
-
-def _context(config: Mapping[str, Any]) -> int:
-    """Tokens that the model sees, with linear or YaRN scaling: its original context x factor, where that is known.
-
-    `max_position_embeddings` is the context before scaling in some files (Qwen2.5 with the YaRN block of its card), and
-    after it in others (deepseek-coder). `original_max_position_embeddings` says what it was, or `max_sequence_length`
-    what it is (vicuna-16k).
-    """
-    stated: int = config["max_position_embeddings"]
-    values, original = _rope_values(config), _original_context(config)
-    if values.get("rope_type", values.get("type")) not in ("linear", "yarn"):
-        return stated
-    if original:
-        return max(stated, round(original * (values.get("factor") or 1.0)))
-    return max(stated, config.get("max_sequence_length") or 0)
-
-
-def context_note(config: Mapping[str, Any]) -> str | None:
-    """A line for the user where the file leaves open if its context is the one before scaling or after it."""
-    values = _rope_values(config)
-    scaled = values.get("rope_type", values.get("type")) in ("linear", "yarn")
-    if not scaled or _original_context(config) or config.get("max_sequence_length"):
-        return None
-    stated = config["max_position_embeddings"]
-    return (
-        f"note: max_position_embeddings of config.json, {stated}, is taken as the context after "
-        f"rope scaling by {values.get('factor')}; if it is the one before, add original_max_position_embeddings to it"
-    )
-
-
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling` (whose kind was once called `type`)."""
-    values = _rope_values(config)
-    theta = values.get("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = values.get("rope_type", values.get("type", "default"))
-    if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError("rotary positions over a part of the head (partial_rotary_factor) are not supported")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "dynamic":
-        raise UserError(
-            "rope scaling 'dynamic' (NTK) is refused: its frequencies depend on the current length, so a token's "
-            "logits would change when later tokens arrive; use linear, llama3 or yarn"
-        )
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UserError(f"unsupported rope scaling {kind!r}; supported are default, linear, llama3, yarn")
-    original = _original_context(config) or config["max_position_embeddings"]
-    return RopeConfig(
-        theta=theta,
-        scaling=kind,
-        factor=values.get("factor") or config["max_position_embeddings"] / original,
-        original_context=original,
-        low_freq_factor=values.get("low_freq_factor", 1.0),
-        high_freq_factor=values.get("high_freq_factor", 4.0),
-        beta_fast=values.get("beta_fast") or 32.0,
-        beta_slow=values.get("beta_slow") or 1.0,
-        attention_factor=values.get("attention_factor"),
-        mscale=values.get("mscale"),
-        mscale_all_dim=values.get("mscale_all_dim"),
-        truncate=values.get("truncate", True),
-    )

@@ -20,7 +20,8 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
-from .config import ModelConfig, context_note
+from .config import ModelConfig
+from .config_rope import context_note
 from .model import Transformer
 from .quantize import Format, QuantLinear, linear_names, quantize_linear, quantized_linear, replace
 from .quantize_files import is_quantized, load_quantized
