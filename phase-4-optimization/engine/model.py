@@ -35,7 +35,7 @@ def plus(x: Tensor, other: Tensor) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), likewise."""
+    """x * sigmoid(x), in place if no gradient is needed."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 

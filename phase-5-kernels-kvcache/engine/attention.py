@@ -42,6 +42,18 @@ class FullAttention:
     mask: Tensor
     turns = False
 
+    @classmethod
+    def of(cls, mask: Tensor) -> FullAttention:
+        """From a mask [T, T] for all rows, or [B, T, T]."""
+        return cls(mask[None, None] if mask.ndim == 2 else mask[:, None])
+
+    def only(self, wanted: Tensor | None) -> FullAttention:
+        """Return the attention of the last layer, where only the queries wanted [B, W] are asked."""
+        if wanted is None:
+            return self
+        rows = torch.arange(len(self.mask), device=wanted.device)[:, None]
+        return FullAttention(self.mask[rows, 0, wanted][:, None])
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:

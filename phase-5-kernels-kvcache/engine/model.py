@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import AttentionBackend, CachedAttention, FullAttention
 from .config import ModelConfig
 from .kernels import TORCH, Kernels
-from .kernels.reference import times
+from .kernels.reference import plus, times
 from .rope import frequencies, rotation_tables
 
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or [B, T, 1, head_dim]
@@ -26,13 +26,8 @@ Masks = dict[int | None, Tensor]  # by a layer's window: [T, T] or [B, T, T], 0 
 FEW = 16  # tokens of a step: what starting an operation costs counts, not what it computes
 
 
-def plus(x: Tensor, other: Tensor) -> Tensor:
-    """x + other, in x's memory where no gradient is asked for: see kernels/reference.py."""
-    return x + other if torch.is_grad_enabled() else x.add_(other)
-
-
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), likewise."""
+    """x * sigmoid(x), in place if no gradient is needed."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -272,7 +267,8 @@ class Transformer(nn.Module):
         ways: dict[int | None, tuple[AttentionBackend, AttentionBackend]]
         if cached is None:
             given = {window: self.mask(T, x, window) for window in set(self.config.windows)} if masks is None else masks
-            ways = {window: self.masks(mask, wanted) for window, mask in given.items()}
+            full = {window: FullAttention.of(mask) for window, mask in given.items()}
+            ways = {window: (every, every.only(wanted)) for window, every in full.items()}
         else:
             ways = {window: (behind, behind.only(wanted)) for window, behind in cached.items()}
         asked = None if wanted is None else (torch.arange(len(tokens), device=tokens.device)[:, None], wanted)
@@ -289,14 +285,6 @@ class Transformer(nn.Module):
                     tapped.append(x)
         hidden: Tensor = self.norm(x)
         return hidden, torch.cat(tapped, -1) if tapped else None
-
-    def masks(self, mask: Tensor, wanted: Tensor | None) -> tuple[FullAttention, FullAttention]:
-        """A mask [T, T] or [B, T, T] as attention takes it, for all positions, and for W."""
-        every = mask[None, None] if mask.ndim == 2 else mask[:, None]
-        if wanted is None:
-            return FullAttention(every), FullAttention(every)
-        rows = mask[wanted] if mask.ndim == 2 else mask[torch.arange(len(mask), device=mask.device)[:, None], wanted]
-        return FullAttention(every), FullAttention(rows[:, None])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""

@@ -23,6 +23,11 @@ def times(x: Tensor, other: Tensor) -> Tensor:
     return x * other if torch.is_grad_enabled() or not x.is_contiguous() else x.mul_(other)
 
 
+def plus(x: Tensor, other: Tensor) -> Tensor:
+    """Return x + other, computed in x's memory if no gradient is needed, for the reason given in `times`."""
+    return x + other if torch.is_grad_enabled() else x.add_(other)
+
+
 def linear(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
     """Multiply x [..., in] -> [..., out], or only the outputs start .. stop. The layer knows its weight format."""
     product: Tensor = layer(x) if stop is None else layer(x, start, stop)
