@@ -1,4 +1,4 @@
-"""A Transformer that runs in C++: its matrices in panels, and steps over a static cache.
+"""A Transformer that runs in C++: steps, drafts and whole texts over a static cache. packed.py loads its matrices.
 
 fast = CppModel(load("stdlib-10m", torch.float32, torch.device("cpu")).model, "bfloat16")
 cache = fast.new_cache(rows=1, tokens=300)
@@ -21,13 +21,12 @@ from common.philox import Purpose
 
 from ...drawing import Speculated
 from ...kv_cache import CacheShape, StaticCache
-from ...model import Transformer
-from ...quantize import QuantLinear
 from ...rope import frequencies
 from ...sampling import SamplingParams, not_finite
-from .library import checked_threads, chosen_isa, library
+from .library import library
 from .ops import sampling_of
-from .weights import KIND_OF, Plan, Weights, describe, pack, plans, release_matrix, set_vectors, why_not_model
+from .packed import PackedModel
+from .weights import KIND_OF
 
 
 class Stepped(NamedTuple):
@@ -38,101 +37,13 @@ class Stepped(NamedTuple):
     tapped: Tensor | None  # [W, taps * D] outputs of the tapped layers side by side
 
 
-class CppModel:
-    """The same function as `model`, with `weights` in the given format.
-
-    weights: of the matrices; those that are quantised already stay as they are. int4 has groups of 64, or of 32 where
-    64 do not divide a width. head: of the output matrix; by default as `weights`, and int8 with int4. release: take
-    each matrix out of the torch model as soon as it is packed; the model then only holds its embedding and its head.
-
-    exact_activations: True keeps activations in float32; False rounds them, to bfloat16 beside bfloat16 weights (where
-    the processor has that dot product) and to int8 by groups of 64 beside int8 and int4. By default they are rounded
-    beside int8 and int4 alone: the dot product of bfloat16 gives no more products per second than float32 arithmetic on
-    the processors it was measured on.
-
-    The bits of a token's logits do not depend on how many tokens a step has, nor on the threads. UserError names what
-    the kernels do not take.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        weights: Weights = "float32",
-        threads: int | None = None,
-        *,
-        head: Weights | None = None,
-        exact_activations: bool | None = None,
-        release: bool = False,
-    ) -> None:
-        if (reason := why_not_model(model)) is not None:
-            raise UserError(reason)
-        self._prepare(model, weights, threads, head, exact_activations, release)
-
-    def _prepare(
-        self,
-        model: Any,  # a Transformer, or what has the same parts
-        weights: Weights,
-        threads: int | None,
-        head: Weights | None,
-        exact_activations: bool | None,
-        release: bool,
-    ) -> None:
-        self.config, self.weights = model.config, weights
-        self.exact_activations = exact_activations
-        self.isa = chosen_isa()
-        self._engine = library().Engine(describe(model.config), checked_threads(threads), self.isa)
-        self._tables = self._take_tables(model)
-        head = head or ("int8" if weights == "int4" else weights)
-        every = [*plans(model, weights, head), *self._more(model, weights)]
-        self.weight_bytes = sum(plan.shape(exact_activations).bytes for plan in every)
-        arena = library().Arena(self.weight_bytes + 64 * len(every))
-        for plan in every:
-            packed = pack(plan, arena, exact_activations, self.threads)
-            if isinstance(plan.module, QuantLinear) and plan.module.order is not None:
-                packed.set_order(plan.module.order.tolist())
-            self._set(plan, packed)
-            if release:
-                release_matrix(plan)
-        set_vectors(self._engine, model)
-        for number in range(model.config.layers):
-            self._engine.set_window(number, model.config.window_of(number) or 0)
-        self._rotations = 0
-        self._finish()
-        self._views: WeakKeyDictionary[StaticCache, Any] = WeakKeyDictionary()
+class CppModel(PackedModel):
+    """Computes what `model` computes, over a static cache. For the arguments see PackedModel."""
 
     def _finish(self) -> None:
-        self._engine.finish()
-
-    def _more(self, model: Any, weights: Weights) -> list[Plan]:
-        """Matrices besides those of every Transformer."""
-        return []
-
-    def _set(self, plan: Plan, packed: Any) -> None:
-        self._engine.set_matrix(plan.layer, plan.which, packed)
-        if plan.which == "head":
-            self._head = packed
-
-    def _take_tables(self, model: Any) -> list[Tensor]:
-        """Embeddings are read where they lie; they are kept from being freed."""
-        tables = [model.embedding.weight.detach().contiguous()]
-        if model.config.positions == "learned":
-            tables.append(model.positions.weight.detach().contiguous())
-        for name, table in zip(("embedding", "positions"), tables, strict=False):
-            self._engine.set_table(name, table.data_ptr(), KIND_OF[table.dtype], len(table))
-        return tables
-
-    @property
-    def threads(self) -> int:
-        return int(self._engine.threads)
-
-    @property
-    def activations(self) -> str:
-        """The format in which activations meet the matrices."""
-        if self.exact_activations or self.weights in ("float32", "float16"):
-            return "float32"
-        if self.weights == "bfloat16":
-            return "bfloat16" if self.exact_activations is False and self._engine.narrow_bf16 else "float32"
-        return "int8"
+        super()._finish()
+        self._rotations = 0  # positions for which the engine has cosines and sines
+        self._views: WeakKeyDictionary[StaticCache, Any] = WeakKeyDictionary()
 
     def new_cache(self, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> StaticCache:
         """An empty cache for so many rows of at most so many tokens, drafts included."""
@@ -208,13 +119,6 @@ class CppModel:
             0 if inputs is None else inputs.data_ptr(),
         )
         return Stepped(out_hidden, out_logits, out_tapped)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D], as `step` gives it -> logits [..., V]: the bits that `step` gives."""
-        rows = hidden.detach().float().contiguous().view(-1, self.config.width)
-        logits = torch.empty(len(rows), self.config.vocab_size)
-        self._engine.product(self._head, rows.data_ptr(), len(rows), logits.data_ptr())
-        return logits.view(*hidden.shape[:-1], self.config.vocab_size)
 
     def draft_chain(
         self,

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "need.h"
 #include "speculate.h"
 
 namespace py = pybind11;
@@ -43,10 +44,6 @@ Sampling sampling_of(double temperature, int top_k, double top_p, double min_p, 
     const Sampling how{temperature, top_k, top_p, min_p, seed};
     how.check();
     return how;
-}
-
-void need(bool good, const char* what) {
-    if (!good) throw std::invalid_argument(what);
 }
 
 const Isa& isa_of(const std::string& name) {

@@ -3,6 +3,8 @@
 
 #include "simd.h"
 
+#include "activations.inl"
+
 #include "dots.inl"
 
 #include "attention.inl"

@@ -4,7 +4,8 @@
 
 #include <cstring>
 #include <new>
-#include <stdexcept>
+
+#include "need.h"
 
 #define SIMD_NAME plain_code
 #include "simd.h"
@@ -19,10 +20,6 @@ constexpr size_t LARGE = size_t(1) << 21;
 constexpr int GROUP = 64;  // activations that share a scale
 
 size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
-void need(bool good, const char* what) {
-    if (!good) throw std::invalid_argument(what);
-}
 
 Matrix dimensions(const Shape& shape) {
     constexpr int MOST = 1 << 26;

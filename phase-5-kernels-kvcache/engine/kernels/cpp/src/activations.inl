@@ -1,0 +1,110 @@
+// Activations in the form that a matrix takes: float32 unchanged, bfloat16, or int8 levels by groups. Included by one
+// file per instruction set, before the products (dots.inl).
+
+namespace lab::SIMD_NAME {
+
+// Prepared activations of a few tokens.
+struct Acts {
+    const uint8_t* data;
+    size_t stride;        // bytes from token to token
+    const float* scales;  // i8, i4: [tokens, groups]
+    const int32_t* sums;  // sums of the group's levels
+    int groups;
+};
+
+// Whole numbers -127 .. 127 of one group, their scale and their sum.
+LAB_INLINE void quantise(const float* x, int count, int8_t* to, float& scale, int32_t& total) {
+    Floats most{};
+    int k = 0;
+    for (; k + LANES <= count; k += LANES) most = larger(most, absolute(load(x + k)));
+    float peak = largest(most);
+    for (; k < count; ++k) peak = __builtin_fabsf(x[k]) > peak ? __builtin_fabsf(x[k]) : peak;
+    scale = peak > 0 ? peak / 127 : 1;
+    const float inverse = peak > 0 ? 127 / peak : 0;
+    total = 0;
+    Ints totals{};
+    const Floats shift = all(12582912.0f);
+    for (k = 0; k + LANES <= count; k += LANES) {
+        const Ints level = __builtin_convertvector(load(x + k) * inverse + shift - shift, Ints);
+        const Bytes bytes = __builtin_convertvector(level, Bytes);
+        memcpy(to + k, &bytes, sizeof bytes);
+        totals += level;
+    }
+    for (int i = 0; i < LANES; ++i) total += totals[i];
+    for (; k < count; ++k) {
+        const float level = x[k] * inverse + 12582912.0f - 12582912.0f;
+        to[k] = int8_t(level);
+        total += int32_t(level);
+    }
+}
+
+// Activations x [count, inputs] (stride floats apart) in the form that the matrix takes, written to `memory`.
+static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, float* spare, uint8_t* memory) {
+    if (w.factor != nullptr || w.order != nullptr) {
+        auto* row = (float*)memory;  // x may be `spare` itself
+        for (int m = 0; m < count; ++m) {
+            for (int k = 0; k < w.inputs; ++k) {
+                row[k] = x[m * stride + (w.order != nullptr ? w.order[k] : k)];
+                if (w.factor != nullptr) row[k] *= w.factor[k];
+            }
+            memcpy(spare + size_t(m) * w.inputs, row, size_t(w.inputs) * 4);
+        }
+        x = spare;
+        stride = size_t(w.inputs);
+    }
+    bool wide = w.wide || w.kind == Kind::f32 || w.kind == Kind::f16;
+#if !defined(__AVX512BF16__)
+    wide = wide || w.kind == Kind::bf16;
+#endif
+    const bool levels = w.kind == Kind::i8 || w.kind == Kind::i4;
+    const int groups = levels ? w.padded / w.group : 0;
+    if (wide) {
+        if (w.kind == Kind::i4) {  // a zero point meets the sum of a group's activations
+            float* sums = (float*)(memory + size_t(MAX_BLOCK) * w.padded * 4);
+            for (int m = 0; m < count; ++m)
+                for (int g = 0; g < groups; ++g) {
+                    float total = 0;
+                    for (int k = g * w.group; k < (g + 1) * w.group; ++k) total += k < w.inputs ? x[m * stride + k] : 0;
+                    sums[m * groups + g] = total;
+                }
+            if (w.padded == w.inputs) return {(const uint8_t*)x, stride * 4, sums, nullptr, groups};
+        }
+        if (w.padded == w.inputs) return {(const uint8_t*)x, stride * 4, nullptr, nullptr, groups};
+        for (int m = 0; m < count; ++m) {
+            float* to = (float*)memory + size_t(m) * w.padded;
+            memcpy(to, x + m * stride, size_t(w.inputs) * 4);
+            memset(to + w.inputs, 0, size_t(w.padded - w.inputs) * 4);
+        }
+        const float* sums = (const float*)(memory + size_t(MAX_BLOCK) * w.padded * 4);
+        return {memory, size_t(w.padded) * 4, sums, nullptr, groups};
+    }
+    if (w.kind == Kind::bf16) {
+        for (int m = 0; m < count; ++m) {
+            const float* from = x + m * stride;
+            auto* to = (uint16_t*)memory + size_t(m) * w.padded;
+            int k = 0;
+#if defined(__AVX512BF16__)
+            for (; k + LANES <= w.inputs; k += LANES) {
+                const __m256bh narrow = _mm512_cvtneps_pbh((__m512)load(from + k));
+                memcpy(to + k, &narrow, sizeof narrow);
+            }
+#endif
+            for (; k < w.inputs; ++k) to[k] = bf16_of_float(from[k]);
+            for (; k < w.padded; ++k) to[k] = 0;
+        }
+        return {memory, size_t(w.padded) * 2, nullptr, nullptr, 0};
+    }
+    auto* scales = (float*)(memory + size_t(MAX_BLOCK) * w.padded);
+    auto* sums = (int32_t*)(scales + size_t(MAX_BLOCK) * groups);
+    for (int m = 0; m < count; ++m) {
+        auto* to = (int8_t*)memory + size_t(m) * w.padded;
+        memset(to + w.inputs, 0, size_t(w.padded - w.inputs));
+        for (int g = 0; g < groups; ++g) {
+            const int begin = g * w.group, end = begin + w.group < w.inputs ? begin + w.group : w.inputs;
+            quantise(x + m * stride + begin, end - begin, to + begin, scales[m * groups + g], sums[m * groups + g]);
+        }
+    }
+    return {memory, size_t(w.padded), scales, sums, groups};
+}
+
+}  // namespace lab::SIMD_NAME
