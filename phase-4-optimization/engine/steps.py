@@ -1,4 +1,4 @@
-"""What a step of decoding consists of: the draft, the target's output, the accepted path, and statistics."""
+"""The parts of a decoding step: draft, target output, accepted path, and statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tree import Tree
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """What one forward gives for R sequences: column 0 follows the sequence, column 1 + i its draft token i."""
+    """The result of one forward for R sequences: column 0 follows the sequence, column 1 + i its draft token i."""
 
     logits: Tensor  # [R, K+1, V]
     states: list[Tensor] | None = None

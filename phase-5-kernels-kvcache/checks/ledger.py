@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
             print(f"{known['backend']} {known['op']}: {known['device']}{'' if now else ', another version of it'}")
         return 0
     if not torch.cuda.is_available():
-        raise UserError("the checks that are listed are made on a graphics card, and this machine has none")
+        raise UserError("the listed checks run on a GPU, and this machine has none")
     device, failed = torch.device("cuda"), 0
     for backend in registry.FOR_CARDS:
         reason = registry.why_not(backend, device)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What C++ is told about the tokens that it draws, and what it tells about the steps that it makes."""
+"""The arguments of drawing tokens in C++, and the result of a speculative step made there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .verify import GreedySource
 
 
 class Drawing(NamedTuple):
-    """From which distributions tokens are drawn, and with which random numbers: of a sample, from a position on."""
+    """Names the distributions that tokens are drawn from, and their random numbers: sample, first position, purpose."""
 
     params: SamplingParams
     source: Sampler

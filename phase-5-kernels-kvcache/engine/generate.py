@@ -1,4 +1,4 @@
-"""Completions of prompts, and what they took.
+"""Completes prompts, and measures the time and forwards that each completion takes.
 
 from engine import SamplingParams, generate, load
 loaded = load("stdlib-10m", torch.float32, torch.device("cpu"))

@@ -112,7 +112,7 @@ def test_the_best_shape_is_the_best_of_all(rows: list[tuple[float, float]], node
 
 
 def test_shapes_and_what_they_promise_by_hand() -> None:
-    """No place for what never stands, but for a rank that never stood before one that did."""
+    """Give no node to a rank that was never accepted, except before a rank that was."""
     assert phase3.expected_tokens([[0.5, 0.25], [0.5, 0.2]], [-1, -1, 0, 1]) == 1 + 0.5 + 0.25 + 0.25 + 0.125
     assert phase3.best_shape([[0.5, 0.0, 0.0], [0.5, 0.0, 0.0]], 9) == [-1, 0]
     assert phase3.best_shape([[0.0, 0.5]], 9) == [-1, -1]

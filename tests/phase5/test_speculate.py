@@ -156,7 +156,7 @@ def test_several_steps_in_a_call_are_single_ones_and_those_of_torch(
     for calls in ([1] * steps, [steps], [1, 5, 2, 4]):
         _, done = several_steps(pair, params, rule, count, calls)
         assert [(each.draft, each.accepted, each.next_token) for each in done] == [each[:3] for each in expected]
-        assert {each.computed for each in done[1:]} == {1 + count}  # what stands is in the cache already
+        assert {each.computed for each in done[1:]} == {1 + count}  # accepted tokens are in the cache already
         for got, (drawn, _, _, draft_probs, target_probs, ratios) in zip(done, expected, strict=True):
             assert got.tokens.tolist() == [drawn]
             assert torch.equal(got.target_probs[0], target_probs)

@@ -19,7 +19,7 @@ SLIVER = 1e-15  # a branch this narrow is rounding
 
 
 class Walker:
-    """Stands in for the random numbers of a loop, and takes every way through it in turn.
+    """Replaces the random numbers of a loop, and enumerates all its outcomes.
 
     Numbers that share a key (sample, position, purpose, trial) are one uniform number, as they are with keyed noise:
     what an earlier use has told about it (an interval) holds for a later one. A draw reads it through the inverse
