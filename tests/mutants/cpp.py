@@ -7,7 +7,7 @@ from tests.support.mutants import mutants
 
 SOURCES = "phase-5-kernels-kvcache/engine/kernels/cpp/src"
 OPS = ("tests/phase5/test_cpp_ops.py",)
-LOOPS = ("tests/phase5/test_speculate.py", "tests/every_phase/test_keys.py", "-k", "phase5 and (cpp or speculate)")
+LOOPS = ("tests/phase5/test_cpp_speculate.py", "tests/every_phase/test_keys.py", "-k", "phase5 and (cpp or speculate)")
 
 SAMPLING = mutants(
     f"{SOURCES}/sampling.cpp",

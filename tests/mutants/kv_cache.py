@@ -9,7 +9,7 @@ CACHES = "phase-5-kernels-kvcache/engine/kv_cache"
 ALONE = ("tests/phase5/test_kv_cache.py",)
 LOOPS = (
     *ALONE,
-    "tests/phase5/test_cached_loops.py",
+    "tests/phase5/test_cached_runner.py",
     "-k",
     "kv_cache or computes or share or changes or periodic or (every_step and 1.0)",
 )

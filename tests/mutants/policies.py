@@ -7,10 +7,10 @@ from tests.support.mutants import mutants
 
 ENGINE = "phase-3-policies-drafters/engine"
 KEYS = ("tests/every_phase/test_keys.py", "-k", "phase3")
-LAWS = ("tests/phase3/test_policies.py", "tests/phase3/test_tree_laws.py", "tests/phase3/test_phase3_lossless.py")
+LAWS = ("tests/phase3/test_policies.py", "tests/phase3/test_tree_laws.py", "tests/phase3/test_policy_laws.py")
 POLICIES = mutants(
     f"{ENGINE}/policies.py",
-    (KEYS[0], *LAWS, "tests/phase3/test_same_tokens.py", *KEYS[1:]),
+    (KEYS[0], *LAWS, "tests/phase3/test_policy_tokens.py", *KEYS[1:]),
     # Keys.
     ("draw_one(target, sample, at, source, purpose)", "draw_one(target, sample, position, source, purpose)"),
     ("purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE", "purpose = Purpose.SAMPLE"),
@@ -48,7 +48,7 @@ POLICIES = mutants(
 
 CHAINS = mutants(
     f"{ENGINE}/drafters/chains.py",
-    (KEYS[0], "tests/phase3/test_phase3_lossless.py", *KEYS[1:]),
+    (KEYS[0], "tests/phase3/test_policy_laws.py", *KEYS[1:]),
     ("[sequence.length + len(self.tokens[row])]]", "[sequence.length]]"),
     ("[[sequence.sample], [sequence.length", "[[0], [sequence.length"),
     ("keys[0], keys[1], self.noise)", "keys[0], keys[1], Purpose.DRAFT)"),

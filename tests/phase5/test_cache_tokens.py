@@ -19,7 +19,10 @@ PROMPTS = [prompt.text for prompt in load_prompts("code", "test")][:100]
 COMMON: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_tokens": 24}
 DRAFTING: dict[str, dict[str, Any]] = {"plain": {"draft": "none"}, "speculative": {"draft": "auto", "k": 4}}
 
-pytestmark = [pytest.mark.slow, pytest.mark.no_exercise]  # `lab check` has the quick form of it in test_cached_loops.py
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.no_exercise,
+]  # `lab check` has the quick form of it in test_cached_runner.py
 
 
 def written(made: Any, prompts: list[str]) -> list[list[int]]:
