@@ -23,10 +23,11 @@ GROUP = 64  # input features that share a scale
 def round_to_int4(weight: Tensor) -> Tensor:
     """Round to nearest in symmetric int4: float32 [out, in], each weight a level -8 .. 7 times its group's scale.
 
-    The scale is a bfloat16, as in the engine. The largest weight gets level 7.
+    The scale is a bfloat16, as in the engine. The weight of largest magnitude gets level -8.
     """
     groups = weight.float().reshape(len(weight), -1, GROUP)
-    scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = (torch.where(-low > high, low, high) / -8).bfloat16()
     scale = torch.where(scale == 0, 1, scale).float()
     return (torch.round(groups / scale).clamp(-8, 7) * scale).reshape(weight.shape)
 

@@ -48,6 +48,11 @@ class Format:
     def has_zeros(self) -> bool:
         return self.name == "int4" and self.asymmetric
 
+    @property
+    def signed(self) -> bool:
+        """Whether scales may be negative, so that the largest weight of a group is level -8."""
+        return self.name == "int4" and not self.asymmetric
+
     def grouped(self, weight: Tensor, where: str = "a matrix") -> Tensor:
         """Reshape [out, in] to float32 [out, groups, group]. UserError names a matrix that groups do not divide."""
         width = weight.shape[1]
@@ -92,15 +97,20 @@ class Rounded(NamedTuple):
 def whole_range(weights: Tensor, format: Format, clip: Tensor | float = 1.0) -> Grid:
     """Make the grid that covers the share `clip` of the range of each group's weights [out, groups, group].
 
-    Symmetric int4 has levels -8 .. 7 around its zero. The step is the largest weight / 7, so that this weight is a grid
-    value on either side. A step of / 7.5 would be finer, but off by half a step at every group's largest weight.
+    Symmetric int4 has levels -8 .. 7 around its zero. The weight of largest magnitude becomes level -8, as in Q4_0 of
+    llama.cpp and in AutoRound, so a positive one makes the scale negative. A weight of nearly that size and the other
+    sign is clipped to level 7, but all others get a finer grid than with a step of the largest magnitude / 7.
     """
+    low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
     if format.has_zeros:
-        low, high = weights.amin(-1, keepdim=True).clamp(max=0), weights.amax(-1, keepdim=True).clamp(min=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scale = usable((high - low) * clip / 15)
         return Grid(scale, (-low.float() * clip / scale.float()).half())
-    steps, zero = (7, 8) if format.name == "int4" else (127, 0)
-    scale = usable(weights.abs().amax(-1, keepdim=True) * clip / steps)
+    if format.signed:
+        scale, zero = torch.where(-low > high, low, high) * clip / -8, 8
+    else:
+        scale, zero = torch.maximum(-low, high) * clip / 127, 0
+    scale = usable(scale)
     return Grid(scale, torch.full_like(scale, zero, dtype=torch.float16))
 
 
@@ -111,7 +121,7 @@ def usable(scale: Tensor) -> Tensor:
 
 
 def rtn(weight: Tensor, format: Format) -> Rounded:
-    """Round to nearest: the grid covers all weights, and each weight becomes its nearest grid value."""
+    """Round to nearest: the grid has the whole range, and each weight becomes its nearest grid value."""
     grouped = format.grouped(weight)
     grid = whole_range(grouped, format)
     return Rounded(grid, grid.levels(grouped, format))

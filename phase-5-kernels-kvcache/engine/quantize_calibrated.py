@@ -30,6 +30,9 @@ from .quantize import Format, Grid, Rounded, linear_names, quantize_linear, rtn,
 
 Method = Literal["rtn", "awq", "gptq"]
 CLIPS = tuple(1 - step / 40 for step in range(21))  # shares of the range that a grid may cover
+# Another share for symmetric grids. With the largest weight at level -8 the other side ends at level 7, and a weight of
+# nearly that size is clipped there. 8 / 7 covers both sides, which is better if both weights have large inputs.
+BOTH_SIDES = 8 / 7
 POWERS = tuple(step / 20 for step in range(21))  # AWQ: exponents of a feature's mean size in its factor
 DAMPING = 0.01  # GPTQ: share of the mean second moment that is added to the diagonal
 BLOCK = 128  # GPTQ: features whose errors are applied to the rest in one product
@@ -56,11 +59,11 @@ def output_error(error: Tensor, moments: Tensor) -> Tensor:
 def best_clip(weights: Tensor, inputs: Inputs, format: Format) -> Grid:
     """Find the grid for every group of weights [out, groups, group] that changes the group's part of the output least.
 
-    A grid that clips the largest weights is finer for all others.
+    A grid that clips the largest weights is finer for all others. A symmetric grid may also be wider: BOTH_SIDES.
     """
     moments = inputs.by_group(weights.shape[-1])
     best, least = whole_range(weights, format), torch.full(weights.shape[:2], torch.inf, device=weights.device)
-    for clip in CLIPS:
+    for clip in CLIPS if format.has_zeros else (*CLIPS, BOTH_SIDES):
         grid = whole_range(weights, format, clip)
         error = grid.values(grid.levels(weights, format)) - weights
         found = output_error(error.transpose(0, 1), moments).T  # [out, groups]

@@ -87,7 +87,7 @@ def load_quantized(
                 f"{list(place.shape)}"
             )
         if name in packed:
-            _check_packed(checkpoint.name, name, stored, place.dtype)
+            _check_packed(checkpoint.name, name, stored, place.dtype, format)
         elif stored.dtype not in STORED:
             raise UserError(f"{checkpoint.name}: tensor {name} holds {stored.dtype}; expected one of {STORED}")
         owner, _, attribute = name.rpartition(".")
@@ -130,14 +130,20 @@ def read_format(name: str, about: Any) -> Format:
     return Format(kind, group, flags["asymmetric"])
 
 
-def _check_packed(checkpoint: str, name: str, stored: Tensor, dtype: torch.dtype) -> None:
-    """Check dtype and values. A wrong scale would spoil a whole group without any error."""
+def _check_packed(checkpoint: str, name: str, stored: Tensor, dtype: torch.dtype, format: Format) -> None:
+    """Check dtype and values. A wrong scale would spoil a whole group without any error.
+
+    Only scales of symmetric int4 may be negative.
+    """
     if stored.dtype != dtype:
         raise UserError(f"{checkpoint}: tensor {name} holds {stored.dtype}, config.json asks for {dtype}")
     if not stored.is_floating_point():
         return
-    good = torch.isfinite(stored) if name.endswith(".zeros") else torch.isfinite(stored) & (stored > 0)
+    good, wanted = torch.isfinite(stored), "finite"
+    if name.endswith(".scales") and format.signed:
+        good, wanted = good & (stored != 0), "finite and not 0"
+    elif not name.endswith(".zeros"):
+        good, wanted = good & (stored > 0), "finite and above 0"
     if not bool(good.all()):
         number = int((~good).sum())
-        wanted = "finite" if name.endswith(".zeros") else "finite and above 0"
         raise UserError(f"{checkpoint}: {number} of tensor {name} are not {wanted}; copy or quantise the model again")

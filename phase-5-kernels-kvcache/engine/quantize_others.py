@@ -178,8 +178,9 @@ def convert(where: str, stored: Stored, scheme: Scheme) -> dict[str, Tensor]:
             raise UserError(
                 f"{where}: the {name} are {list(tensor.shape)}, and {wanted} belong to {out} x {width} levels"
             )
-    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-        raise UserError(f"{where}: scales are not finite, or below 0; copy or download the model again")
+    if not bool((torch.isfinite(scales) & ((scales >= 0) | format.signed)).all()):  # AutoRound writes negative ones
+        wrong = "not finite" if format.signed else "not finite, or below 0"
+        raise UserError(f"{where}: scales are {wrong}; copy or download the model again")
     if zeros is not None and not format.has_zeros and not bool((zeros == 2 ** (scheme.bits - 1)).all()):
         raise UserError(f"{where}: zeros differ, and quantization_config of config.json says that they are symmetric")
     if format.name == "int8":

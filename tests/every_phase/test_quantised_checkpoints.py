@@ -36,6 +36,7 @@ class Case:
     group: int = 32  # 0: the whole width
     zeros: bool = False  # other than the middle
     bits: int = 4
+    signed: bool = False  # whether scales have either sign, as AutoRound writes them
     shuffled: bool = False  # whether input features of a group are apart (act-order)
 
 
@@ -65,6 +66,7 @@ CASES = {
     "gptq": Case(gptq()),
     "gptq, zeros": Case(gptq(sym=False), zeros=True),
     "gptq_v2, zeros": Case(gptq(sym=False, checkpoint_format="gptq_v2"), zeros=True),
+    "gptq, signed": Case(gptq(), signed=True),
     "gptq, one group": Case(gptq(group_size=-1, desc_act=True), group=0),
     "gptq, groups of 64": Case(gptq(group_size=64), group=64),
     "gptq, act-order": Case(gptq(desc_act=True), shuffled=True),
@@ -151,6 +153,8 @@ def write(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
                 group_of = group_of[torch.randperm(width, generator=torch.Generator().manual_seed(width))]
             # float16 represents every bfloat16 of this size.
             scales = ((torch.rand(zeros.shape, generator=generator) + 0.5) / 4 / top).bfloat16().half()
+            if case.signed:
+                scales *= 1 - 2 * torch.randint(0, 2, scales.shape, generator=generator)
             owner = key.removesuffix(".weight")
             weights[owner] = (levels - zeros[:, group_of]).float() * scales[:, group_of].float()
             dense[key] = weights[owner]
@@ -220,7 +224,7 @@ def test_the_logits_are_those_of_the_matrices_written_out(
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq, zeros", "gptq, act-order", "awq", "compressed-tensors", "compressed-tensors, int8"]
+    "name", ["gptq, zeros", "gptq, signed", "gptq, act-order", "awq", "compressed-tensors", "compressed-tensors, int8"]
 )
 def test_in_cpp(phase: Phase, reader: ModuleType, write: Callable[..., Written], name: str) -> None:
     if importlib.util.find_spec(f"{phase.package}.kernels") is None:
@@ -289,6 +293,7 @@ SPOILT: dict[str, tuple[str, dict[str, Callable[[Tensor], Tensor | None]], str]]
     "too few scales": ("awq", {"scales": lambda scales: scales[:1]}, r"the scales are \[64, 1\], and \[64, 2\]"),
     "scales of whole numbers": ("gptq", {"scales": lambda scales: scales.int()}, r"q_proj\.scales is torch\.int32"),
     "infinite scales": ("gptq", {"scales": lambda scales: scales / 0}, r"q_proj: scales are not finite"),
+    "negative scales, zeros": ("awq", {"scales": lambda scales: -scales}, r"q_proj: scales are not finite, or below 0"),
     "zeros though symmetric": ("gptq", {"qzeros": lambda zeros: zeros + 1}, r"q_proj: zeros differ, and"),
     "no zeros": ("compressed-tensors, zeros", {"weight_zero_point": lambda zeros: None}, r"q_proj: zeros are missing"),
     "fewer rows": ("gptq", {"qweight": lambda levels: levels[:, :32]}, r"the scales are \[64, 2\], and \[32, 2\]"),

@@ -53,6 +53,27 @@ def test_on_correlated_inputs_calibrated_rounding_is_better(format: Format) -> N
     assert corrected < 0.3 * plain
 
 
+@both_formats
+def test_awq_keeps_the_weights_of_an_input_far_larger_than_the_others(format: Format) -> None:
+    x, _ = correlated()
+    x[:, 5] *= 300
+    inputs = Inputs(x.T @ x / len(x), x.abs().mean(0))
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
+    size = float((x @ weight.T).square().mean())
+    assert error_of("rtn", weight, format, x, inputs) > 5e-3 * size
+    assert error_of("awq", weight, format, x, inputs) < 1e-4 * size
+
+
+def test_both_ends_of_a_symmetric_group_are_kept_if_both_matter() -> None:
+    """With one of them at level -8 the other would be clipped to 7 / 8 of its size."""
+    weight, format = torch.zeros(1, 32), Format("int4", 32)
+    weight[0, :3] = torch.tensor([7.0, -7.0, 0.4])
+    moments = torch.diag(torch.tensor([100.0, 100.0, *[1e-3] * 30]))
+    grid = best_clip(format.grouped(weight), Inputs(moments, torch.ones(32)), format)
+    assert grid.values(grid.levels(format.grouped(weight), format))[0, 0, :3].tolist() == [7, -7, 0]
+    assert rtn(weight, format).grid.scale.item() == -0.875
+
+
 def test_the_moments_tell_the_error_of_the_outputs() -> None:
     x, inputs = correlated()
     error = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -75,7 +96,7 @@ def test_gptq_moves_what_is_left_to_the_best_place() -> None:
     """Two columns with equal inputs: after the first is rounded, the second is changed so that their sum is right."""
     format = Format("int4", 32)
     weight = torch.zeros(1, 32)
-    weight[0, :3] = torch.tensor([0.26, 0.3, 7.5])  # the last makes the step 1
+    weight[0, :3] = torch.tensor([0.26, 0.3, -8.0])  # the last makes the step 1
     moments = torch.diag(torch.full((32,), 1e-3))
     moments[0, 0], moments[1, 1], moments[0, 1], moments[1, 0] = (
         1.0,
@@ -140,7 +161,7 @@ def test_the_model_as_a_whole_is_nearer_to_what_it_was(target: phase4.LoadedMode
         model = phase4.load(target.checkpoint.name, torch.float32, CPU).model
         quantize(model, FORMATS[0], method, tokens)
         errors[method] = float((model(unseen) - exact).norm())
-    assert errors["gptq"] < 0.9 * errors["rtn"]
+    assert errors["gptq"] < 0.95 * errors["rtn"]
 
 
 def test_calibration_text_comes_from_the_training_half_or_the_given_files(

@@ -150,6 +150,27 @@ def test_a_corrupt_tensor_is_named(
         load(quantized)
 
 
+@pytest.mark.parametrize(
+    ("format", "scale", "wanted"),
+    [
+        (Format("int4", 64), 0.0, "finite and not 0"),
+        (Format("int4", 64), -torch.inf, "finite and not 0"),
+        (Format("int8"), -1.0, "finite and above 0"),
+    ],
+    ids=repr,
+)
+def test_only_scales_of_symmetric_int4_may_be_negative(
+    source: Path, tmp_path: Path, format: Format, scale: float, wanted: str
+) -> None:
+    loaded = phase4.load(str(source), torch.float32, CPU, format)
+    save_quantized(tmp_path / "saved", loaded.checkpoint, loaded.model, format, torch.float32, {})
+    scales = load(tmp_path / "saved").get_buffer(f"{FFN}.scales")
+    assert bool((scales < 0).any()) == format.signed
+    spoil(tmp_path / "saved", lambda tensors: tensors[f"{FFN}.scales"][3].fill_(scale))
+    with pytest.raises(UserError, match=rf"tensor {FFN}\.scales are not {wanted};"):
+        load(tmp_path / "saved")
+
+
 def test_files_of_another_model_or_format_are_refused(
     quantized: Path, source: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
