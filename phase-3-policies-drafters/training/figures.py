@@ -24,6 +24,7 @@ from engine.speculative import decode
 from engine.teacher_forced import teacher_forced_acceptance
 from engine.verify import KeyedSource, RandomSource
 
+from .features import features
 from .loss import acceptance
 
 
@@ -46,7 +47,7 @@ def text_figures(heads: Heads, target: LoadedModel, rows: Tensor, depths: int, t
     gap = 2 if isinstance(heads, MedusaHeads) else 1
     for row in rows.to(device).split(4):
         states = target_states(target, row, heads.taps)
-        logits = target.model.logits(heads.features(target.model, row, states, depths)).float()
+        logits = target.model.logits(features(heads, target.model, row, states, depths)).float()
         probs = target.model.logits(states[..., : target.config.width]).float().softmax(-1)
         T = row.shape[1] - depths
         of_depth = [(logits[d, :, : T - 1].argmax(-1) == row[:, d + 2 : d + 1 + T]).float() for d in range(depths)]

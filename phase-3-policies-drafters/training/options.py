@@ -10,7 +10,8 @@ from pydantic_settings import BaseSettings
 
 from common.flags import Threads
 from engine.drafters.heads import HeadsKind
-from engine.drafters.medusa import HeadInit
+
+from .features import HeadInit
 
 
 class HeadOptions(BaseSettings):

@@ -23,10 +23,11 @@ from common.benchmark import progress
 from common.errors import UserError
 from common.models.resuming import keep_log, read_checkpoint, write_checkpoint
 from engine.drafters.heads import Heads, build_heads, target_states
-from engine.drafters.medusa import HeadInit, MedusaHeads
+from engine.drafters.medusa import MedusaHeads
 from engine.load import LoadedModel
 
 from .data import MixedBatches, count_table, read_streams, write_text
+from .features import HeadInit, features, initialise
 from .figures import text_figures
 from .loss import Objective
 from .options import HeadOptions
@@ -97,7 +98,7 @@ class HeadTrainer:
         torch.manual_seed(options.seed)
         self.heads: Heads = build_heads(options.kind, options.shape(target.config.ffn_width), target.config)
         automatic: HeadInit = "zero" if options.kind == "medusa" else "random"
-        self.heads.initialise(target.model, automatic if options.head_init == "auto" else options.head_init)
+        initialise(self.heads, target.model, automatic if options.head_init == "auto" else options.head_init)
         self.heads.to(self.device)
         self.optimizer = MatrixOptimizer(self.heads, options)
         self.step, self.seconds = 0, 0.0
@@ -177,8 +178,8 @@ class HeadTrainer:
             states = target_states(self.target, tokens, self.heads.taps)
         hidden = states[..., : self.target.config.width]
         with self.autocast():
-            features = self.heads.features(target, tokens, states, options.trained_depths)  # [K, B, T, D]
-        leaf, total, T = features.detach().requires_grad_(), 0.0, features.shape[2]
+            predicted = features(self.heads, target, tokens, states, options.trained_depths)  # [K, B, T, D]
+        leaf, total, T = predicted.detach().requires_grad_(), 0.0, predicted.shape[2]
         for at in torch.arange(len(tokens), device=tokens.device).split(max(1, options.logit_tokens // options.window)):
             with self.autocast():
                 logits = target.logits(leaf[:, at])
@@ -186,12 +187,12 @@ class HeadTrainer:
                     probs = target.logits(hidden[at]).float().softmax(-1)
             loss = objective(probs, logits.float(), tokens[at])
             if options.feature_loss:
-                true = torch.stack([hidden[at, d + 1 : d + 1 + T] for d in range(len(features))])
+                true = torch.stack([hidden[at, d + 1 : d + 1 + T] for d in range(len(predicted))])
                 loss = loss + options.feature_loss * F.smooth_l1_loss(leaf[:, at].float(), true.float())
             loss = loss * (share * len(at) / len(tokens))
             loss.backward()
             total += loss.item()
-        features.backward(leaf.grad)
+        predicted.backward(leaf.grad)
         return total
 
     def figures(self) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from phase3.drafters.medusa import MedusaDrafter, MedusaHeads, MedusaShape
 from phase3.teacher_forced import teacher_forced_acceptance
 from tests.support.beside import beside
 
-data, figures, loss, training = (beside(3, f"training.{name}") for name in ("data", "figures", "loss", "trainer"))
+data, features, figures, loss, training = (
+    beside(3, f"training.{name}") for name in ("data", "features", "figures", "loss", "trainer")
+)
 program = beside(3, "train_heads")
 CPU = torch.device("cpu")
 COURSE = {"steps": 30, "batch_tokens": 256, "warmup": 3, "window": 32, "lr": 1e-2, "eval_rows": 4}
@@ -51,7 +53,7 @@ def options(corpus: list[Path], kind: str, **changes: Any) -> Any:
 def random_eagle(target: phase3.LoadedModel, taps: tuple[int, ...], reach: int = 64) -> EagleHead:
     torch.manual_seed(0)
     head = EagleHead(EagleShape(40, reach, taps), target.config)
-    head.initialise(target.model, "random")
+    features.initialise(head, target.model, "random")
     return head.requires_grad_(False)
 
 
@@ -61,7 +63,7 @@ def test_a_draft_computes_what_was_trained(target: phase3.LoadedModel, taps: tup
     head, model = random_eagle(target, taps), target.model
     tokens = torch.randint(20, 300, (1, 20), generator=torch.Generator().manual_seed(1))
     states = target_states(target, tokens, taps)
-    trained = head.features(model, tokens, states, 4)  # [4, 1, T, D]
+    trained = features.features(head, model, tokens, states, 4)  # [4, 1, T, D]
     text = tokens[0].tolist()
     for t in (0, 5, 15):
         inputs = head.inputs(model.embedding(tokens[0, 1 : t + 2]), head.read(states[0, : t + 1]))
@@ -104,10 +106,10 @@ def test_beside_layers_with_windows_eagles_layer_has_its_own_reach(make_checkpoi
 
 def test_zero_heads_repeat_the_target(target: phase3.LoadedModel) -> None:
     heads = MedusaHeads(MedusaShape(3, 2), target.config.width)
-    heads.initialise(target.model, "zero")
+    features.initialise(heads, target.model, "zero")
     states, embedded = torch.randn(2, 5, target.config.width)
     assert torch.equal(heads(states, embedded), states.expand(3, 5, -1))
-    heads.initialise(target.model, "copy")
+    features.initialise(heads, target.model, "copy")
     assert not torch.allclose(heads(states, embedded)[0], states, atol=1e-3)
 
 
@@ -115,7 +117,7 @@ def test_zero_heads_repeat_the_target(target: phase3.LoadedModel) -> None:
 def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[str, Any]) -> None:
     torch.manual_seed(0)
     heads = MedusaHeads(MedusaShape(2, 1, **extra), target.config.width).requires_grad_(False)
-    heads.initialise(target.model, "random")
+    features.initialise(heads, target.model, "random")
     for parameter in heads.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     params = phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -123,8 +125,8 @@ def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[
     sequence = phase3.Sequence([30, 31, 32], params, phase3.Ending())
     for _ in itertools.islice(phase3.decode(target.model, drafter, [sequence], params), 4):
         text = torch.tensor([sequence.prompt + sequence.tokens])
-        trained = heads.features(
-            target.model, text, target_states(target, text, heads.taps), 1
+        trained = features.features(
+            heads, target.model, text, target_states(target, text, heads.taps), 1
         )  # the last anchor is visible
         torch.testing.assert_close(drafter.level_logits(sequence)[0], target.model.logits(trained[0, 0, -1]))
 
@@ -316,7 +318,7 @@ def test_figures_count_the_table_on_the_same_positions(target: phase3.LoadedMode
     for kind, gap in kinds:
         shape = {"heads": 2} if kind == "medusa" else {"ffn_width": 8}
         heads = build_heads(kind, shape, target.config)
-        heads.initialise(target.model, "random")
+        features.initialise(heads, target.model, "random")
         right = table.clone()
         right[[20, 21, 22]] = torch.tensor([20, 21, 22]).roll(-gap)
         assert figures.text_figures(heads, target, rows, 2, right)["table_accuracy"] == 1
@@ -393,7 +395,7 @@ def test_a_corpus_without_text_is_refused(target: phase3.LoadedModel, corpus: li
 
 def test_nan_stops_and_names_the_cause(target: phase3.LoadedModel) -> None:
     heads = MedusaHeads(MedusaShape(2, 1), target.config.width)
-    heads.initialise(target.model, "zero")
+    features.initialise(heads, target.model, "zero")
     with torch.no_grad():
         heads.bias[0, 0, 0, 0] = math.nan
     with pytest.raises(UserError, match="weights of bias are not finite; lower --lr"):

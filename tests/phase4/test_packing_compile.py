@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ import phase3
 import phase3.drafters.heads as before
 import phase4
 import phase4.drafters.heads as after
+from common.philox import Purpose
 from phase4.packing import PackedLinear, can_pack
 from phase4.shapes import padded_length
 from phase4.target import target_forward
 from phase4.weights import fused_matrices, places, reserve, split
+from tests.support.beside import beside
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "gpt2", "opt", "qwen3", "mistral"]
@@ -150,7 +153,7 @@ def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_
     torch.manual_seed(0)
     shape = {"heads": 2, "blocks": 1} if kind == "medusa" else {"ffn_width": 40, "reach": 16}
     heads = before.build_heads(kind, shape, old.config)
-    heads.initialise(old.model, "random")
+    beside(3, "training.features").initialise(heads, old.model, "random")
     before.save_heads(tmp_path / "old", heads, old)
     loaded: list[Any] = [before.load_heads(tmp_path / "old", old, kind), after.load_heads(tmp_path / "old", new, kind)]
     after.save_heads(tmp_path / "new", loaded[1], new)
@@ -158,12 +161,18 @@ def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     tokens = torch.randint(1, 300, (1, 12))
-    features = []
-    both: list[tuple[Any, Any, Any]] = [(before, old, loaded[0]), (after, new, loaded[1])]
-    for module, target, found in both:
-        states = module.target_states(target, tokens, ())
-        features.append(found.features(target.model, tokens, states, 2))
-    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-4)
+    guesses = []
+    both: list[tuple[Any, Any, Any, Any]] = [(phase3, before, old, loaded[0]), (phase4, after, new, loaded[1])]
+    for engine, module, target, found in both:
+        params, source = engine.SamplingParams(), engine.GreedySource()
+        options = SimpleNamespace(drafter=kind)
+        drafter = engine.drafters.make_drafter(options, target.model, None, params, source, Purpose.DRAFT, found)
+        sequence = engine.Sequence(tokens[0].tolist(), params, engine.Ending())
+        states = module.target_states(target, tokens[:, :-1], ())[0]
+        drafter.observe(engine.Outcome([sequence], [0], [states]))
+        tree = engine.Tree([5, 6], [-1, -1])
+        guesses.append([drafter.expand(sequence, tree, nodes) for nodes in ([-1], [0, 1])])
+    torch.testing.assert_close(*guesses, atol=1e-5, rtol=1e-4)
 
 
 def test_only_narrow_forwards_are_padded(make_checkpoint: Callable[..., Path]) -> None:

@@ -18,11 +18,9 @@ from torch import Tensor
 
 import phase4
 from common.errors import UserError
-from phase4.drafters.medusa import MedusaHeads, MedusaShape
 from phase4.quantize import Format, QuantLinear, quantize_model, stored_bytes
 from phase4.quantize_calibrated import Method, quantize_calibrated
 from phase4.quantize_files import save_quantized
-from tests.support.beside import beside
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(20, 300, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -212,13 +210,9 @@ def test_what_is_quantised_is_not_quantised_again(quantized: Path) -> None:
     assert drafted[0].tokens == plain[0].tokens
 
 
-def test_heads_of_a_quantised_target_begin_and_learn_without_what_it_lacks(quantized: Path) -> None:
-    target = phase4.load(str(quantized), torch.float32, CPU)
-    heads = MedusaHeads(MedusaShape(), target.config.width)
-    with pytest.raises(UserError, match="--head-init copy needs a target that is not quantised"):
-        heads.initialise(target.model, "copy")
-    with pytest.raises(UserError, match="--generated: transformers cannot read the quantised target"):
-        beside(4, "training.data").write_text(target, TOKENS.flatten(), 32, 16, 2, seed=0)
+def test_a_quantised_checkpoint_has_no_heads_of_its_own(quantized: Path) -> None:
+    with pytest.raises(UserError, match="comes with no medusa heads; heads are trained for models that are not"):
+        phase4.LLM(phase4.Options(model=str(quantized), drafter="medusa"))
 
 
 def test_the_command_line_writes_what_generate_reads(

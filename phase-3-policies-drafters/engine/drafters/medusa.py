@@ -10,7 +10,7 @@ heads are cheap, and their accuracy is limited.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,6 @@ from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
 from .memory import StateMemory
-
-HeadInit = Literal["zero", "copy", "random"]
 
 
 @dataclass(frozen=True)
@@ -56,22 +54,6 @@ class MedusaHeads(nn.Module):
     def describe(self) -> dict[str, Any]:
         return asdict(self.shape)
 
-    @torch.no_grad()
-    def initialise(self, target: Transformer, how: HeadInit) -> None:
-        """Set the weights. zero: each head equals the target's next-token prediction. random: torch's initialisation of
-        a Linear layer. copy: the product of the matrices of the target's last feed-forward."""
-        width = self.weight.shape[-1]
-        if how == "zero":
-            nn.init.zeros_(self.weight)
-        elif how == "random":
-            nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
-        else:
-            ffn = target.layers[-1].ffn
-            self.weight.copy_((ffn.down.weight @ ffn.up.weight).T.expand_as(self.weight))  # type: ignore[union-attr, operator]
-        for added in (self.reduce, self.token):
-            if added is not None:
-                nn.init.zeros_(list(added.parameters())[-1])
-
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
         """Map states [N, F] and embeddings [N, D] of the tokens after them to the output matrix's input [H, N, D]."""
         x = states[:, : self.weight.shape[-1]]
@@ -84,16 +66,6 @@ class MedusaHeads(nn.Module):
             x = x + F.silu(torch.baddbmm(bias, x, weight))
         mixed: Tensor = x @ self.mix
         return mixed
-
-    def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
-        """Predict training features [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
-
-        Depth d = 1, 2, ... predicts token t + 1 + d, through the target's output matrix.
-        """
-        T = tokens.shape[1] - depths
-        at, embedded = states[:, :T], target.embedding(tokens[:, 1 : T + 1])
-        x: Tensor = self(at.flatten(0, 1), embedded.flatten(0, 1))[:depths].unflatten(1, at.shape[:2])
-        return x
 
 
 class MedusaDrafter:

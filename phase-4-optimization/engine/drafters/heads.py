@@ -21,6 +21,7 @@ from common.weights import read_tensors
 
 from ..config import ModelConfig
 from ..load import LoadedModel
+from ..quantize_files import is_quantized
 from ..weights import lay_out, places, split
 from .eagle import EagleHead, EagleShape
 from .medusa import MedusaHeads, MedusaShape
@@ -58,6 +59,8 @@ def find_heads(option: str, target: LoadedModel, kind: HeadsKind) -> Path:
 
 
 def training_command(target: LoadedModel, kind: HeadsKind) -> str:
+    if is_quantized(target.checkpoint):
+        return "heads are trained for models that are not quantised: name such a model, with --quant"
     command = f"python train_heads.py --kind {kind} --target {target.checkpoint.name} --out FOLDER"
     return f"train them with the last phase that has train_heads.py: {command}"
 

@@ -19,10 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.errors import UserError
 from common.philox import Purpose
 
-from ..attention import AttentionBackend, CachedAttention, FullAttention, seen
+from ..attention import AttentionBackend, CachedAttention, seen
 from ..config import ModelConfig
 from ..drafting import Draft, Outcome, Stop
 from ..kv_cache import CacheShape, StaticCache
@@ -32,7 +31,6 @@ from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
-from .medusa import HeadInit
 from .memory import StateMemory
 
 GUESSES = 4 * 64  # of one draft: a dynamic tree may extend four nodes on each of its levels, and keep few of them
@@ -64,24 +62,6 @@ class EagleHead(nn.Module):
     def describe(self) -> dict[str, Any]:
         return asdict(self.shape)
 
-    @torch.no_grad()
-    def initialise(self, target: Transformer, how: HeadInit) -> None:
-        """Set the weights. copy: those of the target's last layer. random: torch's initialisation of Linear layers.
-        zero: random, but both output matrices are 0, so that the layer returns its input."""
-        for name, parameter in self.block.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.kaiming_uniform_(parameter, a=5**0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-        if how == "copy":
-            if self.config.ffn_width != target.config.ffn_width:
-                raise UserError(f"--head-init copy needs --ffn-width {target.config.ffn_width}, as the target's layers")
-            self.block.load_state_dict(target.layers[-1].state_dict())
-        elif how == "zero":
-            nn.init.zeros_(self.block.attention.output.weight)
-            nn.init.zeros_(self.block.ffn.down.weight)
-        self.norm.load_state_dict(target.norm.state_dict())  # the output matrix expects this scale
-
     def read(self, states: Tensor) -> Tensor:
         """Reduce the target's states [..., F] to one feature vector [..., D] per position."""
         feature: Tensor = states if self.reduce is None else self.reduce(states)
@@ -99,31 +79,6 @@ class EagleHead(nn.Module):
         """inputs [B, T, D] -> the predicted features [B, T or W, D]."""
         predicted: Tensor = self.norm(self.block(inputs, rotation, backend, wanted))
         return predicted
-
-    def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
-        """Predict training features [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
-
-        Depth 1 reads true states only. At depth s the input of anchor t joins token x_{t+s} and the feature predicted
-        for it at depth s - 1. Its attention covers the same inputs as in a draft: the true ones up to t, and the
-        anchor's own at depths 2 .. s. Depth d predicts token t + 1 + d.
-        """
-        B, W = tokens.shape
-        T = W - depths
-        embedded = target.embedding(tokens)
-        feature = self.read(states[:, :T])
-        steps = torch.arange(T, device=tokens.device)
-        past, own = steps[:, None] >= steps, steps[:, None] == steps
-        inputs, found = [], []
-        for depth in range(1, depths + 1):
-            inputs.append(self.inputs(embedded[:, depth : depth + T], feature))
-            sees = torch.cat([past, *[own] * (depth - 1)], -1)  # [T, depth * T]
-            mask = feature.new_zeros(sees.shape).masked_fill(~sees, float("-inf"))
-            positions = torch.cat([steps + d for d in range(depth)])
-            rotation = target.rotation_at(positions, feature) if self.config.positions == "rope" else None
-            last = (torch.arange(B, device=tokens.device)[:, None], (steps + (depth - 1) * T).expand(B, T))
-            feature = self(torch.cat(inputs, 1), rotation, FullAttention(mask[None, None]), last)
-            found.append(feature)
-        return torch.stack(found)
 
 
 class Lookahead:

@@ -10,14 +10,13 @@ heads are cheap, and their accuracy is limited.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.errors import UserError
 from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
@@ -31,8 +30,6 @@ from .memory import StateMemory
 
 if TYPE_CHECKING:
     from ..kernels.cpp import CppMedusa
-
-HeadInit = Literal["zero", "copy", "random"]
 
 
 @dataclass(frozen=True)
@@ -60,25 +57,6 @@ class MedusaHeads(nn.Module):
     def describe(self) -> dict[str, Any]:
         return asdict(self.shape)
 
-    @torch.no_grad()
-    def initialise(self, target: Transformer, how: HeadInit) -> None:
-        """Set the weights. zero: each head equals the target's next-token prediction. random: torch's initialisation of
-        a Linear layer. copy: the product of the matrices of the target's last feed-forward."""
-        width = self.weight.shape[-1]
-        if how == "zero":
-            nn.init.zeros_(self.weight)
-        elif how == "random":
-            nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
-        else:
-            ffn = target.layers[-1].ffn
-            if not isinstance(ffn.down, nn.Linear):  # type: ignore[union-attr]
-                raise UserError("--head-init copy needs a target that is not quantised; use zero or random")
-            up = ffn.gate_up.weight.chunk(2)[1] if ffn.gated else ffn.up.weight  # type: ignore[union-attr, operator]
-            self.weight.copy_((ffn.down.weight @ up).T.expand_as(self.weight))  # type: ignore[union-attr, operator]
-        for added in (self.reduce, self.token):
-            if added is not None:
-                nn.init.zeros_(list(added.parameters())[-1])
-
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
         """Map states [N, F] and embeddings [N, D] of the tokens after them to the output matrix's input [H, N, D]."""
         x = states[:, : self.weight.shape[-1]]
@@ -91,16 +69,6 @@ class MedusaHeads(nn.Module):
             x = x + F.silu(torch.baddbmm(bias, x, weight))
         mixed: Tensor = x @ self.mix
         return mixed
-
-    def features(self, target: Transformer, tokens: Tensor, states: Tensor, depths: int) -> Tensor:
-        """Predict training features [depths, B, T, D] at the anchors t = 0 .. T-1 of windows [B, W], T = W - depths.
-
-        Depth d = 1, 2, ... predicts token t + 1 + d, through the target's output matrix.
-        """
-        T = tokens.shape[1] - depths
-        at, embedded = states[:, :T], target.embedding(tokens[:, 1 : T + 1])
-        x: Tensor = self(at.flatten(0, 1), embedded.flatten(0, 1))[:depths].unflatten(1, at.shape[:2])
-        return x
 
 
 class MedusaDrafter:

@@ -1,1 +1,0 @@
-"""Training of Medusa heads and EAGLE layers (train_heads.py), which no run of the engine needs."""
