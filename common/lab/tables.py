@@ -1,4 +1,4 @@
-"""`lab tables`: fill in the measured numbers of the READMEs, computed from the committed rows.
+"""`lab tables`: fill in the measured numbers of the READMEs, computed from the committed rows, and the table of tests.
 
 A README marks the source of a number or a table; this command fills the space between the marks.
 
@@ -10,7 +10,7 @@ A README marks the source of a number or a table; this command fills the space b
 
 The first word is a section of `results/results.jsonl` beside the README (`from: FOLDER` names another folder). Columns
 are those of common/tables.py, with headings. `where` selects cells and variants (`a|b`: one or the other), and `versus`
-compares with another baseline than each row's own.
+compares with another baseline than each row's own. `<!-- tests: engine -->` in CONTRIBUTING.md is filled by tested.py.
 
     lab tables           # rewrite every README
     lab tables --check   # exit status 1 if a README differs from the rows
@@ -27,12 +27,13 @@ from typing import Any
 
 from common.errors import UserError
 from common.lab.arguments import Parser
+from common.lab.tested import table
 from common.phases import ROOT, phases
 from common.results import ROWS, Row, read_rows
 from common.tables import derive, text_of
 from common.terminal import cell_text, print_table
 
-MARK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- (table|value|tests): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
 UNMEASURED = "(not measured yet)"
 FIELDS = ("columns", "column", "where", "versus", "from")
 
@@ -95,6 +96,8 @@ def lines_of(readme: Path, section: str, fields: dict[str, str]) -> list[dict[st
 
 def render(readme: Path, kind: str, mark: str) -> str:
     """Return the text between a mark and its end."""
+    if kind == "tests":
+        return f"\n{table(readme.parent)}\n"
     section, fields = parse_mark(mark, str(readme))
     lines = lines_of(readme, section, fields)
     if not lines:
@@ -116,12 +119,14 @@ def rewrite(readme: Path) -> str:
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
-    """List the READMEs that may quote measurements: the root's and every phase's."""
-    return [root / "README.md", *(phase.folder / "README.md" for phase in phases(root))]
+    """List the files with marks: the READMEs of the root and of every phase, and CONTRIBUTING.md."""
+    return [root / "README.md", root / "CONTRIBUTING.md", *(phase.folder / "README.md" for phase in phases(root))]
 
 
 def run(arguments: list[str]) -> int:
-    parser = Parser("lab tables", "Fill the measured numbers of the READMEs from the committed rows.")
+    parser = Parser(
+        "lab tables", "Fill the measured numbers of the READMEs, and the table of tests in CONTRIBUTING.md."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a README differs")
     options = parser.parse_args(arguments)
     differing = []
@@ -132,7 +137,7 @@ def run(arguments: list[str]) -> int:
             if not options.check:
                 readme.write_text(text, encoding="utf-8", newline="\n")
     for name in differing:
-        print(f"{name}: {'differs from its rows; `lab tables` rewrites it' if options.check else 'rewritten'}")
+        print(f"{name}: {'differs from its sources; `lab tables` rewrites it' if options.check else 'rewritten'}")
     if not differing:
-        print("every README has the numbers of its rows", file=sys.stderr)
+        print("every table has what its sources say", file=sys.stderr)
     return 1 if options.check and differing else 0
