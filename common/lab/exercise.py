@@ -2,7 +2,7 @@
 
 Everything is derived from the sources. The files that a phase adds lose the bodies of their functions (stubs.py). Files
 that it changes are given whole, because the changes are mostly command-line plumbing. The phase's README may give hints
-on functions, in its section `## Exercise`, one list item each:
+on functions, in a section `## Exercise` or in one of every chapter (`### Exercise`), one list item each:
 
     - engine/verify.py, verify: which token is the first rejected one?
     - engine/record.py: a hint for a whole file
@@ -55,18 +55,19 @@ class Exercise:
         return {file: (self.phase.folder / file).read_text(encoding="utf-8") for file in self.sources}
 
 
-def _section(readme: str) -> str:
-    return readme.partition("\n## Exercise\n")[2].partition("\n## ")[0]
+def _exercises(readme: str) -> str:
+    """Return the sections `Exercise` of a README: one for all of it, or one in every chapter."""
+    return "\n".join(re.findall(r"^##+ Exercise\n(.*?)(?=^##|\Z)", readme, re.MULTILINE | re.DOTALL))
 
 
 def parse_hints(readme: str) -> dict[str, str]:
-    """Parse the hints of a README's section `## Exercise`."""
-    return {key: " ".join(words.split()) for key, words in HINT.findall(_section(readme))}
+    """Parse the hints of a README's sections `Exercise`."""
+    return {key: " ".join(words.split()) for key, words in HINT.findall(_exercises(readme))}
 
 
 def parse_parts(readme: str) -> set[str]:
-    """Parse the parts that a README's section `## Exercise` names; none if everything is the exercise."""
-    return set(PART.findall(_section(readme)))
+    """Parse the parts that a README's sections `Exercise` name; none if everything is the exercise."""
+    return set(PART.findall(_exercises(readme)))
 
 
 def _matching(hints: dict[str, str], stub: Stub) -> str | None:

@@ -29,9 +29,21 @@ class Recording(phase3.GreedySource):
         return super().draw(probs, samples, positions, purpose)
 
 
+@pytest.mark.about("engine/policies.py, Rejection.verify")
+def test_rejection_is_the_rule_of_verify() -> None:
+    probs = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    draft = phase3.Draft(torch.tensor([[0, 1], [2, 3]]), probs.flip(-1)[:, :2], [2, 1])
+    keys, source = (torch.tensor([2, 1]), torch.tensor([0, 1]), torch.tensor([7, 9])), phase3.KeyedSource(3)
+    found = phase3.Rejection().verify(draft, phase3.TargetProbs(probs, probs), *keys, source)
+    expected = phase3.verify(draft.tokens, draft.probs, probs, *keys, source)
+    for name in ("accepted", "next_tokens", "ratios"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
 OPINION = [0.5, 0.3, 0.2]  # entropy 1.0297, so exp(-entropy) is 0.3571
 
 
+@pytest.mark.about("engine/policies.py, ConfThreshold.good")
 @pytest.mark.parametrize(
     ("policy", "good"),
     [

@@ -121,4 +121,8 @@ def test_hints() -> None:
     section = "Do it.\n\n- engine/a/b.py, C.d: one\n  two\n- engine/a.py: three\n- no hint\n"
     text = f"# X\n\n## Exercise\n\n{section}\n## Y\n\n- engine/c.py: no\n"
     assert parse_hints(text) == {"engine/a/b.py, C.d": "one two", "engine/a.py": "three"}
+    chapters = (
+        "## A\n\n### Exercise\n\n- engine/a.py: one\n\n## B\n\n- engine/c.py: no\n\n### Exercise\n\n- engine/b.py: two"
+    )
+    assert parse_hints(chapters) == {"engine/a.py": "one", "engine/b.py": "two"}
     assert parse_hints("# X\n") == {}
