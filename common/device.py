@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -16,6 +19,7 @@ import torch
 from common.errors import UserError
 from common.limits import room
 
+T = TypeVar("T")
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,6 +74,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside, and with as many as before afterwards; 0 changes nothing."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def each_within(context: Callable[[], AbstractContextManager[object]], steps: Iterator[T]) -> Iterator[T]:
+    """Yield the same steps, each computed inside a context of its own; the caller's code runs outside of it."""
+    while True:
+        with context():
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+        yield step
 
 
 def _linux_peak() -> int | None:

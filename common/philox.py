@@ -90,12 +90,13 @@ def _encrypt_one(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
     return a, b, c, d
 
 
-def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+def words(seed: int | Tensor, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
     """Compute `count` random words for each row: int64 [B, count] in [0, 2**32), on the device of `position`.
 
-    `sample` and `position` are int64 [B]. The low 32 bits of both and of `purpose` count, and the low 64 of `seed`, so
-    a seed may be negative. Word i is word i % 4 of the block with counter (i // 4, position, sample, purpose) and
-    key (low, high half of the seed): asking for more words never changes the first ones.
+    `sample` and `position` are int64 [B], `seed` too, or one number for all rows. The low 32 bits of sample, position
+    and purpose count, and the low 64 of the seed, so a seed may be negative. Word i is word i % 4 of the block with
+    counter (i // 4, position, sample, purpose) and key (low, high half of the seed): asking for more words never
+    changes the first ones.
     """
     if _few(sample, position, count):
         found = _words_one_by_one(seed, sample, position, purpose, count)
@@ -106,7 +107,10 @@ def words(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int)
     counter[1] = position[:, None]
     counter[2] = sample[:, None]
     counter[3] = int(purpose) & MASK
-    key = _pair(seed & MASK, (seed >> 32) & MASK, like=counter)
+    if isinstance(seed, Tensor):
+        key = torch.stack((seed & MASK, (seed >> 32) & MASK))[..., None]  # [2, B, 1]
+    else:
+        key = _pair(seed & MASK, (seed >> 32) & MASK, like=counter)
     return _encrypt(counter[0::2], counter[1::2], key).flatten(1)[:, :count]
 
 
@@ -121,17 +125,18 @@ def _few(sample: Tensor, position: Tensor, count: int) -> bool:
     return position.device.type == "cpu" and len(position) * ((count + 3) // 4) <= FEW
 
 
-def _words_one_by_one(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> list[int]:
+def _words_one_by_one(seed: int | Tensor, sample: Tensor, position: Tensor, purpose: int, count: int) -> list[int]:
     """Return the words of all rows, one row after the other."""
-    rows, blocks = zip(position.tolist(), sample.tolist(), strict=True), range((count + 3) // 4)
+    seeds = seed.tolist() if isinstance(seed, Tensor) else [seed] * len(position)
+    rows, blocks = zip(seeds, position.tolist(), sample.tolist(), strict=True), range((count + 3) // 4)
     return [
         word
-        for p, s in rows
-        for word in [w for block in blocks for w in _encrypt_one((block, p, s, int(purpose)), seed)][:count]
+        for key, p, s in rows
+        for word in [w for block in blocks for w in _encrypt_one((block, p, s, int(purpose)), key)][:count]
     ]
 
 
-def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+def uniforms(seed: int | Tensor, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
     """Compute uniform numbers in the open interval (0, 1): float32 [B, count], the same bits on every device.
 
     The upper 23 bits of a word, k, become (k + 0.5) / 2**23: the middle of one of 2**23 equal cells. 2 * k + 1 has at
@@ -145,7 +150,7 @@ def uniforms(seed: int, sample: Tensor, position: Tensor, purpose: int, count: i
     return upper.to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
-def gumbel(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+def gumbel(seed: int | Tensor, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
     """Compute standard Gumbel noise -log(-log(u)): float32 [B, count], finite, between -2.82 and 16.64.
 
     The argmax over tokens of (log-probability + noise) is a sample of the distribution (Gumbel-max). The uniforms are

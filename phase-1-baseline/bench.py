@@ -222,7 +222,7 @@ class Lesson(Bench):
         best, panels = logits[0].topk(20).indices.tolist(), {}
         for knob, value in KNOBS:
             params = SamplingParams(**{"temperature": 1.0, knob: value})
-            probs = probabilities(logits, params, [before], [written])[0]
+            probs = probabilities(logits, [params], [before], [written])[0]
             bits, kept = torch.special.entr(probs).sum().item() / math.log(2), int((probs > 0).sum())
             panels[f"{knob.replace('_', '-')} {value:g}\n{bits:.1f} bits, {kept:,} tokens"] = probs[best].tolist()
             figures = {"entropy_bits": bits, "kept": kept, "likeliest": probs.max().item()}

@@ -31,8 +31,6 @@ from common.options import parse_options, run_main
 from common.prompts import Prompt
 from common.results import Scalar
 from engine import (
-    GreedySource,
-    KeyedSource,
     LoadedModel,
     ModelDrafter,
     SamplingParams,
@@ -43,6 +41,7 @@ from engine import (
 )
 from engine.pair import check_pair, fit_vocabulary, resolve_draft
 from engine.teacher_forced import teacher_forced_acceptance
+from engine.verify import random_source
 
 DEFINITIONS = {
     "speed": "speedup: seconds per token of plain decoding over this variant's, same engine, in turns; at "
@@ -107,10 +106,10 @@ class Lesson(Bench):
     ) -> Outcome:
         assert prompt is not None
         params = replace(params, seed=self.options.seed + round_)
-        source = GreedySource() if params.greedy else KeyedSource(params.seed)
+        source = random_source([params])
         sequence = Sequence(target.tokenizer.encode(prompt.text), params, target.ending)
-        drafter = ModelDrafter(draft.model, params, source)
-        steps = [s.stats[0] for s in speculative_decode(target.model, drafter, [sequence], params, k, source)]
+        drafter = ModelDrafter(draft.model, source)
+        steps = [s.stats[0] for s in speculative_decode(target.model, drafter, [sequence], k, source)]
         drafted, tokens = [step for step in steps if step.proposed], sequence.tokens
         figures = {
             "forwards": len(steps),
@@ -127,8 +126,8 @@ class Lesson(Bench):
     def forced(self, target: LoadedModel, draft: LoadedModel, temperature: float) -> None:
         """Count acceptance along the true text, a row per prompt and K; nothing is timed."""
         params = SamplingParams(temperature=temperature, max_new_tokens=10**6, seed=self.options.seed, ignore_eos=True)
-        source = GreedySource() if params.greedy else KeyedSource(params.seed)
-        drafter, encode = ModelDrafter(draft.model, params, source), target.tokenizer.encode
+        source = random_source([params])
+        drafter, encode = ModelDrafter(draft.model, source), target.tokenizer.encode
         dtype = dtype_name(target.model.embedding.weight.dtype)
 
         def follow(prompt: Prompt, k: int) -> Outcome:

@@ -85,14 +85,14 @@ def main(arguments: list[str]) -> int:
         options.prompts, options.max_tokens = min(options.prompts, 3), min(options.max_tokens, 16)
         options.tokens, options.k, options.formats = min(options.tokens, 1024), options.k[:2], options.formats[:1]
         options.temperatures = options.temperatures[-1:]
-    threads = options.threads or torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     definitions = FIGURES | MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
     with open_results(
         options, definitions, device, options.dtype, model_hashes(options.model, options.draft)
     ) as results:
         lab = Lab(options, results, device)
         for section in sections(options, device.type == "cuda"):
-            torch.set_num_threads(threads)  # an LLM with C++ steps sets torch to one thread
             SECTIONS[section](lab)
         if options.output:
             draw(lab, options.output)

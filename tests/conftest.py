@@ -20,6 +20,7 @@ from common.models.train_tokenizer import save_tokenizer, train_tokenizer
 from common.phases import Phase, phases
 from common.recording import SCHEMA, Recording, contradictions, read_recording
 from tests.support.beside import BESIDE, forget
+from tests.support.covering import mark_slow
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -87,8 +88,10 @@ def reference_model(family: str, **overrides: Any) -> Any:
     return model
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests for a GPU, with the reason, if there is none."""
+    """Mark the slow part of large grids; skip tests for a GPU, with the reason, if there is none."""
+    mark_slow(items)
     if torch.cuda.is_available():
         return
     for item in items:

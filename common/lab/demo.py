@@ -37,16 +37,11 @@ STREAMED = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __ini
 def phase_runner(phase: Phase, new_tokens: int) -> tuple[Variant, Any]:
     """Return a function that runs one prompt with this phase's engine, and the loaded model."""
     engine = importlib.import_module(phase.package)
-    before = torch.get_num_threads()
     llm = engine.LLM(engine.Options(max_tokens=new_tokens, dtype="float32"))
-    threads = torch.get_num_threads()  # a phase whose steps run outside of torch leaves torch a single thread
-    torch.set_num_threads(before)
 
     def run(prompt: Prompt | None, round_: int) -> Outcome:
         assert prompt is not None
-        torch.set_num_threads(threads)
         done = llm.generate([prompt.text])[0]
-        torch.set_num_threads(before)
         return Outcome(len(done.tokens), {"forwards": done.stats.target_forwards}, done.tokens)
 
     return run, llm.loaded

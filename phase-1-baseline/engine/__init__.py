@@ -5,7 +5,7 @@ from .config import ModelConfig
 from .config_rope import RopeConfig
 from .context import visible, window_start
 from .forward import next_logits
-from .generate import Clock, Generation, Stats, decode, generate, stream
+from .generate import Generation, Stats, decode, generate, stream
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
@@ -15,7 +15,6 @@ from .sequence import Ending, Sequence
 
 __all__ = [
     "LLM",
-    "Clock",
     "Ending",
     "Generation",
     "KeyedSampler",

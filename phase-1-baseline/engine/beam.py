@@ -35,7 +35,7 @@ def _expand(model: Transformer, prompt: list[int], running: list[Hypothesis], ke
     logits = next_logits(model, sequences)
     check_finite(logits)
     totals = logits.float().log_softmax(-1).cpu() + scores  # [beams, V]
-    best = ranked(totals.flatten(), min(keep, totals.numel()))
+    best = ranked(totals.view(1, -1), min(keep, totals.numel()))[0]
     return [
         Hypothesis([*running[index // totals.shape[1]].tokens, index % totals.shape[1]], score)
         for index, score in zip(best.tolist(), totals.flatten()[best].tolist(), strict=True)

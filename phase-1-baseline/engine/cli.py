@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.options import parse_options
 from common.phases import phase_of
 
-from .generate import Clock
+from .generate import stats_of
 from .llm import LLM
 from .options import Options
 from .sequence import Sequence
@@ -64,7 +64,7 @@ class Printer:
             self.waiting.pop(0)
 
 
-def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
+def report(llm: LLM, sequences: list[Sequence]) -> dict[str, object]:
     """Return the document of `--json`. An interrupted completion keeps its tokens and is marked."""
     completions = [
         {
@@ -72,7 +72,7 @@ def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, objec
             "tokens": sequence.tokens,
             "text": sequence.text,
             "finish_reason": sequence.finish_reason or "interrupted",
-            "stats": dataclasses.asdict(clock.stats(sequence)) if sequence.tokens else {},
+            "stats": dataclasses.asdict(stats_of(sequence)) if sequence.tokens else {},
         }
         for sequence in sequences
     ]
@@ -85,9 +85,9 @@ def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, objec
     }
 
 
-def summary(llm: LLM, sequences: list[Sequence], clock: Clock) -> str:
+def summary(llm: LLM, sequences: list[Sequence]) -> str:
     """Return one line for people: tokens, time, rate, model, dtype, device."""
-    stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
+    stats = [stats_of(sequence) for sequence in sequences if sequence.tokens]
     if not stats:
         return "no tokens"
     tokens, seconds = sum(s.new_tokens for s in stats), max(s.total_ms for s in stats) / 1e3
@@ -126,15 +126,14 @@ def main(arguments: list[str]) -> int:
     warn_about_length(llm, sequences)
     warn_about_white_space(llm, texts)
     printer = Printer(sequences, quiet=options.as_json)
-    clock = Clock()
     interrupted = False
     try:
-        for _ in llm.run(sequences, clock):
+        for _ in llm.run(sequences):
             printer.update()
     except KeyboardInterrupt:
         interrupted = True
         printer.update(interrupted)
     if options.as_json:
-        print(json.dumps(report(llm, sequences, clock)))
-    print(summary(llm, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
+        print(json.dumps(report(llm, sequences)))
+    print(summary(llm, sequences) + (", interrupted" if interrupted else ""), file=sys.stderr)
     return 130 if interrupted else 0

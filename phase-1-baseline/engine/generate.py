@@ -7,7 +7,6 @@ print(generate(loaded.model, [loaded.tokenizer.encode("from pathlib import")], S
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -45,50 +44,27 @@ class Generation:
     text: str = ""
 
 
-@dataclass
-class _Marks:
-    first: float
-    last: float = 0.0
-    steps: int = 0
-    forwards: int = 0
+def stats_of(sequence: Sequence) -> Stats:
+    progress = sequence.progress
+    return Stats(
+        prompt_tokens=len(sequence.prompt),
+        new_tokens=len(sequence.tokens),
+        ttft_ms=progress.first * 1e3,
+        total_ms=progress.last * 1e3,
+        tokens_per_s=len(sequence.tokens) / progress.last,
+        steps=progress.steps,
+        target_forwards=progress.forwards,
+    )
 
 
-class Clock:
-    """When each sequence's tokens became known, and what had been computed for them by then."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self._marks: dict[Sequence, _Marks] = {}
-
-    def mark(self, sequence: Sequence, forwards: int = 1) -> None:
-        """A step has just given this sequence one or more tokens, at the price of some target forwards."""
-        now = time.perf_counter() - self.began
-        marks = self._marks.setdefault(sequence, _Marks(first=now))
-        marks.last = now
-        marks.steps += 1
-        marks.forwards += forwards
-
-    def stats(self, sequence: Sequence) -> Stats:
-        marks = self._marks[sequence]
-        return Stats(
-            prompt_tokens=len(sequence.prompt),
-            new_tokens=len(sequence.tokens),
-            ttft_ms=marks.first * 1e3,
-            total_ms=marks.last * 1e3,
-            tokens_per_s=len(sequence.tokens) / marks.last,
-            steps=marks.steps,
-            target_forwards=marks.forwards,
-        )
-
-
-def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingParams, sampler: Sampler) -> Tensor:
+def decode_step(model: Transformer, sequences: list[Sequence], sampler: Sampler) -> Tensor:
     """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
     logits = next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences])
     tokens = choose(
         logits,
-        params,
+        [sequence.params for sequence in sequences],
         sampler,
-        samples=[sequence.sample for sequence in sequences],
+        keys=[sequence.key for sequence in sequences],
         positions=[sequence.length for sequence in sequences],
         prompts=[sequence.prompt for sequence in sequences],
         outputs=[sequence.tokens for sequence in sequences],
@@ -101,25 +77,24 @@ def decode_step(model: Transformer, sequences: list[Sequence], params: SamplingP
 def decode(
     model: Transformer,
     sequences: list[Sequence],
-    params: SamplingParams,
     sampler: Sampler | None = None,
     watch: Watch | None = None,
 ) -> Iterator[list[Sequence]]:
-    """Decode a batch to its end; after every step, the sequences that got a token. Rows end each on their own.
+    """Decode a batch to its end; yield the sequences that got a token in a step. Each has its own parameters and end.
 
     `watch` is called after every step, before the sequences are given out.
     """
-    sampler = sampler or KeyedSampler(params.seed)
+    sampler = sampler or KeyedSampler()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        logits = decode_step(model, active, params, sampler)
+        logits = decode_step(model, active, sampler)
         if watch is not None:
             watch(active, logits)
         yield active
 
 
-def finish(sequence: Sequence, stats: Stats) -> Generation:
+def finish(sequence: Sequence) -> Generation:
     assert sequence.finish_reason is not None, "the sequence is still being decoded"
-    return Generation(sequence.tokens, sequence.finish_reason, stats, sequence.text)
+    return Generation(sequence.tokens, sequence.finish_reason, stats_of(sequence), sequence.text)
 
 
 def generate(
@@ -139,11 +114,10 @@ def generate(
     samples = samples or [0] * len(prompts)
     ending = ending or Ending()
     sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
-    clock = Clock()
-    for active in decode(model, sequences, params, sampler):
+    for active in decode(model, sequences, sampler):
         for sequence in active:
-            clock.mark(sequence)
-    return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
+            sequence.progress.mark()
+    return [finish(sequence) for sequence in sequences]
 
 
 def stream(
@@ -151,5 +125,5 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one completion, each as soon as it is known."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
-    for _ in decode(model, [sequence], params):
+    for _ in decode(model, [sequence]):
         yield sequence.tokens[-1]

@@ -2,23 +2,25 @@
 
 llm = LLM(Options(max_tokens=16))
 print(llm.generate(["from pathlib import"])[0].text)
+for piece in llm.stream("class Stack:"):
+    print(piece, end="")
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
-import torch
-
-from common.device import available_memory, resolve_device, resolve_dtype
+from common.device import available_memory, each_within, resolve_device, resolve_dtype, torch_threads
 from common.errors import UserError
 
 from .beam import beam_search
 from .cost import forward_bytes, ranking_bytes
-from .generate import Clock, Generation, decode, finish
+from .generate import Generation, decode, finish
 from .load import load
 from .options import Options
-from .sampling import KeyedSampler
+from .sampling import SamplingParams
 from .sequence import Sequence
 
 
@@ -26,28 +28,41 @@ class LLM:
     """Loads what the options name. UserError where that cannot be had."""
 
     def __init__(self, options: Options) -> None:
-        if options.threads:
-            torch.set_num_threads(options.threads)
         self.options = options
-        self.params = options.sampling_params()
+        self.params = options.sampling_params()  # of requests that bring none
         device = resolve_device(options.device)
         self.loaded = load(options.model, resolve_dtype(options.dtype, device), device)
 
-    def sequences(self, texts: list[str]) -> list[Sequence]:
-        """One sequence for every sample of every prompt. UserError if one forward over all would not fit in memory."""
-        prompts = [self.loaded.tokenizer.encode(text) for text in texts]
-        self._check_memory(prompts)
+    def sequences(
+        self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Sequence]:
+        """Make one sequence for every sample of every prompt.
+
+        params: for all, or one for each prompt; by default the options'. UserError if one forward over all would not
+        fit in memory.
+        """
+        if not isinstance(params, list):
+            params = [params or self.params] * len(texts)
+        if len(params) != len(texts):
+            raise UserError(
+                f"{len(params)} sampling parameters for {len(texts)} prompts: give one for each, or one for all"
+            )
+        firsts = [
+            Sequence(self.loaded.tokenizer.encode(text), mine, self.loaded.ending)
+            for text, mine in zip(texts, params, strict=True)
+        ]
+        self._check_memory(firsts)
         return [
-            Sequence(prompt, self.params, self.loaded.ending, sample)
-            for prompt in prompts
+            Sequence(first.prompt, first.params, self.loaded.ending, sample)
+            for first in firsts
             for sample in range(self.options.n)
         ]
 
-    def _check_memory(self, prompts: list[list[int]]) -> None:
+    def _check_memory(self, firsts: list[Sequence]) -> None:
         """All completions share one forward; better to say now that it is too large than to be killed midway."""
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
-        rows = len(prompts) * self.options.n * self.options.beams
-        length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
+        rows = len(firsts) * self.options.n * self.options.beams
+        length = min(max(each.length + each.params.max_new_tokens for each in firsts), config.context)
         needed = forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
         free = available_memory(weight.device)
         if needed > free:
@@ -56,35 +71,53 @@ class LLM:
                 f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
             )
 
-    def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:
-        """Decode to the end, marking each sequence's tokens on the clock; yields after every step."""
+    def computing(self) -> AbstractContextManager[None]:
+        """Return the context of every step: torch has `--threads` threads inside."""
+        return torch_threads(self.options.threads)
+
+    def run(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Decode to the end; yield after every step."""
+        return each_within(self.computing, self._decode(sequences))
+
+    def _decode(self, sequences: list[Sequence]) -> Iterator[None]:
+        for sequence in sequences:
+            sequence.progress.began = time.perf_counter()
         if self.options.beams > 1:
-            yield from self._search(sequences, clock)
+            yield from self._search(sequences)
             return
-        for active in decode(self.loaded.model, sequences, self.params, KeyedSampler(self.params.seed)):
+        for active in decode(self.loaded.model, sequences):
             for sequence in active:
-                clock.mark(sequence)
+                sequence.progress.mark()
             yield
 
-    def _search(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:
+    def _search(self, sequences: list[Sequence]) -> Iterator[None]:
         """Beam search, one prompt after the other: no token is certain before its search ends."""
         for sequence in sequences:
             best = beam_search(
                 self.loaded.model,
                 sequence.prompt,
-                self.params,
+                sequence.params,
                 self.loaded.ending,
                 self.options.beams,
                 self.options.length_penalty,
             )
             for token in best.tokens:
                 sequence.append(token)
-            clock.mark(sequence, best.forwards)
+            sequence.progress.mark(best.forwards)
             yield
 
-    def generate(self, texts: list[str]) -> list[Generation]:
-        """All completions, in the order of the prompts."""
-        sequences, clock = self.sequences(texts), Clock()
-        for _ in self.run(sequences, clock):
+    def generate(
+        self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """Return all completions, in the order of the prompts. params as in `sequences`."""
+        sequences = self.sequences(texts, params)
+        for _ in self.run(sequences):
             pass
-        return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
+        return [finish(sequence) for sequence in sequences]
+
+    def stream(self, text: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one completion, piece by piece, as soon as it can no longer change."""
+        sequence = self.sequences([text], params)[0]
+        for _ in self.run([sequence]):
+            if piece := sequence.take_text():
+                yield piece

@@ -7,7 +7,7 @@ from .context import visible, window_start
 from .drafting import Draft, Drafter, ModelDrafter
 from .fake import FakeModel
 from .forward import next_logits
-from .generate import Clock, Generation, Stats, decode, generate, stream
+from .generate import Generation, Stats, decode, generate, stream
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
@@ -19,7 +19,6 @@ from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
     "LLM",
-    "Clock",
     "Draft",
     "Drafter",
     "Ending",

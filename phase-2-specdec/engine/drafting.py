@@ -12,7 +12,7 @@ from common.philox import Purpose
 
 from .forward import next_logits
 from .model import Transformer
-from .sampling import Sampler, SamplingParams, probabilities
+from .sampling import Sampler, probabilities
 from .sequence import Sequence
 
 
@@ -41,26 +41,27 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """A model of the same vocabulary, asked k times, through the same sampling parameters as the target."""
+    """A model of the same vocabulary, asked k times, with the sampling parameters of each sequence."""
 
-    def __init__(self, model: Transformer, params: SamplingParams, sampler: Sampler) -> None:
-        self.model, self.params, self.sampler = model, params, sampler
+    def __init__(self, model: Transformer, sampler: Sampler) -> None:
+        self.model, self.sampler = model, sampler
 
     def propose(self, sequences: list[Sequence], k: int) -> Draft:
         drafted: list[list[int]] = [[] for _ in sequences]
         prompts = [sequence.prompt for sequence in sequences]
-        samples = torch.tensor([sequence.sample for sequence in sequences])
+        params = [sequence.params for sequence in sequences]
+        keys = torch.tensor([sequence.key for sequence in sequences])
         lengths = torch.tensor([sequence.length for sequence in sequences])
         used: list[Tensor] = []
         for j in range(k):
             outputs = [s.tokens + new for s, new in zip(sequences, drafted, strict=True)]
             logits = next_logits(self.model, [p + o for p, o in zip(prompts, outputs, strict=True)])
-            probs = probabilities(logits, self.params, prompts, outputs)  # [R, V]
-            tokens = self.sampler.draw(probs, samples.to(probs.device), (lengths + j).to(probs.device), Purpose.DRAFT)
+            probs = probabilities(logits, params, prompts, outputs)  # [R, V]
+            tokens = self.sampler.draw(probs, keys.to(probs.device), (lengths + j).to(probs.device), Purpose.DRAFT)
             used.append(probs)
             for new, token in zip(drafted, tokens.tolist(), strict=True):
                 new.append(token)
-        greedy = self.params.greedy or not used
+        greedy = all(mine.greedy for mine in params) or not used
         return Draft(torch.tensor(drafted, dtype=torch.long), None if greedy else torch.stack(used, dim=1))
 
     def observe(self, accepted: list[int]) -> None:

@@ -20,7 +20,6 @@ from common import philox
 from common.errors import UserError
 from common.phases import phase_of
 
-from .generate import Clock
 from .llm import LLM
 from .sampling import probabilities
 from .sequence import Sequence
@@ -33,7 +32,7 @@ TOP = 5  # listed tokens of a distribution
 class Recorder:
     """Writes each step as it ends, a whole line in one system call. UserError if the file cannot be written.
 
-    `sequences` are all of the run, and `clock` is its clock, which starts when the header is written. The loop calls
+    `sequences` are all of the run. The loop calls
     `watch` in a step of plain decoding. The driver of the loop calls `step` after every step, and `finish` at the end.
     """
 
@@ -51,7 +50,6 @@ class Recorder:
         except OSError as error:
             raise UserError(f"--record {path}: cannot be written ({error.strerror or error})") from None
         self._write(self._header())
-        self.clock = Clock()
 
     def watch(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Keep logits [R, V] of a step without a draft, from which the sequences' last tokens were chosen."""
@@ -149,7 +147,7 @@ class Recorder:
     def _plain(self, sequence: Sequence, start: int, logits: Tensor) -> dict[str, Any]:
         """Return the line of a step without a draft, from the logits [V] after the sequence."""
         outputs = [sequence.tokens[:start]]
-        probs = probabilities(logits[None], sequence.params, [sequence.prompt], outputs)[0]
+        probs = probabilities(logits[None], [sequence.params], [sequence.prompt], outputs)[0]
         return self._line(sequence, start, probs, sequence.tokens[start], "plain")
 
     def _line(
@@ -220,7 +218,7 @@ class Recorder:
         return self.llm.loaded.tokenizer.token_text(token)
 
     def _now(self) -> float:
-        return (time.perf_counter() - self.clock.began) * 1e3
+        return (time.perf_counter() - self.sequences[0].progress.began) * 1e3
 
     def _write(self, line: dict[str, Any]) -> None:
         """Write one line unbuffered, so that an interrupt comes before or after the line. A failure closes the file."""

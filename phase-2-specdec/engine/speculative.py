@@ -1,9 +1,9 @@
 """Draft and verify: a cheap drafter guesses K tokens, one target forward checks them all.
 
 Every step: the drafter proposes K tokens; ONE target forward over sequence and draft gives the K+1 distributions that
-follow the sequence and each draft token; the rule of verify.py says how many stand and what follows. A step costs one
-target forward and gives between 1 and K+1 tokens of exactly the target's distribution (Leviathan et al. 2023, Algorithm
-1; Chen et al. 2023, Algorithm 2).
+follow the sequence and each draft token; the rule of verify.py says how many are accepted and what follows. A step
+costs one target forward and gives between 1 and K+1 tokens of exactly the target's distribution (Leviathan et al. 2023,
+Algorithm 1; Chen et al. 2023, Algorithm 2).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from common.device import synchronize
 from .context import visible, window_start
 from .drafting import Draft, Drafter
 from .model import Transformer
-from .sampling import SamplingParams, probabilities
+from .sampling import probabilities
 from .sequence import Sequence
-from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
+from .verify import RandomSource, Verdict, random_source, verify
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     """
     remaining = sequence.params.max_new_tokens - len(sequence.tokens)
     length, width = sequence.length, min(k, remaining - 1)
+    if length + width <= context:
+        return width
     while width > 0 and window_start(length + width, context) != window_start(length, context):
         width -= 1
     return width
@@ -88,7 +90,6 @@ def speculative_step(
     model: Transformer,
     drafter: Drafter,
     sequences: list[Sequence],
-    params: SamplingParams,
     k: int,
     source: RandomSource,
 ) -> Step:
@@ -107,6 +108,7 @@ def speculative_step(
     verified = time.perf_counter()
 
     # Penalties see at each position what plain decoding would have seen there: the output, and the draft up to it.
+    params = [s.params for s in sequences for _ in range(K + 1)]
     prompts = [s.prompt for s in sequences for _ in range(K + 1)]
     outputs = [s.tokens + new[:j] for s, new in zip(sequences, drafts, strict=True) for j in range(K + 1)]
     target_probs = probabilities(logits.flatten(0, 1), params, prompts, outputs).view(*logits.shape)
@@ -115,7 +117,7 @@ def speculative_step(
         draft.probs,
         target_probs,
         torch.tensor(widths, device=device),
-        torch.tensor([s.sample for s in sequences], device=device),
+        torch.tensor([s.key for s in sequences], device=device),
         torch.tensor([s.length for s in sequences], device=device),
         source,
     )
@@ -154,11 +156,10 @@ def speculative_decode(
     model: Transformer,
     drafter: Drafter,
     sequences: list[Sequence],
-    params: SamplingParams,
     k: int,
     source: RandomSource | None = None,
 ) -> Iterator[Step]:
     """Decode a batch to its end by draft and verify. Acceptance is ragged: every row advances at its own pace."""
-    source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
+    source = source or random_source(sequence.params for sequence in sequences)
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        yield speculative_step(model, drafter, active, params, k, source)
+        yield speculative_step(model, drafter, active, k, source)

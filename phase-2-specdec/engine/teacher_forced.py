@@ -37,9 +37,9 @@ def teacher_forced_acceptance(
         verdict = verify(
             draft.tokens.to(device),
             draft.probs,
-            probabilities(logits, params, [prompt] * (k + 1), outputs)[None],
+            probabilities(logits, [params] * (k + 1), [prompt] * (k + 1), outputs)[None],
             torch.tensor([k], device=device),
-            torch.tensor([sequence.sample], device=device),
+            torch.tensor([sequence.key], device=device),
             torch.tensor([sequence.length], device=device),
             source,
         )

@@ -40,10 +40,10 @@ def smoothed(table: list[list[float]], walks: list[int]) -> list[list[float]]:
 def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
     """Measure a table of at most LEVELS x RANKS; a drafter with a smaller depth has fewer levels."""
     llm = lab.llm(drafter=drafter, temperature=1.0, k=LEVELS)
-    params, policy, made = llm.params, llm.policy, cast(Brancher, drafter_of(llm))
-    source, levels = engine.KeyedSource(params.seed), min(LEVELS, made.deepest)
+    policy, made = llm.policy, cast(Brancher, drafter_of(llm))
+    source, levels = engine.KeyedSource(), min(LEVELS, made.deepest)
     shape = engine.best_shape(EXPLORATORY, NODES)
-    tree_drafter = StaticTreeDrafter(made, params, shape, source, policy.draft_noise, policy.draws_children)
+    tree_drafter = StaticTreeDrafter(made, shape, source, policy.draft_noise, policy.draws_children)
     texts = [prompt.text for prompt in lab.prompts(half="calibrate")]
     seen: list[tuple[engine.Tree, list[int]]] = []
     with progress(f"calibrating {drafter}", len(texts)) as show:
@@ -52,7 +52,6 @@ def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
                 llm.loaded.model,
                 tree_drafter,
                 llm.sequences([text]),
-                params,
                 policy,
                 lambda: engine.FixedController(LEVELS),
                 source,

@@ -54,9 +54,9 @@ class Contexts:
 def first_token_distance(contexts: Contexts, policy: Lossy, temperature: float) -> dict[str, float]:
     """Compute the figures that POLICIES defines, as means over the contexts of one prompt."""
     params, logits = engine.SamplingParams(temperature=temperature), contexts.target
-    target_probs = probabilities(logits, params)
+    target_probs = probabilities(logits, [params] * len(logits))
     opinion = logits.softmax(-1) if params.greedy else target_probs
-    law = emitted_law(probabilities(contexts.draft, params), target_probs, policy.good(opinion))
+    law = emitted_law(probabilities(contexts.draft, [params] * len(logits)), target_probs, policy.good(opinion))
     bits = ((law - target_probs) * -logits.log_softmax(-1) / math.log(2)).sum(-1)
     distance = (law - target_probs).abs().sum(-1) / 2
     return {"first_token_tv": distance.mean().item(), "excess_bits": bits.mean().item()}
@@ -119,8 +119,8 @@ def toy_distance(policy: AcceptancePolicy, temperature: float, size: int = 3) ->
 
     def speculative(start: int, walk: Walk) -> tuple[int, ...]:
         sequence = engine.Sequence([start], params, engine.Ending())
-        drafter = engine.ModelDrafter(models[1], params, walk)
-        loop = engine.decode(models[0], drafter, [sequence], params, policy, lambda: engine.FixedController(2), walk)
+        drafter = engine.ModelDrafter(models[1], walk)
+        loop = engine.decode(models[0], drafter, [sequence], policy, lambda: engine.FixedController(2), walk)
         for _ in loop:
             pass
         return tuple(sequence.tokens)

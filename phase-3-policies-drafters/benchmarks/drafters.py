@@ -18,6 +18,7 @@ from common.prompts import Prompt
 from engine.drafters import make_drafter
 from engine.options import BRANCHING
 from engine.teacher_forced import teacher_forced_acceptance
+from engine.verify import random_source
 
 from .runs import LLM, Choice, Lab, survived
 
@@ -63,11 +64,10 @@ def shapes(lab: Lab, drafter: str, longest: int | None = None) -> list[Shape]:
 
 def drafter_of(llm: LLM) -> engine.Drafter:
     """Make the LLM's drafter, with the random numbers of decoding."""
-    params, policy = llm.params, llm.policy
-    source = engine.GreedySource() if params.greedy else engine.KeyedSource(params.seed)
+    source = random_source([llm.params])
     draft = llm.draft.model if llm.draft else None
-    model, noise = llm.loaded.model, policy.draft_noise
-    made: Any = make_drafter(llm.options, model, draft, params, source, noise, llm.heads)
+    model, noise = llm.loaded.model, llm.policy.draft_noise
+    made: Any = make_drafter(llm.options, model, draft, source, noise, llm.heads)
     return made if llm.options.tree == "off" else llm._tree_drafter(made, source)
 
 
@@ -78,7 +78,7 @@ def forced(lab: Lab, **wanted: Any) -> Callable[[Prompt], Outcome]:
     def count(prompt: Prompt) -> Outcome:
         llm, drafter = made()
         params = dataclasses.replace(llm.params, max_new_tokens=10**6, ignore_eos=True)
-        source = engine.GreedySource() if params.greedy else engine.KeyedSource(params.seed)
+        source = random_source([params])
         k, tokenizer = llm.options.k, llm.loaded.tokenizer
         # Drop the BOS token that some tokenizers add.
         truth = [token for token in tokenizer.encode(prompt.continuation) if token not in tokenizer.special_ids]

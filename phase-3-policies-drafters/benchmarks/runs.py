@@ -109,16 +109,16 @@ class LLM(engine.LLM):
 
 def decode(llm: Any, prompt: Prompt, round_: int) -> Outcome:
     """Decode one prompt with an LLM of any phase, and count tokens; only decoding is timed."""
-    llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
+    params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
     began = time.perf_counter()
-    (done,) = llm.generate([prompt.text])
-    seconds = time.perf_counter() - began
-    kept = getattr(llm, "steps", {})  # phase 1's has none
-    steps = [stats for of_sequence in kept.values() for stats in of_sequence]
-    kept.clear()
-    looped = round(loop_share(done.tokens) * len(done.tokens))
-    figures = {"forwards": done.stats.target_forwards, "looped": looped} | (counts(steps) if steps else {})
-    return Outcome(len(done.tokens), figures, done.tokens, seconds)
+    (sequence,) = llm.sequences([prompt.text], params)
+    for _ in llm.run([sequence]):
+        pass
+    seconds, tokens = time.perf_counter() - began, sequence.tokens
+    steps = getattr(sequence, "steps", [])  # phase 1's has none
+    looped = round(loop_share(tokens) * len(tokens))
+    figures = {"forwards": sequence.progress.forwards, "looped": looped} | (counts(steps) if steps else {})
+    return Outcome(len(tokens), figures, tokens, seconds)
 
 
 def counts(steps: Sequence[Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from common.options import parse_options
 from common.phases import phase_of
 
 from .explain import account, plain_step_ms, print_explanation
-from .generate import Clock
+from .generate import stats_of
 from .llm import LLM
 from .options import Options
 from .record import Recorder
@@ -67,7 +67,7 @@ class Printer:
             self.waiting.pop(0)
 
 
-def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, object]:
+def report(llm: LLM, sequences: list[Sequence]) -> dict[str, object]:
     """Return the document of `--json`. An interrupted completion keeps its tokens and is marked."""
     completions = [
         {
@@ -75,7 +75,7 @@ def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, objec
             "tokens": sequence.tokens,
             "text": sequence.text,
             "finish_reason": sequence.finish_reason or "interrupted",
-            "stats": completion_stats(llm, sequence, clock) if sequence.tokens else {},
+            "stats": completion_stats(llm, sequence) if sequence.tokens else {},
         }
         for sequence in sequences
     ]
@@ -88,12 +88,12 @@ def report(llm: LLM, sequences: list[Sequence], clock: Clock) -> dict[str, objec
     }
 
 
-def completion_stats(llm: LLM, sequence: Sequence, clock: Clock) -> dict[str, object]:
+def completion_stats(llm: LLM, sequence: Sequence) -> dict[str, object]:
     """Return the figures of plain decoding, and the counts of draft tokens."""
-    steps = llm.steps.get(sequence, [])
+    steps = sequence.steps
     proposed, accepted = sum(step.proposed for step in steps), sum(step.accepted for step in steps)
     stats = {
-        **dataclasses.asdict(clock.stats(sequence)),
+        **dataclasses.asdict(stats_of(sequence)),
         "draft": llm.draft_name,
         "proposed": proposed,
         "accepted": accepted,
@@ -104,23 +104,23 @@ def completion_stats(llm: LLM, sequence: Sequence, clock: Clock) -> dict[str, ob
     return stats
 
 
-def explain(llm: LLM, sequences: list[Sequence], clock: Clock) -> None:
+def explain(llm: LLM, sequences: list[Sequence]) -> None:
     """Decode a few tokens of the first prompt without the draft, to measure a plain step; then print the account."""
     if not llm.speculative:
         print("nothing to explain: there is no draft (--draft NAME)", file=sys.stderr)
         return
     sequence = sequences[0]
-    costs = account(llm.steps[sequence], plain_step_ms(llm.loaded.model, sequence))
+    costs = account(sequence.steps, plain_step_ms(llm.loaded.model, sequence))
     if costs is None:
         print("nothing to explain: no step drafted a token", file=sys.stderr)
         return
     plain_total = costs.plain_ms * len(sequence.tokens)
-    print_explanation(costs, plain_total / clock.stats(sequence).total_ms)
+    print_explanation(costs, plain_total / stats_of(sequence).total_ms)
 
 
-def summary(llm: LLM, sequences: list[Sequence], clock: Clock) -> str:
+def summary(llm: LLM, sequences: list[Sequence]) -> str:
     """Return one line for people: tokens, time, rate, model, dtype, device."""
-    stats = [clock.stats(sequence) for sequence in sequences if sequence.tokens]
+    stats = [stats_of(sequence) for sequence in sequences if sequence.tokens]
     if not stats:
         return "no tokens"
     tokens, seconds = sum(s.new_tokens for s in stats), max(s.total_ms for s in stats) / 1e3
@@ -164,10 +164,9 @@ def main(arguments: list[str]) -> int:
     show = Show(llm.loaded.tokenizer) if options.show and drafts else None
     printer = Printer(sequences, quiet=options.as_json or show is not None)
     recorder = Recorder(options.record, llm, sequences) if options.record else None
-    clock = recorder.clock if recorder else Clock()
     interrupted = False
     try:
-        for step in llm.run(sequences, clock):
+        for step in llm.run(sequences):
             printer.update()
             if step and show and sequences[0] in step.sequences:
                 show.step(step)
@@ -186,8 +185,8 @@ def main(arguments: list[str]) -> int:
     if show:
         show.histogram()
     if options.explain and not interrupted:
-        explain(llm, sequences, clock)
+        explain(llm, sequences)
     if options.as_json:
-        print(json.dumps(report(llm, sequences, clock)))
-    print(summary(llm, sequences, clock) + (", interrupted" if interrupted else ""), file=sys.stderr)
+        print(json.dumps(report(llm, sequences)))
+    print(summary(llm, sequences) + (", interrupted" if interrupted else ""), file=sys.stderr)
     return 130 if interrupted else 0

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -33,6 +33,8 @@ ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
 class KController(Protocol):
     """Chooses K for one sequence; every sequence has its own."""
+
+    ends_early: ClassVar[bool]  # True if `stop` may ever return True
 
     def next_k(self) -> int:
         """Return the largest number of tokens to draft; 0 means no draft in this step."""
@@ -63,6 +65,7 @@ class Bounds:
 @dataclass
 class FixedController:
     k: int
+    ends_early: ClassVar = False
 
     def next_k(self) -> int:
         return self.k
@@ -80,6 +83,7 @@ class AdaptiveController:
 
     k: int
     bounds: Bounds
+    ends_early: ClassVar = False
     target_acceptance: float = 0.7
     window: int = 4
     step: int = 1
@@ -111,6 +115,7 @@ class AdaptiveController:
 class ConfidenceController:
     """Drafts min_k tokens, then on to max_k while the likeliest token's probability is at least `confidence`."""
 
+    ends_early: ClassVar = True
     bounds: Bounds
     confidence: float = 0.4
     drafted: int = 0
@@ -162,6 +167,7 @@ class CostController:
     as a test after `retry` steps, then after twice as many, and so on.
     """
 
+    ends_early: ClassVar = False
     bounds: Bounds
     prior: float = 0.8  # acceptance probability before any observation
     prior_weight: float = 0.7  # in observations

@@ -24,6 +24,11 @@ SHARPNESS = 2.0  # of the logits: a few tokens hold most of the probability
 _SUPPORT, _LOGITS, _AGREES = 101, 102, 103  # purposes that sampling does not use
 
 
+def is_fake(name: str) -> bool:
+    """Return True for `fake` and `fake:0.7`."""
+    return name.partition(":")[0] == "fake"
+
+
 class FakeModel(Transformer):
     """A model with the methods of a Transformer that decoding uses. agreement 1 is the target itself."""
 

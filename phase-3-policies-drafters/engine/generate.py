@@ -7,7 +7,6 @@ print(generate(loaded.model, [loaded.tokenizer.encode("from pathlib import")], S
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,45 +40,22 @@ class Generation:
     text: str = ""
 
 
-@dataclass
-class _Marks:
-    first: float
-    last: float = 0.0
-    steps: int = 0
-    forwards: int = 0
+def stats_of(sequence: Sequence) -> Stats:
+    progress = sequence.progress
+    return Stats(
+        prompt_tokens=len(sequence.prompt),
+        new_tokens=len(sequence.tokens),
+        ttft_ms=progress.first * 1e3,
+        total_ms=progress.last * 1e3,
+        tokens_per_s=len(sequence.tokens) / progress.last,
+        steps=progress.steps,
+        target_forwards=progress.forwards,
+    )
 
 
-class Clock:
-    """When each sequence's tokens became known, and what had been computed for them by then."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self._marks: dict[Sequence, _Marks] = {}
-
-    def mark(self, sequence: Sequence, forwards: int = 1) -> None:
-        """A step has just given this sequence one or more tokens, at the price of some target forwards."""
-        now = time.perf_counter() - self.began
-        marks = self._marks.setdefault(sequence, _Marks(first=now))
-        marks.last = now
-        marks.steps += 1
-        marks.forwards += forwards
-
-    def stats(self, sequence: Sequence) -> Stats:
-        marks = self._marks[sequence]
-        return Stats(
-            prompt_tokens=len(sequence.prompt),
-            new_tokens=len(sequence.tokens),
-            ttft_ms=marks.first * 1e3,
-            total_ms=marks.last * 1e3,
-            tokens_per_s=len(sequence.tokens) / marks.last,
-            steps=marks.steps,
-            target_forwards=marks.forwards,
-        )
-
-
-def finish(sequence: Sequence, stats: Stats) -> Generation:
+def finish(sequence: Sequence) -> Generation:
     assert sequence.finish_reason is not None, "the sequence is still being decoded"
-    return Generation(sequence.tokens, sequence.finish_reason, stats, sequence.text)
+    return Generation(sequence.tokens, sequence.finish_reason, stats_of(sequence), sequence.text)
 
 
 def generate(
@@ -99,11 +75,10 @@ def generate(
     samples = samples or [0] * len(prompts)
     ending = ending or Ending()
     sequences = [Sequence(p, params, ending, s) for p, s in zip(prompts, samples, strict=True)]
-    clock = Clock()
-    for step in decode(model, None, sequences, params, source=source):
+    for step in decode(model, None, sequences, source=source):
         for sequence in step.sequences:
-            clock.mark(sequence)
-    return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
+            sequence.progress.mark()
+    return [finish(sequence) for sequence in sequences]
 
 
 def stream(
@@ -111,5 +86,5 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one completion, each as soon as it is known."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
-    for _ in decode(model, None, [sequence], params):
+    for _ in decode(model, None, [sequence]):
         yield sequence.tokens[-1]

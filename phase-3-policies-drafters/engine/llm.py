@@ -2,19 +2,22 @@
 
 llm = LLM(Options(max_tokens=16))
 print(llm.generate(["from pathlib import"])[0].text)
+for piece in llm.stream("class Stack:"):
+    print(piece, end="")
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import cast
 
 import torch
 
-from common.device import available_memory, memory, resolve_device, resolve_dtype
+from common.device import available_memory, each_within, memory, resolve_device, resolve_dtype, torch_threads
 from common.errors import UserError
 from common.results import environment
 
@@ -24,26 +27,25 @@ from .cost import forward_bytes, ranking_bytes
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher, Drafter
-from .fake import FakeModel
-from .generate import Clock, Generation, finish
+from .fake import FakeModel, is_fake
+from .generate import Generation, finish
 from .load import LoadedModel, load
 from .options import Options
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
+from .sampling import SamplingParams
 from .sequence import Sequence
 from .speculative import decode
 from .steps import Step, StepStats
 from .tree_shapes import best_shape, measured_acceptance
-from .verify import GreedySource, KeyedSource, RandomSource
+from .verify import RandomSource, random_source
 
 
 class LLM:
     """Loads what the options name. UserError where that cannot be had."""
 
     def __init__(self, options: Options) -> None:
-        if options.threads:
-            torch.set_num_threads(options.threads)
         self.options = options
-        self.params = options.sampling_params()
+        self.params = options.sampling_params()  # of requests that bring none
         self.loaded = self._load(options.model)
         self.policy = options.acceptance_policy()
         name = resolve_draft(options.draft, self.loaded)
@@ -56,29 +58,43 @@ class LLM:
             check_pair(self.loaded, self.draft)
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.costs = CostModel()  # of time, by which `--controller cost` goes
-        self.steps: dict[Sequence, list[StepStats]] = defaultdict(list)  # what each sequence's steps did
 
     def _load(self, name: str) -> LoadedModel:
-        if name.partition(":")[0] == "fake":
+        if is_fake(name):
             return load_fake(name)
         device = resolve_device(self.options.device)
         return load(name, resolve_dtype(self.options.dtype, device), device)
 
-    def sequences(self, texts: list[str]) -> list[Sequence]:
-        """One sequence for every sample of every prompt. UserError if one forward over all would not fit in memory."""
-        prompts = [self.loaded.tokenizer.encode(text) for text in texts]
-        self._check_memory(prompts)
+    def sequences(
+        self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Sequence]:
+        """Make one sequence for every sample of every prompt.
+
+        params: for all, or one for each prompt; by default the options'. UserError if one forward over all would not
+        fit in memory.
+        """
+        if not isinstance(params, list):
+            params = [params or self.params] * len(texts)
+        if len(params) != len(texts):
+            raise UserError(
+                f"{len(params)} sampling parameters for {len(texts)} prompts: give one for each, or one for all"
+            )
+        firsts = [
+            Sequence(self.loaded.tokenizer.encode(text), mine, self.loaded.ending)
+            for text, mine in zip(texts, params, strict=True)
+        ]
+        self._check_memory(firsts)
         return [
-            Sequence(prompt, self.params, self.loaded.ending, sample)
-            for prompt in prompts
+            Sequence(first.prompt, first.params, self.loaded.ending, sample)
+            for first in firsts
             for sample in range(self.options.n)
         ]
 
-    def _check_memory(self, prompts: list[list[int]]) -> None:
+    def _check_memory(self, firsts: list[Sequence]) -> None:
         """All completions share one forward; better to say now that it is too large than to be killed midway."""
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
-        rows = len(prompts) * self.options.n * self.options.beams
-        length = min(max(map(len, prompts)) + self.params.max_new_tokens, config.context)
+        rows = len(firsts) * self.options.n * self.options.beams
+        length = min(max(each.length + each.params.max_new_tokens for each in firsts), config.context)
         needed = forward_bytes(config, rows, length, weight.itemsize) + ranking_bytes(config, self.options.beams)
         free = available_memory(weight.device)
         if needed > free:
@@ -107,20 +123,31 @@ class LLM:
             "model": self.loaded.checkpoint.name,
             "draft": self.draft_name,
             "settings": self.options.model_dump(mode="json", by_alias=True),
-            "environment": environment(weight.device, weight.dtype, torch.get_num_threads(), hashes),
+            "environment": environment(
+                weight.device, weight.dtype, self.options.threads or torch.get_num_threads(), hashes
+            ),
         }
 
-    def run(self, sequences: list[Sequence], clock: Clock) -> Iterator[Step | None]:
-        """Decode to the end, marking each sequence's tokens on the clock; yields every step, None in a beam search."""
+    def computing(self) -> AbstractContextManager[None]:
+        """Return the context of every step: torch has `--threads` threads inside."""
+        return torch_threads(self.options.threads)
+
+    def run(self, sequences: list[Sequence]) -> Iterator[Step | None]:
+        """Decode to the end; yield every step, None in a beam search."""
+        return each_within(self.computing, self._decode(sequences))
+
+    def _decode(self, sequences: list[Sequence]) -> Iterator[Step | None]:
+        for sequence in sequences:
+            sequence.progress.began = time.perf_counter()
         if self.options.beams > 1:
-            yield from self._search(sequences, clock)
+            yield from self._search(sequences)
             return
-        source = GreedySource() if self.params.greedy else KeyedSource(self.params.seed)
+        source = random_source(sequence.params for sequence in sequences)
         drafter = self._drafter(source) if self.speculative else None
         controller = partial(self.options.make_controller, self.costs)
-        for step in decode(self.loaded.model, drafter, sequences, self.params, self.policy, controller, source):
+        for step in decode(self.loaded.model, drafter, sequences, self.policy, controller, source):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
-                clock.mark(sequence)
+                sequence.progress.mark()
                 if drafter is not None:
                     self._keep(sequence, stats)
             yield step
@@ -128,44 +155,53 @@ class LLM:
     def _keep(self, sequence: Sequence, stats: StepStats) -> None:
         if self.options.metrics_detailed:
             stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
-        self.steps[sequence].append(stats)
+        sequence.steps.append(stats)
 
     def _drafter(self, source: RandomSource) -> Drafter:
         draft = self.draft.model if self.draft else None
         noise = self.policy.draft_noise
-        drafter = make_drafter(self.options, self.loaded.model, draft, self.params, source, noise, self.heads)
+        drafter = make_drafter(self.options, self.loaded.model, draft, source, noise, self.heads)
         return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
 
     def _tree_drafter(self, drafter: Brancher, source: RandomSource) -> TreeDrafter:
         if self.options.tree == "dynamic":
-            return DynamicTreeDrafter(drafter, self.params, self.options.tree_nodes)
+            return DynamicTreeDrafter(drafter, self.options.tree_nodes)
         shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
         policy = self.policy
-        return StaticTreeDrafter(drafter, self.params, shape, source, policy.draft_noise, policy.draws_children)
+        return StaticTreeDrafter(drafter, shape, source, policy.draft_noise, policy.draws_children)
 
     def tree_acceptance(self) -> list[list[float]]:
         """By depth and rank: as measured for the model's own drafters, else a typical one."""
         return measured_acceptance(self.loaded.checkpoint.folder, self.options.drafter)
 
-    def _search(self, sequences: list[Sequence], clock: Clock) -> Iterator[None]:
+    def _search(self, sequences: list[Sequence]) -> Iterator[None]:
         """Beam search, one prompt after the other: no token is certain before its search ends."""
         for sequence in sequences:
             best = beam_search(
                 self.loaded.model,
                 sequence.prompt,
-                self.params,
+                sequence.params,
                 self.loaded.ending,
                 self.options.beams,
                 self.options.length_penalty,
             )
             for token in best.tokens:
                 sequence.append(token)
-            clock.mark(sequence, best.forwards)
+            sequence.progress.mark(best.forwards)
             yield None
 
-    def generate(self, texts: list[str]) -> list[Generation]:
-        """All completions, in the order of the prompts."""
-        sequences, clock = self.sequences(texts), Clock()
-        for _ in self.run(sequences, clock):
+    def generate(
+        self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """Return all completions, in the order of the prompts. params as in `sequences`."""
+        sequences = self.sequences(texts, params)
+        for _ in self.run(sequences):
             pass
-        return [finish(sequence, clock.stats(sequence)) for sequence in sequences]
+        return [finish(sequence) for sequence in sequences]
+
+    def stream(self, text: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one completion, piece by piece, as soon as it can no longer change."""
+        sequence = self.sequences([text], params)[0]
+        for _ in self.run([sequence]):
+            if piece := sequence.take_text():
+                yield piece

@@ -15,28 +15,28 @@ from .tree import Tree
 @torch.inference_mode()
 def target_forward(
     model: Transformer,
-    texts: list[list[int]],
+    token_ids: list[list[int]],
     drafts: list[Tree],
-    known: list[int] | None = None,
+    states_from: list[int] | None = None,
     taps: tuple[int, ...] = (),
 ) -> TargetOutput:
     """One forward over all rows, right-padded; shorter rows repeat their last position.
 
-    `known[r]` is the first position of text r whose states are wanted besides the draft's; None where none are. Without
-    drafts and states, texts of similar length share a forward.
+    states_from[r]: the first position of row r whose states are wanted, besides the draft's; None without states.
+    Without drafts and states, rows of similar length share a forward.
     """
-    if known is None and not any(draft.tokens for draft in drafts):
-        return TargetOutput(next_logits(model, texts)[:, None])
+    if states_from is None and not any(draft.tokens for draft in drafts):
+        return TargetOutput(next_logits(model, token_ids)[:, None])
     device, context = model.embedding.weight.device, model.config.context
-    starts = [window_start(len(text) + draft.depth, context) for text, draft in zip(texts, drafts, strict=True)]
-    windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
+    starts = [window_start(len(text) + draft.depth, context) for text, draft in zip(token_ids, drafts, strict=True)]
+    windows = [text[start:] for text, start in zip(token_ids, starts, strict=True)]
     longest = max(len(window) + len(draft.tokens) for window, draft in zip(windows, drafts, strict=True))
     rows = [window + draft.tokens for window, draft in zip(windows, drafts, strict=True)]
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
-    asked = []  # positions within each window: the states that are wanted, the text's last, and the draft
+    asked = []  # positions within each window: the states that are wanted, the row's last token, and the draft
     for row, (window, start) in enumerate(zip(windows, starts, strict=True)):
-        first = len(window) - 1 if known is None else min(max(known[row] - start, 0), len(window) - 1)
+        first = len(window) - 1 if states_from is None else min(max(states_from[row] - start, 0), len(window) - 1)
         asked.append(list(range(first, len(rows[row]))))
     width = max(map(len, asked))
     wanted = torch.tensor([row + row[-1:] * (width - len(row)) for row in asked], device=device)
@@ -54,15 +54,15 @@ def target_forward(
     else:
         positions, masks = tree_layout(model, [len(window) for window in windows], drafts, longest)
         hidden, tapped = model.states(tokens, positions, wanted, masks, taps)
-    at = hidden if known is None else hidden[torch.arange(len(texts), device=device)[:, None], read]
-    if known is None:
+    at = hidden if states_from is None else hidden[torch.arange(len(token_ids), device=device)[:, None], read]
+    if states_from is None:
         return TargetOutput(model.logits(at))
     states = hidden if tapped is None else torch.cat((hidden, tapped), -1)
     return TargetOutput(model.logits(at), [of_row[: len(row)] for of_row, row in zip(states, asked, strict=True)])
 
 
 def tree_layout(model: Transformer, lengths: list[int], drafts: list[Tree], longest: int) -> tuple[Tensor, Masks]:
-    """Positions [R, T] and masks [R, T, T] of texts with trees behind them: a node sees the text and its ancestors."""
+    """Positions [R, T] and masks [R, T, T] of rows with trees at their ends: a node sees the row and its ancestors."""
     weight = model.embedding.weight
     within = torch.arange(longest, device=weight.device).clamp(max=model.config.context - 1)  # padding may lie past it
     positions = within.repeat(len(drafts), 1)

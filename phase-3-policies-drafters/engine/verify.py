@@ -11,6 +11,7 @@ last distribution. The output follows the target's distribution exactly, whateve
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,20 +21,20 @@ from torch import Tensor
 from common import philox
 from common.philox import Purpose
 
-from .sampling import KeyedSampler, Sampler, ranked
+from .sampling import KeyedSampler, Sampler, SamplingParams, ranked
 
 
 class RandomSource(Sampler, Protocol):
     """The random decisions of verification. Tests replace it to walk every possible outcome."""
 
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
-        """True with the given probability [R, K], each at its own position (int64 [R, K]); samples int64 [R].
+    def decide(self, probability: Tensor, keys: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+        """True with the given probability [R, K], each at its own position (int64 [R, K]); keys int64 [R, 2].
 
         In a tree several tokens are tried at one position; `trial` numbers them.
         """
         ...
 
-    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw_several(self, probs: Tensor, count: int, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         """`count` different tokens per row of probs [R, V], drawn without replacement, in order; int64 [R, count]."""
         ...
 
@@ -54,38 +55,43 @@ class KeyedSource(KeyedSampler):
     numbers, for the walk comes to one of them. The policy `coupled` drafts with SAMPLE, the target's own noise.
     """
 
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         """Gumbel-max for plain sampling; for drafts and residuals one uniform and the inverse distribution function."""
         if purpose == Purpose.SAMPLE:
-            return super().draw(probs, samples, positions, purpose)
-        uniform = philox.uniforms(self.seed, samples, positions, purpose, 1).double()  # [R, 1]
+            return super().draw(probs, keys, positions, purpose)
+        uniform = philox.uniforms(keys[:, 0], keys[:, 1], positions, purpose, 1).double()  # [R, 1]
         cumulative = probs.double().cumsum(-1)
         tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
         return tokens.clamp(max=probs.shape[-1] - 1)
 
-    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw_several(self, probs: Tensor, count: int, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         """The largest of log p plus Gumbel noise are a draw without replacement, in order (Kool et al. 2019)."""
-        noise = philox.gumbel(self.seed, samples, positions, purpose, probs.shape[-1])
+        noise = philox.gumbel(keys[:, 0], keys[:, 1], positions, purpose, probs.shape[-1])
         return ranked(probs.log() + noise, count)
 
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+    def decide(self, probability: Tensor, keys: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
         rows, columns = probability.shape
-        each = samples[:, None].expand(rows, columns).reshape(-1)
-        uniform = philox.uniforms(self.seed, each, positions.reshape(-1), Purpose.ACCEPT, trial + 1)[:, trial]
+        each = keys[:, None].expand(rows, columns, 2).flatten(0, 1)
+        uniform = philox.uniforms(each[:, 0], each[:, 1], positions.reshape(-1), Purpose.ACCEPT, trial + 1)[:, trial]
         return uniform.view(rows, columns).to(probability.dtype) < probability
 
 
 class GreedySource:
     """Temperature 0: distributions are one-hot, so nothing is left to chance."""
 
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         return probs.argmax(-1)
 
-    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw_several(self, probs: Tensor, count: int, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         return ranked(probs, count)
 
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+    def decide(self, probability: Tensor, keys: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
         return probability > 0.5
+
+
+def random_source(params: Iterable[SamplingParams]) -> RandomSource:
+    """Return the source for sequences with these parameters. A keyed one serves greedy rows too, at a cost."""
+    return GreedySource() if all(mine.greedy for mine in params) else KeyedSource()
 
 
 @dataclass(frozen=True)
@@ -102,14 +108,14 @@ def verify(
     draft_probs: Tensor | None,
     target_probs: Tensor,
     widths: Tensor,
-    samples: Tensor,
+    keys: Tensor,
     positions: Tensor,
     source: RandomSource,
 ) -> Verdict:
     """Apply the rule to R rows at once, in float32 or better.
 
     draft_tokens int64 [R, K]; draft_probs [R, K, V], None for one-hot; target_probs [R, K+1, V]; widths int64 [R], how
-    many of a row's K tokens count; samples, positions int64 [R], the latter of the first draft token.
+    many of a row's K tokens count; keys int64 [R, 2]; positions int64 [R], of the first draft token.
     """
     R, K = draft_tokens.shape
     rows, columns = torch.arange(R, device=widths.device), torch.arange(K, device=widths.device)
@@ -118,7 +124,7 @@ def verify(
         ratios = target_of
     else:
         ratios = (target_of / draft_probs.gather(-1, draft_tokens[..., None])[..., 0]).clamp(max=1)
-    passed = source.decide(ratios, samples, positions[:, None] + columns) & (columns < widths[:, None])
+    passed = source.decide(ratios, keys, positions[:, None] + columns) & (columns < widths[:, None])
     accepted = passed.long().cumprod(dim=1).sum(dim=1)  # up to the first rejected token
 
     following = target_probs[rows, accepted]  # [R, V]
@@ -127,7 +133,7 @@ def verify(
     if bool((~rejected).any()):
         full = rows[~rejected]
         at = positions[full] + accepted[full]
-        next_tokens[full] = source.draw(following[full], samples[full], at, Purpose.SAMPLE)
+        next_tokens[full] = source.draw(following[full], keys[full], at, Purpose.SAMPLE)
     if bool(rejected.any()):
         cut = rows[rejected]
         first = accepted[cut]
@@ -138,5 +144,5 @@ def verify(
         mass = residual.sum(-1, keepdim=True)
         # Rounding can reject a token whose ratio is 1 but for the last bit; the residual is then empty.
         residual = torch.where(mass > 0, residual / mass, following[cut])
-        next_tokens[cut] = source.draw(residual, samples[cut], positions[cut] + first, Purpose.RESIDUAL)
+        next_tokens[cut] = source.draw(residual, keys[cut], positions[cut] + first, Purpose.RESIDUAL)
     return Verdict(accepted, next_tokens, ratios)

@@ -28,12 +28,10 @@ from .features import features
 from .loss import acceptance
 
 
-def learned_drafter(
-    heads: Heads, target: LoadedModel, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
-) -> Drafter:
+def learned_drafter(heads: Heads, target: LoadedModel, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> Drafter:
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target.model, heads, params, source, noise)
-    return EagleDrafter(target.model, heads, params, source, noise)
+        return MedusaDrafter(target.model, heads, source, noise)
+    return EagleDrafter(target.model, heads, source, noise)
 
 
 @torch.no_grad()
@@ -79,15 +77,15 @@ def decoding_figures(heads: Heads, target: LoadedModel, prompts: int, k: int, le
     with progress("tokens per target forward", 2 * len(suite)) as step:
         for number, prompt in enumerate(suite):
             params = SamplingParams(temperature=1.0, seed=seed + number, max_new_tokens=length, ignore_eos=True)
-            source = KeyedSource(params.seed)
+            source = KeyedSource()
             text = target.tokenizer.encode(prompt.text)
             truth = target.tokenizer.encode(prompt.continuation)[: length - 1]
-            drafter = learned_drafter(heads, target, params, source)
+            drafter = learned_drafter(heads, target, source)
             accepted += teacher_forced_acceptance(target.model, drafter, text, truth, params, policy, k, source)
             step("forced")
             sequence = Sequence(text, params, target.ending)
             controller = partial(FixedController, k)
-            for done in decode(target.model, drafter, [sequence], params, policy, controller, source):
+            for done in decode(target.model, drafter, [sequence], policy, controller, source):
                 emitted, forwards = emitted + done.stats[0].emitted, forwards + 1
             step("sampled")
     return {

@@ -50,7 +50,7 @@ class Decoding:
         device = llm.loaded.model.embedding.weight.device
         with hooked(llm, self.engine is engine), Profiler(folder, device, traced) as profiler:
             sequences = llm.sequences([prompt.text])
-            for _ in profiler.watch(llm.run(sequences, self.engine.Clock())):
+            for _ in profiler.watch(llm.run(sequences)):
                 pass
         return profiler, sequences[0].tokens
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from types import ModuleType
 from typing import Annotated, Any, Literal, Self
 
@@ -118,13 +117,13 @@ def engine_of(number: int) -> ModuleType:
 def decode(llm: Any, prompt: Prompt | None, round_: int) -> Outcome:
     """Decode one prompt; every round has its own seed."""
     assert prompt is not None
-    llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
+    params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
     began = time.perf_counter()
-    [done] = llm.generate([prompt.text])
-    seconds = time.perf_counter() - began
-    steps = list(chain(*llm.steps.values()))
-    llm.steps.clear()
-    figures = {"forwards": done.stats.target_forwards, "looped": round(loop_share(done.tokens) * len(done.tokens))}
-    if steps:
+    [sequence] = llm.sequences([prompt.text], params)
+    for _ in llm.run([sequence]):
+        pass
+    seconds, tokens = time.perf_counter() - began, sequence.tokens
+    figures = {"forwards": sequence.progress.forwards, "looped": round(loop_share(tokens) * len(tokens))}
+    if steps := sequence.steps:
         figures |= {name: sum(getattr(step, name) for step in steps) for name in ("proposed", "accepted")}
-    return Outcome(len(done.tokens), figures, done.tokens, seconds)
+    return Outcome(len(tokens), figures, tokens, seconds)

@@ -17,7 +17,7 @@ from .drafters import DynamicTreeDrafter, ExtrapolateDrafter, ModelDrafter, Ngra
 from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
 from .forward import next_logits
-from .generate import Clock, Generation, Stats, generate, stream
+from .generate import Generation, Stats, generate, stream
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
@@ -47,7 +47,6 @@ __all__ = [
     "AdaptiveController",
     "Bounds",
     "Brancher",
-    "Clock",
     "ConfThreshold",
     "ConfidenceController",
     "CostController",

@@ -41,7 +41,7 @@ class Outcome:
     sequences: list[Sequence]
     accepted: list[int]
     states: list[Tensor] | None
-    """The target's states that the drafter reads ([n, F]), at all positions from `Drafter.known` on.
+    """The target's states that the drafter reads ([n, F]), at all positions from `Drafter.states_from` on.
 
     They end at the last accepted draft token; the target has not computed the token that follows it yet.
     """
@@ -57,7 +57,7 @@ class Drafter(Protocol):
         """At most widths[r] tokens (of a tree: levels) for sequence r."""
         ...
 
-    def known(self, sequence: Sequence) -> int:
+    def states_from(self, sequence: Sequence) -> int:
         """From which position of the sequence on it wants the target's states; asked only where taps is not None."""
         ...
 

@@ -31,9 +31,9 @@ def of_similar_length(lengths: list[int], forward: int = 64) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
-    """Logits of the token that follows each text (token ids), [R, V]: a forward per group of similar length."""
-    windows = [visible(text, model.config.context) for text in texts]
+def next_logits(model: Transformer, token_ids: list[list[int]]) -> Tensor:
+    """Compute the logits of the token that follows each row, [R, V]: a forward per group of similar length."""
+    windows = [visible(ids, model.config.context) for ids in token_ids]
     device = model.embedding.weight.device
     groups = of_similar_length([len(window) for window in windows])
     parts = []
@@ -42,7 +42,7 @@ def next_logits(model: Transformer, texts: list[list[int]]) -> Tensor:
         padded = [windows[row] + [0] * (longest - len(windows[row])) for row in group]  # on the right
         last = torch.tensor([[len(windows[row]) - 1] for row in group], device=device)  # [G, 1]
         parts.append(model.logits(model.hidden(torch.tensor(padded, device=device), wanted=last)[:, 0]))
-    if len(groups) == 1 and groups[0] == list(range(len(texts))):
+    if len(groups) == 1 and groups[0] == list(range(len(token_ids))):
         return parts[0]
     order = torch.tensor([row for group in groups for row in group], device=device)
     return torch.cat(parts)[order.argsort()]

@@ -24,7 +24,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,17 +116,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 def computing(amp: bool, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of a forward: torch.autocast with `--amp`, else an empty one."""
     return torch.autocast(device.type, autocast_dtype(device)) if amp else contextlib.nullcontext()
-
-
-def each_within(context: Callable[[], AbstractContextManager[object]], steps: Iterator[T]) -> Iterator[T]:
-    """Yield the same steps, each computed inside a context of its own; the caller's code runs outside of it."""
-    while True:
-        with context():
-            try:
-                step = next(steps)
-            except StopIteration:
-                return
-        yield step
 
 
 def layer_times(config: ModelConfig) -> tuple[dict[str, float], str]:

@@ -20,7 +20,6 @@ from common import philox
 from common.errors import UserError
 from common.phases import phase_of
 
-from .generate import Clock
 from .llm import LLM
 from .policies import Rejection
 from .sequence import Sequence
@@ -33,7 +32,7 @@ TOP = 5  # listed tokens of a distribution
 class Recorder:
     """Writes each step as it ends, a whole line in one system call. UserError if the file cannot be written.
 
-    `sequences` are all of the run, and `clock` is its clock, which starts when the header is written. The driver of the
+    `sequences` are all of the run. The driver of the
     loop calls `step` after every step, and `finish` at the end.
     """
 
@@ -50,7 +49,6 @@ class Recorder:
         except OSError as error:
             raise UserError(f"--record {path}: cannot be written ({error.strerror or error})") from None
         self._write(self._header())
-        self.clock = Clock()
 
     def step(self, step: Step | None) -> None:
         """Write a line for every sequence of the step; a beam search has no steps."""
@@ -248,7 +246,7 @@ class Recorder:
         return self.llm.loaded.tokenizer.token_text(token)
 
     def _now(self) -> float:
-        return (time.perf_counter() - self.clock.began) * 1e3
+        return (time.perf_counter() - self.sequences[0].progress.began) * 1e3
 
     def _write(self, line: dict[str, Any]) -> None:
         """Write one line unbuffered, so that an interrupt comes before or after the line. A failure closes the file."""

@@ -12,8 +12,10 @@ gives the same tokens alone, in a batch, or interrupted and started again.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -63,20 +65,28 @@ class SamplingParams:
         need(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
         need(all(self.stop), "stop", "strings that are not empty")
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         return self.temperature < COLDEST
 
-    @property
+    @cached_property
     def penalised(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @cached_property
+    def filters(self) -> tuple[float, int, float, float]:
+        """Return temperature, top_k, top_p, min_p; a greedy choice is a sample of the likeliest token alone."""
+        return (1.0, 1, 1.0, 0.0) if self.greedy else (self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 class Sampler(Protocol):
     """The source of all randomness of a decoding loop. Tests replace it to walk every possible outcome."""
 
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
-        """Sample one token per row from probs [R, V]; samples and positions int64 [R]; returns int64 [R]."""
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
+        """Sample one token per row from probs [R, V]: int64 [R].
+
+        keys int64 [R, 2]: seed and sample of each row's sequence; positions int64 [R].
+        """
         ...
 
 
@@ -84,27 +94,26 @@ class Sampler(Protocol):
 class KeyedSampler:
     """Gumbel-max with the keyed noise of common/philox.py."""
 
-    seed: int
-
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
-        noise = philox.gumbel(self.seed, samples, positions, purpose, probs.shape[-1])
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: philox.Purpose) -> Tensor:
+        noise = philox.gumbel(keys[:, 0], keys[:, 1], positions, purpose, probs.shape[-1])
         return (probs.log() + noise).argmax(-1)
 
 
-def penalise(logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]], outputs: Rows[Rows[int]]) -> Tensor:
-    """Apply the three penalties to logits [R, V]; row r follows prompts[r] and the output so far, outputs[r]."""
+def penalise(
+    logits: Tensor, params: Rows[SamplingParams], prompts: Rows[Rows[int]], outputs: Rows[Rows[int]]
+) -> Tensor:
+    """Apply each row's penalties to logits [R, V]; row r follows prompts[r] and the output so far, outputs[r]."""
     logits = logits.clone()
-    for row, prompt, output in zip(logits, prompts, outputs, strict=True):
-        if params.repetition_penalty != 1:
+    for row, mine, prompt, output in zip(logits, params, prompts, outputs, strict=True):
+        if mine.repetition_penalty != 1:
             seen = torch.tensor(sorted({*prompt, *output}), device=logits.device)
             values = row[seen]
-            scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-            row[seen] = scaled
-        if output and (params.presence_penalty or params.frequency_penalty):
+            row[seen] = torch.where(values > 0, values / mine.repetition_penalty, values * mine.repetition_penalty)
+        if output and (mine.presence_penalty or mine.frequency_penalty):
             counts = Counter(output)
             tokens = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), device=logits.device, dtype=row.dtype)
-            row[tokens] -= params.presence_penalty + params.frequency_penalty * times
+            row[tokens] -= mine.presence_penalty + mine.frequency_penalty * times
     return logits
 
 
@@ -124,66 +133,76 @@ def not_finite(dtype: torch.dtype) -> UserError:
     return UserError(f"the model's logits are not finite: {cause}; try {way_out}")
 
 
-def most_likely(scores: Tensor, count: int) -> Tensor:
-    """Mark the `count` largest scores of each row, bool [..., V]; among equal ones those with the lower ids."""
-    least = scores.topk(count).values[..., -1:]
+def most_likely(scores: Tensor, counts: Rows[int]) -> Tensor:
+    """Mark the counts[r] largest scores of row r, bool [R, V]; among equal ones those with the lower ids."""
+    count = torch.tensor(counts, device=scores.device)[:, None]
+    least = scores.topk(max(counts)).values.gather(-1, count - 1)
     above, equal = scores > least, scores == least
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def ranked(scores: Tensor, count: int) -> Tensor:
-    """Return the ids of the `count` largest scores [..., V], largest first, ties by lower id: int64 [..., count]."""
-    ids = most_likely(scores, count).nonzero()[:, -1].view(*scores.shape[:-1], count)  # ascending
+    """Return the ids of the `count` largest scores [R, V], largest first, ties by lower id: int64 [R, count]."""
+    ids = most_likely(scores, [count] * len(scores)).nonzero()[:, 1].view(-1, count)  # ascending
     return ids.gather(-1, scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
 
 
 def probabilities(
-    logits: Tensor, params: SamplingParams, prompts: Rows[Rows[int]] = (), outputs: Rows[Rows[int]] = ()
+    logits: Tensor, params: Rows[SamplingParams], prompts: Rows[Rows[int]] = (), outputs: Rows[Rows[int]] = ()
 ) -> Tensor:
-    """Return the distribution that is sampled: logits [R, V] -> probabilities [R, V], float32 (float64 stays).
+    """Return the distributions that are sampled: logits [R, V] -> probabilities [R, V], float32 (float64 stays).
 
-    prompts and outputs are read only if a penalty is on. At temperature 0 the result is one-hot. UserError for logits
-    that are not finite.
+    Each row has its own parameters. prompts and outputs are read only if a penalty is on. At temperature 0 a row is
+    one-hot. UserError for logits that are not finite.
     """
     check_finite(logits)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    if params.penalised:
+    if any(mine.penalised for mine in params):
         logits = penalise(logits, params, prompts, outputs)
-    if params.greedy:
+    if all(mine.greedy for mine in params):
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / params.temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(~most_likely(logits, params.top_k), float("-inf"))
-    if params.top_p < 1:
+    temperature, top_k, top_p, min_p = zip(*(mine.filters for mine in params), strict=True)
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=logits.dtype, device=logits.device)[:, None]
+
+    V = logits.shape[-1]
+    logits = logits / column(temperature)
+    if any(0 < k < V for k in top_k):
+        counts = [min(k, V) or V for k in top_k]
+        logits = logits.masked_fill(~most_likely(logits, counts), float("-inf"))
+    if any(p < 1 for p in top_p):
         ascending, order = (each.flip(-1) for each in logits.sort(dim=-1, descending=True, stable=True))
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        dropped = ascending.softmax(-1).cumsum(-1) <= column(1 - p for p in top_p)
         dropped[..., -1] = False  # the most likely token is always kept
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
     probs = logits.softmax(-1)
-    if params.min_p > 0:
-        unlikely = probs < params.min_p * probs.amax(-1, keepdim=True)
+    if any(min_p):
+        unlikely = probs < column(min_p) * probs.amax(-1, keepdim=True)
         probs = logits.masked_fill(unlikely, float("-inf")).softmax(-1)
     return probs
 
 
 def choose(
     logits: Tensor,
-    params: SamplingParams,
+    params: Rows[SamplingParams],
     sampler: Sampler,
-    samples: Rows[int],
+    keys: Rows[tuple[int, int]],
     positions: Rows[int],
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
 ) -> list[int]:
-    """Choose the next token of every row: the most likely at temperature 0, else a sample keyed by sample and position.
+    """Choose the next token of every row: the most likely at temperature 0, else a sample keyed by keys and positions.
 
-    UserError for logits that are not finite.
+    keys: seed and sample of each row's sequence. UserError for logits that are not finite.
     """
-    if params.greedy:
+    if all(mine.greedy for mine in params):
         check_finite(logits)
-        best = penalise(logits.float(), params, prompts, outputs) if params.penalised else logits
+        penalised = any(mine.penalised for mine in params)
+        best = penalise(logits.float(), params, prompts, outputs) if penalised else logits
         return best.argmax(-1).tolist()
     probs = probabilities(logits, params, prompts, outputs)
-    keys = torch.tensor([samples, positions], device=logits.device)
-    return sampler.draw(probs, keys[0], keys[1], philox.Purpose.SAMPLE).tolist()
+    device = logits.device
+    at = torch.tensor(keys, device=device), torch.tensor(positions, device=device)
+    return sampler.draw(probs, *at, philox.Purpose.SAMPLE).tolist()

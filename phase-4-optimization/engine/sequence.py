@@ -6,13 +6,18 @@ strings and the token limit cut the output at the same position in every loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
 from common.tokenizer import IncrementalDecoder, Tokenizer
 
 from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .controllers import KController
+    from .steps import StepStats
 
 FinishReason = Literal["length", "eos", "stop"]
 
@@ -25,8 +30,28 @@ class Ending:
     tokenizer: Tokenizer | None = None
 
 
+@dataclass
+class Progress:
+    """When tokens came, in seconds since decoding began, and what was computed for them."""
+
+    began: float = field(default_factory=time.perf_counter)  # on that clock
+    first: float = 0.0
+    last: float = 0.0
+    steps: int = 0
+    forwards: int = 0
+
+    def mark(self, forwards: int = 1) -> None:
+        """A step has just given one or more tokens, at the price of some target forwards."""
+        self.last = time.perf_counter() - self.began
+        self.first = self.first or self.last
+        self.steps += 1
+        self.forwards += forwards
+
+
 class Sequence:
-    """Prompt and output of one request. `tokens` is the output, including a token that ends the text."""
+    """Prompt and output of one request, and all else that is known of it. `tokens` is the output, an EOS included."""
+
+    controller: KController  # of how many tokens to draft, from the start of decoding on
 
     def __init__(self, prompt: list[int], params: SamplingParams, ending: Ending, sample: int = 0) -> None:
         if not prompt:
@@ -34,8 +59,11 @@ class Sequence:
         if params.stop and ending.tokenizer is None:
             raise UserError("stop strings need the tokenizer")
         self.prompt, self.params, self.sample = prompt, params, sample
+        self.key = ((params.seed + 2**63) % 2**64 - 2**63, sample)  # of its random numbers; the seed as an int64
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.progress = Progress()
+        self.steps: list[StepStats] = []  # what its steps did
         self.text = ""  # the decoded output so far, cut at a stop string
         self._eos = () if params.ignore_eos else ending.eos_ids
         self._decoder = IncrementalDecoder(ending.tokenizer, prompt) if ending.tokenizer else None
@@ -55,7 +83,7 @@ class Sequence:
             self.text += self._decoder.push(token)
         if token in self._eos:
             self._finish("eos")
-        elif self._cut_at_stop_string():
+        elif self.params.stop and self._cut_at_stop_string():
             self._finish("stop")
         elif len(self.tokens) >= self.params.max_new_tokens:
             self._finish("length")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from common.device import synchronize
 
@@ -24,12 +25,12 @@ from .drafting import Draft, Drafter, Outcome
 from .model import Transformer
 from .policies import AcceptancePolicy, Rejection, TargetProbs
 from .profiler import stage
-from .sampling import SamplingParams, choose, probabilities
+from .sampling import choose, probabilities
 from .sequence import Sequence
 from .steps import Path, Step, TargetOutput, outputs_before, step_stats
 from .target import target_forward
 from .tree import Tree
-from .verify import GreedySource, KeyedSource, RandomSource
+from .verify import RandomSource, random_source
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -39,6 +40,8 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     """
     remaining = sequence.params.max_new_tokens - len(sequence.tokens)
     length, width = sequence.length, min(k, remaining - 1)
+    if length + width <= context:
+        return width
     while width > 0 and window_start(length + width, context) != window_start(length, context):
         width -= 1
     return width
@@ -50,37 +53,44 @@ def accept(
     trees: list[Tree],
     output: TargetOutput,
     sequences: list[Sequence],
-    params: SamplingParams,
     source: RandomSource,
 ) -> list[Path]:
     """For each sequence the accepted draft tokens and the token that follows them; without a draft, the next token."""
-    samples, lengths = [sequence.sample for sequence in sequences], [sequence.length for sequence in sequences]
+    params, keys = [sequence.params for sequence in sequences], [sequence.key for sequence in sequences]
+    lengths = [sequence.length for sequence in sequences]
     logits, prompts = output.logits, [sequence.prompt for sequence in sequences]
     if not any(tree.tokens for tree in trees):
         texts = [sequence.tokens for sequence in sequences]
-        tokens = choose(logits[:, 0], params, source, samples, lengths, prompts, texts)
+        tokens = choose(logits[:, 0], params, source, keys, lengths, prompts, texts)
         return [Path([], token) for token in tokens]
     width, outputs = logits.shape[1], list[list[int]]()
-    if params.penalised:
+    params = [mine for mine in params for _ in range(width)]
+    penalised = any(mine.penalised for mine in params)
+    if penalised:
         prompts = [prompt for prompt in prompts for _ in range(width)]
         for sequence, tree in zip(sequences, trees, strict=True):
             before = outputs_before(sequence.tokens, tree)
             outputs += before + before[-1:] * (width - len(before))
-    probs = probabilities(logits.flatten(0, 1), params, prompts if params.penalised else [], outputs)
-    probs = probs.view(*logits.shape)
-    opinion = probs if policy.lossless or not params.greedy else logits.float().softmax(-1)
+    probs = probabilities(logits.flatten(0, 1), params, prompts if penalised else [], outputs).view(*logits.shape)
+    target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
     if draft.trees is not None:
         paths = []
         for row, tree in enumerate(trees):
             part = slice(row, row + 1), slice(len(tree.tokens) + 1)
-            of_row = TargetProbs(probs[part], opinion[part])
-            paths.append(policy.accept_tree(tree, of_row, samples[row], lengths[row], source))
+            of_row = TargetProbs(target.probs[part], target.opinion[part])
+            paths.append(policy.accept_tree(tree, of_row, keys[row], lengths[row], source))
         return paths
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    widths, *at = torch.tensor([draft.widths, samples, lengths], device=logits.device)
-    verdict = policy.verify(draft, TargetProbs(probs, opinion), widths, at[0], at[1], source)
+    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
+    verdict = policy.verify(draft, target, widths, at, positions, source)
     accepted = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
     return [Path(list(range(count)), token) for count, token in accepted]
+
+
+def opinions(logits: Tensor, probs: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Return what lossy policies go by, [R, K+1, V]: probs, or at temperature 0 the softmax of the raw logits."""
+    greedy = torch.tensor([sequence.params.greedy for sequence in sequences], device=probs.device)
+    return torch.where(greedy[:, None, None], logits.float().softmax(-1), probs) if greedy.any() else probs
 
 
 def decode_step(
@@ -88,18 +98,18 @@ def decode_step(
     drafter: Drafter | None,
     sequences: list[Sequence],
     asked: list[int],
-    params: SamplingParams,
     policy: AcceptancePolicy,
-    controllers: list[KController],
     source: RandomSource,
 ) -> Step:
     """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
     device = model.embedding.weight.device
+    controllers = [sequence.controller for sequence in sequences]
     began = time.perf_counter()
     draft = Draft.nothing(len(sequences))
     if drafter is not None and any(asked):
         stage("draft")
-        draft = drafter.propose(sequences, asked, lambda row, probs: controllers[row].stop(probs))
+        early = any(controller.ends_early for controller in controllers)
+        draft = drafter.propose(sequences, asked, (lambda row, probs: controllers[row].stop(probs)) if early else None)
     synchronize(device)
     drafted = time.perf_counter()
     stage("verify")
@@ -108,13 +118,13 @@ def decode_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     plain = not any(tree.tokens for tree in trees)
     taps = None if drafter is None else drafter.taps
-    known = None if drafter is None or taps is None else [drafter.known(sequence) for sequence in sequences]
-    output = target_forward(model, [s.prompt + s.tokens for s in sequences], trees, known, taps or ())
+    states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
+    output = target_forward(model, [s.prompt + s.tokens for s in sequences], trees, states_from, taps or ())
     synchronize(device)
     verified = time.perf_counter()
     stage("sample" if plain else "accept")
 
-    paths = accept(policy, draft, trees, output, sequences, params, source)
+    paths = accept(policy, draft, trees, output, sequences, source)
     starts = [len(sequence.tokens) for sequence in sequences]
     for sequence, tree, path in zip(sequences, trees, paths, strict=True):
         for token in [*(tree.tokens[node] for node in path.nodes), path.next_token]:
@@ -122,7 +132,7 @@ def decode_step(
                 break
     if drafter is not None:
         states = None
-        if known is not None:
+        if states_from is not None:
             states = [output.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
         drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
     done = time.perf_counter()
@@ -140,7 +150,6 @@ def decode(
     model: Transformer,
     drafter: Drafter | None,
     sequences: list[Sequence],
-    params: SamplingParams,
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
     source: RandomSource | None = None,
@@ -151,13 +160,13 @@ def decode(
     rejection, and K = 4.
     """
     policy = policy or Rejection()
-    source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
+    source = source or random_source(sequence.params for sequence in sequences)
     make = controller or (lambda: FixedController(4))
-    controllers = {sequence: make() for sequence in sequences}
+    for sequence in sequences:
+        sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        mine = [controllers[sequence] for sequence in active]
         asked = [0] * len(active)
         if drafter is not None:
-            widths = zip(active, mine, strict=True)
-            asked = [block_width(sequence, each.next_k(), model.config.context) for sequence, each in widths]
-        yield decode_step(model, drafter, active, asked, params, policy, mine, source)
+            context = model.config.context
+            asked = [block_width(sequence, sequence.controller.next_k(), context) for sequence in active]
+        yield decode_step(model, drafter, active, asked, policy, source)

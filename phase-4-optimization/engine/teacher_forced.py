@@ -40,12 +40,12 @@ def teacher_forced_acceptance(
         every = target_forward(model, [prompt + truth], [Tree([], [])], [0], taps).states_of(0, [], 0)
     while len(sequence.tokens) + k < len(truth):
         if every is not None:
-            before = every[drafter.known(sequence) : sequence.length - 1]
+            before = every[drafter.states_from(sequence) : sequence.length - 1]
             drafter.observe(Outcome([sequence], [0], [before]))
         draft = drafter.propose([sequence], [k])
         trees = draft.trees or [Tree.chain(draft.tokens[0].tolist())]
         output = target_forward(model, [prompt + sequence.tokens], trees)
-        (path,) = accept(policy, draft, trees, output, [sequence], params, source)
+        (path,) = accept(policy, draft, trees, output, [sequence], source)
         accepted.append(len(path.nodes))
         for token in truth[len(sequence.tokens) :][: accepted[-1] + 1]:
             sequence.append(token)

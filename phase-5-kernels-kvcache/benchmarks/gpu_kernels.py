@@ -210,14 +210,14 @@ def make_verdict(K: int, V: int, device: torch.device, copies: int) -> list[tupl
     made = []
     for _ in range(copies):
         target, draft = (torch.randn(1, n, V, device=device).softmax(-1) for n in (K + 1, K))
-        keys = [torch.tensor([value], device=device) for value in (K, 0, 100)]
-        made.append((draft.argmax(-1), draft, target, *keys, KeyedSource(0)))
+        keys = [torch.tensor([value], device=device) for value in (K, (0, 0), 100)]
+        made.append((draft.argmax(-1), draft, target, *keys, KeyedSource()))
     return made
 
 
 def make_sample(params: SamplingParams, V: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
     logits = [torch.randn(1, V, dtype=torch.bfloat16, device=device) for _ in range(copies)]
-    return [(each, params, KeyedSampler(0), [0], [100], [[]], [[]]) for each in logits]
+    return [(each, [params], KeyedSampler(), [(0, 0)], [100], [[]], [[]]) for each in logits]
 
 
 def measure_gpu_kernels(lab: Lab) -> None:

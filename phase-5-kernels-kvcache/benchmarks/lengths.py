@@ -91,7 +91,7 @@ def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
         figures = {"prefill_ms": prefill_ms}
         if isinstance(runner, CachedRunner):
             figures["append_ms"] = appending_ms(model, runner)
-            figures["cache_mib"] = runner.texts.cache.nbytes() / 2**20
+            figures["cache_mib"] = runner.manager.cache.nbytes() / 2**20
         return Outcome(1, figures, seconds=seconds)
 
     return run
@@ -100,8 +100,8 @@ def one_more(lab: Lab, shape: str, options: KVOptions, size: int) -> Variant:
 @torch.inference_mode()
 def appending_ms(model: engine.Transformer, runner: CachedRunner) -> float:
     """Time the append and read of one token in every layer."""
-    config, kept = model.config, runner.texts.cache
-    number = runner.texts.rows["text"].number
+    config, kept = model.config, runner.manager.cache
+    number = runner.manager.rows["text"].number
     key = torch.randn(1, config.kv_heads, config.head_dim).to(model.embedding.weight)
     began = time.perf_counter()
     kept.make_room(number, 1)

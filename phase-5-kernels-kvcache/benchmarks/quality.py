@@ -126,4 +126,4 @@ def fed(runner: CachedRunner, text: list[int]) -> Tensor:
     """Return the hidden states of the last piece, computed in one step."""
     runner.max_inline = PIECE
     held = len(text) - PIECE
-    return runner.forward(["window"], [text], known=[held]).states_of(0, [], 0)
+    return runner.forward(["window"], [text], states_from=[held]).states_of(0, [], 0)

@@ -69,24 +69,22 @@ class Decoder:
         """Decode a prompt; every round has its own seed."""
         assert prompt is not None
         llm = self.make()
-        llm.params = dataclasses.replace(llm.params, seed=llm.options.seed + round_)
-        (done,) = llm.generate([prompt.text])
-        kept = getattr(llm, "steps", {})
-        steps = [step for of_sequence in kept.values() for step in of_sequence]
-        kept.clear()
-        figures = {"forwards": done.stats.target_forwards, **times(done.stats), **drafting(steps), **self.figures}
-        figures["looped"] = loop_share(done.tokens) * len(done.tokens)
-        return Outcome(len(done.tokens), figures, output=done.tokens)
+        (sequence,) = llm.sequences([prompt.text], dataclasses.replace(llm.params, seed=llm.options.seed + round_))
+        for _ in llm.run([sequence]):
+            pass
+        progress, tokens = sequence.progress, sequence.tokens
+        figures = {"forwards": progress.forwards, **times(sequence), **drafting(sequence.steps), **self.figures}
+        figures["looped"] = loop_share(tokens) * len(tokens)
+        return Outcome(len(tokens), figures, output=tokens)
 
 
-def times(stats: Any) -> dict[str, float]:
-    """Return TTFT and the inputs of TPOT; phase 4 has neither."""
-    if not hasattr(stats, "tpot_ms"):
-        return {}
+def times(sequence: Any) -> dict[str, float]:
+    """Return TTFT and the inputs of TPOT."""
+    progress = sequence.progress
     return {
-        "ttft_ms": stats.ttft_ms,
-        "later_ms": stats.total_ms - stats.ttft_ms,
-        "later_tokens": max(0, stats.new_tokens - 1),
+        "ttft_ms": progress.first * 1e3,
+        "later_ms": (progress.last - progress.first) * 1e3,
+        "later_tokens": max(0, len(sequence.tokens) - 1),
     }
 
 

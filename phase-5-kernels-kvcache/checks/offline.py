@@ -147,7 +147,9 @@ def real(ops: tuple[str, ...] = ()) -> list[Launch]:
             )
         if "sample" in asked:
             params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
-            all_ops()["sample"](torch.zeros(1, 128256, dtype=dtype), params, KeyedSampler(0), [0], [0], [[]], [[]])
+            all_ops()["sample"](
+                torch.zeros(1, 128256, dtype=dtype), [params], KeyedSampler(), [(0, 0)], [0], [[]], [[]]
+            )
     return list(found.values())
 
 

@@ -77,11 +77,11 @@ def distributions(device: torch.device, rows: int, positions: int, V: int, seed:
 def sample_verdicts(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for V in VOCABULARIES:
         for one_hot in (False, True):
-            for seed in (0, -1, 2**40 + 7):
+            for seeds in ((0,), (-1,), (2**40 + 7,), (0, -1, 2**40 + 7)):  # row after row, and again from the first
                 several = [3, 1, 0] if V > 1000 and not full else [3, 3, 2, 0, 3, 3, 1]
                 for widths, K in ((several, 3), ([1], 1), ([], 2)):
 
-                    def run(function: Function, V=V, one_hot=one_hot, seed=seed, widths=widths, K=K) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                    def run(function: Function, V=V, one_hot=one_hot, seeds=seeds, widths=widths, K=K) -> list[Tensor]:  # type: ignore[no-untyped-def]
                         R = len(widths)
                         target = distributions(device, R, K + 1, V, seed=1)
                         near = (target[:, :K] * 3 + distributions(device, R, K, V, seed=2)) / 4
@@ -93,21 +93,21 @@ def sample_verdicts(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
                             None if one_hot else near,
                             target,
                             torch.tensor(widths, device=device, dtype=torch.long),
-                            many,
+                            torch.stack((torch.tensor(seeds, device=device)[many % len(seeds)], many), 1),
                             many * 1000 + 17,
-                            KeyedSource(seed),
+                            KeyedSource(),
                         )
                         return [verdict.accepted, verdict.next_tokens, verdict.ratios]
 
-                    if full or (len(widths) != 1 and (seed == 0 or (V == 5 and len(widths)))):
-                        name = f"vocabulary {V}, seed {seed}, widths {widths}{', one-hot' if one_hot else ''}"
+                    if full or (len(widths) != 1 and (seeds == (0,) or (V == 5 and len(widths)))):
+                        name = f"vocabulary {V}, seeds {seeds}, widths {widths}{', one-hot' if one_hot else ''}"
                         yield Case(name, run)
 
     def certain(function: Function) -> list[Tensor]:
         target = torch.nn.functional.one_hot(torch.tensor([[4, 1, 7], [2, 2, 0]], device=device), 9).float()
         tokens, wide = torch.tensor([[4, 1], [2, 5]], device=device), torch.tensor([2, 2], device=device)
-        keys = torch.zeros(2, dtype=torch.long, device=device)
-        verdict = function(tokens, target[:, :2] * 0 + 1 / 9, target, wide, keys, keys, GreedySource())
+        keys, at = torch.zeros(2, 2, dtype=torch.long, device=device), torch.zeros_like(wide)
+        verdict = function(tokens, target[:, :2] * 0 + 1 / 9, target, wide, keys, at, GreedySource())
         return [verdict.accepted, verdict.next_tokens, verdict.ratios]
 
     yield Case("nothing left to chance", certain)
@@ -126,6 +126,12 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
+def spread(device: torch.device, dtype: torch.dtype, R: int, V: int) -> Tensor:
+    """Return logits [R, V] from -6 to 6 at equal distances, shuffled."""
+    order = [torch.randperm(V, generator=torch.Generator().manual_seed(row)) for row in range(R)]
+    return poisoned(device, dtype, R, V).copy_(torch.linspace(-6, 6, V)[torch.stack(order)])
+
+
 def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype in dtypes:
         for V in VOCABULARIES:
@@ -140,16 +146,13 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 def run(function: Function, V=V, wanted=wanted, dtype=dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]
                     params = SamplingParams(**{"temperature": 1.0, **wanted})
                     R = 4 if full else 1 if V > 1000 else 2
-                    order = [torch.randperm(V, generator=torch.Generator().manual_seed(row)) for row in range(R)]
-                    logits = poisoned(device, dtype, R, V)
-                    logits.copy_(torch.linspace(-6, 6, V)[torch.stack(order)])
-                    numbers = list(range(R))
-                    places = [100 * r for r in numbers]
+                    logits = spread(device, dtype, R, V)
+                    places = [100 * r for r in range(R)]
                     prompts, outputs = [[0, 1 % V]] * R, [[2 % V]] * R
                     seeds = (3, -5) if full else (2**33 - 3,)
                     tokens = [
-                        function(logits, params, KeyedSampler(seed), numbers, places, prompts, outputs)
-                        for seed in seeds
+                        function(logits, [params] * R, KeyedSampler(), keys, places, prompts, outputs)
+                        for keys in ([(seed, row) for row in range(R)] for seed in seeds)
                     ]
                     return [torch.tensor(tokens)]
 
@@ -171,17 +174,50 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 logits[4:] = 1.0
                 texts = [[0, 1]] * 6
                 places = range(0, 400 if full else 10, 10)
-                keys = [([number] * 6, [place + row for row in range(6)]) for number, place in enumerate(places)]
-                drawn = [function(logits, params, KeyedSampler(7), *key, texts, texts) for key in keys]
+                keys = [([(7, number)] * 6, [place + row for row in range(6)]) for number, place in enumerate(places)]
+                drawn = [function(logits, [params] * 6, KeyedSampler(), *key, texts, texts) for key in keys]
                 return [torch.tensor(drawn)]
 
             yield Case(f"equal logits, vocabulary {V}, {wanted or 'no filter'}", equal)
 
+    yield from request_cases(device, dtypes)
+
     def none(function: Function) -> list[Tensor]:
         logits = torch.zeros(0, 5, device=device)
-        return [torch.tensor(function(logits, SamplingParams(temperature=1.0), KeyedSampler(0), [], [], [], []))]
+        return [torch.tensor(function(logits, [], KeyedSampler(), [], [], [], []))]
 
     yield Case("no rows", none)
+
+
+def request_cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    """Rows of different requests: each has its own parameters, seed, sample, position and text."""
+    plain = [wanted for wanted in FILTERS if "presence_penalty" not in wanted]  # penalties make all rows float32
+    penalised = [*FILTERS, *({"temperature": 0.3, name: 2.0} for name in ("presence_penalty", "repetition_penalty"))]
+    for dtype in dtypes:
+        for V, filters in ((17, plain), (300, penalised)):
+            requests = [SamplingParams(**{"temperature": 1.0, **each}) for each in filters]
+
+            def rows(function: Function, which: slice, begin: int, V=V, requests=requests, dtype=dtype) -> list[int]:  # type: ignore[no-untyped-def]
+                R = len(requests)
+                logits = scores(device, dtype, R, 1, V)[:, 0] if V == 17 else spread(device, dtype, R, V)
+                keys = [((row % 5 - 2) * (2**33 - 3), row % 3) for row in range(R)]
+                positions, outputs = (
+                    [begin + 3 * (row % 4) for row in range(R)],
+                    logits.float().topk(8).indices.tolist(),
+                )
+                columns = [each[which] for each in (keys, positions, [[0, 1]] * R, outputs)]
+                return function(logits[which], requests[which], KeyedSampler(), *columns)  # type: ignore[no-any-return]
+
+            def together(function: Function, rows=rows) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                return [torch.tensor(rows(function, slice(None), begin)) for begin in (0, 2**31)]
+
+            def alone(function: Function, rows=rows, requests=requests) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                each = [token for row in range(len(requests)) for token in rows(function, slice(row, row + 1), 90)]
+                return [torch.tensor(each), torch.tensor(rows(function, slice(None), 90))]
+
+            yield Case(f"{dtype}, vocabulary {V}, different requests", together, dtype)
+            if V == 17:
+                yield Case(f"{dtype}, different requests, and each alone", alone, dtype, invariance=True)
 
 
 OPS: dict[str, Cases] = {

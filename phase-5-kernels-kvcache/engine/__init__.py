@@ -17,7 +17,7 @@ from .drafters import DynamicTreeDrafter, ExtrapolateDrafter, ModelDrafter, Ngra
 from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
 from .forward import next_logits
-from .generate import Clock, Generation, Stats, generate, stream
+from .generate import Generation, Stats, generate, stream
 from .kv_cache import KVOptions
 from .llm import LLM
 from .load import LoadedModel, load, load_transformer
@@ -50,7 +50,6 @@ __all__ = [
     "Bounds",
     "Brancher",
     "CachedRunner",
-    "Clock",
     "ConfThreshold",
     "ConfidenceController",
     "CostController",

@@ -1,6 +1,6 @@
-"""What the tokens of a forward attend to: to each other, or to what a cache holds as well.
+"""Attention backends: the tokens of a forward attend to each other, or also to the entries of a cache.
 
-A layer hands over its queries, and the keys and values of the new tokens; it does not know which it is.
+A layer passes its queries, keys and values to a backend, and does not know which one it is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .kv_cache import KVCache
 
 class AttentionBackend(Protocol):
     @property
-    def turns(self) -> bool:
-        """Whether it takes queries and keys that were not turned to their positions yet, and turns them itself."""
+    def applies_rope(self) -> bool:
+        """Return True if the backend applies RoPE itself, to queries and keys without it."""
         ...
 
     def attend(
@@ -30,17 +30,17 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """query [B, W, H, d], key and value [B, T, kv_heads, d] of the new tokens -> [B, W, H, d].
 
-        `rotation` (cos and signed sin) comes with queries and keys that are still to be turned; then W = T.
+        rotation: cos and signed sin, for queries and keys that still lack RoPE; then W = T.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FullAttention:
-    """No cache: the tokens of the forward are all there is. mask [1 or B, 1, W, T], 0 or -inf."""
+    """Attends without a cache, among the tokens of the forward. mask [1 or B, 1, W, T], 0 or -inf."""
 
     mask: Tensor
-    turns = False
+    applies_rope = False
 
     @classmethod
     def of(cls, mask: Tensor) -> FullAttention:
@@ -48,7 +48,7 @@ class FullAttention:
         return cls(mask[None, None] if mask.ndim == 2 else mask[:, None])
 
     def only(self, wanted: Tensor | None) -> FullAttention:
-        """Return the attention of the last layer, where only the queries wanted [B, W] are asked."""
+        """Return the attention of the last layer, with the queries wanted [B, W] only."""
         if wanted is None:
             return self
         rows = torch.arange(len(self.mask), device=wanted.device)[:, None]
@@ -57,7 +57,7 @@ class FullAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        assert rotation is None, "nothing is appended here that could be turned on its way"
+        assert rotation is None, "RoPE is applied before this call"
         grouped = key.shape[2] < query.shape[2]
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.mask, enable_gqa=grouped
@@ -67,24 +67,24 @@ class FullAttention:
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """The first counts[r] tokens of row r of the forward stand behind what row rows[r] of a cache holds."""
+    """Attends to a cache: the first counts[r] tokens of row r of the forward follow the entries of row rows[r]."""
 
     cache: KVCache
     rows: list[int]
     counts: list[int]
-    masks: list[Tensor | None]  # of every row [W, n]; n: what can be read of the cache's row, and the new tokens
+    masks: list[Tensor | None]  # of every row [W, n]; n: readable entries of the cache's row, and the new tokens
     kernels: Kernels = TORCH
 
     def only(self, wanted: Tensor | None) -> CachedAttention:
-        """For the last layer, where the queries wanted [R, W] alone are asked."""
+        """Return the attention of the last layer, with the queries wanted [R, W] only."""
         if wanted is None:
             return self
         masks = [mask if mask is None else mask[of_row] for mask, of_row in zip(self.masks, wanted, strict=True)]
         return dataclasses.replace(self, masks=masks)
 
     @property
-    def turns(self) -> bool:
-        """Where the turn and the append are one kernel. torch turns queries and keys at once, before: see kernels/."""
+    def applies_rope(self) -> bool:
+        """Return True if RoPE and the cache append are one fused kernel; torch applies RoPE beforehand."""
         return self.kernels.rope_append is not TORCH.rope_append
 
     def attend(
@@ -102,14 +102,14 @@ class CachedAttention:
 def seen(
     positions: Sequence[int], first: int, held: int, ancestors: Tensor | None, window: int | None, like: Tensor
 ) -> Tensor | None:
-    """The mask [W, n] of a row that holds tokens first .. held - 1 of its text, with T new tokens behind them.
+    """Return the mask [W, n] of a row that holds tokens first .. held - 1 of its sequence, followed by T new tokens.
 
-    Queries and new tokens are the same T = W at first; `ancestors` bool [T, T] says which of the new each sees, in
-    order where None. None where every query sees everything.
+    The new tokens are the queries, T = W. ancestors bool [T, T]: which new tokens each sees; None for a chain. Returns
+    None if every query sees everything.
     """
     T = len(positions)
     if window is not None and max(positions) - first < window:
-        window = None  # nothing has slid out of it
+        window = None  # it covers all tokens
     if ancestors is None and window is None and T <= FEW:
         return None if T == 1 else in_order(T, held - first, like)
     if ancestors is None:
@@ -123,7 +123,7 @@ def seen(
 
 
 def beside_padding(mask: Tensor, T: int, before: int) -> Tensor:
-    """A row's mask [W, before + W] for T queries: those behind W are padding, and see all that there is."""
+    """Extend a row's mask [W, before + W] to T queries: those past W are padding, and see everything."""
     if T <= FEW and is_in_order(mask, before):
         return in_order(T, before, mask)[:, : mask.shape[1]]
     return F.pad(mask, (0, 0, 0, T - len(mask)))

@@ -17,11 +17,14 @@ from torch import nn
 from common.errors import UserError
 
 from .drafters import EagleHead, MedusaHeads
+from .fake import FakeModel
 from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
+from .kv_cache.manager import CacheManager
 from .model import Transformer
-from .runner import ModelRunner, make_runner
+from .runner import CachedRunner, cached_runner, make_manager
 from .speculative import MultiStep
+from .weights import lay_out
 
 if TYPE_CHECKING:
     from .kernels.cpp import CppEagle, CppMedusa, CppModel
@@ -94,8 +97,6 @@ class Backends:
                 self._pack(model)
         for each in others:
             self._pack_heads(each, models[0])
-        if self.fast:
-            torch.set_num_threads(1)  # torch has little left to do, and its spinning threads would slow the kernels
 
     def _pack(self, model: nn.Module) -> None:
         """Pack a model for C++, or report why not. UserError if C++ was asked for by name."""
@@ -107,6 +108,8 @@ class Backends:
             if self.options.kernels == "cpp":
                 raise UserError(f"--kernels cpp cannot run here: {reason}")
             self.report.setdefault("why_no_cpp_step", reason)
+            if isinstance(model, Transformer) and not isinstance(model, FakeModel):
+                lay_out(model.layers)  # it was loaded as stored
             return
         assert isinstance(model, Transformer)
         weights = FORMATS[model.embedding.weight.dtype]
@@ -132,10 +135,13 @@ class Backends:
         """Return True if this model, or these heads, run entirely in C++."""
         return module in self.fast or (isinstance(module, EagleHead | MedusaHeads) and self.heads is not None)
 
-    def runner(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> ModelRunner:
-        """Return a runner for `rows` sequences of at most `tokens` tokens."""
-        if model in self.fast:
-            from .cpp_runner import make_cpp_runner
+    def manager(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> CacheManager:
+        """Make a cache for `rows` sequences of at most `tokens` tokens, as the model's kernels read it."""
+        return make_manager(model, options, rows, tokens, torch.float32 if model in self.fast else None)
 
-            return make_cpp_runner(model, self.fast[model], options, rows, tokens)
-        return make_runner(model, options, rows, tokens)
+    def runner(self, model: Transformer, manager: CacheManager) -> CachedRunner:
+        if model in self.fast:
+            from .cpp_runner import CppRunner
+
+            return CppRunner(model, self.fast[model], manager)
+        return cached_runner(model, manager)

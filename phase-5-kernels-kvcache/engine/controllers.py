@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -29,26 +29,16 @@ from .cost_model import CostModel, usual
 if TYPE_CHECKING:
     from .steps import StepStats
 
-AHEAD = 4  # steps that are decided together
-
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
 
 class KController(Protocol):
     """Chooses K for one sequence; every sequence has its own."""
 
-    @property
-    def ends_early(self) -> bool:
-        """Whether `stop` may ever say yes."""
-        ...
+    ends_early: ClassVar[bool]  # True if `stop` may ever return True
 
     def next_k(self) -> int:
         """Return the largest number of tokens to draft; 0 means no draft in this step."""
-        ...
-
-    @property
-    def holds(self) -> int:
-        """For how many steps that answer holds, if a runner can make several in one call."""
         ...
 
     def stop(self, draft_probs: Tensor) -> bool:
@@ -76,17 +66,10 @@ class Bounds:
 @dataclass
 class FixedController:
     k: int
-
-    @property
-    def ends_early(self) -> bool:
-        return False
+    ends_early: ClassVar = False
 
     def next_k(self) -> int:
         return self.k
-
-    @property
-    def holds(self) -> int:
-        return AHEAD
 
     def stop(self, draft_probs: Tensor) -> bool:
         return False
@@ -101,6 +84,7 @@ class AdaptiveController:
 
     k: int
     bounds: Bounds
+    ends_early: ClassVar = False
     target_acceptance: float = 0.7
     window: int = 4
     step: int = 1
@@ -111,16 +95,8 @@ class AdaptiveController:
             raise UserError(f"target_acceptance must be between 0 and 1, got {self.target_acceptance}")
         self.k, self.recent = self.bounds.clip(self.k), deque(maxlen=self.window)
 
-    @property
-    def ends_early(self) -> bool:
-        return False
-
     def next_k(self) -> int:
         return self.k
-
-    @property
-    def holds(self) -> int:
-        return 1
 
     def stop(self, draft_probs: Tensor) -> bool:
         return False
@@ -140,6 +116,7 @@ class AdaptiveController:
 class ConfidenceController:
     """Drafts min_k tokens, then on to max_k while the likeliest token's probability is at least `confidence`."""
 
+    ends_early: ClassVar = True
     bounds: Bounds
     confidence: float = 0.4
     drafted: int = 0
@@ -148,17 +125,9 @@ class ConfidenceController:
         if not 0 <= self.confidence <= 1:
             raise UserError(f"confidence must be in [0, 1], a probability under the draft, got {self.confidence}")
 
-    @property
-    def ends_early(self) -> bool:
-        return True
-
     def next_k(self) -> int:
         self.drafted = 0
         return self.bounds.high
-
-    @property
-    def holds(self) -> int:
-        return 1
 
     def stop(self, draft_probs: Tensor) -> bool:
         if self.drafted >= self.bounds.low and float(draft_probs.max()) < self.confidence:
@@ -185,6 +154,7 @@ class CostController:
     weights are not in the CPU's caches.
     """
 
+    ends_early: ClassVar = False
     bounds: Bounds
     prior: float = 0.8  # acceptance probability before any observation
     prior_weight: float = 0.7  # in observations
@@ -209,10 +179,6 @@ class CostController:
         later = [0.0] * (self.bounds.high - 1)
         self.tried, self.passed = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
 
-    @property
-    def ends_early(self) -> bool:
-        return False
-
     def next_k(self) -> int:
         self.declining = False
         if not self.cost_model.known or not self.plain:
@@ -232,13 +198,6 @@ class CostController:
                 return k
         self.declining = True
         return 0
-
-    @property
-    def holds(self) -> int:
-        if self.declining:
-            return self.wait - self.declined
-        settled = self.cost_model.known and self.plain and self.drafts > 1 and not self.looking
-        return AHEAD if settled else 1
 
     def best(self) -> int:
         """Return the K with the most expected tokens per millisecond at the present length: 0, or within the bounds."""

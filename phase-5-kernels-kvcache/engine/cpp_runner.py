@@ -1,6 +1,6 @@
 """A runner whose forwards are one call into C++: all layers of a step, or several tokens drawn one after the other.
 
-What a text is, and what of it the cache still has, is as in runner.py; only who computes is another.
+The bookkeeping of sequences and cache rows is that of runner.py; only the computation differs.
 
     python generate.py --kernels cpp --prompt "from pathlib import"
 """
@@ -17,17 +17,17 @@ from .kernels.cpp import CppModel
 from .kv_cache import KVOptions, StaticCache
 from .kv_cache.manager import CacheManager
 from .model import Transformer
-from .runner import NO_DRAFT, CachedRunner, Work, room
+from .runner import NO_DRAFT, CachedRunner, Work, make_manager
 
 
 class CppRunner(CachedRunner):
     """Over a static cache, into which the kernels write."""
 
-    def __init__(self, model: Transformer, fast: CppModel, texts: CacheManager) -> None:
-        super().__init__(model, texts)
+    def __init__(self, model: Transformer, fast: CppModel, manager: CacheManager) -> None:
+        super().__init__(model, manager)
         self.fast = fast
-        assert isinstance(texts.cache, StaticCache)
-        self.cache = texts.cache
+        assert isinstance(manager.cache, StaticCache)
+        self.cache = manager.cache
 
     def _verify(
         self, works: list[Work], wants_states: bool, taps: tuple[int, ...]
@@ -106,17 +106,17 @@ class CppRunner(CachedRunner):
             tapped = torch.empty(count, len(how.taps) * self.fast.config.width) if how.taps else None
             drawn = self.fast.generate_plain(
                 self.cache, row, work.new, count, params,
-                sample=how.sample, position=at, hidden=hidden, tapped=tapped, taps=how.taps,
+                sample=how.key[1], position=at, hidden=hidden, tapped=tapped, taps=how.taps,
             )  # fmt: skip
             probs = self._outputs(hidden, tapped)
         elif how.probs:
             drawn, probs = self.fast.draft_chain(
-                self.cache, row, work.new, count, params, sample=how.sample, position=at, noise=how.purpose
+                self.cache, row, work.new, count, params, sample=how.key[1], position=at, noise=how.purpose
             )
         else:
-            drawn = self.fast.generate_plain(self.cache, row, work.new, count, params, sample=how.sample, position=at)
+            drawn = self.fast.generate_plain(self.cache, row, work.new, count, params, sample=how.key[1], position=at)
         self.computed = [work.prefilled + len(work.new) + len(drawn) - 1]
-        self.texts.appended(work.row, work.new + drawn[:-1], [])
+        self.manager.appended(work.row, work.new + drawn[:-1], [])
         return drawn, None if params.greedy and how.taps is None else probs
 
     def speculate(
@@ -129,7 +129,7 @@ class CppRunner(CachedRunner):
         sample_match: bool,
         steps: int,
     ) -> list[Speculated]:
-        most = steps * (count + 1) - 1  # tokens past the text that are computed
+        most = steps * (count + 1) - 1  # tokens past the sequence that are computed
         context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
         if not how.keyed or len(text) + most > context:
             return []
@@ -147,7 +147,7 @@ class CppRunner(CachedRunner):
             count,
             how.params,
             own=sample_match,
-            sample=how.sample,
+            sample=how.key[1],
             position=how.position,
             noise=how.purpose,
             steps=steps,
@@ -155,12 +155,12 @@ class CppRunner(CachedRunner):
         self.computed = [mine.prefilled + done[0].computed]
         gained = [token for each in done for token in (*each.draft[: each.accepted], each.next_token)]
         last = done[-1]
-        self.texts.appended(mine.row, mine.new + gained[:-1], [])
-        drafter.texts.appended(its.row, its.new + gained[: -2 if last.accepted == count else -1], [])
-        self.texts.positions += sum(count - each.accepted for each in done)  # rejected draft tokens
+        self.manager.appended(mine.row, mine.new + gained[:-1], [])
+        drafter.manager.appended(its.row, its.new + gained[: -2 if last.accepted == count else -1], [])
+        self.manager.positions += sum(count - each.accepted for each in done)  # rejected draft tokens
         return done
 
 
 def make_cpp_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> CppRunner:
-    """As make_runner. UserError where the kernels do not take such a cache."""
-    return CppRunner(model, fast, CacheManager(room(model, options, rows, tokens, torch.float32), rows))
+    """Make a runner, with a cache of its own. UserError if the kernels do not take such a cache."""
+    return CppRunner(model, fast, make_manager(model, options, rows, tokens, torch.float32))

@@ -13,11 +13,11 @@ from .verify import GreedySource
 
 
 class Drawing(NamedTuple):
-    """Names the distributions that tokens are drawn from, and their random numbers: sample, first position, purpose."""
+    """Names the distributions that tokens are drawn from, and their random numbers: key, first position, purpose."""
 
     params: SamplingParams
     source: Sampler
-    sample: int
+    key: tuple[int, int]
     position: int
     purpose: Purpose
     probs: bool = True  # True if the distributions are wanted
@@ -25,10 +25,9 @@ class Drawing(NamedTuple):
 
     @property
     def keyed(self) -> bool:
-        """True if the parameters and their seed alone decide which tokens are drawn, so that C++ can draw them."""
+        """True if the parameters and the key alone decide which tokens are drawn, so that C++ can draw them."""
         certain = self.params.greedy and (isinstance(self.source, GreedySource) or self.purpose == Purpose.SAMPLE)
-        seeded = isinstance(self.source, KeyedSampler) and self.source.seed == self.params.seed
-        return (certain or seeded) and not self.params.penalised
+        return (certain or isinstance(self.source, KeyedSampler)) and not self.params.penalised
 
 
 class Speculated(NamedTuple):

@@ -186,7 +186,7 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Rotation | None, backend: AttentionBackend, wanted: Wanted | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T or W, D]."""
-        late = rotation if wanted is None and backend.turns else None
+        late = rotation if wanted is None and backend.applies_rope else None
         query, key, value = self.before(x, rotation if late is None else None, wanted)
         return self.after(x, backend.attend(self.attention.number, query, key, value, late), wanted)
 

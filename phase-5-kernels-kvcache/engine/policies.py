@@ -64,14 +64,16 @@ class AcceptancePolicy(Protocol):
         draft: Draft,
         target: TargetProbs,
         widths: Tensor,
-        samples: Tensor,
+        keys: Tensor,
         positions: Tensor,
         source: RandomSource,
     ) -> Verdict:
-        """Decide for R chains how many tokens are accepted, and what follows. samples, positions as for verify()."""
+        """Decide for R chains how many tokens are accepted, and what follows. keys, positions as for verify()."""
         ...
 
-    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+    def accept_tree(
+        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
+    ) -> Path:
         """Decide for one tree (target [1, N+1, V]) which path is accepted, and the token that follows it."""
         ...
 
@@ -89,41 +91,39 @@ class Rejection:
         draft: Draft,
         target: TargetProbs,
         widths: Tensor,
-        samples: Tensor,
+        keys: Tensor,
         positions: Tensor,
         source: RandomSource,
     ) -> Verdict:
-        return self.kernels.verify_sample(draft.tokens, draft.probs, target.probs, widths, samples, positions, source)
+        return self.kernels.verify_sample(draft.tokens, draft.probs, target.probs, widths, keys, positions, source)
 
-    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+    def accept_tree(
+        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
+    ) -> Path:
         """Drawn children: recursive rejection. Chosen children: sample match, which accepts as many."""
         if tree.probs is None:
-            return match_tree(tree, target.probs[0], sample, position, source)
-        return recursive_rejection(tree, target.probs[0], sample, position, source)
+            return match_tree(tree, target.probs[0], key, position, source)
+        return recursive_rejection(tree, target.probs[0], key, position, source)
 
 
 @dataclass(frozen=True)
 class SampleMatch:
     """Accept a draft token while the target, with the noise of plain sampling, draws the same one."""
 
-    shared_noise: bool  # True if the drafter draws with that noise as well
+    draft_noise: Purpose  # of the drafter's random numbers; SAMPLE: it draws with that noise as well
     lossless: ClassVar = True
     kernels: ClassVar = TORCH
 
     @property
     def draws_children(self) -> bool:
-        return self.shared_noise
-
-    @property
-    def draft_noise(self) -> Purpose:
-        return Purpose.SAMPLE if self.shared_noise else Purpose.DRAFT
+        return self.draft_noise == Purpose.SAMPLE
 
     def verify(
         self,
         draft: Draft,
         target: TargetProbs,
         widths: Tensor,
-        samples: Tensor,
+        keys: Tensor,
         positions: Tensor,
         source: RandomSource,
     ) -> Verdict:
@@ -132,7 +132,7 @@ class SampleMatch:
         if isinstance(source, KeyedSource) and self.kernels.verify_prefix is not TORCH.verify_prefix:
             # A GPU draws at all positions at once: waiting for it at every position costs more than the extra draws.
             at = positions[:, None] + torch.arange(K + 1, device=positions.device)
-            each = samples[:, None].expand_as(at).reshape(-1)
+            each = keys[:, None].expand(R, K + 1, 2).flatten(0, 1)
             own = source.draw(target.probs.reshape(-1, V), each, at.reshape(-1), Purpose.SAMPLE).view(R, K + 1)
             accepted = self.kernels.verify_prefix(draft.tokens, own, widths)
             return Verdict(accepted, own.gather(1, accepted[:, None])[:, 0], ratios)
@@ -140,7 +140,7 @@ class SampleMatch:
         active = torch.arange(R, device=widths.device)  # rows whose draft is accepted so far
         for column in range(K + 1):
             at = positions[active] + column
-            own[active] = source.draw(target.probs[active, column], samples[active], at, Purpose.SAMPLE)
+            own[active] = source.draw(target.probs[active, column], keys[active], at, Purpose.SAMPLE)
             if column == K:
                 break
             active = active[(own[active] == draft.tokens[active, column]) & (column < widths[active])]
@@ -149,8 +149,10 @@ class SampleMatch:
                 break
         return Verdict(accepted, own, ratios)
 
-    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
-        return match_tree(tree, target.probs[0], sample, position, source)
+    def accept_tree(
+        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
+    ) -> Path:
+        return match_tree(tree, target.probs[0], key, position, source)
 
 
 class Lossy:
@@ -169,7 +171,7 @@ class Lossy:
         draft: Draft,
         target: TargetProbs,
         widths: Tensor,
-        samples: Tensor,
+        keys: Tensor,
         positions: Tensor,
         source: RandomSource,
     ) -> Verdict:
@@ -178,10 +180,12 @@ class Lossy:
         passed = good & (torch.arange(K, device=widths.device) < widths[:, None])
         accepted = passed.long().cumprod(dim=1).sum(dim=1)
         following = target.probs[torch.arange(R, device=widths.device), accepted]
-        next_tokens = source.draw(following, samples, positions + accepted, Purpose.SAMPLE)
+        next_tokens = source.draw(following, keys, positions + accepted, Purpose.SAMPLE)
         return Verdict(accepted, next_tokens, good.to(target.probs.dtype))
 
-    def accept_tree(self, tree: Tree, target: TargetProbs, sample: int, position: int, source: RandomSource) -> Path:
+    def accept_tree(
+        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
+    ) -> Path:
         """Go from every node to its first child that is good enough."""
         good = self.good(target.opinion[0])  # [N+1, V]
         nodes: list[int] = []
@@ -189,7 +193,7 @@ class Lossy:
         while fitting := [child for child in tree.children(node) if bool(good[node + 1, tree.tokens[child]])]:
             node = fitting[0]
             nodes.append(node)
-        return Path(nodes, draw_one(target.probs[0, node + 1], sample, position + len(nodes), source))
+        return Path(nodes, draw_one(target.probs[0, node + 1], key, position + len(nodes), source))
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ class TopkAgree(Lossy):
             raise UserError(f"agree_k must be at least 1, a number of the target's most likely tokens, got {self.k}")
 
     def good(self, opinion: Tensor) -> Tensor:
-        return most_likely(opinion, min(self.k, opinion.shape[-1]))
+        flat = opinion.reshape(-1, opinion.shape[-1])
+        return most_likely(flat, [min(self.k, flat.shape[-1])] * len(flat)).view_as(opinion)
 
 
 @dataclass(frozen=True)
@@ -237,23 +242,25 @@ def make_policy(
     if name == "rejection":
         return Rejection()
     if name in ("coupled", "longest_prefix"):
-        return SampleMatch(shared_noise=name == "coupled")
+        return SampleMatch(Purpose.SAMPLE if name == "coupled" else Purpose.DRAFT)
     if name == "conf_threshold":
         return ConfThreshold(tau)
     return TopkAgree(agree_k) if name == "topk_agree" else Typical(epsilon, delta)
 
 
-def draw_one(probs: Tensor, sample: int, position: int, source: RandomSource, purpose: Purpose = Purpose.SAMPLE) -> int:
-    keys = torch.tensor([[sample], [position]], device=probs.device)
-    return int(source.draw(probs[None], keys[0], keys[1], purpose))
+def draw_one(
+    probs: Tensor, key: tuple[int, int], position: int, source: RandomSource, purpose: Purpose = Purpose.SAMPLE
+) -> int:
+    keys, positions = (torch.tensor([each], device=probs.device) for each in (key, position))
+    return int(source.draw(probs[None], keys, positions, purpose))
 
 
-def match_tree(tree: Tree, probs: Tensor, sample: int, position: int, source: RandomSource) -> Path:
+def match_tree(tree: Tree, probs: Tensor, key: tuple[int, int], position: int, source: RandomSource) -> Path:
     """Draw the target's token at every node (probs [N+1, V]), as plain sampling would, and follow it to a child."""
     nodes: list[int] = []
     node = -1
     while True:
-        token = draw_one(probs[node + 1], sample, position + len(nodes), source)
+        token = draw_one(probs[node + 1], key, position + len(nodes), source)
         following = [child for child in tree.children(node) if tree.tokens[child] == token]
         if not following:
             return Path(nodes, token)
@@ -261,7 +268,7 @@ def match_tree(tree: Tree, probs: Tensor, sample: int, position: int, source: Ra
         nodes.append(node)
 
 
-def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, source: RandomSource) -> Path:
+def recursive_rejection(tree: Tree, probs: Tensor, key: tuple[int, int], position: int, source: RandomSource) -> Path:
     """Try children that were drawn without replacement, in that order (Chen et al. 2024, Sequoia, Algorithm 2).
 
     Child x is accepted with probability min(1, target(x) / draft(x)). After a rejection the target becomes its residual
@@ -271,7 +278,7 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, s
     nodes: list[int] = []
     trials: list[Trial] = []
     node = -1
-    samples = torch.tensor([sample], device=probs.device)
+    keys = torch.tensor([key], device=probs.device)
     while True:
         target, draft = probs[node + 1], tree.probs[node + 1].to(probs.device)
         at, accepted = position + len(nodes), None
@@ -279,7 +286,7 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, s
             trials.append(Trial(child, target, draft))
             token = tree.tokens[child]
             ratio = (target[token] / draft[token]).clamp(max=1).view(1, 1)
-            if bool(source.decide(ratio, samples, torch.full_like(ratio, at, dtype=torch.long), trial)):
+            if bool(source.decide(ratio, keys, torch.full_like(ratio, at, dtype=torch.long), trial)):
                 accepted = child
                 break
             residual = (target - draft).clamp(min=0)
@@ -291,6 +298,6 @@ def recursive_rejection(tree: Tree, probs: Tensor, sample: int, position: int, s
             draft = draft / left if left > 0 else draft
         if accepted is None:
             purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE
-            return Path(nodes, draw_one(target, sample, at, source, purpose), trials)
+            return Path(nodes, draw_one(target, key, at, source, purpose), trials)
         node = accepted
         nodes.append(node)

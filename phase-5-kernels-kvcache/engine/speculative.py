@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +27,11 @@ from .kv_cache import OutOfBlocks
 from .policies import AcceptancePolicy, Rejection, TargetProbs
 from .profiler import stage
 from .runner import ModelRunner
-from .sampling import SamplingParams, check_finite, penalise, probabilities
+from .sampling import check_finite, penalise, probabilities
 from .sequence import Sequence
 from .steps import Path, Step, StepTimes, TargetOutput, outputs_before, step_stats
 from .tree import Tree
-from .verify import GreedySource, KeyedSource, RandomSource
+from .verify import GreedySource, RandomSource, random_source
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
@@ -42,6 +41,8 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     """
     remaining = sequence.params.max_new_tokens - len(sequence.tokens)
     length, width = sequence.length, min(k, remaining - 1)
+    if length + width <= context:
+        return width
     while width > 0 and window_start(length + width, context) != window_start(length, context):
         width -= 1
     return width
@@ -54,41 +55,49 @@ def accept(
     trees: list[Tree],
     output: TargetOutput,
     sequences: list[Sequence],
-    params: SamplingParams,
     source: RandomSource,
 ) -> list[Path]:
     """For each sequence the accepted draft tokens and the token that follows them; without a draft, the next token."""
-    samples, lengths = [sequence.sample for sequence in sequences], [sequence.length for sequence in sequences]
+    params, keys = [sequence.params for sequence in sequences], [sequence.key for sequence in sequences]
+    lengths = [sequence.length for sequence in sequences]
     logits, prompts = output.logits, [sequence.prompt for sequence in sequences]
     if not any(tree.tokens for tree in trees):
         check_finite(logits)
         texts = [sequence.tokens for sequence in sequences]
-        tokens = kernels.sample(logits[:, 0], params, source, samples, lengths, prompts, texts)
+        tokens = kernels.sample(logits[:, 0], params, source, keys, lengths, prompts, texts)
         return [Path([], token) for token in tokens]
     width, outputs, flat = logits.shape[1], list[list[int]](), logits.flatten(0, 1)
-    if params.penalised:
+    params = [mine for mine in params for _ in range(width)]
+    penalised = any(mine.penalised for mine in params)
+    if penalised:
         prompts = [prompt for prompt in prompts for _ in range(width)]
         for sequence, tree in zip(sequences, trees, strict=True):
             before = outputs_before(sequence.tokens, tree)
             outputs += before + before[-1:] * (width - len(before))
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    widths, *at = torch.tensor([draft.widths, samples, lengths], device=logits.device)
-    certain = params.greedy and draft.probs is None and isinstance(source, GreedySource)
+    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
+    certain = draft.probs is None and isinstance(source, GreedySource) and all(mine.greedy for mine in params)
     if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
         check_finite(flat)
-        scores = penalise(flat.float(), params, prompts, outputs) if params.penalised else flat
+        scores = penalise(flat.float(), params, prompts, outputs) if penalised else flat
         return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), widths))
-    probs = probabilities(flat, params, prompts if params.penalised else [], outputs).view(*logits.shape)
-    target = TargetProbs(probs, probs if policy.lossless or not params.greedy else logits.float().softmax(-1))
+    probs = probabilities(flat, params, prompts if penalised else [], outputs).view(*logits.shape)
+    target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
     if draft.trees is None:
-        verdict = policy.verify(draft, target, widths, at[0], at[1], source)
+        verdict = policy.verify(draft, target, widths, at, positions, source)
         return paths_of(verdict.accepted, verdict.next_tokens)
     paths = []
     for row, tree in enumerate(trees):
         part = slice(row, row + 1), slice(len(tree.tokens) + 1)
         of_row = TargetProbs(target.probs[part], target.opinion[part])
-        paths.append(policy.accept_tree(tree, of_row, samples[row], lengths[row], source))
+        paths.append(policy.accept_tree(tree, of_row, keys[row], lengths[row], source))
     return paths
+
+
+def opinions(logits: Tensor, probs: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Return what lossy policies go by, [R, K+1, V]: probs, or at temperature 0 the softmax of the raw logits."""
+    greedy = torch.tensor([sequence.params.greedy for sequence in sequences], device=probs.device)
+    return torch.where(greedy[:, None, None], logits.float().softmax(-1), probs) if greedy.any() else probs
 
 
 def paths_of(accepted: Tensor, next_tokens: Tensor) -> list[Path]:
@@ -109,13 +118,12 @@ def decode_step(
     drafter: Drafter | None,
     sequences: list[Sequence],
     asked: list[int],
-    params: SamplingParams,
     policy: AcceptancePolicy,
-    controllers: list[KController],
     source: RandomSource,
 ) -> Step:
     """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
     device = runner.model.embedding.weight.device
+    controllers = [sequence.controller for sequence in sequences]
     began = time.perf_counter()
     draft = Draft.nothing(len(sequences))
     if drafter is not None and any(asked):
@@ -130,13 +138,13 @@ def decode_step(
     trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
     plain = not any(tree.tokens for tree in trees)
     taps = None if drafter is None else drafter.taps
-    known = None if drafter is None or taps is None else [drafter.known(sequence) for sequence in sequences]
-    output = runner.forward(list(sequences), [s.prompt + s.tokens for s in sequences], trees, known, taps or ())
+    states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
+    output = runner.forward(list(sequences), [s.prompt + s.tokens for s in sequences], trees, states_from, taps or ())
     synchronize(device)
     verified = time.perf_counter()
     stage("sample" if plain else "accept")
 
-    paths = accept(runner.model.kernels, policy, draft, trees, output, sequences, params, source)
+    paths = accept(runner.model.kernels, policy, draft, trees, output, sequences, source)
     starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
     decided = time.perf_counter()
     for sequence, path in zip(sequences, paths, strict=True):
@@ -146,7 +154,7 @@ def decode_step(
         append(runner, sequence, [*(tree.tokens[node] for node in path.nodes), path.next_token])
     if drafter is not None:
         states = None
-        if known is not None:
+        if states_from is not None:
             states = [output.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
         drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
     done = time.perf_counter() - kept
@@ -173,26 +181,14 @@ def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -
     return error.owner
 
 
-class MultiStep(Protocol):
-    """Makes several steps of one sequence in one call; none where it cannot."""
-
-    def __call__(
-        self,
-        runner: ModelRunner,
-        drafter: Drafter | None,
-        sequence: Sequence,
-        asked: int,
-        policy: AcceptancePolicy,
-        controller: KController,
-        source: RandomSource,
-    ) -> Iterator[Step]: ...
+MultiStep = Callable[[ModelRunner, Drafter | None, Sequence, int, AcceptancePolicy, RandomSource], Iterator[Step]]
+"""Makes several steps of one sequence, with drafts of so many tokens, in one call; none where it cannot."""
 
 
 def decode(
     runner: ModelRunner,
     drafter: Drafter | None,
     sequences: list[Sequence],
-    params: SamplingParams,
     policy: AcceptancePolicy | None = None,
     controller: Callable[[], KController] | None = None,
     source: RandomSource | None = None,
@@ -204,23 +200,23 @@ def decode(
     rejection, and K = 4. `multi_step` is asked first for a sequence that is alone; the tokens are the same.
     """
     policy = policy or Rejection()
-    source = source or (GreedySource() if params.greedy else KeyedSource(params.seed))
+    source = source or random_source(sequence.params for sequence in sequences)
     make = controller or (lambda: FixedController(4))
-    controllers = {sequence: make() for sequence in sequences}
+    for sequence in sequences:
+        sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        mine = [controllers[sequence] for sequence in active]
         asked = [0] * len(active)
         if drafter is not None:
-            widths = zip(active, mine, strict=True)
-            asked = [block_width(sequence, each.next_k(), runner.model.config.context) for sequence, each in widths]
+            context = runner.model.config.context
+            asked = [block_width(sequence, sequence.controller.next_k(), context) for sequence in active]
         made = 0
         try:
             if multi_step is not None and len(active) == 1:
-                for step in multi_step(runner, drafter, active[0], asked[0], policy, mine[0], source):
+                for step in multi_step(runner, drafter, active[0], asked[0], policy, source):
                     made += 1
                     yield step
             if not made:
-                yield decode_step(runner, drafter, active, asked, params, policy, mine, source)
+                yield decode_step(runner, drafter, active, asked, policy, source)
         except OutOfBlocks as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
             if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'

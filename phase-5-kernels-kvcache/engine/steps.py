@@ -92,7 +92,8 @@ class Step:
         sequence, tree = self.sequences[row], self.trees[row]
         logits = self.output.logits[row, : len(tree.tokens) + 1]
         outputs = outputs_before(sequence.tokens[: self.starts[row]], tree)
-        return probabilities(logits, sequence.params, [sequence.prompt] * len(logits), outputs)
+        n = len(logits)
+        return probabilities(logits, [sequence.params] * n, [sequence.prompt] * n, outputs)
 
 
 def outputs_before(output: list[int], tree: Tree) -> list[list[int]]:

@@ -39,12 +39,12 @@ def teacher_forced_acceptance(
         every = runner.forward(["the whole"], [prompt + truth], None, [0], taps).states_of(0, [], 0)
     while len(sequence.tokens) + k < len(truth):
         if every is not None:
-            before = every[drafter.known(sequence) : sequence.length - 1]
+            before = every[drafter.states_from(sequence) : sequence.length - 1]
             drafter.observe(Outcome([sequence], [0], [before]))
         draft = drafter.propose([sequence], [k])
         trees = draft.trees or [Tree.chain(draft.tokens[0].tolist())]
         output = runner.forward([sequence], [prompt + sequence.tokens], trees)
-        (path,) = accept(runner.model.kernels, policy, draft, trees, output, [sequence], params, source)
+        (path,) = accept(runner.model.kernels, policy, draft, trees, output, [sequence], source)
         accepted.append(len(path.nodes))
         for token in truth[len(sequence.tokens) :][: accepted[-1] + 1]:
             sequence.append(token)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import mmap
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from common import device as module
-from common.device import dtype_name, memory, reset_peak, resolve_device, resolve_dtype, synchronize
+from common.device import (
+    dtype_name,
+    each_within,
+    memory,
+    reset_peak,
+    resolve_device,
+    resolve_dtype,
+    synchronize,
+    torch_threads,
+)
 from common.errors import UserError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -143,3 +154,56 @@ def test_waiting_and_resetting_reach_the_device_in_question(monkeypatch: pytest.
         synchronize(device)
         reset_peak(device)
     assert calls == ["wait cuda:1", "reset cuda:1", "wait mps"]
+
+
+def test_threads_are_as_before_afterwards() -> None:
+    before = torch.get_num_threads()
+    for count in (0, before + 1, before + 2):
+        with torch_threads(count):
+            assert torch.get_num_threads() == (count or before)
+        assert torch.get_num_threads() == before
+        with pytest.raises(KeyboardInterrupt), torch_threads(count):
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == before
+
+
+def test_every_step_has_a_context_of_its_own() -> None:
+    """The caller's code runs outside, also where it leaves the loop early, and the steps are closed then."""
+    entered: list[str] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        entered.append("in")
+        try:
+            yield
+        finally:
+            entered.append("out")
+
+    def steps(count: int) -> Iterator[int]:
+        try:
+            for number in range(count):
+                entered.append(f"step {number}")
+                yield number
+        finally:
+            entered.append("closed")
+
+    for number in each_within(context, steps(2)):
+        entered.append(f"got {number}")
+    whole = ["in", "step 0", "out", "got 0", "in", "step 1", "out", "got 1", "in", "closed", "out"]
+    assert entered == whole
+    entered.clear()
+    for _ in each_within(context, steps(9)):
+        break
+    assert entered == ["in", "step 0", "out", "closed"]
+
+
+def test_an_error_of_a_step_passes_through_its_context() -> None:
+    def steps() -> Iterator[int]:
+        yield 1
+        raise KeyError("broken")
+
+    before, seen = torch.get_num_threads(), list[int]()
+    with pytest.raises(KeyError, match="broken"):
+        seen.extend(each_within(lambda: torch_threads(before + 1), steps()))
+    assert torch.get_num_threads() == before
+    assert seen == [1]

@@ -73,6 +73,7 @@ def run_on_a_thing(tmp_path: Path, program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_what_becomes_of_mutants(tmp_path: Path) -> None:
     """Noticed, not noticed, equivalent, one that cannot be imported, and one that never ends; the copy is as before."""
     assert run_on_a_thing(tmp_path, PROGRAM).strip() == str(

@@ -102,6 +102,26 @@ def test_asking_for_more_does_not_change_the_first_ones(count: int, longer: int)
         assert torch.equal(few, many[:, :count])
 
 
+SEEDS = [0, 11, -1, 2**62, -(2**63), 2**32 + 11]
+
+
+@pytest.mark.parametrize("count", [1, 5, 1003])
+@pytest.mark.parametrize("few", [0, 10**6], ids=["torch", "plain Python"])
+def test_rows_with_seeds_of_their_own(few: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to the rows one by one, each with its seed as a number, whichever way either is computed."""
+    samples, positions = torch.tensor([0, 3, 0, 7, 3, 3]), torch.tensor([5, 5, 900, 0, 1023, 5])
+    for function in (words, uniforms, gumbel):
+        alone = [
+            function(seed, samples[i : i + 1], positions[i : i + 1], Purpose.RESIDUAL, count)[0]
+            for i, seed in enumerate(SEEDS)
+        ]
+        with monkeypatch.context() as within:
+            within.setattr("common.philox.FEW", few)
+            together = function(torch.tensor(SEEDS), samples, positions, Purpose.RESIDUAL, count)
+        assert torch.equal(together, torch.stack(alone))
+    assert len({tuple(row) for row in together.tolist()}) == len(SEEDS)
+
+
 def test_every_part_of_the_address_matters() -> None:
     seeds, samples, positions = (0, 1, 2**32, 2**63, -1), (0, 1, 2), (0, 1, 2)
     addresses = list(itertools.product(seeds, samples, positions, Purpose))
@@ -170,6 +190,10 @@ def test_a_cuda_device_gives_the_same_bits_also_from_a_graph() -> None:
     on_card = sample.cuda(), position.cuda()
     expected = uniforms(9, sample, position, Purpose.SAMPLE, 4097)
     assert torch.equal(uniforms(9, *on_card, Purpose.SAMPLE, 4097).cpu(), expected)
+    seeds = torch.tensor([9, -4], device="cuda")
+    of_two = uniforms(seeds, *on_card, Purpose.SAMPLE, 4097).cpu()
+    assert torch.equal(of_two, uniforms(seeds.cpu(), sample, position, Purpose.SAMPLE, 4097))
+    assert torch.equal(of_two[0], expected[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = uniforms(9, *on_card, Purpose.SAMPLE, 4097)

@@ -206,7 +206,8 @@ def test_more_beams_than_memory_allows(
     run: Run, llama_folder: Path, engine: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beams = ["--model", llama_folder, "--prompt", "x", "--max-tokens", 2, "--beams"]
-    monkeypatch.setattr(f"{engine.__name__}.llm.available_memory", lambda device: 4 * 2**20)
+    where = "capacity" if hasattr(engine, "capacity") else "llm"
+    monkeypatch.setattr(f"{engine.__name__}.{where}.available_memory", lambda device: 4 * 2**20)
     assert run(*beams, 8)[0] == 0
     assert_refused(run(*beams, 1000), "GiB", "1000 completions", "--beams")
 

@@ -65,10 +65,10 @@ def test_the_logits_of_every_step_can_be_seen(engine: ModuleType, loaded: Any) -
         seen.append((logits.argmax(-1).tolist(), [sequence.tokens[-1] for sequence in active]))
 
     if hasattr(engine, "TargetOutput"):  # from phase 3 on a step holds the logits
-        for step in engine.decode(runs, None, sequences, params):
+        for step in engine.decode(runs, None, sequences):
             watch(step.sequences, step.output.logits[:, 0])
     else:
-        assert sum(1 for _ in engine.decode(runs, sequences, params, watch=watch)) == 5
+        assert sum(1 for _ in engine.decode(runs, sequences, watch=watch)) == 5
     assert len(seen) == 5
     assert all(likeliest == taken for likeliest, taken in seen)
 

@@ -1,7 +1,7 @@
 """Keyed random numbers give the laws that the enumeration proves for independent ones (chi-square tests).
 
 Quick: the sources alone, the rule of every policy, and trees, each over thousands of samples at once, and some whole
-loops. Slow: whole loops, every policy with every way to draft. A sample is a word of the key as the seed is.
+loops. Slow: whole loops, every policy with every way to draft.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def law(seed: int, *shape: int) -> Tensor:
 
 @pytest.fixture
 def keyed(phase: Phase) -> Any:
-    """Return the phase's source of random numbers, with seed 3."""
+    """Return the phase's source of random numbers."""
     if phase.number == 1:
         pytest.skip("nothing but plain sampling, which test_sampling.py checks")
-    return importlib.import_module(phase.package).KeyedSource(3)
+    return importlib.import_module(phase.package).KeyedSource()
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def branching(keyed: Any, phase: Phase) -> Any:
 
 
 def rows(count: int = DRAWS) -> tuple[Tensor, Tensor]:
-    """Return distinct samples and positions for `count` rows."""
+    """Return distinct keys (seed, sample) and positions for `count` rows: 5 seeds, 10 samples of each."""
     each = torch.arange(count)
-    return each % 50, 7 + each // 50
+    return torch.stack((3 + each % 5, each // 5 % 10), 1), 7 + each // 50
 
 
 @pytest.mark.parametrize("purpose", [Purpose.SAMPLE, Purpose.DRAFT, Purpose.RESIDUAL])
@@ -75,21 +75,21 @@ def test_draws_follow_the_distribution(keyed: Any, purpose: Purpose) -> None:
 
 def test_a_draw_is_that_of_a_running_sum(keyed: Any) -> None:
     """Of weights with any sum, the last two of them zero: the first whose sum is above the number's share."""
-    (samples, positions), sizes = rows(500), torch.linspace(0.2, 5, 500)
+    (keys, positions), sizes = rows(500), torch.linspace(0.2, 5, 500)
     weights = law(8, 500, 6) * sizes[:, None]
     weights[:, 4:] = 0
     sums = weights.double().cumsum(-1)
-    share = uniforms(3, samples, positions, Purpose.RESIDUAL, 1).double() * sums[:, -1:]
-    assert keyed.draw(weights, samples, positions, Purpose.RESIDUAL).tolist() == (sums <= share).sum(-1).tolist()
+    share = uniforms(keys[:, 0], keys[:, 1], positions, Purpose.RESIDUAL, 1).double() * sums[:, -1:]
+    assert keyed.draw(weights, keys, positions, Purpose.RESIDUAL).tolist() == (sums <= share).sum(-1).tolist()
 
 
 def test_neighbours_are_independent(keyed: Any) -> None:
     """Each row has a draft token, its acceptance, the token after it, and the draft token at the next position."""
-    probs, (samples, positions) = law(2, SIZE), rows()
+    probs, (keys, positions) = law(2, SIZE), rows()
     every = probs.expand(DRAWS, SIZE)
-    coin = keyed.decide(torch.full((DRAWS, 1), 0.4), samples, positions[:, None])[:, 0].long()
-    drawn = [keyed.draw(every, samples, positions, purpose) for purpose in (Purpose.DRAFT, Purpose.RESIDUAL)]
-    drawn.append(keyed.draw(every, samples, positions + 1, Purpose.DRAFT))
+    coin = keyed.decide(torch.full((DRAWS, 1), 0.4), keys, positions[:, None])[:, 0].long()
+    drawn = [keyed.draw(every, keys, positions, purpose) for purpose in (Purpose.DRAFT, Purpose.RESIDUAL)]
+    drawn.append(keyed.draw(every, keys, positions + 1, Purpose.DRAFT))
     joint = torch.tensor([0.6, 0.4])
     cells = coin
     for tokens in drawn:
@@ -107,10 +107,10 @@ def test_several_tokens_are_drawn_in_order_without_replacement(branching: Any, p
 
 
 def test_siblings_are_tried_with_numbers_of_their_own(branching: Any) -> None:
-    chances, (samples, positions) = torch.tensor([0.3, 0.5, 0.7]), rows()
+    chances, (keys, positions) = torch.tensor([0.3, 0.5, 0.7]), rows()
     cells = torch.zeros(DRAWS, dtype=torch.long)
     for trial, chance in enumerate(chances):
-        decided = branching.decide(chance.expand(DRAWS, 1), samples, positions[:, None], trial)[:, 0]
+        decided = branching.decide(chance.expand(DRAWS, 1), keys, positions[:, None], trial)[:, 0]
         cells = cells * 2 + decided.long()
     yes = torch.stack((1 - chances, chances), 1)
     assert likelihood(torch.bincount(cells, minlength=8), torch.einsum("a,b,c->abc", *yes)) > RARE
@@ -118,12 +118,12 @@ def test_siblings_are_tried_with_numbers_of_their_own(branching: Any) -> None:
 
 def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, target: Tensor, source: Any) -> Any:
     """Return the verdict over rows() of chains of one token; target [DRAWS, 2, SIZE]."""
-    samples, positions = rows()
+    keys, positions = rows()
     widths = torch.ones(DRAWS, dtype=torch.long)
     if not hasattr(engine, "make_policy"):
-        return engine.verify(tokens, probs, target, widths, samples, positions, source)
+        return engine.verify(tokens, probs, target, widths, keys, positions, source)
     draft, said = engine.Draft(tokens, probs, [1] * DRAWS), engine.TargetProbs(target, target)
-    return engine.make_policy(policy, **SOME).verify(draft, said, widths, samples, positions, source)
+    return engine.make_policy(policy, **SOME).verify(draft, said, widths, keys, positions, source)
 
 
 @pytest.mark.parametrize(
@@ -163,17 +163,17 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     engine = importlib.import_module(phase.package)
     rule = engine.make_policy(policy)
     target, law_after, draft = law(4, SIZE), law(5, SIZE, SIZE), law(6, SIZE)
-    samples, positions = rows(TREES)
-    drawn = branching.draw_several(draft.expand(TREES, SIZE), 2, samples, positions, rule.draft_noise)
+    keys, positions = rows(TREES)
+    drawn = branching.draw_several(draft.expand(TREES, SIZE), 2, keys, positions, rule.draft_noise)
     if not rule.draws_children:
         drawn = draft.topk(2).indices.expand(TREES, 2)
     probs = torch.zeros(3, SIZE)
     probs[0] = draft
     first, second = [], []
-    for children, sample, position in zip(drawn.tolist(), samples.tolist(), positions.tolist(), strict=True):
+    for children, key, position in zip(drawn.tolist(), keys.tolist(), positions.tolist(), strict=True):
         tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
         said = torch.stack((target, *law_after[children]))[None]
-        path = rule.accept_tree(tree, engine.TargetProbs(said, said), sample, position, branching)
+        path = rule.accept_tree(tree, engine.TargetProbs(said, said), tuple(key), position, branching)
         if path.nodes:
             second.append((children[path.nodes[0]], path.next_token))
         first.append(children[path.nodes[0]] if path.nodes else path.next_token)
@@ -224,7 +224,7 @@ def whole_texts(engine: Any, made: Any, count: int) -> Tensor:
     """How often each text was written, by so many samples of one batch."""
     sequences = sequences_of(engine, made, [PROMPT], list(range(count)))
     proposed = 0
-    for step in made.run(sequences, engine.Clock()):
+    for step in made.run(sequences):
         proposed += sum(each.proposed for each in step.stats)
     assert proposed > count
     texts = numbered(torch.tensor([sequence.tokens for sequence in sequences]))
@@ -237,8 +237,8 @@ def enumerated_law(engine: Any, made: Any, patch: pytest.MonkeyPatch) -> Tensor:
     def write(walker: Walker) -> int:
         sequences = sequences_of(engine, made, [PROMPT], [0])
         with patch.context() as within:
-            within.setattr(f"{engine.__name__}.llm.KeyedSource", lambda seed: walker)
-            for _ in made.run(sequences, engine.Clock()):
+            within.setattr(f"{engine.__name__}.llm.random_source", lambda params: walker)
+            for _ in made.run(sequences):
                 pass
         return int(numbered(torch.tensor([sequences[0].tokens])))
 

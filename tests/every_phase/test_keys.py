@@ -16,6 +16,7 @@ from tests.support import keys
 from tests.support.small import sequences_of, small_session
 
 PROMPTS = [[1, 2, 3, 1, 2], [7]]
+SEEDS = [5, -6]  # of each prompt
 SAMPLES = [0, 3]
 MODEL: dict[str, Any] = {"draft": "fake:0.7"}
 POLICIES = ("rejection", "coupled", "longest_prefix", "conf_threshold", "topk_agree", "typical")
@@ -90,12 +91,12 @@ def run(engine: Any, made: Any, sequences: list[Any], watched: bool = True) -> l
     found: list[keys.Part] = []
 
     def watch(active: list[Any], logits: torch.Tensor) -> None:
-        found.extend(keys.parts_of_plain(engine, active, logits, made.params))
+        found.extend(keys.parts_of_plain(engine, active, logits))
 
-    steps = made.run(sequences, engine.Clock(), *how_to_run(engine, watch, watched))
+    steps = made.run(sequences, *how_to_run(engine, watch, watched))
     for step in steps:
         if step is not None:
-            found.extend(keys.parts(engine, step, made.params))
+            found.extend(keys.parts(step))
     return found
 
 
@@ -108,17 +109,20 @@ def decided(made: Any, found: list[keys.Part]) -> list[keys.Decision]:
             policy = "lossy"
         elif type(chosen).__name__ == "SampleMatch":
             policy = "own choice"
-    return [each for part in found for each in keys.decisions(part, made.params.seed, policy, noise)]
+    return [each for part in found for each in keys.decisions(part, policy, noise)]
 
 
 def test_every_number_is_the_one_that_the_table_names(
     phase: Phase, way: tuple[dict[str, Any], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In torch, for two samples of each of two prompts: by the decisions, and by the requested numbers."""
+    """In torch, for two samples of each of two prompts of one batch, each with a seed of its own.
+
+    By the decisions, and by the requested numbers.
+    """
     engine = importlib.import_module(phase.package)
     options, decided_by = way
     made = small_session(engine, monkeypatch, **options)
-    sequences = sequences_of(engine, made, PROMPTS, SAMPLES)
+    sequences = sequences_of(engine, made, PROMPTS, SAMPLES, SEEDS)
     with keys.asked_of_philox(monkeypatch) as asked:
         found = run(engine, made, sequences)
     everything = decided(made, found)

@@ -54,7 +54,10 @@ def test_what_is_drawn_fits_both(
     target, draft = (make_checkpoint("llama", vocab_size=width) for width in widths)
     given = {"model": str(target), "draft": str(draft), "device": "cpu", "dtype": "float32"}
     llm = engine.LLM(engine.Options(**given, max_tokens=40, temperature=1.5, n=4))
-    tokens = [token for text in llm.generate(["import os\n"]) for token in text.tokens]
+    sequences = llm.sequences(["import os\n"])
+    for _ in llm.run(sequences):
+        pass
+    tokens = [token for sequence in sequences for token in sequence.tokens]
     assert 320 <= max(tokens) < widths[0] or widths[0] == 320 > max(tokens)
-    steps = [step for of_text in llm.steps.values() for step in of_text]
+    steps = [step for sequence in sequences for step in sequence.steps]
     assert sum(step.proposed for step in steps) > sum(step.accepted for step in steps) > 0

@@ -63,7 +63,7 @@ def run(engine: ModuleType, options: dict[str, Any], record: Path | None) -> tup
     llm = engine.LLM(engine.Options(**options))
     sequences = llm.sequences(["x y z x y", "a longer text"])
     recorder = importlib.import_module(f"{engine.__name__}.record").Recorder(record, llm, sequences) if record else None
-    steps = llm.run(sequences, engine.Clock(), *how_to_run(engine, recorder))
+    steps = llm.run(sequences, *how_to_run(engine, recorder))
     names, ended, going = list[str](), cast(Any, object()), True
     while going:
         with Operations() as counted:

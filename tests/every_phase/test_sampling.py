@@ -64,7 +64,7 @@ def test_probabilities_equal_transformers(engine: ModuleType) -> None:
         expected = reference_probabilities(
             logits, torch.zeros(8, 0, dtype=torch.long), temperature, top_k, top_p, min_p
         )
-        got = engine.probabilities(logits, params)
+        got = engine.probabilities(logits, [params] * 8)
         assert torch.equal(got > 0, expected > 0), (temperature, top_k, top_p, min_p)
         torch.testing.assert_close(got, expected)
 
@@ -74,7 +74,7 @@ def test_repetition_penalty_equals_transformers(engine: ModuleType) -> None:
     params = engine.SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.4)
     history = torch.tensor([prompt + output] * 2)
     expected = reference_probabilities(logits, history, 0.8, 20, 1.0, 0.0, repetition=1.4)
-    torch.testing.assert_close(engine.probabilities(logits, params, [prompt] * 2, [output] * 2), expected)
+    torch.testing.assert_close(engine.probabilities(logits, [params] * 2, [prompt] * 2, [output] * 2), expected)
 
 
 def test_presence_and_frequency_count_the_output_alone(engine: ModuleType) -> None:
@@ -83,7 +83,7 @@ def test_presence_and_frequency_count_the_output_alone(engine: ModuleType) -> No
     expected = logits.clone()
     expected[0, 2] -= 0.5 + 0.25
     expected[0, 3] -= 0.5 + 3 * 0.25
-    got = engine.probabilities(logits, params, [prompt], [output])
+    got = engine.probabilities(logits, [params], [prompt], [output])
     torch.testing.assert_close(got.log(), expected.log_softmax(-1))  # logarithms: unlikely tokens count as much
 
 
@@ -94,20 +94,20 @@ def test_penalties_come_in_the_stated_order(engine: ModuleType) -> None:
     expected = logits.clone()
     value = expected[0, 4]
     expected[0, 4] = (value / 2 if value > 0 else value * 2) - 1.0 - 0.5
-    got = engine.probabilities(logits, params, [[]], [[4]])
+    got = engine.probabilities(logits, [params], [[]], [[4]])
     torch.testing.assert_close(got.log(), (expected / 0.5).log_softmax(-1))
 
 
 def test_penalties_do_not_change_the_logits_they_are_given(engine: ModuleType) -> None:
     logits = random_logits(1)
     before = logits.clone()
-    engine.probabilities(logits, engine.SamplingParams(temperature=1.0, presence_penalty=1.0), [[1]], [[2]])
+    engine.probabilities(logits, [engine.SamplingParams(temperature=1.0, presence_penalty=1.0)], [[1]], [[2]])
     assert torch.equal(logits, before)
 
 
 def test_greedy_is_one_hot(engine: ModuleType) -> None:
     logits = random_logits(3)
-    probs = engine.probabilities(logits, engine.SamplingParams())
+    probs = engine.probabilities(logits, [engine.SamplingParams()] * 3)
     assert torch.equal(probs.argmax(-1), logits.argmax(-1))
     assert torch.equal(probs.sum(-1), torch.ones(3))
     assert torch.equal(probs.amax(-1), torch.ones(3))
@@ -117,10 +117,10 @@ def test_greedy_is_one_hot(engine: ModuleType) -> None:
 def test_sampled_frequencies_follow_the_probabilities(engine: ModuleType, knobs: dict[str, Any]) -> None:
     draws = 20_000
     params = engine.SamplingParams(**{"temperature": 1.0, **knobs})
-    probs = engine.probabilities(random_logits(1) / 3, params)
-    sampler = engine.KeyedSampler(seed=11)
-    positions = torch.arange(draws)
-    tokens = sampler.draw(probs.expand(draws, -1), torch.zeros_like(positions), positions, philox.Purpose.SAMPLE)
+    probs = engine.probabilities(random_logits(1) / 3, [params])
+    sampler = engine.KeyedSampler()
+    keys, positions = torch.tensor([[11, 0]]).expand(draws, 2), torch.arange(draws)
+    tokens = sampler.draw(probs.expand(draws, -1), keys, positions, philox.Purpose.SAMPLE)
     counts = np.bincount(tokens.numpy(), minlength=VOCABULARY)
     expected = probs[0].double().numpy() * draws
     assert counts[expected == 0].sum() == 0
@@ -132,16 +132,20 @@ def test_sampled_frequencies_follow_the_probabilities(engine: ModuleType, knobs:
 
 
 def test_a_row_is_drawn_alike_alone_and_in_a_batch(engine: ModuleType) -> None:
-    """Of every row by the noise of its own sample and position."""
-    probs = engine.probabilities(random_logits(6), engine.SamplingParams(temperature=1.0))
-    samples, positions = torch.tensor([0, 0, 1, 1, 2, 5]), torch.tensor([3, 4, 3, 9, 0, 7])
-    sampler = engine.KeyedSampler(seed=2)
-    together = sampler.draw(probs, samples, positions, philox.Purpose.SAMPLE)
-    noise = philox.gumbel(2, samples, positions, philox.Purpose.SAMPLE, VOCABULARY)
-    assert together.tolist() == (probs.log() + noise).argmax(-1).tolist()
+    """Of every row by the noise of its own seed, sample and position."""
+    probs = engine.probabilities(random_logits(6), [engine.SamplingParams(temperature=1.0)] * 6)
+    seeds, samples = torch.tensor([2, 2, 2, -7, 2, 2**62]), torch.tensor([0, 0, 1, 1, 2, 5])
+    keys, positions = torch.stack((seeds, samples), 1), torch.tensor([3, 4, 3, 9, 0, 7])
+    sampler = engine.KeyedSampler()
+    together = sampler.draw(probs, keys, positions, philox.Purpose.SAMPLE)
+    noise = [
+        philox.gumbel(int(seeds[r]), samples[r : r + 1], positions[r : r + 1], philox.Purpose.SAMPLE, VOCABULARY)[0]
+        for r in range(6)
+    ]
+    assert together.tolist() == (probs.log() + torch.stack(noise)).argmax(-1).tolist()
     for row in range(6):
         one = slice(row, row + 1)
-        alone = sampler.draw(probs[one], samples[one], positions[one], philox.Purpose.SAMPLE)
+        alone = sampler.draw(probs[one], keys[one], positions[one], philox.Purpose.SAMPLE)
         assert alone.item() == together[row].item()
 
 
@@ -159,9 +163,8 @@ def test_any_valid_setting_gives_a_distribution(
     import phase1
 
     logits = random_logits(2, seed)
-    probs = phase1.probabilities(
-        logits, phase1.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    )
+    params = phase1.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    probs = phase1.probabilities(logits, [params] * 2)
     torch.testing.assert_close(probs.sum(-1), torch.ones(2))
     assert (probs.gather(-1, logits.argmax(-1, keepdim=True)) > 0).all()  # the most likely token is always kept
 
@@ -194,47 +197,46 @@ def test_of_equal_logits_the_lower_ids_stay(whole: list[int], top_k: int, top_p:
     params = engine.SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
     expected, near = kept_by_hand([float(number) for number in whole], top_k, top_p, min_p)
     assume(not near)
-    probs = engine.probabilities(torch.tensor([whole]).float(), params)[0]
+    probs = engine.probabilities(torch.tensor([whole]).float(), [params])[0]
     assert set(probs.nonzero()[:, 0].tolist()) == expected
 
 
 def test_of_equal_logits_the_lowest_id_is_chosen(engine: ModuleType) -> None:
     equal = torch.zeros(1, 17)
     for params in ({}, {"top_p": 1e-9}, {"top_k": 1}):
-        assert (
-            engine.probabilities(equal, engine.SamplingParams(temperature=1.0 if params else 0.0, **params))[0, 0] == 1
-        )
+        mine = engine.SamplingParams(temperature=1.0 if params else 0.0, **params)
+        assert engine.probabilities(equal, [mine])[0, 0] == 1
     scores = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]])
     assert engine.sampling.ranked(scores, 4).tolist() == [[1, 3, 2, 4]]
-    assert engine.sampling.most_likely(scores, 3).tolist() == [[False, True, True, True, False, False]]
+    assert engine.sampling.most_likely(scores, [3]).tolist() == [[False, True, True, True, False, False]]
 
 
 @pytest.mark.parametrize(("options", "kept"), [({"top_p": 0.5}, 2), ({"top_p": 0.75}, 3), ({"min_p": 1.0}, 4)])
 def test_tokens_exactly_at_the_edge_of_a_filter(engine: ModuleType, options: dict[str, Any], kept: int) -> None:
     """Four tokens of probability 1/4: half of the mass is two of them. min_p = 1 keeps all of the likeliest."""
-    probs = engine.probabilities(torch.zeros(1, 4), engine.SamplingParams(temperature=1.0, **options))
+    probs = engine.probabilities(torch.zeros(1, 4), [engine.SamplingParams(temperature=1.0, **options)])
     assert probs[0].tolist() == pytest.approx([1 / kept] * kept + [0] * (4 - kept))
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-30])
 def test_the_coldest_temperatures_are_greedy(engine: ModuleType, temperature: float) -> None:
     logits = random_logits(3) * 1e4
-    probs = engine.probabilities(logits, engine.SamplingParams(temperature=temperature))
-    assert torch.equal(probs, engine.probabilities(logits, engine.SamplingParams()))
+    probs = engine.probabilities(logits, [engine.SamplingParams(temperature=temperature)] * 3)
+    assert torch.equal(probs, engine.probabilities(logits, [engine.SamplingParams()] * 3))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(engine: ModuleType, temperature: float, broken: float) -> None:
-    params = engine.SamplingParams(temperature=temperature)
+    params = [engine.SamplingParams(temperature=temperature)] * 2
     logits = random_logits(2)
     logits[1] = broken
-    keyed = engine.KeyedSampler(0)
+    keyed = engine.KeyedSampler()
     for dtype, cause in ((torch.float32, "not finite"), (torch.float16, "float16, which ends at 65504")):
         with pytest.raises(UserError, match=cause):
             engine.probabilities(logits.to(dtype), params)
         with pytest.raises(UserError, match=cause):
-            engine.choose(logits.to(dtype), params, keyed, [0, 0], [0, 0], [[1], [1]], [[], []])
+            engine.choose(logits.to(dtype), params, keyed, [(0, 0)] * 2, [0, 0], [[1], [1]], [[], []])
     logits[1] = random_logits(1)[0]
     logits[:, 0] = -float("inf")  # an impossible token
     assert engine.probabilities(logits, params)[:, 0].tolist() == [0, 0]

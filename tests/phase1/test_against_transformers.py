@@ -31,11 +31,10 @@ def check_greedy(folder: str, texts: list[str], new_tokens: int) -> list[list[in
     return outputs
 
 
-def test_10_code_prompts() -> None:
+def test_4_code_prompts() -> None:
     prompts = load_prompts("code")
-    outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::20]], 64)
-    assert len(outputs) == 10
-    assert len({tuple(tokens) for tokens in outputs}) > 8  # different prompts have different continuations
+    outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::50]], 48)
+    assert len({tuple(tokens) for tokens in outputs}) == 4  # different prompts have different continuations
 
 
 @pytest.mark.slow
@@ -73,11 +72,11 @@ def test_briefly_trained_gpt2_and_opt(briefly_trained: Path) -> None:
 
 
 def test_ragged_batches_equal_single_runs_on_the_embedded_model() -> None:
-    """Eight prompts of 16 to 200 tokens, greedy and sampled."""
+    """Four prompts of different lengths, greedy and sampled."""
     loaded = phase1.load("stdlib-10m", torch.float32, CPU)
-    prompts = [loaded.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:8]]
+    prompts = [loaded.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:8:2]]
     for temperature in (0.0, 1.0):
-        params = phase1.SamplingParams(temperature=temperature, max_new_tokens=24)
+        params = phase1.SamplingParams(temperature=temperature, max_new_tokens=12)
         together = phase1.generate(loaded.model, prompts, params, loaded.ending)
         for prompt, generation in zip(prompts, together, strict=True):
             assert phase1.generate(loaded.model, [prompt], params, loaded.ending)[0].tokens == generation.tokens

@@ -55,7 +55,7 @@ class Walker:
         law: Law = defaultdict(float)
         while True:
             self._taken, self.weight = [], 1.0
-            self._intervals: dict[tuple[int, int], tuple[float, float]] = {}
+            self._intervals: dict[tuple[int, ...], tuple[float, float]] = {}
             result = run(self)
             law[result] += self.weight
             while self._taken and self._taken[-1][0] == self._taken[-1][1] - 1:
@@ -71,18 +71,18 @@ class Walker:
         self.weight *= weights[choice]
         return choice
 
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         tokens = []
         for row in probs:
             possible = row.nonzero()[:, 0].tolist()
             tokens.append(possible[self._branch(row[possible].tolist())])
         return torch.tensor(tokens, dtype=torch.long)
 
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+    def decide(self, probability: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         decided = torch.zeros_like(probability, dtype=torch.bool)
         for row in range(len(probability)):
             for column in range(probability.shape[1]):
-                key = (int(samples[row]), int(positions[row, column]))
+                key = (*keys[row].tolist(), int(positions[row, column]))
                 low, high = self._intervals.get(key, (0.0, 1.0))
                 p = float(probability[row, column])
                 if p >= high or p <= low:
@@ -121,8 +121,8 @@ def speculative_law(
 
     def run(walker: Walker) -> tuple[int, ...]:
         sequence = phase2.Sequence(prompt, params, ending)
-        drafter = parts.ModelDrafter(draft, params, walker)
-        for _ in parts.speculative_decode(target, drafter, [sequence], params, k, walker):
+        drafter = parts.ModelDrafter(draft, walker)
+        for _ in parts.speculative_decode(target, drafter, [sequence], k, walker):
             pass
         return tuple(sequence.tokens)
 

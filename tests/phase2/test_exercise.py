@@ -12,15 +12,27 @@ from torch import Tensor
 import phase2
 from common import philox
 from common.philox import Purpose
+from phase2.verify import random_source
 
 START = 7  # position of the first draft token
 TARGET = [[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.3, 0.2]]
 DRAFT = [[0.4, 0.1, 0.1, 0.4], [0.1, 0.2, 0.6, 0.1]]
 LOW, HIGH = 0.01, 0.99  # uniforms: a token is accepted if the uniform is below its ratio
+SEED = 3
 
 
 def rounded(values: Tensor) -> Any:
     return [rounded(v) for v in values] if values.ndim else round(float(values), 4)
+
+
+def keys_of(samples: Tensor) -> Tensor:
+    """Return the keys (seed, sample) of rows, int64 [R, 2]."""
+    return torch.stack((torch.full_like(samples, SEED), samples), 1)
+
+
+def samples_of(keys: Tensor) -> list[int]:
+    assert keys[:, 0].tolist() == [SEED] * len(keys), f"keys {keys.tolist()}, (seed, sample) each; the seed is {SEED}"
+    return keys[:, 1].tolist()
 
 
 class Scripted:
@@ -30,17 +42,17 @@ class Scripted:
         self.uniforms = uniforms
         self.draws: list[tuple[int, int, str, list[float]]] = []  # sample, position, purpose, distribution
 
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+    def decide(self, probability: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         decided = torch.zeros(probability.shape, dtype=torch.bool)
-        for row, sample in enumerate(samples.tolist()):
+        for row, sample in enumerate(samples_of(keys)):
             for column, position in enumerate(positions[row].tolist()):
                 own = self.uniforms[sample]
                 assert START <= position < START + len(own), f"decided at {position}; the draft begins at {START}"
                 decided[row, column] = own[position - START] < float(probability[row, column])
         return decided
 
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        rows = zip(samples.tolist(), positions.tolist(), rounded(probs), strict=True)
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        rows = zip(samples_of(keys), positions.tolist(), rounded(probs), strict=True)
         self.draws += [(sample, position, purpose.name, row) for sample, position, row in rows]
         return probs.argmax(-1)
 
@@ -60,7 +72,7 @@ def judge(
         None if one_hot else torch.tensor([draft[:k]] * rows, dtype=torch.float64),
         torch.tensor([target[: k + 1]] * rows, dtype=torch.float64),
         torch.tensor(widths),
-        torch.arange(rows),
+        keys_of(torch.arange(rows)),
         torch.full((rows,), START),
         source,
     )
@@ -157,7 +169,7 @@ def test_no_draft_is_a_plain_step() -> None:
     assert source.draws == [(0, START, "SAMPLE", TARGET[0])], inputs
 
 
-SEED, MANY = 3, 60
+MANY = 60
 PROBS = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
 
 
@@ -165,50 +177,64 @@ PROBS = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
 @pytest.mark.parametrize("purpose", [Purpose.DRAFT, Purpose.RESIDUAL, Purpose.SAMPLE])
 def test_keyed_draws(purpose: Purpose) -> None:
     """SAMPLE samples as in plain decoding; else the first token whose cumulative probability exceeds the uniform."""
-    samples, positions = torch.arange(MANY) % 3, torch.arange(MANY)
-    got = phase2.KeyedSource(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose)
+    seeds, samples, positions = SEED + torch.arange(MANY) % 2, torch.arange(MANY) % 3, torch.arange(MANY)
+    keys, probs = torch.stack((seeds, samples), 1), PROBS.expand(MANY, -1)
+    got = phase2.KeyedSource().draw(probs, keys, positions, purpose)
     if purpose == Purpose.SAMPLE:
-        expected = phase2.KeyedSampler(SEED).draw(PROBS.expand(MANY, -1), samples, positions, purpose).tolist()
+        expected = phase2.KeyedSampler().draw(probs, keys, positions, purpose).tolist()
     else:
-        uniforms = philox.uniforms(SEED, samples, positions, purpose, 1)[:, 0].tolist()
+        uniforms = philox.uniforms(seeds, samples, positions, purpose, 1)[:, 0].tolist()
         expected = [1 if u < 0.5 else 3 if u < 0.7 else 4 for u in uniforms]
-    assert got.tolist() == expected, f"probs {rounded(PROBS)} for each of {MANY} positions, seed {SEED}, {purpose.name}"
+    assert got.tolist() == expected, (
+        f"probs {rounded(PROBS)} for each of {MANY} positions, seeds {SEED} and {SEED + 1}, {purpose.name}"
+    )
 
 
 @pytest.mark.about("engine/verify.py, KeyedSource.decide")
 def test_keyed_decisions() -> None:
-    """Accept if the ACCEPT uniform of sample and position is below the probability; the same alone and in a batch."""
-    samples, positions = torch.tensor([0, 5]), torch.tensor([[7, 8, 9], [3, 4, 5]])
+    """Accept if the ACCEPT uniform of key and position is below the probability; the same alone and in a batch."""
+    keys, positions = torch.tensor([[SEED, 0], [SEED + 1, 5]]), torch.tensor([[7, 8, 9], [3, 4, 5]])
+    seeds, samples = keys.repeat_interleave(3, 0).unbind(1)
     chance = torch.tensor([[0.5, 0.2, 1.0], [0.9, 0.0, 0.5]])
-    uniforms = philox.uniforms(SEED, samples.repeat_interleave(3), positions.flatten(), Purpose.ACCEPT, 1).view(2, 3)
-    source, inputs = phase2.KeyedSource(SEED), f"probability {rounded(chance)}, uniforms {rounded(uniforms)}"
-    assert source.decide(chance, samples, positions).tolist() == (uniforms < chance).tolist(), inputs
-    alone = source.decide(chance[1:], samples[1:], positions[1:])
+    uniforms = philox.uniforms(seeds, samples, positions.flatten(), Purpose.ACCEPT, 1).view(2, 3)
+    source, inputs = phase2.KeyedSource(), f"probability {rounded(chance)}, uniforms {rounded(uniforms)}"
+    assert source.decide(chance, keys, positions).tolist() == (uniforms < chance).tolist(), inputs
+    alone = source.decide(chance[1:], keys[1:], positions[1:])
     assert alone.tolist() == (uniforms < chance)[1:].tolist(), f"the second row alone: {inputs}"
 
 
 @pytest.mark.about("engine/verify.py, GreedySource.draw")
 def test_certain_draws() -> None:
     one_hot, zeros = torch.eye(4)[[2, 0, 3]], torch.zeros(3, dtype=torch.long)
-    assert phase2.GreedySource().draw(one_hot, zeros, zeros, Purpose.SAMPLE).tolist() == [2, 0, 3], rounded(one_hot)
+    got = phase2.GreedySource().draw(one_hot, keys_of(zeros), zeros, Purpose.SAMPLE)
+    assert got.tolist() == [2, 0, 3], rounded(one_hot)
 
 
 @pytest.mark.about("engine/verify.py, GreedySource.decide")
 def test_certain_decisions() -> None:
     chance = torch.tensor([[1.0, 0.0, 1.0]])
-    got = phase2.GreedySource().decide(chance, torch.zeros(1), torch.tensor([[7, 8, 9]]))
+    got = phase2.GreedySource().decide(chance, keys_of(torch.zeros(1, dtype=torch.long)), torch.tensor([[7, 8, 9]]))
     assert got.tolist() == [[True, False, True]], f"probability {rounded(chance)}"
+
+
+@pytest.mark.about("engine/verify.py, random_source")
+def test_certain_only_if_every_sequence_is_greedy() -> None:
+    greedy, warm = phase2.SamplingParams(), phase2.SamplingParams(temperature=0.5)
+    for params, kind in (([greedy] * 2, phase2.GreedySource), ([warm], phase2.KeyedSource)):
+        assert isinstance(random_source(params), kind), params
+    for params in ([greedy, warm], [warm, greedy]):
+        assert isinstance(random_source(iter(params)), phase2.KeyedSource), "a greedy sequence beside a sampled one"
 
 
 def propose(proof: SimpleNamespace, k: int, **settings: Any) -> tuple[Any, Scripted, Any, Any]:
     """Return the proposals after two sequences that end in 1 and in 4, the samples, the table, and the parameters."""
     model = proof.tables(5, seed=2)[1]
-    source, params = Scripted([]), phase2.SamplingParams(**{"temperature": 1.0, **settings})
+    source, params = Scripted([]), phase2.SamplingParams(**{"temperature": 1.0, "seed": SEED, **settings})
     sequences = [
         phase2.Sequence([0, 1], params, phase2.Ending(), 0),
         phase2.Sequence([2, 3, 2, 4], params, phase2.Ending(), 1),
     ]
-    return phase2.ModelDrafter(model, params, source).propose(sequences, k), source, model.table, params
+    return phase2.ModelDrafter(model, source).propose(sequences, k), source, model.table, params
 
 
 drafting = pytest.mark.about("engine/drafting.py, ModelDrafter.propose")
@@ -224,7 +250,7 @@ def test_each_token_is_drawn_after_the_ones_before(proof: SimpleNamespace, setti
         drafted: list[int] = []
         for _ in range(3):
             row = table[[*[last], *drafted][-1]][None]
-            probs = phase2.probabilities(row, params, [[last]], [drafted])[0]
+            probs = phase2.probabilities(row, [params], [[last]], [drafted])[0]
             used.append(rounded(probs))
             drafted.append(int(probs.argmax()))
         tokens.append(drafted)
@@ -249,6 +275,22 @@ def test_a_greedy_draft_is_certain(proof: SimpleNamespace) -> None:
     expected = [[a := int(table[last].argmax()), int(table[a].argmax())] for last in (1, 4)]
     assert draft.tokens.tolist() == expected, f"the model's logits by last token {rounded(table)}"
     assert draft.probs is None
+
+
+@drafting
+def test_a_greedy_text_beside_a_sampled_one_is_drafted_greedily(proof: SimpleNamespace) -> None:
+    """Then `probs` are returned for both: the first text's are one-hot."""
+    model = proof.tables(5, seed=2)[1]
+    params = [phase2.SamplingParams(seed=SEED), phase2.SamplingParams(temperature=0.5, top_k=2, seed=SEED)]
+    sequences = [phase2.Sequence([last], mine, phase2.Ending()) for last, mine in zip((1, 4), params, strict=True)]
+    draft = phase2.ModelDrafter(model, Scripted([])).propose(sequences, 2)
+    assert draft.probs is not None
+    for row, (last, mine) in enumerate(zip((1, 4), params, strict=True)):
+        before = [last, int(draft.tokens[row, 0])]
+        expected = phase2.probabilities(model.table[before], [mine] * 2)
+        inputs = f"a text that ends in {last}, {mine}, the model's logits by last token {rounded(model.table)}"
+        assert rounded(draft.probs[row]) == rounded(expected), inputs
+        assert draft.tokens[row].tolist() == expected.argmax(-1).tolist(), inputs
 
 
 @drafting

@@ -94,7 +94,7 @@ def step(
     params = phase2.SamplingParams(**settings)
     sequences = [phase2.Sequence([5, 0], params, phase2.Ending(eos), sample) for sample in range(len(drafts))]
     drafter = Given(drafts)
-    done = speculative_step(proof.TableModel(COUNTING), drafter, sequences, params, k, phase2.GreedySource())
+    done = speculative_step(proof.TableModel(COUNTING), drafter, sequences, k, phase2.GreedySource())
     return done, sequences, drafter, f"text [5, 0], drafts {drafts}, k {k}, eos {eos}, {settings or 'greedy'}"
 
 
@@ -145,11 +145,24 @@ def test_penalties_see_the_draft_up_to_each_position(proof: SimpleNamespace) -> 
     done, _, _, inputs = step(proof, [[1, 1]], 2, **settings)
     params = phase2.SamplingParams(**settings)
     expected = [
-        phase2.probabilities(COUNTING[last][None], params, [[5, 0]], [output])[0].tolist()
+        phase2.probabilities(COUNTING[last][None], [params], [[5, 0]], [output])[0].tolist()
         for last, output in [(0, []), (1, [1]), (1, [1, 1])]
     ]
     got = [[round(p, 6) for p in row] for row in done.target_probs[0].tolist()]
     assert got == [[round(p, 6) for p in row] for row in expected], inputs
+
+
+@stepping
+def test_every_text_has_its_own_parameters(proof: SimpleNamespace) -> None:
+    """A greedy text, and one at temperature 1 with a penalty, in one step."""
+    params = [phase2.SamplingParams(), phase2.SamplingParams(temperature=1.0, presence_penalty=2.0, top_k=3)]
+    sequences = [phase2.Sequence([5, 0], mine, phase2.Ending()) for mine in params]
+    done = speculative_step(proof.TableModel(COUNTING), Given([[1, 2]] * 2), sequences, 2, phase2.KeyedSource())
+    for row, mine in enumerate(params):
+        outputs: list[list[int]] = [[], [1], [1, 2]]
+        expected = phase2.probabilities(COUNTING[[0, 1, 2]], [mine] * 3, [[5, 0]] * 3, outputs)
+        assert torch.equal(done.target_probs[row], expected), f"text [5, 0], draft [1, 2], {mine}"
+    assert sequences[0].tokens == [1, 2, 3]
 
 
 decoding = pytest.mark.about("engine/speculative.py, speculative_decode")
@@ -160,8 +173,8 @@ def test_a_batch_is_decoded_to_its_end(proof: SimpleNamespace) -> None:
     """With the counting model as its own draft every token is accepted; ended rows take no further part."""
     model, params = proof.TableModel(COUNTING), phase2.SamplingParams(max_new_tokens=7)
     sequences = [phase2.Sequence([start], params, phase2.Ending((4,))) for start in (0, 4)]
-    drafter = phase2.ModelDrafter(model, params, phase2.GreedySource())
-    steps = list(phase2.speculative_decode(model, drafter, sequences, params, 2))
+    drafter = phase2.ModelDrafter(model, phase2.GreedySource())
+    steps = list(phase2.speculative_decode(model, drafter, sequences, 2))
     inputs = "texts [0] and [4], k 2, eos 4, at most 7 tokens"
     assert [sequence.tokens for sequence in sequences] == [[1, 2, 3, 4], [5, 0, 1, 2, 3, 4]], inputs
     assert [len(step.sequences) for step in steps] == [2, 2], f"how many rows took part in each step: {inputs}"
@@ -174,10 +187,10 @@ def test_its_own_decisions_are_keyed_by_the_seed(proof: SimpleNamespace, tempera
     target, draft = proof.tables(5, seed=3)
     params = phase2.SamplingParams(temperature=temperature, max_new_tokens=20, seed=6)
     outputs = []
-    for source in (None, phase2.KeyedSource(6) if temperature else phase2.GreedySource()):
+    for source in (None, phase2.KeyedSource() if temperature else phase2.GreedySource()):
         sequence = phase2.Sequence([1], params, phase2.Ending())
-        drafter = phase2.ModelDrafter(draft, params, phase2.KeyedSource(6) if temperature else phase2.GreedySource())
-        for _ in phase2.speculative_decode(target, drafter, [sequence], params, 3, source):
+        drafter = phase2.ModelDrafter(draft, phase2.KeyedSource() if temperature else phase2.GreedySource())
+        for _ in phase2.speculative_decode(target, drafter, [sequence], 3, source):
             pass
         outputs.append(sequence.tokens)
     assert outputs[0] == outputs[1], f"temperature {temperature}, seed 6, source None and given"

@@ -82,7 +82,7 @@ def test_ids_past_the_narrower_side_have_no_probability(name: str) -> None:
     params = phase2.SamplingParams(**{"temperature": 1.0, **SETTINGS[name]})
     narrow, wide = pair(5, 3)[1], pair(3, 5)[1]
     for tokens in ([0], [2, 4], [4]):
-        probs = phase2.probabilities(narrow(torch.tensor([tokens]))[:, -1], params, [tokens], [tokens])
+        probs = phase2.probabilities(narrow(torch.tensor([tokens]))[:, -1], [params], [tokens], [tokens])
         assert probs.shape == (1, 5)
         assert not probs[:, 3:].any()
         assert probs.sum() == pytest.approx(1)

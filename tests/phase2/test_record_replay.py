@@ -120,7 +120,7 @@ def test_a_line_is_in_the_file_when_its_step_ends(tmp_path: Path) -> None:
     llm = phase2.LLM(phase2.Options(model="fake", draft="fake:0.7", max_tokens=24, temperature=1.0))
     sequences = llm.sequences(["x y z"])
     recorder, written = Recorder(tmp_path / "run.jsonl", llm, sequences), 1
-    for step in llm.run(sequences, recorder.clock, recorder.watch):
+    for step in llm.run(sequences, recorder.watch):
         recorder.step(step)
         written += 1
         content = (tmp_path / "run.jsonl").read_bytes()

@@ -39,11 +39,11 @@ def speculate(
     samples: list[int] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Return the finished sequences and the steps."""
-    source = phase2.GreedySource() if params.greedy else phase2.KeyedSource(params.seed)
-    drafter = phase2.ModelDrafter(draft, params, source)
+    source = phase2.GreedySource() if params.greedy else phase2.KeyedSource()
+    drafter = phase2.ModelDrafter(draft, source)
     numbers = samples or [0] * len(prompts)
     sequences = [phase2.Sequence(p, params, ending, s) for p, s in zip(prompts, numbers, strict=True)]
-    return sequences, list(phase2.speculative_decode(target, drafter, sequences, params, k, source))
+    return sequences, list(phase2.speculative_decode(target, drafter, sequences, k, source))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_sampled_tokens_follow_the_exact_probabilities(target: Any, draft: Any) 
         for start in {tuple(s.tokens[:position]) for s in sequences}:
             logits = target.model.logits(target.model.hidden(torch.tensor([[*prompt, *start]])))[:, -1]
             here = [s for s in sequences if tuple(s.tokens[:position]) == start and len(s.tokens) > position]
-            for token, p in enumerate(phase2.probabilities(logits, params)[0].tolist()):
+            for token, p in enumerate(phase2.probabilities(logits, [params])[0].tolist()):
                 expected[token] = expected.get(token, 0.0) + p * len(here)
             for sequence in here:
                 observed[sequence.tokens[position]] = observed.get(sequence.tokens[position], 0) + 1

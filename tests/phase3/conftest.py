@@ -10,7 +10,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ class Favourite:
         ]  # padding beyond a row's width must never be read
         return self.engine.Draft(torch.tensor(rows, dtype=torch.long).view(len(rows), max(widths)), None, widths)
 
-    def known(self, sequence: Any) -> int:
+    def states_from(self, sequence: Any) -> int:
         return int(sequence.length)
 
     def observe(self, outcome: Any) -> None: ...
@@ -85,6 +85,7 @@ class Replay:
 
     ks: list[int]
     step: int = -1
+    ends_early: ClassVar = False
 
     def next_k(self) -> int:
         self.step += 1
@@ -159,7 +160,7 @@ class Proof:
             sequence = self.engine.Sequence(prompt, params, ending or self.engine.Ending())
             guess = drafter(walker, policy.draft_noise)
             decode = (loop or self.engine).decode
-            steps = [s.stats[0] for s in decode(target, guess, [sequence], params, policy, controller, walker)]
+            steps = [s.stats[0] for s in decode(target, guess, [sequence], policy, controller, walker)]
             return tuple(sequence.tokens), tuple(s.depth for s in steps), tuple(s.accepted for s in steps)
 
         return Walker().law(run)
@@ -171,9 +172,9 @@ class Proof:
             law[tokens] += weight
         return dict(law)
 
-    def model_drafter(self, draft: TableModel, params: Any, parts: Any = None) -> Callable[[Walker, Purpose], Any]:
+    def model_drafter(self, draft: TableModel, parts: Any = None) -> Callable[[Walker, Purpose], Any]:
         """Return a factory of ModelDrafter; `parts` may be a mutant of drafters/model.py."""
-        return lambda walker, noise: (parts or self.engine).ModelDrafter(draft, params, walker, noise)
+        return lambda walker, noise: (parts or self.engine).ModelDrafter(draft, walker, noise)
 
     def favourite(self, size: int) -> Callable[[Walker, Purpose], Any]:
         return lambda walker, noise: Favourite(size, self.engine)

@@ -218,12 +218,12 @@ def test_rows_of_a_batch_choose_as_they_would_alone(name: Any, temperature: floa
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=40, seed=3)
 
     def decode(prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
-        source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
-        drafter = phase3.ModelDrafter(draft, params, source)
+        source = phase3.GreedySource() if params.greedy else phase3.KeyedSource()
+        drafter = phase3.ModelDrafter(draft, source)
         sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in prompts]
         widths: dict[Any, list[int]] = {sequence: [] for sequence in sequences}
         for step in phase3.decode(
-            model, drafter, sequences, params, None, lambda: phase3.make_controller(name, confidence=0.5), source
+            model, drafter, sequences, None, lambda: phase3.make_controller(name, confidence=0.5), source
         ):
             for sequence, stats in zip(step.sequences, step.stats, strict=True):
                 widths[sequence].append(stats.proposed)

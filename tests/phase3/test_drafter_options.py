@@ -13,6 +13,7 @@ import pytest
 import phase3
 from common.options import run_main
 from common.phases import ROOT
+from common.philox import Purpose
 from phase3.cli import main
 
 FAKE = ["--model", "fake", "--prompt", "x y z x y", "--max-tokens", "40"]
@@ -71,9 +72,9 @@ def test_a_controllers_bounds_are_options(capsys: pytest.CaptureFixture[str]) ->
         ({"policy": "conf_threshold", "tau": 0.7}, phase3.ConfThreshold(0.7)),
         ({"policy": "topk_agree", "agree_k": 9}, phase3.TopkAgree(9)),
         ({"policy": "typical", "epsilon": 0.2, "delta": 0.6}, phase3.Typical(0.2, 0.6)),
-        ({"policy": "coupled", "lossless": True}, phase3.SampleMatch(shared_noise=True)),
-        ({"policy": "longest_prefix", "temperature": 1.0}, phase3.SampleMatch(shared_noise=False)),
-        ({"lossless": True}, phase3.SampleMatch(shared_noise=False)),  # auto, greedy
+        ({"policy": "coupled", "lossless": True}, phase3.SampleMatch(Purpose.SAMPLE)),
+        ({"policy": "longest_prefix", "temperature": 1.0}, phase3.SampleMatch(Purpose.DRAFT)),
+        ({"lossless": True}, phase3.SampleMatch(Purpose.DRAFT)),  # auto, greedy
     ],
 )
 def test_policies_and_their_parameters_are_options(options: dict[str, Any], policy: Any) -> None:
@@ -120,10 +121,10 @@ def test_nothing_leaks_from_one_run_into_the_next() -> None:
     )
     llm.generate(["b a b a a a b b", "c d c d"])
     llm.generate(["a b a b a b a"])
-    (sequence,), clock = llm.sequences(["a b a b a b a"]), phase3.Clock()
-    for _ in llm.run([sequence], clock):
+    (sequence,) = llm.sequences(["a b a b a b a"])
+    for _ in llm.run([sequence]):
         pass
-    steps = llm.steps[sequence]
+    steps = sequence.steps
     assert sequence.tokens == fresh["tokens"]
     assert len(steps) == fresh["stats"]["steps"]
     assert sum(step.proposed for step in steps) == fresh["stats"]["proposed"] > 0

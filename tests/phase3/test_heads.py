@@ -77,10 +77,10 @@ def test_a_draft_computes_what_was_trained(target: phase3.LoadedModel, taps: tup
 def test_the_memory_of_inputs_is_that_of_the_whole_text(target: phase3.LoadedModel) -> None:
     """After many ragged steps the drafter's inputs equal those computed from the final text, cut to its reach."""
     reach, params = 12, phase3.SamplingParams(temperature=1.0, max_new_tokens=30, ignore_eos=True)
-    head, source = random_eagle(target, (0,), reach), phase3.KeyedSource(0)
-    drafter = EagleDrafter(target.model, head, params, source)
+    head, source = random_eagle(target, (0,), reach), phase3.KeyedSource()
+    drafter = EagleDrafter(target.model, head, source)
     sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in ([30, 31, 32], list(range(40, 60)))]
-    steps = phase3.decode(target.model, drafter, sequences, params, source=source)
+    steps = phase3.decode(target.model, drafter, sequences, source=source)
     for _ in itertools.islice(steps, 8):
         for sequence in sequences:
             text = torch.tensor([sequence.prompt + sequence.tokens])
@@ -97,9 +97,9 @@ def test_beside_layers_with_windows_eagles_layer_has_its_own_reach(make_checkpoi
     head, params = random_eagle(target, (0,)), phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
     assert target.config.windows == (None, 4)
     assert head.config.windows == (None,)
-    drafter = EagleDrafter(target.model, head, params, phase3.GreedySource())
+    drafter = EagleDrafter(target.model, head, phase3.GreedySource())
     sequence = phase3.Sequence(list(range(30, 42)), params, phase3.Ending())
-    steps = list(phase3.decode(target.model, drafter, [sequence], params))
+    steps = list(phase3.decode(target.model, drafter, [sequence]))
     assert sum(stats.proposed for step in steps for stats in step.stats) > 0
     assert sequence.tokens == phase3.generate(target.model, [sequence.prompt], params)[0].tokens
 
@@ -121,9 +121,9 @@ def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[
     for parameter in heads.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     params = phase3.SamplingParams(max_new_tokens=20, ignore_eos=True)
-    drafter = MedusaDrafter(target.model, heads, params, phase3.GreedySource())
+    drafter = MedusaDrafter(target.model, heads, phase3.GreedySource())
     sequence = phase3.Sequence([30, 31, 32], params, phase3.Ending())
-    for _ in itertools.islice(phase3.decode(target.model, drafter, [sequence], params), 4):
+    for _ in itertools.islice(phase3.decode(target.model, drafter, [sequence]), 4):
         text = torch.tensor([sequence.prompt + sequence.tokens])
         trained = features.features(
             heads, target.model, text, target_states(target, text, heads.taps), 1
@@ -263,13 +263,13 @@ def test_saved_heads_load_and_draft(trained: Any, temperature: float, tmp_path: 
     save_heads(tmp_path, trained.heads, target)
     heads = load_heads(find_heads(str(tmp_path), target, trained.options.kind), target, trained.options.kind)
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=40, ignore_eos=True)
-    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(0)
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource()
     prompts = [target.tokenizer.encode(text) for text in ("def function_", "return", "if left:\n")]
     sequences = [phase3.Sequence(prompt, params, phase3.Ending()) for prompt in prompts]
     policy = phase3.make_policy("longest_prefix" if params.greedy else "rejection")
-    drafter = figures.learned_drafter(heads, target, params, source)
+    drafter = figures.learned_drafter(heads, target, source)
     accepted = 0
-    for step in phase3.decode(target.model, drafter, sequences, params, policy, source=source):
+    for step in phase3.decode(target.model, drafter, sequences, policy, source=source):
         accepted += sum(stats.accepted for stats in step.stats)
     assert accepted > 0 or params.greedy
     if params.greedy:
@@ -289,8 +289,8 @@ def test_on_given_text_every_point_is_drafted_for(trained: Any) -> None:
 
     for prompt, without in (([30, 31, 32], 0), ([30], 1)):
         asked.clear()
-        source = Asked(0)
-        drafter = figures.learned_drafter(trained.heads, target, params, source)
+        source = Asked()
+        drafter = figures.learned_drafter(trained.heads, target, source)
         truth = list(range(40, 70))
         policy = phase3.make_policy("rejection")
         points = teacher_forced_acceptance(target.model, drafter, prompt, truth, params, policy, 3, source)
@@ -303,9 +303,9 @@ def test_past_the_context(trained: Any) -> None:
     target, params = trained.target, phase3.SamplingParams(max_new_tokens=60, ignore_eos=True)
     prompt = list(range(20, 110))  # of a context of 128
     sequence = phase3.Sequence(prompt, params, phase3.Ending())
-    drafter = figures.learned_drafter(trained.heads, target, params, phase3.GreedySource())
+    drafter = figures.learned_drafter(trained.heads, target, phase3.GreedySource())
     policy = phase3.make_policy("longest_prefix")
-    for _ in phase3.decode(target.model, drafter, [sequence], params, policy):
+    for _ in phase3.decode(target.model, drafter, [sequence], policy):
         pass
     assert sequence.tokens == phase3.generate(target.model, [prompt], params)[0].tokens
 

@@ -58,9 +58,7 @@ def test_chains(proof: Any, name: Any, widths: tuple[int, int]) -> None:
     prompt = [0, widths[0] - 1]
     expected = proof.plain_law(target, PARAMS, prompt)
     policy = phase3.make_policy(name)
-    got = proof.law(
-        target, proof.model_drafter(draft, PARAMS), PARAMS, prompt, policy, lambda: phase3.FixedController(2)
-    )
+    got = proof.law(target, proof.model_drafter(draft), PARAMS, prompt, policy, lambda: phase3.FixedController(2))
     assert proof.total_variation(got, expected) < EXACT
     assert len(expected) == widths[0] ** 3
 
@@ -74,10 +72,10 @@ def test_trees(proof: Any, name: Any, widths: tuple[int, int], shape: list[int] 
     policy, prompt = phase3.make_policy(name), [0, widths[0] - 1]
 
     def make(walker: Any, noise: Any) -> Any:
-        base = phase3.ModelDrafter(draft, PARAMS, walker, noise)
+        base = phase3.ModelDrafter(draft, walker, noise)
         if shape is None:
-            return phase3.DynamicTreeDrafter(base, PARAMS, nodes=4, beam=2)
-        return phase3.StaticTreeDrafter(base, PARAMS, shape, walker, noise, policy.draws_children)
+            return phase3.DynamicTreeDrafter(base, nodes=4, beam=2)
+        return phase3.StaticTreeDrafter(base, shape, walker, noise, policy.draws_children)
 
     expected = proof.plain_law(target, PARAMS, prompt)
     got = proof.law(target, make, PARAMS, prompt, policy, lambda: phase3.FixedController(2))

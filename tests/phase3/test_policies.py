@@ -23,17 +23,18 @@ class Recording(phase3.GreedySource):
     def __init__(self) -> None:
         self.asked: list[tuple[list[float], int, Purpose]] = []
 
-    def draw(self, probs: Any, samples: Any, positions: Any, purpose: Purpose) -> Any:
+    def draw(self, probs: Any, keys: Any, positions: Any, purpose: Purpose) -> Any:
         for row, position in zip(probs.tolist(), positions.tolist(), strict=True):
             self.asked.append((row, position, purpose))
-        return super().draw(probs, samples, positions, purpose)
+        return super().draw(probs, keys, positions, purpose)
 
 
 @pytest.mark.about("engine/policies.py, Rejection.verify")
 def test_rejection_is_the_rule_of_verify() -> None:
     probs = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
     draft = phase3.Draft(torch.tensor([[0, 1], [2, 3]]), probs.flip(-1)[:, :2], [2, 1])
-    keys, source = (torch.tensor([2, 1]), torch.tensor([0, 1]), torch.tensor([7, 9])), phase3.KeyedSource(3)
+    keys = torch.tensor([2, 1]), torch.tensor([[3, 0], [3, 1]]), torch.tensor([7, 9])
+    source = phase3.KeyedSource()
     found = phase3.Rejection().verify(draft, phase3.TargetProbs(probs, probs), *keys, source)
     expected = phase3.verify(draft.tokens, draft.probs, probs, *keys, source)
     for name in ("accepted", "next_tokens", "ratios"):
@@ -70,8 +71,8 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
         probs = torch.eye(3, dtype=torch.float64)[[1, 2, 0, 1]][None]  # the distributions of the next tokens
         source = Recording()
         draft = phase3.Draft(torch.tensor([tokens]), None, [3])
-        keys = torch.tensor([[3], [0], [7]])
-        verdict = policy.verify(draft, phase3.TargetProbs(probs, opinion.expand(1, 4, 3)), *keys, source)
+        rows = torch.tensor([3]), torch.zeros(1, 2, dtype=torch.long), torch.tensor([7])
+        verdict = policy.verify(draft, phase3.TargetProbs(probs, opinion.expand(1, 4, 3)), *rows, source)
         accepted = next((i for i, token in enumerate(tokens) if token not in good), 3)
         assert int(verdict.accepted) == accepted
         assert int(verdict.next_tokens) == [1, 2, 0, 1][accepted]
@@ -83,7 +84,7 @@ def test_a_lossy_policy_goes_on_to_the_first_child_that_is_good_enough() -> None
     tree = phase3.Tree([2, 1, 0, 1, 0], [-1, -1, -1, 1, 1])
     probs, source = torch.eye(3)[[0, 0, 0, 0, 2, 0]][None], Recording()
     opinion = torch.tensor(OPINION).expand(1, 6, 3)
-    path = phase3.ConfThreshold(0.25).accept_tree(tree, phase3.TargetProbs(probs, opinion), 0, 7, source)
+    path = phase3.ConfThreshold(0.25).accept_tree(tree, phase3.TargetProbs(probs, opinion), (0, 0), 7, source)
     assert (path.nodes, path.next_token) == ([1, 3], 2)
     assert source.asked == [([0, 0, 1], 9, Purpose.SAMPLE)]
 
@@ -91,8 +92,8 @@ def test_a_lossy_policy_goes_on_to_the_first_child_that_is_good_enough() -> None
 def test_of_equal_opinions_the_lower_ids_are_the_likeliest() -> None:
     assert phase3.TopkAgree(2).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [1, 3]
     assert phase3.TopkAgree(3).good(torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2])).nonzero()[:, 0].tolist() == [0, 1, 3]
-    keys = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), Purpose.DRAFT
-    assert phase3.GreedySource().draw_several(torch.full((1, 50), 0.02), 3, *keys).tolist() == [[0, 1, 2]]
+    at = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long), Purpose.DRAFT
+    assert phase3.GreedySource().draw_several(torch.full((1, 50), 0.02), 3, *at).tolist() == [[0, 1, 2]]
 
 
 def test_a_certain_target_lets_only_its_token_stand() -> None:
@@ -118,11 +119,12 @@ def test_what_a_lossy_policy_judges_by(proof: Any, settings: dict[str, Any], tau
     params = phase3.SamplingParams(**settings, max_new_tokens=2)
     sequence = phase3.Sequence([0], params, phase3.Ending())
     drafter = proof.favourite(3)(None, None)
-    decode = phase3.decode(target, drafter, [sequence], params, phase3.ConfThreshold(tau), None, Recording())
+    decode = phase3.decode(target, drafter, [sequence], phase3.ConfThreshold(tau), None, Recording())
     step = next(iter(decode))
     assert step.stats[0].accepted == accepted
     assert sequence.tokens == ([1, 0] if accepted else [0])
-    assert step.target_probs(0)[0].tolist() == pytest.approx(phase3.probabilities(target.table[:1], params)[0].tolist())
+    expected = phase3.probabilities(target.table[:1], [params])[0].tolist()
+    assert step.target_probs(0)[0].tolist() == pytest.approx(expected)
 
 
 def expected_first_token(p: torch.Tensor, q: torch.Tensor, good: torch.Tensor) -> list[float]:
@@ -144,7 +146,7 @@ def law_of(proof: Any, policy: Any, target: Any, draft: Any, tokens: int = 3) ->
     law: dict[Any, float] = {}
     expected = 0.0
     for (text, _, accepted), weight in proof.histories(
-        target, proof.model_drafter(draft, params), params, [1], policy, lambda: phase3.FixedController(2)
+        target, proof.model_drafter(draft), params, [1], policy, lambda: phase3.FixedController(2)
     ).items():
         law[text] = law.get(text, 0.0) + weight
         expected += weight * accepted[0]
@@ -198,9 +200,7 @@ def test_the_flag_tells_the_truth(proof: Any) -> None:
     plain = proof.plain_law(target, params, [1])
     for name in ("rejection", "coupled", "longest_prefix", "conf_threshold", "topk_agree", "typical"):
         policy = phase3.make_policy(name)
-        law = proof.law(
-            target, proof.model_drafter(draft, params), params, [1], policy, lambda: phase3.FixedController(1)
-        )
+        law = proof.law(target, proof.model_drafter(draft), params, [1], policy, lambda: phase3.FixedController(1))
         assert policy.lossless == (proof.total_variation(law, plain) < EXACT), name
 
 
@@ -215,7 +215,8 @@ def test_acceptance_under_keyed_noise(seed: int) -> None:
     draws, size = 20_000, 6
     generator = torch.Generator().manual_seed(seed)
     p, q = torch.randn(2, size, generator=generator, dtype=torch.float64).softmax(-1)
-    zeros, positions = torch.zeros(draws, dtype=torch.long), torch.arange(draws)
+    keys, positions = torch.tensor([[seed, 0]]).expand(draws, 2), torch.arange(draws)
+    widths = torch.ones(draws, dtype=torch.long)
     target = phase3.TargetProbs(*[p.expand(draws, 2, size)] * 2)
     ratio = torch.maximum(p[None] / p[:, None], q[None] / q[:, None])  # [x, y]
     expected = {
@@ -223,12 +224,12 @@ def test_acceptance_under_keyed_noise(seed: int) -> None:
         "coupled": (1 / ratio.sum(-1)).sum(),
         "longest_prefix": (p * q).sum(),
     }
-    source, shares = phase3.KeyedSource(seed), {}
+    source, shares = phase3.KeyedSource(), {}
     for name, share in expected.items():
         policy = phase3.make_policy(name)  # type: ignore[arg-type]
-        tokens = source.draw(q.expand(draws, -1), zeros, positions, policy.draft_noise)
+        tokens = source.draw(q.expand(draws, -1), keys, positions, policy.draft_noise)
         draft = phase3.Draft(tokens[:, None], q.expand(draws, 1, size), [1] * draws)
-        verdict = policy.verify(draft, target, zeros + 1, zeros, positions, source)
+        verdict = policy.verify(draft, target, widths, keys, positions, source)
         shares[name] = float(verdict.accepted.double().mean())
         assert abs(shares[name] - share) < 4 * math.sqrt(share * (1 - share) / draws)
     assert shares["longest_prefix"] < shares["coupled"] < shares["rejection"]

@@ -104,12 +104,12 @@ def test_own_prompts_and_lists_are_measured_and_what_needs_continuations_says_so
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["--only", "everything"],
         ["--calibrate", "--quick"],
-        ["--resume"],
-        ["--k", "0"],
         ["--nodes", "65"],
-        ["--temperatures", "-1"],
+        *(
+            pytest.param(wrong, marks=pytest.mark.slow)
+            for wrong in (["--only", "everything"], ["--resume"], ["--k", "0"], ["--temperatures", "-1"])
+        ),
     ],
 )
 def test_wrong_input_gets_one_line(wrong: list[str]) -> None:
@@ -161,8 +161,8 @@ def test_the_law_of_a_steps_first_token_is_the_loops(part: Any) -> None:
 
         def run(walk: Any, policy: Any = policy) -> tuple[int, ...]:
             sequence = engine.Sequence([1], params, engine.Ending())
-            drafter = engine.ModelDrafter(draft, params, walk)
-            list(engine.decode(target, drafter, [sequence], params, policy, None, walk))
+            drafter = engine.ModelDrafter(draft, walk)
+            list(engine.decode(target, drafter, [sequence], policy, None, walk))
             return tuple(sequence.tokens[:1])
 
         walked = distance.Walk().law(run)

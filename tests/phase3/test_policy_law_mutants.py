@@ -28,13 +28,13 @@ def distance(
     params = phase3.SamplingParams(temperature=1.0, top_k=top_k, frequency_penalty=1.0, max_new_tokens=3)
     parts = proof.mutated("drafters.model", **({"ChainBuilder": chains.ChainBuilder} if chains else {}))
     controller = partial(phase3.ConfidenceController, phase3.Bounds(1, 2), 0.6)
-    law = proof.law(target, proof.model_drafter(draft, params, parts), params, [1], policy, controller, loop=loop)
+    law = proof.law(target, proof.model_drafter(draft, parts), params, [1], policy, controller, loop=loop)
     return float(proof.total_variation(law, proof.plain_law(target, params, [1])))
 
 
 DROPS_A_DRAWN_TOKEN = (
     "if self.stop is not None and self.stop(row, asked[0]):",
-    "drawn = int(self.source.draw(probs, torch.tensor([sequence.sample]), "
+    "drawn = int(self.source.draw(probs, torch.tensor([sequence.key]), "
     "torch.tensor([sequence.length + len(self.tokens[row])]), self.noise))\n"
     "        if self.stop is not None and self.stop(row, asked[0, [drawn]]):",
 )
@@ -46,7 +46,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "argmax draft with soft draft_probs": (
         "drafters.chains",
-        ("self.source.draw(probs, keys[0], keys[1], self.noise)", "probs.argmax(-1)"),
+        ("self.source.draw(probs, key, at, self.noise)", "probs.argmax(-1)"),
     ),
     "penalties blind to the draft": (
         "speculative",
@@ -85,7 +85,7 @@ def test_own_choices_do_not_care_how_a_draft_was_chosen(proof: Any, name: Any) -
 OWN_CHOICE_MUTANTS = {
     "draws once more after a rejection": (
         "return Verdict(accepted, own, ratios)",
-        "again = source.draw(target.probs[:, int(accepted)], samples, positions + accepted, Purpose.RESIDUAL)\n"
+        "again = source.draw(target.probs[:, int(accepted)], keys, positions + accepted, Purpose.RESIDUAL)\n"
         "        return Verdict(accepted, torch.where(accepted < widths, again, own), ratios)",
     ),
     "looks at what follows the draft token": (
@@ -125,7 +125,7 @@ def test_what_a_confident_draft_reached_must_not_steer_the_next_one(proof: Any) 
     distances = []
     for kind in (Nosy, phase3.ConfidenceController):
         policy, controller = phase3.make_policy("rejection"), partial(kind, phase3.Bounds(1, 3), 0.6)
-        law = proof.law(target, proof.model_drafter(draft, params), params, [1], policy, controller)
+        law = proof.law(target, proof.model_drafter(draft), params, [1], policy, controller)
         distances.append(proof.total_variation(law, proof.plain_law(target, params, [1])))
     assert distances[0] > SEEN
     assert distances[1] < EXACT

@@ -40,7 +40,7 @@ def check(
     target = (models or proof.tables(3, seed=5))[0]
     settings = phase3.SamplingParams(**{"temperature": 1.0, "max_new_tokens": 3, **params})
     histories: dict[Any, float] = proof.histories(
-        target, drafter(settings), settings, prompt, phase3.make_policy(policy), controller, ending, loop
+        target, drafter, settings, prompt, phase3.make_policy(policy), controller, ending, loop
     )
     law: dict[Any, float] = {}
     for (tokens, _, _), weight in histories.items():
@@ -56,8 +56,8 @@ def drafted(histories: dict[Any, float]) -> set[int]:
 
 
 @pytest.fixture
-def model_drafter(proof: Any) -> Callable[[Any], Any]:
-    return lambda params: proof.model_drafter(proof.tables(3, seed=5)[1], params)
+def model_drafter(proof: Any) -> Any:
+    return proof.model_drafter(proof.tables(3, seed=5)[1])
 
 
 CONTROLLERS: dict[str, Callable[[], Any]] = {
@@ -70,33 +70,27 @@ CONTROLLERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("controller", list(CONTROLLERS))
-def test_every_policy_with_every_controller(
-    proof: Any, model_drafter: Callable[[Any], Any], policy: str, controller: str
-) -> None:
+def test_every_policy_with_every_controller(proof: Any, model_drafter: Any, policy: str, controller: str) -> None:
     depths = drafted(check(proof, policy, model_drafter, CONTROLLERS[controller]))
     assert depths == ({0, 1} if controller == "fixed 1" else {0, 1, 2})
 
 
 @pytest.mark.parametrize("policy", LOSSLESS)
-def test_an_adaptive_controller_that_has_time_to_adapt(
-    proof: Any, model_drafter: Callable[[Any], Any], policy: str
-) -> None:
+def test_an_adaptive_controller_that_has_time_to_adapt(proof: Any, model_drafter: Any, policy: str) -> None:
     histories = check(proof, policy, model_drafter, CONTROLLERS["adaptive"], top_k=2, max_new_tokens=5)
     assert {(2, 1, 0), (2, 2)} <= {depths for _, depths, _ in histories}
 
 
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("ks", [[2, 0, 1], [0, 2], [1, 0, 0, 2]])
-def test_any_sequence_of_ks(proof: Any, model_drafter: Callable[[Any], Any], policy: str, ks: list[int]) -> None:
+def test_any_sequence_of_ks(proof: Any, model_drafter: Any, policy: str, ks: list[int]) -> None:
     """A controller that uses the clock may choose any sequence of Ks, including 0."""
     check(proof, policy, model_drafter, lambda: proof.Replay(ks), top_k=2, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_cost_controller_whatever_the_times(
-    proof: Any, model_drafter: Callable[[Any], Any], policy: str, seed: int
-) -> None:
+def test_the_cost_controller_whatever_the_times(proof: Any, model_drafter: Any, policy: str, seed: int) -> None:
     """Its times are random per test run, and equal in all branches of the enumeration."""
     clock = SimpleNamespace()
 
@@ -114,7 +108,7 @@ def test_the_cost_controller_whatever_the_times(
 @pytest.mark.parametrize("k", [1, 2])
 def test_every_policy_with_certain_guesses(proof: Any, policy: str, k: int) -> None:
     """One-hot drafters: n-grams, and one that always drafts the next number."""
-    for drafter in (lambda _: lambda *_: phase3.NgramDrafter(1, 3), lambda _: proof.favourite(3)):
+    for drafter in (lambda *_: phase3.NgramDrafter(1, 3), proof.favourite(3)):
         histories = check(proof, policy, drafter, lambda: phase3.FixedController(k), max_new_tokens=4)
         assert drafted(histories) == set(range(k + 1))
         assert any(sum(accepted) for _, _, accepted in histories)
@@ -126,8 +120,8 @@ def test_every_policy_with_extrapolated_states(proof: Any, policy: str, controll
     """It reads the target's states, which do not exist before the first step."""
     target = proof.tables(3, seed=5)[0]
 
-    def drafter(params: Any) -> Any:
-        return lambda walker, noise: phase3.ExtrapolateDrafter(target, params, walker, noise, alpha=0.5)
+    def drafter(walker: Any, noise: Purpose) -> Any:
+        return phase3.ExtrapolateDrafter(target, walker, noise, alpha=0.5)
 
     tokens = 4 if top_k else 3  # three kinds of token after one draft token, two after two
     histories = check(proof, policy, drafter, CONTROLLERS[controller], top_k=top_k, max_new_tokens=tokens)
@@ -139,7 +133,7 @@ def test_a_chain_is_penalised_for_what_it_has_drafted() -> None:
     """Lossless without it as well, but the draft would be worse: the logits are the same in every step."""
     params = phase3.SamplingParams(frequency_penalty=2.0)
     sequence = phase3.Sequence([3], params, phase3.Ending())
-    builder = ChainBuilder([sequence], [3], params, phase3.GreedySource(), Purpose.DRAFT, None)
+    builder = ChainBuilder([sequence], [3], phase3.GreedySource(), Purpose.DRAFT, None)
     while builder.open():
         builder.draw(0, torch.tensor([0.0, 1.0, 0.5, -5.0]))
     assert builder.tokens == [[1, 2, 0]]
@@ -154,14 +148,12 @@ def test_a_chain_is_penalised_for_what_it_has_drafted() -> None:
         {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.5},
     ],
 )
-def test_with_sampling_parameters(
-    proof: Any, model_drafter: Callable[[Any], Any], policy: str, settings: dict[str, Any]
-) -> None:
+def test_with_sampling_parameters(proof: Any, model_drafter: Any, policy: str, settings: dict[str, Any]) -> None:
     check(proof, policy, model_drafter, CONTROLLERS["confidence"], **settings)
 
 
 @pytest.mark.parametrize("policy", LOSSLESS)
-def test_ends_and_jumps_inside_a_block(proof: Any, model_drafter: Callable[[Any], Any], policy: str) -> None:
+def test_ends_and_jumps_inside_a_block(proof: Any, model_drafter: Any, policy: str) -> None:
     ending = phase3.Ending(eos_ids=(2,))
     histories = check(proof, policy, model_drafter, CONTROLLERS["fixed 2"], ending=ending)
     assert {len(tokens) for tokens, _, _ in histories} == {1, 2, 3}
@@ -172,10 +164,7 @@ def test_ends_and_jumps_inside_a_block(proof: Any, model_drafter: Callable[[Any]
 @pytest.mark.parametrize("policy", LOSSLESS)
 def test_in_float32(proof: Any, policy: str) -> None:
     models = proof.tables(3, seed=6, dtype=torch.float32)
-    check(
-        proof, policy, lambda params: proof.model_drafter(models[1], params), CONTROLLERS["fixed 2"], models,
-        bound=FLOAT32,
-    )  # fmt: skip
+    check(proof, policy, proof.model_drafter(models[1]), CONTROLLERS["fixed 2"], models, bound=FLOAT32)
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
@@ -187,9 +176,9 @@ def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
     def run(walker: Any) -> tuple[tuple[int, ...], ...]:
         sequences = [phase3.Sequence(prompt, params, phase3.Ending(), i) for i, prompt in enumerate(prompts)]
         controllers = iter([phase3.FixedController(2), phase3.FixedController(1)])
-        drafter = phase3.ModelDrafter(draft, params, walker)
+        drafter = phase3.ModelDrafter(draft, walker)
         policy, make = phase3.make_policy("rejection"), lambda: next(controllers)
-        for _ in phase3.decode(target, drafter, sequences, params, policy, make, walker):
+        for _ in phase3.decode(target, drafter, sequences, policy, make, walker):
             pass
         return tuple(tuple(sequence.tokens) for sequence in sequences)
 
@@ -215,7 +204,7 @@ def test_what_each_rule_accepts(proof: Any) -> None:
     for name, (policy, other) in cases.items():
 
         def drafter(walker: Any, noise: Any, other: Any = other) -> Any:
-            return phase3.ModelDrafter(draft, params, walker, other.draft_noise if other else noise)
+            return phase3.ModelDrafter(draft, walker, other.draft_noise if other else noise)
 
         histories = proof.histories(target, drafter, params, PROMPT, policy, CONTROLLERS["fixed 1"])
         accepted[name] = sum(weight * counts[0] for (_, _, counts), weight in histories.items())
@@ -232,8 +221,8 @@ def test_what_each_rule_accepts(proof: Any) -> None:
 def test_children_are_walked_without_replacement(proof: Any) -> None:
     """The walker's law of two children equals the product of the two draws."""
     probs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    zero = torch.zeros(1, dtype=torch.long)
-    law = proof.Walker().law(lambda walker: tuple(walker.draw_several(probs, 2, zero, zero, 1)[0].tolist()))
+    key, at = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    law = proof.Walker().law(lambda walker: tuple(walker.draw_several(probs, 2, key, at, 1)[0].tolist()))
     expected = {
         (a, b): float(probs[0, a] * probs[0, b] / (1 - probs[0, a])) for a, b in itertools.permutations(range(3), 2)
     }

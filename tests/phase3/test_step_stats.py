@@ -27,10 +27,10 @@ class Counted(phase3.FakeModel):
 def speculate(model: Any, draft: Any, params: Any, policy: str, controller: Any, ending: Any = None) -> tuple[Any, Any]:
     """Decode after a prompt of one token; return the sequence and the stats of its steps."""
     rule = phase3.make_policy(policy)  # type: ignore[arg-type]
-    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
-    drafter = phase3.ModelDrafter(draft, params, source, rule.draft_noise)
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource()
+    drafter = phase3.ModelDrafter(draft, source, rule.draft_noise)
     sequence = phase3.Sequence([1], params, ending or phase3.Ending())
-    steps = phase3.decode(model, drafter, [sequence], params, rule, lambda: controller, source)
+    steps = phase3.decode(model, drafter, [sequence], rule, lambda: controller, source)
     return sequence, [step.stats[0] for step in steps]
 
 

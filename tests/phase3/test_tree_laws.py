@@ -14,10 +14,10 @@ SHAPES = {"two and two": [-1, -1, 0, 0], "both have children": [-1, -1, 0, 1, 1]
 PARAMS = phase3.SamplingParams(temperature=1.0, max_new_tokens=3)
 
 
-def static(draft: Any, shape: list[int], policy: Any, params: Any = PARAMS, parts: Any = phase3) -> Callable[..., Any]:
+def static(draft: Any, shape: list[int], policy: Any, parts: Any = phase3) -> Callable[..., Any]:
     def make(walker: Any, noise: Any) -> Any:
-        base = phase3.ModelDrafter(draft, params, walker, noise)
-        return parts.StaticTreeDrafter(base, params, shape, walker, noise, policy.draws_children)
+        base = phase3.ModelDrafter(draft, walker, noise)
+        return parts.StaticTreeDrafter(base, shape, walker, noise, policy.draws_children)
 
     return make
 
@@ -47,7 +47,7 @@ def test_static_trees_under_sampling_parameters(proof: Any, settings: dict[str, 
     params = phase3.SamplingParams(**{"temperature": 1.0, "max_new_tokens": 3, **settings})
     policy = phase3.Rejection()
     expected = proof.plain_law(target, params, [1])
-    got = proof.law(target, static(draft, SHAPES["all three"], policy, params), params, [1], policy, levels)
+    got = proof.law(target, static(draft, SHAPES["all three"], policy), params, [1], policy, levels)
     assert proof.total_variation(got, expected) < EXACT
 
 
@@ -56,7 +56,7 @@ def test_dynamic_trees(proof: Any, name: Any) -> None:
     target, draft = proof.tables(3, seed=23)
 
     def make(walker: Any, noise: Any) -> Any:
-        return phase3.DynamicTreeDrafter(phase3.ModelDrafter(draft, PARAMS, walker, noise), PARAMS, nodes=4, beam=2)
+        return phase3.DynamicTreeDrafter(phase3.ModelDrafter(draft, walker, noise), nodes=4, beam=2)
 
     policy = phase3.make_policy(name)
     expected = proof.plain_law(target, PARAMS, [1])
@@ -69,7 +69,7 @@ def test_a_window_per_layer(proof: Any, name: Any) -> None:
     target, draft = proof.layered((2, None), seed=1), proof.tables(3, seed=27)[1]
     params, policy = phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3), phase3.make_policy(name)
     expected = proof.plain_law(target, params, [1, 0, 2])
-    got = proof.law(target, static(draft, SHAPES["two and two"], policy, params), params, [1, 0, 2], policy, levels)
+    got = proof.law(target, static(draft, SHAPES["two and two"], policy), params, [1, 0, 2], policy, levels)
     assert proof.total_variation(got, expected) < FLOAT32
     for windows in ((2, 2), (None, None), (None, 2)):
         other = proof.plain_law(proof.layered(windows, seed=1), params, [1, 0, 2])
@@ -100,7 +100,7 @@ def test_a_tree_accepts_more_than_its_first_branch(proof: Any) -> None:
 MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "favourite children with the probabilities of drawn ones": (
         "drafters.trees",
-        ("        if not self.drawn:\n            return ranked", "        if True:\n            return ranked"),
+        ("        if not drawn:\n            return ranked", "        if True:\n            return ranked"),
     ),
     "the second child is tried against the first one's target": (
         "policies",
@@ -110,7 +110,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "one uniform for all children of a node": ("policies", ("dtype=torch.long), trial)", "dtype=torch.long), 0)")),
     "what follows is drawn from the target, not its residual": (
         "policies",
-        ("draw_one(target, sample, at", "draw_one(probs[node + 1], sample, at"),
+        ("draw_one(target, key, at", "draw_one(probs[node + 1], key, at"),
     ),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def test_a_tree_in_one_forward_is_each_of_its_branches(
     loaded = phase3.load(str(make_checkpoint(family, **keys)), torch.float32, CPU)
     texts = [list(range(20, 34)), list(range(40, 47))]  # ragged: the second row is padded
     trees = [BUSHY, phase3.Tree([3, 4], [-1, -1])]
-    target = phase3.target_forward(loaded.model, texts, trees, known=[0, 0])
+    target = phase3.target_forward(loaded.model, texts, trees, states_from=[0, 0])
     for row, (text, tree) in enumerate(zip(texts, trees, strict=True)):
         for node in range(-1, len(tree.tokens)):
             line = tree.line(node) if node >= 0 else []
@@ -129,11 +129,11 @@ def pair() -> tuple[Any, Any]:
     return phase3.load("stdlib-10m", torch.float32, CPU), phase3.load("stdlib-1m", torch.float32, CPU)
 
 
-def drafters(pair: tuple[Any, Any], params: Any, policy: Any, source: Any) -> dict[str, Any]:
-    base = phase3.ModelDrafter(pair[1].model, params, source, policy.draft_noise)
+def drafters(pair: tuple[Any, Any], policy: Any, source: Any) -> dict[str, Any]:
+    base = phase3.ModelDrafter(pair[1].model, source, policy.draft_noise)
     shape = phase3.best_shape([[0.6, 0.2, 0.1]] * 4, 12)
-    static = phase3.StaticTreeDrafter(base, params, shape, source, policy.draft_noise, policy.draws_children)
-    return {"static": static, "dynamic": phase3.DynamicTreeDrafter(base, params, 12)}
+    static = phase3.StaticTreeDrafter(base, shape, source, policy.draft_noise, policy.draws_children)
+    return {"static": static, "dynamic": phase3.DynamicTreeDrafter(base, 12)}
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
@@ -144,10 +144,10 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
     params = phase3.SamplingParams(temperature=temperature, max_new_tokens=20, frequency_penalty=0.3)
     prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:2]]
     policy = phase3.make_policy("coupled")
-    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource(params.seed)
-    drafter = drafters(pair, params, policy, source)[kind]
+    source = phase3.GreedySource() if params.greedy else phase3.KeyedSource()
+    drafter = drafters(pair, policy, source)[kind]
     sequences = [phase3.Sequence(prompt, params, target.ending) for prompt in prompts]
-    steps = list(phase3.decode(target.model, drafter, sequences, params, policy, source=source))
+    steps = list(phase3.decode(target.model, drafter, sequences, policy, source=source))
     expected = [g.tokens for g in phase3.generate(target.model, prompts, params, target.ending)]
     assert [sequence.tokens for sequence in sequences] == expected
     assert sum(stats.accepted for step in steps for stats in step.stats) > 5
@@ -180,13 +180,13 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
 
     monkeypatch.setattr("phase3.drafters.model.target_forward", counting)
     params = phase3.SamplingParams(temperature=1.0)
-    base = phase3.ModelDrafter(pair[1].model, params, phase3.KeyedSource(0))
+    base = phase3.ModelDrafter(pair[1].model, phase3.KeyedSource())
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
-    tree = phase3.DynamicTreeDrafter(base, params, nodes).grow(sequence, 7)
+    tree = phase3.DynamicTreeDrafter(base, nodes).grow(sequence, 7)
     assert len(tree.tokens) == nodes
     assert max(sent) <= nodes
 
-    every = phase3.DynamicTreeDrafter(base, params, 10_000).grow(sequence, 7)  # this tree is not cut
+    every = phase3.DynamicTreeDrafter(base, 10_000).grow(sequence, 7)  # this tree is not cut
     worth: dict[tuple[int, ...], float] = {}
     for node in range(len(every.tokens)):
         line = every.line(node)
@@ -201,17 +201,16 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
 def test_a_dynamic_tree_has_no_node_that_cannot_be_drawn(pair: tuple[Any, Any]) -> None:
     """Of two tokens that top-k leaves: 2, 4 and 8 nodes, for four of a level are extended."""
     params = phase3.SamplingParams(temperature=1.0, top_k=2)
-    base = phase3.ModelDrafter(pair[1].model, params, phase3.KeyedSource(0))
+    base = phase3.ModelDrafter(pair[1].model, phase3.KeyedSource())
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
-    tree = phase3.DynamicTreeDrafter(base, params, 100).grow(sequence, 3)
+    tree = phase3.DynamicTreeDrafter(base, 100).grow(sequence, 3)
     assert [tree.depths.count(depth) for depth in (1, 2, 3)] == [2, 4, 8]
 
 
 def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None:
     params = phase3.SamplingParams(temperature=1.0)
     target = pair[0]
-    source = phase3.KeyedSource(0)
-    drafter = drafters(pair, params, phase3.Rejection(), source)["dynamic"]
+    drafter = drafters(pair, phase3.Rejection(), phase3.KeyedSource())["dynamic"]
     sequence = phase3.Sequence(target.tokenizer.encode("import os\n\ndef "), params, target.ending)
     tree = drafter.grow(sequence, 4)
     assert len(tree.tokens) == 12

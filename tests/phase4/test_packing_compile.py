@@ -166,7 +166,7 @@ def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_
     for engine, module, target, found in both:
         params, source = engine.SamplingParams(), engine.GreedySource()
         options = SimpleNamespace(drafter=kind)
-        drafter = engine.drafters.make_drafter(options, target.model, None, params, source, Purpose.DRAFT, found)
+        drafter = engine.drafters.make_drafter(options, target.model, None, source, Purpose.DRAFT, found)
         sequence = engine.Sequence(tokens[0].tolist(), params, engine.Ending())
         states = module.target_states(target, tokens[:, :-1], ())[0]
         drafter.observe(engine.Outcome([sequence], [0], [states]))

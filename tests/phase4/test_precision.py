@@ -207,7 +207,7 @@ def test_acceptance_sees_float32(options: dict[str, object]) -> None:
     llm = phase4.LLM(phase4.Options(temperature=1.0, max_tokens=6, k=2, **options))  # type: ignore[arg-type]
     sequences = llm.sequences(["import os"])
     seen = 0
-    for step in llm.run(sequences, phase4.Clock()):
+    for step in llm.run(sequences):
         assert step is not None
         if step.draft.probs is None:
             continue
@@ -234,7 +234,7 @@ def test_amp_keeps_float32_weights_and_casts_the_products(make_checkpoint: Calla
             cast = model(tokens)
     assert cast.dtype == torch.bfloat16
     assert 0 < (cast.float() - exact).abs().max() < 0.05 * exact.abs().max()
-    for _ in llm.run(llm.sequences(["x"]), phase4.Clock()):
+    for _ in llm.run(llm.sequences(["x"])):
         assert not torch.is_autocast_enabled("cpu")  # the caller is outside autocast
 
 

@@ -71,7 +71,16 @@ def test_the_users_prompts_are_timed_against_the_same_way_to_decode(tmp_path: Pa
     assert all(row.figures["drafter"] == "model chain 4" for row in rows if row.variant.endswith("drafted"))
 
 
-@pytest.mark.parametrize("wrong", [["--settings", "int3"], ["--temperatures", "-1"], ["--k", "0"], ["--resume"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--settings", "int3"],
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (["--temperatures", "-1"], ["--k", "0"], ["--resume"])
+        ),
+    ],
+)
 def test_wrong_input_gets_one_line(wrong: list[str]) -> None:
     run = bench(*wrong)
     assert run.returncode == 2

@@ -44,7 +44,7 @@ def test_the_null_bench_says_what_it_found(bench_part: Part) -> None:
     assert not any("; a claim" in verdict for verdict in verdicts)
 
 
-@pytest.mark.parametrize("tokens", [512, 1024])
+@pytest.mark.parametrize("tokens", [512, pytest.param(1024, marks=pytest.mark.slow)])
 def test_perplexity_is_counted_window_by_window(tokens: int, bench_part: Part) -> None:
     runs, quality = bench_part(5, "runs"), bench_part(5, "quality")
     with Results(None, {}, {}, {}, False) as results:

@@ -25,25 +25,33 @@ pytestmark = [
 ]  # `lab check` has the quick form of it in test_cached_runner.py
 
 
-def written(made: Any, prompts: list[str]) -> list[list[int]]:
+def decoded(made: Any, prompts: list[str]) -> list[phase5.Sequence]:
     """Decode prompts one by one: rounding depends on the batch."""
-    return [made.generate([prompt])[0].tokens for prompt in prompts]
+    sequences: list[phase5.Sequence] = [each for prompt in prompts for each in made.sequences([prompt])]
+    for sequence in sequences:
+        for _ in made.run([sequence]):
+            pass
+    return sequences
+
+
+def written(sequences: list[phase5.Sequence]) -> list[list[int]]:
+    return [sequence.tokens for sequence in sequences]
 
 
 def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
     return [at for at, (mine, other) in enumerate(zip(found, expected, strict=True)) if mine != other]
 
 
-def some_fell(made: Any) -> bool:
+def some_fell(sequences: list[phase5.Sequence]) -> bool:
     """Check that some draft tokens were accepted and some rejected; otherwise equality proves little."""
-    steps = [step for steps in made.steps.values() for step in steps]
+    steps = [step for sequence in sequences for step in sequence.steps]
     accepted, proposed = sum(step.accepted for step in steps), sum(step.proposed for step in steps)
     return bool(0 < accepted < proposed)
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    return written(phase1.LLM(phase1.Options(**COMMON)), PROMPTS)
+    return written(decoded(phase1.LLM(phase1.Options(**COMMON)), PROMPTS))
 
 
 @pytest.mark.parametrize("how", list(DRAFTING))
@@ -69,9 +77,9 @@ def test_the_trained_model(kernels: str, kind: str, how: str, expected: list[lis
     options: dict[str, Any] = {"kernels": kernels, "kv": kind, **DRAFTING[how], **COMMON}
     if kind != "off":
         options["kv_dtype"] = "float32"
-    made = phase5.LLM(phase5.Options(**options))
-    assert differing(written(made, PROMPTS), expected) == []
-    assert some_fell(made) == (how == "speculative")
+    sequences = decoded(phase5.LLM(phase5.Options(**options)), PROMPTS)
+    assert differing(written(sequences), expected) == []
+    assert some_fell(sequences) == (how == "speculative")
 
 
 SHORT = [prompt[:40] for prompt in PROMPTS]
@@ -81,7 +89,7 @@ SHORT = [prompt[:40] for prompt in PROMPTS]
 def windowed(make_checkpoint: Callable[..., Path]) -> tuple[str, list[list[int]]]:
     """Return a model with a window of 8 tokens, and phase 1's output with it."""
     folder = str(make_checkpoint("mistral"))
-    return folder, written(phase1.LLM(phase1.Options(model=folder, **COMMON)), SHORT)
+    return folder, written(decoded(phase1.LLM(phase1.Options(model=folder, **COMMON)), SHORT))
 
 
 @pytest.mark.parametrize("kind", ["off", "dynamic", "static", "ring", "paged"])
@@ -95,9 +103,9 @@ def test_a_model_with_window_attention(how: str, kind: str, windowed: tuple[str,
         "ngram": {"drafter": "ngram", "k": 4},
     }
     options: dict[str, Any] = {"model": folder, "kernels": "torch", "kv": kind, **drafting[how], **COMMON}
-    made = phase5.LLM(phase5.Options(**options))
-    assert differing(written(made, SHORT), expected) == []
-    assert some_fell(made) == (how == "ngram")
+    sequences = decoded(phase5.LLM(phase5.Options(**options)), SHORT)
+    assert differing(written(sequences), expected) == []
+    assert some_fell(sequences) == (how == "ngram")
 
 
 def test_ring_is_refused_for_the_trained_model() -> None:

@@ -18,12 +18,13 @@ import phase5
 from common.checkpoint import MODELS
 from common.errors import UserError
 from common.prompts import load_prompts
+from phase5.capacity import cached_bytes
 from phase5.cli import main
 from phase5.drafters import make_drafter
 from phase5.drafters.eagle import EagleDrafter, Lookahead
 from phase5.kernels import registry
 from phase5.kv_cache import Kind, KVOptions, storage
-from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, make_runner
+from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, cached_runner, make_runner
 
 CPU = torch.device("cpu")
 KINDS = ["dynamic", "static", "paged"]
@@ -71,16 +72,16 @@ class Watched:
         self.runners: list[CachedRunner] = []
 
         def make(*arguments: Any) -> Any:
-            self.runners.append(make_runner(*arguments))  # type: ignore[arg-type]
+            self.runners.append(cached_runner(*arguments))
             return self.runners[-1]
 
-        monkeypatch.setattr("phase5.backends.make_runner", make)
+        monkeypatch.setattr("phase5.backends.cached_runner", make)
 
 
 def difference(runner: CachedRunner) -> float:
     """Return the largest difference of any row from a prefill of the same tokens."""
     worst, options = 0.0, KVOptions("static")
-    for row in runner.texts.rows.values():
+    for row in runner.manager.rows.values():
         if not row.held:
             continue
         fresh = make_runner(runner.model, options, 1, len(row.held) + 1)
@@ -88,12 +89,13 @@ def difference(runner: CachedRunner) -> float:
         fresh.max_inline = 1
         fresh._begin("fresh", [*row.held, 0], NO_DRAFT, None, ())
         for layer in range(runner.model.config.layers):
-            here = runner.texts.cache.read(layer, row.number, 0)
-            for mine, other in zip(here, fresh.texts.cache.read(layer, 0, 0), strict=True):
+            here = runner.manager.cache.read(layer, row.number, 0)
+            for mine, other in zip(here, fresh.manager.cache.read(layer, 0, 0), strict=True):
                 worst = max(worst, float((mine.float() - other.float()).abs().max()))
     return worst
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", list(DRAFTING))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -104,18 +106,19 @@ def test_every_step_leaves_what_a_prefill_gives(
     watched = Watched(monkeypatch)
     made = llm(kv=kind, temperature=temperature, max_tokens=12, **DRAFTING[how])
     sequences = made.sequences(texts(2))
-    for _ in made.run(sequences, phase5.Clock()):
+    for _ in made.run(sequences):
         for runner in watched.runners:
             assert difference(runner) < WITHIN["float32"]
     assert len(watched.runners) == (2 if how.startswith("model") else 1)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "auto"), ("float32", "float16"), ("float32", "int8")])
 def test_narrow_caches_stay_near(dtype: str, kv_dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     made = llm(kv=kind, dtype=dtype, kv_dtype=kv_dtype, tree="static", tree_nodes=6)
-    for _ in made.run(made.sequences(texts(1)), phase5.Clock()):
+    for _ in made.run(made.sequences(texts(1))):
         assert difference(watched.runners[0]) < WITHIN[dtype if kv_dtype == "auto" else kv_dtype]
 
 
@@ -136,8 +139,8 @@ def test_the_target_computes_the_prompt_and_every_draft_once(how: str, monkeypat
     watched = Watched(monkeypatch)
     made = llm(**DRAFTING[how])
     sequences = made.sequences(texts(1))
-    drafted = [len(step.trees[0].tokens) for step in made.run(sequences, phase5.Clock())]
-    assert watched.runners[0].texts.positions == len(sequences[0].prompt) - 1 + sum(n + 1 for n in drafted)
+    drafted = [len(step.trees[0].tokens) for step in made.run(sequences)]
+    assert watched.runners[0].manager.positions == len(sequences[0].prompt) - 1 + sum(n + 1 for n in drafted)
 
 
 def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +149,14 @@ def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) ->
     sequences = made.sequences(texts(1))
     length = len(sequences[0].prompt)
     caches: list[phase5.kv_cache.PagedCache] = []
-    for _ in made.run(sequences, phase5.Clock()):
-        cache = watched.runners[0].texts.cache
+    for _ in made.run(sequences):
+        cache = watched.runners[0].manager.cache
         assert isinstance(cache, phase5.kv_cache.PagedCache)
         caches.append(cache)
         if sequences[0].finish_reason is None:
             assert cache.users.count(4) == (length - 1) // 16
     assert len({tuple(s.tokens) for s in sequences}) > 1
-    assert watched.runners[0].texts.positions < 2 * length
+    assert watched.runners[0].manager.positions < 2 * length
     assert len(caches[-1].free) == len(caches[-1].users)  # all pages are freed at the end
 
 
@@ -206,6 +209,7 @@ def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callabl
         ("static", "cpp", 1.0, 3),  # without penalties one call makes several steps
     ],
 )
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("how", ["plain", "ngram", "model"])
 def test_constant_and_periodic_texts_past_the_context(
     how: str, kind: str, kernels: str, penalty: float, period: int, looping: Path
@@ -243,6 +247,7 @@ def looping(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{}, {"drafter": "eagle"}], ids=["model", "eagle"])
 @pytest.mark.parametrize("kind", [*KINDS, "ring"])
 def test_deep_dynamic_trees_fit_into_the_cache(
@@ -293,9 +298,9 @@ def test_a_text_that_changes_is_computed_from_where_it_does(make_checkpoint: Cal
         torch.testing.assert_close(
             runner.forward(["a"], [text]).logits, whole.forward(["a"], [text]).logits, atol=1e-5, rtol=1e-4
         )
-    assert runner.texts.positions == 4 + 1 + 1 + 1 + 4
+    assert runner.manager.positions == 4 + 1 + 1 + 1 + 4
     runner.forward(["b"], [[5, 6, 10, 13]])  # has a common prefix with the other
-    assert runner.texts.positions == 11 + 1
+    assert runner.manager.positions == 11 + 1
 
 
 def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +316,7 @@ def test_eagle_feeds_its_layer_each_input_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("phase5.llm.make_drafter", make)
     sequences = made.sequences(texts(1))
-    for step in made.run(sequences, phase5.Clock()):
+    for step in made.run(sequences):
         if step.trees[0].tokens and sequences[0].finish_reason is None:
             drafter = drafters[0]
             layer, inputs = drafter._layers[sequences[0]], drafter.inputs(sequences[0], drafter.head.shape.reach)
@@ -342,13 +347,15 @@ def test_wrong_wishes_are_named(make_checkpoint: Callable[..., Path]) -> None:
 @pytest.mark.no_exercise
 def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cache the masks of all sequences count; with one, the cache and the mask of a chunk."""
-    monkeypatch.setattr("phase5.llm.available_memory", lambda device: 100 * 2**20)
+    monkeypatch.setattr("phase5.capacity.available_memory", lambda device: 100 * 2**20)
     few = {"draft": "none", "max_tokens": 900, "n": 8, "temperature": 1.0}
     assert len(llm(kv="static", **few).sequences(["x"])) == 8
     for wrong in ({"kv": "off"}, {"n": 40}, {"kv": "paged", "n": 40}):
         with pytest.raises(UserError, match=r"completions of up to 9\d\d tokens need about \d+\.\d GiB at once"):
             llm(**{**few, **wrong}).sequences(["x"])
-    assert llm(kv_dtype="int8", **few)._needed_bytes(8, 900) < llm(**few)._needed_bytes(8, 900) * 0.6
+    config, dtype = llm(**few).loaded.config, torch.float32
+    narrow, whole = (cached_bytes(config, KVOptions("static", kind), 8, 900, dtype) for kind in ("int8", "auto"))
+    assert narrow < whole * 0.6
 
 
 def test_plain_and_cached_write_what_phase_4_writes() -> None:

@@ -48,17 +48,16 @@ def fast() -> cpp.CppModel:
 
 def verdict(tokens: list[int], widths: list[int], V: int = 100, more: dict[str, Tensor] | None = None) -> Any:
     R, K = len(widths), len(tokens) // max(1, len(widths))
-    keys = torch.zeros(R, dtype=torch.long)
     arguments = {
         "draft_tokens": torch.tensor(tokens).view(R, K),
         "draft_probs": torch.full((R, K, V), 1 / V),
         "target_probs": torch.full((R, K + 1, V), 1 / V),
         "widths": torch.tensor(widths),
-        "samples": keys,
-        "positions": keys,
+        "keys": torch.zeros(R, 2, dtype=torch.long),
+        "positions": torch.zeros(R, dtype=torch.long),
         **(more or {}),
     }
-    given: list[Any] = [*arguments.values(), KeyedSource(0)]
+    given: list[Any] = [*arguments.values(), KeyedSource()]
     return cpp.verify_sample(*given)
 
 
@@ -78,7 +77,9 @@ def test_shapes_that_do_not_fit_together_are_refused() -> None:
     for wrong in (
         {"target_probs": torch.ones(1, 2, 100)},
         {"draft_probs": torch.ones(1, 2, 99)},
-        {"samples": torch.zeros(2, dtype=torch.long)},
+        {"keys": torch.zeros(2, 2, dtype=torch.long)},
+        {"keys": torch.zeros(1, dtype=torch.long)},
+        {"positions": torch.zeros(2, dtype=torch.long)},
     ):
         with pytest.raises(ValueError, match="do not fit together"):
             verdict([3, 4], [2], more=wrong)
@@ -143,7 +144,7 @@ def test_logits_that_are_not_finite_end_every_loop(fast: cpp.CppModel) -> None:
                 call(broken.new_cache(1, 16), 0, [1, 2], 3, params)
         for logits in (torch.full((1, 9), float("nan")), torch.tensor([[0.0, float("inf")]])):
             with pytest.raises(UserError, match="not finite"):
-                cpp.sample(logits, params, KeyedSource(0), [0], [0], [[1]], [[]])
+                cpp.sample(logits, [params], KeyedSource(), [(0, 0)], [0], [[1]], [[]])
 
 
 @pytest.mark.parametrize("threads", range(2, 9))
@@ -280,17 +281,19 @@ def fuzz(calls: int = CALLS) -> None:
         tokens = torch.tensor([small() for _ in range(R * K)], dtype=torch.long).view(R, K)
         widths = torch.tensor([small() for _ in range(R)], dtype=torch.long)
         probs = torch.rand(R, K + any_of([0, 1, 1, 1]), V)
-        keys = torch.zeros(R, dtype=torch.long)
-        source: Any = any_of([GreedySource(), KeyedSource(3)])
-        return cpp.verify_sample(tokens, any_of([None, probs[:, :K]]), probs, widths, keys, keys, source)
+        keys, positions = torch.full((R, any_of([1, 2, 2, 2])), 3), torch.zeros(R, dtype=torch.long)
+        source: Any = any_of([GreedySource(), KeyedSource()])
+        return cpp.verify_sample(tokens, any_of([None, probs[:, :K]]), probs, widths, keys, positions, source)
 
     def chose() -> Any:
         logits = torch.randn(2, 40)
         if chosen.random() < 0.3:
             logits[any_of([0, 1])] = any_of([float("nan"), float("inf"), -float("inf")])
+        samples = numbers(2)[:2]
+        ways = [sampling_of(params()) for _ in any_of([samples, samples, [0]])]
         return library.choose(
             any_of(["avx2", "portable", "", "magic"]), any_of([0, logits.data_ptr()]), any_of([-1, 0, 40]),
-            sampling_of(params()), numbers(2)[:2], numbers(2)[:2],
+            ways, samples, numbers(2)[:2],
         )  # fmt: skip
 
     def packed() -> Any:

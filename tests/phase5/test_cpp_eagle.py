@@ -50,10 +50,10 @@ def test_a_chain_and_a_tree(family: str, make_checkpoint: Callable[..., Path]) -
         for at, token in enumerate(drawn):
             if at:
                 feature = slow.extend(Tree.chain(drawn[:at]), [at - 1])
-            of_torch = probabilities(target.logits(feature), params)
+            of_torch = probabilities(target.logits(feature), [params])
             torch.testing.assert_close(probs[at], of_torch[0], rtol=1e-3, atol=1e-5)
-            keys = torch.tensor([1]), torch.tensor([30 + at])
-            assert token == int(KeyedSource(5).draw(probs[at][None], *keys, Purpose.DRAFT))
+            keys = torch.tensor([[5, 1]]), torch.tensor([30 + at])
+            assert token == int(KeyedSource().draw(probs[at][None], *keys, Purpose.DRAFT))
 
         tree = Tree([5, 6, 7, 8], [-1, -1, 0, 1])
         fresh, theirs = Lookahead(head, target, 128), FastLookahead(layer, head, target, 128)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.philox import Purpose, uniforms
-from phase5 import load
+from phase5 import load, sampling
 from phase5.kernels import cpp
 from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.model import Transformer
-from phase5.sampling import KeyedSampler, SamplingParams, choose, probabilities
+from phase5.sampling import KeyedSampler, SamplingParams, choose
 from phase5.verify import GreedySource, KeyedSource, verify
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
@@ -34,6 +36,10 @@ WAYS = (
 
 def logits_of(rows: int, vocab: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    return sampling.probabilities(logits, [params] * len(logits))
 
 
 def test_uniforms_are_those_of_philox() -> None:
@@ -55,10 +61,9 @@ def test_the_same_distribution_and_the_same_token(
         monkeypatch.setenv("SPECDEC_CPU_ISA", isa)
     logits = logits_of(40, vocab)
     torch.testing.assert_close(fast_probabilities(logits, params), probabilities(logits, params), rtol=2e-6, atol=1e-7)
-    keys = list(range(40)), [3 * at + 1 for at in range(40)]
-    texts = [[1, 2]] * 40
-    expected = choose(logits, params, KeyedSampler(params.seed), *keys, texts, texts)
-    assert cpp.sample(logits, params, KeyedSampler(params.seed), *keys, texts, texts) == expected
+    keys, positions, texts = [(params.seed, at) for at in range(40)], [3 * at + 1 for at in range(40)], [[1, 2]] * 40
+    arguments: Any = logits, [params] * 40, KeyedSampler(), keys, positions, texts, texts
+    assert cpp.sample(*arguments) == choose(*arguments)
 
 
 @pytest.fixture(params=["", "avx2", "portable"])
@@ -109,23 +114,102 @@ def test_tokens_exactly_at_the_edge_of_a_filter() -> None:
 def test_any_number_of_tokens_may_be_kept() -> None:
     logits = logits_of(3, 40)
     for top_k in (2**31 - 1, 5_000_000_000, 10**30):
-        params = SamplingParams(temperature=1.0, top_k=top_k)
-        keys: Any = [0, 1, 2], [4, 5, 6], [[1]] * 3, [[]] * 3
-        assert cpp.sample(logits, params, KeyedSampler(0), *keys) == choose(logits, params, KeyedSampler(0), *keys)
+        params = [SamplingParams(temperature=1.0, top_k=top_k)] * 3
+        keys: Any = [(0, 0), (0, 1), (0, 2)], [4, 5, 6], [[1]] * 3, [[]] * 3
+        assert cpp.sample(logits, params, KeyedSampler(), *keys) == choose(logits, params, KeyedSampler(), *keys)
 
 
 def test_penalties_and_other_randomness_are_kept() -> None:
     logits = logits_of(4, 50)
-    params = SamplingParams(temperature=0.8, repetition_penalty=1.5, frequency_penalty=0.5, seed=4)
-    arguments = ([0, 1, 2, 3], [5, 6, 7, 8], [[1, 2], [3], [4], [5]], [[1, 1], [9], [8], [7, 7, 7]])
-    keyed = KeyedSampler(4)
+    params = [SamplingParams(temperature=0.8, repetition_penalty=1.5, frequency_penalty=0.5, seed=4)] * 4
+    keys = [(4, 0), (4, 1), (4, 2), (4, 3)]
+    arguments = (keys, [5, 6, 7, 8], [[1, 2], [3], [4], [5]], [[1, 1], [9], [8], [7, 7, 7]])
+    keyed = KeyedSampler()
     assert cpp.sample(logits, params, keyed, *arguments) == choose(logits, params, keyed, *arguments)
 
     class Last:
-        def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
             return torch.full((len(probs),), 49)
 
-    assert cpp.sample(logits, SamplingParams(temperature=1.0), Last(), *arguments) == [49] * 4
+    assert cpp.sample(logits, [SamplingParams(temperature=1.0)] * 4, Last(), *arguments) == [49] * 4
+
+
+Sample = Callable[..., list[int]]
+
+
+def of_the_first(name: str) -> Sample:
+    """Wrong: every row has this parameter of row 0."""
+
+    def wrong(logits: Tensor, params: list[SamplingParams], *rest: Any) -> list[int]:
+        own = [dataclasses.replace(each, **{name: getattr(params[0], name)}) for each in params]
+        return cpp.sample(logits, own, *rest)
+
+    return wrong
+
+
+def seed_of_the_first(logits: Tensor, params: Any, sampler: Any, keys: Any, *rest: Any) -> list[int]:
+    return cpp.sample(logits, params, sampler, [(keys[0][0], number) for _, number in keys], *rest)
+
+
+def sample_of_the_first(logits: Tensor, params: Any, sampler: Any, keys: Any, *rest: Any) -> list[int]:
+    return cpp.sample(logits, params, sampler, [(seed, keys[0][1]) for seed, _ in keys], *rest)
+
+
+def draws_greedy_rows(logits: Tensor, params: list[SamplingParams], *rest: Any) -> list[int]:
+    own = [dataclasses.replace(each, temperature=each.temperature or 1.0) for each in params]
+    return cpp.sample(logits, own, *rest)
+
+
+def check_different_requests(sample: Sample) -> None:
+    """Check that rows with their own parameters, keys and texts are those of the reference, and the rows alone."""
+    penalised = (
+        SamplingParams(temperature=0.8, presence_penalty=2.0),
+        SamplingParams(temperature=0.8, frequency_penalty=2.0),
+        SamplingParams(temperature=0.8, repetition_penalty=2.0),
+    )
+    for ways in (WAYS, (*WAYS, *penalised, SamplingParams(repetition_penalty=2.0))):
+        params = [WAYS[1], *ways, *reversed(ways)] * 3  # row 0 has no filter and no penalty
+        R = len(params)
+        keys, positions = [(way.seed, row % 3) for row, way in enumerate(params)], [7 * row for row in range(R)]
+        for vocab in (5, 123, 4096):
+            logits = logits_of(R, vocab, 3)
+            likeliest = logits.argmax(-1).tolist()  # a penalty for it matters most
+            prompts, outputs = [[token, 1] for token in likeliest], [[token] * 3 for token in likeliest]
+
+            together = sample(logits, params, KeyedSampler(), keys, positions, prompts, outputs)
+            assert together == choose(logits, params, KeyedSampler(), keys, positions, prompts, outputs)
+            alone = list[int]()
+            for row, *own in zip(logits[:, None], params, keys, positions, prompts, outputs, strict=True):
+                mine, *rest = ([each] for each in own)
+                alone += sample(row, mine, KeyedSampler(), *rest)
+            assert together == alone
+
+
+@pytest.mark.usefixtures("_isa")
+def test_rows_of_different_requests_are_those_alone() -> None:
+    check_different_requests(cpp.sample)
+
+
+PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+@pytest.mark.parametrize(
+    "wrong", [*map(of_the_first, PARAMETERS), seed_of_the_first, sample_of_the_first, draws_greedy_rows]
+)
+def test_mixed_up_requests_are_found_out(wrong: Sample) -> None:
+    with pytest.raises(AssertionError):
+        check_different_requests(wrong)
+
+
+def test_every_row_needs_its_own() -> None:
+    logits, way, key = logits_of(2, 5), SamplingParams(temperature=1.0), (0, 0)
+    for params, keys, positions in (
+        ([way], [key] * 2, [0] * 2),
+        ([way] * 2, [key], [0] * 2),
+        ([way] * 3, [key] * 3, [0] * 3),
+    ):
+        with pytest.raises(ValueError, match="for 2 rows"):
+            cpp.sample(logits, params, KeyedSampler(), keys, positions, [[]] * 2, [[]] * 2)
 
 
 def test_noise_is_distributed_as_the_probabilities() -> None:
@@ -133,9 +217,9 @@ def test_noise_is_distributed_as_the_probabilities() -> None:
     count = 20_000
     tokens = cpp.sample(
         logits.expand(count, 5),
-        SamplingParams(temperature=1.0),
-        KeyedSampler(0),
-        [0] * count,
+        [SamplingParams(temperature=1.0)] * count,
+        KeyedSampler(),
+        [(0, 0)] * count,
         list(range(count)),
         [[]] * count,
         [[]] * count,
@@ -152,17 +236,26 @@ def test_the_rule_of_acceptance(one_hot: bool, vocab: int) -> None:
     target_probs = (logits_of(rows * (K + 1), vocab, 2) / 2).softmax(-1).view(rows, K + 1, vocab)
     # Half of each draft distribution is the target's, so that several tokens are accepted.
     draft_probs = (draft_probs * 0.3 + target_probs[:, :K] * 0.7).contiguous()
-    keys = torch.arange(rows), torch.arange(rows) * 7
+    seeds = torch.tensor([11, -5, 2**40 + 1])[torch.arange(rows) % 3]
+    keys = torch.stack((seeds, torch.arange(rows)), 1), torch.arange(rows) * 7
     tokens = torch.stack([draft_probs[:, k].argmax(-1) for k in range(K)], 1)
     widths = torch.arange(rows) % (K + 1)
-    arguments = (tokens, None if one_hot else draft_probs, target_probs, widths, *keys)
-    expected = verify(*arguments, KeyedSource(11))
-    got = cpp.verify_sample(*arguments, KeyedSource(11))
+    arguments: Any = (tokens, None if one_hot else draft_probs, target_probs, widths, *keys, KeyedSource())
+    expected = verify(*arguments)
+    got = cpp.verify_sample(*arguments)
     assert torch.equal(got.accepted, expected.accepted)
     assert torch.equal(got.next_tokens, expected.next_tokens)
     counted = torch.arange(K) < widths[:, None]
     torch.testing.assert_close(got.ratios[counted], expected.ratios[counted])
     assert 0 < int(got.accepted.sum()) < int(widths.sum())
+    for row in range(6):
+        alone: Any = [each[row : row + 1] if isinstance(each, torch.Tensor) else each for each in arguments]
+        verdict = cpp.verify_sample(*alone)
+        assert (verdict.accepted[0], verdict.next_tokens[0]) == (got.accepted[row], got.next_tokens[row])
+    first = torch.stack((seeds[0].expand(rows), torch.arange(rows)), 1)  # a mutant: the seed of row 0 for all
+    mutated: Any = (*arguments[:4], first, *arguments[5:])
+    mutant = cpp.verify_sample(*mutated)
+    assert not torch.equal(mutant.accepted, got.accepted)
 
 
 def test_certain_verification() -> None:
@@ -173,7 +266,7 @@ def test_certain_verification() -> None:
         None,
         target,
         torch.tensor([3, 3]),
-        torch.zeros(2).long(),
+        torch.zeros(2, 2).long(),
         torch.zeros(2).long(),
         GreedySource(),
     )
@@ -200,14 +293,14 @@ def test_a_chain_is_that_of_single_steps(
     cache = fast.new_cache(1, 64)
     drawn, probs = fast.draft_chain(cache, 0, prompt, K, params, sample=2, position=40, noise=noise)
     single = fast.new_cache(1, 64)
-    text, source = list(prompt), GreedySource() if params.greedy else KeyedSource(params.seed)
+    text, source = list(prompt), GreedySource() if params.greedy else KeyedSource()
     new = list(prompt)
     for at in range(K):
         logits = fast.step(single, [new]).logits
         single.keep(0, list(range(len(new))))
         assert logits is not None
         of_torch = probabilities(logits, params)
-        token = int(source.draw(of_torch, torch.tensor([2]), torch.tensor([40 + at]), noise))
+        token = int(source.draw(of_torch, torch.tensor([[params.seed, 2]]), torch.tensor([40 + at]), noise))
         assert drawn[at] == token
         if params.greedy:
             assert torch.equal(probs[at], logits[0])  # the logits: a greedy draft is certain
@@ -236,7 +329,7 @@ def test_a_whole_generation_is_that_of_single_steps(
         logits = fast.step(single, [new]).logits
         assert logits is not None
         single.keep(0, list(range(len(new))))
-        [expected] = choose(logits, params, KeyedSampler(params.seed), [1], [len(text)], [prompt], [[]])
+        [expected] = choose(logits, [params], KeyedSampler(), [(params.seed, 1)], [len(text)], [prompt], [[]])
         assert token == expected
         text.append(token)
         new = [token]
@@ -257,7 +350,7 @@ def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
         logits = fast.step(cache, [new]).logits
         assert logits is not None
         cache.keep(0, list(range(len(new))))
-        assert cpp.sample(logits, params, KeyedSampler(8), [0], [len(text)], [[]], [[]]) == [token]
+        assert cpp.sample(logits, [params], KeyedSampler(), [(8, 0)], [len(text)], [[]], [[]]) == [token]
         text.append(token)
         new = [token]
 
@@ -272,6 +365,12 @@ def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppMod
         fast.generate_plain(fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())
 
 
+def keys_of(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return keys and positions."""
+    samples = torch.arange(rows)
+    return torch.stack((torch.full_like(samples, seed), samples), 1), samples * 3
+
+
 def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
     """Sample a token of every row of probs [R, V] with one uniform number each, as the residual after a rejection.
 
@@ -281,8 +380,7 @@ def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
     target = torch.zeros(rows, 2, vocab + 1)
     target[:, 0, :vocab] = probs
     draft = torch.full((rows, 1), vocab)
-    keys = torch.arange(rows), torch.arange(rows) * 3
-    got = cpp.verify_sample(draft, None, target, torch.ones(rows).long(), *keys, KeyedSource(seed))
+    got = cpp.verify_sample(draft, None, target, torch.ones(rows).long(), *keys_of(rows, seed), KeyedSource())
     assert not got.accepted.any()
     return got.next_tokens
 
@@ -291,7 +389,7 @@ def drawn_by_inverse(probs: Tensor, seed: int) -> Tensor:
 def test_the_inverse_distribution_is_that_of_a_running_sum(vocab: int) -> None:
     rows = 400
     probs = (logits_of(rows, vocab, 5) * 2).softmax(-1)
-    expected = KeyedSource(9).draw(probs, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)
+    expected = KeyedSource().draw(probs, *keys_of(rows, 9), Purpose.RESIDUAL)
     assert torch.equal(drawn_by_inverse(probs, 9), expected)
     assert len(expected.unique()) > 3
 
@@ -315,5 +413,5 @@ def test_the_inverse_distribution_gives_nothing_of_probability_zero(vocab: int) 
     assert torch.equal(tokens[: rows // 10], only)
     assert torch.equal(
         tokens[rows // 10 :],
-        KeyedSource(2).draw(weights, torch.arange(rows), torch.arange(rows) * 3, Purpose.RESIDUAL)[rows // 10 :],
+        KeyedSource().draw(weights, *keys_of(rows, 2), Purpose.RESIDUAL)[rows // 10 :],
     )

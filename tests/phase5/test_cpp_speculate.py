@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import phase5
 from common.philox import Purpose
 from phase5 import load
+from phase5.controllers import FixedController
 from phase5.cpp_runner import CppRunner, make_cpp_runner
 from phase5.drawing import Drawing, Speculated
 from phase5.kernels import cpp
@@ -41,8 +42,8 @@ WAYS = {
 }
 POLICIES: dict[str, AcceptancePolicy] = {
     "rejection": Rejection(),
-    "longest_prefix": SampleMatch(False),
-    "coupled": SampleMatch(True),
+    "longest_prefix": SampleMatch(Purpose.DRAFT),
+    "coupled": SampleMatch(Purpose.SAMPLE),
 }
 
 
@@ -108,9 +109,9 @@ def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, 
     """Decode, and return the tokens and all steps; calls[i]: steps in the i-th call."""
     target, drafter = runners(pair, 120)
     text, done = list(PROMPT), list[Speculated]()
-    source: RandomSource = GreedySource() if params.greedy else KeyedSource(params.seed)
+    source: RandomSource = GreedySource() if params.greedy else KeyedSource()
     for steps in calls:
-        how = Drawing(params, source, 2, len(text), policy.draft_noise)
+        how = Drawing(params, source, (params.seed, 2), len(text), policy.draft_noise)
         found = target.speculate("a text", text, count, how, drafter, isinstance(policy, SampleMatch), steps)
         assert len(found) == steps
         for each in found:
@@ -122,7 +123,7 @@ def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, 
 def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int) -> Iterator[Any]:
     """Decode step by step: a chain, a forward pass over it, and the rule of policies.py in torch."""
     caches = pair.target.new_cache(1, 120), pair.drafter.new_cache(1, 120)
-    source: RandomSource = GreedySource() if params.greedy else KeyedSource(params.seed)
+    source: RandomSource = GreedySource() if params.greedy else KeyedSource()
     text = list(PROMPT)
     for _ in range(steps):
         new = [text[cache.lengths[0] :] for cache in caches]
@@ -132,9 +133,9 @@ def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, cou
         wanted = range(len(new[0]) - 1, len(new[0]) + count)
         logits = pair.target.step(caches[0], [new[0] + drawn], wanted=wanted).logits
         assert logits is not None
-        probs = probabilities(logits, params)[None]
+        probs = probabilities(logits, [params] * len(logits))[None]
         draft = phase5.drafting.Draft(torch.tensor([drawn]), None if params.greedy else draft_probs[None], [count])
-        keys = torch.tensor([count]), torch.tensor([2]), torch.tensor([len(text)])
+        keys = torch.tensor([count]), torch.tensor([[params.seed, 2]]), torch.tensor([len(text)])
         verdict = policy.verify(draft, TargetProbs(probs, probs), *keys, source)
         accepted, following = int(verdict.accepted), int(verdict.next_tokens)
         yield drawn, accepted, following, draft_probs, fast_probabilities(logits, params), verdict.ratios
@@ -212,13 +213,14 @@ def test_two_tokens_are_distributed_as_the_targets(small: Pair, policy: str) -> 
     assert chances(small, as_said, policy) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_law_is_tested(small: Pair) -> None:
     """The test detects a rule that accepts every token, and one that accepts the first rejected token."""
     assert chances(small, lambda step: [*step.draft, step.next_token]) < 1e-4
     assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next_token]) < 1e-4
 
 
-@pytest.mark.parametrize("own", [12, 20])
+@pytest.mark.parametrize("own", [12, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_draft_of_another_width_keeps_the_targets_law(small: Pair, own: int) -> None:
     near = copy.deepcopy(small.near)
     fit_vocabulary(near, own)
@@ -238,15 +240,9 @@ def test_a_draft_of_another_width_keeps_the_targets_law(small: Pair, own: int) -
 
 def plain_text(pair: Pair, params: SamplingParams, ending: Ending) -> Sequence:
     sequence = Sequence(PROMPT, params, ending)
-    for _ in decode(runners(pair, 120)[0], None, [sequence], params, multi_step=multi_step):
+    for _ in decode(runners(pair, 120)[0], None, [sequence], multi_step=multi_step):
         pass
     return sequence
-
-
-class Holding(phase5.controllers.FixedController):
-    """A controller that fixes K for many steps."""
-
-    holds = 6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -254,17 +250,17 @@ def test_a_text_that_ends_within_a_call_ends_as_in_plain_decoding(pair: Pair, te
     params = SamplingParams(temperature=temperature, max_new_tokens=60, seed=4)
     whole = plain_text(pair, params, Ending()).tokens
     target, drafter = runners(pair, 120)
-    policy = SampleMatch(True)
-    source: RandomSource = GreedySource() if params.greedy else KeyedSource(4)
+    policy = SampleMatch(Purpose.SAMPLE)
+    source: RandomSource = GreedySource() if params.greedy else KeyedSource()
     for at in (1, 9, 10, 11, 12, 13):
         ending = Ending(eos_ids=(whole[at],))
         expected = plain_text(pair, params, ending)
         sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next sequence
-        drafting = phase5.drafters.FastModelDrafter(drafter, params, source, policy.draft_noise)
-        steps = list(decode(target, drafting, [sequence], params, policy, lambda: Holding(4), source, multi_step))
+        drafting = phase5.drafters.FastModelDrafter(drafter, source, policy.draft_noise)
+        steps = list(decode(target, drafting, [sequence], policy, lambda: FixedController(4), source, multi_step))
         assert (sequence.tokens, sequence.finish_reason) == (expected.tokens, "eos")
         assert sum(stats.emitted for step in steps for stats in step.stats) == len(expected.tokens)
-        assert len(target.texts.rows) == len(drafter.texts.rows) == 0
+        assert len(target.manager.rows) == len(drafter.manager.rows) == 0
         assert target.cache.lengths == drafter.cache.lengths == [0]
 
 
@@ -274,13 +270,13 @@ def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
     params = SamplingParams(max_new_tokens=limit)
     target, drafter = runners(pair, len(PROMPT) + limit)
     sequence = Sequence(PROMPT, params, Ending())
-    drafting = phase5.drafters.FastModelDrafter(drafter, params, GreedySource())
-    steps = list(decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k), None, multi_step))
+    drafting = phase5.drafters.FastModelDrafter(drafter, GreedySource())
+    steps = list(decode(target, drafting, [sequence], Rejection(), lambda: FixedController(k), None, multi_step))
     assert sequence.tokens == plain_text(pair, params, Ending()).tokens
     assert all(stats.k < limit for step in steps for stats in step.stats)
 
 
-@pytest.mark.parametrize("k", [3, 7])
+@pytest.mark.parametrize("k", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Near the end of the context steps are made one by one, and a jump of the window loses no token."""
     context = pair.model.config.context
@@ -298,11 +294,11 @@ def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -
     for length in range(context - 50, context + 3, 4):
         prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
-        for _ in decode(runners(pair, length + 60)[0], None, [expected], params, multi_step=multi_step):
+        for _ in decode(runners(pair, length + 60)[0], None, [expected], multi_step=multi_step):
             pass
         target, drafter = runners(pair, length + 60)
-        drafting = phase5.drafters.FastModelDrafter(drafter, params, GreedySource())
-        for _ in decode(target, drafting, [sequence], params, Rejection(), lambda: Holding(k), None, multi_step):
+        drafting = phase5.drafters.FastModelDrafter(drafter, GreedySource())
+        for _ in decode(target, drafting, [sequence], Rejection(), lambda: FixedController(k), None, multi_step):
             pass
         assert sequence.tokens == expected.tokens
     assert 0 in calls

@@ -205,6 +205,7 @@ def one_by_one(fast: cpp.CppModel, tokens: list[int], kind: torch.dtype = torch.
     return torch.cat(rows)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("kind", CACHES, ids=str)
 def test_the_same_bits_for_any_number_of_tokens_and_threads(

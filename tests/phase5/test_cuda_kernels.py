@@ -127,24 +127,29 @@ def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
 
 def test_random_numbers_have_the_same_bits(ops: Ops) -> None:
     """A token whose ratio equals the uniform number is rejected; with the next larger ratio it is accepted."""
-    seeds, R = (0, -1, 2**40 + 7), 40
+    R = 40
     samples, positions = torch.arange(R) * 3, torch.arange(R) * 100 + 5
-    for seed in seeds:
-        chance = philox.uniforms(seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0]
+    for values in ([0], [-1], [2**40 + 7], [0, -1, 2**40 + 7]):
+        seeds = torch.tensor(values)[torch.arange(R) % len(values)]
+        keys = torch.stack((seeds, samples), 1)
+        chance = philox.uniforms(seeds, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0]
         above = torch.from_numpy(np.nextafter(chance.numpy(), np.float32(2)))
         for ratio, accepted in ((chance, 0), (above, 1)):
             target = torch.stack((ratio, 1 - ratio), 1)[:, None].expand(R, 2, 2).contiguous()
             tokens, widths = torch.zeros(R, 1, dtype=torch.long), torch.ones(R, dtype=torch.long)
-            verdict = ops["verify_sample"](tokens, None, target, widths, samples, positions, KeyedSource(seed))
+            verdict = ops["verify_sample"](tokens, None, target, widths, keys, positions, KeyedSource())
             assert (verdict.accepted == accepted).all()
 
 
 def test_sampling_follows_the_distribution(ops: Ops) -> None:
-    """Also with filters: 300 draws each give the reference's tokens."""
+    """Also with filters, alone and row by row different: 300 draws each give the reference's tokens."""
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.0, -1.0, 3.0]]).expand(300, 7).contiguous()
-    for filters in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}):
-        params = SamplingParams(temperature=1.3, **filters)
-        arguments: Any = (params, KeyedSampler(5), list(range(300)), [9] * 300, [[]] * 300, [[]] * 300)
+    filters: tuple[dict[str, Any], ...] = ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2})
+    for several in (*((each,) for each in filters), (*filters, {"temperature": 0.0})):
+        ways = [SamplingParams(**{"temperature": 1.3, **each}) for each in several]
+        params = [ways[row % len(ways)] for row in range(300)]
+        keys = [(5 + row % len(ways), row) for row in range(300)]
+        arguments: Any = (params, KeyedSampler(), keys, [9] * 300, [[]] * 300, [[]] * 300)
         found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
         assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where the last bit of a logarithm matters
         assert len(set(found)) > 1
@@ -153,8 +158,8 @@ def test_sampling_follows_the_distribution(ops: Ops) -> None:
 def test_of_equal_logits_at_an_edge_the_first_stay(ops: Ops) -> None:
     for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
         logits = torch.zeros(60, V)
-        params = SamplingParams(temperature=1.0, top_p=top_p)
-        arguments: Any = (params, KeyedSampler(1), list(range(60)), [0] * 60, [[]] * 60, [[]] * 60)
+        params = [SamplingParams(temperature=1.0, top_p=top_p)] * 60
+        arguments: Any = (params, KeyedSampler(), [(1, row) for row in range(60)], [0] * 60, [[]] * 60, [[]] * 60)
         found = ops["sample"](logits, *arguments)
         assert max(found) <= round(V * top_p) + 1
         assert len(set(found)) > 3
@@ -302,6 +307,10 @@ MUTATIONS = [
     ("attention.cu", "call.H + tile.h * tile.G", "call.H + tile.h", "decode_attention", "attention.cu"),
     ("linear.cuh", "run += WARPS * RUN", "run += WARPS * RUN + 1", "linear", "linear_16.cu"),
     ("choice.cuh", "its == value && at < index", "its == value && at > index", "verify_greedy", "prefix.cu"),
+    ("sample.cu", "float(params[r * 4])", "float(params[0])", "sample", "sample.cu"),
+    ("sample.cu", "top_k = params[r * 4 + 1]", "top_k = params[1]", "sample", "sample.cu"),
+    ("sample.cu", "top_p = params[r * 4 + 2]", "top_p = params[2]", "sample", "sample.cu"),
+    ("sample.cu", "float(params[r * 4 + 3])", "float(params[3])", "sample", "sample.cu"),
 ]
 
 
@@ -323,7 +332,7 @@ def test_a_wrong_kernel_is_found_out(
     for module in ("attention", "linear", "tokens"):
         monkeypatch.setattr(f"phase5.kernels.cuda.{module}.on_device", lambda *_, **__: wrong_library)
     with pytest.raises(check.WrongKernel):
-        check.check(op, ops[op], CPU, full=op != "verify_greedy", dtypes=(torch.bfloat16,))
+        check.check(op, ops[op], CPU, full=op not in ("verify_greedy", "sample"), dtypes=(torch.bfloat16,))
 
 
 def test_whole_numbers_and_scales_of_an_int8_cache_are_the_references(ops: Ops) -> None:

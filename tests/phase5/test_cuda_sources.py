@@ -16,7 +16,7 @@ from phase5.kernels import build
 from phase5.kernels.cuda import SOURCES, library
 
 ARCHITECTURES = ("80", "90a", "100")
-DECODING = ("attention.cu", "linear_16.cu")  # what the quick test compiles
+DECODING = ("attention.cu",)  # what the quick test compiles
 KERNELS = [source for source in library.SOURCES if source.endswith(".cu")]
 LADDER = Path(phase5.__file__).resolve().parents[1] / "ladder" / "cuda"
 RUNGS = sorted(path.name for path in LADDER.glob("*.cu"))

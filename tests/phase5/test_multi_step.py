@@ -11,8 +11,11 @@ import torch
 
 import phase5
 from common.errors import UserError
+from common.philox import Purpose
 from common.prompts import load_prompts
 from phase5.cpp_runner import CppRunner
+from phase5.drafters.chains import ChainBuilder
+from phase5.generate import stats_of
 from phase5.kernels import registry
 
 pytestmark = [
@@ -53,8 +56,15 @@ def texts(count: int) -> list[str]:
     return [prompt.text for prompt in load_prompts("code", "test")[:count]]
 
 
+def decoded(made: Any, count: int = 2) -> list[phase5.Sequence]:
+    sequences: list[phase5.Sequence] = made.sequences(texts(count))
+    for _ in made.run(sequences):
+        pass
+    return sequences
+
+
 def written(made: Any, count: int = 2) -> list[list[int]]:
-    return [each.tokens for each in made.generate(texts(count))]
+    return [each.tokens for each in decoded(made, count)]
 
 
 @pytest.mark.parametrize("how", list(DRAFTING))
@@ -65,6 +75,11 @@ def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
     assert found[0] == found[1]
 
 
+def acceptance(made: Any) -> float:
+    steps = [step for sequence in decoded(made) for step in sequence.steps]
+    return sum(step.accepted for step in steps) / sum(step.proposed for step in steps)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("how", [name for name in DRAFTING if name.startswith("eagle")])
 def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +87,7 @@ def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pyt
     options = {"temperature": temperature, "max_tokens": 48, **DRAFTING[how]}
     slow = llm(kernels="torch", **options)
     assert slow.backends.report["draft_step"] == "torch"
-    written(slow)
+    counts = [acceptance(slow)]
 
     def never(*arguments: Any, **more: Any) -> None:
         raise AssertionError("EAGLE's layer ran in torch")
@@ -81,15 +96,12 @@ def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pyt
     monkeypatch.setattr("phase5.drafters.eagle.EagleHead.inputs", never)
     fast = llm(**options)
     assert fast.backends.report["draft_step"] == "cpp"
-    written(fast)
-    counts = []
-    for made in (slow, fast):
-        steps = [step for of_text in made.steps.values() for step in of_text]
-        counts.append(sum(step.accepted for step in steps) / sum(step.proposed for step in steps))
+    counts.append(acceptance(fast))
     assert counts[0] > 0.2
     assert counts[1] == pytest.approx(counts[0], abs=0.1)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize("how", ["model", "model, static tree", "ngram", "eagle"])
 def test_greedy_speculation_equals_plain_decoding_in_every_format(how: str, format: str) -> None:
@@ -102,8 +114,9 @@ def test_greedy_speculation_equals_plain_decoding_in_every_format(how: str, form
 def test_coupled_speculation_equals_plain_sampling_in_every_format(format: str) -> None:
     options = {"temperature": 1.0, "max_tokens": 40, **FORMATS[format]}
     plain, drafted = llm(draft="none", **options), llm(policy="coupled", k=4, **options)
-    assert written(drafted) == written(plain)
-    assert any(step.accepted for steps in drafted.steps.values() for step in steps)
+    sequences = decoded(drafted)
+    assert [each.tokens for each in sequences] == written(plain)
+    assert any(step.accepted for sequence in sequences for step in sequence.steps)
 
 
 @pytest.mark.slow
@@ -137,10 +150,9 @@ def test_steps_after_the_end_of_a_text_are_not_counted(how: str) -> None:
         ending = dataclasses.replace(made.loaded.ending, eos_ids=(whole.tokens[4],))
         (sequence,) = made.sequences(texts(1))
         sequence = phase5.Sequence(sequence.prompt, made.params, ending)
-        clock = phase5.Clock()
-        for _ in made.run([sequence], clock):
+        for _ in made.run([sequence]):
             pass
-        stats = clock.stats(sequence)
+        stats = stats_of(sequence)
         assert (sequence.finish_reason, sequence.tokens) == ("eos", whole.tokens[: len(sequence.tokens)])
         assert stats.steps == stats.target_forwards <= len(sequence.tokens) <= 5
         if how == "plain":
@@ -154,6 +166,38 @@ def test_batches_and_samples_are_what_each_is_alone(how: str) -> None:
     prompts = [*texts(3), texts(3)[0] + " not"]
     alone = [made.generate([text])[0].tokens for text in prompts]
     assert [each.tokens for each in made.generate(prompts)] == alone
+
+
+@pytest.mark.parametrize("how", list(DRAFTING))
+def test_requests_with_parameters_of_their_own_are_what_each_is_alone(how: str) -> None:
+    """Greedy and sampled texts in one batch; draft tokens of greedy ones are certain."""
+    made, sampled = llm(**DRAFTING[how]), phase5.SamplingParams(temperature=1.0, seed=7, max_new_tokens=9)
+    params = [
+        phase5.SamplingParams(max_new_tokens=24),
+        sampled,
+        dataclasses.replace(sampled, temperature=0.8, top_k=20, top_p=0.9, seed=-1, max_new_tokens=14),
+        phase5.SamplingParams(max_new_tokens=11),
+    ]
+    prompts = [*texts(3), texts(1)[0]]
+    alone = [made.generate([text], mine)[0].tokens for text, mine in zip(prompts, params, strict=True)]
+    sequences = made.sequences(prompts, params)
+    for step in made.run(sequences):
+        for row, sequence in enumerate(step.sequences):
+            if sequence.params.greedy and step.draft.probs is not None:
+                tokens = torch.tensor(step.trees[row].tokens, dtype=torch.long)
+                likely = step.draft.probs[row, : len(tokens)]
+                assert torch.equal(likely, torch.nn.functional.one_hot(tokens, likely.shape[-1]).float())
+    assert [sequence.tokens for sequence in sequences] == alone
+
+
+def test_a_sampled_text_without_a_draft_beside_a_greedy_one() -> None:
+    """No distribution was drawn from, so the draft is certain."""
+    greedy, sampled = phase5.SamplingParams(), phase5.SamplingParams(temperature=1.0)
+    sequences = [phase5.Sequence([1], params, phase5.Ending()) for params in (greedy, sampled)]
+    chains = ChainBuilder(sequences, [2, 0], phase5.KeyedSource(), Purpose.DRAFT, None)
+    chains.take(0, [5, 6], None)
+    draft = chains.draft()
+    assert (draft.tokens.tolist(), draft.probs, draft.widths) == ([[5, 6], [0, 0]], None, [2, 0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -172,9 +216,8 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
         return draw(self, owner, text, count, drawing)
 
     def run() -> list[Any]:
-        made = llm(**options)
-        (done,) = made.generate(texts(1))
-        return [done.tokens, [(each.proposed, each.accepted) for steps in made.steps.values() for each in steps]]
+        (done,) = decoded(llm(**options), 1)
+        return [done.tokens, [(each.proposed, each.accepted) for each in done.steps]]
 
     monkeypatch.setattr(CppRunner, "draw", counting)
     together = run()

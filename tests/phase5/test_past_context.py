@@ -60,9 +60,9 @@ def test_twenty_thousand_tokens_at_constant_memory(
     monkeypatch.setattr(CachedRunner, "forward", watched)
     sequences = made.sequences(["import os\n"])
     sizes, memory = set(), 0.0
-    for _ in made.run(sequences, phase5.Clock()):
+    for _ in made.run(sequences):
         assert isinstance(made.runner, CachedRunner)
-        sizes.add(made.runner.texts.cache.nbytes())
+        sizes.add(made.runner.manager.cache.nbytes())
         if len(sequences[0].tokens) == WARM:
             memory = resident()
     assert resident() - memory < GROWTH

@@ -31,6 +31,7 @@ def completions(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
 
 
 @needs_cpp
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize(
     "how",

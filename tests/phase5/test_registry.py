@@ -16,6 +16,7 @@ import torch
 
 import phase5
 from common.errors import UserError
+from common.philox import Purpose
 from phase5.kernels import TORCH, Kernels, ledger, registry
 from phase5.policies import Rejection, SampleMatch
 from tests.support.beside import beside
@@ -148,7 +149,7 @@ def test_plain_torch_can_be_forced(backends: dict[str, Any], monkeypatch: pytest
 def test_a_model_and_a_policy_use_what_was_chosen(make_checkpoint: Any) -> None:
     model = phase5.load(str(make_checkpoint("qwen3")), torch.float32, CPU).model
     kernels = TORCH._replace(linear=nothing)
-    policies = Rejection(), SampleMatch(shared_noise=False)
+    policies = Rejection(), SampleMatch(Purpose.DRAFT)
     for target in (model, *policies):
         registry.use(target, kernels)
         registry.use(target, kernels)  # twice is once

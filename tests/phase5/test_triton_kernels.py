@@ -3,6 +3,7 @@
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from tests.support.beside import beside
 
 check, attention_cases, layers = (beside(5, f"checks.{name}") for name in ("check", "attention", "layers"))
 CPU = torch.device("cpu")
+HOT = SamplingParams(temperature=1.0)
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
@@ -88,7 +90,9 @@ def test_interpreted_it_is_right(op: str, ops: dict[str, Callable[..., Any]], gu
     assert len(check.check(op, ops[op], CPU, full=False)) >= 5
 
 
-@pytest.mark.parametrize("op", SLOWER)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.slow) if op in ("sample", "decode_attention") else op for op in SLOWER]
+)
 def test_interpreted_it_is_right_in_16_bits(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
     assert len(check.check(op, ops[op], CPU, full=False, dtypes=(torch.bfloat16,))) >= 5
 
@@ -156,8 +160,38 @@ def another_order_for_more(layer: nn.Module, x: Tensor, start: int = 0, stop: in
     return whole if x.shape[0] == 1 else whole * (1 + 1e-7 * x.shape[0])
 
 
-def other_noise(logits: Tensor, params: Any, sampler: Any, *rest: Any) -> list[int]:
-    return TORCH.sample(logits, params, KeyedSampler(sampler.seed + 1), *rest)
+def other_noise(logits: Tensor, params: Any, sampler: Any, keys: Any, *rest: Any) -> list[int]:
+    return TORCH.sample(logits, params, sampler, [(seed + 1, number) for seed, number in keys], *rest)
+
+
+def parameters_of_the_first(logits: Tensor, params: Any, *rest: Any) -> list[int]:
+    """Wrong stride: every row reads the parameters of row 0."""
+    return TORCH.sample(logits, params[:1] * len(params), *rest)
+
+
+def filters_of_the_first(name: str) -> Callable[..., list[int]]:
+    """Wrong stride of one parameter."""
+
+    def wrong(logits: Tensor, params: Any, *rest: Any) -> list[int]:
+        own = [dataclasses.replace(each, **{name: getattr(params[0], name)}) for each in params]
+        return TORCH.sample(logits, own, *rest)
+
+    return wrong
+
+
+def greedy_if_any_is(logits: Tensor, params: Any, *rest: Any) -> list[int]:
+    return TORCH.sample(logits, [min(params, key=lambda each: each.temperature)] * len(params), *rest)
+
+
+def seed_of_the_first(logits: Tensor, params: Any, sampler: Any, keys: Any, *rest: Any) -> list[int]:
+    return TORCH.sample(logits, params, sampler, [(keys[0][0], number) for _, number in keys], *rest)
+
+
+def verdict_by_the_first_seed(
+    tokens: Tensor, draft: Any, target: Tensor, widths: Tensor, keys: Tensor, *rest: Any
+) -> Any:
+    keys = torch.cat((keys[:1, :1].expand(len(keys), 1), keys[:, 1:]), 1)
+    return TORCH.verify_sample(tokens, draft, target, widths, keys, *rest)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +204,14 @@ def other_noise(logits: Tensor, params: Any, sampler: Any, *rest: Any) -> list[i
         ("decode_attention", one_too_many, "NaN|rounding"),
         ("kv_append", writes_padding, "NaN|expected"),
         ("sample", other_noise, "expected"),
+        ("sample", parameters_of_the_first, "different requests.*expected"),
+        *(
+            ("sample", filters_of_the_first(name), "different requests.*expected")
+            for name in ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "repetition_penalty")
+        ),
+        ("sample", greedy_if_any_is, "different requests.*expected"),
+        ("sample", seed_of_the_first, "different requests.*expected"),
+        ("verify_sample", verdict_by_the_first_seed, r"seeds \(0, -1, .*expected"),
         ("rms_norm", lambda x, weight, eps: TORCH.rms_norm(x[..., :-1], weight[:-1], eps), "expected"),
         ("rope", lambda x, cos, sin: TORCH.rope(x, cos, -sin), "rounding"),
     ],
@@ -199,11 +241,11 @@ def test_random_numbers_have_the_same_bits(interpreted: None) -> None:
     known_answer[(1,)](out)
     assert out.tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     samples, positions = torch.tensor([0, 3, 2**31]), torch.tensor([0, 70000, 2**32 - 1])
-    for seed in (0, -1, 2**63 - 5):
-        single, many = torch.empty(3), torch.empty(3, 64)
-        draws[(3,)](noise.keyed(samples, positions, seed), single, many, BLOCK=64)
-        assert torch.equal(single, philox.uniforms(seed, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0])
-        torch.testing.assert_close(many, philox.gumbel(seed, samples, positions, 0, 64), atol=1e-6, rtol=1e-6)
+    for values in ([0] * 3, [-1] * 3, [2**63 - 5] * 3, [-1, 2**40, 7]):
+        seeds, single, many = torch.tensor(values), torch.empty(3), torch.empty(3, 64)
+        draws[(3,)](noise.keyed(torch.stack((seeds, samples), 1), positions), single, many, BLOCK=64)
+        assert torch.equal(single, philox.uniforms(seeds, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0])
+        torch.testing.assert_close(many, philox.gumbel(seeds, samples, positions, 0, 64), atol=1e-6, rtol=1e-6)
 
 
 def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., Any]]) -> None:
@@ -211,7 +253,7 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
     drawn = set()
     for position in range(16):
         params = SamplingParams(temperature=1.0, top_p=0.5)
-        drawn |= set(ops["sample"](torch.zeros(1, 8), params, KeyedSampler(1), [0], [position], [[]], [[]]))
+        drawn |= set(ops["sample"](torch.zeros(1, 8), [params], KeyedSampler(), [(1, 0)], [position], [[]], [[]]))
     assert drawn == {0, 1, 2, 3}
 
 
@@ -235,8 +277,12 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
             "draft_tokens is torch.int32",
         ),
         (
-            lambda ops: ops["sample"](torch.zeros(1, 3), SamplingParams(temperature=1.0), object(), [0], [0], [], []),
+            lambda ops: ops["sample"](torch.zeros(1, 3), [HOT], object(), [(0, 0)], [0], [], []),
             "a source of type object",
+        ),
+        (
+            lambda ops: ops["sample"](torch.zeros(2, 3), [HOT], KeyedSampler(), [(0, 0)] * 2, [0] * 2, [], []),
+            "1 parameters; expected 2",
         ),
         (lambda ops: ops["linear"](PackedLinear.__new__(PackedLinear), torch.zeros(1, 4)), "in another format"),
     ],
@@ -273,5 +319,5 @@ def test_the_unconstrained_product_is_right_too(ops: dict[str, Callable[..., Any
 
 
 def test_keyed_decisions_are_keyed_randomness() -> None:
-    """The source of verify_sample's seed."""
-    assert isinstance(KeyedSource(3), KeyedSampler)
+    """The kernels' test of a source."""
+    assert isinstance(KeyedSource(), KeyedSampler)

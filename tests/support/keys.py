@@ -63,6 +63,7 @@ class Part:
     """The decisions of one step for one sequence, in the same form for every phase. Node -1 is the sequence."""
 
     owner: object  # the sequence
+    seed: int
     sample: int
     length: int  # before the step: the position of the next token
     tokens: list[int]  # the proposed tokens, parents first
@@ -80,18 +81,21 @@ class Part:
         return 0 if node < 0 else 1 + self.depth(self.parents[node])
 
 
-def parts_of_plain(engine: Any, sequences: list[Any], logits: Tensor, params: Any) -> Iterator[Part]:
+def parts_of_plain(engine: Any, sequences: list[Any], logits: Tensor) -> Iterator[Part]:
     """Yield the parts of a step without a draft, as `watch` receives it: the sequences have their new token already."""
     for sequence, row in zip(sequences, logits, strict=True):
-        yield _plain(engine, sequence, len(sequence.tokens) - 1, row, sequence.tokens[-1], params)
+        start, token = len(sequence.tokens) - 1, sequence.tokens[-1]
+        target = engine.probabilities(row[None], [sequence.params], [sequence.prompt], [sequence.tokens[:start]])
+        length = len(sequence.prompt) + start
+        yield Part(sequence, *numbered(sequence), length, [], [], "chain", None, target, [], token)
 
 
-def _plain(engine: Any, sequence: Any, start: int, logits: Tensor, token: int, params: Any) -> Part:
-    target = engine.probabilities(logits[None], params, [sequence.prompt], [sequence.tokens[:start]])
-    return Part(sequence, sequence.sample, len(sequence.prompt) + start, [], [], "chain", None, target, [], token)
+def numbered(sequence: Any) -> tuple[int, int]:
+    """Return the seed that was asked for, and the sample."""
+    return sequence.params.seed, sequence.sample
 
 
-def parts(engine: Any, step: Any, params: Any) -> Iterator[Part]:
+def parts(step: Any) -> Iterator[Part]:
     """Yield the parts of a speculative step, of any phase."""
     for row, (sequence, start) in enumerate(zip(step.sequences, step.starts, strict=True)):
         origins = None if step.draft.probs is None else step.draft.probs[row]
@@ -109,30 +113,30 @@ def parts(engine: Any, step: Any, params: Any) -> Iterator[Part]:
             parents, target = list(range(-1, len(tokens) - 1)), step.target_probs[row]
             path, following = list(range(int(step.verdict.accepted[row]))), int(step.verdict.next_tokens[row])
         length = len(sequence.prompt) + start
-        yield Part(sequence, sequence.sample, length, tokens, parents, kind, origins, target, path, following)
+        yield Part(sequence, *numbered(sequence), length, tokens, parents, kind, origins, target, path, following)
 
 
-def decisions(part: Part, seed: int, policy: str, noise: Purpose) -> Iterator[Decision]:
+def decisions(part: Part, policy: str, noise: Purpose) -> Iterator[Decision]:
     """Yield all decisions of a step. policy: `rejection`, `own choice` or `lossy`; noise: the purpose of drafts."""
-    yield from _drafted(part, seed, noise)
+    yield from _drafted(part, noise)
     if policy == "rejection" and part.kind != "chosen tree":
-        yield from _by_rejection(part, seed)
+        yield from _by_rejection(part)
         return
     for depth, found in enumerate([*(part.tokens[node] for node in part.path), part.following]):
         if policy != "lossy" or depth == len(part.path):
-            key = Key(seed, part.sample, part.length + depth, RULES["own"].purpose)
+            key = Key(part.seed, part.sample, part.length + depth, RULES["own"].purpose)
             probs = part.target[part.path[depth - 1] + 1 if depth else 0]
             yield Decision(part.owner, "own", key, found, largest(probs, key, 1)[0], True)
 
 
-def _drafted(part: Part, seed: int, noise: Purpose) -> Iterator[Decision]:
+def _drafted(part: Part, noise: Purpose) -> Iterator[Decision]:
     """Yield the decisions on the draft. `coupled` drafts with the target's noise, so its drafts have no own number."""
     if part.origins is None:
         return
     for node in range(-1, len(part.tokens)):
         if not (children := part.children(node)):
             continue
-        key = Key(seed, part.sample, part.length + part.depth(node), noise)
+        key = Key(part.seed, part.sample, part.length + part.depth(node), noise)
         found, origin = [part.tokens[child] for child in children], part.origins[node + 1]
         gumbel = part.kind == "drawn tree" or noise == Purpose.SAMPLE
         right = largest(origin, key, len(children)) if gumbel else [inverse(origin, key)]
@@ -140,7 +144,7 @@ def _drafted(part: Part, seed: int, noise: Purpose) -> Iterator[Decision]:
         yield Decision(part.owner, "children" if part.kind == "drawn tree" else "draft", key, found, right, counts)
 
 
-def _by_rejection(part: Part, seed: int) -> Iterator[Decision]:
+def _by_rejection(part: Part) -> Iterator[Decision]:
     """Yield the decisions of recursive rejection (Sequoia, Algorithm 2); for chains, with one child per node."""
     for depth, node in enumerate([-1, *part.path]):
         position, children = part.length + depth, part.children(node)
@@ -149,7 +153,7 @@ def _by_rejection(part: Part, seed: int) -> Iterator[Decision]:
             token = part.tokens[child]
             if number == 0:
                 draft = torch.eye(len(target))[token] if part.origins is None else part.origins[node + 1]
-            key = Key(seed, part.sample, position, RULES["accept"].purpose, number)
+            key = Key(part.seed, part.sample, position, RULES["accept"].purpose, number)
             accepted = child in part.path
             ratio = min(1.0, float(target[token] / draft[token]))
             yield Decision(part.owner, "accept", key, accepted, uniform(key) < ratio, True)
@@ -160,7 +164,7 @@ def _by_rejection(part: Part, seed: int) -> Iterator[Decision]:
             draft = draft.index_fill(0, torch.tensor(token), 0.0)
             draft = draft / draft.sum() if draft.sum() > 0 else draft
     rule = "residual" if children else "own"
-    key = Key(seed, part.sample, position, RULES[rule].purpose)
+    key = Key(part.seed, part.sample, position, RULES[rule].purpose)
     right = inverse(target, key) if children else largest(target, key, 1)[0]
     yield Decision(part.owner, rule, key, part.following, right, True)
 
@@ -200,11 +204,12 @@ def asked_of_philox(patch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
     asked: set[Key] = set()
     uniforms = philox.uniforms
 
-    def noting(seed: int, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
+    def noting(seed: int | Tensor, sample: Tensor, position: Tensor, purpose: int, count: int) -> Tensor:
         if purpose in tuple(Purpose):
             word = count - 1 if purpose == Purpose.ACCEPT else 0
-            rows = zip(sample.tolist(), position.tolist(), strict=True)
-            asked.update(Key(seed, s, p, Purpose(purpose), word) for s, p in rows)
+            seeds = seed.tolist() if isinstance(seed, Tensor) else [seed] * len(position)
+            rows = zip(seeds, sample.tolist(), position.tolist(), strict=True)
+            asked.update(Key(*row, Purpose(purpose), word) for row in rows)
         return uniforms(seed, sample, position, purpose, count)
 
     with patch.context() as within:

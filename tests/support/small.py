@@ -83,6 +83,10 @@ def small_session(engine: Any, patch: pytest.MonkeyPatch, size: int = 12, **opti
         return engine.LLM(engine.Options(**{**chosen, **options}))
 
 
-def sequences_of(engine: Any, made: Any, prompts: list[list[int]], samples: list[int]) -> list[Any]:
-    """Return every sample of every prompt; only the token limit ends a sequence."""
-    return [engine.Sequence(prompt, made.params, engine.Ending(), sample) for prompt in prompts for sample in samples]
+def sequences_of(
+    engine: Any, made: Any, prompts: list[list[int]], samples: list[int], seeds: list[int] | None = None
+) -> list[Any]:
+    """Return every sample of every prompt; only the token limit ends a sequence. seeds: of each prompt."""
+    params = [dataclasses.replace(made.params, seed=seed) for seed in seeds or [made.params.seed] * len(prompts)]
+    each = list(zip(prompts, params, strict=True))
+    return [engine.Sequence(prompt, mine, engine.Ending(), sample) for prompt, mine in each for sample in samples]

@@ -21,10 +21,10 @@ SLIVER = 1e-15  # a branch this narrow is rounding
 class Walker:
     """Replaces the random numbers of a loop, and enumerates all its outcomes.
 
-    Numbers that share a key (sample, position, purpose, trial) are one uniform number, as they are with keyed noise:
-    what an earlier use has told about it (an interval) holds for a later one. A draw reads it through the inverse
-    distribution function, a decision through a comparison. So a drafter that draws with the noise of plain sampling is
-    coupled to it.
+    Numbers that share a key (seed, sample, position, purpose, trial) are one uniform number, as they are with keyed
+    noise: what an earlier use has told about it (an interval) holds for a later one. A draw reads it through the
+    inverse distribution function, a decision through a comparison. So a drafter that draws with the noise of plain
+    sampling is coupled to it.
     """
 
     def __init__(self) -> None:
@@ -65,28 +65,28 @@ class Walker:
         self._known[key] = begin, end
         return index
 
-    def draw(self, probs: Tensor, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        return self.draw_several(probs, 1, samples, positions, purpose)[:, 0]
+    def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        return self.draw_several(probs, 1, keys, positions, purpose)[:, 0]
 
-    def draw_several(self, probs: Tensor, count: int, samples: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    def draw_several(self, probs: Tensor, count: int, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         """Without replacement: each draw from what the ones before it have left, with a uniform number of its own."""
         rows = []
-        for row, sample, position in zip(probs.tolist(), samples.tolist(), positions.tolist(), strict=True):
+        for row, key, position in zip(probs.tolist(), keys.tolist(), positions.tolist(), strict=True):
             tokens: list[int] = []
             for trial in range(count):
-                tokens.append(self._pick(row, sample, position, int(purpose), trial))
+                tokens.append(self._pick(row, *key, position, int(purpose), trial))
                 row[tokens[-1]] = 0.0
             rows.append(tokens)
         return torch.tensor(rows, dtype=torch.long).view(len(rows), count)
 
-    def decide(self, probability: Tensor, samples: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
+    def decide(self, probability: Tensor, keys: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
         decided = [
             [
-                self._pick([p, 1 - p], sample, position, int(Purpose.ACCEPT), trial) == 0
+                self._pick([p, 1 - p], *key, position, int(Purpose.ACCEPT), trial) == 0
                 for p, position in zip(row, places, strict=True)
             ]
-            for row, sample, places in zip(
-                probability.clamp(0, 1).tolist(), samples.tolist(), positions.tolist(), strict=True
+            for row, key, places in zip(
+                probability.clamp(0, 1).tolist(), keys.tolist(), positions.tolist(), strict=True
             )
         ]
         return torch.tensor(decided, dtype=torch.bool).view(probability.shape)

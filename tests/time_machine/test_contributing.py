@@ -66,6 +66,7 @@ def run(clone: Path, make_environment: Callable[[Path], None], monkeypatch: pyte
     return script
 
 
+@pytest.mark.slow
 def test_every_command_for_phases_works(run: Callable[..., str], clone: Path) -> None:
     out = run([command for title, commands in SECTIONS.items() if title != CHECKS for command in commands])
     assert f"lab drift: {len(phases()) + 1} phases differ as their READMEs say" in out, "the clone's own lab saw them"

@@ -65,12 +65,13 @@ def real_check(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, 
     return check.run([str(number), str(folder), *options]), capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [2, 5, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 4))])
 def test_the_check_of_a_fresh_folder_names_what_to_write_first(
-    later: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No test calls the engine while its file is collected, because nothing is written yet."""
-    first = start.start(phases(), later.number, tmp_path / "mine").stubs[0]
-    status, out = real_check(capsys, tmp_path / "mine", "--hint", number=later.number)
+    first = start.start(phases(), number, tmp_path / "mine").stubs[0]
+    status, out = real_check(capsys, tmp_path / "mine", "--hint", number=number)
     assert status == 1
     assert f"Write next: {first}()" in out
     assert f"Hint for {first.file}" in out

@@ -8,7 +8,6 @@ from common.philox import Purpose
 
 from ..drafting import Drafter
 from ..model import Transformer
-from ..sampling import SamplingParams
 from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
 from .extrapolate import ExtrapolateDrafter
@@ -43,7 +42,6 @@ def make_drafter(
     options: Options,
     target: Transformer,
     draft: Transformer | None,
-    params: SamplingParams,
     source: RandomSource,
     noise: Purpose,
     heads: Heads | None = None,
@@ -52,10 +50,10 @@ def make_drafter(
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
-        return ExtrapolateDrafter(target, params, source, noise, options.alpha)
+        return ExtrapolateDrafter(target, source, noise, options.alpha)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, params, source, noise)
+        return MedusaDrafter(target, heads, source, noise)
     if isinstance(heads, EagleHead):
-        return EagleDrafter(target, heads, params, source, noise)
+        return EagleDrafter(target, heads, source, noise)
     assert draft is not None, "the drafter `model` needs a draft model"
-    return ModelDrafter(draft, params, source, noise)
+    return ModelDrafter(draft, source, noise)

@@ -8,24 +8,23 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Draft, Stop
-from ..sampling import SamplingParams, probabilities
+from ..sampling import probabilities
 from ..sequence import Sequence
 from ..verify import RandomSource
 
 
 class ChainBuilder:
-    """Draws draft tokens row by row from logits, with the sampling parameters, and keeps their distributions."""
+    """Draws draft tokens row by row, with each sequence's sampling parameters, and keeps their distributions."""
 
     def __init__(
         self,
         sequences: list[Sequence],
         widths: list[int],
-        params: SamplingParams,
         source: RandomSource,
         noise: Purpose,
         stop: Stop | None,
     ) -> None:
-        self.sequences, self.widths, self.params = sequences, widths, params
+        self.sequences, self.widths = sequences, widths
         self.source, self.noise, self.stop = source, noise, stop
         self.tokens: list[list[int]] = [[] for _ in sequences]
         self.probs: list[list[Tensor]] = [[] for _ in sequences]
@@ -41,13 +40,14 @@ class ChainBuilder:
     def draw(self, row: int, logits: Tensor) -> bool:
         """Draw one token for a row from logits [V]. False, without a token, if the controller ends the draft."""
         sequence = self.sequences[row]
-        probs = probabilities(logits[None], self.params, [sequence.prompt], [self.output(row)])
-        asked = probs if not self.params.greedy else logits[None].float().softmax(-1)
+        probs = probabilities(logits[None], [sequence.params], [sequence.prompt], [self.output(row)])
+        asked = probs if not sequence.params.greedy else logits[None].float().softmax(-1)
         if self.stop is not None and self.stop(row, asked[0]):
             self.widths = [len(self.tokens[row]) if r == row else width for r, width in enumerate(self.widths)]
             return False
-        keys = torch.tensor([[sequence.sample], [sequence.length + len(self.tokens[row])]], device=probs.device)
-        token = self.source.draw(probs, keys[0], keys[1], self.noise)
+        position = sequence.length + len(self.tokens[row])
+        key, at = (torch.tensor([each], device=probs.device) for each in (sequence.key, position))
+        token = self.source.draw(probs, key, at, self.noise)
         self.tokens[row].append(int(token))
         self.probs[row].append(probs[0])
         return True
@@ -58,7 +58,7 @@ class ChainBuilder:
         rows = [row + [0] * (longest - len(row)) for row in self.tokens]
         tokens = torch.tensor(rows, dtype=torch.long).view(len(rows), longest)
         widths = [len(row) for row in self.tokens]
-        if self.params.greedy or not longest:
+        if not longest or all(sequence.params.greedy for sequence in self.sequences):
             return Draft(tokens, None, widths)
         filler = torch.ones_like(next(row[0] for row in self.probs if row))
         probs = [torch.stack([*row, *[filler] * (longest - len(row))]) for row in self.probs]

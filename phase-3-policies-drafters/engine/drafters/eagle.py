@@ -24,7 +24,6 @@ from common.philox import Purpose
 from ..config import ModelConfig
 from ..drafting import Draft, Outcome, Stop
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
@@ -126,19 +125,18 @@ class EagleDrafter:
         self,
         target: Transformer,
         head: EagleHead,
-        params: SamplingParams,
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
         self.target, self.head = target, head
-        self.params, self.source, self.noise = params, source, noise
+        self.source, self.noise = source, noise
         self.taps: tuple[int, ...] | None = head.taps
         self.memory = StateMemory(keep=head.shape.reach)  # holds the layer's inputs instead of states
         self._ahead: Lookahead | None = None  # of the current draft
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for at in range(width if self.ready(sequence) else 0):
                 logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])
@@ -161,8 +159,8 @@ class EagleDrafter:
         assert self._ahead is not None, "a draft begins at the text itself"
         return self.target.logits(self._ahead.extend(tree, nodes))
 
-    def known(self, sequence: Sequence) -> int:
-        return self.memory.known(sequence)
+    def states_from(self, sequence: Sequence) -> int:
+        return self.memory.states_from(sequence)
 
     @torch.inference_mode()
     def observe(self, outcome: Outcome) -> None:

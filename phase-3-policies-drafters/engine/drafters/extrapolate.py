@@ -12,7 +12,6 @@ from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
 from ..model import Transformer
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..verify import RandomSource
 from .chains import ChainBuilder
@@ -27,18 +26,17 @@ class ExtrapolateDrafter:
     def __init__(
         self,
         target: Transformer,
-        params: SamplingParams,
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
         alpha: float = 1.0,
     ) -> None:
-        self.target, self.params, self.source, self.noise, self.alpha = target, params, source, noise, alpha
+        self.target, self.source, self.noise, self.alpha = target, source, noise, alpha
         self.memory = StateMemory(keep=2)
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             states = self.memory.get(sequence)
             if states is None or len(states) < 2:
@@ -50,8 +48,8 @@ class ExtrapolateDrafter:
                     break
         return chains.draft()
 
-    def known(self, sequence: Sequence) -> int:
-        return self.memory.known(sequence)
+    def states_from(self, sequence: Sequence) -> int:
+        return self.memory.states_from(sequence)
 
     def observe(self, outcome: Outcome) -> None:
         self.memory.observe(outcome)

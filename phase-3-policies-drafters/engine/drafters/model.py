@@ -9,7 +9,6 @@ from common.philox import Purpose
 from ..drafting import Draft, Outcome, Stop
 from ..forward import next_logits
 from ..model import Transformer
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..target import target_forward
 from ..tree import Tree
@@ -23,13 +22,11 @@ class ModelDrafter:
     taps: tuple[int, ...] | None = None
     deepest = 64
 
-    def __init__(
-        self, model: Transformer, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
-    ) -> None:
-        self.model, self.params, self.source, self.noise = model, params, source, noise
+    def __init__(self, model: Transformer, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
+        self.model, self.source, self.noise = model, source, noise
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         while rows := chains.open():
             logits = next_logits(self.model, [sequences[row].prompt + chains.output(row) for row in rows])
             for row, of_row in zip(rows, logits, strict=True):
@@ -45,7 +42,7 @@ class ModelDrafter:
         logits = target_forward(self.model, [sequence.prompt + sequence.tokens], [branches]).logits[0]
         return logits[[number + 1 for number in numbers]]
 
-    def known(self, sequence: Sequence) -> int:
+    def states_from(self, sequence: Sequence) -> int:
         return sequence.length
 
     def observe(self, outcome: Outcome) -> None:

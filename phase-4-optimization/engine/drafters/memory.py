@@ -27,7 +27,7 @@ class StateMemory:
         end, states = self._kept.get(sequence, (0, None))
         return states if end == sequence.length - 1 else None
 
-    def known(self, sequence: Sequence) -> int:
+    def states_from(self, sequence: Sequence) -> int:
         """Return the first position whose state is missing."""
         return self._kept[sequence][0] if sequence in self._kept else max(0, sequence.length - self.keep)
 

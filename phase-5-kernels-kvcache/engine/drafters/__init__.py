@@ -9,7 +9,6 @@ from common.philox import Purpose
 from ..drafting import Drafter
 from ..model import Transformer
 from ..runner import ModelRunner
-from ..sampling import SamplingParams
 from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
 from .eagle_fast import FastEagleDrafter
@@ -49,7 +48,6 @@ def make_drafter(
     options: Options,
     target: Transformer,
     draft: ModelRunner | None,
-    params: SamplingParams,
     source: RandomSource,
     noise: Purpose,
     heads: Heads | None = None,
@@ -63,13 +61,13 @@ def make_drafter(
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
-        return ExtrapolateDrafter(target, params, source, noise, options.alpha)
+        return ExtrapolateDrafter(target, source, noise, options.alpha)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, params, source, noise, cast("CppMedusa | None", fast))
+        return MedusaDrafter(target, heads, source, noise, cast("CppMedusa | None", fast))
     if isinstance(heads, EagleHead):
         if fast is not None:
-            return FastEagleDrafter(cast("CppEagle", fast), target, heads, params, source, noise)
-        return EagleDrafter(target, heads, params, source, noise, cached=options.kv != "off")
+            return FastEagleDrafter(cast("CppEagle", fast), target, heads, source, noise)
+        return EagleDrafter(target, heads, source, noise, cached=options.kv != "off")
     assert draft is not None, "the drafter `model` needs a draft model"
     make = FastModelDrafter if draft_in_cpp else ModelDrafter
-    return make(draft, params, source, noise)
+    return make(draft, source, noise)

@@ -26,7 +26,6 @@ from ..config import ModelConfig
 from ..drafting import Draft, Outcome, Stop
 from ..kv_cache import CacheShape, StaticCache
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
@@ -156,20 +155,19 @@ class EagleDrafter:
         self,
         target: Transformer,
         head: EagleHead,
-        params: SamplingParams,
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
         cached: bool = True,
     ) -> None:
         self.target, self.head, self.cached = target, head, cached
-        self.params, self.source, self.noise = params, source, noise
+        self.source, self.noise = source, noise
         self.taps: tuple[int, ...] | None = head.taps
         self.memory = StateMemory(keep=head.shape.reach)
         self._layers: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for at in range(width if self.ready(sequence) else 0):
                 logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])
@@ -224,8 +222,8 @@ class EagleDrafter:
         following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]  # drawn from those states
         return following, self.head.read(states)
 
-    def known(self, sequence: Sequence) -> int:
-        return self.memory.known(sequence)
+    def states_from(self, sequence: Sequence) -> int:
+        return self.memory.states_from(sequence)
 
     def observe(self, outcome: Outcome) -> None:
         """Their states are kept; what the layer makes of them waits until a draft begins."""

@@ -18,7 +18,6 @@ from ..drafting import Draft, Stop
 from ..drawing import Drawing
 from ..kv_cache import StaticCache
 from ..model import Transformer
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
@@ -44,7 +43,7 @@ class FastLookahead(Lookahead):
         """Draft a chain after the sequence's new tokens; return its tokens and their distributions [count, V]."""
         drawn, probs, predicted = self.fast.draft(
             self._without_guesses(), 0, tokens, features, count, how.params,
-            sample=how.sample, position=how.position, noise=how.purpose,
+            sample=how.key[1], position=how.position, noise=how.purpose,
         )  # fmt: skip
         self._began(len(tokens), end, predicted)
         return drawn, probs
@@ -81,21 +80,20 @@ class FastEagleDrafter(EagleDrafter):
         fast: CppEagle,
         target: Transformer,
         head: EagleHead,
-        params: SamplingParams,
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
-        super().__init__(target, head, params, source, noise)
+        super().__init__(target, head, source, noise)
         self.fast = fast
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains in C++ if no `stop` may end them and the random numbers are keyed; otherwise as EagleDrafter."""
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         rows = chains.open()
         for row in rows:
             sequence = sequences[row]
-            drawing = Drawing(self.params, self.source, sequence.sample, sequence.length, self.noise)
+            drawing = Drawing(sequence.params, self.source, sequence.key, sequence.length, self.noise)
             if stop is not None or not drawing.keyed or not self.ready(sequence):
                 return super().propose(sequences, widths, stop)
             layer, new = self._layer(sequence)
@@ -104,7 +102,7 @@ class FastEagleDrafter(EagleDrafter):
             if not new:  # asked again for the same sequence: feed its last input once more
                 layer.confirmed -= 1
             drawn, probs = layer.draw(tokens, features, sequence.length - 1, widths[row], drawing)
-            chains.take(row, drawn, None if self.params.greedy else probs)
+            chains.take(row, drawn, None if sequence.params.greedy else probs)
         return chains.draft()
 
     def _make_layer(self, capacity: int) -> Lookahead:

@@ -21,7 +21,6 @@ from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
 from ..model import Transformer
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
@@ -78,21 +77,20 @@ class MedusaDrafter:
         self,
         target: Transformer,
         heads: MedusaHeads,
-        params: SamplingParams,
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
         fast: CppMedusa | None = None,
     ) -> None:
         """fast: the heads, where they run in C++."""
         self.target, self.heads, self.fast = target, heads, fast
-        self.params, self.source, self.noise = params, source, noise
+        self.source, self.noise = source, noise
         self.taps: tuple[int, ...] | None = heads.taps
         self.deepest = heads.shape.heads
         self.memory = StateMemory(keep=2)  # one is read; teacher_forced.py reads the one before the last
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first state."""
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             for of_level in self.level_logits(sequence)[:width] if self.ready(sequence) else []:
                 if not chains.draw(row, of_level):
@@ -119,8 +117,8 @@ class MedusaDrafter:
         levels = [tree.depths[node] if node >= 0 else 0 for node in nodes]
         return self.level_logits(sequence)[levels]
 
-    def known(self, sequence: Sequence) -> int:
-        return self.memory.known(sequence)
+    def states_from(self, sequence: Sequence) -> int:
+        return self.memory.states_from(sequence)
 
     def observe(self, outcome: Outcome) -> None:
         self.memory.observe(outcome)

@@ -30,7 +30,7 @@ class StateMemory:
             return None
         return kept.last(self.keep if last is None else last)
 
-    def known(self, sequence: Sequence) -> int:
+    def states_from(self, sequence: Sequence) -> int:
         """Return the first position whose state is missing."""
         return self._kept[sequence].end if sequence in self._kept else max(0, sequence.length - self.keep)
 

@@ -12,7 +12,6 @@ from common.philox import Purpose
 
 from ..drafting import Draft, Outcome, Stop
 from ..runner import ModelRunner
-from ..sampling import SamplingParams
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
@@ -25,13 +24,11 @@ class ModelDrafter:
     taps: tuple[int, ...] | None = None
     deepest = 64
 
-    def __init__(
-        self, runner: ModelRunner, params: SamplingParams, source: RandomSource, noise: Purpose = Purpose.DRAFT
-    ) -> None:
-        self.runner, self.params, self.source, self.noise = runner, params, source, noise
+    def __init__(self, runner: ModelRunner, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
+        self.runner, self.source, self.noise = runner, source, noise
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        return self.extend(ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop))
+        return self.extend(ChainBuilder(sequences, widths, self.source, self.noise, stop))
 
     def extend(self, chains: ChainBuilder) -> Draft:
         """Draw the tokens that the chains still lack, a forward for each."""
@@ -52,7 +49,7 @@ class ModelDrafter:
         logits = self.runner.forward([sequence], [sequence.prompt + sequence.tokens], [branches]).logits[0]
         return logits[[number + 1 for number in numbers]]
 
-    def known(self, sequence: Sequence) -> int:
+    def states_from(self, sequence: Sequence) -> int:
         return sequence.length
 
     def observe(self, outcome: Outcome) -> None:

@@ -19,10 +19,10 @@ class FastModelDrafter(ModelDrafter):
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         runner = cast("CppRunner", self.runner)
-        chains = ChainBuilder(sequences, widths, self.params, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
         for row in chains.open() if stop is None else []:
             sequence = sequences[row]
-            how = Drawing(self.params, self.source, sequence.sample, sequence.length, self.noise)
+            how = Drawing(sequence.params, self.source, sequence.key, sequence.length, self.noise)
             drawn = runner.draw(sequence, sequence.prompt + sequence.tokens, widths[row], how)
             if drawn is not None:
                 chains.take(row, *drawn)

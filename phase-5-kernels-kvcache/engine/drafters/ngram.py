@@ -63,7 +63,7 @@ class NgramDrafter:
         index.extend(sequence.tokens[len(index.text) - len(sequence.prompt) :])
         return index
 
-    def known(self, sequence: Sequence) -> int:
+    def states_from(self, sequence: Sequence) -> int:
         return sequence.length
 
     def observe(self, outcome: Outcome) -> None:

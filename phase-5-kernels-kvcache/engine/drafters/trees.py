@@ -27,8 +27,8 @@ from ..verify import RandomSource
 class TreeDrafter:
     """Drafts trees with a drafter that can branch, one sequence after the other."""
 
-    def __init__(self, drafter: Brancher, params: SamplingParams) -> None:
-        self.drafter, self.params, self.taps = drafter, params, drafter.taps
+    def __init__(self, drafter: Brancher) -> None:
+        self.drafter, self.taps = drafter, drafter.taps
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft a tree of at most widths[r] levels for sequence r. `stop` is not called: the shape ends the tree."""
@@ -47,15 +47,10 @@ class TreeDrafter:
         """Compute the drafter's distributions [n, V] after these nodes."""
         outputs = [sequence.tokens + (tree.line(node) if node >= 0 else []) for node in nodes]
         logits = self.drafter.expand(sequence, tree, nodes)
-        return probabilities(logits, params, [sequence.prompt] * len(nodes), outputs)
+        return probabilities(logits, [params] * len(nodes), [sequence.prompt] * len(nodes), outputs)
 
-    @property
-    def ranking(self) -> SamplingParams:
-        """The parameters that rank tokens: temperature 1 instead of 0, where only one token has a probability."""
-        return dataclasses.replace(self.params, temperature=1.0) if self.params.greedy else self.params
-
-    def known(self, sequence: Sequence) -> int:
-        return self.drafter.known(sequence)
+    def states_from(self, sequence: Sequence) -> int:
+        return self.drafter.states_from(sequence)
 
     def observe(self, outcome: Outcome) -> None:
         self.drafter.observe(outcome)
@@ -67,18 +62,18 @@ class StaticTreeDrafter(TreeDrafter):
     def __init__(
         self,
         drafter: Brancher,
-        params: SamplingParams,
         shape: list[int],
         source: RandomSource,
         noise: Purpose,
         drawn: bool,
     ) -> None:
-        super().__init__(drafter, params)
+        super().__init__(drafter)
         self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
-        self.drawn = drawn and not params.greedy
+        self.drawn = drawn
 
     def grow(self, sequence: Sequence, levels: int) -> Tree:
-        params = self.params if self.drawn else self.ranking
+        drawn = self.drawn and not sequence.params.greedy
+        params = sequence.params if drawn else ranking(sequence.params)
         tokens: list[int] = []
         parents: list[int] = []
         rows: dict[int, Tensor] = {}  # node -> the distribution of its children
@@ -92,28 +87,28 @@ class StaticTreeDrafter(TreeDrafter):
             for (of, node), row in zip(open_nodes.items(), probs, strict=True):
                 rows[node] = row
                 wanted = self.shape.children(of)
-                for child, token in zip(wanted, self._children(row, len(wanted), sequence, depth), strict=False):
+                for child, token in zip(wanted, self._children(row, len(wanted), sequence, depth, drawn), strict=False):
                     frontier[child] = len(tokens)
                     tokens.append(token)
                     parents.append(node)
-        if not self.drawn:
+        if not drawn:
             return Tree(tokens, parents, chosen_from=rows)
         nothing = torch.zeros_like(rows[-1])
         return Tree(tokens, parents, torch.stack([rows.get(node, nothing) for node in range(-1, len(tokens))]))
 
-    def _children(self, probs: Tensor, count: int, sequence: Sequence, depth: int) -> list[int]:
+    def _children(self, probs: Tensor, count: int, sequence: Sequence, depth: int, drawn: bool) -> list[int]:
         count = min(count, int((probs > 0).sum()))
-        if not self.drawn:
-            return ranked(probs, count).tolist()
-        keys = torch.tensor([[sequence.sample], [sequence.length + depth]], device=probs.device)
-        return self.source.draw_several(probs[None], count, keys[0], keys[1], self.noise)[0].tolist()
+        if not drawn:
+            return ranked(probs[None], count)[0].tolist()
+        key, position = (torch.tensor([each], device=probs.device) for each in (sequence.key, sequence.length + depth))
+        return self.source.draw_several(probs[None], count, key, position, self.noise)[0].tolist()
 
 
 class DynamicTreeDrafter(TreeDrafter):
     """Drafts the at most `nodes` nodes with the largest product of draft probabilities along their branch."""
 
-    def __init__(self, drafter: Brancher, params: SamplingParams, nodes: int, beam: int = 4) -> None:
-        super().__init__(drafter, params)
+    def __init__(self, drafter: Brancher, nodes: int, beam: int = 4) -> None:
+        super().__init__(drafter)
         self.nodes, self.beam = nodes, beam
 
     def grow(self, sequence: Sequence, levels: int) -> Tree:
@@ -124,7 +119,7 @@ class DynamicTreeDrafter(TreeDrafter):
         frontier = [-1]
         rows: dict[int, Tensor] = {}  # node -> the drafter's distribution after it
         for _ in range(levels):
-            probs = self.probs(sequence, Tree(tokens, parents), frontier, self.ranking)
+            probs = self.probs(sequence, Tree(tokens, parents), frontier, ranking(sequence.params))
             rows.update(zip(frontier, probs, strict=True))
             best = ranked(probs, min(self.beam, probs.shape[1]))
             first = len(tokens)
@@ -143,3 +138,8 @@ class DynamicTreeDrafter(TreeDrafter):
         number = {node: i for i, node in enumerate(kept)} | {-1: -1}
         chosen_from = {number[node]: row for node, row in rows.items() if node in number}
         return Tree([tokens[node] for node in kept], [number[parents[node]] for node in kept], chosen_from=chosen_from)
+
+
+def ranking(params: SamplingParams) -> SamplingParams:
+    """Return the parameters that rank tokens: temperature 1 instead of 0, where only one token has a probability."""
+    return dataclasses.replace(params, temperature=1.0) if params.greedy else params

@@ -24,13 +24,25 @@ class CacheEntry:
 
 
 class CacheManager:
-    """The rows of one model's cache, by owner: any hashable name of a sequence."""
+    """The rows of one model's cache, by owner: any hashable name of a sequence.
 
-    def __init__(self, cache: KVCache, rows: int) -> None:
-        self.cache = cache
+    The cache was made for `rows` sequences of at most `tokens` tokens, output included. It may outlive them.
+    """
+
+    def __init__(self, cache: KVCache, rows: int, tokens: int = 0) -> None:
+        self.cache, self.tokens = cache, tokens
         self.rows: dict[Hashable, CacheEntry] = {}
         self.free = list(range(rows))[::-1]
         self.positions = 0  # positions that the model computed so far
+
+    @property
+    def idle(self) -> bool:
+        """Return True if no sequence has a row."""
+        return not self.rows
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Return True if so many more sequences of at most so many tokens find room."""
+        return rows <= len(self.free) and tokens <= self.tokens
 
     def begin(self, owner: Hashable, window: list[int], borrow: bool = True) -> CacheEntry:
         """Return the row of a sequence, cut back to its common prefix with window[:-1].

@@ -55,5 +55,6 @@ void prefix(int64_t draft, int64_t choices, int64_t widths, int64_t accepted, in
 // keys int64 [R, 4]: sample, low and high half of the seed, position
 void verify_sample(int64_t tokens, int64_t draft, int64_t target, int64_t widths, int64_t keys, int64_t accepted,
                    int64_t following, int64_t ratios, int R, int K, int64_t V, bool certain, int64_t stream);
-void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V, float temperature,
-            int64_t top_k, double top_p, float min_p, int64_t stream);
+// params float64 [R, 4]: temperature, top_k, top_p, min_p
+void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V, int64_t params,
+            int64_t stream);

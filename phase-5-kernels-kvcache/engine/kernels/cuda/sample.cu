@@ -92,15 +92,16 @@ __device__ __forceinline__ float number_of(uint32_t whole) {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, float temperature, int64_t top_k, double top_p,
-       float min_p) {
+choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, const double* params) {
     __shared__ Best bests[THREADS / 32];
     __shared__ float floats[THREADS / 32];
     __shared__ Count bins[BINS];
     __shared__ int ties[THREADS / 32];
     int64_t r = blockIdx.x;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Row<T> row{logits + r * stride, temperature, V, 0};
+    const double top_k = params[r * 4 + 1], top_p = params[r * 4 + 2];
+    const float min_p = float(params[r * 4 + 3]);
+    Row<T> row{logits + r * stride, float(params[r * 4]), V, 0};
     float top = -INFINITY;
 #pragma unroll 8
     for (int at = threadIdx.x; at < V; at += THREADS) top = fmaxf(top, row(at));
@@ -110,9 +111,9 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
     Count sum = 0;
     __shared__ Count all;
     const bool counted = top_k > 0 && top_k < V;
-    if (counted) least = select<false>(row, 0, top_k, &sum, bins, [](float) { return 1; });
+    if (counted) least = select<false>(row, 0, Count(top_k), &sum, bins, [](float) { return 1; });
     uint32_t edge = least;
-    Count stay = counted ? top_k - sum : V;  // how many logits at the edge stay
+    Count stay = counted ? Count(top_k) - sum : V;  // how many logits at the edge stay
     if (top_p < 1) {
         auto mass = [&](float x) { return row.mass(x); };
         // Logits that top-k drops at its edge come first in ascending order: add their mass to the limit.
@@ -195,11 +196,11 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, fl
 
 }  // namespace
 
-void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V, float temperature,
-            int64_t top_k, double top_p, float min_p, int64_t stream) {
+void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V,
+            int64_t params, int64_t stream) {
     with_float(format, [&](auto zero) {
         using T = decltype(zero);
         launch(choose<T>, dim3(R), THREADS, 0, stream, at_address<const T>(logits), stride, at_address<const Key>(keys),
-               at_address<int64_t>(out), V, temperature, top_k, top_p, min_p);
+               at_address<int64_t>(out), V, at_address<const double>(params));
     });
 }

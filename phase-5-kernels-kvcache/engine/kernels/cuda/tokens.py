@@ -52,22 +52,20 @@ def verify_greedy(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tuple
     return _count("verify_greedy", draft_tokens, choices_of("verify_greedy", scores), widths, following=True)
 
 
-def seed_of(op: str, sampler: object) -> int | None:
-    """Return the seed of a keyed source; None if greedy. UserError for other sources."""
-    if isinstance(sampler, GreedySource):
-        return None
-    kind = type(sampler).__name__
-    require(op, isinstance(sampler, KeyedSampler), f"a source of type {kind}", "a keyed or greedy one")
-    assert isinstance(sampler, KeyedSampler)
-    return sampler.seed
+def is_keyed(op: str, source: object) -> bool:
+    """Return True for a keyed source, False for a greedy one. UserError for other sources."""
+    if isinstance(source, GreedySource):
+        return False
+    require(op, isinstance(source, KeyedSampler), f"a source of type {type(source).__name__}", "a keyed or greedy one")
+    return True
 
 
-def keyed(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """Return the kernels' keys, int64 [R, 4]: sample, low and high half of the seed, position."""
-    keys = torch.empty(len(samples), 4, dtype=torch.int64, device=samples.device)
-    keys[:, 0], keys[:, 1] = samples, seed & 0xFFFFFFFF
-    keys[:, 2], keys[:, 3] = (seed >> 32) & 0xFFFFFFFF, positions
-    return keys
+def keyed(keys: Tensor, positions: Tensor) -> Tensor:
+    """Return the kernels' keys, int64 [R, 4], from (seed, sample): sample, low and high half of the seed, position."""
+    words = keys.new_empty(len(keys), 4)
+    words[:, 0], words[:, 1] = keys[:, 1], keys[:, 0] & 0xFFFFFFFF
+    words[:, 2], words[:, 3] = (keys[:, 0] >> 32) & 0xFFFFFFFF, positions
+    return words
 
 
 def verify_sample(
@@ -75,21 +73,21 @@ def verify_sample(
     draft_probs: Tensor | None,
     target_probs: Tensor,
     widths: Tensor,
-    samples: Tensor,
+    keys: Tensor,
     positions: Tensor,
     source: RandomSource,
 ) -> Verdict:
     """Apply the acceptance rule, as verify() does.
 
     draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32 [R, K+1, V],
-    widths, samples, positions int64 [R]. UserError for a source that is neither keyed nor greedy.
+    widths, positions int64 [R], keys int64 [R, 2]. UserError for a source that is neither keyed nor greedy.
     """
     op = "verify_sample"
-    seed = seed_of(op, source)
+    random = is_keyed(op, source)
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
     library = on_device(
         op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths,
-        samples=samples, positions=positions,
+        keys=keys, positions=positions,
     )  # fmt: skip
     same_shape(op, "target_probs", target_probs, R, K + 1, V)
     if draft_probs is not None:
@@ -98,21 +96,21 @@ def verify_sample(
     of_dtype(op, torch.int64, draft_tokens=draft_tokens, widths=widths)
     tokens, target, wide = draft_tokens.contiguous(), target_probs.contiguous(), widths.contiguous()
     draft = None if draft_probs is None else draft_probs.contiguous()
-    keys = keyed(samples, positions, seed or 0)
+    words = keyed(keys, positions)
     accepted, following = torch.empty_like(wide), torch.empty_like(wide)
     ratios = target.new_empty(R, K)
     library.verify_sample(
-        address(tokens), address(draft), address(target), address(wide), address(keys), address(accepted),
-        address(following), address(ratios), R, K, V, seed is None, stream_of(target),
+        address(tokens), address(draft), address(target), address(wide), address(words), address(accepted),
+        address(following), address(ratios), R, K, V, not random, stream_of(target),
     )  # fmt: skip
     return Verdict(accepted, following, ratios)
 
 
 def sample(
     logits: Tensor,
-    params: SamplingParams,
+    params: Rows[SamplingParams],
     sampler: Sampler,
-    samples: Rows[int],
+    keys: Rows[tuple[int, int]],
     positions: Rows[int],
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
@@ -121,22 +119,24 @@ def sample(
     op = "sample"
     library = on_device(op, logits=logits)
     floating(op, logits=logits)
-    if params.penalised:
+    if any(mine.penalised for mine in params):
         logits = penalise(logits.float(), params, prompts, outputs)
-    if params.greedy:
+    if all(mine.greedy for mine in params):
         greedy: list[int] = choices_of(op, logits).tolist()
         return greedy
-    seed = seed_of(op, sampler)
-    require(op, seed is not None, "a temperature above 0 and no sampler", "keyed sampler")
+    require(op, is_keyed(op, sampler), "a temperature above 0 and no sampler", "keyed sampler")
     rows = rows_of(logits)
     R, V = rows.shape
     require(op, R == 0 or V > 0, "there are no scores", "a vocabulary")
-    pairs = torch.tensor([samples, positions], dtype=torch.int64, device=logits.device).view(2, R)
-    keys = keyed(pairs[0], pairs[1], seed or 0)
+    require(op, len(params) == R, f"{len(params)} parameters", f"{R}, one for each row")
+    device, whole, exact = logits.device, torch.int64, torch.float64
+    at = torch.tensor(positions, dtype=whole, device=device)
+    words = keyed(torch.tensor(keys, dtype=whole, device=device).view(R, 2), at)
+    filters = torch.tensor([mine.filters for mine in params], dtype=exact, device=device).view(R, 4)
     out = torch.empty(R, dtype=torch.int64, device=logits.device)
     library.sample(
-        FORMATS[rows.dtype], address(rows), rows.stride(0), address(keys), address(out), R, V, params.temperature,
-        min(params.top_k, V), params.top_p, params.min_p, stream_of(logits),
+        FORMATS[rows.dtype], address(rows), rows.stride(0), address(words), address(out), R, V, address(filters),
+        stream_of(logits),
     )  # fmt: skip
     tokens: list[int] = out.tolist()
     return tokens

@@ -68,9 +68,9 @@ def chance(keys, position, purpose: tl.constexpr):
     return tl.sum(uniform(a), 0)
 
 
-def keyed(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """Return the kernels' keys, int64 [R, 4]: sample, low and high half of the seed, position."""
-    keys = samples.new_empty(len(samples), 4)
-    keys[:, 0], keys[:, 1] = samples, seed & 0xFFFFFFFF
-    keys[:, 2], keys[:, 3] = (seed >> 32) & 0xFFFFFFFF, positions
-    return keys
+def keyed(keys: Tensor, positions: Tensor) -> Tensor:
+    """Return the kernels' keys, int64 [R, 4], from (seed, sample): sample, low and high half of the seed, position."""
+    words = keys.new_empty(len(keys), 4)
+    words[:, 0], words[:, 1] = keys[:, 1], keys[:, 0] & 0xFFFFFFFF
+    words[:, 2], words[:, 3] = (keys[:, 0] >> 32) & 0xFFFFFFFF, positions
+    return words

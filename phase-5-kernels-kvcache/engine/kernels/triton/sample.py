@@ -19,7 +19,7 @@ from ...sampling import Sampler, SamplingParams, penalise
 from .noise import gumbel, keyed
 from .prefix import choices_of
 from .support import floating, launch, on_device, power, require, rows_of
-from .verify import SAMPLE, seed_of
+from .verify import SAMPLE, is_keyed
 
 BLOCK = 4096
 
@@ -40,11 +40,16 @@ def ordered(x):
 
 
 @triton.jit
-def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
+def _sample(logits, keys, params, out, V, stride,
             TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Sample one token per row. drop = 1 - top_p: the mass of the least likely tokens that is dropped."""
+    """Sample one token per row. params float64 [R, 4]: temperature, top_k, 1 - top_p, min_p.
+
+    1 - top_p is the mass of the least likely tokens that is dropped.
+    """
     r = tl.program_id(0).to(tl.int64)
     row, mine = logits + r * stride, keys + r * 4
+    temperature, top_k = tl.load(params + r * 4).to(tl.float32), tl.load(params + r * 4 + 1).to(tl.int64)
+    drop, min_p = tl.load(params + r * 4 + 2).to(tl.float32), tl.load(params + r * 4 + 3).to(tl.float32)
     top = float("-inf")
     for first in range(0, V, BLOCK):
         top = tl.maximum(top, tl.max(scaled(row, first, temperature, V, BLOCK), 0))
@@ -149,9 +154,9 @@ def _sample(logits, keys, out, V, stride, temperature, top_k, drop, min_p,
 
 def sample(
     logits: Tensor,
-    params: SamplingParams,
+    params: Rows[SamplingParams],
     sampler: Sampler,
-    samples: Rows[int],
+    keys: Rows[tuple[int, int]],
     positions: Rows[int],
     prompts: Rows[Rows[int]],
     outputs: Rows[Rows[int]],
@@ -159,21 +164,27 @@ def sample(
     """Choose the next token of every row of logits [R, V], as choose() does. UserError unless the sampler is keyed."""
     op = "sample"
     on_device(op, logits=logits)
-    if params.penalised:
+    if any(mine.penalised for mine in params):
         logits = penalise(logits.float(), params, prompts, outputs)
-    if params.greedy:
+    if all(mine.greedy for mine in params):
         greedy: list[int] = choices_of(op, logits).tolist()
         return greedy
-    seed = seed_of(op, sampler)
-    require(op, seed is not None, "a temperature above 0 and no sampler", "keyed sampler")
+    require(op, is_keyed(op, sampler), "a temperature above 0 and no sampler", "keyed sampler")
     floating(op, logits=logits)
     rows = rows_of(logits)
-    (R, V), pairs = rows.shape, torch.tensor([samples, positions], device=logits.device)
+    R, V = rows.shape
+    require(op, len(params) == R, f"{len(params)} parameters", f"{R}, one for each row")
+    device, whole, exact = logits.device, torch.int64, torch.float64
+    at = torch.tensor(positions, dtype=whole, device=device)
+    words = keyed(torch.tensor(keys, dtype=whole, device=device).view(R, 2), at)
+    temperature, top_k, top_p, min_p = zip(*(mine.filters for mine in params), strict=True)
+    limits = [min(k, V) or V for k in top_k]
+    columns = [temperature, limits, [1.0 - p for p in top_p], min_p]
+    filters = torch.tensor(columns, dtype=exact, device=device).T.contiguous()
     out = torch.empty(R, dtype=torch.int64, device=logits.device)
     launch(
-        _sample, (R,), rows, keyed(pairs[0], pairs[1], seed or 0), out, V, rows.stride(0), float(params.temperature),
-        min(params.top_k, V), 1.0 - params.top_p, float(params.min_p),
-        TOP_K=0 < params.top_k < V, TOP_P=params.top_p < 1, MIN_P=params.min_p > 0, BLOCK=max(4, min(BLOCK, power(V))),
+        _sample, (R,), rows, words, filters, out, V, rows.stride(0), TOP_K=any(k < V for k in limits),
+        TOP_P=any(p < 1 for p in top_p), MIN_P=any(p > 0 for p in min_p), BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
     tokens: list[int] = out.tolist()
     return tokens

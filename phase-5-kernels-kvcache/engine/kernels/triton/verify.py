@@ -120,14 +120,12 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
         tl.store(following + r, drawn(here, mine, position + count, V, BLOCK).to(tl.int64))
 
 
-def seed_of(op: str, sampler: object) -> int | None:
-    """Return the seed of a keyed source; None if greedy. UserError for other sources."""
-    if isinstance(sampler, GreedySource):
-        return None
-    kind = type(sampler).__name__
-    require(op, isinstance(sampler, KeyedSampler), f"a source of type {kind}", "a keyed or greedy one")
-    assert isinstance(sampler, KeyedSampler)
-    return sampler.seed
+def is_keyed(op: str, source: object) -> bool:
+    """Return True for a keyed source, False for a greedy one. UserError for other sources."""
+    if isinstance(source, GreedySource):
+        return False
+    require(op, isinstance(source, KeyedSampler), f"a source of type {type(source).__name__}", "a keyed or greedy one")
+    return True
 
 
 def verify_sample(
@@ -135,17 +133,17 @@ def verify_sample(
     draft_probs: Tensor | None,
     target_probs: Tensor,
     widths: Tensor,
-    samples: Tensor,
+    keys: Tensor,
     positions: Tensor,
     source: RandomSource,
 ) -> Verdict:
     """Apply the acceptance rule, as verify() does.
 
     draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32 [R, K+1, V],
-    widths, samples, positions int64 [R]. UserError for a source that is neither keyed nor greedy.
+    widths, positions int64 [R], keys int64 [R, 2]. UserError for a source that is neither keyed nor greedy.
     """
     op = "verify_sample"
-    seed = seed_of(op, source)
+    random = is_keyed(op, source)
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
     on_device(op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths)
     same_shape(op, "target_probs", target_probs, R, K + 1, V)
@@ -160,7 +158,7 @@ def verify_sample(
     ratios = target.new_empty(R, K)
     launch(
         _verify, (R,), draft_tokens.contiguous(), draft, target, widths.contiguous(),
-        keyed(samples, positions, seed or 0), accepted, following, ratios, K, V,
-        DRAFT=draft_probs is not None, CERTAIN=seed is None, BLOCK=max(4, min(BLOCK, power(V))),
+        keyed(keys, positions), accepted, following, ratios, K, V,
+        DRAFT=draft_probs is not None, CERTAIN=not random, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
     return Verdict(accepted, following, ratios)

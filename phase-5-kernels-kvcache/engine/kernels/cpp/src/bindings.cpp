@@ -193,15 +193,15 @@ PYBIND11_MODULE(lab_cpp, module) {
         need(x != 0 && rows >= 0 && vocab > 0, "there are no logits");
         for (int r = 0; r < rows; ++r) probabilities(isa_of(isa), pointer<float>(x) + size_t(r) * vocab, vocab, how);
     });
-    module.def("choose", [](const std::string& isa, uintptr_t logits, int vocab, const Sampling& how,
+    module.def("choose", [](const std::string& isa, uintptr_t logits, int vocab, const std::vector<Sampling>& how,
                             std::vector<int64_t> samples, std::vector<int64_t> positions) {
         py::gil_scoped_release release;
         need(logits != 0 && vocab > 0, "there are no logits");
-        need(samples.size() == positions.size(), "samples and positions differ in number");
+        need(how.size() == positions.size() && samples.size() == positions.size(), "parameters, samples and positions differ in number");
         std::vector<float> spare(static_cast<size_t>(vocab));
         std::vector<int> tokens;
         for (size_t r = 0; r < samples.size(); ++r)
-            tokens.push_back(choose(isa_of(isa), pointer<float>(logits) + r * size_t(vocab), vocab, how,
+            tokens.push_back(choose(isa_of(isa), pointer<float>(logits) + r * size_t(vocab), vocab, how[r],
                                     uint32_t(samples[r]), uint32_t(positions[r]), spare.data()));
         return tokens;
     });
