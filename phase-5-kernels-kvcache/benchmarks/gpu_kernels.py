@@ -267,24 +267,18 @@ def prepare(
     """Check a kernel, then record it as a graph. WrongResult if the check fails."""
     function: Callable[..., Any] = registry.functions(case.op, device)[backend]
     if free:
-        function = without_order(backend, case.free)
+        function = without_order(function, backend, case.free)
     refuse_if_off(case, backend, function, inputs()[0])
     calls = [partial(function, *each) for each in inputs()]
     # `sample` copies tokens to the host, which a graph cannot record.
     return alone(calls, device) if case.op == "sample" else replay(record(calls))
 
 
-def without_order(backend: str, op: str | None) -> Callable[..., Any]:
+def without_order(function: Callable[..., Any], backend: str, op: str | None) -> Callable[..., Any]:
     """Return the variant without equal bits for 1 and 16 rows."""
-    if backend == "cuda":
-        from engine.kernels import cuda
-
-        return cuda.linear.unconstrained if op == "linear" else cuda.attention.unconstrained
-    from engine.kernels.triton import attention, linear
-
     if op == "linear":
-        return linear.unconstrained
-    return partial(attention.decode_attention, part=128)  # parts for one query, of which there are more
+        return partial(function, invariant=False)
+    return partial(function, part=None if backend == "cuda" else 128)  # 128: more parts for one query
 
 
 def refuse_if_off(case: Case, backend: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

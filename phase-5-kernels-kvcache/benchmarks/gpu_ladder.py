@@ -21,7 +21,6 @@ from common.figures import GREY, figure, look
 from common.harness import Variant
 from common.tables import AGAIN
 from engine.kernels import registry
-from engine.kernels.cuda import attention, linear
 from engine.kv_cache import CacheShape, StaticCache
 from engine.model import Linear
 from ladder import cuda as ladder
@@ -108,7 +107,7 @@ def linear_calls(case: Case, device: torch.device, copies: int) -> tuple[Calls, 
         str(rung): [partial(ladder.linear, rung, layer.weight, x, bias) for layer in layers] for rung in RUNGS
     }
     engine = registry.functions("linear", device)["cuda"]
-    calls["free"] = [partial(linear.unconstrained, layer, x[None]) for layer in layers]
+    calls["free"] = [partial(engine, layer, x[None], invariant=False) for layer in layers]
     calls["engine"] = [partial(engine, layer, x[None]) for layer in layers]
     return calls, F.linear(x.float(), layers[0].weight.float(), bias.float())
 
@@ -130,7 +129,7 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
     engine = registry.functions("decode_attention", device)["cuda"]
     # The op stores its metadata with the cache until the next call, and a graph reads it again. So every call has its
     # own cache object and lists, over the same keys and values.
-    for name, function in (("free", attention.unconstrained), ("engine", engine)):
+    for name, function in (("free", partial(engine, part=None)), ("engine", engine)):
         calls[name] = [partial(function, query[None, None], copy(cache), 0, [0], [1], [None]) for cache in caches]
     first_keys, first_values = (part.float()[None] for part in pairs[0])
     wanted = F.scaled_dot_product_attention(query.float()[None, :, None], first_keys, first_values, enable_gqa=H > HK)

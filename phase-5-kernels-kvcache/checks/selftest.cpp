@@ -174,7 +174,7 @@ void one_model(Kind weights, Kind kind, const Isa* isa) {
         Sampling how;
         how.temperature = between(0, 1), how.top_k = between(0, 5), how.top_p = between(0, 1) ? 0.9 : 1, how.seed = 3;
         std::vector<float> probs(4 * vocab), ratios(3), spare(vocab), target(4 * vocab);
-        const Engine::Text text{1, 0, tokens, 0, int(count)};
+        const Engine::Sequence text{1, 0, tokens, 0, int(count)};
         const std::vector<int> drawn = engine->draft(memory.view, text, 4, how, DRAFT, probs.data());
         const std::vector<int> plain = engine->generate(memory.view, text, 8, how, {}, {});
         need(drawn.size() == 4 && plain.size() == 8, "a chain has another length");
@@ -200,7 +200,7 @@ struct Run {
         draft_probs.resize(all * k * vocab), target_probs.resize(all * (k + 1) * vocab);
         std::vector<int64_t> tokens(all * k);
         std::vector<float> ratios(all * k);
-        Engine::Text mine{1, 0, known, 0, int(known.size())}, its = mine;
+        Engine::Sequence mine{1, 0, known, 0, int(known.size())}, its = mine;
         its.row = 0;
         for (size_t done = 0; done < all; done += size_t(at_once)) {
             const auto some = speculate(
@@ -219,8 +219,8 @@ struct Run {
             whole.insert(whole.end(), text.begin(), text.end());
             mine.position = its.position = int(whole.size());
             mine.held = int(whole.size()) - 1, its.held = mine.held - (last.accepted == count ? 1 : 0);
-            mine.known.assign(whole.begin() + mine.held, whole.end());
-            its.known.assign(whole.begin() + its.held, whole.end());
+            mine.new_tokens.assign(whole.begin() + mine.held, whole.end());
+            its.new_tokens.assign(whole.begin() + its.held, whole.end());
         }
     }
 };

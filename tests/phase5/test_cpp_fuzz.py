@@ -114,10 +114,10 @@ def step_case(seed: int) -> None:
         for at, parent in enumerate(parents):
             if parent >= 0:
                 ancestors[at] |= ancestors[parent]
-        places = cpp.model.places(held, parents)
-        positions, behind = torch.tensor(places), dict[int | None, CachedAttention]()
+        numbers = cpp.model.positions_of(held, parents)
+        positions, behind = torch.tensor(numbers), dict[int | None, CachedAttention]()
         for window in config.windows:
-            mask = seen(places, 0, held, ancestors, window, torch.empty(0))
+            mask = seen(numbers, 0, held, ancestors, window, torch.empty(0))
             behind[window] = CachedAttention(theirs, [row], [count], [mask])
         with torch.inference_mode():
             expected = model.logits(model.states(torch.tensor([tokens]), positions[None], cached=behind)[0])[0]

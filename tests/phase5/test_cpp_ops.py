@@ -357,9 +357,9 @@ def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
 
 def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppModel]) -> None:
     _, fast = models
-    with pytest.raises(UserError, match="penalties need the whole text"):
+    with pytest.raises(UserError, match="penalties need the whole sequence"):
         fast.generate_plain(fast.new_cache(1, 8), 0, [1], 2, SamplingParams(presence_penalty=1))
-    with pytest.raises(ValueError, match="nothing to go on from"):
+    with pytest.raises(ValueError, match="at least one token of the sequence must not be cached"):
         fast.draft_chain(fast.new_cache(1, 8), 0, [], 2, SamplingParams())
     with pytest.raises(ValueError, match="no room"):
         fast.generate_plain(fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())

@@ -20,7 +20,7 @@ from common import philox
 from common.errors import UserError
 from phase5 import KeyedSampler, KeyedSource, SamplingParams
 from phase5.kernels import TORCH, Kernels, registry
-from phase5.kernels.cuda import attention, library
+from phase5.kernels.cuda import library
 from phase5.kv_cache import CacheShape, StaticCache
 from phase5.packing import PackedLinear
 from tests.support.beside import beside
@@ -72,14 +72,14 @@ def test_emulated_it_is_right_at_large_sizes(op: str, ops: Ops) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_unconstrained_product_is_right_too(dtype: torch.dtype, ops: Ops) -> None:
-    from phase5.kernels.cuda.linear import unconstrained
-
     tried: list[Any] = [layers.plain(CPU, dtype, 123, 48, True), layers.plain(CPU, dtype, 33, 123, False)]
     tried += [layers.quantised(CPU, format, 33, 256, False, factor=True) for format in layers.FORMATS]
     for layer in tried:
         for rows in (1, 5):
             x = check.poisoned(CPU, dtype, rows, int(layer.in_features))
-            check.near(f"{layer}", unconstrained(layer, x), TORCH.linear(layer, x), check.WITHIN[dtype])
+            check.near(
+                f"{layer}", ops["linear"](layer, x, invariant=False), TORCH.linear(layer, x), check.WITHIN[dtype]
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -101,10 +101,11 @@ def test_up_to_64_tokens_of_a_text_have_the_same_bits_and_more_are_torchs(dtype:
 
 
 def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) -> None:
-    from phase5.kernels.cuda.linear import matrix_of
+    from phase5.kernels.cuda.kernels import parts_of
+    from phase5.kernels.matrix import matrix_of
 
     layer = layers.plain(CPU, torch.bfloat16, 32, 4096, True)
-    assert matrix_of("linear", layer, 0, None).parts(32) > 1
+    assert parts_of(matrix_of("linear", layer, 0, None), 32) > 1
     x = check.poisoned(CPU, torch.bfloat16, 16, 4096)
     together = ops["linear"](layer, x)
     check.near("parts", together, TORCH.linear(layer, x), check.WITHIN[torch.bfloat16])
@@ -116,7 +117,10 @@ def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
     cache, query, rows, counts, masks = attention_cases.asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
     wanted = TORCH.decode_attention(query, cache, 1, rows, counts, masks)
     check.near(
-        "free", attention.unconstrained(query, cache, 1, rows, counts, masks), wanted, check.WITHIN[torch.bfloat16]
+        "free",
+        ops["decode_attention"](query, cache, 1, rows, counts, masks, part=None),
+        wanted,
+        check.WITHIN[torch.bfloat16],
     )
     for part in (64, 256, 1024):
         found = ops["decode_attention"](query, cache, 1, rows, counts, masks, part=part)
@@ -329,8 +333,7 @@ def test_a_wrong_kernel_is_found_out(
     monkeypatch.setenv("SPECDEC_BUILD_DIR", str(tmp_path))
     sources = tuple(folder / source for source in library.SOURCES)
     wrong_library = library._build.__wrapped__("cuda", sources, library.emulator(), "")
-    for module in ("attention", "linear", "tokens"):
-        monkeypatch.setattr(f"phase5.kernels.cuda.{module}.on_device", lambda *_, **__: wrong_library)
+    monkeypatch.setattr("phase5.kernels.cuda.kernels.library_of", lambda tensor: wrong_library)
     with pytest.raises(check.WrongKernel):
         check.check(op, ops[op], CPU, full=op not in ("verify_greedy", "sample"), dtypes=(torch.bfloat16,))
 

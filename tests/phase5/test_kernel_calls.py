@@ -116,7 +116,7 @@ def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pyte
         cache.make_room(row, count)
         mask = seen(range(held, held + count), 0, held, None, None, like)
         masks.append(mask if mask is None or count == W else beside_padding(mask, W, held))
-    at = metadata.places_of("test", cache, rows, counts, CPU)
+    at = metadata.metadata_of("test", cache, rows, counts, CPU)
     copies = [None if mask is None else mask.clone() for mask in masks]
     assert [mask if mask is None else list(mask.shape) for mask in masks] == [[6, held + 6], [6, held + 4], None]
     wanted = key_ranges._make("test", at, copies, W)

@@ -143,20 +143,13 @@ def execute(command: list[str]) -> None:
     if done.returncode == 0:
         how = f"ended with status 0 and did not write {made.name}"
     elif done.returncode < 0:
-        how = f"was killed ({signal_name(-done.returncode)})"
+        names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+        how = f"was killed ({names.get(-done.returncode, f'signal {-done.returncode}')})"
     else:
         how = f"failed (status {done.returncode})"
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     said = "\n".join(lines[:SHOWN]) + (f"\n... and {len(lines) - SHOWN} more lines" if len(lines) > SHOWN else "")
     raise BuildError(f"{Path(command[0]).name} {how} on {Path(source).name}: {' '.join(command)}\n{said}".rstrip())
-
-
-def signal_name(number: int) -> str:
-    """Return `SIGKILL` for 9; real-time signals have no name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 @lru_cache

@@ -1,11 +1,11 @@
-"""Where a token lies in a cache, for kernels: the same numbers for every kind of cache.
+"""Where a cache stores each token, for kernels: the same numbers for every kind of cache.
 
-Keys of a layer are one tensor [places, kv_heads, slots, head_dim]. Position p of a row lies in
+The keys of a layer are one tensor [pages, kv_heads, slots, head_dim]. Position p of a row is stored at
 
-    static    place = row,              slot = p
-    ring      place = row,              slot = p modulo slots
-    paged     place = table[p / 16],    slot = p modulo 16
-    dynamic   a tensor of every row's own, that holds nothing else
+    static    page = row,              slot = p
+    ring      page = row,              slot = p modulo slots
+    paged     page = table[p / 16],    slot = p modulo 16
+    dynamic   every row has a tensor of its own, of one page
 
 What changes from step to step (rows, lengths, page tables) is copied to the device once, for all layers.
 """
@@ -13,7 +13,7 @@ What changes from step to step (rows, lengths, page tables) is copied to the dev
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,53 +26,54 @@ from ..kv_cache.paged import PAGE
 from ..kv_cache.ring import SPARE
 from ..kv_cache.storage import Storage
 
+if TYPE_CHECKING:
+    from .key_ranges import KeyRanges
+
 
 class Layer(NamedTuple):
-    """Keys and values of a layer, each [places, kv_heads, slots, head_dim]."""
+    """Keys and values of a layer, each [pages, kv_heads, slots, head_dim]."""
 
     keys: Storage
     values: Storage
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """float16 [places, kv_heads, slots, 1] of an int8 cache."""
+        """The scales of an int8 cache, bfloat16 [pages, kv_heads, slots, 1] each."""
         return self.keys.scales, self.values.scales
 
 
 @dataclass
 class AttentionMetadata:
-    """For the R rows of one forward; on the device: rows, starts, counts int32 [R], tables int32 [R, width]."""
+    """Of the R rows of one forward. On the device: rows, starts, counts int32 [R], tables int32 [R, width]."""
 
-    rows_asked: list[int]
-    counts_asked: list[int]
+    row_list: list[int]
+    count_list: list[int]
     lengths: list[int]
-    first: list[int]  # of every row the earliest position that is still there
+    first: list[int]  # the earliest position that each row still holds
     rows: Tensor
     starts: Tensor  # the position of the first new token
     counts: Tensor
-    tables: Tensor | None  # pages
+    tables: Tensor | None  # page tables
     wrap: int  # slots of a ring; 0: positions never wrap
-    sights: dict[tuple[int, int], tuple[object, object]] = field(default_factory=dict)  # see key_ranges.py
+    ranges: dict[tuple[int, int], tuple[object, KeyRanges]] = field(default_factory=dict)  # see key_ranges.py
 
     @property
     def ends(self) -> list[int]:
-        return [length + count for length, count in zip(self.lengths, self.counts_asked, strict=True)]
+        """The length of each row with its new tokens."""
+        return [length + count for length, count in zip(self.lengths, self.count_list, strict=True)]
 
 
-_LAST: WeakKeyDictionary[KVCache, AttentionMetadata] = WeakKeyDictionary()  # of every cache, those of its last forward
+_LAST: WeakKeyDictionary[KVCache, AttentionMetadata] = WeakKeyDictionary()  # the metadata of each cache's last forward
 
 
-def places_of(op: str, cache: KVCache, rows: list[int], counts: list[int], device: torch.device) -> AttentionMetadata:
-    """Those of the last call if nothing has changed since, as from layer to layer. UserError names the op."""
-    lengths = [cache.length(row) for row in rows]
-    last = _LAST.get(cache)
-    if (
-        last is not None
-        and last.rows_asked is rows
-        and last.counts_asked is counts
-        and last.lengths == lengths
-        and last.rows.device == device
-    ):
+def metadata_of(op: str, cache: KVCache, rows: list[int], counts: list[int], device: torch.device) -> AttentionMetadata:
+    """Return the metadata of appending counts[r] tokens to row rows[r]; UserError, naming the op, if there is no room.
+
+    The metadata of the last call is returned again if nothing has changed since, as from layer to layer.
+    """
+    lengths, last = [cache.length(row) for row in rows], _LAST.get(cache)
+    same_lists = last is not None and last.row_list is rows and last.count_list is counts
+    if last is not None and same_lists and last.lengths == lengths and last.rows.device == device:
         return last
     tables, wrap = None, 0
     if isinstance(cache, PagedCache):
@@ -91,29 +92,20 @@ def places_of(op: str, cache: KVCache, rows: list[int], counts: list[int], devic
     for row, length, count, most in zip(rows, lengths, counts, room, strict=True):
         if length + count > most:
             raise UserError(f"{op}: row {row} of the cache is to hold {length + count} tokens; it has room for {most}")
-    numbers = torch.tensor([rows, lengths, counts], dtype=torch.int32, device=device)
+    n = torch.tensor([rows, lengths, counts], dtype=torch.int32, device=device)
     first = [cache.first(row) for row in rows]
-    made = AttentionMetadata(rows, counts, lengths, first, numbers[0], numbers[1], numbers[2], tables, wrap)
-    _LAST[cache] = made
+    made = _LAST[cache] = AttentionMetadata(rows, counts, lengths, first, n[0], n[1], n[2], tables, wrap)
     return made
 
 
-def in_row(device: torch.device) -> AttentionMetadata:
-    """For a row that is alone in its tensor, as in a dynamic cache: place 0."""
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    return AttentionMetadata([0], [], [], [], zero, zero, zero, None, 0)
-
-
 def layer_of(cache: KVCache, layer: int) -> Layer:
-    """Of the caches that hold all rows in one tensor."""
+    """Return a layer of a cache that keeps all rows in one tensor."""
     assert isinstance(cache, StaticCache | RingCache | PagedCache)
     return Layer(cache.keys[layer], cache.values[layer])
 
 
-def row_of(cache: DynamicCache, layer: int, row: int) -> Layer:
-    """A row's own tensors [kv_heads, n, head_dim] as those of a cache of one place."""
-
-    def placed(storage: Storage) -> Storage:
-        return storage._with(lambda tensor: tensor[None])
-
-    return Layer(placed(cache.keys[layer][row]), placed(cache.values[layer][row]))
+def row_of(cache: DynamicCache, layer: int, row: int) -> tuple[Layer, AttentionMetadata]:
+    """Return a row's own tensors [kv_heads, n, head_dim] as a layer of one page, and the metadata of its one row."""
+    keys, values = (each[layer][row]._with(lambda tensor: tensor[None]) for each in (cache.keys, cache.values))
+    zero = torch.zeros(1, dtype=torch.int32, device=keys.values.device)
+    return Layer(keys, values), AttentionMetadata([0], [], [], [], zero, zero, zero, None, 0)

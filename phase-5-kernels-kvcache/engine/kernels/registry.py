@@ -46,11 +46,6 @@ class Selection(NamedTuple):
     report: Report
 
 
-def forced() -> bool:
-    """Return True if SPECDEC_FORCE_PY asks for plain torch."""
-    return flag("SPECDEC_FORCE_PY")
-
-
 def module_of(backend: Backend) -> ModuleType | None:
     """Return the package of a backend, with ops() and why_not(device); None if this engine has no such package."""
     spec = importlib.util.find_spec(f".{backend}", __package__)
@@ -61,7 +56,7 @@ def why_not(backend: Backend, device: torch.device) -> str | None:
     """Return why a backend cannot run on a device; None if it can. Builds nothing."""
     if backend == "torch":
         return None
-    if forced():
+    if flag("SPECDEC_FORCE_PY"):
         return "SPECDEC_FORCE_PY=1 asks for torch alone"
     module = module_of(backend)
     if module is None:
@@ -74,13 +69,8 @@ def functions(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
     """Return the functions of an op that run on a device, by backend. UserError for an unknown op."""
     if op not in Kernels._fields:
         raise UserError(f"there is no op {op!r}; the ops are {', '.join(Kernels._fields)}")
-    found: dict[str, Callable[..., Any]] = {}
-    for backend in BACKENDS:
-        if backend == "torch":
-            found[backend] = getattr(TORCH, op)
-        elif why_not(backend, device) is None and op in (ops := operations(backend)):
-            found[backend] = ops[op]
-    return found
+    able = {backend: operations(backend) for backend in BACKENDS[:-1] if why_not(backend, device) is None}
+    return {backend: ops[op] for backend, ops in able.items() if op in ops} | {"torch": getattr(TORCH, op)}
 
 
 def operations(backend: Backend) -> dict[str, Callable[..., Any]]:
@@ -108,10 +98,7 @@ def choose(
         raise UserError(f"unknown kernels {asked!r}; use auto, {', '.join(reversed(BACKENDS))}")
     reasons: dict[str, dict[str, str]] = {}  # of each backend, by op; "" means all ops
     offers: dict[str, dict[str, Callable[..., Any]]] = {}
-    warnings: list[str] = []
-    for backend in BACKENDS[:-1] if asked == "auto" else BACKENDS:
-        if backend == "torch" or asked not in ("auto", backend):
-            continue
+    for backend in (each for each in BACKENDS[:-1] if asked in ("auto", each)):
         reason = broken.get(backend) or why_not(backend, device)
         if reason is None and asked == "auto" and backend in FOR_CARDS and device.type != "cuda":
             reason = f"is for GPUs; on {device.type} it runs slowly, and only if it is asked for by name"
@@ -121,13 +108,6 @@ def choose(
             reasons[backend] = {"": reason}
             continue
         offers[backend], reasons[backend] = _offered(backend, asked, dtype, book)
-    if asked in FOR_CARDS:
-        unlisted = [op for op in offers[asked] if ledger.entry(asked, op, book) is None]
-        if unlisted:
-            warnings.append(
-                f"{asked} kernels that were not checked on a GPU yet run because they were asked for: "
-                f"{', '.join(unlisted)}; `make gpu` checks and lists them"
-            )
     ran: dict[str, str] = {}
     chosen: dict[str, Callable[..., Any]] = {}
     for op in Kernels._fields:
@@ -135,8 +115,10 @@ def choose(
         chosen[op] = getattr(TORCH, op) if ran[op] == "torch" else offers[ran[op]][op]
     report: Report = {"asked": asked, "device": device.type, "ops": ran, "why_not": _brief(reasons)}
     report["by_parts"] = {op: list(parts) for op, parts in PARTS.items() if ran[op] == "torch"}
-    if warnings:
-        report["warnings"] = warnings
+    unlisted = [op for op in offers[asked] if ledger.entry(asked, op, book) is None] if asked in FOR_CARDS else []
+    if unlisted:
+        warning = f"{asked} kernels that were not checked on a GPU yet run because they were asked for: "
+        report["warnings"] = [f"{warning}{', '.join(unlisted)}; `make gpu` checks and lists them"]
     return Selection(Kernels(**chosen), report)
 
 
@@ -180,10 +162,8 @@ def describe(report: Report) -> str:
     by_backend: dict[str, list[str]] = {}
     for op, backend in report["ops"].items():
         by_backend.setdefault(backend, []).append(op)
-    if len(by_backend) == 1:
-        said = f"kernels: {next(iter(by_backend))}"
-    else:
-        said = "kernels: " + "; ".join(f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items())
+    each = [backend if len(by_backend) == 1 else f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
+    said = f"kernels: {'; '.join(each)}"
     return "\n".join([said, *(f"warning: {warning}" for warning in report.get("warnings", []))])
 
 

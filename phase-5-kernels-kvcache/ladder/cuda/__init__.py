@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels.cuda.library import build_library, emulated
-from engine.kernels.cuda.support import address, of_dtype, require, same_shape, stream_of
+from engine.kernels.arguments import address, of_dtype, require, same_shape
+from engine.kernels.cuda.kernels import stream_of
+from engine.kernels.cuda.library import build_library, emulator
 
 RUNGS = {1: "naive", 2: "coalesced", 3: "shared memory, shuffles", 4: "vectorised", 5: "fused and split"}
 FOLDER = Path(__file__).resolve().parent
@@ -37,7 +38,7 @@ def _check(op: str, rung: int, **tensors: Tensor) -> None:
     require(op, rung in RUNGS, f"rung {rung}", f"one of {', '.join(map(str, RUNGS))}")
     of_dtype(op, torch.bfloat16, **tensors)
     for name, tensor in tensors.items():
-        able = tensor.is_cuda or (tensor.device.type == "cpu" and emulated())
+        able = tensor.is_cuda or (tensor.device.type == "cpu" and emulator() is not None)
         require(op, able, f"{name} is on {tensor.device}", "a CUDA device")
         require(op, tensor.is_contiguous(), f"{name} has gaps in memory", "a tensor without")
         require(op, address(tensor) % 16 == 0, f"{name} begins at an odd address", "a multiple of 16 bytes")

@@ -18,7 +18,7 @@ from . import library as _library
 from .eagle import CppEagle
 from .library import chosen_isa, default_threads, has_isa, library
 from .medusa import CppMedusa
-from .model import CppModel, Stepped
+from .model import CppModel
 from .ops import sample, verify_sample
 
 
@@ -43,7 +43,6 @@ __all__ = [
     "CppEagle",
     "CppMedusa",
     "CppModel",
-    "Stepped",
     "chosen_isa",
     "default_threads",
     "has_isa",

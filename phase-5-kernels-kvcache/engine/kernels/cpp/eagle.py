@@ -32,12 +32,7 @@ NO_LIMIT = 2**30
 class CppEagle(CppModel):
     """EAGLE's layer. Its cache holds the sequence's inputs; positions count from the first input."""
 
-    def __init__(
-        self,
-        head: EagleHead,
-        target: Transformer,
-        beside: CppModel,
-    ) -> None:
+    def __init__(self, head: EagleHead, target: Transformer, beside: CppModel) -> None:
         """beside: the target in C++; its output matrix, weight format and threads are used."""
         parts = SimpleNamespace(
             config=dataclasses.replace(head.config, windows=(head.shape.reach,)),
@@ -63,12 +58,6 @@ class CppEagle(CppModel):
     def _more(self, model: Any, weights: Weights) -> list[Plan]:
         return [Plan(-1, "join", model.join, weights, False)]
 
-    def _set(self, plan: Plan, packed: Any) -> None:
-        if plan.which == "join":
-            self._engine.set_join(packed)
-        else:
-            super()._set(plan, packed)
-
     def _finish(self) -> None:
         self._engine.set_matrix(-1, "head", self._head)
         super()._finish()
@@ -82,17 +71,15 @@ class CppEagle(CppModel):
 
     def begin(self, cache: StaticCache, row: int, inputs: Tensor) -> Tensor:
         """Append a sequence's new inputs [n, D]; return the feature [1, D] predicted after them."""
-        found = self.step(cache, [[0] * len(inputs)], rows=[row], inputs=inputs, hidden=True, logits=False).hidden
-        assert found is not None
-        return found
+        return self._features(cache, row, inputs)
 
     def extend(self, cache: StaticCache, row: int, inputs: Tensor, parents: Sequence[int], new: int) -> Tensor:
         """Compute a tree from all nodes' inputs [n, D]; return the features [new, D] of its last `new` nodes."""
-        n = len(parents)
-        found = self.step(
-            cache, [[0] * n], rows=[row], inputs=inputs, parents=[parents], wanted=range(n - new, n), hidden=True,
-            logits=False,
-        ).hidden  # fmt: skip
+        return self._features(cache, row, inputs, parents=[parents], wanted=range(len(parents) - new, len(parents)))
+
+    def _features(self, cache: StaticCache, row: int, inputs: Tensor, **more: Any) -> Tensor:
+        tokens = [[0] * len(inputs)]  # not read: the inputs replace their embeddings
+        found = self.step(cache, tokens, rows=[row], inputs=inputs, hidden=True, logits=False, **more).hidden
         assert found is not None
         return found
 
@@ -119,7 +106,7 @@ class CppEagle(CppModel):
         values of the sequence's inputs and of all drafted tokens except the last: `cache.keep` the accepted ones.
         UserError for penalties.
         """
-        self._check_text(cache, row, tokens, params)
+        self._check_sequence(tokens, params)
         features = self._checked(tokens, features)
         probs, predicted = torch.empty(count, self.config.vocab_size), torch.empty(1, self.config.width)
         with finite_logits():

@@ -1,4 +1,4 @@
-"""The part of CppModel that loads: packs the matrices of a Transformer into panels and hands them to the C++ engine.
+"""The part of CppModel that loads: packs the matrices of a Transformer into panels for the C++ engine.
 
 packed = PackedModel(load("stdlib-10m", torch.float32, torch.device("cpu")).model, "int4")
 packed.weight_bytes, packed.activations
@@ -89,13 +89,16 @@ class PackedModel:
         return []
 
     def _set(self, plan: Plan, packed: Any) -> None:
-        """Hand a packed matrix over."""
-        self._engine.set_matrix(plan.layer, plan.which, packed)
+        """Give the engine a packed matrix."""
+        if plan.which == "join":
+            self._engine.set_join(packed)
+        else:
+            self._engine.set_matrix(plan.layer, plan.which, packed)
         if plan.which == "head":
             self._head = packed
 
     def _take_tables(self, model: Any) -> list[Tensor]:
-        """Hand over the embeddings, which the engine reads in place; the returned tensors keep them alive."""
+        """Give the engine the embeddings, which it reads in place; return the tensors, to keep them alive."""
         tables = [model.embedding.weight.detach().contiguous()]
         if model.config.positions == "learned":
             tables.append(model.positions.weight.detach().contiguous())

@@ -152,19 +152,12 @@ def fill_levels(packed: Any, first: int, levels: Tensor, scales: Tensor, zeros: 
 
 def describe(config: ModelConfig) -> dict[str, object]:
     """Return the constructor arguments of the engine."""
-    return {
-        "layers": config.layers,
-        "width": config.width,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+    same = "layers", "width", "heads", "kv_heads", "head_dim", "position_offset", "gated", "norm_eps"
+    return {name: getattr(config, name) for name in same} | {
         "ffn": config.ffn_width,
         "vocab": config.vocab_size,
-        "position_offset": config.position_offset,
-        "gated": config.gated,
         "rope": config.positions == "rope",
         "activation": ACTIVATIONS[config.activation],
-        "norm_eps": config.norm_eps,
     }
 
 

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
-_SHARED = ("device.cuh", "ops.h", "bindings.cpp", "support.py", "library.py")
-_CACHE = ("cache.cuh", "rope.py", "../metadata.py", *_SHARED)
+from .library import why_not
+
+_SHARED = (
+    *("kernels.py", "library.py", "device.cuh", "ops.h", "bindings.cpp", "../arguments.py", "../launches.py"),
+    *("../key_ranges.py", "../matrix.py", "../metadata.py"),
+)
+_MODEL = ("../gpu.py", *_SHARED)
 _LINEAR = (
-    "linear.py",
     "linear.cuh",
     "linear_16.cu",
     "linear_8.cu",
@@ -21,30 +25,27 @@ _LINEAR = (
     "linear_rows.cu",
     "weights.cuh",
     "mma.cuh",
+    *_MODEL,
 )
-_ATTEND = ("attention.py", "../key_ranges.py", "attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh")
+_ROPE = ("rope.cu", "cache.cuh", *_MODEL)
+_ATTEND = ("attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh", "cache.cuh", *_MODEL)
+_TOKENS = ("../gpu_tokens.py", "choice.cuh", *_SHARED)
 SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
-    "linear": (*_LINEAR, *_SHARED),
-    "gated_linear": (*_LINEAR, *_SHARED),
-    "rms_norm": ("norm.py", "norm.cu", *_SHARED),
-    "add_rms_norm": ("norm.py", "norm.cu", *_SHARED),
-    "rope": ("rope.cu", *_CACHE),
-    "kv_append": ("rope.cu", *_CACHE),
-    "rope_append": ("rope.cu", *_CACHE),
-    "decode_attention": (*_ATTEND, *_CACHE),
-    "flash_prefill": ("prefill.cu", *_ATTEND, *_CACHE),
-    "verify_prefix": ("tokens.py", "prefix.cu", "choice.cuh", *_SHARED),
-    "verify_greedy": ("tokens.py", "prefix.cu", "choice.cuh", *_SHARED),
-    "verify_sample": ("tokens.py", "verify.cu", "choice.cuh", "philox.cuh", *_SHARED),
-    "sample": ("tokens.py", "sample.cu", "prefix.cu", "choice.cuh", "philox.cuh", *_SHARED),
+    "linear": _LINEAR,
+    "gated_linear": _LINEAR,
+    "rms_norm": ("norm.cu", *_MODEL),
+    "add_rms_norm": ("norm.cu", *_MODEL),
+    "rope": _ROPE,
+    "kv_append": _ROPE,
+    "rope_append": _ROPE,
+    "decode_attention": _ATTEND,
+    "flash_prefill": ("prefill.cu", *_ATTEND),
+    "verify_prefix": ("prefix.cu", *_TOKENS),
+    "verify_greedy": ("prefix.cu", *_TOKENS),
+    "verify_sample": ("verify.cu", "philox.cuh", *_TOKENS),
+    "sample": ("sample.cu", "prefix.cu", "philox.cuh", *_TOKENS),
 }
-
-
-def why_not(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on a device; None if they can. Builds nothing."""
-    from . import library
-
-    return library.why_not(device)
+MOST_TOKENS = 64  # of a sequence, more than any step or tree has; torch multiplies longer ones
 
 
 def prepare(device: torch.device) -> None:
@@ -55,21 +56,11 @@ def prepare(device: torch.device) -> None:
 
 
 def ops() -> dict[str, Callable[..., Any]]:
-    """Import the kernels' modules, and return their functions by op."""
-    from . import attention, linear, norm, rope, tokens
+    """Import the kernels' modules, and return the ops."""
+    from ..gpu import GpuOps
+    from .kernels import LAUNCHES
 
-    return {
-        "linear": linear.linear,
-        "gated_linear": linear.gated_linear,
-        "rms_norm": norm.rms_norm,
-        "add_rms_norm": norm.add_rms_norm,
-        "rope": rope.rope,
-        "kv_append": rope.kv_append,
-        "rope_append": rope.rope_append,
-        "decode_attention": attention.decode_attention,
-        "flash_prefill": attention.flash_prefill,
-        "verify_prefix": tokens.verify_prefix,
-        "verify_greedy": tokens.verify_greedy,
-        "verify_sample": tokens.verify_sample,
-        "sample": tokens.sample,
-    }
+    return GpuOps("cuda", LAUNCHES, MOST_TOKENS).ops()
+
+
+__all__ = ["MOST_TOKENS", "SOURCES", "ops", "prepare", "why_not"]

@@ -17,7 +17,7 @@ static Attention attention_from(const std::vector<int64_t>& of) {
     int64_t* addresses[] = {&call.query, &call.keys, &call.values, &call.key_scales, &call.value_scales, &call.rows,
                             &call.tables, &call.lo, &call.end, &call.base, &call.lines, &call.out};
     int* sizes[] = {&call.R, &call.W, &call.H, &call.HK, &call.D, &call.width, &call.shift, &call.line_width};
-    int64_t* strides[] = {&call.wrap, &call.s_place, &call.s_head, &call.s_slot, &call.q_row, &call.q_token, &call.q_head};
+    int64_t* strides[] = {&call.wrap, &call.s_page, &call.s_head, &call.s_slot, &call.q_row, &call.q_token, &call.q_head};
     size_t at = 2;
     for (int64_t* each : addresses) *each = of.at(at++);
     for (int* each : sizes) *each = int(of.at(at++));

@@ -1,7 +1,7 @@
-// The location of a token in a cache, for every kind of cache: keys of a layer are [places, kv_heads, slots, D].
+// The location of a token in a cache, for every kind of cache: keys of a layer are [pages, kv_heads, slots, D].
 //
-//     static, ring   place = row,                    slot = p; ring: p modulo slots
-//     paged          place = block table[p / page],  slot = p modulo page
+//     static, ring   page = row,                    slot = p; ring: p modulo slots
+//     paged          page = block table[p / slots],  slot = p modulo slots
 #pragma once
 
 #include "device.cuh"
@@ -11,16 +11,16 @@ struct SlotMapping {
     const int* tables;  // [R, width] pages of 1 << shift positions, or null
     int width, shift;
     unsigned wrap;                    // slots of a ring, or 0
-    int64_t s_place, s_head, s_slot;  // strides in heads of D features
+    int64_t s_page, s_head, s_slot;  // strides in heads of D features
 
     // The index of a position's head in memory: its features begin at D times this index, its int8 scale is at the
     // index. Avoids divisions, which are slow.
     __device__ __forceinline__ int64_t number(int r, unsigned position, int head) const {
         if (tables) {
             int64_t page = tables[int64_t(r) * width + (position >> shift)];
-            return page * s_place + head * s_head + (position & ((1u << shift) - 1)) * s_slot;
+            return page * s_page + head * s_head + (position & ((1u << shift) - 1)) * s_slot;
         }
-        return rows[r] * s_place + head * s_head + (wrap ? position % wrap : position) * s_slot;
+        return rows[r] * s_page + head * s_head + (wrap ? position % wrap : position) * s_slot;
     }
 };
 

@@ -17,7 +17,7 @@
 #include <cuda_runtime.h>
 #endif
 
-// Number formats; support.py has the same values.
+// Number formats; kernels.py has the same values.
 enum Format { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 
 #ifdef EMULATED

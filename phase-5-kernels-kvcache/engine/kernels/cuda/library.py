@@ -26,19 +26,8 @@ from .. import build
 CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent
 SOURCES = (
-    "bindings.cpp",
-    "norm.cu",
-    "rope.cu",
-    "linear_16.cu",
-    "linear_8.cu",
-    "linear_4.cu",
-    "linear_rows.cu",
-    "attention.cu",
-    "attention_rows.cu",
-    "prefill.cu",
-    "prefix.cu",
-    "verify.cu",
-    "sample.cu",
+    *("bindings.cpp", "norm.cu", "rope.cu", "linear_16.cu", "linear_8.cu", "linear_4.cu", "linear_rows.cu"),
+    *("attention.cu", "attention_rows.cu", "prefill.cu", "prefix.cu", "verify.cu", "sample.cu"),
 )
 # No fast math: divisions are correctly rounded, and subnormal numbers are kept.
 NVCC = ("-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi")
@@ -47,14 +36,9 @@ HALF = ("-mf16c",) if platform.machine() == "x86_64" else ()  # float16 in hardw
 
 
 def emulator() -> Path | None:
-    """The header that lets the CPU stand in for a card: the file that SPECDEC_CUDA_EMULATOR names, or None."""
+    """Return the header that makes the CPU emulate a GPU: the file that SPECDEC_CUDA_EMULATOR names, or None."""
     named = os.environ.get("SPECDEC_CUDA_EMULATOR", "")
     return Path(named).resolve() if named else None
-
-
-def emulated() -> bool:
-    """Return True if the CPU emulates a GPU."""
-    return emulator() is not None
 
 
 def why_not(device: torch.device) -> str | None:

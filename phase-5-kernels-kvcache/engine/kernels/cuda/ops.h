@@ -11,7 +11,7 @@ void rms_norm(int format, int64_t x, int64_t residual, int64_t weight, int64_t o
 void rope(int format, int64_t x, int64_t cos, int64_t sin, int64_t out, int R, int T, int H, int D, int64_t s_row,
           int64_t s_token, int64_t s_head, int64_t t_row, int64_t t_token, int64_t stream);
 
-// strides: query, key, value (row, token, head each), tables (row, token), cache (place, head, slot: in heads of D)
+// strides: query, key, value (row, token, head each), tables (row, token), cache (page, head, slot: in heads of D)
 void rope_append(int format, int stored, int64_t query, int64_t key, int64_t value, int64_t cos, int64_t sin, int64_t out,
                  int64_t keys, int64_t values, int64_t key_scales, int64_t value_scales, int64_t rows, int64_t starts,
                  int64_t counts, int64_t tables, int width, int shift, int64_t wrap, const std::vector<int64_t>& strides, int R,
@@ -32,13 +32,13 @@ void linear_rows(int format, int64_t x, int64_t x_stride, int M, const Matrix& m
                  int64_t stream);
 
 // One call of attention: a layer of the cache, the visible range of each query (lo, end [R, W]; for trees also base [R]
-// and lines [R, W, L], else 0), the queries [R, W, H, D]. s_place, s_head, s_slot are in heads of D features, the q_ in
+// and lines [R, W, L], else 0), the queries [R, W, H, D]. s_page, s_head, s_slot are in heads of D features, the q_ in
 // elements.
 struct Attention {
     int format, stored;
     int64_t query, keys, values, key_scales, value_scales, rows, tables, lo, end, base, lines, out;
     int R, W, H, HK, D, width, shift, line_width;
-    int64_t wrap, s_place, s_head, s_slot, q_row, q_token, q_head;
+    int64_t wrap, s_page, s_head, s_slot, q_row, q_token, q_head;
 };
 
 // mixed float32 [R, W, H, parts, D], tops and sums [R, W, H, parts]: the partial results of parts of `part` positions.

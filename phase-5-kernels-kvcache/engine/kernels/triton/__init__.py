@@ -12,22 +12,26 @@ from typing import Any
 
 import torch
 
-_SHARED = ("support.py",)
-_CACHE = ("slots.py", "../metadata.py", *_SHARED)
+_SHARED = ("../arguments.py", "../launches.py", "support.py")
+_MODEL = ("../gpu.py", *_SHARED)
+_TOKENS = ("../gpu_tokens.py", *_SHARED)
+_CACHE = ("../metadata.py", "slots.py", *_MODEL)
+_ROPE = ("rope.py", *_CACHE)
+_ATTEND = ("../key_ranges.py", "attention.py", *_CACHE)
 SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
-    "linear": ("linear.py", *_SHARED),
-    "gated_linear": ("linear.py", *_SHARED),
-    "rms_norm": ("norm.py", *_SHARED),
-    "add_rms_norm": ("norm.py", *_SHARED),
-    "rope": ("rope.py", "append.py", *_CACHE),
-    "kv_append": ("append.py", *_CACHE),
-    "rope_append": ("rope.py", "append.py", *_CACHE),
-    "decode_attention": ("attention.py", "append.py", "../key_ranges.py", *_CACHE),
-    "flash_prefill": ("prefill.py", "attention.py", "append.py", "../key_ranges.py", *_CACHE),
-    "verify_prefix": ("prefix.py", *_SHARED),
-    "verify_greedy": ("prefix.py", *_SHARED),
-    "verify_sample": ("verify.py", "noise.py", *_SHARED),
-    "sample": ("sample.py", "verify.py", "noise.py", "prefix.py", *_SHARED),
+    "linear": ("../matrix.py", "linear.py", *_MODEL),
+    "gated_linear": ("../matrix.py", "linear.py", *_MODEL),
+    "rms_norm": ("norm.py", *_MODEL),
+    "add_rms_norm": ("norm.py", *_MODEL),
+    "rope": _ROPE,
+    "kv_append": _ROPE,
+    "rope_append": _ROPE,
+    "decode_attention": _ATTEND,
+    "flash_prefill": _ATTEND,
+    "verify_prefix": ("prefix.py", *_TOKENS),
+    "verify_greedy": ("prefix.py", *_TOKENS),
+    "verify_sample": ("verify.py", "noise.py", *_TOKENS),
+    "sample": ("sample.py", "verify.py", "noise.py", "prefix.py", *_TOKENS),
 }
 
 
@@ -41,21 +45,13 @@ def why_not(device: torch.device) -> str | None:
 
 
 def ops() -> dict[str, Callable[..., Any]]:
-    """Import the kernels' modules, and return their functions by op."""
-    from . import append, attention, linear, norm, prefill, prefix, rope, sample, verify
+    """Import the kernels' modules, and return the ops."""
+    from ..gpu import GpuOps
+    from ..launches import Launches
+    from . import attention, linear, norm, prefix, rope, sample, support, verify
 
-    return {
-        "linear": linear.linear,
-        "gated_linear": linear.gated_linear,
-        "rms_norm": norm.rms_norm,
-        "add_rms_norm": norm.add_rms_norm,
-        "rope": rope.rope,
-        "kv_append": append.kv_append,
-        "rope_append": rope.rope_append,
-        "decode_attention": attention.decode_attention,
-        "flash_prefill": prefill.flash_prefill,
-        "verify_prefix": prefix.verify_prefix,
-        "verify_greedy": prefix.verify_greedy,
-        "verify_sample": verify.verify_sample,
-        "sample": sample.sample,
-    }
+    launches = Launches(
+        support.needs, linear.linear, norm.norm, rope.rope, rope.append, attention.decode, attention.prefill,
+        prefix.choices, prefix.prefix, verify.verify, sample.sample,
+    )  # fmt: skip
+    return GpuOps("triton", launches).ops()

@@ -11,16 +11,14 @@ Weights: float32, bfloat16, float16, or int8 and int4 as quantize.py stores them
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...model import Linear
-from ...quantize import QuantLinear
-from .support import INTERPRETED, dot, floating, launch, on_device, power, require, rows_of
+from ..arguments import require
+from ..matrix import Matrix
+from .support import INTERPRETED, dot, launch, power
 
 TILE = 16  # rows
 BUSY = 256  # programs that fill a large GPU
@@ -68,7 +66,7 @@ def _product(x, w, scales, zeros, factor, n, m, N, M, k_from, k_to, K, x_stride,
                 factors = tl.load(factor + at, mask=good, other=0.0).to(kind).to(tl.float32)
                 part = (part.to(tl.float32) * factors[None, :]).to(kind)
             weights = tl.load(lines + at[:, None] * k_stride, mask=good[:, None] & (n < N)[None, :], other=0)
-            if TILE_M == 1:  # only for `unconstrained`: other bits than for 16 rows
+            if TILE_M == 1:  # not invariant: other bits than for 16 rows
                 wide = weights.to(tl.float32) * tl.trans(part).to(tl.float32)
                 acc += tl.sum(wide, 0)[None, :]
             else:
@@ -133,46 +131,6 @@ def _add_up(parts, scales, bias, out, M, N, INT8: tl.constexpr, BIAS: tl.constex
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=inside)
 
 
-class Matrix(NamedTuple):
-    """A layer's matrix, or some of its outputs, in the layout of the kernels."""
-
-    kind: str  # "plain", "int8" or "int4"
-    values: Tensor
-    scales: Tensor | None
-    zeros: Tensor | None
-    factor: Tensor | None
-    bias: Tensor | None
-    outputs: int
-    inputs: int
-    group: int
-
-
-def matrix_of(op: str, layer: nn.Module, start: int, stop: int | None) -> Matrix:
-    """Return a layer's matrix. UserError for a storage format that the kernels do not support."""
-    kind: str
-    if isinstance(layer, QuantLinear):
-        kind, values, group = layer.format.name, layer.values, layer.format.group
-        scales, zeros, factor, inputs = layer.scales, layer.zeros, layer.factor, layer.in_features
-    elif isinstance(layer, nn.Linear):
-        kind, values, scales, zeros, factor, inputs = "plain", layer.weight, None, None, None, layer.in_features
-        group = 2
-    else:
-        wanted = f"{Linear.__name__} or {QuantLinear.__name__}"
-        require(op, False, f"a {type(layer).__name__} stores its matrix in another format", wanted)
-        raise AssertionError
-    total = len(values)
-    stop = total if stop is None else stop
-    require(op, 0 <= start <= stop <= total, f"outputs {start} .. {stop} are asked for", f"some of 0 .. {total}")
-    cut = slice(start, stop)
-    good = kind != "int4" or values.is_contiguous()
-    require(op, good, "the int4 matrix is not contiguous", "a contiguous one")
-    bias = layer.bias if isinstance(layer.bias, Tensor) else None
-    parts = [None if tensor is None else tensor[cut] for tensor in (scales, zeros)]
-    return Matrix(
-        kind, values[cut], parts[0], parts[1], factor, None if bias is None else bias[cut], stop - start, inputs, group
-    )
-
-
 def blocks(matrix: Matrix, columns: int) -> tuple[int, int, int, int]:
     """Return (outputs, inputs of a tile, parts, inputs of a part); they depend on the matrix only, not on the rows."""
     wide = {4: 128, 2: 256, 1: 256}[matrix.values.element_size()]
@@ -187,29 +145,17 @@ def blocks(matrix: Matrix, columns: int) -> tuple[int, int, int, int]:
     return block_n, block_k, triton.cdiv(matrix.inputs, inner), inner
 
 
-def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gated: bool, tile: int = TILE) -> Tensor:
-    matrix = matrix_of(op, layer, start, stop)
-    on_device(op, x=x, weight=matrix.values)
-    floating(op, x=x, bias=matrix.bias)
-    require(op, x.shape[-1] == matrix.inputs, f"x has {x.shape[-1]} features", str(matrix.inputs))
-    if matrix.kind == "plain":
-        same = x.dtype == matrix.values.dtype
-        require(op, same, f"x is {x.dtype} and the matrix {matrix.values.dtype}", "one dtype for both")
-    if gated:
-        require(op, matrix.outputs % 2 == 0, f"there are {matrix.outputs} outputs", "two halves")
-    rows = rows_of(layer.ordered(x) if isinstance(layer, QuantLinear) else x)
-    columns = matrix.outputs // 2 if gated else matrix.outputs
-    out = x.new_empty(*x.shape[:-1], columns)
+def linear(op: str, rows: Tensor, matrix: Matrix, gated: bool, invariant: bool, out: Tensor) -> None:
+    """Not invariant: compute row by row, without padding."""
+    require(op, invariant or matrix.kind != "int4", "int4 is computed in tiles of 16 rows only", "another format")
+    tile = TILE if invariant else 1
+    (M, K), columns = rows.shape, out.shape[-1]
     block_n, block_k, parts, inner = blocks(matrix, columns)
     if gated:  # one program needs both halves, so the inputs are not split
         parts, inner = 1, matrix.inputs
-    M, K = rows.shape
-    sums = x.new_empty(parts, M, columns, dtype=torch.float32) if parts > 1 else out
-    none = rows  # placeholder for missing tensors, never read
-    scales = none if matrix.scales is None else matrix.scales
-    zeros = none if matrix.zeros is None else matrix.zeros
-    factor = none if matrix.factor is None else matrix.factor
-    bias = none if matrix.bias is None else matrix.bias
+    sums = rows.new_empty(parts, M, columns, dtype=torch.float32) if parts > 1 else out
+    tensors = matrix.scales, matrix.zeros, matrix.factor, matrix.bias
+    scales, zeros, factor, bias = (rows if tensor is None else tensor for tensor in tensors)  # rows: never read
     launch(
         _linear, (triton.cdiv(columns, block_n), triton.cdiv(M, tile), parts),
         rows, matrix.values, scales, zeros, factor, bias, sums, M, columns, K, rows.stride(0),
@@ -223,21 +169,3 @@ def _run(op: str, layer: nn.Module, x: Tensor, start: int, stop: int | None, gat
             _add_up, (triton.cdiv(columns, 64), triton.cdiv(M, TILE)), sums, scales, bias, out, M, columns,
             INT8=matrix.kind == "int8", BIAS=matrix.bias is not None, SPLIT=parts, TILE_M=TILE, BLOCK_N=64,
         )  # fmt: skip
-    return out
-
-
-def linear(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Multiply x [..., in] -> [..., out], or only the outputs start .. stop, in x's dtype; sums in float32."""
-    return _run("linear", layer, x, start, stop, gated=False)
-
-
-def gated_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return SiLU(first half of the outputs) * second half: x [..., in] -> [..., out / 2], rounded once."""
-    return _run("gated_linear", layer, x, 0, None, gated=True)
-
-
-def unconstrained(layer: nn.Module, x: Tensor) -> Tensor:
-    """Run `linear` row by row without padding; the bench measures the cost of equal bits for 16 rows against it."""
-    matrix = matrix_of("linear", layer, 0, None)
-    require("linear", matrix.kind != "int4", "int4 is computed in tiles of 16 only", "another format")
-    return _run("linear", layer, x, 0, None, gated=False, tile=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -66,11 +65,3 @@ def chance(keys, position, purpose: tl.constexpr):
     high = splat(tl.load(keys + 2), one)
     a, _, _, _ = words(one, splat(position, one), sample, tl.full((1,), purpose, tl.uint32), low, high)
     return tl.sum(uniform(a), 0)
-
-
-def keyed(keys: Tensor, positions: Tensor) -> Tensor:
-    """Return the kernels' keys, int64 [R, 4], from (seed, sample): sample, low and high half of the seed, position."""
-    words = keys.new_empty(len(keys), 4)
-    words[:, 0], words[:, 1] = keys[:, 1], keys[:, 0] & 0xFFFFFFFF
-    words[:, 2], words[:, 3] = (keys[:, 0] >> 32) & 0xFFFFFFFF, positions
-    return words

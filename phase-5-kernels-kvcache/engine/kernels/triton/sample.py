@@ -8,18 +8,14 @@ lowest ids stay.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...sampling import Sampler, SamplingParams, penalise
-from .noise import gumbel, keyed
-from .prefix import choices_of
-from .support import floating, launch, on_device, power, require, rows_of
-from .verify import SAMPLE, is_keyed
+from .noise import gumbel
+from .support import launch, power
+from .verify import SAMPLE
 
 BLOCK = 4096
 
@@ -69,10 +65,8 @@ def _sample(logits, keys, params, out, V, stride,
             above = tl.where(enough, above, middle)
 
     edge, stay = least, tl.zeros((1,), tl.int64)  # how many logits at the edge stay
-    over, excess = (
-        tl.zeros((1,), tl.int64),
-        tl.zeros((1,), tl.float32),
-    )  # how many top-k drops at the edge, and their mass
+    # How many logits at the edge top-k drops, and their mass.
+    over, excess = tl.zeros((1,), tl.int64), tl.zeros((1,), tl.float32)
     if TOP_K:
         count, share = tl.zeros((1,), tl.int64), tl.zeros((1,), tl.float32)
         for first in range(0, V, BLOCK):
@@ -91,10 +85,8 @@ def _sample(logits, keys, params, out, V, stride,
             x = scaled(row, first, temperature, V, BLOCK)
             mass += tl.sum(tl.where(ordered(x) >= least, tl.exp(x - top), 0.0), 0)
         mass -= excess
-        low, edge = (
-            least - 1,
-            ordered(tl.zeros((1,), tl.float32) + top),
-        )  # numbers up to `low` are dropped; `edge` stays
+        # Numbers up to `low` are dropped; `edge` stays.
+        low, edge = least - 1, ordered(tl.zeros((1,), tl.float32) + top)
         for _ in range(33):
             middle = (low + edge) >> 1
             below = tl.zeros((1,), tl.float32)
@@ -152,39 +144,11 @@ def _sample(logits, keys, params, out, V, stride,
     tl.store(out + r, tl.cast(best, tl.int64))
 
 
-def sample(
-    logits: Tensor,
-    params: Rows[SamplingParams],
-    sampler: Sampler,
-    keys: Rows[tuple[int, int]],
-    positions: Rows[int],
-    prompts: Rows[Rows[int]],
-    outputs: Rows[Rows[int]],
-) -> list[int]:
-    """Choose the next token of every row of logits [R, V], as choose() does. UserError unless the sampler is keyed."""
-    op = "sample"
-    on_device(op, logits=logits)
-    if any(mine.penalised for mine in params):
-        logits = penalise(logits.float(), params, prompts, outputs)
-    if all(mine.greedy for mine in params):
-        greedy: list[int] = choices_of(op, logits).tolist()
-        return greedy
-    require(op, is_keyed(op, sampler), "a temperature above 0 and no sampler", "keyed sampler")
-    floating(op, logits=logits)
-    rows = rows_of(logits)
+def sample(rows: Tensor, keys: Tensor, filters: list[tuple[float, int, float, float]], out: Tensor) -> None:
     R, V = rows.shape
-    require(op, len(params) == R, f"{len(params)} parameters", f"{R}, one for each row")
-    device, whole, exact = logits.device, torch.int64, torch.float64
-    at = torch.tensor(positions, dtype=whole, device=device)
-    words = keyed(torch.tensor(keys, dtype=whole, device=device).view(R, 2), at)
-    temperature, top_k, top_p, min_p = zip(*(mine.filters for mine in params), strict=True)
-    limits = [min(k, V) or V for k in top_k]
-    columns = [temperature, limits, [1.0 - p for p in top_p], min_p]
-    filters = torch.tensor(columns, dtype=exact, device=device).T.contiguous()
-    out = torch.empty(R, dtype=torch.int64, device=logits.device)
+    limited = [(temperature, min(k, V) or V, 1.0 - p, min_p) for temperature, k, p, min_p in filters]
     launch(
-        _sample, (R,), rows, words, filters, out, V, rows.stride(0), TOP_K=any(k < V for k in limits),
-        TOP_P=any(p < 1 for p in top_p), MIN_P=any(p > 0 for p in min_p), BLOCK=max(4, min(BLOCK, power(V))),
+        _sample, (R,), rows, keys, torch.tensor(limited, dtype=torch.float64, device=rows.device), out, V,
+        rows.stride(0), TOP_K=any(k < V for _, k, _, _ in limited), TOP_P=any(p < 1 for _, _, p, _ in filters),
+        MIN_P=any(p > 0 for *_, p in filters), BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
-    tokens: list[int] = out.tolist()
-    return tokens

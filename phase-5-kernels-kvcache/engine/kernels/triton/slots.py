@@ -14,14 +14,14 @@ NEVER = 1 << 30  # modulus of positions that do not wrap
 
 
 @triton.jit
-def offset(rows, tables, r, position, slots, table_width, s_place, s_slot, PAGED: tl.constexpr):
+def offset(rows, tables, r, position, slots, table_width, s_page, s_slot, PAGED: tl.constexpr):
     """Return the offset, in elements, of the first head's features at positions of the forward pass's row r."""
     slot = position % slots
     if PAGED:
-        place = tl.load(tables + r * table_width + position // slots).to(tl.int64)
+        page = tl.load(tables + r * table_width + position // slots).to(tl.int64)
     else:
-        place = tl.load(rows + r).to(tl.int64)
-    return place * s_place + slot * s_slot
+        page = tl.load(rows + r).to(tl.int64)
+    return page * s_page + slot * s_slot
 
 
 def ways(metadata: AttentionMetadata) -> tuple[Tensor, int, int]:

@@ -1,4 +1,4 @@
-"""Helpers of the kernels: argument checks, launches, and a matrix product that is also right in the interpreter."""
+"""Helpers of the kernels: launches, and a matrix product that is also right in the interpreter."""
 
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
@@ -10,14 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from common.device import dtype_name
-from common.errors import UserError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
 RECORDER: ContextVar[Callable[..., None] | None] = ContextVar("recorder", default=None)  # see offline.py
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -33,38 +28,10 @@ def dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-def require(op: str, good: bool, wrong: str, right: str) -> None:
-    """Raise UserError with what is wrong with an argument and what would be right, unless `good`."""
-    if not good:
-        raise UserError(f"triton {op}: {wrong}; expected {right}")
-
-
-def on_device(op: str, **tensors: Tensor | None) -> None:
-    """Check that all tensors are on one device on which Triton can run."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(devices.values()))
-    for name, device in devices.items():
-        require(op, device == first, f"{name} is on {device}", f"{first}, as {next(iter(devices))}")
-    able = first.type == "cuda" or INTERPRETED or RECORDER.get() is not None
-    require(op, able, f"{next(iter(devices))} is on {first}", "a CUDA device (or TRITON_INTERPRET=1)")
-
-
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """Check that each tensor is float32, bfloat16 or float16."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            wanted = "float32, bfloat16 or float16"
-            require(op, tensor.dtype in FLOATS, f"{name} is {dtype_name(tensor.dtype)}", wanted)
-
-
-def same_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
-    require(op, tensor.shape == shape, f"{name} has shape {list(tensor.shape)}", str(list(shape)))
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """Reshape [..., D] to [rows, D] with contiguous rows; a view if possible."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+def needs(device: torch.device) -> str | None:
+    """Return the device that the kernels need instead of this one; None if they run on it."""
+    able = device.type == "cuda" or INTERPRETED or RECORDER.get() is not None
+    return None if able else "a CUDA device (or TRITON_INTERPRET=1)"
 
 
 def power(n: int, least: int = 1) -> int:

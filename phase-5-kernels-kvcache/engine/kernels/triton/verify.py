@@ -7,17 +7,14 @@ Gumbel-max if all were accepted, else from the residual by one uniform and the i
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from common.philox import Purpose
 
-from ...sampling import KeyedSampler
-from ...verify import GreedySource, RandomSource, Verdict
-from .noise import chance, gumbel, keyed
-from .support import launch, on_device, power, require, same_shape
+from .noise import chance, gumbel
+from .support import launch, power
 
 BLOCK = 2048
 SAMPLE, ACCEPT, RESIDUAL = (tl.constexpr(int(p)) for p in (Purpose.SAMPLE, Purpose.ACCEPT, Purpose.RESIDUAL))
@@ -120,45 +117,13 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
         tl.store(following + r, drawn(here, mine, position + count, V, BLOCK).to(tl.int64))
 
 
-def is_keyed(op: str, source: object) -> bool:
-    """Return True for a keyed source, False for a greedy one. UserError for other sources."""
-    if isinstance(source, GreedySource):
-        return False
-    require(op, isinstance(source, KeyedSampler), f"a source of type {type(source).__name__}", "a keyed or greedy one")
-    return True
-
-
-def verify_sample(
-    draft_tokens: Tensor,
-    draft_probs: Tensor | None,
-    target_probs: Tensor,
-    widths: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    source: RandomSource,
-) -> Verdict:
-    """Apply the acceptance rule, as verify() does.
-
-    draft_tokens int64 [R, K], draft_probs float32 [R, K, V] or None for one-hot, target_probs float32 [R, K+1, V],
-    widths, positions int64 [R], keys int64 [R, 2]. UserError for a source that is neither keyed nor greedy.
-    """
-    op = "verify_sample"
-    random = is_keyed(op, source)
+def verify(
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], random: bool, outputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    draft_tokens, draft_probs, target_probs, widths, keys = inputs
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
-    on_device(op, draft_tokens=draft_tokens, draft_probs=draft_probs, target_probs=target_probs, widths=widths)
-    same_shape(op, "target_probs", target_probs, R, K + 1, V)
-    for name, tensor in (("target_probs", target_probs), ("draft_probs", draft_probs)):
-        wrong = tensor is not None and tensor.dtype != torch.float32
-        require(op, not wrong, f"{name} is not float32", "float32")
-    if draft_probs is not None:
-        same_shape(op, "draft_probs", draft_probs, R, K, V)
-    target = target_probs.contiguous()
-    draft = target if draft_probs is None else draft_probs.contiguous()
-    accepted, following = torch.empty_like(widths), torch.empty_like(widths)
-    ratios = target.new_empty(R, K)
+    draft = target_probs if draft_probs is None else draft_probs
     launch(
-        _verify, (R,), draft_tokens.contiguous(), draft, target, widths.contiguous(),
-        keyed(keys, positions), accepted, following, ratios, K, V,
+        _verify, (R,), draft_tokens, draft, target_probs, widths, keys, *outputs, K, V,
         DRAFT=draft_probs is not None, CERTAIN=not random, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
-    return Verdict(accepted, following, ratios)

@@ -130,10 +130,10 @@ PYBIND11_MODULE(lab_cpp, module) {
             py::gil_scoped_release release;
             e.join(tokens, pointer<float>(features), pointer<float>(out));
         })
-        .def("continue_features", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample, int position,
-                                     uintptr_t features, int count, const Sampling& how, uint32_t purpose, uintptr_t predicted, uintptr_t probs) {
+        .def("continue_features", [](Engine& e, const View& view, int row, int held, std::vector<int> new_tokens, int sample,
+                                     int position, uintptr_t features, int count, const Sampling& how, uint32_t purpose, uintptr_t predicted, uintptr_t probs) {
             py::gil_scoped_release release;
-            return e.continue_features(view, {row, held, std::move(known), sample, position}, pointer<float>(features), count,
+            return e.continue_features(view, {row, held, std::move(new_tokens), sample, position}, pointer<float>(features), count,
                                        how, purpose, pointer<float>(predicted), pointer<float>(probs));
         })
         .def("finish", &Engine::finish)
@@ -145,16 +145,16 @@ PYBIND11_MODULE(lab_cpp, module) {
                           std::move(parents), std::move(wanted), std::move(taps), pointer<float>(inputs),
                           pointer<float>(hidden), pointer<float>(logits), pointer<float>(tapped)});
         })
-        .def("draft", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample, int position,
+        .def("draft", [](Engine& e, const View& view, int row, int held, std::vector<int> new_tokens, int sample, int position,
                          int count, const Sampling& how, uint32_t purpose, uintptr_t probs) {
             py::gil_scoped_release release;
-            return e.draft(view, {row, held, std::move(known), sample, position}, count, how, purpose, pointer<float>(probs));
+            return e.draft(view, {row, held, std::move(new_tokens), sample, position}, count, how, purpose, pointer<float>(probs));
         })
-        .def("generate", [](Engine& e, const View& view, int row, int held, std::vector<int> known, int sample,
+        .def("generate", [](Engine& e, const View& view, int row, int held, std::vector<int> new_tokens, int sample,
                             int position, int count, const Sampling& how, std::vector<int> ends, std::vector<int> taps,
                             uintptr_t hidden, uintptr_t tapped) {
             py::gil_scoped_release release;
-            return e.generate(view, {row, held, std::move(known), sample, position}, count, how, ends,
+            return e.generate(view, {row, held, std::move(new_tokens), sample, position}, count, how, ends,
                               {pointer<float>(hidden), pointer<float>(tapped), std::move(taps)});
         })
         .def("product", [](Engine& e, const Packed& packed, uintptr_t x, int count, uintptr_t out) {
@@ -175,14 +175,14 @@ PYBIND11_MODULE(lab_cpp, module) {
         .def_readonly("verify_ms", &Speculated::verify_ms)
         .def_readonly("accept_ms", &Speculated::accept_ms);
     // Each model has its own row for the sequence, and its own number of cached tokens.
-    module.def("speculate", [](Engine& target, const View& seen, int row, int held, std::vector<int> known, Engine& drafter,
-                               const View& drafting, int its_row, int its_held, std::vector<int> its_known, int sample,
+    module.def("speculate", [](Engine& target, const View& seen, int row, int held, std::vector<int> new_tokens, Engine& drafter,
+                               const View& drafting, int its_row, int its_held, std::vector<int> its_new_tokens, int sample,
                                int position, int count, const Sampling& how, bool own, uint32_t purpose, int steps, uintptr_t tokens,
                                uintptr_t draft_probs, uintptr_t target_probs, uintptr_t ratios) {
         py::gil_scoped_release release;
         return speculate(
-            target, seen, {row, held, std::move(known), sample, position}, drafter, drafting,
-            {its_row, its_held, std::move(its_known), sample, position}, {count, how, own, purpose, steps},
+            target, seen, {row, held, std::move(new_tokens), sample, position}, drafter, drafting,
+            {its_row, its_held, std::move(its_new_tokens), sample, position}, {count, how, own, purpose, steps},
             pointer<int64_t>(tokens), pointer<float>(draft_probs), pointer<float>(target_probs), pointer<float>(ratios)
         );
     });

@@ -11,14 +11,14 @@
 
 namespace lab {
 
-Request Engine::following(const Text& text, float* logits) {
+Request Engine::following(const Sequence& sequence, float* logits) {
     Request request;
-    const int count = int(text.known.size());
-    request.tokens = text.known;
-    for (int i = 0; i < count; ++i) request.positions.push_back(text.held + i);
-    request.rows = {text.row};
+    const int count = int(sequence.new_tokens.size());
+    request.tokens = sequence.new_tokens;
+    for (int i = 0; i < count; ++i) request.positions.push_back(sequence.held + i);
+    request.rows = {sequence.row};
     request.counts = {count};
-    request.held = {text.held};
+    request.held = {sequence.held};
     request.wanted = {count - 1};
     request.logits = logits;
     return request;
@@ -28,10 +28,10 @@ namespace {
 
 // The same request for the next token.
 void go_on(Request& request, int token) {
-    const int place = request.held[0] + request.counts[0];
+    const int position = request.held[0] + request.counts[0];
     request.tokens.assign(1, token);
-    request.positions.assign(1, place);
-    request.held[0] = place;
+    request.positions.assign(1, position);
+    request.held[0] = position;
     request.counts[0] = 1;
     request.wanted[0] = 0;
 }
@@ -67,23 +67,23 @@ void Engine::join(const std::vector<int>& tokens, const float* features, float* 
 }
 
 std::vector<int> Engine::continue_features(
-    const View& view, const Text& text, const float* features, int count, const Sampling& how, uint32_t purpose,
+    const View& view, const Sequence& sequence, const float* features, int count, const Sampling& how, uint32_t purpose,
     float* predicted, float* probs
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
     const size_t width = size_t(model.width);
-    check(text, count, how);
+    check(sequence, count, how);
     need(features != nullptr && predicted != nullptr && probs != nullptr, "features or distributions have no memory");
-    std::vector<float> inputs(text.known.size() * width), state(width);
+    std::vector<float> inputs(sequence.new_tokens.size() * width), state(width);
     std::vector<int> drawn;
-    Request request = following(text, nullptr);
-    join(text.known, features, inputs.data());
+    Request request = following(sequence, nullptr);
+    join(sequence.new_tokens, features, inputs.data());
     for (int i = 0; i < count; ++i) {
         float* of_token = probs + size_t(i) * size_t(model.vocab);
         request.inputs = inputs.data(), request.logits = of_token;
         request.hidden = i == 0 ? predicted : state.data();
         step(view, request);
-        const int token = draw(of_token, how, text.sample, text.position + i, purpose);
+        const int token = draw(of_token, how, sequence.sample, sequence.position + i, purpose);
         drawn.push_back(token);
         go_on(request, token);
         if (i + 1 < count) join({token}, request.hidden, inputs.data());
@@ -92,25 +92,25 @@ std::vector<int> Engine::continue_features(
 }
 
 std::vector<int> Engine::draft(
-    const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs
+    const View& view, const Sequence& sequence, int count, const Sampling& how, uint32_t purpose, float* probs
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    check(text, count, how);
+    check(sequence, count, how);
     need(probs != nullptr, "the distributions have no memory");
     std::vector<int> drawn;
-    Request request = following(text, nullptr);
+    Request request = following(sequence, nullptr);
     for (int i = 0; i < count; ++i) {
         float* of_token = probs + size_t(i) * size_t(model.vocab);
         request.logits = of_token;
         step(view, request);
-        const int token = draw(of_token, how, text.sample, text.position + i, purpose);
+        const int token = draw(of_token, how, sequence.sample, sequence.position + i, purpose);
         drawn.push_back(token);
         go_on(request, token);
     }
     return drawn;
 }
 
-// Noise for a whole vocabulary is worth sharing out.
+// Splits the noise of a large vocabulary over the threads.
 int Engine::choose_plain(const float* logits, const Sampling& how, int sample, int position) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
     need_finite(logits, model.vocab);
@@ -151,19 +151,19 @@ void Engine::to_probabilities(float* rows, int count, const Sampling& how) {
 }
 
 std::vector<int> Engine::generate(
-    const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends, const States& states
+    const View& view, const Sequence& sequence, int count, const Sampling& how, const std::vector<int>& ends, const States& states
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    check(text, count, how);
+    check(sequence, count, how);
     std::vector<int> made;
-    Request request = following(text, one_.data());
+    Request request = following(sequence, one_.data());
     request.taps = states.taps;
     for (int i = 0; i < count; ++i) {
         const size_t row = size_t(i) * size_t(model.width);
         if (states.hidden != nullptr) request.hidden = states.hidden + row;
         if (states.tapped != nullptr) request.tapped = states.tapped + row * states.taps.size();
         step(view, request);
-        const int token = choose_plain(one_.data(), how, text.sample, text.position + i);
+        const int token = choose_plain(one_.data(), how, sequence.sample, sequence.position + i);
         made.push_back(token);
         if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
         go_on(request, token);

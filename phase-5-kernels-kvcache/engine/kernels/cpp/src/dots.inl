@@ -1,8 +1,7 @@
 // Products of a few tokens with a matrix in panels. Included by one file per instruction set.
 //
-// Every output of every token is summed up in one lane of one register, from the first input to the last; tiles only
-// decide which of these sums run side by side. So the bits of an output are the same however many tokens there are,
-// whoever computes it.
+// One lane of one register sums an output of a token, from the first input to the last; tiles only decide which of
+// these sums run side by side. So the bits of an output depend neither on the number of tokens nor on the thread.
 
 namespace lab::SIMD_NAME {
 
@@ -30,8 +29,8 @@ LAB_INLINE Ints dot4(Ints acc, Ints weights, int32_t four) {
 #endif
 }
 
-// How many tokens, panels and registers of a panel are worked on together: as many sums as hide the latency of an
-// addition, and as the registers hold.
+// The tokens, panels and registers of a panel of one tile: enough sums to hide the latency of an addition, and no more
+// than fit in registers.
 template <bool INTS>
 struct Tiling;
 #if defined(__AVX512F__)
@@ -86,8 +85,8 @@ struct Tile {
             });
     }
 
-    // Rows begin .. end - 1 of all P panels, a few of one panel after the other: whole lines of the cache, several in
-    // a row, are what the prefetchers wake up for; and what comes next of this stream is asked for beforehand.
+    // Rows begin .. end - 1 of all P panels, a few of one panel after the other: several whole cache lines in sequence
+    // trigger the hardware prefetchers. The next lines of each panel are also prefetched explicitly.
     template <class Row>
     LAB_INLINE void each_row(int begin, int end, const uint8_t* (&base)[P], Row row) {
         constexpr int BYTES = row_bytes(KIND), UNROLL = 256 / BYTES;
@@ -130,7 +129,7 @@ struct Tile {
         }
     }
 
-    // Groups of whole numbers are summed up exactly, and then as floats. WIDE: the levels meet float activations.
+    // Integers are summed exactly within a group, then groups as floats. WIDE: int levels times float activations.
     LAB_INLINE void add_up_levels(
         const Matrix& w, const Acts& x, int token, int panel, int apart, int first, const uint8_t* (&base)[P],
         const uint8_t* (&row)[M], Floats (&acc)[M][N]
@@ -220,8 +219,8 @@ struct Tile {
     }
 };
 
-// Panels begin .. end - 1, P at a time. Those that go together lie far apart: so each of P streams through memory is as
-// long as it can be, which is what the processor's prefetchers follow best.
+// Panels begin .. end - 1, P at a time. The P panels are far apart, so each of the P streams through memory is as long
+// as possible, which suits the hardware prefetchers.
 template <Kind KIND, bool WIDE, int M, int P>
 static void panels_of(
     const Matrix& w, const Acts& x, int token, int begin, int end, float* out, size_t stride, int limit, bool add
@@ -234,7 +233,7 @@ static void panels_of(
     if constexpr (P > 1) panels_of<KIND, WIDE, M, P / 2>(w, x, token, begin + apart * P, end, out, stride, limit, add);
 }
 
-// Weights that are read once for all groups of tokens: few enough panels that they stay in the nearest caches.
+// Panels that all groups of tokens use before the next ones are read: few enough to stay in the L1 and L2 caches.
 constexpr int PANELS_AT_ONCE = 4;
 
 template <Kind KIND, bool WIDE>

@@ -58,10 +58,10 @@ void Engine::check(const View& view, const Request& request) const {
         total += size_t(request.counts[r]);
     }
     need(total == count, "the rows' counts are not the number of tokens");
-    const int places = model.rope ? model.rotations : model.positions.rows - model.position_offset;
+    const int positions = model.rope ? model.rotations : model.positions.rows - model.position_offset;
     for (size_t m = 0; m < count; ++m) {
         need(request.tokens[m] >= 0 && request.tokens[m] < model.vocab, "a token is not in the vocabulary");
-        need(request.positions[m] >= 0 && request.positions[m] < places, "a position is past the model's");
+        need(request.positions[m] >= 0 && request.positions[m] < positions, "a position is past the model's");
     }
     for (size_t w = 0; w < request.wanted.size(); ++w) {
         need(request.wanted[w] >= 0 && size_t(request.wanted[w]) < count, "a wanted token is not there");
@@ -72,11 +72,11 @@ void Engine::check(const View& view, const Request& request) const {
     need(join_ == nullptr || request.inputs != nullptr, "a model that continues features is fed its inputs");
 }
 
-void Engine::check(const Text& text, int count, const Sampling& how) const {
+void Engine::check(const Sequence& sequence, int count, const Sampling& how) const {
     need(finished_, "the model is not finished");
-    need(!text.known.empty(), "the text has no token that the cache does not hold");
-    need(text.known.size() < size_t(1) << 30 && count >= 0 && count < 1 << 30, "a number of tokens is below 0 or absurd");
-    need(text.held >= 0 && text.held < 1 << 30, "a row's length is below 0 or absurd");
+    need(!sequence.new_tokens.empty(), "every token of the sequence is cached already");
+    need(sequence.new_tokens.size() < size_t(1) << 30 && count >= 0 && count < 1 << 30, "a number of tokens is below 0 or absurd");
+    need(sequence.held >= 0 && sequence.held < 1 << 30, "a row's length is below 0 or absurd");
     how.check();
 }
 
@@ -90,7 +90,7 @@ void Engine::step(const View& view, const Request& request) {
     if (!request.parents.empty()) {
         size_t longest = 0;
         for (int c : request.counts) longest += size_t(c) * size_t(c);
-        lines_.reserve(longest);  // pointers into it must stand
+        lines_.reserve(longest);  // pointers into it must stay valid
     }
     size_t m = 0;
     for (size_t r = 0; r < request.rows.size(); ++r) {

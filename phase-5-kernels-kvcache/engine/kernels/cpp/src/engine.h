@@ -49,20 +49,20 @@ public:
     // throw std::overflow_error for logits that are not finite.
     void step(const View& view, const Request& request);
 
-    struct Text {
-        int row, held;
-        std::vector<int> known;  // tokens that are not cached yet; at least one
-        int sample, position;    // of the next token, for the keyed noise
+    struct Sequence {
+        int row, held;                // its row of the cache, and how many tokens the row holds
+        std::vector<int> new_tokens;  // those that are not cached yet; at least one
+        int sample, position;         // of the next token, for the keyed noise
     };
     // A request over all uncached tokens of a sequence, for the logits of the last one.
-    static Request following(const Text& text, float* logits);
+    static Request following(const Sequence& sequence, float* logits);
     // Choose the next token as plain decoding does, from its logits [vocab].
     int choose_plain(const float* logits, const Sampling& how, int sample, int position);
     // Convert rows [count, vocab] of logits, in place, to the distributions that are sampled.
     void to_probabilities(float* rows, int count, const Sampling& how);
 
     // Draft `count` tokens, each with one uniform number; writes their distributions to probs [count, vocab].
-    std::vector<int> draft(const View& view, const Text& text, int count, const Sampling& how, uint32_t purpose, float* probs);
+    std::vector<int> draft(const View& view, const Sequence& sequence, int count, const Sampling& how, uint32_t purpose, float* probs);
     // The hidden states that draft heads read, one row per forward pass; null: none.
     struct States {
         float* hidden = nullptr;  // [count, width]
@@ -71,7 +71,7 @@ public:
     };
     // Decode plainly until `count` tokens or one of `ends`; `states` are those of the token before each new token.
     std::vector<int> generate(
-        const View& view, const Text& text, int count, const Sampling& how, const std::vector<int>& ends,
+        const View& view, const Sequence& sequence, int count, const Sampling& how, const std::vector<int>& ends,
         const States& states
     );
 
@@ -79,7 +79,7 @@ public:
     // `features` are those of the uncached tokens. Writes the feature predicted after the sequence to `predicted`
     // [width].
     std::vector<int> continue_features(
-        const View& view, const Text& text, const float* features, int count, const Sampling& how, uint32_t purpose,
+        const View& view, const Sequence& sequence, const float* features, int count, const Sampling& how, uint32_t purpose,
         float* predicted, float* probs
     );
     // EAGLE's inputs: each token's embedding joined with its feature -> out [tokens, width].
@@ -100,7 +100,7 @@ private:
     void fit(int capacity);
     static const Model& checked(const Model& model);
     void check(const View& view, const Request& request) const;
-    void check(const Text& text, int count, const Sampling& how) const;
+    void check(const Sequence& sequence, int count, const Sampling& how) const;
     float* memory(size_t floats);
 
     std::vector<Layer> layers_;

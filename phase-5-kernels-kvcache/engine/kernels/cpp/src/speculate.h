@@ -21,14 +21,15 @@ struct Speculated {
     double draft_ms, verify_ms, accept_ms;
 };
 
-// `text` is the sequence in the target's cache, `behind` in the drafter's. Writes for every step: tokens [count], the
-// draft; draft_probs [count, vocab], the distributions of the draft tokens; target_probs [count + 1, vocab], the
-// target's distributions after the sequence and after each draft token; ratios [count], the acceptance probabilities.
+// `sequence` is the sequence in the target's cache, `draft_sequence` in the drafter's. Writes for every step: tokens
+// [count], the draft; draft_probs [count, vocab], the distributions of the draft tokens; target_probs [count + 1, vocab],
+// the target's distributions after the sequence and after each draft token; ratios [count], the acceptance
+// probabilities.
 // Afterwards the target's row holds all tokens but the last, followed by rejected draft tokens. The drafter's row is
 // the same, without the last draft token if all were accepted.
 std::vector<Speculated> speculate(
-    Engine& target, const View& seen, Engine::Text text, Engine& drafter, const View& drafting, Engine::Text behind,
-    const Speculation& what, int64_t* tokens, float* draft_probs, float* target_probs, float* ratios
+    Engine& target, const View& seen, Engine::Sequence sequence, Engine& drafter, const View& drafting,
+    Engine::Sequence draft_sequence, const Speculation& what, int64_t* tokens, float* draft_probs, float* target_probs, float* ratios
 );
 
 }  // namespace lab

@@ -1,8 +1,8 @@
-"""Helpers of the wrappers: argument checks, and conversion of tensors to the library's arguments."""
+"""Checks and layouts of the tensors that kernels take. `op` names the backend and the op, for messages: "cuda rope"."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,30 +10,23 @@ from torch import Tensor
 from common.device import dtype_name
 from common.errors import UserError
 
-from .library import emulated, library
-
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # device.cuh
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require(op: str, good: bool, wrong: str, right: str) -> None:
     """Raise UserError with what is wrong with an argument and what would be right, unless `good`."""
     if not good:
-        raise UserError(f"cuda {op}: {wrong}; expected {right}")
+        raise UserError(f"{op}: {wrong}; expected {right}")
 
 
-def on_device(op: str, **tensors: Tensor | None) -> ModuleType:
-    """Check that all tensors are on one device on which kernels can run; return its library."""
+def on_device(op: str, needs: Callable[[torch.device], str | None], **tensors: Tensor | None) -> None:
+    """Check that all tensors are on one device, and that `needs` names no other device for it."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(devices.values()))
-    for name, device in devices.items():
-        require(op, device == first, f"{name} is on {device}", f"{first}, as {next(iter(devices))}")
-    able = first.type == "cuda" or (first.type == "cpu" and emulated())
-    require(op, able, f"{next(iter(devices))} is on {first}", "a CUDA device")
-    if first.type == "cuda":
-        now = torch.cuda.current_device()
-        require(op, first.index in (None, now), f"the tensors are on {first}", f"the current device, cuda:{now}")
-    return library(first)
+    first, device = next(iter(devices.items()))
+    for name, other in devices.items():
+        require(op, other == device, f"{name} is on {other}", f"{device}, as {first}")
+    needed = needs(device)
+    require(op, needed is None, f"{first} is on {device}", str(needed))
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -68,8 +61,3 @@ def dense(x: Tensor) -> Tensor:
 def address(tensor: Tensor | None) -> int:
     """Return the address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def stream_of(tensor: Tensor) -> int:
-    """Return torch's current stream for this tensor."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
