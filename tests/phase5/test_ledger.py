@@ -44,7 +44,7 @@ def test_all_that_a_kernels_files_import_of_each_other_is_hashed_with_them() -> 
         for file in files:
             lines = (TRITON / file).read_text(encoding="utf-8").splitlines()
             modules = [line.split()[1] for line in lines if line.startswith("from .")]
-            beside = {f"{module[1:]}.py" for module in modules if module[1] != "."}
+            beside = {f"{module[1:]}.py" for module in modules if module[1:2] not in ("", ".")}
             above = {f"../{module[2:]}.py" for module in modules if module[:2] == ".." and module[2:3] not in ("", ".")}
             assert "/" in file or beside | above <= set(files), (op, file)
 
