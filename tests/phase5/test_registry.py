@@ -57,7 +57,6 @@ def test_without_anything_else_torch_does_everything(backends: dict[str, Any]) -
     assert set(report["ops"].values()) == {"torch"}
     assert set(report["why_not"]) == {"cuda", "triton", "cpp"}
     assert json.loads(json.dumps(report)) == report  # it goes into the stats
-    assert registry.describe(report) == "kernels: torch"
 
 
 def test_auto_takes_the_first_that_has_the_op(
@@ -71,7 +70,6 @@ def test_auto_takes_the_first_that_has_the_op(
     assert kernels.linear == nothing
     assert kernels.sample is TORCH.sample
     assert report["why_not"]["cuda"]["rope"] == "has no such kernel"
-    assert "cuda (linear)" in registry.describe(report)
 
 
 def test_auto_takes_no_kernel_that_no_card_has_seen(
@@ -84,9 +82,9 @@ def test_auto_takes_no_kernel_that_no_card_has_seen(
     assert "not checked on a GPU" in report["why_not"]["triton"]["linear"]
     asked = registry.choose("triton", CARD, book=book).report
     assert asked["ops"]["linear"] == "triton"
+    assert asked["warnings"][0].startswith("triton kernels that were not checked")
     assert "linear" in asked["warnings"][0]
     assert "rope" not in asked["warnings"][0]
-    assert "warning: triton kernels that were not checked" in registry.describe(asked)
 
 
 def test_auto_interprets_nothing(backends: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

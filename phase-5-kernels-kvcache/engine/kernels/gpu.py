@@ -28,7 +28,7 @@ class GpuOps(TokenOps):
     """All ops, with the arguments and results of their references. UserError for arguments that do not fit."""
 
     def __init__(self, name: str, launches: Launches, most_tokens: int | None = None) -> None:
-        """most_tokens: torch multiplies longer sequences, which are limited by arithmetic; None: none."""
+        """Take a backend's kernels. torch multiplies sequences of more than most_tokens: arithmetic limits them."""
         super().__init__(name, launches)
         self.most_tokens = most_tokens
 

@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """The scales of an int8 cache, bfloat16 [pages, kv_heads, slots, 1] each."""
+        """Return the scales of an int8 cache, bfloat16 [pages, kv_heads, slots, 1] each."""
         return self.keys.scales, self.values.scales
 
 
@@ -59,7 +59,7 @@ class AttentionMetadata:
 
     @property
     def ends(self) -> list[int]:
-        """The length of each row with its new tokens."""
+        """Return the length of each row with its new tokens."""
         return [length + count for length, count in zip(self.lengths, self.count_list, strict=True)]
 
 

@@ -157,16 +157,6 @@ def use(target: object, kernels: Kernels) -> None:
             object.__setattr__(each, "kernels", kernels)  # policies are frozen
 
 
-def describe(report: Report) -> str:
-    """Format a report as one line, the ops by backend, followed by the warnings."""
-    by_backend: dict[str, list[str]] = {}
-    for op, backend in report["ops"].items():
-        by_backend.setdefault(backend, []).append(op)
-    each = [backend if len(by_backend) == 1 else f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
-    said = f"kernels: {'; '.join(each)}"
-    return "\n".join([said, *(f"warning: {warning}" for warning in report.get("warnings", []))])
-
-
 def examine(device: torch.device) -> list[tuple[str, str | None, str]]:
     """Return for `lab doctor` each backend's name, its ops (None: it cannot run), and its description or problem."""
     found: list[tuple[str, str | None, str]] = []

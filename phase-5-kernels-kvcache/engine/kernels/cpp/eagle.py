@@ -33,7 +33,7 @@ class CppEagle(CppModel):
     """EAGLE's layer. Its cache holds the sequence's inputs; positions count from the first input."""
 
     def __init__(self, head: EagleHead, target: Transformer, beside: CppModel) -> None:
-        """beside: the target in C++; its output matrix, weight format and threads are used."""
+        """Pack the layer. `beside`: the target in C++, whose output matrix, weight format and threads are used."""
         parts = SimpleNamespace(
             config=dataclasses.replace(head.config, windows=(head.shape.reach,)),
             embedding=target.embedding,

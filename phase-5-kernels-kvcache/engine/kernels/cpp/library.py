@@ -6,6 +6,7 @@ SPECDEC_CPU_ISA=avx2 python generate.py --kernels cpp --prompt "from pathlib imp
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -60,11 +61,7 @@ def why_not() -> str | None:
         return f"the C++ kernels are written for Linux and macOS, and this is {sys.platform}"
     if find_compiler() is None:
         return "no C++ compiler (g++ or clang++) on the PATH"
-    try:
-        import pybind11  # noqa: F401
-    except ImportError:
-        return "pybind11 is not installed"
-    return None
+    return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
 
 
 def make(name: str, sources: Sequence[str], cpu_seconds: float = 0) -> Path:

@@ -41,7 +41,7 @@ class CppMedusa:
         self._packed = {name: [pack(plan, arena, exact, beside.threads) for plan in of] for name, of in plans.items()}
 
     def _product(self, packed: Any, x: Tensor) -> Tensor:
-        """x [1, inputs] -> [1, D]."""
+        """Multiply x [1, inputs] by a packed matrix: [1, D]."""
         out = torch.empty(1, self.beside.config.width)
         self.beside._engine.product(packed, x.data_ptr(), 1, out.data_ptr())
         return out

@@ -112,7 +112,7 @@ class PackedModel:
 
     @property
     def activations(self) -> str:
-        """The format of the activations in products with the matrices."""
+        """Return the format of the activations in products with the matrices."""
         if self.exact_activations or self.weights in ("float32", "float16"):
             return "float32"
         if self.weights == "bfloat16":

@@ -149,9 +149,9 @@ def call_of(
 
 
 def choices(scores: Tensor, out: Tensor) -> None:
-    (R, V), library = scores.shape, library_of(scores)
-    found = scores.new_empty(R * library.choice_parts(V), dtype=torch.int64)
-    library.choices(
+    (R, V), functions = scores.shape, library_of(scores)
+    found = scores.new_empty(R * functions.choice_parts(V), dtype=torch.int64)
+    functions.choices(
         FORMATS[scores.dtype], address(scores), scores.stride(0), R, V, address(found), address(out), stream_of(scores)
     )
 

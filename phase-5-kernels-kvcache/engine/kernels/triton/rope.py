@@ -45,7 +45,7 @@ def put(x, cache, scales, at, h, d, HK, D, s_head, INT8: tl.constexpr):
 
 @triton.jit
 def rotated(x, cos, sin, h, d, H, D, s_head):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for features half a head apart; rounded as in torch, to x's dtype."""
+    """Rotate features half a head apart, (a, b) -> (a cos - b sin, b cos + a sin); rounded as torch does."""
     inside = (h < H)[:, None] & (d < D)[None, :]
     partner = (d + D // 2) % D
     a = tl.load(x + h[:, None] * s_head + d[None, :], mask=inside, other=0.0).to(tl.float32)
