@@ -95,6 +95,20 @@ def test_a_measurement_is_kept_per_machine_threads_and_layer(
     assert len(measured) == 4
 
 
+def test_a_measurement_is_made_with_as_many_threads_as_will_compute(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, threads = torch.get_num_threads(), list[int]()
+
+    def measure(config: phase4.ModelConfig) -> dict[str, float]:
+        threads.append(torch.get_num_threads())
+        return {"float32": 2.0, "bfloat16": 1.0}
+
+    monkeypatch.setattr(precision, "_measure", measure)
+    phase4.LLM(phase4.Options(model=str(make_checkpoint("llama")), draft="none", device="cpu", threads=before + 2))
+    assert (threads, torch.get_num_threads()) == ([before + 2], before)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', '{"x": {"float32": "?"}}'])
 def test_a_damaged_file_is_measured_anew(content: str, measured: list[str], tmp_path: Path) -> None:
     file = tmp_path / "cache/llm-inference-lab/precision.json"
