@@ -32,31 +32,45 @@ MANAGER = mutants(
     ("self.free.append(row.number)", "self.free.insert(0, row.number)", "any free row will do"),
 )  # fmt: skip
 
+COMMON = (
+    *mutants(
+        f"{CACHES}/protocol.py",
+        ALONE,
+        ("if not 0 <= length <= self.lengths[row]:", "if not 0 <= length:"),
+    ),
+    *mutants(
+        f"{CACHES}/allocated.py",
+        ALONE,
+        ("self.lengths[row] + len(keys))", "self.lengths[row] + len(keys) + 1)"),
+        ("self.lengths[row], self.lengths[row] + len", "self.lengths[row] - 1, self.lengths[row] - 1 + len"),
+        ("self.lengths[row] + new)", "self.lengths[row] + new + 1)"),
+        ("moved = [(start + entry, start + at)", "moved = [(entry, at)"),
+        ("self.lengths[row] += len(entries)", "self.lengths[row] += max(entries, default=-1) + 1"),
+        ("        if moved:", "        if False:"),
+        ("if entry != at]", "if entry]", "an entry that stays is moved onto itself"),
+    ),
+)  # fmt: skip
+
 STATIC = mutants(
     f"{CACHES}/static.py",
     ALONE,
     ("if self.lengths[row] + tokens > self.capacity:", "if self.lengths[row] + tokens >= self.capacity:"),
-    ("slice(start, start + len(keys))", "slice(start + 1, start + 1 + len(keys))"),
-    ("slice(0, self.lengths[row] + new))", "slice(0, self.lengths[row] + new + 1))"),
-    ("moved = [(start + entry, start + at)", "moved = [(entry, at)"),
-    ("self.lengths[row] += len(entries)", "self.lengths[row] += max(entries, default=-1) + 1"),
+    ("slice(start, stop)", "slice(start + 1, stop + 1)"),
     ("self.lengths[into] = self.lengths[row]", "pass"),
-    ("if not 0 <= length <= held:", "if not 0 <= length:"),
-    ("if entry != at]", "if entry]", "an entry that stays is moved onto itself"),
 )  # fmt: skip
 
 RING = mutants(
     f"{CACHES}/ring.py",
     ALONE,
-    ("self.shape, self.slots = shape, window + SPARE", "self.shape, self.slots = shape, window + SPARE - 1"),
+    ("self.slots = window + SPARE", "self.slots = window + SPARE - 1"),
     ("return max(0, self.reached[row] - self.slots)", "return max(0, self.lengths[row] - self.slots)"),
     ("return first + (self.slots - SPARE) - 1 if first else 0", "return first + (self.slots - SPARE) if first else 0"),
     ("return first + (self.slots - SPARE) - 1 if first else 0", "return first"),
     ("self.reached[row] = max(self.reached[row], self.lengths[row] + tokens)", "self.reached[row] = self.lengths[row] + tokens"),
     ("if length == 0:\n            self.reached[row] = 0", "if length == 0:\n            pass"),
-    ("pairs = torch.tensor(moved, device=self.device) % self.slots", "pairs = (torch.tensor(moved, device=self.device)).clamp(max=self.slots - 1)"),
+    ("positions % self.slots", "positions.clamp(max=self.slots - 1)"),
     ("self.lengths[into], self.reached[into] = self.lengths[row], self.reached[row]", "self.lengths[into] = self.lengths[row]"),
-    ("if length and length < self.shortest(row):", "if False:"),
+    ("if 0 < length < self.shortest(row):", "if False:"),
 )  # fmt: skip
 
 PAGED = mutants(
@@ -68,12 +82,11 @@ PAGED = mutants(
     ("if lacking > len(self.free):", "if lacking >= len(self.free):"),
     ("self.users[table[at]] -= 1\n", "pass\n"),
     ("storage.move(table[at], mine)", "pass"),
-    ("position // PAGE], position % PAGE)", "position // PAGE], (position + 1) % PAGE)"),
+    ("positions % PAGE", "(positions + 1) % PAGE"),
     ("if not self.users[page]:\n                self.free.append(page)", "self.free.append(page)"),
     ("while len(table) > -(-self.lengths[row] // PAGE):", "while len(table) > -(-self.lengths[row] // PAGE) + 1:"),
     ("self.users[page] += 1", "pass"),
     ("self.truncate(into, 0)\n", "pass\n"),
-    ("if entries != list(range(len(entries))):", "if False:"),
 )  # fmt: skip
 
 DYNAMIC = mutants(
@@ -96,4 +109,4 @@ STORAGE = mutants(
     ("lambda tensor: tensor.index_select(-2, index)", "lambda tensor: tensor[..., : len(entries), :]"),
 )  # fmt: skip
 
-MUTANTS = [*MANAGER, *STATIC, *RING, *PAGED, *DYNAMIC, *STORAGE]
+MUTANTS = [*MANAGER, *COMMON, *STATIC, *RING, *PAGED, *DYNAMIC, *STORAGE]

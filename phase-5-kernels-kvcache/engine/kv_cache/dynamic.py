@@ -8,35 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .protocol import CacheShape
-from .static import check_truncation
+from .protocol import CacheShape, KVCache
 from .storage import Storage
 
 
-class DynamicCache:
+class DynamicCache(KVCache):
     """Per layer and row two tensors [kv_heads, n, head_dim]."""
 
     def __init__(
         self, shape: CacheShape, rows: int, dtype: torch.dtype, computed: torch.dtype, device: torch.device
     ) -> None:
-        self.shape, self.device = shape, device
+        super().__init__(shape, rows, device)
         self.format, self.computed = dtype, computed
-        self.lengths = [0] * rows
         self.keys = [[self._empty() for _ in range(rows)] for _ in range(shape.layers)]
         self.values = [[self._empty() for _ in range(rows)] for _ in range(shape.layers)]
 
     def _empty(self, tokens: int = 0) -> Storage:
         size = (self.shape.kv_heads, tokens, self.shape.head_dim)
         return Storage(size, self.format, self.computed, self.device)
-
-    def length(self, row: int) -> int:
-        return self.lengths[row]
-
-    def first(self, row: int) -> int:
-        return 0
-
-    def shortest(self, row: int) -> int:
-        return 0
 
     def make_room(self, row: int, tokens: int) -> None:
         """Do nothing: a row grows at every append."""
@@ -59,10 +48,9 @@ class DynamicCache:
         self.lengths[row] = len(kept)
 
     def truncate(self, row: int, length: int) -> None:
-        check_truncation(length, self.lengths[row])
+        super().truncate(row, length)
         for of_layer in (*self.keys, *self.values):
             of_layer[row] = of_layer[row].first(length)
-        self.lengths[row] = length
 
     def fork(self, row: int, into: int) -> None:
         for of_layer in (*self.keys, *self.values):

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
+from .allocated import AllocatedCache
 from .protocol import CacheShape
-from .static import check_truncation
-from .storage import Storage
 
 PAGE = 16
 
@@ -29,7 +28,7 @@ class OutOfBlocks(UserError):
         self.owner: Hashable = None  # of the row; set by the runner
 
 
-class PagedCache:
+class PagedCache(AllocatedCache):
     """Per layer two tensors [pages, kv_heads, 16, head_dim], and a block table for every row."""
 
     def __init__(
@@ -41,23 +40,10 @@ class PagedCache:
         computed: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.shape, self.device = shape, device
-        size = (pages, shape.kv_heads, PAGE, shape.head_dim)
-        self.keys = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
-        self.values = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
-        self.lengths = [0] * rows
+        super().__init__(shape, rows, (pages, shape.kv_heads, PAGE, shape.head_dim), dtype, computed, device)
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.users = [0] * pages  # reference count: rows that hold the page
         self.free = list(range(pages))[::-1]
-
-    def length(self, row: int) -> int:
-        return self.lengths[row]
-
-    def first(self, row: int) -> int:
-        return 0
-
-    def shortest(self, row: int) -> int:
-        return 0
 
     def make_room(self, row: int, tokens: int) -> None:
         """Allocate missing pages, and copy shared pages that will be written. OutOfBlocks if too few are free."""
@@ -73,7 +59,7 @@ class PagedCache:
             )
         for at in shared:
             mine = self._take()
-            for storage in (*self.keys, *self.values):
+            for storage in self.stores:
                 storage.move(table[at], mine)
             self.users[table[at]] -= 1
             table[at] = mine
@@ -85,13 +71,12 @@ class PagedCache:
         self.users[page] = 1
         return page
 
-    def _slots(self, row: int, positions: list[int]) -> tuple[Tensor, slice, Tensor]:
-        pairs = [(self.tables[row][position // PAGE], position % PAGE) for position in positions]
-        slots = torch.tensor(pairs, dtype=torch.long, device=self.device).view(-1, 2)
-        return slots[:, 0], slice(None), slots[:, 1]
+    def place(self, row: int, positions: Tensor) -> tuple[Tensor, slice, Tensor]:
+        table = torch.tensor(self.tables[row], dtype=torch.long, device=self.device)
+        return table[positions // PAGE], slice(None), positions % PAGE
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        place = self._slots(row, list(range(self.lengths[row], self.lengths[row] + len(keys))))
+        place = self.places(row, self.lengths[row], self.lengths[row] + len(keys))
         self.keys[layer].write(place, keys)
         self.values[layer].write(place, values)
 
@@ -102,18 +87,11 @@ class PagedCache:
         return both[0][:, :length], both[1][:, :length]
 
     def keep(self, row: int, entries: list[int]) -> None:
-        start = self.lengths[row]
-        if entries != list(range(len(entries))):
-            source = self._slots(row, [start + entry for entry in entries])
-            target = self._slots(row, list(range(start, start + len(entries))))
-            for storage in (*self.keys, *self.values):
-                storage.move(source, target)
-        self.lengths[row] += len(entries)
+        super().keep(row, entries)
         self._release(row)
 
     def truncate(self, row: int, length: int) -> None:
-        check_truncation(length, self.lengths[row])
-        self.lengths[row] = length
+        super().truncate(row, length)
         self._release(row)
 
     def _release(self, row: int) -> None:
@@ -131,6 +109,3 @@ class PagedCache:
         for page in self.tables[into]:
             self.users[page] += 1
         self.lengths[into] = self.lengths[row]
-
-    def nbytes(self) -> int:
-        return sum(storage.nbytes for storage in (*self.keys, *self.values))

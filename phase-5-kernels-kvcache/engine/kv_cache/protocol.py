@@ -12,8 +12,10 @@ draft therefore costs nothing: the next step overwrites its entries.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,47 +30,51 @@ class CacheShape(NamedTuple):
         return 2 * self.layers * self.kv_heads * (self.head_dim * dtype_bytes + scale_bytes)
 
 
-class KVCache(Protocol):
+class KVCache(ABC):
     """Rows are numbered from 0. All tensors of keys and values are [tokens, kv_heads, head_dim]."""
 
-    shape: CacheShape
+    def __init__(self, shape: CacheShape, rows: int, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.lengths = [0] * rows
 
     def length(self, row: int) -> int:
         """Return the number of tokens that the row holds."""
-        ...
+        return self.lengths[row]
 
     def first(self, row: int) -> int:
         """Return the earliest readable position: 0, unless old tokens were overwritten."""
-        ...
+        return 0
 
     def shortest(self, row: int) -> int:
         """Return the smallest length other than 0 that `truncate` allows: shorter rows lack part of their window."""
-        ...
+        return 0
 
+    @abstractmethod
     def make_room(self, row: int, tokens: int) -> None:
         """Prepare for `tokens` new tokens. UserError if the cache cannot hold them; then nothing changed."""
-        ...
 
+    @abstractmethod
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Write after the row's length; the length does not change."""
-        ...
 
+    @abstractmethod
     def read(self, layer: int, row: int, new: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [kv_heads, n, head_dim] from position `first` on, `new` appended tokens included."""
-        ...
 
+    @abstractmethod
     def keep(self, row: int, entries: list[int]) -> None:
         """Accept the appended tokens with these numbers (ascending): move them to the front, and extend the row."""
-        ...
 
     def truncate(self, row: int, length: int) -> None:
         """Cut the row to its first `length` tokens. ValueError for more than it holds, or fewer than `shortest`."""
-        ...
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"cannot truncate a row of {self.lengths[row]} tokens to {length}")
+        self.lengths[row] = length
 
+    @abstractmethod
     def fork(self, row: int, into: int) -> None:
         """Copy the content of `row` to the row `into`; later writes to one do not change the other."""
-        ...
 
+    @abstractmethod
     def nbytes(self) -> int:
         """Return the bytes that are allocated now."""
-        ...

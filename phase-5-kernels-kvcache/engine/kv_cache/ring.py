@@ -11,14 +11,13 @@ from torch import Tensor
 
 from common.errors import UserError
 
+from .allocated import AllocatedCache
 from .protocol import CacheShape
-from .static import check_truncation
-from .storage import Storage
 
 SPARE = 16  # most tokens of one step
 
 
-class RingCache:
+class RingCache(AllocatedCache):
     """Per layer two tensors [rows, kv_heads, window + 16, head_dim]."""
 
     def __init__(
@@ -30,16 +29,9 @@ class RingCache:
         computed: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.shape, self.slots = shape, window + SPARE
-        size = (rows, shape.kv_heads, self.slots, shape.head_dim)
-        self.keys = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
-        self.values = [Storage(size, dtype, computed, device) for _ in range(shape.layers)]
-        self.lengths = [0] * rows
+        self.slots = window + SPARE
+        super().__init__(shape, rows, (rows, shape.kv_heads, self.slots, shape.head_dim), dtype, computed, device)
         self.reached = [0] * rows  # one past the furthest position ever written: later writes overwrite older slots
-        self.device = device
-
-    def length(self, row: int) -> int:
-        return self.lengths[row]
 
     def first(self, row: int) -> int:
         return max(0, self.reached[row] - self.slots)
@@ -54,40 +46,18 @@ class RingCache:
             raise UserError(f"a ring takes {SPARE} tokens at a time, and {tokens} came; prefill in chunks of {SPARE}")
         self.reached[row] = max(self.reached[row], self.lengths[row] + tokens)
 
-    def _slots(self, row: int, start: int, stop: int) -> tuple[int, slice, Tensor]:
-        return row, slice(None), torch.arange(start, stop, device=self.device) % self.slots
-
-    def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        place = self._slots(row, self.lengths[row], self.lengths[row] + len(keys))
-        self.keys[layer].write(place, keys.transpose(0, 1))
-        self.values[layer].write(place, values.transpose(0, 1))
-
-    def read(self, layer: int, row: int, new: int) -> tuple[Tensor, Tensor]:
-        place = self._slots(row, self.first(row), self.lengths[row] + new)
-        return self.keys[layer].read(place), self.values[layer].read(place)
-
-    def keep(self, row: int, entries: list[int]) -> None:
-        start = self.lengths[row]
-        moved = [(start + entry, start + at) for at, entry in enumerate(entries) if entry != at]
-        if moved:
-            pairs = torch.tensor(moved, device=self.device) % self.slots
-            for storage in (*self.keys, *self.values):
-                storage.move((row, slice(None), pairs[:, 0]), (row, slice(None), pairs[:, 1]))
-        self.lengths[row] += len(entries)
+    def place(self, row: int, positions: Tensor) -> tuple[int, slice, Tensor]:
+        return row, slice(None), positions % self.slots
 
     def truncate(self, row: int, length: int) -> None:
         """Cut the row. ValueError if part of the next token's window is overwritten."""
-        check_truncation(length, self.lengths[row])
-        if length and length < self.shortest(row):
+        if 0 < length < self.shortest(row):
             raise ValueError(f"cannot truncate to {length}: what the window shows from there is overwritten")
-        self.lengths[row] = length
+        super().truncate(row, length)
         if length == 0:
             self.reached[row] = 0
 
     def fork(self, row: int, into: int) -> None:
-        for storage in (*self.keys, *self.values):
+        for storage in self.stores:
             storage.move(row, into)
         self.lengths[into], self.reached[into] = self.lengths[row], self.reached[row]
-
-    def nbytes(self) -> int:
-        return sum(storage.nbytes for storage in (*self.keys, *self.values))
