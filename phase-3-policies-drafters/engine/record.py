@@ -97,15 +97,38 @@ class Recorder:
             origin = "bonus"
         elif comparison in ("uniform", "certain"):
             origin, rejected = "residual", self._rejected(step, row, target)
-        line = self._line(step.sequences[row], step.starts[row], target[end + 1], path.next_token, origin, rejected)
+        sequence, start = step.sequences[row], step.starts[row]
+        source, rest = target[end + 1], None
+        if rejected is not None:
+            source, mass = residual(*rejected)
+            top = self._top(source)
+            for each in top:
+                each["target_prob"], each["draft_prob"] = (float(probs[each["token"]]) for probs in rejected)
+            rest = {"mass": mass, "top": top}
         return {
-            **line,
+            "type": "step",
+            "step": self.steps,
+            "sequence": self.numbers[sequence],
+            "position": len(sequence.prompt) + start,
+            "start_ms": self.began,
+            "prefill_ms": None,
             **{name: getattr(stats, name) for name in ("draft_ms", "verify_ms", "accept_ms", "kv_ms")},
+            "k": stats.k,
             "comparison": comparison,
             "proposed": self._candidates(step, row, comparison, target),
             "path": path.nodes,
-            "k": stats.k,
+            "next": {
+                "token": path.next_token,
+                "string": self._string(path.next_token),
+                "origin": origin,
+                "prob": float(source[path.next_token]),
+            },
+            "emitted": sequence.tokens[start:],
             "counted": {"proposed": stats.proposed, "accepted": stats.accepted},
+            "target_top": self._top(target[end + 1]),
+            "residual": rest,
+            "cache_before": None,
+            "cache_after": None,
         }
 
     def _comparison(self, step: Step, row: int) -> str | None:
@@ -177,51 +200,6 @@ class Recorder:
         if tree.probs is not None:
             return float(tree.probs[parent + 1, token])
         return float(tree.chosen_from[parent][token]) if parent in tree.chosen_from else 1.0
-
-    def _line(
-        self,
-        sequence: Sequence,
-        start: int,
-        target: Tensor,
-        token: int,
-        origin: str,
-        rejected: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Return the fields of every step. start: output length before the step; target [V]: after the accepted tokens.
-
-        rejected: the target's and the draft's distributions [V] whose residual gave `token`, if any.
-        """
-        source, rest = target, None
-        if rejected is not None:
-            source, mass = residual(*rejected)
-            top = self._top(source)
-            for each in top:
-                each["target_prob"], each["draft_prob"] = (float(probs[each["token"]]) for probs in rejected)
-            rest = {"mass": mass, "top": top}
-        return {
-            "type": "step",
-            "step": self.steps,
-            "sequence": self.numbers[sequence],
-            "position": len(sequence.prompt) + start,
-            "start_ms": self.began,
-            "prefill_ms": None,
-            "k": 0,
-            "comparison": None,
-            "proposed": [],
-            "path": [],
-            "next": {
-                "token": token,
-                "string": self._string(token),
-                "origin": origin,
-                "prob": float(source[token]),
-            },
-            "emitted": sequence.tokens[start:],
-            "counted": {"proposed": 0, "accepted": 0},
-            "target_top": self._top(target),
-            "residual": rest,
-            "cache_before": None,
-            "cache_after": None,
-        }
 
     def _top(self, probs: Tensor) -> list[dict[str, Any]]:
         """List the likeliest tokens of probs [V], ties by lower id, without impossible ones."""
