@@ -23,7 +23,7 @@ from .context import window_start
 from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
 from .model import Transformer
-from .policies import AcceptancePolicy, Rejection, TargetProbs
+from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .sampling import choose, probabilities
 from .sequence import Sequence
 from .steps import Path, Step, TargetOutput, outputs_before, step_stats
@@ -72,16 +72,16 @@ def accept(
             outputs += before + before[-1:] * (width - len(before))
     probs = probabilities(logits.flatten(0, 1), params, prompts if penalised else [], outputs).view(*logits.shape)
     target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
+    rows = DraftRows(*(torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths)), source)
     if draft.trees is not None:
         paths = []
         for row, tree in enumerate(trees):
             part = slice(row, row + 1), slice(len(tree.tokens) + 1)
             of_row = TargetProbs(target.probs[part], target.opinion[part])
-            paths.append(policy.accept_tree(tree, of_row, keys[row], lengths[row], source))
+            paths.append(policy.accept_tree(tree, of_row, rows.only(row)))
         return paths
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
-    verdict = policy.verify(draft, target, widths, at, positions, source)
+    verdict = policy.verify(draft, target, rows)
     accepted = zip(verdict.accepted.tolist(), verdict.next_tokens.tolist(), strict=True)
     return [Path(list(range(count)), token) for count, token in accepted]
 

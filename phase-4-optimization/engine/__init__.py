@@ -25,6 +25,7 @@ from .options import Options
 from .policies import (
     AcceptancePolicy,
     ConfThreshold,
+    DraftRows,
     Rejection,
     SampleMatch,
     TargetProbs,
@@ -51,6 +52,7 @@ __all__ = [
     "ConfidenceController",
     "CostController",
     "Draft",
+    "DraftRows",
     "Drafter",
     "DynamicTreeDrafter",
     "Ending",

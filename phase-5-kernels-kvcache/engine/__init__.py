@@ -26,6 +26,7 @@ from .options import Options
 from .policies import (
     AcceptancePolicy,
     ConfThreshold,
+    DraftRows,
     Rejection,
     SampleMatch,
     TargetProbs,
@@ -54,6 +55,7 @@ __all__ = [
     "ConfidenceController",
     "CostController",
     "Draft",
+    "DraftRows",
     "Drafter",
     "DynamicTreeDrafter",
     "Ending",

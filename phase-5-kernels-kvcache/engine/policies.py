@@ -18,7 +18,7 @@ They use the probabilities that are sampled from, and at temperature 0 the softm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class TargetProbs:
     opinion: Tensor  # those that lossy policies go by: the same, or at temperature 0 the softmax of the raw logits
 
 
+class DraftRows(NamedTuple):
+    """What verification needs of R drafts besides their tokens: the counted tokens, and the random numbers."""
+
+    widths: Tensor  # int64 [R]: how many of a row's draft tokens count
+    keys: Tensor  # int64 [R, 2]
+    positions: Tensor  # int64 [R], of the first draft token
+    source: RandomSource
+
+    def only(self, row: int) -> DraftRows:
+        """Return a single row."""
+        at = slice(row, row + 1)
+        return DraftRows(self.widths[at], self.keys[at], self.positions[at], self.source)
+
+
 class AcceptancePolicy(Protocol):
     @property
     def lossless(self) -> bool: ...
@@ -59,21 +73,11 @@ class AcceptancePolicy(Protocol):
         """True if a static tree's children are drawn; otherwise they are the drafter's likeliest tokens."""
         ...
 
-    def verify(
-        self,
-        draft: Draft,
-        target: TargetProbs,
-        widths: Tensor,
-        keys: Tensor,
-        positions: Tensor,
-        source: RandomSource,
-    ) -> Verdict:
-        """Decide for R chains how many tokens are accepted, and what follows. keys, positions as for verify()."""
+    def verify(self, draft: Draft, target: TargetProbs, rows: DraftRows) -> Verdict:
+        """Decide for R chains how many tokens are accepted, and what follows."""
         ...
 
-    def accept_tree(
-        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
-    ) -> Path:
+    def accept_tree(self, tree: Tree, target: TargetProbs, row: DraftRows) -> Path:
         """Decide for one tree (target [1, N+1, V]) which path is accepted, and the token that follows it."""
         ...
 
@@ -86,24 +90,14 @@ class Rejection:
     draws_children = True
     kernels = TORCH
 
-    def verify(
-        self,
-        draft: Draft,
-        target: TargetProbs,
-        widths: Tensor,
-        keys: Tensor,
-        positions: Tensor,
-        source: RandomSource,
-    ) -> Verdict:
-        return self.kernels.verify_sample(draft.tokens, draft.probs, target.probs, widths, keys, positions, source)
+    def verify(self, draft: Draft, target: TargetProbs, rows: DraftRows) -> Verdict:
+        return self.kernels.verify_sample(draft.tokens, draft.probs, target.probs, *rows)
 
-    def accept_tree(
-        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
-    ) -> Path:
+    def accept_tree(self, tree: Tree, target: TargetProbs, row: DraftRows) -> Path:
         """Drawn children: recursive rejection. Chosen children: sample match, which accepts as many."""
         if tree.probs is None:
-            return match_tree(tree, target.probs[0], key, position, source)
-        return recursive_rejection(tree, target.probs[0], key, position, source)
+            return match_tree(tree, target.probs[0], row)
+        return recursive_rejection(tree, target.probs[0], row)
 
 
 @dataclass(frozen=True)
@@ -118,15 +112,8 @@ class SampleMatch:
     def draws_children(self) -> bool:
         return self.draft_noise == Purpose.SAMPLE
 
-    def verify(
-        self,
-        draft: Draft,
-        target: TargetProbs,
-        widths: Tensor,
-        keys: Tensor,
-        positions: Tensor,
-        source: RandomSource,
-    ) -> Verdict:
+    def verify(self, draft: Draft, target: TargetProbs, rows: DraftRows) -> Verdict:
+        widths, keys, positions, source = rows
         (R, K), V = draft.tokens.shape, target.probs.shape[-1]
         ratios = target.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
         if isinstance(source, KeyedSource) and self.kernels.verify_prefix is not TORCH.verify_prefix:
@@ -149,10 +136,8 @@ class SampleMatch:
                 break
         return Verdict(accepted, own, ratios)
 
-    def accept_tree(
-        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
-    ) -> Path:
-        return match_tree(tree, target.probs[0], key, position, source)
+    def accept_tree(self, tree: Tree, target: TargetProbs, row: DraftRows) -> Path:
+        return match_tree(tree, target.probs[0], row)
 
 
 class Lossy:
@@ -166,15 +151,8 @@ class Lossy:
         """bool [..., V]: which tokens are accepted under opinions [..., V]."""
         raise NotImplementedError
 
-    def verify(
-        self,
-        draft: Draft,
-        target: TargetProbs,
-        widths: Tensor,
-        keys: Tensor,
-        positions: Tensor,
-        source: RandomSource,
-    ) -> Verdict:
+    def verify(self, draft: Draft, target: TargetProbs, rows: DraftRows) -> Verdict:
+        widths, keys, positions, source = rows
         R, K = draft.tokens.shape
         good = self.good(target.opinion[:, :K]).gather(-1, draft.tokens[..., None])[..., 0]  # [R, K]
         passed = good & (torch.arange(K, device=widths.device) < widths[:, None])
@@ -183,9 +161,7 @@ class Lossy:
         next_tokens = source.draw(following, keys, positions + accepted, Purpose.SAMPLE)
         return Verdict(accepted, next_tokens, good.to(target.probs.dtype))
 
-    def accept_tree(
-        self, tree: Tree, target: TargetProbs, key: tuple[int, int], position: int, source: RandomSource
-    ) -> Path:
+    def accept_tree(self, tree: Tree, target: TargetProbs, row: DraftRows) -> Path:
         """Go from every node to its first child that is good enough."""
         good = self.good(target.opinion[0])  # [N+1, V]
         nodes: list[int] = []
@@ -193,7 +169,7 @@ class Lossy:
         while fitting := [child for child in tree.children(node) if bool(good[node + 1, tree.tokens[child]])]:
             node = fitting[0]
             nodes.append(node)
-        return Path(nodes, draw_one(target.probs[0, node + 1], key, position + len(nodes), source))
+        return Path(nodes, draw_one(target.probs[0, node + 1], row, len(nodes)))
 
 
 @dataclass(frozen=True)
@@ -248,19 +224,17 @@ def make_policy(
     return TopkAgree(agree_k) if name == "topk_agree" else Typical(epsilon, delta)
 
 
-def draw_one(
-    probs: Tensor, key: tuple[int, int], position: int, source: RandomSource, purpose: Purpose = Purpose.SAMPLE
-) -> int:
-    keys, positions = (torch.tensor([each], device=probs.device) for each in (key, position))
-    return int(source.draw(probs[None], keys, positions, purpose))
+def draw_one(probs: Tensor, row: DraftRows, depth: int, purpose: Purpose = Purpose.SAMPLE) -> int:
+    """Draw from probs [V] the token that follows `depth` draft tokens."""
+    return int(row.source.draw(probs[None], row.keys, row.positions + depth, purpose))
 
 
-def match_tree(tree: Tree, probs: Tensor, key: tuple[int, int], position: int, source: RandomSource) -> Path:
+def match_tree(tree: Tree, probs: Tensor, row: DraftRows) -> Path:
     """Draw the target's token at every node (probs [N+1, V]), as plain sampling would, and follow it to a child."""
     nodes: list[int] = []
     node = -1
     while True:
-        token = draw_one(probs[node + 1], key, position + len(nodes), source)
+        token = draw_one(probs[node + 1], row, len(nodes))
         following = [child for child in tree.children(node) if tree.tokens[child] == token]
         if not following:
             return Path(nodes, token)
@@ -268,7 +242,7 @@ def match_tree(tree: Tree, probs: Tensor, key: tuple[int, int], position: int, s
         nodes.append(node)
 
 
-def recursive_rejection(tree: Tree, probs: Tensor, key: tuple[int, int], position: int, source: RandomSource) -> Path:
+def recursive_rejection(tree: Tree, probs: Tensor, row: DraftRows) -> Path:
     """Try children that were drawn without replacement, in that order (Chen et al. 2024, Sequoia, Algorithm 2).
 
     Child x is accepted with probability min(1, target(x) / draft(x)). After a rejection the target becomes its residual
@@ -278,15 +252,14 @@ def recursive_rejection(tree: Tree, probs: Tensor, key: tuple[int, int], positio
     nodes: list[int] = []
     trials: list[Trial] = []
     node = -1
-    keys = torch.tensor([key], device=probs.device)
     while True:
         target, draft = probs[node + 1], tree.probs[node + 1].to(probs.device)
-        at, accepted = position + len(nodes), None
+        accepted = None
         for trial, child in enumerate(tree.children(node)):
             trials.append(Trial(child, target, draft))
             token = tree.tokens[child]
             ratio = (target[token] / draft[token]).clamp(max=1).view(1, 1)
-            if bool(source.decide(ratio, keys, torch.full_like(ratio, at, dtype=torch.long), trial)):
+            if bool(row.source.decide(ratio, row.keys, row.positions[:, None] + len(nodes), trial)):
                 accepted = child
                 break
             residual = (target - draft).clamp(min=0)
@@ -298,6 +271,6 @@ def recursive_rejection(tree: Tree, probs: Tensor, key: tuple[int, int], positio
             draft = draft / left if left > 0 else draft
         if accepted is None:
             purpose = Purpose.RESIDUAL if tree.children(node) else Purpose.SAMPLE
-            return Path(nodes, draw_one(target, key, at, source, purpose), trials)
+            return Path(nodes, draw_one(target, row, len(nodes), purpose), trials)
         node = accepted
         nodes.append(node)

@@ -24,7 +24,7 @@ from .controllers import FixedController, KController
 from .drafting import Draft, Drafter, Outcome
 from .kernels import Kernels
 from .kv_cache import OutOfBlocks
-from .policies import AcceptancePolicy, Rejection, TargetProbs
+from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .profiler import stage
 from .runner import ModelRunner
 from .sampling import check_finite, penalise, probabilities
@@ -75,22 +75,22 @@ def accept(
             before = outputs_before(sequence.tokens, tree)
             outputs += before + before[-1:] * (width - len(before))
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
+    rows = DraftRows(*(torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths)), source)
     certain = draft.probs is None and isinstance(source, GreedySource) and all(mine.greedy for mine in params)
     if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
         check_finite(flat)
         scores = penalise(flat.float(), params, prompts, outputs) if penalised else flat
-        return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), widths))
+        return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), rows.widths))
     probs = probabilities(flat, params, prompts if penalised else [], outputs).view(*logits.shape)
     target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
     if draft.trees is None:
-        verdict = policy.verify(draft, target, widths, at, positions, source)
+        verdict = policy.verify(draft, target, rows)
         return paths_of(verdict.accepted, verdict.next_tokens)
     paths = []
     for row, tree in enumerate(trees):
         part = slice(row, row + 1), slice(len(tree.tokens) + 1)
         of_row = TargetProbs(target.probs[part], target.opinion[part])
-        paths.append(policy.accept_tree(tree, of_row, keys[row], lengths[row], source))
+        paths.append(policy.accept_tree(tree, of_row, rows.only(row)))
     return paths
 
 

@@ -123,7 +123,7 @@ def judged(engine: Any, policy: str, tokens: Tensor, probs: Tensor | None, targe
     if not hasattr(engine, "make_policy"):
         return engine.verify(tokens, probs, target, widths, keys, positions, source)
     draft, said = engine.Draft(tokens, probs, [1] * DRAWS), engine.TargetProbs(target, target)
-    return engine.make_policy(policy, **SOME).verify(draft, said, widths, keys, positions, source)
+    return engine.make_policy(policy, **SOME).verify(draft, said, engine.DraftRows(widths, keys, positions, source))
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,11 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     probs = torch.zeros(3, SIZE)
     probs[0] = draft
     first, second = [], []
-    for children, key, position in zip(drawn.tolist(), keys.tolist(), positions.tolist(), strict=True):
+    all_rows = engine.DraftRows(torch.zeros(TREES, dtype=torch.long), keys, positions, branching)
+    for row, children in enumerate(drawn.tolist()):
         tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
         said = torch.stack((target, *law_after[children]))[None]
-        path = rule.accept_tree(tree, engine.TargetProbs(said, said), tuple(key), position, branching)
+        path = rule.accept_tree(tree, engine.TargetProbs(said, said), all_rows.only(row))
         if path.nodes:
             second.append((children[path.nodes[0]], path.next_token))
         first.append(children[path.nodes[0]] if path.nodes else path.next_token)

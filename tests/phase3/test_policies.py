@@ -33,10 +33,10 @@ class Recording(phase3.GreedySource):
 def test_rejection_is_the_rule_of_verify() -> None:
     probs = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
     draft = phase3.Draft(torch.tensor([[0, 1], [2, 3]]), probs.flip(-1)[:, :2], [2, 1])
-    keys = torch.tensor([2, 1]), torch.tensor([[3, 0], [3, 1]]), torch.tensor([7, 9])
-    source = phase3.KeyedSource()
-    found = phase3.Rejection().verify(draft, phase3.TargetProbs(probs, probs), *keys, source)
-    expected = phase3.verify(draft.tokens, draft.probs, probs, *keys, source)
+    widths, keys, positions = torch.tensor([2, 1]), torch.tensor([[3, 0], [3, 1]]), torch.tensor([7, 9])
+    rows = phase3.DraftRows(widths, keys, positions, phase3.KeyedSource())
+    found = phase3.Rejection().verify(draft, phase3.TargetProbs(probs, probs), rows)
+    expected = phase3.verify(draft.tokens, draft.probs, probs, *rows)
     for name in ("accepted", "next_tokens", "ratios"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist()
 
@@ -71,8 +71,8 @@ def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
         probs = torch.eye(3, dtype=torch.float64)[[1, 2, 0, 1]][None]  # the distributions of the next tokens
         source = Recording()
         draft = phase3.Draft(torch.tensor([tokens]), None, [3])
-        rows = torch.tensor([3]), torch.zeros(1, 2, dtype=torch.long), torch.tensor([7])
-        verdict = policy.verify(draft, phase3.TargetProbs(probs, opinion.expand(1, 4, 3)), *rows, source)
+        rows = phase3.DraftRows(torch.tensor([3]), torch.zeros(1, 2, dtype=torch.long), torch.tensor([7]), source)
+        verdict = policy.verify(draft, phase3.TargetProbs(probs, opinion.expand(1, 4, 3)), rows)
         accepted = next((i for i, token in enumerate(tokens) if token not in good), 3)
         assert int(verdict.accepted) == accepted
         assert int(verdict.next_tokens) == [1, 2, 0, 1][accepted]
@@ -84,7 +84,8 @@ def test_a_lossy_policy_goes_on_to_the_first_child_that_is_good_enough() -> None
     tree = phase3.Tree([2, 1, 0, 1, 0], [-1, -1, -1, 1, 1])
     probs, source = torch.eye(3)[[0, 0, 0, 0, 2, 0]][None], Recording()
     opinion = torch.tensor(OPINION).expand(1, 6, 3)
-    path = phase3.ConfThreshold(0.25).accept_tree(tree, phase3.TargetProbs(probs, opinion), (0, 0), 7, source)
+    row = phase3.DraftRows(torch.tensor([0]), torch.zeros(1, 2, dtype=torch.long), torch.tensor([7]), source)
+    path = phase3.ConfThreshold(0.25).accept_tree(tree, phase3.TargetProbs(probs, opinion), row)
     assert (path.nodes, path.next_token) == ([1, 3], 2)
     assert source.asked == [([0, 0, 1], 9, Purpose.SAMPLE)]
 
@@ -229,7 +230,7 @@ def test_acceptance_under_keyed_noise(seed: int) -> None:
         policy = phase3.make_policy(name)  # type: ignore[arg-type]
         tokens = source.draw(q.expand(draws, -1), keys, positions, policy.draft_noise)
         draft = phase3.Draft(tokens[:, None], q.expand(draws, 1, size), [1] * draws)
-        verdict = policy.verify(draft, target, widths, keys, positions, source)
+        verdict = policy.verify(draft, target, phase3.DraftRows(widths, keys, positions, source))
         shares[name] = float(verdict.accepted.double().mean())
         assert abs(shares[name] - share) < 4 * math.sqrt(share * (1 - share) / draws)
     assert shares["longest_prefix"] < shares["coupled"] < shares["rejection"]

@@ -107,10 +107,10 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         ("target = residual / mass if mass > 0 else target", "target = target"),
     ),
     "the draft keeps the rejected child": ("policies", ("draft[token] = 0\n", "draft[token] = draft[token]\n")),
-    "one uniform for all children of a node": ("policies", ("dtype=torch.long), trial)", "dtype=torch.long), 0)")),
+    "one uniform for all children of a node": ("policies", ("len(nodes), trial)", "len(nodes), 0)")),
     "what follows is drawn from the target, not its residual": (
         "policies",
-        ("draw_one(target, key, at", "draw_one(probs[node + 1], key, at"),
+        ("draw_one(target, row", "draw_one(probs[node + 1], row"),
     ),
 }  # fmt: skip
 

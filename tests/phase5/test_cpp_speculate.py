@@ -136,7 +136,7 @@ def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, cou
         probs = probabilities(logits, [params] * len(logits))[None]
         draft = phase5.drafting.Draft(torch.tensor([drawn]), None if params.greedy else draft_probs[None], [count])
         keys = torch.tensor([count]), torch.tensor([[params.seed, 2]]), torch.tensor([len(text)])
-        verdict = policy.verify(draft, TargetProbs(probs, probs), *keys, source)
+        verdict = policy.verify(draft, TargetProbs(probs, probs), phase5.DraftRows(*keys, source))
         accepted, following = int(verdict.accepted), int(verdict.next_tokens)
         yield drawn, accepted, following, draft_probs, fast_probabilities(logits, params), verdict.ratios
         text += [*drawn[:accepted], following]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .allocated import AllocatedCache
+from .in_place import InPlaceCache
 from .protocol import CacheShape
 
 PAGE = 16
@@ -28,7 +28,7 @@ class OutOfBlocks(UserError):
         self.owner: Hashable = None  # of the row; set by the runner
 
 
-class PagedCache(AllocatedCache):
+class PagedCache(InPlaceCache):
     """Per layer two tensors [pages, kv_heads, 16, head_dim], and a block table for every row."""
 
     def __init__(

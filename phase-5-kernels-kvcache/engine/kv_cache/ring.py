@@ -11,13 +11,13 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .allocated import AllocatedCache
+from .in_place import InPlaceCache
 from .protocol import CacheShape
 
 SPARE = 16  # most tokens of one step
 
 
-class RingCache(AllocatedCache):
+class RingCache(InPlaceCache):
     """Per layer two tensors [rows, kv_heads, window + 16, head_dim]."""
 
     def __init__(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .allocated import AllocatedCache
+from .in_place import InPlaceCache
 from .protocol import CacheShape
 
 
-class StaticCache(AllocatedCache):
+class StaticCache(InPlaceCache):
     """Per layer two tensors [rows, kv_heads, capacity, head_dim]."""
 
     def __init__(

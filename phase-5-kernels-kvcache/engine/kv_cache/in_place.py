@@ -1,4 +1,4 @@
-"""The common part of the caches whose memory is allocated once: `static`, `ring` and `paged`."""
+"""The common part of the caches that append in place, to memory allocated once: `static`, `ring` and `paged`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .protocol import CacheShape, KVCache
 from .storage import Storage
 
 
-class AllocatedCache(KVCache):
+class InPlaceCache(KVCache):
     """Per layer two tensors of one size. Each kind says where in them the token at a position is."""
 
     def __init__(
