@@ -25,6 +25,19 @@ LEAN, LEAST = 20, 0.001
 FILE = "tree_acceptance.json"
 
 
+def acceptance_by_rank(steps: list[tuple[engine.Tree, list[int]]], levels: int, ranks: int) -> list[list[float]]:
+    """Compute a[d][r] from trees and their accepted paths (node numbers); 0 where nothing was tried."""
+    tried = [[0] * ranks for _ in range(levels)]
+    accepted = [[0] * ranks for _ in range(levels)]
+    for tree, nodes in steps:
+        for depth, (above, node) in enumerate(zip([-1, *nodes], [*nodes, None], strict=True)):
+            if depth < levels:
+                for rank, child in enumerate(tree.children(above)[:ranks]):
+                    tried[depth][rank] += 1
+                    accepted[depth][rank] += child == node
+    return [[a / t if t else 0.0 for a, t in zip(*row, strict=True)] for row in zip(accepted, tried, strict=True)]
+
+
 def smoothed(table: list[list[float]], walks: list[int]) -> list[list[float]]:
     """Smooth every depth towards the mean over depths, with the weight of LEAN walks; walks[d] reached depth d.
 
@@ -59,7 +72,7 @@ def acceptance_table(lab: Lab, drafter: str) -> list[list[float]]:
             seen += [(step.trees[0], step.paths[0].nodes) for step in loop]
             show(str(number))
     walks = [sum(len(nodes) >= depth for _, nodes in seen) for depth in range(levels)]
-    return smoothed(engine.acceptance_by_rank(seen, levels, RANKS), walks)
+    return smoothed(acceptance_by_rank(seen, levels, RANKS), walks)
 
 
 def calibrate(lab: Lab) -> None:

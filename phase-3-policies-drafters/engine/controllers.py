@@ -16,10 +16,11 @@ rejected one, and the next draft is drawn with the same noise as those.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -31,20 +32,21 @@ if TYPE_CHECKING:
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 
 
-class KController(Protocol):
+class KController(ABC):
     """Chooses K for one sequence; every sequence has its own."""
 
-    ends_early: ClassVar[bool]  # True if `stop` may ever return True
+    ends_early: ClassVar = False  # True if `stop` may ever return True
 
+    @abstractmethod
     def next_k(self) -> int:
         """Return the largest number of tokens to draft; 0 means no draft in this step."""
-        ...
 
     def stop(self, draft_probs: Tensor) -> bool:
         """Return True to end the draft before a token is drawn from draft_probs [V]."""
-        ...
+        return False
 
-    def observe(self, step: StepStats) -> None: ...
+    def observe(self, step: StepStats) -> None:  # noqa: B027
+        """Called after every step; by default nothing is learnt from it."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,19 @@ class Bounds:
 
 
 @dataclass
-class FixedController:
+class FixedController(KController):
     k: int
-    ends_early: ClassVar = False
 
     def next_k(self) -> int:
         return self.k
 
-    def stop(self, draft_probs: Tensor) -> bool:
-        return False
-
-    def observe(self, step: StepStats) -> None:
-        """Ignore the step: K is fixed."""
-
 
 @dataclass
-class AdaptiveController:
+class AdaptiveController(KController):
     """Raises K while more than the target share of the draft tokens of the last `window` steps was accepted."""
 
     k: int
     bounds: Bounds
-    ends_early: ClassVar = False
     target_acceptance: float = 0.7
     window: int = 4
     step: int = 1
@@ -97,9 +91,6 @@ class AdaptiveController:
     def next_k(self) -> int:
         return self.k
 
-    def stop(self, draft_probs: Tensor) -> bool:
-        return False
-
     def observe(self, step: StepStats) -> None:
         if not step.proposed:
             return
@@ -112,7 +103,7 @@ class AdaptiveController:
 
 
 @dataclass
-class ConfidenceController:
+class ConfidenceController(KController):
     """Drafts min_k tokens, then on to max_k while the likeliest token's probability is at least `confidence`."""
 
     ends_early: ClassVar = True
@@ -134,9 +125,6 @@ class ConfidenceController:
         self.drafted += 1
         return False
 
-    def observe(self, step: StepStats) -> None:
-        """Ignore the step: only the draft's own probabilities count."""
-
 
 def _recent() -> deque[float]:
     return deque(maxlen=5)
@@ -152,7 +140,7 @@ class CostModel:
 
 
 @dataclass
-class CostController:
+class CostController(KController):
     """Chooses the K with the most expected tokens per second; 0 where no K beats plain decoding.
 
     Expected tokens: 1 + s_1 + ... + s_K. s_j is the product a_1 ... a_j, where a_i is the probability that the i-th
@@ -167,7 +155,6 @@ class CostController:
     as a test after `retry` steps, then after twice as many, and so on.
     """
 
-    ends_early: ClassVar = False
     bounds: Bounds
     prior: float = 0.8  # acceptance probability before any observation
     prior_weight: float = 0.7  # in observations
@@ -222,9 +209,6 @@ class CostController:
             if k >= self.bounds.low and tokens / cost > most:
                 best, most = k, tokens / cost
         return best
-
-    def stop(self, draft_probs: Tensor) -> bool:
-        return False
 
     def observe(self, step: StepStats) -> None:
         self.length = step.length + step.emitted

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,37 +47,36 @@ class Outcome:
     """
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Proposes tokens and observes the outcome. Everything it keeps of a sequence is keyed by the sequence."""
 
-    taps: tuple[int, ...] | None
+    taps: tuple[int, ...] | None = None
     """What it reads of the target: None for nothing, () for the output, and the outputs of these layers besides."""
 
+    @abstractmethod
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """At most widths[r] tokens (of a tree: levels) for sequence r."""
-        ...
 
     def states_from(self, sequence: Sequence) -> int:
         """From which position of the sequence on it wants the target's states; asked only where taps is not None."""
-        ...
+        raise NotImplementedError
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: Outcome) -> None:  # noqa: B027
         """Called after every step."""
-        ...
 
 
-class Brancher(Drafter, Protocol):
+class Brancher(Drafter):
     """A drafter that can look past several of its own guesses at once, and so grow a tree."""
 
     deepest: int  # how many levels its trees can have
 
+    @abstractmethod
     def ready(self, sequence: Sequence) -> bool:
         """Whether it knows enough of the sequence to guess."""
-        ...
 
+    @abstractmethod
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
         """Logits [n, V] of what follows these nodes of its tree; [-1] asks for what follows the text.
 
         Called level by level, each time with all nodes so far.
         """
-        ...

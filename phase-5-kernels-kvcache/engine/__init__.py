@@ -41,7 +41,7 @@ from .speculative import decode
 from .steps import Path, Step, StepStats, TargetOutput
 from .target import target_forward
 from .tree import Tree
-from .tree_shapes import acceptance_by_rank, best_shape, expected_tokens
+from .tree_shapes import best_shape
 from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
@@ -96,12 +96,10 @@ __all__ = [
     "Typical",
     "UncachedRunner",
     "Verdict",
-    "acceptance_by_rank",
     "beam_search",
     "best_shape",
     "choose",
     "decode",
-    "expected_tokens",
     "generate",
     "load",
     "load_transformer",

@@ -18,8 +18,6 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from common.errors import UserError
 from common.files import read_checked, shown
 
-from .tree import Tree
-
 # For drafters without measured acceptance: six levels of eight ranks, each rank a third of the one before it.
 TYPICAL = [[0.65 * 3.0**-rank for rank in range(8)] for _ in range(6)]
 
@@ -38,19 +36,6 @@ def measured_acceptance(folder: Path, drafter: str) -> list[list[float]]:
     if not any(table[0]):
         raise UserError(f"{file}: {drafter}.0 should hold a share above 0, got {shown(table[0])}: no tree would grow")
     return table
-
-
-def acceptance_by_rank(steps: list[tuple[Tree, list[int]]], levels: int, ranks: int) -> list[list[float]]:
-    """Compute a[d][r] from trees and their accepted paths (node numbers); 0 where nothing was tried."""
-    tried = [[0] * ranks for _ in range(levels)]
-    accepted = [[0] * ranks for _ in range(levels)]
-    for tree, nodes in steps:
-        for depth, (above, node) in enumerate(zip([-1, *nodes], [*nodes, None], strict=True)):
-            if depth < levels:
-                for rank, child in enumerate(tree.children(above)[:ranks]):
-                    tried[depth][rank] += 1
-                    accepted[depth][rank] += child == node
-    return [[a / t if t else 0.0 for a, t in zip(*row, strict=True)] for row in zip(accepted, tried, strict=True)]
 
 
 def best_shape(acceptance: list[list[float]], nodes: int) -> list[int]:
@@ -76,13 +61,3 @@ def best_shape(acceptance: list[list[float]], nodes: int) -> list[int]:
     kept.sort(key=lambda ranks: (len(ranks), ranks))
     number = {ranks: i for i, ranks in enumerate(kept)}
     return [number.get(ranks[:-1], -1) for ranks in kept]
-
-
-def expected_tokens(acceptance: list[list[float]], shape: list[int]) -> float:
-    """Return the expected tokens per target forward: 1 plus the acceptance probability of every node."""
-    tree = Tree([0] * len(shape), shape)
-    chances: list[float] = []
-    for node, (parent, depth) in enumerate(zip(shape, tree.depths, strict=True)):
-        rank = tree.children(parent).index(node)
-        chances.append(acceptance[depth - 1][rank] * (chances[parent] if parent >= 0 else 1.0))
-    return 1 + sum(chances)

@@ -103,12 +103,16 @@ TREE = mutants(
 SHAPES = mutants(
     f"{ENGINE}/tree_shapes.py",
     ("tests/phase3/test_trees.py",),
-    ("tried[depth][rank] += 1", "tried[depth][rank] += child == node"),
     ("falling = [[max(row[r:]) for r in range(len(row))] for row in acceptance]", "falling = acceptance"),
     ("heapq.heappush(waiting, (value * falling[depth][0], (*ranks, 0)))", "heapq.heappush(waiting, (value, (*ranks, 0)))"),
     ("value / falling[depth - 1][ranks[-1]] * falling[depth - 1][sibling[-1]]", "value * falling[depth - 1][sibling[-1]]"),
     ("if value == 0:", "if value != value:"),
-    ("chances[parent] if parent >= 0 else 1.0", "1.0"),
 )  # fmt: skip
 
-MUTANTS = [*POLICIES, *CHAINS, *MAKERS, *TREES, *TREE, *SHAPES]
+CALIBRATED = mutants(
+    "phase-3-policies-drafters/benchmarks/calibrate.py",
+    ("tests/phase3/test_trees.py",),
+    ("tried[depth][rank] += 1", "tried[depth][rank] += child == node"),
+)  # fmt: skip
+
+MUTANTS = [*POLICIES, *CHAINS, *MAKERS, *TREES, *TREE, *SHAPES, *CALIBRATED]

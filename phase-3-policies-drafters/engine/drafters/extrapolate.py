@@ -10,18 +10,16 @@ import torch
 
 from common.philox import Purpose
 
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Draft, Stop
 from ..model import Transformer
 from ..sequence import Sequence
 from ..verify import RandomSource
 from .chains import ChainBuilder
-from .memory import StateMemory
+from .memory import StateDrafter
 
 
-class ExtrapolateDrafter:
+class ExtrapolateDrafter(StateDrafter):
     """Reads the j-th draft token from h + j alpha (h - h_previous)."""
-
-    taps: tuple[int, ...] | None = ()
 
     def __init__(
         self,
@@ -30,8 +28,8 @@ class ExtrapolateDrafter:
         noise: Purpose = Purpose.DRAFT,
         alpha: float = 1.0,
     ) -> None:
-        self.target, self.source, self.noise, self.alpha = target, source, noise, alpha
-        self.memory = StateMemory(keep=2)
+        super().__init__(target, source, noise, taps=(), keep=2)
+        self.alpha = alpha
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
@@ -47,9 +45,3 @@ class ExtrapolateDrafter:
                 if not chains.draw(row, logits[at]):
                     break
         return chains.draft()
-
-    def states_from(self, sequence: Sequence) -> int:
-        return self.memory.states_from(sequence)
-
-    def observe(self, outcome: Outcome) -> None:
-        self.memory.observe(outcome)

@@ -110,11 +110,6 @@ def load_heads(folder: Path, target: LoadedModel, kind: HeadsKind) -> Heads:
     return heads.to(device=weight.device, dtype=weight.dtype).requires_grad_(False).eval()
 
 
-def state_width(heads: Heads, target: ModelConfig) -> int:
-    """Return F, the number of features that the heads read at one position."""
-    return target.width * (1 + len(heads.taps))
-
-
 def target_states(target: LoadedModel, tokens: torch.Tensor, taps: tuple[int, ...]) -> torch.Tensor:
     """Compute the heads' input [B, T, F]: the target's normed output, then the outputs of the tapped layers."""
     hidden, tapped = target.model.states(tokens, taps=taps)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from common.philox import Purpose
 
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Stop
 from ..model import Transformer
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
-from .memory import StateMemory
+from .memory import StateDrafter
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MedusaHeads(nn.Module):
         return mixed
 
 
-class MedusaDrafter:
+class MedusaDrafter(StateDrafter, Brancher):
     """Drafts with Medusa heads, at most one token per head."""
 
     def __init__(
@@ -77,11 +77,9 @@ class MedusaDrafter:
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
-        self.target, self.heads = target, heads
-        self.source, self.noise = source, noise
-        self.taps: tuple[int, ...] | None = heads.taps
+        super().__init__(target, source, noise, heads.taps, keep=2)  # teacher_forced.py reads the one before the last
+        self.heads = heads
         self.deepest = heads.shape.heads
-        self.memory = StateMemory(keep=2)  # one is read; teacher_forced.py reads the one before the last
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first state."""
@@ -108,9 +106,3 @@ class MedusaDrafter:
         """Return logits [n, V] after these nodes: the same for all nodes of a level."""
         levels = [tree.depths[node] if node >= 0 else 0 for node in nodes]
         return self.level_logits(sequence)[levels]
-
-    def states_from(self, sequence: Sequence) -> int:
-        return self.memory.states_from(sequence)
-
-    def observe(self, outcome: Outcome) -> None:
-        self.memory.observe(outcome)

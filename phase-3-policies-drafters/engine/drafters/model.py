@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Stop
 from ..forward import next_logits
 from ..model import Transformer
 from ..sequence import Sequence
@@ -16,10 +16,9 @@ from ..verify import RandomSource
 from .chains import ChainBuilder
 
 
-class ModelDrafter:
+class ModelDrafter(Brancher):
     """Draws with the target's sampling parameters; `noise` is the purpose of its random numbers."""
 
-    taps: tuple[int, ...] | None = None
     deepest = 64
 
     def __init__(self, model: Transformer, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
@@ -41,9 +40,3 @@ class ModelDrafter:
         branches, numbers = tree.branches(nodes)
         logits = target_forward(self.model, [sequence.prompt + sequence.tokens], [branches]).logits[0]
         return logits[[number + 1 for number in numbers]]
-
-    def states_from(self, sequence: Sequence) -> int:
-        return sequence.length
-
-    def observe(self, outcome: Outcome) -> None:
-        """Do nothing: no state is kept between steps."""

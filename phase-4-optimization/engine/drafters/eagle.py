@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from common.philox import Purpose
 
 from ..config import ModelConfig
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Outcome, Stop
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sequence import Sequence
 from ..shapes import padded_length
 from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
-from .memory import StateMemory
+from .memory import StateDrafter
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Lookahead:
         return predicted[0]
 
 
-class EagleDrafter:
+class EagleDrafter(StateDrafter, Brancher):
     """Drafts with an EAGLE layer."""
 
     deepest = 64
@@ -132,10 +132,8 @@ class EagleDrafter:
         source: RandomSource,
         noise: Purpose = Purpose.DRAFT,
     ) -> None:
-        self.target, self.head = target, head
-        self.source, self.noise = source, noise
-        self.taps: tuple[int, ...] | None = head.taps
-        self.memory = StateMemory(keep=head.shape.reach)  # holds the layer's inputs instead of states
+        super().__init__(target, source, noise, head.taps, keep=head.shape.reach)  # of the layer's inputs, not states
+        self.head = head
         self._ahead: Lookahead | None = None  # of the current draft
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
@@ -162,9 +160,6 @@ class EagleDrafter:
             return self.target.logits(self._ahead.predicted)
         assert self._ahead is not None, "a draft begins at the text itself"
         return self.target.logits(self._ahead.extend(tree, nodes))
-
-    def states_from(self, sequence: Sequence) -> int:
-        return self.memory.states_from(sequence)
 
     @torch.inference_mode()
     def observe(self, outcome: Outcome) -> None:

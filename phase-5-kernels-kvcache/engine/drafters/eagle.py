@@ -23,14 +23,14 @@ from common.philox import Purpose
 
 from ..attention import AttentionBackend, CachedAttention, seen
 from ..config import ModelConfig
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Stop
 from ..kv_cache import CacheShape, StaticCache
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
-from .memory import StateMemory
+from .memory import StateDrafter
 
 GUESSES = 4 * 64  # of one draft: a dynamic tree may extend four nodes on each of its levels, and keep few of them
 
@@ -146,7 +146,7 @@ class Lookahead:
         return predicted[0]
 
 
-class EagleDrafter:
+class EagleDrafter(StateDrafter, Brancher):
     """Drafts with an EAGLE layer."""
 
     deepest = 64
@@ -159,10 +159,8 @@ class EagleDrafter:
         noise: Purpose = Purpose.DRAFT,
         cached: bool = True,
     ) -> None:
-        self.target, self.head, self.cached = target, head, cached
-        self.source, self.noise = source, noise
-        self.taps: tuple[int, ...] | None = head.taps
-        self.memory = StateMemory(keep=head.shape.reach)
+        super().__init__(target, source, noise, head.taps, keep=head.shape.reach)
+        self.head, self.cached = head, cached
         self._layers: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
@@ -221,10 +219,3 @@ class EagleDrafter:
         assert states is not None, "the first step of a sequence has nothing to draft from"
         following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]  # drawn from those states
         return following, self.head.read(states)
-
-    def states_from(self, sequence: Sequence) -> int:
-        return self.memory.states_from(sequence)
-
-    def observe(self, outcome: Outcome) -> None:
-        """Their states are kept; what the layer makes of them waits until a draft begins."""
-        self.memory.observe(outcome)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Outcome, Stop
 from ..runner import ModelRunner
 from ..sequence import Sequence
 from ..tree import Tree
@@ -18,10 +18,9 @@ from ..verify import RandomSource
 from .chains import ChainBuilder
 
 
-class ModelDrafter:
+class ModelDrafter(Brancher):
     """Draws with the target's sampling parameters; `noise` is the purpose of its random numbers."""
 
-    taps: tuple[int, ...] | None = None
     deepest = 64
 
     def __init__(self, runner: ModelRunner, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
@@ -48,9 +47,6 @@ class ModelDrafter:
         branches, numbers = tree.branches(nodes)
         logits = self.runner.forward([sequence], [sequence.prompt + sequence.tokens], [branches]).logits[0]
         return logits[[number + 1 for number in numbers]]
-
-    def states_from(self, sequence: Sequence) -> int:
-        return sequence.length
 
     def observe(self, outcome: Outcome) -> None:
         """Release the caches of finished sequences."""

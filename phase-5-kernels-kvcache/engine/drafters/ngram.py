@@ -8,7 +8,7 @@ import torch
 
 from common.errors import UserError
 
-from ..drafting import Draft, Outcome, Stop
+from ..drafting import Draft, Drafter, Stop
 from ..sequence import Sequence
 
 
@@ -36,10 +36,8 @@ class NgramIndex:
         return []
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Drafts repetitions of the sequence's own text, without a model and at almost no cost."""
-
-    taps: tuple[int, ...] | None = None
 
     def __init__(self, low: int = 1, high: int = 3) -> None:
         if not 1 <= low <= high:
@@ -62,9 +60,3 @@ class NgramDrafter:
             index.extend(sequence.prompt)
         index.extend(sequence.tokens[len(index.text) - len(sequence.prompt) :])
         return index
-
-    def states_from(self, sequence: Sequence) -> int:
-        return sequence.length
-
-    def observe(self, outcome: Outcome) -> None:
-        """Do nothing: the index reads new tokens from the sequence."""

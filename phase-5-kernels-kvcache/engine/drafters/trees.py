@@ -17,14 +17,14 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from ..drafting import Brancher, Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Drafter, Outcome, Stop
 from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
 
 
-class TreeDrafter:
+class TreeDrafter(Drafter):
     """Drafts trees with a drafter that can branch, one sequence after the other."""
 
     def __init__(self, drafter: Brancher) -> None:
