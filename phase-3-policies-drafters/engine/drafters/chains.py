@@ -17,12 +17,7 @@ class ChainBuilder:
     """Draws draft tokens row by row, with each sequence's sampling parameters, and keeps their distributions."""
 
     def __init__(
-        self,
-        sequences: list[Sequence],
-        widths: list[int],
-        source: RandomSource,
-        noise: Purpose,
-        stop: Stop | None,
+        self, sequences: list[Sequence], widths: list[int], source: RandomSource, noise: Purpose, stop: Stop | None
     ) -> None:
         self.sequences, self.widths = sequences, widths
         self.source, self.noise, self.stop = source, noise, stop

@@ -122,11 +122,7 @@ class EagleDrafter(StateDrafter, Brancher):
     deepest = 64
 
     def __init__(
-        self,
-        target: Transformer,
-        head: EagleHead,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
+        self, target: Transformer, head: EagleHead, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
         super().__init__(target, source, noise, head.taps, keep=head.shape.reach)  # of the layer's inputs, not states
         self.head = head

@@ -22,11 +22,7 @@ class ExtrapolateDrafter(StateDrafter):
     """Reads the j-th draft token from h + j alpha (h - h_previous)."""
 
     def __init__(
-        self,
-        target: Transformer,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
-        alpha: float = 1.0,
+        self, target: Transformer, source: RandomSource, noise: Purpose = Purpose.DRAFT, alpha: float = 1.0
     ) -> None:
         super().__init__(target, source, noise, taps=(), keep=2)
         self.alpha = alpha

@@ -71,11 +71,7 @@ class MedusaDrafter(StateDrafter, Brancher):
     """Drafts with Medusa heads, at most one token per head."""
 
     def __init__(
-        self,
-        target: Transformer,
-        heads: MedusaHeads,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
+        self, target: Transformer, heads: MedusaHeads, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
         super().__init__(target, source, noise, heads.taps, keep=2)  # teacher_forced.py reads the one before the last
         self.heads = heads

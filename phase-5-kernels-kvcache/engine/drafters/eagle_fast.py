@@ -76,12 +76,7 @@ class FastEagleDrafter(EagleDrafter):
     """An EagleDrafter in C++; its drafts differ by rounding only."""
 
     def __init__(
-        self,
-        fast: CppEagle,
-        target: Transformer,
-        head: EagleHead,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
+        self, fast: CppEagle, target: Transformer, head: EagleHead, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
         super().__init__(target, head, source, noise)
         self.fast = fast

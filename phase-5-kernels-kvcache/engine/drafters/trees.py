@@ -59,14 +59,7 @@ class TreeDrafter(Drafter):
 class StaticTreeDrafter(TreeDrafter):
     """Drafts trees of one shape. `shape[i]` is the parent of node i, -1 the root: parents first, siblings by rank."""
 
-    def __init__(
-        self,
-        drafter: Brancher,
-        shape: list[int],
-        source: RandomSource,
-        noise: Purpose,
-        drawn: bool,
-    ) -> None:
+    def __init__(self, drafter: Brancher, shape: list[int], source: RandomSource, noise: Purpose, drawn: bool) -> None:
         super().__init__(drafter)
         self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
         self.drawn = drawn

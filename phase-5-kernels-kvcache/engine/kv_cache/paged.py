@@ -32,13 +32,7 @@ class PagedCache(InPlaceCache):
     """Per layer two tensors [pages, kv_heads, 16, head_dim], and a block table for every row."""
 
     def __init__(
-        self,
-        shape: CacheShape,
-        rows: int,
-        pages: int,
-        dtype: torch.dtype,
-        computed: torch.dtype,
-        device: torch.device,
+        self, shape: CacheShape, rows: int, pages: int, dtype: torch.dtype, computed: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(shape, rows, (pages, shape.kv_heads, PAGE, shape.head_dim), dtype, computed, device)
         self.tables: list[list[int]] = [[] for _ in range(rows)]

@@ -21,13 +21,7 @@ class RingCache(InPlaceCache):
     """Per layer two tensors [rows, kv_heads, window + 16, head_dim]."""
 
     def __init__(
-        self,
-        shape: CacheShape,
-        rows: int,
-        window: int,
-        dtype: torch.dtype,
-        computed: torch.dtype,
-        device: torch.device,
+        self, shape: CacheShape, rows: int, window: int, dtype: torch.dtype, computed: torch.dtype, device: torch.device
     ) -> None:
         self.slots = window + SPARE
         super().__init__(shape, rows, (rows, shape.kv_heads, self.slots, shape.head_dim), dtype, computed, device)
