@@ -253,10 +253,9 @@ def _translate(stored_name: str, stored: Tensor, config: ModelConfig) -> Iterato
 
 def _assign(model: Transformer, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate a parameter; values are copied into it later, and cast to its dtype."""
-    owner, _, attribute = name.rpartition(".")
-    inside = owner.startswith("layers.")
+    inside = name.startswith("layers.")
     tensor = reserve(shape, dtype, device) if inside else torch.empty(shape, dtype=dtype, device=device)
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    replace(model, name, nn.Parameter(tensor, requires_grad=False))
     return tensor
 
 

@@ -39,6 +39,7 @@ from common.errors import UserError
 from .config import ModelConfig
 from .model import Transformer
 from .packing import pack_matrices
+from .quantize import replace
 from .weights import reserve
 
 T = TypeVar("T")
@@ -173,9 +174,8 @@ def _measure(config: ModelConfig) -> dict[str, float]:
     for name in ("float32", "bfloat16"):
         model = models[name] = Transformer(config)
         for path, parameter in list(model.named_parameters()):
-            owner, _, attribute = path.rpartition(".")
             filled = reserve(tuple(parameter.shape), DTYPES[name], cpu).fill_(0.01)
-            setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(filled, requires_grad=False))
+            replace(model, path, torch.nn.Parameter(filled, requires_grad=False))
         pack_matrices(model)
     tokens = torch.zeros(1, ROWS, dtype=torch.long)
     times: dict[str, list[float]] = {name: [] for name in models}

@@ -244,9 +244,10 @@ def linear_names(model: Transformer, head: bool) -> list[str]:
     return [name for name, module in modules if isinstance(module, Linear) and (head or name != "head")]
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:
+    """Set the module, parameter or buffer of this name."""
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
+    setattr(model.get_submodule(owner), attribute, part)
 
 
 Rounding = Callable[[Tensor, Format], Rounded]

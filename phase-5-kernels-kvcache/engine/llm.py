@@ -152,10 +152,6 @@ class LLM:
                 pass
 
     @property
-    def compiled_graphs(self) -> int:
-        return self.compiler.graphs if self.compiler else 0
-
-    @property
     def speculative(self) -> bool:
         """Whether anything drafts: a model, or a drafter that needs none."""
         return self.options.draft != "none" and (self.draft is not None or self.options.drafter != "model")

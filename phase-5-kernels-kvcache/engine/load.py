@@ -187,7 +187,7 @@ def load_transformer(
                 quantized = quantized_linear(model, place.name.removesuffix(".weight"), format, device)
                 quantized.round_rows(place.rows.start or 0, tensor, stored_name)
             elif as_stored and place.name not in packed and is_whole(place, tensor, dtype):
-                _set(model, place.name, tensor)
+                replace(model, place.name, nn.Parameter(tensor, requires_grad=False))
             else:
                 if place.name not in filled:
                     shape, ready = reserved[place.name].shape, packed.get(place.name)
@@ -269,13 +269,8 @@ def _assign(
     """Allocate a parameter; values are copied into it later, and cast to its dtype."""
     inside = name.startswith("layers.") and not as_stored
     tensor = reserve(shape, dtype, device) if inside else torch.empty(shape, dtype=dtype, device=device)
-    _set(model, name, tensor)
+    replace(model, name, nn.Parameter(tensor, requires_grad=False))
     return tensor
-
-
-def _set(model: Transformer, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
 def is_whole(place: Place, tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -90,13 +90,8 @@ def load_quantized(
             _check_packed(checkpoint.name, name, stored, place.dtype, format)
         elif stored.dtype not in STORED:
             raise UserError(f"{checkpoint.name}: tensor {name} holds {stored.dtype}; expected one of {STORED}")
-        owner, _, attribute = name.rpartition(".")
         tensor = stored.to(device=device, dtype=place.dtype if name in packed else dtype, copy=True)
-        setattr(
-            model.get_submodule(owner),
-            attribute,
-            tensor if name in packed else nn.Parameter(tensor, requires_grad=False),
-        )
+        replace(model, name, tensor if name in packed else nn.Parameter(tensor, requires_grad=False))
     if expected:
         raise UserError(f"{checkpoint.name}: tensor {sorted(expected)[0]} is missing; quantise the model again")
     if config.tied and not isinstance(model.head, QuantLinear):
