@@ -45,7 +45,6 @@ BY_HAND = {
     "kernels/matrix.py": "phase5/test_cuda_kernels.py phase5/test_triton_kernels.py",
     "kernels/triton/": "phase5/test_triton_kernels.py phase5/test_triton_end_to_end.py",
     "model.py": "every_phase/test_logits.py",
-    "quantize_options.py": "phase4/test_quantize_files.py",
     "quantize_others.py": "every_phase/test_quantised_checkpoints.py",
     "rope.py": "every_phase/test_logits.py every_phase/test_config_forms.py",
     "shapes.py": "phase4/test_packing_compile.py",

@@ -73,7 +73,7 @@ class MedusaDrafter(StateDrafter, Brancher):
     def __init__(
         self, target: Transformer, heads: MedusaHeads, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
-        super().__init__(target, source, noise, heads.taps, keep=2)  # teacher_forced.py reads the one before the last
+        super().__init__(target, source, noise, heads.taps, keep=2)  # teacher forcing reads the one before the last
         self.heads = heads
         self.deepest = heads.shape.heads
 

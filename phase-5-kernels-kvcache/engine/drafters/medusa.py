@@ -82,7 +82,7 @@ class MedusaDrafter(StateDrafter, Brancher):
         fast: CppMedusa | None = None,
     ) -> None:
         """fast: the heads, where they run in C++."""
-        super().__init__(target, source, noise, heads.taps, keep=2)  # teacher_forced.py reads the one before the last
+        super().__init__(target, source, noise, heads.taps, keep=2)  # teacher forcing reads the one before the last
         self.heads, self.fast = heads, fast
         self.deepest = heads.shape.heads
 
