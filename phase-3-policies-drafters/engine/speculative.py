@@ -72,7 +72,8 @@ def accept(
             outputs += before + before[-1:] * (width - len(before))
     probs = probabilities(logits.flatten(0, 1), params, prompts if penalised else [], outputs).view(*logits.shape)
     target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
-    rows = DraftRows(*(torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths)), source)
+    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
+    rows = DraftRows(widths, at, positions, source)
     if draft.trees is not None:
         paths = []
         for row, tree in enumerate(trees):

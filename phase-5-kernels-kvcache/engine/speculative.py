@@ -75,12 +75,13 @@ def accept(
             before = outputs_before(sequence.tokens, tree)
             outputs += before + before[-1:] * (width - len(before))
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    rows = DraftRows(*(torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths)), source)
+    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
+    rows = DraftRows(widths, at, positions, source)
     certain = draft.probs is None and isinstance(source, GreedySource) and all(mine.greedy for mine in params)
     if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
         check_finite(flat)
         scores = penalise(flat.float(), params, prompts, outputs) if penalised else flat
-        return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), rows.widths))
+        return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), widths))
     probs = probabilities(flat, params, prompts if penalised else [], outputs).view(*logits.shape)
     target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
     if draft.trees is None:
