@@ -39,7 +39,7 @@ COMMON = (
         ("if not 0 <= length <= self.lengths[row]:", "if not 0 <= length:"),
     ),
     *mutants(
-        f"{CACHES}/in_place.py",
+        f"{CACHES}/static.py",
         ALONE,
         ("self.lengths[row] + len(keys))", "self.lengths[row] + len(keys) + 1)"),
         ("self.lengths[row], self.lengths[row] + len", "self.lengths[row] - 1, self.lengths[row] - 1 + len"),

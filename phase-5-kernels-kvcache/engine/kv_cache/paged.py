@@ -13,8 +13,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .in_place import InPlaceCache
 from .protocol import CacheShape
+from .static import InPlaceCache
 
 PAGE = 16
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .in_place import InPlaceCache
 from .protocol import CacheShape
+from .static import InPlaceCache
 
 SPARE = 16  # most tokens of one step
 
