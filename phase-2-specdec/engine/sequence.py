@@ -62,7 +62,7 @@ class Sequence:
         self.progress = Progress()
         self.steps: list[StepStats] = []  # what its steps did
         self.text = ""  # the decoded output so far, cut at a stop string
-        self._eos = () if params.ignore_eos else ending.eos_ids
+        self.eos_ids = () if params.ignore_eos else ending.eos_ids
         self._decoder = IncrementalDecoder(ending.tokenizer, prompt) if ending.tokenizer else None
         self._released = 0  # characters that `take_text` has returned
 
@@ -78,7 +78,7 @@ class Sequence:
         self.tokens.append(token)
         if self._decoder is not None:
             self.text += self._decoder.push(token)
-        if token in self._eos:
+        if token in self.eos_ids:
             self._finish("eos")
         elif self.params.stop and self._cut_at_stop_string():
             self._finish("stop")

@@ -22,7 +22,7 @@ from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .kv_cache.manager import CacheManager
 from .model import Transformer
-from .runner import CachedRunner, cached_runner, make_manager
+from .runner import CachedRunner, make_manager
 from .speculative import MultiStep
 from .weights import lay_out
 
@@ -80,8 +80,8 @@ class Backends:
                 return f"--{name} applies to torch's operations"
         if options.beams > 1:
             return "beam search computes whole sequences"
-        if options.kv != "static":
-            return f"the C++ step writes into a static cache, and --kv is {options.kv}"
+        if options.kv in ("off", "dynamic"):
+            return f"the C++ step writes into a static, ring or paged cache, and --kv is {options.kv}"
         return None
 
     def take(self, models: Iterable[nn.Module], others: Iterable[object]) -> None:
@@ -144,4 +144,4 @@ class Backends:
             from .cpp_runner import CppRunner
 
             return CppRunner(model, self.fast[model], manager)
-        return cached_runner(model, manager)
+        return CachedRunner(model, manager)

@@ -1,4 +1,4 @@
-"""A runner whose forwards are one call into C++: all layers of a step, or several tokens drawn one after the other.
+"""A runner whose forwards are one call into C++: all layers of a step, or several steps of several sequences.
 
 The bookkeeping of sequences and cache rows is that of runner.py; only the computation differs.
 
@@ -7,26 +7,31 @@ The bookkeeping of sequences and cache rows is that of runner.py; only the compu
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .drawing import Drawing, Speculated
+from common.errors import UserError
+
 from .kernels.cpp import CppModel
-from .kv_cache import KVOptions, StaticCache
+from .kernels.cpp.model import Cache
+from .kv_cache import KVOptions, OutOfBlocks
 from .kv_cache.manager import CacheManager
 from .model import Transformer
 from .runner import NO_DRAFT, CachedRunner, Work, make_manager
+from .sampling import KeyedSampler
+from .sequence import Sequence
+from .verify import GreedySource, RandomSource
 
 
 class CppRunner(CachedRunner):
-    """Over a static cache, into which the kernels write."""
+    """Over a static, ring or paged cache, into which the kernels write."""
 
     def __init__(self, model: Transformer, fast: CppModel, manager: CacheManager) -> None:
         super().__init__(model, manager)
         self.fast = fast
-        assert isinstance(manager.cache, StaticCache)
+        assert isinstance(manager.cache, Cache)
         self.cache = manager.cache
 
     def _verify(
@@ -62,7 +67,7 @@ class CppRunner(CachedRunner):
             logits = logits[torch.tensor(read)]
         if not wants_states:
             return logits, None
-        outputs = self._outputs(done.hidden, done.tapped).split(counts)
+        outputs = states_of(done.hidden, done.tapped).split(counts)
         return logits, [torch.cat((*work.states, mine)) for work, mine in zip(works, outputs, strict=True)]
 
     def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
@@ -76,89 +81,46 @@ class CppRunner(CachedRunner):
             logits=False,
             hidden=wants_states,
         )
-        return [self._outputs(done.hidden, done.tapped)] if wants_states else []
+        return [states_of(done.hidden, done.tapped)] if wants_states else []
 
-    def _outputs(self, hidden: Tensor | None, tapped: Tensor | None) -> Tensor:
-        """In the format in which the torch model gives them: a drafter's heads read them."""
-        assert hidden is not None
-        whole = hidden if tapped is None else torch.cat((hidden, tapped), -1)
-        return whole.to(self.model.embedding.weight.dtype)
+    def begin(self, sequences: list[Sequence], more: list[int]) -> list[Work]:
+        """Return the rows of the sequences, with room for more[r] tokens after the new ones of sequence r.
 
-    def draw(
-        self, owner: Hashable, text: list[int], count: int, how: Drawing
-    ) -> tuple[list[int], Tensor | None] | None:
-        """Draw `count` tokens one after the other, and give the distributions [count, V] if `how` asks for them.
-
-        Or, with taps, the states of the token before each, [count, F]. None where C++ lacks the random numbers, or a
-        window would jump.
+        UserError if the cache has no room for them.
         """
-        if not how.keyed or len(text) + count > self.model.config.context:
-            return None
-        params = how.params
-        work = self._begin(owner, text, NO_DRAFT, None, ())
-        row, at = work.row.number, how.position
-        self.cache.make_room(row, len(work.new) + count)
-        probs = None
-        if how.taps is not None:
-            if len(work.new) > 1:  # their states are wanted as well, and a step has them
-                return None
-            hidden = torch.empty(count, self.fast.config.width)
-            tapped = torch.empty(count, len(how.taps) * self.fast.config.width) if how.taps else None
-            drawn = self.fast.generate_plain(
-                self.cache, row, work.new, count, params,
-                sample=how.key[1], position=at, hidden=hidden, tapped=tapped, taps=how.taps,
-            )  # fmt: skip
-            probs = self._outputs(hidden, tapped)
-        elif how.probs:
-            drawn, probs = self.fast.draft_chain(
-                self.cache, row, work.new, count, params, sample=how.key[1], position=at, noise=how.purpose
-            )
-        else:
-            drawn = self.fast.generate_plain(self.cache, row, work.new, count, params, sample=how.key[1], position=at)
-        self.computed = [work.prefilled + len(work.new) + len(drawn) - 1]
-        self.manager.appended(work.row, work.new + drawn[:-1], [])
-        return drawn, None if params.greedy and how.taps is None else probs
+        try:
+            works = [self._begin(each, each.prompt + each.tokens, NO_DRAFT, None, ()) for each in sequences]
+            for work, count in zip(works, more, strict=True):
+                self.cache.make_room(work.row.number, len(work.new) + count)
+        except OutOfBlocks as error:
+            error.owner = self.manager.owner(error.row)
+            raise
+        return works
 
-    def speculate(
-        self,
-        owner: Hashable,
-        text: list[int],
-        count: int,
-        how: Drawing,
-        drafter: CppRunner,
-        sample_match: bool,
-        steps: int,
-    ) -> list[Speculated]:
-        most = steps * (count + 1) - 1  # tokens past the sequence that are computed
-        context = min(self.model.config.context, getattr(drafter.model, "config", self.model.config).context)
-        if not how.keyed or len(text) + most > context:
-            return []
-        mine, its = (runner._begin(owner, text, NO_DRAFT, None, ()) for runner in (self, drafter))
-        self.cache.make_room(mine.row.number, len(mine.new) + most)
-        drafter.cache.make_room(its.row.number, len(its.new) + most)
-        done = self.fast.speculate(
-            self.cache,
-            mine.row.number,
-            mine.new,
-            drafter.fast,
-            drafter.cache,
-            its.row.number,
-            its.new,
-            count,
-            how.params,
-            own=sample_match,
-            sample=how.key[1],
-            position=how.position,
-            noise=how.purpose,
-            steps=steps,
-        )
-        self.computed = [mine.prefilled + done[0].computed]
-        gained = [token for each in done for token in (*each.draft[: each.accepted], each.next_token)]
-        last = done[-1]
-        self.manager.appended(mine.row, mine.new + gained[:-1], [])
-        drafter.manager.appended(its.row, its.new + gained[: -2 if last.accepted == count else -1], [])
-        self.manager.positions += sum(count - each.accepted for each in done)  # rejected draft tokens
-        return done
+    def batch(self, sequences: list[Sequence], works: list[Work]) -> list[Any]:
+        """Describe the sequences for C++."""
+        return [
+            self.fast.sequence(self.cache, work.row.number, work.new, sequence.params, sequence.key[1], sequence.length)
+            for sequence, work in zip(sequences, works, strict=True)
+        ]
+
+    def appended(self, works: list[Work], gained: list[list[int]], rejected: int) -> None:
+        """Record what a call has appended to the rows: the new tokens, and gained[r]."""
+        for work, tokens in zip(works, gained, strict=True):
+            self.manager.appended(work.row, work.new + tokens, [])
+        self.manager.positions += rejected
+
+
+def drawable(sequences: list[Sequence], source: RandomSource) -> bool:
+    """Return True if C++ can draw the tokens: the parameters and the key alone decide about them."""
+    keyed = isinstance(source, KeyedSampler | GreedySource)
+    return keyed and not any(sequence.params.penalised for sequence in sequences)
+
+
+def states_of(hidden: Tensor | None, tapped: Tensor | None) -> Tensor:
+    """Return the states [n, F] that draft heads read: hidden states, and the outputs of tapped layers beside them."""
+    assert hidden is not None
+    return hidden if tapped is None else torch.cat((hidden, tapped), -1)
 
 
 def make_cpp_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> CppRunner:

@@ -33,6 +33,7 @@ from .tree import Tree
 NO_DRAFT = Tree([], [])
 DRAFT_ROOM = 64  # nodes of the largest tree
 CHUNK = 512  # tokens of a prompt that are prefilled in one forward
+INLINE = 16  # new tokens that a step computes itself
 Owners = list[Hashable]
 
 
@@ -105,12 +106,14 @@ class UncachedRunner:
 class CachedRunner:
     """Prefills a sequence in chunks, but for its last token; then every step computes one token and a draft.
 
-    Up to `max_inline` new tokens are computed within the step instead: after a fully accepted draft, the draft model's
+    Up to INLINE new tokens are computed within the step instead: after a fully accepted draft, the draft model's
     cache is one token behind.
     """
 
-    def __init__(self, model: Transformer, manager: CacheManager, chunk: int = CHUNK, max_inline: int = 16) -> None:
-        self.model, self.manager, self.chunk, self.max_inline = model, manager, chunk, max_inline
+    def __init__(self, model: Transformer, manager: CacheManager) -> None:
+        self.model, self.manager = model, manager
+        ring = isinstance(manager.cache, RingCache)  # takes few tokens at a time
+        self.chunk, self.max_inline = (SPARE, 1) if ring else (CHUNK, INLINE)
         self.prefill_ms = 0.0
         self.computed: list[int] = []
 
@@ -276,14 +279,8 @@ def make_manager(
     return CacheManager(cache, rows, tokens)
 
 
-def cached_runner(model: Transformer, manager: CacheManager) -> CachedRunner:
-    if isinstance(manager.cache, RingCache):  # takes few tokens at a time
-        return CachedRunner(model, manager, chunk=SPARE, max_inline=1)
-    return CachedRunner(model, manager)
-
-
 def make_runner(model: Transformer, options: KVOptions, rows: int, tokens: int) -> ModelRunner:
     """Make a runner, with a cache of its own as in make_manager."""
     if options.kind == "off" or not model.has_cache:
         return UncachedRunner(model)
-    return cached_runner(model, make_manager(model, options, rows, tokens))
+    return CachedRunner(model, make_manager(model, options, rows, tokens))

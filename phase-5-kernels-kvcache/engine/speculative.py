@@ -182,8 +182,10 @@ def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -
     return error.owner
 
 
-MultiStep = Callable[[ModelRunner, Drafter | None, Sequence, int, AcceptancePolicy, RandomSource], Iterator[Step]]
-"""Makes several steps of one sequence, with drafts of so many tokens, in one call; none where it cannot."""
+MultiStep = Callable[
+    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], Iterator[Step]
+]
+"""Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot."""
 
 
 def decode(
@@ -198,7 +200,7 @@ def decode(
     """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
 
     Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
-    rejection, and K = 4. `multi_step` is asked first for a sequence that is alone; the tokens are the same.
+    rejection, and K = 4. `multi_step` is asked first; the tokens are the same.
     """
     policy = policy or Rejection()
     source = source or random_source(sequence.params for sequence in sequences)
@@ -212,8 +214,8 @@ def decode(
             asked = [block_width(sequence, sequence.controller.next_k(), context) for sequence in active]
         made = 0
         try:
-            if multi_step is not None and len(active) == 1:
-                for step in multi_step(runner, drafter, active[0], asked[0], policy, source):
+            if multi_step is not None:
+                for step in multi_step(runner, drafter, active, asked, policy, source):
                     made += 1
                     yield step
             if not made:

@@ -82,13 +82,10 @@ class Step:
     output: TargetOutput | None  # None for steps of a call that makes several
     paths: list[Path]
     stats: list[StepStats]
-    probs: Tensor | None = None  # [R, K+1, V] the target's distributions, from a call that makes several steps
 
     def target_probs(self, row: int) -> Tensor:
         """[K+1, V]: the distributions that the target's tokens are sampled from."""
-        if self.probs is not None:
-            return self.probs[row]
-        assert self.output is not None, "a call that makes several plain steps keeps no logits"
+        assert self.output is not None, "a call that makes several steps keeps no logits"
         sequence, tree = self.sequences[row], self.trees[row]
         logits = self.output.logits[row, : len(tree.tokens) + 1]
         outputs = outputs_before(sequence.tokens[: self.starts[row]], tree)

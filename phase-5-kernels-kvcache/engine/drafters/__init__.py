@@ -11,12 +11,10 @@ from ..model import Transformer
 from ..runner import ModelRunner
 from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
-from .eagle_fast import FastEagleDrafter
 from .extrapolate import ExtrapolateDrafter
 from .heads import Heads, find_heads, load_heads
 from .medusa import MedusaDrafter, MedusaHeads
 from .model import ModelDrafter
-from .model_fast import FastModelDrafter
 from .ngram import NgramDrafter, NgramIndex
 from .trees import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter
 
@@ -29,8 +27,6 @@ __all__ = [
     "EagleDrafter",
     "EagleHead",
     "ExtrapolateDrafter",
-    "FastEagleDrafter",
-    "FastModelDrafter",
     "MedusaDrafter",
     "MedusaHeads",
     "ModelDrafter",
@@ -62,12 +58,27 @@ def make_drafter(
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
         return ExtrapolateDrafter(target, source, noise, options.alpha)
+    if fast is not None and heads is not None:
+        return in_cpp(heads, fast, target, source, noise)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, source, noise, cast("CppMedusa | None", fast))
+        return MedusaDrafter(target, heads, source, noise)
     if isinstance(heads, EagleHead):
-        if fast is not None:
-            return FastEagleDrafter(cast("CppEagle", fast), target, heads, source, noise)
         return EagleDrafter(target, heads, source, noise, cached=options.kv != "off")
     assert draft is not None, "the drafter `model` needs a draft model"
-    make = FastModelDrafter if draft_in_cpp else ModelDrafter
-    return make(draft, source, noise)
+    if draft_in_cpp:
+        from .model_fast import FastModelDrafter
+
+        return FastModelDrafter(draft, source, noise)
+    return ModelDrafter(draft, source, noise)
+
+
+def in_cpp(
+    heads: Heads, fast: CppEagle | CppMedusa, target: Transformer, source: RandomSource, noise: Purpose
+) -> Drafter:
+    """Make the drafter of heads that run in C++."""
+    from .eagle_fast import FastEagleDrafter
+    from .medusa_fast import FastMedusaDrafter
+
+    if isinstance(heads, MedusaHeads):
+        return FastMedusaDrafter(cast("CppMedusa", fast), target, heads, source, noise)
+    return FastEagleDrafter(cast("CppEagle", fast), target, heads, source, noise)

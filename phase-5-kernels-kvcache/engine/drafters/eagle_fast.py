@@ -7,16 +7,16 @@ State and cache of the drafter are those of eagle.py; only the computation diffe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from common.philox import Purpose
 
+from ..cpp_runner import drawable
 from ..drafting import Draft, Stop
-from ..drawing import Drawing
-from ..kv_cache import StaticCache
+from ..kernels.cpp.model import idle
 from ..model import Transformer
 from ..sequence import Sequence
 from ..tree import Tree
@@ -36,28 +36,17 @@ class FastLookahead(Lookahead):
         self.fast = fast
 
     def begin(self, inputs: Tensor, end: int) -> Tensor:
-        self._began(len(inputs), end, self.fast.begin(self._without_guesses(), 0, inputs))
+        self.cache.truncate(0, self.confirmed)
+        self.predicted = self.fast.begin(self.cache, 0, inputs)
+        self.fed(len(inputs), end)
+        self.rows, self.parents = {-1: -1}, list[int]()
+        self.entered = self.predicted[:0]  # inputs of the draft tokens
         return self.predicted
 
-    def draw(self, tokens: list[int], features: Tensor, end: int, count: int, how: Drawing) -> tuple[list[int], Tensor]:
-        """Draft a chain after the sequence's new tokens; return its tokens and their distributions [count, V]."""
-        drawn, probs, predicted = self.fast.draft(
-            self._without_guesses(), 0, tokens, features, count, how.params,
-            sample=how.key[1], position=how.position, noise=how.purpose,
-        )  # fmt: skip
-        self._began(len(tokens), end, predicted)
-        return drawn, probs
-
-    def _without_guesses(self) -> StaticCache:
-        cache, certain = self.cache, self.confirmed
-        cache.truncate(0, certain)
-        return cache
-
-    def _began(self, count: int, end: int, predicted: Tensor) -> None:
+    def fed(self, count: int, end: int) -> None:
+        """Keep `count` inputs that the kernels have written, up to position `end` of the sequence."""
         self.cache.keep(0, list(range(count)))
-        self.confirmed, self.end, self.predicted = self.confirmed + count, end, predicted
-        self.rows, self.parents = {-1: -1}, list[int]()
-        self.entered = predicted[:0]  # inputs of the draft tokens
+        self.confirmed, self.end = self.confirmed + count, end
 
     def extend(self, tree: Tree, nodes: list[int]) -> Tensor:
         """Compute nodes of a tree. Earlier nodes are computed again: the tree mask applies within one step."""
@@ -84,21 +73,47 @@ class FastEagleDrafter(EagleDrafter):
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains in C++ if no `stop` may end them and the random numbers are keyed; otherwise as EagleDrafter."""
-        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
-        rows = chains.open()
-        for row in rows:
-            sequence = sequences[row]
-            drawing = Drawing(sequence.params, self.source, sequence.key, sequence.length, self.noise)
-            if stop is not None or not drawing.keyed or not self.ready(sequence):
-                return super().propose(sequences, widths, stop)
+        if stop is not None or not drawable(sequences, self.source):
+            return super().propose(sequences, widths, stop)
+        counts = [width if self.ready(each) else 0 for each, width in zip(sequences, widths, strict=True)]
+        chains = ChainBuilder(sequences, counts, self.source, self.noise, stop)
+        if rows := chains.open():
+            asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
+            tokens, probs = self.fast.propose(self.start(asked, counts, 1), counts)
+            self.finish(counts, [[[]] * len(rows)])
+            for row, drawn, of_row in zip(rows, tokens, probs, strict=True):
+                chains.take(row, drawn, None if sequences[row].params.greedy else of_row)
+        return chains.draft()
+
+    def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
+        """Return a drafter of the library for steps of counts[r] tokens."""
+        batch, states, self._started = list[Any](), list[Tensor](), list[tuple[FastLookahead, int, int] | None]()
+        for sequence, count in zip(sequences, counts, strict=True):
+            if not count:
+                batch.append(idle())
+                states.append(torch.empty(0, self.target.config.width * (1 + len(self.head.taps))))
+                self._started.append(None)
+                continue
             layer, new = self._layer(sequence)
             assert isinstance(layer, FastLookahead)
-            tokens, features = self._read(sequence, max(new, 1))
             if not new:  # asked again for the same sequence: feed its last input once more
                 layer.confirmed -= 1
-            drawn, probs = layer.draw(tokens, features, sequence.length - 1, widths[row], drawing)
-            chains.take(row, drawn, None if sequence.params.greedy else probs)
-        return chains.draft()
+            layer.cache.truncate(0, layer.confirmed)
+            read = self.memory.get(sequence, max(new, 1))
+            assert read is not None, "the first step of a sequence has nothing to draft from"
+            tokens = (sequence.prompt + sequence.tokens)[sequence.length - len(read) :]  # drawn from those states
+            batch.append(self.fast.sequence(layer.cache, 0, tokens, sequence.params, sequence.key[1], sequence.length))
+            states.append(read.float())
+            self._started.append((layer, len(read), sequence.length - 1))
+        return self.fast.drafter(batch, states, self.noise)
+
+    def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
+        """Record the steps after `start`: gained[s][r] are the tokens of sequence r in step s."""
+        for row, started in enumerate(self._started):
+            if started is not None:
+                layer, new, end = started
+                more = sum(len(of_step[row]) for of_step in gained[:-1])  # those of the last step are fed by the next
+                layer.fed(new + more, end + more)
 
     def _make_layer(self, capacity: int) -> Lookahead:
         return FastLookahead(self.fast, self.head, self.target, capacity)
@@ -107,4 +122,7 @@ class FastEagleDrafter(EagleDrafter):
         return self.fast.logits(features)
 
     def inputs(self, sequence: Sequence, last: int) -> Tensor:
-        return self.fast.inputs(*self._read(sequence, last))
+        states = self.memory.get(sequence, last)
+        assert states is not None, "the first step of a sequence has nothing to draft from"
+        tokens = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]
+        return self.fast.inputs(tokens, self.fast.read(states))

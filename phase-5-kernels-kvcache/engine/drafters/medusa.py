@@ -10,7 +10,7 @@ heads are cheap, and their accuracy is limited.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,6 @@ from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
 from .memory import StateDrafter
-
-if TYPE_CHECKING:
-    from ..kernels.cpp import CppMedusa
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,10 @@ class MedusaDrafter(StateDrafter, Brancher):
     """Drafts with Medusa heads, at most one token per head."""
 
     def __init__(
-        self,
-        target: Transformer,
-        heads: MedusaHeads,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
-        fast: CppMedusa | None = None,
+        self, target: Transformer, heads: MedusaHeads, source: RandomSource, noise: Purpose = Purpose.DRAFT
     ) -> None:
-        """fast: the heads, where they run in C++."""
         super().__init__(target, source, noise, heads.taps, keep=2)  # teacher forcing reads the one before the last
-        self.heads, self.fast = heads, fast
+        self.heads = heads
         self.deepest = heads.shape.heads
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
@@ -105,10 +96,7 @@ class MedusaDrafter(StateDrafter, Brancher):
         states = self.memory.get(sequence)
         assert states is not None, "the first step of a sequence has nothing to draft from"
         last = torch.tensor((sequence.prompt + sequence.tokens)[-1:], device=states.device)
-        embedded = self.target.embedding(last)
-        if self.fast is not None:
-            return self.fast.logits(states[-1:], embedded)
-        return self.target.logits(self.heads(states[-1:], embedded)[:, 0])
+        return self.target.logits(self.heads(states[-1:], self.target.embedding(last))[:, 0])
 
     def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
         """Return logits [n, V] after these nodes: the same for all nodes of a level."""

@@ -2,7 +2,8 @@
 
 layer = CppEagle(head, target, CppModel(target, "bfloat16"))
 cache = layer.new_cache(rows=1, tokens=300)
-drawn, probs, _ = layer.draft(cache, 0, tokens, features, 4, params, sample=0, position=sequence.length)
+sequence = layer.sequence(cache, 0, tokens, params, position=length)
+drawn, probs = layer.propose(layer.drafter([sequence], [states], Purpose.DRAFT), [4])
 cache.keep(0, list(range(len(tokens))))
 """
 
@@ -21,9 +22,8 @@ from common.philox import Purpose
 from ...drafters.eagle import EagleHead
 from ...kv_cache import StaticCache
 from ...model import Transformer
-from ...sampling import SamplingParams
-from .model import CppModel, finite_logits
-from .ops import sampling_of
+from .library import library
+from .model import CppModel
 from .weights import KIND_OF, Plan, Weights, set_norm
 
 NO_LIMIT = 2**30
@@ -41,10 +41,11 @@ class CppEagle(CppModel):
             norm=head.norm,
             head=None,
             join=head.join,
+            reduce=head.reduce,
         )
         self._parts = parts  # the target's embedding is read in place
         self._norms = {"token_norm": head.token_norm, "state_norm": head.state_norm}
-        self._head = beside._head
+        self._head, self._reduce, self._taps = beside._head, None, head.taps
         self._prepare(parts, beside.weights, beside.threads, None, beside.exact_activations, release=False)
 
     def _take_tables(self, model: Any) -> list[Tensor]:
@@ -56,7 +57,14 @@ class CppEagle(CppModel):
         return [embedding]
 
     def _more(self, model: Any, weights: Weights) -> list[Plan]:
-        return [Plan(-1, "join", model.join, weights, False)]
+        both = ("join", model.join), ("reduce", model.reduce)
+        return [Plan(-1, which, module, weights, False) for which, module in both if module is not None]
+
+    def _set(self, plan: Plan, packed: Any) -> None:
+        if plan.which == "reduce":
+            self._reduce = packed
+        else:
+            super()._set(plan, packed)
 
     def _finish(self) -> None:
         self._engine.set_matrix(-1, "head", self._head)
@@ -83,38 +91,25 @@ class CppEagle(CppModel):
         assert found is not None
         return found
 
-    def draft(
-        self,
-        cache: StaticCache,
-        row: int,
-        tokens: Sequence[int],
-        features: Tensor,
-        count: int,
-        params: SamplingParams,
-        *,
-        sample: int,
-        position: int,
-        noise: Purpose = Purpose.DRAFT,
-    ) -> tuple[list[int], Tensor, Tensor]:
-        """Draft `count` tokens after a sequence in one call.
+    def drafter(self, batch: list[Any], states: list[Tensor], noise: Purpose) -> Any:
+        """Return a drafter of the library over sequences of this layer, made with `sequence`.
 
-        Returns the tokens, the distributions [count, V] that they were drawn from, and the feature [1, D] predicted
-        after the sequence.
-
-        tokens: the sequence's tokens that are not in the row yet, at least one, with their features [n, D].
-        position: that of the first new token in the sequence, for its random number. Afterwards the row has keys and
-        values of the sequence's inputs and of all drafted tokens except the last: `cache.keep` the accepted ones.
-        UserError for penalties.
+        states[r]: those of the target [n, F] from which sequence r's n new tokens were drawn; of a sequence that is not
+        to draft, none. A sequence's row keeps its inputs: of every proposal, those of the new tokens.
         """
-        self._check_sequence(tokens, params)
-        features = self._checked(tokens, features)
-        probs, predicted = torch.empty(count, self.config.vocab_size), torch.empty(1, self.config.width)
-        with finite_logits():
-            drawn = self._engine.continue_features(
-                self.view(cache), row, cache.lengths[row], list(tokens), sample, position, features.data_ptr(), count,
-                sampling_of(params), int(noise), predicted.data_ptr(), probs.data_ptr(),
-            )  # fmt: skip
-        return drawn, probs, predicted
+        width = self.config.width * (1 + len(self._taps))
+        read = torch.cat(states).float().contiguous()
+        counts = [len(each) for each in states]
+        return library().EagleDrafter(self._engine, batch, int(noise), self._reduce, width, read.data_ptr(), counts)
+
+    def read(self, states: Tensor) -> Tensor:
+        """Reduce the target's states [n, F] to features [n, D]."""
+        states = states.detach().float().contiguous()
+        if self._reduce is None:
+            return states
+        features = torch.empty(len(states), self.config.width)
+        self._engine.product(self._reduce, states.data_ptr(), len(states), features.data_ptr())
+        return features
 
     def _checked(self, tokens: Sequence[int], features: Tensor) -> Tensor:
         if features.shape != (len(tokens), self.config.width):

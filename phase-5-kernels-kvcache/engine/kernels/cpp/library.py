@@ -27,7 +27,7 @@ SOURCE = Path(__file__).resolve().parent / "src"
 ISAS = ("avx512", "avx2", "portable")
 # Best first. avx512-plain is AVX-512 without the bf16 and VNNI instructions.
 OBJECTS = {"avx512": "isa_avx512_dot", "avx512-plain": "isa_avx512", "avx2": "isa_avx2", "portable": "isa_portable"}
-SOURCES = ("bindings", "engine_setup", "engine", "decode", "speculate", "sampling", "pack", "threads", "isa")
+SOURCES = ("bindings", "engine_setup", "engine", "draft", "drafters", "decode", "sampling", "pack", "threads", "isa")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
 EXACT = ["-ffp-contract=off"]  # a sum's bits must not depend on which loop the compiler fused
 QUIET = ["-w"]

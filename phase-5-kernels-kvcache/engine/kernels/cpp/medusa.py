@@ -1,7 +1,7 @@
 """Medusa's heads in C++: packed matrices, multiplied by the target's engine (see drafters/medusa.py).
 
 fast = CppMedusa(heads, CppModel(target, "bfloat16"))
-fast.logits(states[-1:], target.embedding(last))    # [H, V], one row per head
+fast.logits(states[-1:], [token])    # [1, H, V], one row per head
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.philox import Purpose
 
 from ...drafters.medusa import MedusaHeads
 from .library import library
-from .model import CppModel
+from .model import CppModel, address
 from .weights import Plan, pack
 
 
 class CppMedusa:
-    """Medusa's heads in the target's weight format, on its threads; torch adds between the products."""
+    """Medusa's heads in the target's weight format, on its threads."""
 
     def __init__(self, heads: MedusaHeads, beside: CppModel) -> None:
         self.heads, self.beside = heads, beside
@@ -40,26 +41,30 @@ class CppMedusa:
         arena = library().Arena(sum(plan.shape(exact).bytes for plan in every) + 64 * len(every))
         self._packed = {name: [pack(plan, arena, exact, beside.threads) for plan in of] for name, of in plans.items()}
 
-    def _product(self, packed: Any, x: Tensor) -> Tensor:
-        """Multiply x [1, inputs] by a packed matrix: [1, D]."""
-        out = torch.empty(1, self.beside.config.width)
-        self.beside._engine.product(packed, x.data_ptr(), 1, out.data_ptr())
-        return out
+        reduce, token = (self._packed[name] or [None] for name in ("reduce", "token"))
+        norm, eps = None, 0.0
+        if heads.token is not None:
+            norm = heads.token[0].weight.detach().float().contiguous()
+            eps = heads.token[0].eps or torch.finfo(heads.token[0].weight.dtype).eps
+        self._width = beside.config.width * (1 + len(heads.shape.taps))
+        self._medusa = library().Medusa(
+            beside._engine, heads.shape.heads, self._width, reduce[0], token[0], address(norm), eps,
+            self._packed["blocks"], self._packed["mix"],
+        )  # fmt: skip
 
-    def logits(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """Return the logits [H, V] of all heads, from a state [1, F] and the embedding [1, D] of the next token."""
-        states, H = states.detach().float().contiguous(), self.heads.shape.heads
-        x = states[:, : self.beside.config.width]
-        for packed in self._packed["reduce"]:
-            x = x + self._product(packed, states)
-        for packed in self._packed["token"]:
-            assert self.heads.token is not None
-            x = x + self._product(packed, self.heads.token[0](embedded).float().contiguous())
-        rows = [x.contiguous()] * H
-        for at, packed in enumerate(self._packed["blocks"]):
-            rows[at % H] = rows[at % H] + F.silu(self._product(packed, rows[at % H]))
-        mixed = [self._product(packed, row) for packed, row in zip(self._packed["mix"], rows, strict=True)]
-        return self.beside.logits(torch.cat(mixed))
+    def drafter(self, batch: list[Any], states: Tensor, noise: Purpose) -> Any:
+        """Return a drafter of the library over R sequences of the target, from the last state [R, F] of each."""
+        states = states.detach().float().contiguous()
+        return library().MedusaDrafter(self._medusa, batch, int(noise), states.data_ptr())
+
+    def logits(self, states: Tensor, tokens: list[int]) -> Tensor:
+        """Return the logits [R, H, V] of all heads, from R states [R, F] and the token that was drawn from each."""
+        if states.shape != (len(tokens), self._width):
+            raise ValueError(f"states must be [{len(tokens)}, {self._width}], and are {list(states.shape)}")
+        states = states.detach().float().contiguous()
+        logits = torch.empty(len(tokens), self.heads.shape.heads, self.beside.config.vocab_size)
+        self._medusa.logits(states.data_ptr(), tokens, logits.data_ptr())
+        return logits
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""A Transformer in C++: steps, drafts and whole sequences over a static cache. packed.py loads its matrices.
+"""A Transformer in C++: steps, drafts and whole sequences over a KV cache. packed.py loads its matrices.
 
 fast = CppModel(load("stdlib-10m", torch.float32, torch.device("cpu")).model, "bfloat16")
 cache = fast.new_cache(rows=1, tokens=300)
@@ -19,14 +19,15 @@ from torch import Tensor
 from common.errors import UserError
 from common.philox import Purpose
 
-from ...drawing import Speculated
-from ...kv_cache import CacheShape, StaticCache
+from ...kv_cache import CacheShape, PagedCache, RingCache, StaticCache
 from ...rope import frequencies
 from ...sampling import SamplingParams, not_finite
 from .library import library
 from .ops import sampling_of
 from .packed import PackedModel
 from .weights import KIND_OF
+
+Cache = StaticCache | RingCache | PagedCache
 
 
 class Stepped(NamedTuple):
@@ -38,12 +39,12 @@ class Stepped(NamedTuple):
 
 
 class CppModel(PackedModel):
-    """Computes what `model` computes, over a static cache. For the arguments see PackedModel."""
+    """Computes what `model` computes, over a static, ring or paged cache. For the arguments see PackedModel."""
 
     def _finish(self) -> None:
         super()._finish()
         self._rotations = 0  # positions for which the engine has cosines and sines
-        self._views: WeakKeyDictionary[StaticCache, Any] = WeakKeyDictionary()
+        self._views: WeakKeyDictionary[Cache, Any] = WeakKeyDictionary()
 
     def new_cache(self, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> StaticCache:
         """Return an empty cache with `rows` rows of at most `tokens` tokens each, drafts included."""
@@ -53,8 +54,9 @@ class CppModel(PackedModel):
 
     def why_not_cache(self, cache: object) -> str | None:
         """Return why the kernels cannot write into this cache, or None."""
-        if not isinstance(cache, StaticCache):
-            return f"the C++ kernels write into a static cache, and this is a {type(cache).__name__}: use --kv static"
+        if not isinstance(cache, Cache):
+            name = type(cache).__name__
+            return f"the C++ kernels write into caches of one tensor, and this is a {name}: use --kv static or paged"
         dtype = cache.keys[0].values.dtype
         if dtype not in KIND_OF:
             return f"the C++ kernels take caches of float32, bfloat16, float16 and int8, not {dtype}"
@@ -62,7 +64,7 @@ class CppModel(PackedModel):
 
     def step(
         self,
-        cache: StaticCache,
+        cache: Cache,
         tokens: Sequence[Sequence[int]],
         *,
         rows: Sequence[int] | None = None,
@@ -104,7 +106,7 @@ class CppModel(PackedModel):
         out_logits = torch.empty(W, self.config.vocab_size) if logits else None
         out_tapped = torch.empty(W, len(taps) * D) if taps else None
         self._engine.step(
-            self.view(cache), flat(tokens), flat(positions), list(rows), counts, held,
+            flat(tokens), flat(positions), [self.row(cache, row) for row in rows], counts,
             [] if parents is None else flat(parents), list(wanted), list(taps),
             *map(address, (out_hidden, out_logits, out_tapped, inputs)),
         )  # fmt: skip
@@ -112,7 +114,7 @@ class CppModel(PackedModel):
 
     def draft_chain(
         self,
-        cache: StaticCache,
+        cache: Cache,
         row: int,
         new_tokens: Sequence[int],
         count: int,
@@ -129,19 +131,13 @@ class CppModel(PackedModel):
         draws them. Afterwards the row has keys and values of the new tokens and of all drawn tokens but the last:
         `cache.keep` the accepted ones. UserError for penalties, which depend on the whole sequence.
         """
-        self._check_sequence(new_tokens, params)
-        probs = torch.empty(max(0, count), self.config.vocab_size)
-        at = cache.lengths[row] + len(new_tokens) if position is None else position
-        with finite_logits():
-            drawn = self._engine.draft(
-                self.view(cache), row, cache.lengths[row], list(new_tokens), sample, at, count, sampling_of(params),
-                int(noise), probs.data_ptr(),
-            )  # fmt: skip
-        return drawn, probs
+        sequence = self.sequence(cache, row, new_tokens, params, sample, position)
+        tokens, probs = self.propose(library().ModelDrafter(self._engine, [sequence], int(noise)), [max(0, count)])
+        return tokens[0], probs[0]
 
     def generate_plain(
         self,
-        cache: StaticCache,
+        cache: Cache,
         row: int,
         new_tokens: Sequence[int],
         count: int,
@@ -150,83 +146,91 @@ class CppModel(PackedModel):
         ends: Sequence[int] = (),
         sample: int = 0,
         position: int | None = None,
-        hidden: Tensor | None = None,
-        tapped: Tensor | None = None,
-        taps: tuple[int, ...] = (),
     ) -> list[int]:
         """Decode plainly in one call, up to `count` tokens, or until one of `ends`, which is then the last token.
 
         Arguments as for draft_chain; the noise is that of plain sampling. Afterwards the row has keys and values of
-        new_tokens and of all generated tokens but the last: `cache.keep` them. For each generated token, the states of
-        the token before it are written to hidden [count, D] and tapped [count, taps * D], as `step` returns them.
+        new_tokens and of all generated tokens but the last: `cache.keep` them.
         """
-        self._check_sequence(new_tokens, params)
-        at = cache.lengths[row] + len(new_tokens) if position is None else position
-        for name, tensor, width in (("hidden", hidden, 1), ("tapped", tapped, len(taps))):
-            wanted = (count, width * self.config.width)
-            if tensor is not None and (tensor.shape != wanted or tensor.dtype != torch.float32):
-                raise ValueError(f"{name} must be float32 {list(wanted)}, and is {tensor.dtype} {list(tensor.shape)}")
-            if tensor is not None and not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous")
-        with finite_logits():
-            made: list[int] = self._engine.generate(
-                self.view(cache), row, cache.lengths[row], list(new_tokens), sample, at, count, sampling_of(params),
-                list(ends), list(taps), address(hidden), address(tapped),
-            )  # fmt: skip
-        return made
+        sequence = self.sequence(cache, row, new_tokens, params, sample, position)
+        return [step.results[0].next for step in self.decode([sequence], None, [0], count, ends=ends)[0]]
 
-    def speculate(
+    def decode(
         self,
-        cache: StaticCache,
+        batch: list[Any],
+        drafter: Any,
+        counts: list[int],
+        steps: int,
+        *,
+        own: bool = False,
+        ends: Sequence[int] = (),
+        taps: tuple[int, ...] | None = None,
+        new: int = 0,
+    ) -> tuple[list[Any], Tensor | None]:
+        """Make up to `steps` steps of R sequences in one call; return those that were made.
+
+        batch: of `sequence`. drafter: a drafter of the library over the same sequences, or None; it drafts counts[r]
+        tokens after sequence r. own: a draft token is accepted if this model draws the same token, with the noise of
+        plain sampling; otherwise the rule is rejection (Leviathan et al. 2023). The call returns after the step in
+        which a sequence gains one of `ends`. Afterwards the row of a sequence has keys and values of its new tokens and
+        of all that it gained but the last token.
+
+        taps: return hidden states as well, with the outputs of these layers beside them, [n, F], step by step and
+        sequence by sequence: of the new tokens (in the first step `new` in all) and of the accepted draft tokens.
+        """
+        states, room = None, 0
+        if taps is not None:
+            width = self.config.width * (1 + len(taps))
+            states = torch.empty(new + steps * (len(batch) + sum(counts)), width)
+            room = states.numel()
+        with finite_logits():
+            made = library().decode(
+                self._engine, batch, drafter, counts, steps, own, list(ends), address(states), room, list(taps or ())
+            )
+        return made, states
+
+    def propose(self, drafter: Any, counts: list[int]) -> tuple[list[list[int]], list[Tensor]]:
+        """Draft counts[r] tokens after sequence r; return them and their distributions [counts[r], V] (greedy: logits).
+
+        drafter: one of the library's.
+        """
+        probs = torch.empty(sum(counts), self.config.vocab_size)
+        with finite_logits():
+            tokens = drafter.propose(counts, probs.data_ptr())
+        rows: list[list[int]] = [[] for _ in counts]  # they are written position by position
+        at = 0
+        for i in range(max(counts, default=0)):
+            for row, count in enumerate(counts):
+                if i < count:
+                    rows[row].append(at)
+                    at += 1
+        return tokens, [probs[of_row] for of_row in rows]
+
+    def sequence(
+        self,
+        cache: Cache,
         row: int,
         new_tokens: Sequence[int],
-        drafter: CppModel,
-        its_cache: StaticCache,
-        its_row: int,
-        its_new_tokens: Sequence[int],
-        count: int,
         params: SamplingParams,
-        *,
-        own: bool,
-        sample: int,
-        position: int,
-        noise: Purpose = Purpose.DRAFT,
-        steps: int = 1,
-    ) -> list[Speculated]:
-        """Make steps of speculative decoding in one call: `drafter` draws `count` tokens, this model verifies them.
-
-        new_tokens, its_new_tokens: tokens of the sequence that each model has not cached yet, at least one. own: a
-        draft token is accepted if this model draws the same token, with the noise of plain sampling; otherwise the rule
-        is rejection (Leviathan et al. 2023). Afterwards the row has keys and values of new_tokens and of all accepted
-        and next tokens but the last. The drafter's row has the same, without the last token of a draft that was
-        accepted whole. `cache.keep` them. UserError for penalties.
-        """
-        self._check_sequence(new_tokens, params)
-        self._check_sequence(its_new_tokens, params)
-        vocab = self.config.vocab_size
-        draft_probs, target_probs = torch.empty(steps, 1, count, vocab), torch.empty(steps, 1, count + 1, vocab)
-        tokens, ratios = torch.empty(steps, 1, count, dtype=torch.long), torch.empty(steps, 1, count)
-        with finite_logits():
-            done = library().speculate(
-                self._engine, self.view(cache), row, cache.lengths[row], new_tokens,
-                drafter._engine, drafter.view(its_cache), its_row, its_cache.lengths[its_row], its_new_tokens,
-                sample, position, count, sampling_of(params), own, int(noise), steps,
-                tokens.data_ptr(), draft_probs.data_ptr(), target_probs.data_ptr(), ratios.data_ptr(),
-            )  # fmt: skip
-        drafted = [None] * steps if params.greedy else draft_probs.unbind()
-        tensors = zip(tokens.unbind(), drafted, target_probs.unbind(), ratios.unbind(), strict=True)
-        return [
-            Speculated(*of_step, s.draft, s.accepted, s.next, s.computed, s.draft_ms, s.verify_ms, s.accept_ms)
-            for of_step, s in zip(tensors, done, strict=True)
-        ]
-
-    def _check_sequence(self, new_tokens: Sequence[int], params: SamplingParams) -> None:
+        sample: int = 0,
+        position: int | None = None,
+    ) -> Any:
+        """Describe a sequence whose row lacks new_tokens, at least one. Arguments as for draft_chain."""
         if params.penalised:
             raise UserError("penalties need the whole sequence: the C++ kernels draw without them; use --kernels torch")
         if not new_tokens:
             raise ValueError("new_tokens is empty: at least one token of the sequence must not be cached yet")
+        at = cache.lengths[row] + len(new_tokens) if position is None else position
+        return library().Sequence(self.row(cache, row), list(new_tokens), sampling_of(params), sample, at)
 
-    def view(self, cache: StaticCache) -> Any:
+    def row(self, cache: Cache, number: int) -> Any:
+        """Describe a row of a cache, as far as it has room now. UserError: see step."""
+        view, held, slots = self.view(cache), cache.lengths[number], cache.keys[0].values.shape[2]
+        pages = cache.tables[number] if isinstance(cache, PagedCache) else [number]
+        self._rotate_to(held + slots if isinstance(cache, RingCache) else len(pages) * slots)
+        return library().Row(view, pages, held)
+
+    def view(self, cache: Cache) -> Any:
         """Return the addresses of the cache's tensors, which stay the same while it lives. UserError: see step."""
         if (known := self._views.get(cache)) is not None:
             return known
@@ -237,25 +241,30 @@ class CppModel(PackedModel):
             assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
             return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
-        both = (cache.keys, cache.values)
+        both, (pages, _, slots, _) = (cache.keys, cache.values), cache.keys[0].values.shape
         view = library().View(
-            KIND_OF[cache.keys[0].values.dtype], len(cache.lengths), cache.shape.kv_heads, cache.capacity,
-            cache.shape.head_dim, *(addresses([s.values for s in each]) for each in both),
+            KIND_OF[cache.keys[0].values.dtype], pages, cache.shape.kv_heads, slots, cache.shape.head_dim,
+            isinstance(cache, RingCache), *(addresses([s.values for s in each]) for each in both),
             *(addresses([s.scales for s in each]) for each in both),
         )  # fmt: skip
         self._views[cache] = view
-        self._rotate_to(cache.capacity)
         return view
 
     def _rotate_to(self, positions: int) -> None:
         """Give the engine cosines and sines for so many positions, computed as the torch model computes them."""
         if self.config.positions != "rope" or positions <= self._rotations:
             return
+        positions = max(positions, 2 * self._rotations)
         inverse, scale = frequencies(self.config.rope, self.config.head_dim)
         angles = torch.arange(positions).float()[:, None] * inverse
         cos, sin = (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
         self._engine.set_rotation(cos.data_ptr(), sin.data_ptr(), cos.numel())
         self._rotations = positions
+
+
+def idle() -> Any:
+    """Return the place of a sequence for which a drafter of the library is not to draft."""
+    return library().Sequence(library().Row(None, [], 0), [], sampling_of(SamplingParams()), 0, 0)
 
 
 @contextmanager

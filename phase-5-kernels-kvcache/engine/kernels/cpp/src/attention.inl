@@ -1,4 +1,4 @@
-// Attention of a few tokens over a static cache. Included by one file per instruction set.
+// Attention of a few tokens over a KV cache. Included by one file per instruction set.
 //
 // Keys are visited in the order of their positions, LANES at a time, from the first visible key: the cached tokens,
 // then the query's ancestors among the new tokens. The order of every sum does not depend on the slots of the keys, so
@@ -38,20 +38,28 @@ LAB_INLINE void write_entry(Kind kind, const float* x, int count, void* base, ui
     }
 }
 
+// The entries of the keys that a token sees, in the order of their positions.
+struct Visible {
+    const int* cached;
+    int count;  // of `cached`; then come those of `line`
+    const int* line;
+
+    size_t operator[](int at) const { return size_t(at < count ? cached[at] : line[at - count]); }
+};
+
 constexpr int size_of(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2; }
 
 // For Q queries and C registers of features from `from` on: the sum over keys of probability x value.
 template <Kind KIND, int Q, int C>
 static void mix(
-    const uint8_t* values, const Token& token, int first, int keys, int d, int from, const float* scores,
-    int score_stride, float* out
+    const uint8_t* values, const Visible& visible, int keys, int d, int from, const float* scores, int score_stride,
+    float* out
 ) {
     Floats acc[Q][C];
     LAB_EACH(q, Q) LAB_EACH(c, C) acc[q][c] = Floats{};
     const int width = C == 1 && d - from < LANES ? d - from : LANES;
     for (int j = 0; j < keys; ++j) {
-        const int position = first + j, slot = position < token.held ? position : token.line[position - token.held];
-        const uint8_t* at = values + (size_t(slot) * d + from) * size_of(KIND);
+        const uint8_t* at = values + (visible[j] * d + from) * size_of(KIND);
         LAB_EACH(c, C) {
             const Floats value = load_any<KIND>(at + c * LANES * size_of(KIND), C == 1 ? width : LANES);
             LAB_EACH(q, Q) acc[q][c] = fma(value, all(scores[q * score_stride + j]), acc[q][c]);
@@ -66,38 +74,39 @@ static void mix(
 
 template <Kind KIND, int Q>
 static void mix_all(
-    const uint8_t* values, const Token& token, int first, int keys, int d, const float* scores, int stride, float* out
+    const uint8_t* values, const Visible& visible, int keys, int d, const float* scores, int stride, float* out
 ) {
     int from = 0;
     for (; from + 4 * LANES <= d; from += 4 * LANES)
-        mix<KIND, Q, 4>(values, token, first, keys, d, from, scores, stride, out);
+        mix<KIND, Q, 4>(values, visible, keys, d, from, scores, stride, out);
     for (; from + 2 * LANES <= d; from += 2 * LANES)
-        mix<KIND, Q, 2>(values, token, first, keys, d, from, scores, stride, out);
-    for (; from < d; from += LANES) mix<KIND, Q, 1>(values, token, first, keys, d, from, scores, stride, out);
+        mix<KIND, Q, 2>(values, visible, keys, d, from, scores, stride, out);
+    for (; from < d; from += LANES) mix<KIND, Q, 1>(values, visible, keys, d, from, scores, stride, out);
 }
 
 // Attention of `queries` adjacent heads of one token, which share keys and values: scaled query [queries, d] -> out.
 template <Kind KIND>
 static void attend_as(
-    const Cache& cache, int layer, const Token& token, int kv_head, int window, const float* query, int queries,
-    float* scores, int stride, float* out
+    int layer, const Token& token, int kv_head, int window, const float* query, int queries, float* scores, int stride,
+    float* out
 ) {
+    const Cache& cache = *token.cache;
     const int d = cache.head_dim;
-    const size_t row = cache.at(token.row, kv_head, 0);
-    const auto* keys = (const uint8_t*)cache.keys[layer] + row * d * size_of(KIND);
-    const auto* values = (const uint8_t*)cache.values[layer] + row * d * size_of(KIND);
+    const size_t head = size_t(kv_head) * cache.slots;
+    const auto* keys = (const uint8_t*)cache.keys[layer] + head * d * size_of(KIND);
+    const auto* values = (const uint8_t*)cache.values[layer] + head * d * size_of(KIND);
     const int seen = token.held + token.line_length;
     const int first = window > 0 && seen > window ? seen - window : 0;
     const int count = seen - first;
+    const Visible visible{token.entries + (first - token.from), token.held - first, token.line};
 
     for (int block = 0; block < count; block += LANES) {
         const uint8_t* at[LANES];
         float scale[LANES];
         for (int i = 0; i < LANES; ++i) {
-            const int position = first + (block + i < count ? block + i : count - 1);
-            const int slot = position < token.held ? position : token.line[position - token.held];
-            at[i] = keys + size_t(slot) * d * size_of(KIND);
-            if constexpr (KIND == Kind::i8) scale[i] = float_of_bf16(cache.key_scales[layer][row + slot]);
+            const size_t entry = visible[block + i < count ? block + i : count - 1];
+            at[i] = keys + entry * d * size_of(KIND);
+            if constexpr (KIND == Kind::i8) scale[i] = float_of_bf16(cache.key_scales[layer][head + entry]);
         }
         for (int q = 0; q < queries; ++q) {
             Floats dots[LANES];
@@ -133,36 +142,33 @@ static void attend_as(
         const Floats share = all(1 / sum(total));
         for (int i = 0; i < count; i += LANES) store(mine + i, load(mine + i) * share);
         if constexpr (KIND == Kind::i8) {
-            for (int i = 0; i < count; ++i) {
-                const int position = first + i, slot = position < token.held ? position : token.line[position - token.held];
-                mine[i] *= float_of_bf16(cache.value_scales[layer][row + slot]);
-            }
+            for (int i = 0; i < count; ++i) mine[i] *= float_of_bf16(cache.value_scales[layer][head + visible[i]]);
         }
     }
     for (int q = 0; q < queries;) {
         const float* mine = scores + size_t(q) * stride;
         switch (queries - q) {
-            case 1: mix_all<KIND, 1>(values, token, first, count, d, mine, stride, out + q * d), q += 1; break;
-            case 2: mix_all<KIND, 2>(values, token, first, count, d, mine, stride, out + q * d), q += 2; break;
-            case 3: mix_all<KIND, 3>(values, token, first, count, d, mine, stride, out + q * d), q += 3; break;
-            default: mix_all<KIND, 4>(values, token, first, count, d, mine, stride, out + q * d), q += 4; break;
+            case 1: mix_all<KIND, 1>(values, visible, count, d, mine, stride, out + q * d), q += 1; break;
+            case 2: mix_all<KIND, 2>(values, visible, count, d, mine, stride, out + q * d), q += 2; break;
+            case 3: mix_all<KIND, 3>(values, visible, count, d, mine, stride, out + q * d), q += 3; break;
+            default: mix_all<KIND, 4>(values, visible, count, d, mine, stride, out + q * d), q += 4; break;
         }
     }
 }
 
 static void attend(
-    const Cache& cache, int layer, const Token& token, int kv_head, int window, const float* query, int queries,
-    float* scores, int stride, float* out
+    int layer, const Token& token, int kv_head, int window, const float* query, int queries, float* scores, int stride,
+    float* out
 ) {
-    switch (cache.kind) {
+    switch (token.cache->kind) {
         case Kind::f32:
-            return attend_as<Kind::f32>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+            return attend_as<Kind::f32>(layer, token, kv_head, window, query, queries, scores, stride, out);
         case Kind::bf16:
-            return attend_as<Kind::bf16>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+            return attend_as<Kind::bf16>(layer, token, kv_head, window, query, queries, scores, stride, out);
         case Kind::f16:
-            return attend_as<Kind::f16>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+            return attend_as<Kind::f16>(layer, token, kv_head, window, query, queries, scores, stride, out);
         default:
-            return attend_as<Kind::i8>(cache, layer, token, kv_head, window, query, queries, scores, stride, out);
+            return attend_as<Kind::i8>(layer, token, kv_head, window, query, queries, scores, stride, out);
     }
 }
 

@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "need.h"
-#include "speculate.h"
+#include "decode.h"
 
 namespace py = pybind11;
 using namespace lab;
@@ -83,13 +83,13 @@ PYBIND11_MODULE(lab_cpp, module) {
         .def("set_factor", [](Packed& p, uintptr_t factor) { p.set_factor(pointer<float>(factor)); })
         .def("set_order", &Packed::set_order);
 
-    py::class_<View>(module, "View", py::module_local())
-        .def(py::init([](int kind, int rows, int kv_heads, int capacity, int head_dim, std::vector<uintptr_t> keys,
+    py::class_<View, std::shared_ptr<View>>(module, "View", py::module_local())
+        .def(py::init([](int kind, int pages, int kv_heads, int slots, int head_dim, bool ring, std::vector<uintptr_t> keys,
                          std::vector<uintptr_t> values, std::vector<uintptr_t> key_scales, std::vector<uintptr_t> value_scales) {
-            auto view = std::make_unique<View>();
+            auto view = std::make_shared<View>();
             view->cache.kind = kind_of(kind);
-            view->cache.rows = rows, view->cache.kv_heads = kv_heads;
-            view->cache.capacity = capacity, view->cache.head_dim = head_dim;
+            view->cache.pages = pages, view->cache.kv_heads = kv_heads;
+            view->cache.slots = slots, view->cache.head_dim = head_dim, view->cache.ring = ring;
             for (uintptr_t p : keys) view->keys.push_back(pointer<void>(p));
             for (uintptr_t p : values) view->values.push_back(pointer<void>(p));
             for (uintptr_t p : key_scales) view->key_scales.push_back(pointer<uint16_t>(p));
@@ -98,8 +98,17 @@ PYBIND11_MODULE(lab_cpp, module) {
             return view;
         }));
 
+    py::class_<Row>(module, "Row", py::module_local()).def(py::init([](std::shared_ptr<View> view, std::vector<int> pages, int held) {
+        return Row{std::move(view), std::move(pages), held};
+    }));
+
     py::class_<Sampling>(module, "Sampling", py::module_local())
         .def(py::init(&sampling_of), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"));
+
+    py::class_<Sequence>(module, "Sequence", py::module_local())
+        .def(py::init([](Row row, std::vector<int> new_tokens, const Sampling& how, int sample, int position) {
+            return Sequence{std::move(row), std::move(new_tokens), how, sample, position};
+        }));
 
     py::class_<Engine>(module, "Engine", py::module_local())
         .def(py::init([](const py::dict& config, int threads, const std::string& isa) {
@@ -130,61 +139,80 @@ PYBIND11_MODULE(lab_cpp, module) {
             py::gil_scoped_release release;
             e.join(tokens, pointer<float>(features), pointer<float>(out));
         })
-        .def("continue_features", [](Engine& e, const View& view, int row, int held, std::vector<int> new_tokens, int sample,
-                                     int position, uintptr_t features, int count, const Sampling& how, uint32_t purpose, uintptr_t predicted, uintptr_t probs) {
-            py::gil_scoped_release release;
-            return e.continue_features(view, {row, held, std::move(new_tokens), sample, position}, pointer<float>(features), count,
-                                       how, purpose, pointer<float>(predicted), pointer<float>(probs));
-        })
         .def("finish", &Engine::finish)
-        .def("step", [](Engine& e, const View& view, std::vector<int> tokens, std::vector<int> positions,
-                        std::vector<int> rows, std::vector<int> counts, std::vector<int> held, std::vector<int> parents,
-                        std::vector<int> wanted, std::vector<int> taps, uintptr_t hidden, uintptr_t logits, uintptr_t tapped, uintptr_t inputs) {
+        .def("step", [](Engine& e, std::vector<int> tokens, std::vector<int> positions, std::vector<Row> rows, std::vector<int> counts,
+                        std::vector<int> parents, std::vector<int> wanted, std::vector<int> taps, uintptr_t hidden, uintptr_t logits, uintptr_t tapped, uintptr_t inputs) {
             py::gil_scoped_release release;
-            e.step(view, {std::move(tokens), std::move(positions), std::move(rows), std::move(counts), std::move(held),
-                          std::move(parents), std::move(wanted), std::move(taps), pointer<float>(inputs),
-                          pointer<float>(hidden), pointer<float>(logits), pointer<float>(tapped)});
-        })
-        .def("draft", [](Engine& e, const View& view, int row, int held, std::vector<int> new_tokens, int sample, int position,
-                         int count, const Sampling& how, uint32_t purpose, uintptr_t probs) {
-            py::gil_scoped_release release;
-            return e.draft(view, {row, held, std::move(new_tokens), sample, position}, count, how, purpose, pointer<float>(probs));
-        })
-        .def("generate", [](Engine& e, const View& view, int row, int held, std::vector<int> new_tokens, int sample,
-                            int position, int count, const Sampling& how, std::vector<int> ends, std::vector<int> taps,
-                            uintptr_t hidden, uintptr_t tapped) {
-            py::gil_scoped_release release;
-            return e.generate(view, {row, held, std::move(new_tokens), sample, position}, count, how, ends,
-                              {pointer<float>(hidden), pointer<float>(tapped), std::move(taps)});
+            e.step({std::move(tokens), std::move(positions), std::move(rows), std::move(counts), std::move(parents),
+                    std::move(wanted), std::move(taps), pointer<float>(inputs), pointer<float>(hidden), pointer<float>(logits), pointer<float>(tapped)});
         })
         .def("product", [](Engine& e, const Packed& packed, uintptr_t x, int count, uintptr_t out) {
             py::gil_scoped_release release;
-            e.product(packed, pointer<float>(x), count, pointer<float>(out));
+            e.product(packed.matrix, packed.shape.outputs, pointer<float>(x), count, pointer<float>(out));
         })
         .def("read_speed", [](Engine& e, uintptr_t from, size_t count, int repeats) {
             py::gil_scoped_release release;
             return e.read_speed(pointer<float>(from), count, repeats);
         });
 
-    py::class_<Speculated>(module, "Speculated", py::module_local())
-        .def_readonly("draft", &Speculated::draft)
-        .def_readonly("accepted", &Speculated::accepted)
-        .def_readonly("next", &Speculated::next)
-        .def_readonly("computed", &Speculated::computed)
-        .def_readonly("draft_ms", &Speculated::draft_ms)
-        .def_readonly("verify_ms", &Speculated::verify_ms)
-        .def_readonly("accept_ms", &Speculated::accept_ms);
-    // Each model has its own row for the sequence, and its own number of cached tokens.
-    module.def("speculate", [](Engine& target, const View& seen, int row, int held, std::vector<int> new_tokens, Engine& drafter,
-                               const View& drafting, int its_row, int its_held, std::vector<int> its_new_tokens, int sample,
-                               int position, int count, const Sampling& how, bool own, uint32_t purpose, int steps, uintptr_t tokens,
-                               uintptr_t draft_probs, uintptr_t target_probs, uintptr_t ratios) {
+    py::class_<Drafter>(module, "Drafter", py::module_local())
+        .def("propose", [](Drafter& drafter, const std::vector<int>& counts, uintptr_t probs) {
+            std::vector<std::vector<int>> tokens;
+            py::gil_scoped_release release;
+            const std::lock_guard<std::recursive_mutex> hold(drafter.engine().mutex);
+            for (Drafted& draft : drafter.propose(counts, pointer<float>(probs))) tokens.push_back(std::move(draft.tokens));
+            return tokens;
+        });
+    py::class_<ModelDrafter, Drafter>(module, "ModelDrafter", py::module_local())
+        .def(py::init<Engine&, Batch, uint32_t>(), py::keep_alive<1, 2>());
+    py::class_<EagleDrafter, Drafter>(module, "EagleDrafter", py::module_local())
+        .def(py::init([](Engine& layer, Batch batch, uint32_t purpose, std::shared_ptr<Packed> reduce, int width, uintptr_t states, const std::vector<int>& counts) {
+            std::vector<std::vector<float>> read;
+            const float* from = pointer<float>(states);
+            need(width > 0 && (from != nullptr || counts.empty()), "the states have no memory");
+            for (int count : counts) {
+                need(count >= 0, "a number of states is below 0");
+                read.emplace_back(from, from + size_t(count) * size_t(width));
+                from += size_t(count) * size_t(width);
+            }
+            return std::make_unique<EagleDrafter>(layer, std::move(batch), purpose, std::move(reduce), width, std::move(read));
+        }), py::keep_alive<1, 2>());
+    py::class_<Medusa, std::shared_ptr<Medusa>>(module, "Medusa", py::module_local())
+        .def(py::init([](Engine& target, int heads, int states, std::shared_ptr<Packed> reduce, std::shared_ptr<Packed> token, uintptr_t norm,
+                         float eps, std::vector<std::shared_ptr<Packed>> blocks, std::vector<std::shared_ptr<Packed>> mix) {
+            Medusa medusa{target, heads, states, std::move(reduce), std::move(token), {}, eps, std::move(blocks), std::move(mix)};
+            if (medusa.token != nullptr) medusa.token_norm = floats(norm, size_t(target.model.width));
+            medusa.check();
+            return std::make_shared<Medusa>(std::move(medusa));
+        }), py::keep_alive<1, 2>())
+        .def("logits", [](const Medusa& medusa, uintptr_t states, const std::vector<int>& tokens, uintptr_t out) {
+            py::gil_scoped_release release;
+            need(states != 0 && out != 0, "states or logits have no memory");
+            medusa.logits(pointer<float>(states), tokens, pointer<float>(out));
+        });
+    py::class_<MedusaDrafter, Drafter>(module, "MedusaDrafter", py::module_local())
+        .def(py::init([](std::shared_ptr<Medusa> medusa, Batch batch, uint32_t purpose, uintptr_t states) {
+            need(medusa != nullptr && states != 0, "heads or states are missing");
+            const size_t size = batch.size() * size_t(medusa->states);
+            return std::make_unique<MedusaDrafter>(medusa, std::move(batch), purpose, floats(states, size));
+        }), py::keep_alive<1, 2>());
+    py::class_<GivenDrafter, Drafter>(module, "GivenDrafter", py::module_local())
+        .def(py::init<Engine&, std::vector<std::vector<int>>>(), py::keep_alive<1, 2>());
+
+    py::class_<Result>(module, "Result", py::module_local())
+        .def_readonly("draft", &Result::draft)
+        .def_readonly("accepted", &Result::accepted)
+        .def_readonly("next", &Result::next)
+        .def_readonly("computed", &Result::computed);
+    py::class_<Decoded>(module, "Decoded", py::module_local())
+        .def_readonly("results", &Decoded::results)
+        .def_readonly("draft_ms", &Decoded::draft_ms)
+        .def_readonly("verify_ms", &Decoded::verify_ms)
+        .def_readonly("accept_ms", &Decoded::accept_ms);
+    module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, bool own, std::vector<int> ends,
+                            uintptr_t states, size_t room, std::vector<int> taps) {
         py::gil_scoped_release release;
-        return speculate(
-            target, seen, {row, held, std::move(new_tokens), sample, position}, drafter, drafting,
-            {its_row, its_held, std::move(its_new_tokens), sample, position}, {count, how, own, purpose, steps},
-            pointer<int64_t>(tokens), pointer<float>(draft_probs), pointer<float>(target_probs), pointer<float>(ratios)
-        );
+        return decode(target, std::move(batch), drafter, {std::move(counts), steps, own, std::move(ends)}, {pointer<float>(states), room, std::move(taps)});
     });
 
     // Rows of logits or probabilities, [rows, vocab] each.

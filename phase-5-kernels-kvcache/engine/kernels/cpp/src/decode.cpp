@@ -1,185 +1,175 @@
-// Several tokens in one call, each drawn after the one before: plain decoding, drafts, and EAGLE's layer.
-#include "engine.h"
+#include "decode.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <chrono>
+#include <numeric>
 
 #include "need.h"
 
-#define SIMD_NAME plain_code
-#include "simd.h"
-
 namespace lab {
-
-Request Engine::following(const Sequence& sequence, float* logits) {
-    Request request;
-    const int count = int(sequence.new_tokens.size());
-    request.tokens = sequence.new_tokens;
-    for (int i = 0; i < count; ++i) request.positions.push_back(sequence.held + i);
-    request.rows = {sequence.row};
-    request.counts = {count};
-    request.held = {sequence.held};
-    request.wanted = {count - 1};
-    request.logits = logits;
-    return request;
-}
 
 namespace {
 
-// The same request for the next token.
-void go_on(Request& request, int token) {
-    const int position = request.held[0] + request.counts[0];
-    request.tokens.assign(1, token);
-    request.positions.assign(1, position);
-    request.held[0] = position;
-    request.counts[0] = 1;
-    request.wanted[0] = 0;
+double ms_since(std::chrono::steady_clock::time_point& last) {
+    const auto now = std::chrono::steady_clock::now();
+    const std::chrono::duration<double, std::milli> took = now - last;
+    last = now;
+    return took.count();
+}
+
+// A forward of the target over all sequences and their drafts.
+struct Forward {
+    Request request;
+    std::vector<int> first;          // per sequence: the number of its first new token
+    std::vector<const float*> rows;  // per sequence: logits after its last new token, then after each draft token
+};
+
+Forward forward(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<int>* taps, std::vector<float>* memory) {
+    const size_t vocab = size_t(target.model.vocab), width = size_t(target.model.width);
+    Forward made;
+    Request& request = made.request;
+    std::vector<size_t> at;
+    for (size_t r = 0; r < batch.size(); ++r) {
+        Request mine = Engine::following(batch, {int(r)});
+        const int first = int(request.tokens.size()), count = mine.counts[0];
+        for (size_t i = 0; i < drafts[r].tokens.size(); ++i) {
+            mine.tokens.push_back(drafts[r].tokens[i]);
+            mine.positions.push_back(mine.rows[0].held + count + int(i));
+        }
+        made.first.push_back(first);
+        at.push_back(request.wanted.size() + size_t(taps != nullptr ? count - 1 : 0));
+        for (int i = taps != nullptr ? 0 : count - 1; i < int(mine.tokens.size()); ++i) request.wanted.push_back(first + i);
+        request.tokens.insert(request.tokens.end(), mine.tokens.begin(), mine.tokens.end());
+        request.positions.insert(request.positions.end(), mine.positions.begin(), mine.positions.end());
+        request.counts.push_back(int(mine.tokens.size()));
+        request.rows.push_back(std::move(mine.rows[0]));
+    }
+    auto room = [&](int of, size_t each) {
+        if (memory[of].size() < request.wanted.size() * each) memory[of].resize(request.wanted.size() * each);
+        return memory[of].data();
+    };
+    request.logits = room(0, vocab);
+    if (taps != nullptr) {
+        request.hidden = room(1, width);
+        request.taps = *taps;
+        if (!taps->empty()) request.tapped = room(2, width * taps->size());
+    }
+    target.step(request);
+    for (size_t from : at) made.rows.push_back(request.logits + from * vocab);
+    return made;
+}
+
+// Accept the drafts. Target rows of rejection become probabilities, but for the last, which plain decoding chooses from.
+void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<const float*>& rows, bool own, std::vector<Result>& results) {
+    const int vocab = target.model.vocab;
+    auto by_choice = [&](size_t r) { return own || batch[r].how.temperature == 0; };
+    std::vector<std::pair<float*, const Sampling*>> converted;
+    for (size_t r = 0; r < batch.size(); ++r)
+        for (size_t i = 0; !by_choice(r) && i < drafts[r].tokens.size(); ++i)
+            converted.emplace_back(const_cast<float*>(rows[r]) + i * size_t(vocab), &batch[r].how);
+    target.each(int(converted.size()), [&](int item, float*) {
+        probabilities(*target.isa, converted[size_t(item)].first, vocab, *converted[size_t(item)].second);
+    });
+    target.each(int(batch.size()), [&](int item, float* spare) {
+        const size_t r = size_t(item);
+        const Sequence& sequence = batch[r];
+        const std::vector<int>& draft = drafts[r].tokens;
+        Result& result = results[r];
+        const int count = int(draft.size());
+        auto chosen = [&](int i) { return target.choose_plain(rows[r] + size_t(i) * size_t(vocab), sequence, sequence.position + i, spare); };
+        if (by_choice(r)) {
+            while (result.next = chosen(result.accepted), result.accepted < count && result.next == draft[size_t(result.accepted)])
+                result.accepted += 1;
+            return;
+        }
+        const uint32_t sample = uint32_t(sequence.sample), position = uint32_t(sequence.position);
+        const bool certain = drafts[r].probs.empty();  // one-hot: the caller's tokens
+        for (int& i = result.accepted; i < count; ++i) {
+            const float* target_row = rows[r] + size_t(i) * size_t(vocab);
+            const float* draft_row = certain ? nullptr : drafts[r].probs[size_t(i)];
+            const int token = draft[size_t(i)];
+            if (uniform(sequence.how.seed, sample, position + uint32_t(i), ACCEPT, 0) < acceptance(target_row, draft_row, token)) continue;
+            std::vector<float> residual(static_cast<size_t>(vocab));
+            result.next = draw_residual(
+                *target.isa, target_row, draft_row, token, vocab, sequence.how.seed, sample, position + uint32_t(i), false, residual.data()
+            );
+            return;
+        }
+        result.next = chosen(count);
+    });
+}
+
+// Copy the states of a sequence's new and accepted tokens; return how many.
+int copy_states(const Request& request, int first, int count, int width, float* to) {
+    const size_t D = size_t(width), size = D * (1 + request.taps.size());
+    for (int i = 0; i < count; ++i, to += size) {
+        std::copy_n(request.hidden + size_t(first + i) * D, D, to);
+        if (!request.taps.empty()) std::copy_n(request.tapped + size_t(first + i) * (size - D), size - D, to + D);
+    }
+    return count;
+}
+
+void check(Engine& target, const Batch& batch, Drafter* drafter, const Plan& plan) {
+    need(!batch.empty(), "there are no sequences");
+    need(plan.counts.size() == batch.size(), "sequences and counts differ in number");
+    need(plan.steps >= 1 && plan.steps <= 1 << 20, "there is at least one step, and no absurd number of them");
+    for (int count : plan.counts) need(count >= 0 && count <= 1 << 20, "a number of draft tokens is below 0 or absurd");
+    if (drafter == nullptr) {
+        need(std::accumulate(plan.counts.begin(), plan.counts.end(), 0) == 0, "nobody drafts");
+        return;
+    }
+    need(drafter->sequences() == int(batch.size()), "the drafter has other sequences");
+    need(target.model.vocab == drafter->engine().model.vocab, "the models have different vocabularies");
+    for (const Sequence& sequence : batch) {
+        need(sequence.row.view != nullptr, "a row has no cache");
+        need(drafter->keys() != sequence.row.view->keys.front(), "each model has a cache of its own");
+    }
 }
 
 }  // namespace
 
-// A token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
-int Engine::draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose) {
-    need_finite(of_token, model.vocab);
-    if (how.temperature == 0) return isa->largest(of_token, model.vocab);
-    if (purpose == SAMPLE) {
-        const int token = choose_plain(of_token, how, sample, position);
-        probabilities(*isa, of_token, model.vocab, how);
-        return token;
+std::vector<Decoded> decode(Engine& target, Batch batch, Drafter* drafter, const Plan& plan, const States& states) {
+    check(target, batch, drafter, plan);
+    std::unique_lock<std::recursive_mutex> mine(target.mutex, std::defer_lock), its(drafter == nullptr ? target.mutex : drafter->engine().mutex, std::defer_lock);
+    if (mine.mutex() == its.mutex()) mine.lock();
+    else std::lock(mine, its);
+    const size_t size = size_t(target.model.width) * (1 + states.taps.size());
+    float* to = states.to;
+    std::vector<float> memory[3];
+    std::vector<Decoded> steps;
+    bool ended = false;
+    while (!ended && int(steps.size()) < plan.steps) {
+        Decoded step{std::vector<Result>(batch.size()), 0, 0, 0};
+        auto last = std::chrono::steady_clock::now();
+        std::vector<Drafted> drafts(batch.size());
+        if (drafter != nullptr) drafts = drafter->propose(plan.counts, nullptr);
+        step.draft_ms = ms_since(last);
+        const Forward done = forward(target, batch, drafts, states.to == nullptr ? nullptr : &states.taps, memory);
+        step.verify_ms = ms_since(last);
+        accept(target, batch, drafts, done.rows, plan.own, step.results);
+        std::vector<Outcome> outcomes;
+        for (size_t r = 0; r < batch.size(); ++r) {
+            Result& result = step.results[r];
+            result.draft = drafts[r].tokens;
+            result.computed = done.request.counts[r];
+            Outcome outcome{{result.draft.begin(), result.draft.begin() + result.accepted}, nullptr, 0};
+            outcome.tokens.push_back(result.next);
+            if (states.to != nullptr) {
+                const int count = int(batch[r].new_tokens.size()) + result.accepted;
+                need(size_t(to - states.to) + size_t(count) * size <= states.room, "the states have no room");
+                outcome.states = to;
+                outcome.state_count = copy_states(done.request, done.first[r], count, target.model.width, to);
+                to += size_t(count) * size;
+            }
+            for (int token : outcome.tokens) ended |= std::find(plan.ends.begin(), plan.ends.end(), token) != plan.ends.end();
+            batch[r].append(outcome.tokens, result.accepted);
+            outcomes.push_back(std::move(outcome));
+        }
+        if (drafter != nullptr) drafter->observe(outcomes);
+        step.accept_ms = ms_since(last);
+        steps.push_back(std::move(step));
     }
-    probabilities(*isa, of_token, model.vocab, how);
-    return draw_inverse(of_token, model.vocab, how.seed, uint32_t(sample), uint32_t(position), purpose);
-}
-
-void Engine::join(const std::vector<int>& tokens, const float* features, float* out) {
-    const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    need(finished_ && join_ != nullptr, "this model continues no features");
-    need(features != nullptr && out != nullptr, "features or inputs have no memory");
-    const size_t width = size_t(model.width);
-    std::vector<float> pairs(tokens.size() * 2 * width), embedded(width);
-    for (size_t i = 0; i < tokens.size(); ++i) {
-        if (tokens[i] < 0 || tokens[i] >= model.vocab) throw std::invalid_argument("a token is not in the vocabulary");
-        embed(tokens[i], embedded.data());
-        isa->normalise(token_norm_, embedded.data(), model.width, &pairs[i * 2 * width]);
-        isa->normalise(state_norm_, features + i * width, model.width, &pairs[i * 2 * width] + width);
-    }
-    product(*join_, pairs.data(), int(tokens.size()), out);
-}
-
-std::vector<int> Engine::continue_features(
-    const View& view, const Sequence& sequence, const float* features, int count, const Sampling& how, uint32_t purpose,
-    float* predicted, float* probs
-) {
-    const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    const size_t width = size_t(model.width);
-    check(sequence, count, how);
-    need(features != nullptr && predicted != nullptr && probs != nullptr, "features or distributions have no memory");
-    std::vector<float> inputs(sequence.new_tokens.size() * width), state(width);
-    std::vector<int> drawn;
-    Request request = following(sequence, nullptr);
-    join(sequence.new_tokens, features, inputs.data());
-    for (int i = 0; i < count; ++i) {
-        float* of_token = probs + size_t(i) * size_t(model.vocab);
-        request.inputs = inputs.data(), request.logits = of_token;
-        request.hidden = i == 0 ? predicted : state.data();
-        step(view, request);
-        const int token = draw(of_token, how, sequence.sample, sequence.position + i, purpose);
-        drawn.push_back(token);
-        go_on(request, token);
-        if (i + 1 < count) join({token}, request.hidden, inputs.data());
-    }
-    return drawn;
-}
-
-std::vector<int> Engine::draft(
-    const View& view, const Sequence& sequence, int count, const Sampling& how, uint32_t purpose, float* probs
-) {
-    const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    check(sequence, count, how);
-    need(probs != nullptr, "the distributions have no memory");
-    std::vector<int> drawn;
-    Request request = following(sequence, nullptr);
-    for (int i = 0; i < count; ++i) {
-        float* of_token = probs + size_t(i) * size_t(model.vocab);
-        request.logits = of_token;
-        step(view, request);
-        const int token = draw(of_token, how, sequence.sample, sequence.position + i, purpose);
-        drawn.push_back(token);
-        go_on(request, token);
-    }
-    return drawn;
-}
-
-// Splits the noise of a large vocabulary over the threads.
-int Engine::choose_plain(const float* logits, const Sampling& how, int sample, int position) {
-    const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    need_finite(logits, model.vocab);
-    constexpr int WORDS = 64;  // a thread's share begins at a multiple
-    const bool alone = how.temperature == 0 || how.filtered(model.vocab) || pool_->size() == 1 || model.vocab < 16 * WORDS;
-    if (alone) return choose(*isa, logits, model.vocab, how, uint32_t(sample), uint32_t(position), spare_.data());
-    struct With { Engine* engine; const float* logits; float scale; uint32_t key[2], counter[3]; std::vector<std::pair<float, int>> best; };
-    With with{
-        this, logits, float(1 / how.temperature), {uint32_t(how.seed), uint32_t(how.seed >> 32)},
-        {uint32_t(position), uint32_t(sample), SAMPLE}, std::vector<std::pair<float, int>>(size_t(pool_->size()))
-    };
-    pool_->run([](void* given, int thread) {
-        auto& with = *static_cast<With*>(given);
-        const Engine& engine = *with.engine;
-        const int vocab = engine.model.vocab, units = (vocab + WORDS - 1) / WORDS, threads = engine.pool_->size();
-        const int begin = units * thread / threads * WORDS, end = std::min(vocab, units * (thread + 1) / threads * WORDS);
-        auto& [value, at] = with.best[size_t(thread)];
-        at = engine.isa->gumbel(with.logits, begin, end, with.scale, with.key, with.counter, &value);
-    }, &with);
-    auto best = with.best.front();
-    for (const auto& other : with.best)
-        if (other.first > best.first) best = other;
-    return best.second;
-}
-
-void Engine::to_probabilities(float* rows, int count, const Sampling& how) {
-    const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    for (int row = 0; row < count; ++row)  // the threads must not throw
-        need_finite(rows + size_t(row) * size_t(model.vocab), model.vocab);
-    struct With { Engine* engine; float* rows; int count; const Sampling* how; };
-    With with{this, rows, count, &how};
-    pool_->run([](void* given, int thread) {
-        const auto& with = *static_cast<With*>(given);
-        const int vocab = with.engine->model.vocab;
-        for (int row = thread; row < with.count; row += with.engine->pool_->size())
-            probabilities(*with.engine->isa, with.rows + size_t(row) * size_t(vocab), vocab, *with.how);
-    }, &with);
-}
-
-std::vector<int> Engine::generate(
-    const View& view, const Sequence& sequence, int count, const Sampling& how, const std::vector<int>& ends, const States& states
-) {
-    const std::lock_guard<std::recursive_mutex> hold(mutex_);
-    check(sequence, count, how);
-    std::vector<int> made;
-    Request request = following(sequence, one_.data());
-    request.taps = states.taps;
-    for (int i = 0; i < count; ++i) {
-        const size_t row = size_t(i) * size_t(model.width);
-        if (states.hidden != nullptr) request.hidden = states.hidden + row;
-        if (states.tapped != nullptr) request.tapped = states.tapped + row * states.taps.size();
-        step(view, request);
-        const int token = choose_plain(one_.data(), how, sequence.sample, sequence.position + i);
-        made.push_back(token);
-        if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
-        go_on(request, token);
-    }
-    return made;
-}
-
-void Engine::embed(int token, float* to) const {
-    const size_t width = size_t(model.width), at = size_t(token) * width;
-    if (model.embedding.kind == Kind::f32) {
-        std::copy_n(static_cast<const float*>(model.embedding.data) + at, width, to);
-        return;
-    }
-    const auto* from = static_cast<const uint16_t*>(model.embedding.data) + at;
-    for (size_t k = 0; k < width; ++k)
-        to[k] = model.embedding.kind == Kind::bf16 ? plain_code::float_of_bf16(from[k]) : plain_code::float_of_half(from[k]);
+    return steps;
 }
 
 }  // namespace lab

@@ -1,9 +1,10 @@
 // A model that can run: its matrices, its threads, and scratch memory for a block of tokens.
 #pragma once
 
-#include <map>
+#include <atomic>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -13,13 +14,29 @@
 
 namespace lab {
 
+// The pointers of a KV cache.
+struct View {
+    Cache cache;
+    std::vector<void*> keys, values;
+    std::vector<uint16_t*> key_scales, value_scales;
+    void bind();
+};
+
+// A row of a KV cache, and how many tokens it holds.
+struct Row {
+    std::shared_ptr<const View> view;
+    std::vector<int> pages;  // the block table
+    int held = 0;
+};
+
 // The inputs of one step. The tokens of a row are contiguous; a parent is an index into the row's tokens, or -1 for a
 // token that follows the row's cached tokens.
 struct Request {
     std::vector<int> tokens, positions;
-    std::vector<int> rows, counts, held;  // per row: its number, its tokens in this step, its cached tokens
-    std::vector<int> parents;             // empty: each row's tokens are a chain
-    std::vector<int> wanted;              // tokens whose outputs are returned, ascending
+    std::vector<Row> rows;
+    std::vector<int> counts;   // per row: its tokens in this step
+    std::vector<int> parents;  // empty: each row's tokens are a chain
+    std::vector<int> wanted;   // tokens whose outputs are returned, ascending
     std::vector<int> taps;
     const float* inputs = nullptr;  // [tokens, width] in place of the tokens' embeddings
     float* hidden = nullptr;
@@ -27,12 +44,23 @@ struct Request {
     float* tapped = nullptr;
 };
 
-// The pointers of a StaticCache.
-struct View {
-    Cache cache;
-    std::vector<void*> keys, values;
-    std::vector<uint16_t*> key_scales, value_scales;
-    void bind();
+// A sequence in the cache of one model, and how its next token is drawn.
+struct Sequence {
+    Row row;
+    std::vector<int> new_tokens;  // those that are not cached yet; at least one
+    Sampling how;
+    int sample = 0, position = 0;  // of the next token, for its random number
+
+    // Append tokens; the first `cached` of them are in the row already, after the new tokens.
+    void append(const std::vector<int>& tokens, int cached);
+};
+using Batch = std::vector<Sequence>;
+
+// The draft of a sequence, and the distributions [vocab] that its tokens were drawn from; none at temperature 0, where
+// every token is certain.
+struct Drafted {
+    std::vector<int> tokens;
+    std::vector<const float*> probs;
 };
 
 class Engine {
@@ -47,60 +75,47 @@ public:
 
     // Throws std::invalid_argument for inputs that are not valid, before anything is written. Functions that sample
     // throw std::overflow_error for logits that are not finite.
-    void step(const View& view, const Request& request);
+    void step(const Request& request);
 
-    struct Sequence {
-        int row, held;                // its row of the cache, and how many tokens the row holds
-        std::vector<int> new_tokens;  // those that are not cached yet; at least one
-        int sample, position;         // of the next token, for the keyed noise
-    };
-    // A request over all uncached tokens of a sequence, for the logits of the last one.
-    static Request following(const Sequence& sequence, float* logits);
-    // Choose the next token as plain decoding does, from its logits [vocab].
-    int choose_plain(const float* logits, const Sampling& how, int sample, int position);
-    // Convert rows [count, vocab] of logits, in place, to the distributions that are sampled.
-    void to_probabilities(float* rows, int count, const Sampling& how);
-
-    // Draft `count` tokens, each with one uniform number; writes their distributions to probs [count, vocab].
-    std::vector<int> draft(const View& view, const Sequence& sequence, int count, const Sampling& how, uint32_t purpose, float* probs);
-    // The hidden states that draft heads read, one row per forward pass; null: none.
-    struct States {
-        float* hidden = nullptr;  // [count, width]
-        float* tapped = nullptr;  // [count, taps * width]
-        std::vector<int> taps;
-    };
-    // Decode plainly until `count` tokens or one of `ends`; `states` are those of the token before each new token.
-    std::vector<int> generate(
-        const View& view, const Sequence& sequence, int count, const Sampling& how, const std::vector<int>& ends,
-        const States& states
+    // A request over all uncached tokens of these sequences, for the logits of the last token of each.
+    static Request following(const Batch& batch, const std::vector<int>& which);
+    // Choose the next token as plain decoding does, from its logits [vocab]. `spare`: scratch memory [vocab] of the
+    // calling thread; null: no thread is running, and all share a large vocabulary.
+    int choose_plain(const float* logits, const Sequence& sequence, int position, float* spare);
+    // Draw a token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
+    int draw(float* logits, const Sequence& sequence, int position, uint32_t purpose, float* spare);
+    // Draft counts[r] tokens after sequence r, a step for every token. Writes distributions to probs [sum of counts,
+    // vocab], all of the first position first; at temperature 0 logits. `features`: of a layer that continues features,
+    // those of each sequence's uncached tokens [n, width].
+    std::vector<Drafted> draft(
+        const Batch& batch, const std::vector<int>& counts, uint32_t purpose, float* probs,
+        const std::vector<std::vector<float>>* features = nullptr
     );
 
-    // draft() with EAGLE's layer, whose input joins each token with the feature [width] that the token was drawn from.
-    // `features` are those of the uncached tokens. Writes the feature predicted after the sequence to `predicted`
-    // [width].
-    std::vector<int> continue_features(
-        const View& view, const Sequence& sequence, const float* features, int count, const Sampling& how, uint32_t purpose,
-        float* predicted, float* probs
-    );
     // EAGLE's inputs: each token's embedding joined with its feature -> out [tokens, width].
     void join(const std::vector<int>& tokens, const float* features, float* out);
     void set_join(std::shared_ptr<Packed> join) { join_ = std::move(join); }
 
     // Multiply by one matrix: x [count, inputs] -> out [count, outputs].
-    void product(const Packed& packed, const float* x, int count, float* out);
+    void product(const Matrix& matrix, int outputs, const float* x, int count, float* out);
+    void embed(int token, float* to) const;
+    // Call body(item, spare) for every item, on all threads; spare: null, or scratch memory [vocab] of the thread.
+    // Throws the overflow_error that a call threw.
+    template <class Body>
+    void each(int items, const Body& body);
     double read_speed(const float* from, size_t count, int repeats);  // bytes per second, all threads
 
     Model model;
     const Isa* isa;
+    std::recursive_mutex mutex;  // one caller at a time: the bindings release Python's lock
     int threads() const { return pool_->size(); }
 
 private:
-    int draw(float* of_token, const Sampling& how, int sample, int position, uint32_t purpose);
-    void embed(int token, float* to) const;
-    void fit(int capacity);
+    void fit(int keys);
     static const Model& checked(const Model& model);
-    void check(const View& view, const Request& request) const;
-    void check(const Sequence& sequence, int count, const Sampling& how) const;
+    void check(const Request& request) const;
+    void check(const Row& row, int count) const;
+    void place(const Request& request);
     float* memory(size_t floats);
 
     std::vector<Layer> layers_;
@@ -108,18 +123,40 @@ private:
     std::shared_ptr<Packed> join_;     // EAGLE: [embedding, feature] -> input
     Norm token_norm_, state_norm_;
     std::vector<std::vector<float>> vectors_;
-    std::vector<float> cos_, sin_, spare_, one_;
+    std::vector<float> cos_, sin_, spare_;
     std::vector<std::unique_ptr<float[]>> owned_, scores_owned_;
     std::vector<float*> normed_, scores_;
     std::vector<uint8_t*> acts_;
     std::vector<Token> tokens_;
-    std::vector<int> lines_;
+    std::vector<int> entries_, lines_;
     Block block_;
-    std::recursive_mutex mutex_;  // one caller at a time: the bindings release Python's lock
     size_t acts_floats_ = 0;
-    int capacity_ = 0;
+    int keys_ = 0;
     bool finished_ = false;
     std::shared_ptr<Pool> pool_;
 };
+
+template <class Body>
+void Engine::each(int items, const Body& body) {
+    if (items == 1) return body(0, nullptr);
+    struct With {
+        const Body& body;
+        float* spare;
+        size_t vocab;
+        int items, threads;
+        std::atomic<bool> broken{false};
+    };
+    With with{body, spare_.data(), size_t(model.vocab), items, pool_->size()};
+    pool_->run([](void* given, int thread) {
+        auto& with = *static_cast<With*>(given);
+        try {
+            for (int item = thread; item < with.items; item += with.threads)
+                with.body(item, with.spare + size_t(thread) * with.vocab);
+        } catch (const std::overflow_error&) {
+            with.broken = true;
+        }
+    }, &with);
+    if (with.broken) throw std::overflow_error("the logits are not finite");
+}
 
 }  // namespace lab

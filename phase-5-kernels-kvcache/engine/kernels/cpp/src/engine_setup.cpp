@@ -139,8 +139,7 @@ void Engine::finish() {
     block_.normed = normed_.data();
     block_.acts = acts_.data();
     block_.widest = widest;
-    spare_.resize(size_t(model.vocab));
-    one_.resize(size_t(model.vocab));
+    spare_.resize(size_t(model.vocab) * size_t(pool_->size()));
     finished_ = true;
 }
 

@@ -85,24 +85,34 @@ struct Model {
     int ffn_padded() const { return round_up(ffn, PANEL); }
 };
 
-// A StaticCache: per layer keys and values [rows, kv_heads, capacity, head_dim].
+// A KV cache: per layer keys and values [pages, kv_heads, slots, head_dim]. A row of the cache is a list of pages, its
+// block table: position p is in slot p % slots of page p / slots. A static cache has one page per row. A ring has one
+// page per row too, and every position is in it.
 struct Cache {
     Kind kind = Kind::f32;
-    int rows = 0, kv_heads = 0, capacity = 0, head_dim = 0;
+    int pages = 0, kv_heads = 0, slots = 0, head_dim = 0;
+    bool ring = false;
     void* const* keys = nullptr;
     void* const* values = nullptr;
-    uint16_t* const* key_scales = nullptr;  // i8: [rows, kv_heads, capacity], bfloat16
+    uint16_t* const* key_scales = nullptr;  // i8: [pages, kv_heads, slots], bfloat16
     uint16_t* const* value_scales = nullptr;
 
-    size_t at(int row, int head, int slot) const { return (size_t(row) * kv_heads + head) * capacity + slot; }
+    // The index of a position's entry of head 0. The entry of head h is `h * slots` further.
+    int entry(const int* pages_of_row, int position) const {
+        const int page = ring ? pages_of_row[0] : pages_of_row[position / slots];
+        return page * kv_heads * slots + position % slots;
+    }
 };
 
 // One token of a block.
 struct Token {
     int id = 0, position = 0;
-    int row = 0, slot = 0;          // where its key and value are written
-    int held = 0;                   // it sees the slots 0 .. held - 1 of the row
-    const int* line = nullptr;      // and these slots, in order: its ancestors among the new tokens, and itself
+    const Cache* cache = nullptr;
+    int entry = 0;                  // where its key and value are written: see Cache
+    const int* entries = nullptr;   // of the row's positions from `from` on
+    int from = 0;
+    int held = 0;                   // it sees the positions 0 .. held - 1 of the row
+    const int* line = nullptr;      // and these entries, in order: its ancestors among the new tokens, and itself
     int line_length = 0;
     int wanted = -1;                // row of the outputs; -1: no output
 };
@@ -110,7 +120,6 @@ struct Token {
 // The inputs, outputs and scratch memory of one block. All arrays are float32.
 struct Block {
     const Model* model = nullptr;
-    const Cache* cache = nullptr;
     const Token* tokens = nullptr;
     int count = 0;
     bool embedded = false;      // x already holds the embeddings
@@ -127,7 +136,7 @@ struct Block {
     int tap_count = 0;
     float* const* normed = nullptr;   // per thread: [MAX_BLOCK, widest]
     uint8_t* const* acts = nullptr;   // per thread: activations in the format of a matrix
-    float* const* scores = nullptr;   // per thread: [queries of a group, capacity + lanes]
+    float* const* scores = nullptr;   // per thread: [queries of a group, visible keys + lanes]
     int widest = 0;
     int score_stride = 0;
 };

@@ -159,10 +159,8 @@ int count_accepted(
 ) {
     int accepted = count;
     for (int i = 0; i < count; ++i) {
-        const float target = target_probs[size_t(i) * size_t(vocab) + size_t(draft[i])];
-        ratios[i] = target;
-        if (draft_probs != nullptr)
-            ratios[i] = std::min(target / draft_probs[size_t(i) * size_t(vocab) + size_t(draft[i])], 1.0f);
+        const size_t row = size_t(i) * size_t(vocab);
+        ratios[i] = acceptance(target_probs + row, draft_probs == nullptr ? nullptr : draft_probs + row, draft[i]);
         const float least = certain ? 0.5f : uniform(seed, sample, position + uint32_t(i), ACCEPT, 0);
         if (!(least < ratios[i]) && accepted == count) accepted = i;
     }

@@ -2,6 +2,7 @@
 // one row, with the same keyed random numbers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
@@ -38,6 +39,11 @@ int draw_inverse(const float* probs, int vocab, uint64_t seed, uint32_t sample, 
 
 // Choose the next token of plain decoding from logits; `spare` [vocab] is scratch memory.
 int choose(const Isa& isa, const float* logits, int vocab, const Sampling& how, uint32_t sample, uint32_t position, float* spare);
+
+// The probability with which a draft token is accepted, from rows [vocab]; `draft` null for one-hot.
+inline float acceptance(const float* target, const float* draft, int64_t token) {
+    return draft == nullptr ? target[token] : std::min(target[token] / draft[token], 1.0f);
+}
 
 // Return how many draft tokens are accepted by rejection sampling; writes their acceptance probabilities to ratios
 // [count].

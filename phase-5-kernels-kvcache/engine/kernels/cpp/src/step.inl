@@ -101,9 +101,9 @@ static void finish_heads(const Block& block, int layer, int begin, int end) {
                 for (int i = 0; i < d; ++i) x[i] *= asked;
                 continue;
             }
-            const Cache& cache = *block.cache;
+            const Cache& cache = *token.cache;
             const int of = head - model.heads - (value ? model.kv_heads : 0);
-            const size_t entry = cache.at(token.row, of, token.slot);
+            const size_t entry = size_t(of) * cache.slots + token.entry;
             void* base = value ? cache.values[layer] : cache.keys[layer];
             uint16_t* scales = cache.kind != Kind::i8 ? nullptr
                              : value                  ? cache.value_scales[layer]
@@ -132,7 +132,7 @@ static void attention_of(const Block& block, int layer, int thread, int threads)
         const Range heads = share(group, item % parts, parts);
         const int head = kv_head * group + heads.begin;
         attend(
-            *block.cache, layer, block.tokens[m], kv_head, model.layer[layer].window,
+            layer, block.tokens[m], kv_head, model.layer[layer].window,
             block.qkv + size_t(m) * model.layer[layer].qkv.outputs + size_t(head) * d, heads.end - heads.begin,
             block.scores[thread], block.score_stride, block.mixed + (size_t(m) * model.heads + head) * d
         );
