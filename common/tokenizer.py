@@ -182,13 +182,15 @@ class IncrementalDecoder:
         self._shown: list[int] = [] if last is None else [last]
         self._held: list[int] = []  # the tokens whose text was not returned yet
 
-    def push(self, token_id: int) -> str:
-        """Append one token; return the text that became final, often none."""
-        piece = self._tokenizer.piece(token_id)
-        if piece is None or token_id in self._tokenizer.special_ids:  # skipped before decoding
-            return ""
-        self._held.append(token_id)
-        if SENTENCEPIECE_BYTE.fullmatch(piece):
+    def push(self, *token_ids: int) -> str:
+        """Append tokens; return the text that became final, often none."""
+        last: str | None = None
+        for token_id in token_ids:
+            piece = self._tokenizer.piece(token_id)
+            if piece is not None and token_id not in self._tokenizer.special_ids:  # others are skipped before decoding
+                self._held.append(token_id)
+                last = piece
+        if last is None or SENTENCEPIECE_BYTE.fullmatch(last):
             return ""
         text = self._held_text()
         # A tail of U+FFFD may be the first bytes of a character. An empty text may be a space that shows later.

@@ -61,7 +61,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.progress = Progress()
         self.steps: list[StepStats] = []  # what its steps did
-        self.text = ""  # the decoded output so far, cut at a stop string
+        self._text, self._decoded = "", 0  # the text of so many output tokens
         self.eos_ids = () if params.ignore_eos else ending.eos_ids
         self._decoder = IncrementalDecoder(ending.tokenizer, prompt) if ending.tokenizer else None
         self._released = 0  # characters that `take_text` has returned
@@ -71,13 +71,19 @@ class Sequence:
         """Count the tokens of prompt and output."""
         return len(self.prompt) + len(self.tokens)
 
+    @property
+    def text(self) -> str:
+        """Decode the output so far, cut at a stop string."""
+        if self._decoder is not None and self._decoded < len(self.tokens):
+            self._text += self._decoder.push(*self.tokens[self._decoded :])
+            self._decoded = len(self.tokens)
+        return self._text
+
     def append(self, token: int) -> bool:
         """Append one token; True while more are wanted. After the end, tokens are ignored."""
         if self.finish_reason is not None:
             return False
         self.tokens.append(token)
-        if self._decoder is not None:
-            self.text += self._decoder.push(token)
         if token in self.eos_ids:
             self._finish("eos")
         elif self.params.stop and self._cut_at_stop_string():
@@ -88,24 +94,26 @@ class Sequence:
 
     def take_text(self) -> str:
         """Return the text that became final since the last call; a possible beginning of a stop string is held back."""
-        end = len(self.text)
+        text = self.text
+        end = len(text)
         if self.finish_reason is None:
-            end -= max((_overlap(self.text, stop) for stop in self.params.stop), default=0)
-        released = self.text[self._released : end]
+            end -= max((_overlap(text, stop) for stop in self.params.stop), default=0)
+        released = text[self._released : end]
         self._released = max(self._released, end)
         return released
 
     def _finish(self, reason: FinishReason) -> None:
         if reason != "stop" and self._decoder is not None:
-            self.text += self._decoder.flush()
+            self._text = self.text + self._decoder.flush()
             if self._cut_at_stop_string():
                 reason = "stop"
         self.finish_reason = reason
 
     def _cut_at_stop_string(self) -> bool:
-        found = [at for at in (self.text.find(stop) for stop in self.params.stop) if at >= 0]
+        text = self.text
+        found = [at for at in (text.find(stop) for stop in self.params.stop) if at >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self._text = text[: min(found)]
         return bool(found)
 
 

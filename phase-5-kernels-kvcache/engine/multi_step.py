@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from .drafting import Draft, Drafter, Outcome
 from .kernels.cpp import library
 from .policies import AcceptancePolicy, Rejection, SampleMatch
 from .profiler import CURRENT
-from .runner import ModelRunner, Work
+from .runner import NO_DRAFT, ModelRunner, Work
 from .sequence import Sequence
 from .speculative import append
 from .steps import Path, Step, StepTimes, step_stats
@@ -33,6 +33,7 @@ from .verify import RandomSource
 AT_ONCE = 8  # plain steps of a call; tokens past the end of a sequence are dropped
 AHEAD = 4  # steps with drafts of one call
 MOST = 128  # tokens of a sequence in one call
+NOTHING = Draft.nothing(0)  # a call keeps no distributions
 
 
 @runtime_checkable
@@ -50,6 +51,14 @@ class CppDrafter(Protocol):
         ...
 
 
+class Call(NamedTuple):
+    """What one call is to do for R sequences."""
+
+    counts: list[int]  # draft tokens after each
+    steps: int
+    given: list[list[int]] | None = None  # the draft tokens, if Python found them; None: C++ drafts
+
+
 def multi_step(
     runner: ModelRunner,
     drafter: Drafter | None,
@@ -61,25 +70,46 @@ def multi_step(
     """Make steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
     if not isinstance(runner, CppRunner) or not drawable(sequences, source):
         return
-    taps, counts, given = None if drafter is None else drafter.taps, list(asked), None
-    if drafter is not None:
-        if taps is not None and any(drafter.states_from(each) != each.length - 1 for each in sequences):
-            return  # the drafter wants states of more tokens than those to come
-        if any(counts):
-            if not _takes(drafter, sequences, policy):
-                return
-            if isinstance(drafter, NgramDrafter):
-                given = drafter.propose(sequences, counts)
-                counts = given.widths
-            else:
-                counts = [min(count, cast(CppDrafter, drafter).deepest) for count in counts]
-    steps = _steps(sequences, counts, drafter) if given is None else 1
-    if (steps < 2 and not any(counts)) or any(
-        sequence.length + steps * (count + 1) - 1 > runner.model.config.context
-        for sequence, count in zip(sequences, counts, strict=True)
+    call = _plan(drafter, sequences, asked, policy)
+    if call is None or any(
+        sequence.length + call.steps * (count + 1) - 1 > runner.model.config.context
+        for sequence, count in zip(sequences, call.counts, strict=True)
     ):
         return
-    yield from _decode(runner, drafter, sequences, asked, counts, given, steps, isinstance(policy, SampleMatch))
+    began = time.perf_counter()
+    works, made, states = _execute(runner, drafter, sequences, call, isinstance(policy, SampleMatch))
+    inside = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made) / 1e3
+    around = (time.perf_counter() - began - inside) / len(made)
+    news = [len(work.new) for work in works]
+    prefilled = [work.prefilled for work in works]
+    for step in made:
+        active = [row for row, sequence in enumerate(sequences) if sequence.finish_reason is None]
+        if not active:
+            return
+        counts = [new + each.accepted for new, each in zip(news, step.results, strict=True)]
+        of_step = None if states is None else list(states[: sum(counts)].split(counts))
+        states = None if states is None else states[sum(counts) :]
+        yield _commit(runner, drafter, sequences, active, asked, step, prefilled, of_step, around)
+        news, prefilled = [1] * len(news), [0] * len(news)
+
+
+def _plan(
+    drafter: Drafter | None, sequences: list[Sequence], asked: list[int], policy: AcceptancePolicy
+) -> Call | None:
+    """Choose the steps of the next call; None if there is to be no call."""
+    reads = drafter is not None and drafter.taps is not None
+    if drafter is not None and reads and any(drafter.states_from(each) != each.length - 1 for each in sequences):
+        return None  # it wants states of more tokens than those to come
+    if drafter is None or not any(asked):
+        steps = _steps(sequences, asked, drafter)
+        return Call(asked, steps) if steps > 1 else None
+    if not _takes(drafter, sequences, policy):
+        return None
+    if isinstance(drafter, NgramDrafter):
+        draft = drafter.propose(sequences, asked)
+        return Call(draft.widths, 1, draft.tokens.tolist())
+    counts = [min(count, cast(CppDrafter, drafter).deepest) for count in asked]
+    return Call(counts, _steps(sequences, counts, drafter))
 
 
 def _takes(drafter: Drafter, sequences: list[Sequence], policy: AcceptancePolicy) -> bool:
@@ -116,23 +146,17 @@ def steps_ahead(controller: KController) -> int:
     return AHEAD if known and controller.drafts > 1 and not controller.looking else 1
 
 
-def _decode(
-    runner: CppRunner,
-    drafter: Drafter | None,
-    sequences: list[Sequence],
-    asked: list[int],
-    counts: list[int],
-    given: Draft | None,
-    steps: int,
-    own: bool,
-) -> Iterator[Step]:
-    began = time.perf_counter()
+def _execute(
+    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, own: bool
+) -> tuple[list[Work], list[Any], Tensor | None]:
+    """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
+    counts, steps, given = call
+    fast = None
     while True:
         try:
             works = runner.begin(sequences, [steps * (count + 1) - 1 for count in counts])
-            fast = None
             if given is not None:
-                fast = library().GivenDrafter(runner.fast._engine, given.tokens.tolist())
+                fast = library().GivenDrafter(runner.fast._engine, given)
             elif any(counts):
                 fast = cast(CppDrafter, drafter).start(sequences, counts, steps)
             break
@@ -140,31 +164,16 @@ def _decode(
             if steps == 1:
                 raise
             steps = 1
-    taps = None if drafter is None else drafter.taps
     made, states = runner.fast.decode(
-        runner.batch(sequences, works), fast, counts, steps, own=own, taps=taps,
+        runner.batch(sequences, works), fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
         ends=sequences[0].eos_ids, new=sum(len(work.new) for work in works),
     )  # fmt: skip
     gained = [[[*each.draft[: each.accepted], each.next] for each in step.results] for step in made]
-    whole = [[token for of_step in gained for token in of_step[row]] for row in range(len(sequences))]
-    rejected = sum(len(each.draft) - each.accepted for step in made for each in step.results)
-    runner.appended(works, [tokens[:-1] for tokens in whole], rejected)
+    whole = [[token for of_step in gained for token in of_step[row]][:-1] for row in range(len(sequences))]
+    runner.appended(works, whole, sum(len(each.draft) - each.accepted for step in made for each in step.results))
     if fast is not None and given is None:
         cast(CppDrafter, drafter).finish(counts, gained)
-    in_kernels = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made)
-    around = ((time.perf_counter() - began) * 1e3 - in_kernels) / len(made)
-    at = 0
-    for number, (step, tokens) in enumerate(zip(made, gained, strict=True)):
-        active = [row for row, sequence in enumerate(sequences) if sequence.finish_reason is None]
-        if not active:
-            return
-        read = list[Tensor]()
-        for row, each in enumerate(step.results):
-            new = len(works[row].new) if number == 0 else 1
-            if states is not None:
-                read.append(states[at : at + new + each.accepted])
-                at += new + each.accepted
-        yield _commit(runner, drafter, sequences, active, asked, step, tokens, works, number, read, around)
+    return works, made, states
 
 
 def _commit(
@@ -174,41 +183,33 @@ def _commit(
     active: list[int],
     asked: list[int],
     made: Any,
-    tokens: list[list[int]],
-    works: list[Work],
-    number: int,
-    states: list[Tensor],
+    prefilled: list[int],
+    states: list[Tensor] | None,
     around: float,
 ) -> Step:
-    """Give the active sequences the tokens of a step. around: its share of the time outside of the kernels, in ms."""
+    """Give the active sequences the tokens of a step. around: its share of the seconds outside of the kernels."""
     began = time.perf_counter()
-    of_step, results = [sequences[row] for row in active], [made.results[row] for row in active]
-    starts, lengths = [len(each.tokens) for each in of_step], [each.length for each in of_step]
+    step = Step([sequences[row] for row in active], [], NOTHING, [], None, [], [])
+    accepted, lengths = list[int](), list[int]()
     for row in active:
-        append(runner, sequences[row], tokens[row])
+        sequence, result = sequences[row], made.results[row]
+        step.starts.append(len(sequence.tokens))
+        lengths.append(sequence.length)
+        step.trees.append(Tree.chain(result.draft) if result.draft else NO_DRAFT)
+        step.paths.append(Path(list(range(result.accepted)), result.next))
+        accepted.append(result.accepted)
+        append(runner, sequence, [*result.draft[: result.accepted], result.next])
     if drafter is not None:
-        accepted = [each.accepted for each in results]
-        drafter.observe(Outcome(of_step, accepted, [states[row] for row in active] if states else None))
-    trees = [Tree.chain(each.draft) for each in results]
-    paths = [Path(list(range(each.accepted)), each.next) for each in results]
-    accept_ms = made.accept_ms + around + (time.perf_counter() - began) * 1e3
-    times = StepTimes(made.draft_ms / 1e3, made.verify_ms / 1e3, accept_ms / 1e3)
-    if not any(tree.tokens for tree in trees):  # all of a step without a draft counts as verification
-        times = StepTimes(0.0, (made.verify_ms + made.draft_ms + accept_ms) / 1e3, 0.0)
-    stats = [
-        step_stats(
-            sequence, asked[row], start, tree, path, _computed(works[row], result, number), runner.plain(length), times
-        )
-        for sequence, row, start, tree, path, result, length in zip(
-            of_step, active, starts, trees, paths, results, lengths
-        )
-    ]
-    if drafter is not None:
-        for sequence, each in zip(of_step, stats, strict=True):
-            sequence.controller.observe(each)
-    return Step(of_step, starts, Draft.nothing(len(of_step)), trees, None, paths, stats)
-
-
-def _computed(work: Work, result: Any, number: int) -> int:
-    """Return how many positions a step computed for a sequence, a prefill before the first included."""
-    return int(result.computed) + (work.prefilled if number == 0 else 0)
+        drafter.observe(Outcome(step.sequences, accepted, None if states is None else [states[row] for row in active]))
+    verify, accept = made.verify_ms / 1e3, made.accept_ms / 1e3 + around + time.perf_counter() - began
+    times = StepTimes(made.draft_ms / 1e3, verify, accept)
+    if all(tree is NO_DRAFT for tree in step.trees):  # all of a step without a draft counts as verification
+        times = StepTimes(0.0, verify + accept, 0.0)
+    for at, row in enumerate(active):
+        sequence, computed = sequences[row], made.results[row].computed + prefilled[row]
+        parts = sequence, asked[row], step.starts[at], step.trees[at], step.paths[at]
+        stats = step_stats(*parts, computed, runner.plain(lengths[at]), times)
+        step.stats.append(stats)
+        if drafter is not None:
+            sequence.controller.observe(stats)
+    return step

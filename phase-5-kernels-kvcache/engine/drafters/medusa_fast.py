@@ -41,7 +41,7 @@ class FastMedusaDrafter(MedusaDrafter):
         self.fast = fast
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """Draft chains in C++ if no `stop` may end them and the random numbers are keyed; otherwise as MedusaDrafter."""
+        """Draft chains in C++ if no `stop` may end them and random numbers are keyed; otherwise as MedusaDrafter."""
         if stop is not None or not drawable(sequences, self.source):
             return super().propose(sequences, widths, stop)
         counts = [min(width, self.deepest) if self.ready(s) else 0 for s, width in zip(sequences, widths, strict=True)]

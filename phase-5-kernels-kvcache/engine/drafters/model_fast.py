@@ -34,7 +34,7 @@ class FastModelDrafter(ModelDrafter):
         return self.extend(chains)
 
     def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
-        """Return a drafter of the library for steps of counts[r] tokens. UserError if the cache has no room for them."""
+        """Return a drafter of the library for steps of counts[r] tokens. UserError if the cache has no room."""
         runner = cast("CppRunner", self.runner)
         drafting = [row for row, count in enumerate(counts) if count]
         asked = [sequences[row] for row in drafting]

@@ -44,8 +44,9 @@ class CppMedusa:
         reduce, token = (self._packed[name] or [None] for name in ("reduce", "token"))
         norm, eps = None, 0.0
         if heads.token is not None:
-            norm = heads.token[0].weight.detach().float().contiguous()
-            eps = heads.token[0].eps or torch.finfo(heads.token[0].weight.dtype).eps
+            of_token = cast(nn.RMSNorm, heads.token[0])
+            norm = of_token.weight.detach().float().contiguous()
+            eps = of_token.eps or torch.finfo(of_token.weight.dtype).eps
         self._width = beside.config.width * (1 + len(heads.shape.taps))
         self._medusa = library().Medusa(
             beside._engine, heads.shape.heads, self._width, reduce[0], token[0], address(norm), eps,
