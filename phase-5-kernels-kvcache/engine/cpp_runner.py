@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 from .kernels.cpp import CppModel
 from .kernels.cpp.model import Cache
 from .kv_cache import KVOptions, OutOfBlocks
