@@ -47,6 +47,13 @@ struct Visible {
     size_t operator[](int at) const { return size_t(at < count ? cached[at] : line[at - count]); }
 };
 
+// Ask for the cache lines of [from, from + bytes): the keys of a row are not adjacent in memory if their pages are not.
+LAB_INLINE void fetch(const uint8_t* from, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+}
+
+constexpr int KEYS_AHEAD = 16;  // keys whose values are asked for in advance
+
 constexpr int size_of(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2; }
 
 // For Q queries and C registers of features from `from` on: the sum over keys of probability x value.
@@ -60,6 +67,7 @@ static void mix(
     const int width = C == 1 && d - from < LANES ? d - from : LANES;
     for (int j = 0; j < keys; ++j) {
         const uint8_t* at = values + (visible[j] * d + from) * size_of(KIND);
+        if (j + KEYS_AHEAD < keys) fetch(values + (visible[j + KEYS_AHEAD] * d + from) * size_of(KIND), C * LANES * size_of(KIND));
         LAB_EACH(c, C) {
             const Floats value = load_any<KIND>(at + c * LANES * size_of(KIND), C == 1 ? width : LANES);
             LAB_EACH(q, Q) acc[q][c] = fma(value, all(scores[q * score_stride + j]), acc[q][c]);
@@ -107,6 +115,7 @@ static void attend_as(
             const size_t entry = visible[block + i < count ? block + i : count - 1];
             at[i] = keys + entry * d * size_of(KIND);
             if constexpr (KIND == Kind::i8) scale[i] = float_of_bf16(cache.key_scales[layer][head + entry]);
+            if (block + 2 * LANES + i < count) fetch(keys + visible[block + 2 * LANES + i] * d * size_of(KIND), d * size_of(KIND));
         }
         for (int q = 0; q < queries; ++q) {
             Floats dots[LANES];
