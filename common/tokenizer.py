@@ -184,20 +184,22 @@ class IncrementalDecoder:
 
     def push(self, *token_ids: int) -> str:
         """Append tokens; return the text that became final, often none."""
-        last: str | None = None
-        for token_id in token_ids:
-            piece = self._tokenizer.piece(token_id)
-            if piece is not None and token_id not in self._tokenizer.special_ids:  # others are skipped before decoding
-                self._held.append(token_id)
-                last = piece
-        if last is None or SENTENCEPIECE_BYTE.fullmatch(last):
+        pieces = [self._tokenizer.piece(token_id) for token_id in token_ids]
+        known = zip(token_ids, pieces, strict=True)
+        read = [(t, piece) for t, piece in known if piece is not None and t not in self._tokenizer.special_ids]
+        if not read:
             return ""
-        text = self._held_text()
+        before = len(self._held)
+        self._held += [token_id for token_id, _ in read]
+        text = "" if SENTENCEPIECE_BYTE.fullmatch(read[-1][1]) else self._held_text()
         # A tail of U+FFFD may be the first bytes of a character. An empty text may be a space that shows later.
-        if not text or text.endswith(REPLACEMENT):
+        if text and not text.endswith(REPLACEMENT):
+            self._shown, self._held = self._held, []
+            return text
+        if len(read) == 1:
             return ""
-        self._shown, self._held = self._held, []
-        return text
+        del self._held[before:]  # the first of them may be final
+        return "".join(self.push(token_id) for token_id, _ in read)
 
     def _is_whole(self, token_id: int) -> bool:
         """Return whether a token has a text of its own and is not a part of a character."""

@@ -90,6 +90,20 @@ def test_streamed_text_adds_up_to_decode_for_any_ids(tokenizer: Tokenizer, data:
 
 @makes
 @settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_several_tokens_at_once_give_the_text_of_single_ones(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), min_size=1, max_size=20))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(ids)), max_size=5)) | {len(ids)})
+    single, several = (IncrementalDecoder(tokenizer, ids[:2]) for _ in range(2))
+    begin = 0
+    for end in cuts:
+        assert several.push(*ids[begin:end]) == "".join(map(single.push, ids[begin:end]))
+        begin = end
+    assert several.flush() == single.flush()
+
+
+@makes
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=12) | st.text(alphabet="the 😀é\n", max_size=30))
 def test_streamed_text_of_valid_utf8_never_shows_a_broken_character(tokenizer: Tokenizer, text: str) -> None:
     chunks = streamed(tokenizer, tokenizer.encode(text))
