@@ -24,7 +24,7 @@ from phase5.drafters import make_drafter
 from phase5.drafters.eagle import EagleDrafter, Lookahead
 from phase5.kernels import registry
 from phase5.kv_cache import Kind, KVOptions, storage
-from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, cached_runner, make_runner
+from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, make_runner
 
 CPU = torch.device("cpu")
 KINDS = ["dynamic", "static", "paged"]
@@ -72,10 +72,10 @@ class Watched:
         self.runners: list[CachedRunner] = []
 
         def make(*arguments: Any) -> Any:
-            self.runners.append(cached_runner(*arguments))
+            self.runners.append(CachedRunner(*arguments))
             return self.runners[-1]
 
-        monkeypatch.setattr("phase5.backends.cached_runner", make)
+        monkeypatch.setattr("phase5.backends.CachedRunner", make)
 
 
 def difference(runner: CachedRunner) -> float:
@@ -206,7 +206,9 @@ def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Callabl
     [
         *((kind, "torch", 0.01, period) for kind in get_args(Kind) for period in ([3] if kind == "off" else [1, 3, 7])),
         ("static", "cpp", 0.01, 3),
-        ("static", "cpp", 1.0, 3),  # without penalties one call makes several steps
+        *(
+            (kind, "cpp", 1.0, 3) for kind in ("static", "paged", "ring")
+        ),  # without penalties a call makes several steps
     ],
 )
 @pytest.mark.covering(1)

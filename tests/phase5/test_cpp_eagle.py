@@ -14,6 +14,7 @@ from phase5 import load
 from phase5.drafters.eagle import EagleHead, EagleShape, Lookahead
 from phase5.drafters.eagle_fast import FastLookahead
 from phase5.kernels import cpp
+from phase5.kernels.cpp import library
 from phase5.model import Transformer
 from phase5.sampling import SamplingParams, probabilities
 from phase5.tree import Tree
@@ -22,12 +23,13 @@ from phase5.verify import KeyedSource
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
 
+@pytest.mark.parametrize("taps", [(), (1,)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_chain_and_a_tree(family: str, make_checkpoint: Callable[..., Path]) -> None:
+def test_a_chain_and_a_tree(family: str, taps: tuple[int, ...], make_checkpoint: Callable[..., Path]) -> None:
     target = load(str(make_checkpoint(family)), torch.float32, torch.device("cpu")).model
     assert isinstance(target, Transformer)
     torch.manual_seed(0)
-    head = EagleHead(EagleShape(ffn_width=64, reach=10), target.config).eval()
+    head = EagleHead(EagleShape(ffn_width=64, reach=10, taps=taps), target.config).eval()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
@@ -37,13 +39,15 @@ def test_a_chain_and_a_tree(family: str, make_checkpoint: Callable[..., Path]) -
     params = SamplingParams(temperature=1.0, seed=5)
     with torch.inference_mode():
         for count in (14, 3):
-            tokens, features = list(range(count)), torch.randn(count, target.config.width)
+            tokens, states = list(range(count)), torch.randn(count, target.config.width * (1 + len(taps)))
+            features = head.read(states)
             inputs = head.inputs(target.embedding(torch.tensor(tokens)), features)
             torch.testing.assert_close(layer.inputs(tokens, features), inputs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer.read(states), features, rtol=1e-4, atol=1e-4)
             expected = slow.begin(inputs, 0)
             torch.testing.assert_close(layer.begin(cache, 0, inputs), expected, rtol=1e-4, atol=1e-4)
-            drawn, probs, begun = layer.draft(cache, 0, tokens, features, 5, params, sample=1, position=30)
-            torch.testing.assert_close(begun, expected, rtol=1e-4, atol=1e-4)
+            sequence = layer.sequence(cache, 0, tokens, params, 1, 30)
+            (drawn,), (probs,) = layer.propose(layer.drafter([sequence], [states], Purpose.DRAFT), [5])
             cache.keep(0, list(range(count)))
 
         feature = expected
@@ -75,4 +79,15 @@ def test_what_cannot_be_is_named(make_checkpoint: Callable[..., Path]) -> None:
         layer.inputs([1, 2], features)
     penalties = SamplingParams(presence_penalty=1)
     with pytest.raises(UserError, match="penalties"):
-        layer.draft(layer.new_cache(1, 8), 0, [1], features, 2, penalties, sample=0, position=1)
+        layer.sequence(layer.new_cache(1, 8), 0, [1], penalties)
+    with pytest.raises(ValueError, match="at least one token"):
+        layer.sequence(layer.new_cache(1, 8), 0, [], SamplingParams())
+    sequence = layer.sequence(layer.new_cache(1, 8), 0, [1], SamplingParams())
+    with pytest.raises(ValueError, match="tokens and features differ in number"):
+        layer.propose(layer.drafter([sequence], [torch.zeros(2, target.config.width)], Purpose.DRAFT), [2])
+    with pytest.raises(ValueError, match="sequences and states differ in number"):
+        layer.drafter([sequence, sequence], [features], Purpose.DRAFT)
+    states = torch.zeros(4, target.config.width)
+    for width, reduce in ((8, None), (target.config.width, layer._head)):
+        with pytest.raises(ValueError, match="reduces states has another shape"):
+            library().EagleDrafter(layer._engine, [sequence], 1, reduce, width, states.data_ptr(), [4])

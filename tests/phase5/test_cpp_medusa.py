@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import phase5
+from common.philox import Purpose
 from common.prompts import load_prompts
 from phase5 import load
 from phase5.drafters.medusa import MedusaHeads, MedusaShape
 from phase5.kernels import cpp
 from phase5.model import Transformer
+from phase5.sampling import SamplingParams, probabilities
+from phase5.verify import KeyedSource
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -37,11 +40,45 @@ def test_every_head_says_what_it_says_in_torch(
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     fast = cpp.CppMedusa(heads, cpp.CppModel(target, "float32", 2))
     with torch.inference_mode():
-        for _ in range(3):
-            states = torch.randn(1, target.config.width * (1 + len(shape.taps)))
-            embedded = torch.randn(1, target.config.width)
-            expected = target.logits(heads(states, embedded)[:, 0])
-            torch.testing.assert_close(fast.logits(states, embedded), expected, rtol=1e-4, atol=1e-4)
+        for rows in (1, 3):
+            states = torch.randn(rows, target.config.width * (1 + len(shape.taps)))
+            tokens = torch.randint(0, target.config.vocab_size, (rows,)).tolist()
+            got = fast.logits(states, tokens)
+            assert got.shape == (rows, shape.heads, target.config.vocab_size)
+            for row, token in enumerate(tokens):  # the same bits alone
+                embedded = target.embedding(torch.tensor([token]))
+                expected = target.logits(heads(states[row : row + 1], embedded)[:, 0])
+                torch.testing.assert_close(got[row], expected, rtol=1e-4, atol=1e-4)
+                assert torch.equal(got[row], fast.logits(states[row : row + 1], [token])[0])
+
+
+def test_a_chain_is_drawn_from_the_heads(make_checkpoint: Callable[..., Path]) -> None:
+    target = load(str(make_checkpoint("llama")), torch.float32, torch.device("cpu")).model
+    assert isinstance(target, Transformer)
+    torch.manual_seed(0)
+    heads = MedusaHeads(MedusaShape(heads=3), target.config.width).eval()
+    model = cpp.CppModel(target, "float32", 2)
+    fast, states, params = cpp.CppMedusa(heads, model), torch.randn(2, target.config.width), WAYS
+    cache = model.new_cache(2, 8)
+    batch = [model.sequence(cache, row, [7 + row], mine, 1, 30) for row, mine in enumerate(params)]
+    tokens, probs = model.propose(fast.drafter(batch, states, Purpose.DRAFT), [3, 2])
+    logits = fast.logits(states, [7, 8])
+    assert tokens[0] == logits[0].argmax(-1).tolist()
+    torch.testing.assert_close(probs[0], logits[0])
+    torch.testing.assert_close(probs[1], probabilities(logits[1, :2], [params[1]] * 2), rtol=1e-3, atol=1e-6)
+    for at, token in enumerate(tokens[1]):
+        keys = torch.tensor([[5, 1]]), torch.tensor([30 + at])
+        assert token == int(KeyedSource().draw(probs[1][at][None], *keys, Purpose.DRAFT))
+    with pytest.raises(ValueError, match="at most one token for each head"):
+        fast.drafter(batch, states, Purpose.DRAFT).propose([4, 1], 0)
+    with pytest.raises(ValueError, match="states must be"):
+        fast.logits(states, [7])
+    with_token = cpp.CppMedusa(MedusaHeads(MedusaShape(heads=1, read_token=True), target.config.width), model)
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        with_token.logits(states[:1], [target.config.vocab_size])
+
+
+WAYS = [SamplingParams(), SamplingParams(temperature=0.8, top_k=30, seed=5)]
 
 
 def test_in_a_loop_torch_computes_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

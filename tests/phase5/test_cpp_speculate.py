@@ -18,9 +18,9 @@ from common.philox import Purpose
 from phase5 import load
 from phase5.controllers import FixedController
 from phase5.cpp_runner import CppRunner, make_cpp_runner
-from phase5.drawing import Drawing, Speculated
+from phase5.drafters.model_fast import FastModelDrafter
 from phase5.kernels import cpp
-from phase5.kernels.cpp.ops import probabilities as fast_probabilities
+from phase5.kernels.cpp import library
 from phase5.kv_cache import KVOptions
 from phase5.model import Transformer
 from phase5.multi_step import multi_step
@@ -105,23 +105,39 @@ def runners(pair: Pair, tokens: int) -> tuple[CppRunner, CppRunner]:
     return target, make_cpp_runner(pair.near, pair.drafter, STATIC, 1, tokens)
 
 
+def call(
+    pair: Pair, caches: Any, text: list[int], params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int
+) -> list[Any]:
+    """Make steps of one sequence in one call, and keep in both caches what it appended."""
+    new = [text[cache.lengths[0] :] for cache in caches]
+    mine = pair.target.sequence(caches[0], 0, new[0], params, 2, len(text))
+    its = pair.drafter.sequence(caches[1], 0, new[1], params, 2, len(text))
+    drafter = library().ModelDrafter(pair.drafter._engine, [its], int(policy.draft_noise))
+    made, _ = pair.target.decode([mine], drafter, [count], steps, own=isinstance(policy, SampleMatch))
+    assert len(made) == steps
+    done = [step.results[0] for step in made]
+    gained = sum(each.accepted + 1 for each in done)
+    caches[0].keep(0, list(range(len(new[0]) + gained - 1)))
+    caches[1].keep(0, list(range(len(new[1]) + gained - (2 if done[-1].accepted == count else 1))))
+    return done
+
+
 def several_steps(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, calls: list[int]) -> Any:
-    """Decode, and return the tokens and all steps; calls[i]: steps in the i-th call."""
-    target, drafter = runners(pair, 120)
-    text, done = list(PROMPT), list[Speculated]()
-    source: RandomSource = GreedySource() if params.greedy else KeyedSource()
+    """Decode, and return all steps; calls[i]: steps in the i-th call."""
+    caches = pair.target.new_cache(1, 120), pair.drafter.new_cache(1, 120)
+    text, done = list(PROMPT), list[Any]()
     for steps in calls:
-        how = Drawing(params, source, (params.seed, 2), len(text), policy.draft_noise)
-        found = target.speculate("a text", text, count, how, drafter, isinstance(policy, SampleMatch), steps)
-        assert len(found) == steps
-        for each in found:
-            text += [*each.draft[: each.accepted], each.next_token]
+        found = call(pair, caches, text, params, policy, count, steps)
+        text += [token for each in found for token in as_said(each)]
         done += found
-    return text, done
+    return done
 
 
 def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int) -> Iterator[Any]:
-    """Decode step by step: a chain, a forward pass over it, and the rule of policies.py in torch."""
+    """Decode step by step: a chain, a forward pass over it, and the rule of policies.py in torch.
+
+    Yields each step's draft, how many of its tokens are accepted, and the token after them.
+    """
     caches = pair.target.new_cache(1, 120), pair.drafter.new_cache(1, 120)
     source: RandomSource = GreedySource() if params.greedy else KeyedSource()
     text = list(PROMPT)
@@ -138,7 +154,7 @@ def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, cou
         keys = torch.tensor([count]), torch.tensor([[params.seed, 2]]), torch.tensor([len(text)])
         verdict = policy.verify(draft, TargetProbs(probs, probs), phase5.DraftRows(*keys, source))
         accepted, following = int(verdict.accepted), int(verdict.next_tokens)
-        yield drawn, accepted, following, draft_probs, fast_probabilities(logits, params), verdict.ratios
+        yield drawn, accepted, following
         text += [*drawn[:accepted], following]
         caches[0].keep(0, list(range(len(new[0]) + accepted)))
         caches[1].keep(0, list(range(len(new[1]) + min(accepted, count - 1))))
@@ -155,14 +171,9 @@ def test_several_steps_in_a_call_are_single_ones_and_those_of_torch(
     accepted = [each[1] for each in expected]
     assert 0 < sum(accepted) < count * steps, "drafts that are all accepted, or all rejected, prove little"
     for calls in ([1] * steps, [steps], [1, 5, 2, 4]):
-        _, done = several_steps(pair, params, rule, count, calls)
-        assert [(each.draft, each.accepted, each.next_token) for each in done] == [each[:3] for each in expected]
+        done = several_steps(pair, params, rule, count, calls)
+        assert [(each.draft, each.accepted, each.next) for each in done] == expected
         assert {each.computed for each in done[1:]} == {1 + count}  # accepted tokens are in the cache already
-        for got, (drawn, _, _, draft_probs, target_probs, ratios) in zip(done, expected, strict=True):
-            assert got.tokens.tolist() == [drawn]
-            assert torch.equal(got.target_probs[0], target_probs)
-            assert got.draft_probs is None if params.greedy else torch.equal(got.draft_probs[0], draft_probs)
-            torch.testing.assert_close(got.ratios, ratios, rtol=1e-5, atol=1e-6)
 
 
 def law(model: Transformer) -> Tensor:
@@ -175,9 +186,7 @@ def law(model: Transformer) -> Tensor:
     return both
 
 
-def chances(
-    small: Pair, verdict: Callable[[Speculated], list[int]], policy: str = "rejection", seeds: int = 4000
-) -> float:
+def chances(small: Pair, verdict: Callable[[Any], list[int]], policy: str = "rejection", seeds: int = 4000) -> float:
     """Return the chi-square p-value of samples of the first two tokens under the target's distribution."""
     V, rule = small.model.config.vocab_size, POLICIES[policy]
     seen = torch.zeros(V, V)
@@ -186,12 +195,7 @@ def chances(
         found: list[int] = []
         for cache in caches:
             cache.truncate(0, 0)
-        [*steps] = small.target.speculate(
-            caches[0], 0, [1, 2, 3], small.drafter, caches[1], 0, [1, 2, 3], 2,
-            SamplingParams(temperature=1.0, seed=seed), own=isinstance(rule, SampleMatch), sample=0, position=3,
-            steps=2, noise=rule.draft_noise,
-        )  # fmt: skip
-        for each in steps:
+        for each in call(small, caches, [1, 2, 3], SamplingParams(temperature=1.0, seed=seed), rule, 2, 2):
             found += verdict(each)
         seen[found[0], found[1]] += 1
     expected = law(small.model).flatten() * seeds
@@ -202,8 +206,8 @@ def chances(
     return float(stats.chisquare(observed, [each * scale for each in wanted]).pvalue)
 
 
-def as_said(step: Speculated) -> list[int]:
-    return [*step.draft[: step.accepted], step.next_token]
+def as_said(step: Any) -> list[int]:
+    return [*step.draft[: step.accepted], step.next]
 
 
 @pytest.mark.parametrize(
@@ -216,8 +220,8 @@ def test_two_tokens_are_distributed_as_the_targets(small: Pair, policy: str) -> 
 @pytest.mark.slow
 def test_the_law_is_tested(small: Pair) -> None:
     """The test detects a rule that accepts every token, and one that accepts the first rejected token."""
-    assert chances(small, lambda step: [*step.draft, step.next_token]) < 1e-4
-    assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next_token]) < 1e-4
+    assert chances(small, lambda step: [*step.draft, step.next]) < 1e-4
+    assert chances(small, lambda step: [*step.draft[: step.accepted + 1], step.next]) < 1e-4
 
 
 @pytest.mark.parametrize("own", [12, pytest.param(20, marks=pytest.mark.slow)])
@@ -256,7 +260,7 @@ def test_a_text_that_ends_within_a_call_ends_as_in_plain_decoding(pair: Pair, te
         ending = Ending(eos_ids=(whole[at],))
         expected = plain_text(pair, params, ending)
         sequence = Sequence(PROMPT, params, ending)  # the same runners again: their rows are free for the next sequence
-        drafting = phase5.drafters.FastModelDrafter(drafter, source, policy.draft_noise)
+        drafting = FastModelDrafter(drafter, source, policy.draft_noise)
         steps = list(decode(target, drafting, [sequence], policy, lambda: FixedController(4), source, multi_step))
         assert (sequence.tokens, sequence.finish_reason) == (expected.tokens, "eos")
         assert sum(stats.emitted for step in steps for stats in step.stats) == len(expected.tokens)
@@ -270,7 +274,7 @@ def test_near_the_token_limit(pair: Pair, k: int, limit: int) -> None:
     params = SamplingParams(max_new_tokens=limit)
     target, drafter = runners(pair, len(PROMPT) + limit)
     sequence = Sequence(PROMPT, params, Ending())
-    drafting = phase5.drafters.FastModelDrafter(drafter, GreedySource())
+    drafting = FastModelDrafter(drafter, GreedySource())
     steps = list(decode(target, drafting, [sequence], Rejection(), lambda: FixedController(k), None, multi_step))
     assert sequence.tokens == plain_text(pair, params, Ending()).tokens
     assert all(stats.k < limit for step in steps for stats in step.stats)
@@ -282,41 +286,34 @@ def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -
     context = pair.model.config.context
     params = SamplingParams(max_new_tokens=60)
     calls: list[int] = []
-    together = CppRunner.speculate
+    together, single = cpp.CppModel.decode, phase5.speculative.decode_step
 
-    def noting(self: CppRunner, owner: Any, text: list[int], *arguments: Any) -> list[Speculated]:
-        done = together(self, owner, text, *arguments)
-        assert not done or len(text) + sum(each.accepted + 1 for each in done) <= context + 1
-        calls.append(len(done))
-        return done
+    def noting(self: cpp.CppModel, batch: Any, drafter: Any, counts: list[int], steps: int, **more: Any) -> Any:
+        calls.append(steps)
+        return together(self, batch, drafter, counts, steps, **more)
 
-    monkeypatch.setattr(CppRunner, "speculate", noting)
+    def one(*arguments: Any) -> Any:
+        calls.append(0)
+        return single(*arguments)
+
+    begin = CppRunner.begin
+
+    def within(self: CppRunner, sequences: list[Sequence], more: list[int]) -> Any:
+        assert all(each.length + count <= context for each, count in zip(sequences, more, strict=True))
+        return begin(self, sequences, more)
+
+    monkeypatch.setattr(cpp.CppModel, "decode", noting)
+    monkeypatch.setattr(CppRunner, "begin", within)
+    monkeypatch.setattr("phase5.speculative.decode_step", one)
     for length in range(context - 50, context + 3, 4):
         prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
         for _ in decode(runners(pair, length + 60)[0], None, [expected], multi_step=multi_step):
             pass
         target, drafter = runners(pair, length + 60)
-        drafting = phase5.drafters.FastModelDrafter(drafter, GreedySource())
+        drafting = FastModelDrafter(drafter, GreedySource())
         for _ in decode(target, drafting, [sequence], Rejection(), lambda: FixedController(k), None, multi_step):
             pass
         assert sequence.tokens == expected.tokens
     assert 0 in calls
     assert max(calls) > 1
-
-
-def test_what_cannot_be_is_refused(pair: Pair, small: Pair) -> None:
-    def asked(drafter: cpp.CppModel, count: int, steps: int, room: int = 32) -> list[Speculated]:
-        return pair.target.speculate(
-            pair.target.new_cache(1, room), 0, [1, 2], drafter, drafter.new_cache(1, room), 0, [1, 2], count,
-            SamplingParams(), own=False, sample=0, position=2, noise=Purpose.DRAFT, steps=steps,
-        )  # fmt: skip
-
-    for arguments, message in (
-        ((pair.drafter, 0, 1), "at least one token"),
-        ((pair.drafter, 2, 0), "at least one step"),
-        ((small.drafter, 2, 1), "different vocabularies"),
-        ((pair.drafter, 4, 1, 5), "no room"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            asked(*arguments)

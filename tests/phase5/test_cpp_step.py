@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from common.errors import UserError
 from phase5 import load
 from phase5.attention import CachedAttention, seen
 from phase5.kernels import cpp
+from phase5.kernels.cpp import library
 from phase5.kernels.cpp.weights import Weights
-from phase5.kv_cache import CacheShape, StaticCache
+from phase5.kv_cache import CacheShape, PagedCache, RingCache, StaticCache
 from phase5.model import Transformer
 from phase5.quantize import Format, quantize_model
 from phase5.tree import Tree
@@ -250,6 +252,62 @@ def test_a_tree_is_its_lines(family: str, folders: Callable[[str], Path]) -> Non
     assert torch.equal(after[0], one_by_one(fast, [*text, 11, 13, 16, 17, 3])[-1])
 
 
+def cache_of(fast: cpp.CppModel, place: str, kind: torch.dtype, rows: int = 2) -> Any:
+    """A cache with room for 64 tokens in a row; the pages of a row are in random order, between those of others."""
+    config, device = fast.config, torch.device("cpu")
+    shape = CacheShape(config.layers, config.kv_heads, config.head_dim)
+    if place == "static":
+        return StaticCache(shape, rows, 64, kind, torch.float32, device)
+    if place == "ring":
+        return RingCache(shape, rows, 8, kind, torch.float32, device)
+    cache = PagedCache(shape, rows, 4 * rows, kind, torch.float32, device)
+    random.Random(4).shuffle(cache.free)
+    return cache
+
+
+def grown(fast: cpp.CppModel, cache: Any, tree: bool) -> list[Tensor]:
+    """Compute ragged steps of two rows, with a tree in each of them; return all logits."""
+    texts, found, at = [tokens_of(48, 1), tokens_of(48, 2)], list[Tensor](), 0
+    for widths in ((5, 3), (1, 1), (2, 9), (1, 0), (4, 4), (16, 1), (3, 3), (1, 1), (13, 13)):
+        parents = [[max(-1, token - 2) if tree else token - 1 for token in range(width)] for width in widths]
+        tokens = [
+            text[cache.lengths[row] :][:width] for row, (text, width) in enumerate(zip(texts, widths, strict=True))
+        ]
+        for row, width in enumerate(widths):
+            cache.make_room(row, width)
+        logits = fast.step(cache, tokens, parents=parents, wanted=range(sum(widths))).logits
+        assert logits is not None
+        found.append(logits)
+        for row, width in enumerate(widths):  # a tree keeps every second token
+            at = width - 1 if width else -1
+            kept = [token for token in range(width) if not tree or (token - at) % 2 == 0]
+            cache.keep(row, kept)
+    return found
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", CACHES, ids=str)
+@pytest.mark.parametrize(
+    ("family", "place"), [("llama", "paged"), ("mixed", "paged"), ("mistral", "paged"), ("mistral", "ring")]
+)
+def test_pages_and_rings_have_the_bits_of_a_static_cache(
+    family: str, place: str, kind: torch.dtype, tree: bool, folders: Callable[[str], Path]
+) -> None:
+    """The order of sums depends on positions, not on where keys and values are."""
+    model = loaded(folders(family))
+    for threads, weights in ((1, "float32"), (3, "bfloat16")):
+        fast = cpp.CppModel(model, weights, threads)
+        expected = grown(fast, cache_of(fast, "static", kind), tree)
+        cache = cache_of(fast, place, kind)
+        for storage in (*cache.keys, *cache.values):  # what was not written is not read
+            storage.values.fill_(99 if kind == torch.int8 else float("nan"))
+        got = grown(fast, cache, tree)
+        assert all(torch.equal(mine, other) for mine, other in zip(got, expected, strict=True))
+        if place == "paged":
+            table = cache.tables[0]
+            assert table != sorted(table)
+
+
 def test_ragged_rows_are_their_texts(folders: Callable[[str], Path]) -> None:
     model = loaded(folders("qwen2"))
     fast = cpp.CppModel(model, "bfloat16", 2)
@@ -329,7 +387,7 @@ def test_what_cannot_be_is_named(folders: Callable[[str], Path], monkeypatch: py
     with pytest.raises(ValueError, match="must come before it"):
         fast.step(cache, [[1, 2]], parents=[[1, -1]], positions=[[0, 1]])
     with pytest.raises(ValueError, match="no such row"):
-        fast._engine.step(fast.view(cache), [1], [0], [4], [1], [0], [], [0], [], 0, 0, 0, 0)
+        fast._engine.step([1], [0], [library().Row(fast.view(cache), [4], 0)], [1], [], [0], [], 0, 0, 0, 0)
     with pytest.raises(ValueError, match="tapped layer is not there"):
         fast.step(cache, [[1]], taps=(9,))
     monkeypatch.setenv("SPECDEC_CPU_ISA", "mmx")
@@ -353,8 +411,8 @@ def test_other_caches_and_models_are_refused(folders: Callable[[str], Path]) -> 
 
     fast = cpp.CppModel(loaded(folders("llama")), "float32", 1)
     other = DynamicCache(fast.new_cache(1, 1).shape, 1, torch.float32, torch.float32, torch.device("cpu"))
-    assert "use --kv static" in str(fast.why_not_cache(other))
-    with pytest.raises(UserError, match="static cache"):
+    assert "use --kv static or paged" in str(fast.why_not_cache(other))
+    with pytest.raises(UserError, match="caches of one tensor, and this is a DynamicCache"):
         fast.view(other)  # type: ignore[arg-type]
     odd = loaded(folders("opt"))
     object.__setattr__(

@@ -16,7 +16,7 @@ from common.prompts import load_prompts
 from phase5.cpp_runner import CppRunner
 from phase5.drafters.chains import ChainBuilder
 from phase5.generate import stats_of
-from phase5.kernels import registry
+from phase5.kernels import cpp, registry
 
 pytestmark = [
     pytest.mark.skipif(
@@ -44,6 +44,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "float32", "quant": "int8"},
     "int4": {"dtype": "float32", "quant": "int4"},
     "int8 cache": {"dtype": "float32", "kv_dtype": "int8"},
+    "pages": {"dtype": "float32", "kv": "paged"},
+    "bfloat16 pages": {"dtype": "bfloat16", "kv": "paged"},
 }
 
 
@@ -56,15 +58,15 @@ def texts(count: int) -> list[str]:
     return [prompt.text for prompt in load_prompts("code", "test")[:count]]
 
 
-def decoded(made: Any, count: int = 2) -> list[phase5.Sequence]:
+def decoded(made: Any, count: int = 2, multi_step: bool = True) -> list[phase5.Sequence]:
     sequences: list[phase5.Sequence] = made.sequences(texts(count))
-    for _ in made.run(sequences):
+    for _ in made.run(sequences, multi_step):
         pass
     return sequences
 
 
-def written(made: Any, count: int = 2) -> list[list[int]]:
-    return [each.tokens for each in decoded(made, count)]
+def written(made: Any, count: int = 2, multi_step: bool = True) -> list[list[int]]:
+    return [each.tokens for each in decoded(made, count, multi_step)]
 
 
 @pytest.mark.parametrize("how", list(DRAFTING))
@@ -137,8 +139,12 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
 ) -> None:
     options = {"temperature": temperature, "top_p": 0.95, "top_k": 50, **DRAFTING[how]}
     together = written(llm(**options), 1)
-    monkeypatch.setattr(CppRunner, "draw", lambda *arguments: None)
-    assert written(llm(**options), 1) == together
+    monkeypatch.setattr(cpp.CppModel, "decode", never)
+    assert written(llm(**options), 1, multi_step=False) == together
+
+
+def never(*arguments: Any, **more: Any) -> None:
+    raise AssertionError("several steps were made in one call")
 
 
 @pytest.mark.parametrize("how", ["plain", "model", "ngram"])
@@ -209,22 +215,22 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
     monkeypatch.setattr("phase5.controllers.CostController.best", lambda self: 0 if self.wait == self.retry else 3)
     monkeypatch.setattr("phase5.cost_model.CostModel.wants_plain", False)
     options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}
-    asked, draw = [], CppRunner.draw
+    asked, decode = [], cpp.CppModel.decode
 
-    def counting(self: CppRunner, owner: Any, text: list[int], count: int, drawing: Any) -> Any:
-        asked.append(drawing.taps)
-        return draw(self, owner, text, count, drawing)
+    def counting(self: Any, batch: Any, drafter: Any, counts: list[int], steps: int, **more: Any) -> Any:
+        asked.append((more["taps"] is not None, any(counts), steps > 1))
+        return decode(self, batch, drafter, counts, steps, **more)
 
-    def run() -> list[Any]:
-        (done,) = decoded(llm(**options), 1)
+    def run(multi_step: bool) -> list[Any]:
+        (done,) = decoded(llm(**options), 1, multi_step)
         return [done.tokens, [(each.proposed, each.accepted) for each in done.steps]]
 
-    monkeypatch.setattr(CppRunner, "draw", counting)
-    together = run()
-    assert any(taps is not None for taps in asked)
+    monkeypatch.setattr(cpp.CppModel, "decode", counting)
+    together = run(True)
+    assert {(True, False, True), (True, True, False)} <= set(asked)
     assert {proposed for proposed, _ in together[1]} >= {0, 3}
-    monkeypatch.setattr(CppRunner, "draw", lambda *arguments: None)
-    assert run() == together
+    monkeypatch.setattr(cpp.CppModel, "decode", never)
+    assert run(False) == together
 
 
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) -> None:
@@ -236,10 +242,12 @@ def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) ->
 
 def test_what_computes_is_said() -> None:
     assert llm().backends.report["step"] == "cpp"
-    paged = llm(kernels="auto", kv="paged").backends.report
-    assert paged["step"] == "torch"
-    assert "static cache" in paged["why_no_cpp_step"]
-    for options, why in (({"kv": "paged"}, "static cache"), ({"model": "fake"}, "Transformer"), ({"beams": 2}, "beam")):
+    assert llm(kernels="auto", kv="paged").backends.report["step"] == "cpp"
+    dynamic = llm(kernels="auto", kv="dynamic").backends.report
+    assert dynamic["step"] == "torch"
+    assert "static, ring or paged cache" in dynamic["why_no_cpp_step"]
+    other = [{"kv": "dynamic"}, {"kv": "off"}, {"model": "fake"}, {"beams": 2}]
+    for options, why in zip(other, ("ring or paged", "ring or paged", "Transformer", "beam"), strict=True):
         with pytest.raises(UserError, match=why):
             llm(draft="none", **options)
 

@@ -108,7 +108,8 @@ def phase_1_writes(short: Path) -> Callable[[float], list[int]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("kernels", "kind"), [("torch", "dynamic"), ("torch", "static"), ("torch", "paged"), ("cpp", "static")]
+    ("kernels", "kind"),
+    [("torch", "dynamic"), ("torch", "static"), ("torch", "paged"), ("cpp", "static"), ("cpp", "paged")],
 )
 def test_the_default_draft_model_five_thousand_tokens_past_the_context(
     kernels: str, kind: str, temperature: float, short: Path, phase_1_writes: Callable[[float], list[int]]

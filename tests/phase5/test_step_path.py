@@ -15,7 +15,7 @@ from phase5.cli import main
 
 ENGINE = Path(phase5.__file__).resolve().parent
 COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")  # no calls from Python 3.12 on
-INTO_CPP = ("CppModel.step", "CppModel.speculate", "CppModel.generate_plain")  # each calls the engine in C++
+INTO_CPP = ("CppModel.step", "CppModel.decode")  # each calls the engine in C++
 
 
 class Watch:

@@ -79,10 +79,11 @@ def test_every_cache(family: str, kind: Any, folders: dict[str, str], expected: 
 
 
 @needs_cpp
+@pytest.mark.parametrize("kind", ["static", "paged"])
 @pytest.mark.parametrize("family", list(FORMS))
-def test_cpp(family: str, folders: dict[str, str], expected: Any) -> None:
+def test_cpp(family: str, kind: Any, folders: dict[str, str], expected: Any) -> None:
     model = phase5.load(folders[family], torch.float32, CPU).model
-    check(make_cpp_runner(model, cpp.CppModel(model, threads=2), KVOptions(), 1, 40), family, expected)
+    check(make_cpp_runner(model, cpp.CppModel(model, threads=2), KVOptions(kind), 1, 40), family, expected)
 
 
 def with_attention_of(backend: str, folder: str) -> phase5.Transformer:
