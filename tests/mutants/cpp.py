@@ -1,4 +1,4 @@
-"""Phase 5: sampling and speculative steps in C++. Each mutant is a separate build."""
+"""Phase 5: sampling, places in a cache and the decoding loop in C++. Each mutant is a separate build."""
 # ruff: noqa: E501
 
 from __future__ import annotations
@@ -7,7 +7,10 @@ from tests.support.mutants import mutants
 
 SOURCES = "phase-5-kernels-kvcache/engine/kernels/cpp/src"
 OPS = ("tests/phase5/test_cpp_ops.py",)
-LOOPS = ("tests/phase5/test_cpp_speculate.py", "tests/every_phase/test_keys.py", "-k", "phase5 and (cpp or speculate)")
+LOOPS = (
+    "tests/phase5/test_cpp_speculate.py", "tests/phase5/test_cpp_batch.py", "tests/phase5/test_cpp_eagle.py",
+    "tests/phase5/test_cpp_medusa.py", "tests/every_phase/test_keys.py", "-k", "phase5 and (cpp or speculate)",
+)  # fmt: skip
 
 SAMPLING = mutants(
     f"{SOURCES}/sampling.cpp",
@@ -32,20 +35,55 @@ SAMPLING = mutants(
     ("draw_gumbel(isa, following, vocab, seed, sample, at, SAMPLE)", "draw_gumbel(isa, following, vocab, seed, sample, position, SAMPLE)"),
 )  # fmt: skip
 
-SPECULATE = mutants(
-    f"{SOURCES}/speculate.cpp",
+DECODE = mutants(
+    f"{SOURCES}/decode.cpp",
     LOOPS,
-    ("sequence.sample, sequence.position + i); };", "sequence.sample, sequence.position); };"),
-    ("sequence.sample, sequence.position + what.count);", "sequence.sample, sequence.position + what.count - 1);"),
-    ("position + uint32_t(done.accepted), false", "position, false"),
-    ("const float* last_row = target_probs + count * vocab;", "const float* last_row = target_probs + (count - 1) * vocab;"),
-    ("draw_residual(\n                *target.isa, target_probs + row * vocab, draft_probs + row * vocab", "draw_residual(\n                *target.isa, target_probs + row * vocab, draft_probs"),
-    ("std::min(done.accepted, what.count - 1)", "done.accepted"),
-    ("sequence.held += int(sequence.new_tokens.size()) + held;", "sequence.held += held;"),
-    ("sequence.position += int(tokens.size());", "sequence.position += held;"),
-    ("advance(sequence, gained, done.accepted);", "advance(sequence, gained, 0);"),
-    ("done.next == done.draft[size_t(done.accepted)])", "done.next == done.draft[0])"),
-    ("what.how, what.purpose, draft_probs);", "what.how, DRAFT, draft_probs);"),
+    ("sequence, sequence.position + i, spare); };", "sequence, sequence.position, spare); };"),
+    ("result.next = chosen(count);", "result.next = chosen(count - 1);"),
+    ("position + uint32_t(i), false, residual.data()", "position, false, residual.data()"),
+    ("i < drafts[r].tokens.size(); ++i)\n            converted", "i <= drafts[r].tokens.size(); ++i)\n            converted"),
+    ("certain ? nullptr : drafts[r].probs[size_t(i)]", "certain ? nullptr : drafts[r].probs[0]"),
+    ("const float* target_row = rows[r] + size_t(i) * size_t(vocab);", "const float* target_row = rows[r];"),
+    ("position + uint32_t(i), ACCEPT, 0)", "position, ACCEPT, 0)"),
+    ("result.next == draft[size_t(result.accepted)])", "result.next == draft[0])"),
+    ("own || batch[r].how.temperature == 0;", "own;"),
+    ("batch[r].append(outcome.tokens, result.accepted);", "batch[r].append(outcome.tokens, 0);"),
+    ("request.hidden + size_t(first + i) * D", "request.hidden + size_t(i) * D"),
+    ("request.tapped + size_t(first + i) * (size - D)", "request.tapped + size_t(i) * (size - D)"),
 )  # fmt: skip
 
-MUTANTS = [*SAMPLING, *SPECULATE]
+DRAFT = mutants(
+    f"{SOURCES}/draft.cpp",
+    LOOPS,
+    ("row.held += int(new_tokens.size()) + cached;", "row.held += cached;"),
+    ("position += int(tokens.size());", "position += cached;"),
+    ("if (counts[size_t(r)] > i) active", "if (counts[size_t(r)] >= i) active"),
+    ("while (before[at] != active[from]) ++at;", "at = from;"),
+    ("sequence.position + i, purpose, spare)", "sequence.position, purpose, spare)"),
+    ("uint32_t(position), purpose);", "uint32_t(position), DRAFT);"),
+)  # fmt: skip
+
+DRAFTERS = mutants(
+    f"{SOURCES}/drafters.cpp",
+    LOOPS,
+    ("std::min(accepted, counts_[r] - 1)", "accepted"),
+    ("return model_.draft(batch_, counts, purpose_, memory(probs, counts));", "return model_.draft(batch_, counts, DRAFT, memory(probs, counts));"),
+    ("outcome.states + size_t(outcome.state_count - gained) * size_t(states_), gained);", "outcome.states, gained - 1);"),
+    ("sequence.position + int(mine.tokens.size()), purpose_", "sequence.position, purpose_"),
+    ("size_t(outcomes[r].state_count - 1) * size, size", "0, size"),
+    ("y[i] += change[i] / (1 + std::exp(-change[i]));", "y[i] += change[i];"),
+)  # fmt: skip
+
+PLACES = mutants(
+    f"{SOURCES}/engine.cpp",
+    ("tests/phase5/test_cpp_step.py", "tests/phase5/test_cpp_bindings.py"),
+    ("(position / cache.slots + 1) * cache.slots", "end"),
+    ("token.entry = entries[held + i - from];", "token.entry = entries[i];"),
+    ("row.held + count - row.view->cache.slots) : 0", "row.held - row.view->cache.slots) : 0"),
+    ("token.held = held;", "token.held = held + i;"),
+    ("layer.window + count <= cache.slots + 1", "layer.window + count <= cache.slots + 2"),
+    ("ring ? 0 : row.held / cache.slots; at", "ring ? 0 : 0; at"),
+    ("int64_t(row.pages.size()) * cache.slots", "int64_t(row.pages.size() + 1) * cache.slots"),
+)  # fmt: skip
+
+MUTANTS = [*SAMPLING, *DECODE, *DRAFT, *DRAFTERS, *PLACES]

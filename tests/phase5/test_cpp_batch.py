@@ -56,7 +56,8 @@ MODELS = {
     ),
     "learned": ModelConfig(
         family="gpt2", vocab_size=VOCABULARY, layers=1, width=WIDTH, heads=2, kv_heads=2, head_dim=8, ffn_width=24,
-        context=CONTEXT, norm="layer", norm_eps=1e-5, positions="learned", activation="gelu", gated=False, windows=(20,),
+        context=CONTEXT, norm="layer", norm_eps=1e-5, positions="learned", activation="gelu", gated=False,
+        windows=(20,),
     ),
 }  # fmt: skip
 
