@@ -8,6 +8,7 @@ from tests.support.mutants import mutants
 SOURCES = "phase-5-kernels-kvcache/engine/kernels/cpp/src"
 OPS = ("tests/phase5/test_cpp_ops.py",)
 LOOPS = (
+    "tests/phase5/test_cpp_ops.py",
     "tests/phase5/test_cpp_speculate.py", "tests/phase5/test_cpp_batch.py", "tests/phase5/test_cpp_eagle.py",
     "tests/phase5/test_cpp_medusa.py", "tests/every_phase/test_keys.py", "-k", "phase5 and (cpp or speculate)",
 )  # fmt: skip
