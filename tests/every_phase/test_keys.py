@@ -180,12 +180,21 @@ def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
     "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("static tree", "medusa") else []) for way in CPP]
 )
 def test_and_in_cpp(phase: Phase, way: str) -> None:
-    """Where a draft is proposed; several steps are made in one call."""
+    """Watched step by step every number is right; several steps in one call give the same tokens, step by step."""
     options, decided_by = CPP[way]
-    engine, made = cpp_session(phase, **options)
-    counts: Counter[str] = keys.check(decided(made, run(engine, made, made.sequences([TEXT]), watched=False)))
+    engine, made = cpp_session(phase, controller="fixed", **options)
+    written = []
+    for watched in (True, False):
+        sequences = made.sequences([TEXT])
+        if watched:
+            counts: Counter[str] = keys.check(decided(made, run(engine, made, sequences)))
+        else:
+            together = [step.output is None for step in made.run(sequences)]
+        written.append((sequences[0].tokens, [(each.proposed, each.accepted) for each in sequences[0].steps]))
     assert set(counts) == decided_by
     assert min(counts.values()) >= 5
+    assert any(together) or way == "static tree", "no step was made entirely in C++"
+    assert written[0] == written[1]
 
 
 @pytest.mark.no_exercise

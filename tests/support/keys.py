@@ -101,7 +101,7 @@ def parts(step: Any) -> Iterator[Part]:
         origins = None if step.draft.probs is None else step.draft.probs[row]
         kind: Literal["chain", "drawn tree", "chosen tree"] = "chain"
         if hasattr(step, "paths"):
-            if step.output is None and step.probs is None:
+            if step.output is None:
                 continue  # a call that makes several plain steps keeps no logits
             path, following = step.paths[row].nodes, step.paths[row].next_token
             tokens, parents, target = step.trees[row].tokens, step.trees[row].parents, step.target_probs(row)
