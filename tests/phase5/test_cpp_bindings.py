@@ -135,7 +135,7 @@ def test_a_view_describes_a_cache_that_can_be(fast: cpp.CppModel) -> None:
     at = torch.zeros(64).data_ptr()
     good: dict[str, Any] = {"kind": 0, "pages": 2, "kv_heads": 1, "slots": 4, "head_dim": 32, "ring": False}
     of_good = [[at], [at], [], []]
-    library().View(*good.values(), *of_good)
+    library().View(*good.values(), *of_good, None)
     for wrong, words in (
         ({"kind": 4}, "four bits"),
         ({"kind": 5}, "no such number format"),
@@ -145,19 +145,19 @@ def test_a_view_describes_a_cache_that_can_be(fast: cpp.CppModel) -> None:
         ({"pages": 2**20, "slots": 2**20}, "fewer than 2\\^30 entries"),
     ):
         with pytest.raises(ValueError, match=words):
-            library().View(*{**good, **wrong}.values(), *of_good)
+            library().View(*{**good, **wrong}.values(), *of_good, None)
     for pointers, words in (
         ([[at], [], [], []], "different numbers of layers"),
         ([[at], [0], [], []], "is not there"),
         ([[at], [at], [at], [at]], "nothing else has"),
     ):
         with pytest.raises(ValueError, match=words):
-            library().View(*good.values(), *pointers)
+            library().View(*good.values(), *pointers, None)
     for wrong, pointers, words in (
         ({"kv_heads": 2}, of_good, "another shape"),
         ({}, [[at, at], [at, at], [], []], "another number of layers"),
     ):
-        view = library().View(*{**good, **wrong}.values(), *pointers)
+        view = library().View(*{**good, **wrong}.values(), *pointers, None)
         with pytest.raises(ValueError, match=words):
             raw_step(fast, library().Row(view, [0], 0))
 
@@ -410,7 +410,7 @@ def fuzz(calls: int = CALLS) -> None:
 
     def view() -> Any:
         pointers = [[any_of([0, at])] * chosen.randint(0, 2) for _ in range(4)]
-        return library().View(*(small() for _ in range(5)), any_of([True, False]), *pointers)
+        return library().View(*(small() for _ in range(5)), any_of([True, False]), *pointers, None)
 
     def row() -> Any:
         """A row of a good cache, mostly, with any pages and any length."""

@@ -245,7 +245,7 @@ class CppModel(PackedModel):
         view = library().View(
             KIND_OF[cache.keys[0].values.dtype], pages, cache.shape.kv_heads, slots, cache.shape.head_dim,
             isinstance(cache, RingCache), *(addresses([s.values for s in each]) for each in both),
-            *(addresses([s.scales for s in each]) for each in both),
+            *(addresses([s.scales for s in each]) for each in both), [*cache.keys, *cache.values],
         )  # fmt: skip
         self._views[cache] = view
         return view

@@ -17,6 +17,14 @@ std::vector<float> floats(uintptr_t address, size_t count) {
     return {pointer<float>(address), pointer<float>(address) + count};
 }
 
+// A Python object for as long as the pointer lives; the last copy may go on a thread without Python's lock.
+std::shared_ptr<void> kept(py::object object) {
+    return {new py::object(std::move(object)), [](void* held) {
+        const py::gil_scoped_acquire lock;
+        delete static_cast<py::object*>(held);
+    }};
+}
+
 Kind kind_of(int number) {
     if (number < 0 || number > 4) throw std::invalid_argument("no such number format");
     return Kind(number);
@@ -85,7 +93,7 @@ PYBIND11_MODULE(lab_cpp, module) {
 
     py::class_<View, std::shared_ptr<View>>(module, "View", py::module_local())
         .def(py::init([](int kind, int pages, int kv_heads, int slots, int head_dim, bool ring, std::vector<uintptr_t> keys,
-                         std::vector<uintptr_t> values, std::vector<uintptr_t> key_scales, std::vector<uintptr_t> value_scales) {
+                         std::vector<uintptr_t> values, std::vector<uintptr_t> key_scales, std::vector<uintptr_t> value_scales, py::object owner) {
             auto view = std::make_shared<View>();
             view->cache.kind = kind_of(kind);
             view->cache.pages = pages, view->cache.kv_heads = kv_heads;
@@ -94,6 +102,7 @@ PYBIND11_MODULE(lab_cpp, module) {
             for (uintptr_t p : values) view->values.push_back(pointer<void>(p));
             for (uintptr_t p : key_scales) view->key_scales.push_back(pointer<uint16_t>(p));
             for (uintptr_t p : value_scales) view->value_scales.push_back(pointer<uint16_t>(p));
+            view->owner = kept(std::move(owner));
             view->bind();
             return view;
         }));

@@ -19,6 +19,7 @@ struct View {
     Cache cache;
     std::vector<void*> keys, values;
     std::vector<uint16_t*> key_scales, value_scales;
+    std::shared_ptr<void> owner;  // keeps the memory
     void bind();
 };
 
