@@ -35,7 +35,7 @@ def product_case(seed: int, engine: cpp.CppModel) -> None:
     """One matrix of random shape, with a random number of rows, against float64."""
     choose = random.Random(seed)
     kind = choose.choice(["float32", "bfloat16", "float16", "int8", "int4"])
-    outputs, inputs, rows = choose.randint(1, 200), choose.randint(1, 300), choose.randint(1, 40)
+    outputs, inputs, rows = choose.randint(1, 200), choose.randint(1, 700), choose.randint(1, 140)
     group = 0
     if kind == "int4":
         group = choose.choice([32, 64, 128])

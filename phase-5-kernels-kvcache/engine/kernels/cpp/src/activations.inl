@@ -38,6 +38,22 @@ LAB_INLINE void quantise(const float* x, int count, int8_t* to, float& scale, in
     }
 }
 
+// Without a product of bytes, int8 weights are multiplied as 16-bit numbers: of four inputs 0 and 2, then 1 and 3.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr bool SPLIT = true;
+#else
+constexpr bool SPLIT = false;
+#endif
+
+LAB_INLINE void split_levels(const int8_t* from, int count, int16_t* to) {
+    for (int k = 0; k < count; k += 4) {
+        to[k] = from[k];
+        to[k + 1] = from[k + 2];
+        to[k + 2] = from[k + 1];
+        to[k + 3] = from[k + 3];
+    }
+}
+
 // Activations x [count, inputs] (stride floats apart) in the form that the matrix takes, written to `memory`.
 static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, float* spare, uint8_t* memory) {
     if (w.factor != nullptr || w.order != nullptr) {
@@ -94,17 +110,21 @@ static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, f
         }
         return {memory, size_t(w.padded) * 2, nullptr, nullptr, 0};
     }
-    auto* scales = (float*)(memory + size_t(MAX_BLOCK) * w.padded);
+    auto* scales = (float*)(memory + size_t(MAX_BLOCK) * w.padded * 2);
     auto* sums = (int32_t*)(scales + size_t(MAX_BLOCK) * groups);
+    const bool split = SPLIT && w.kind == Kind::i8;
+    const size_t bytes = size_t(w.padded) * (split ? 2 : 1);
     for (int m = 0; m < count; ++m) {
-        auto* to = (int8_t*)memory + size_t(m) * w.padded;
-        memset(to + w.inputs, 0, size_t(w.padded - w.inputs));
+        uint8_t* to = memory + m * bytes;
         for (int g = 0; g < groups; ++g) {
+            alignas(64) int8_t levels[MAX_GROUP] = {};
             const int begin = g * w.group, end = begin + w.group < w.inputs ? begin + w.group : w.inputs;
-            quantise(x + m * stride + begin, end - begin, to + begin, scales[m * groups + g], sums[m * groups + g]);
+            quantise(x + m * stride + begin, end - begin, levels, scales[m * groups + g], sums[m * groups + g]);
+            if (split) split_levels(levels, w.group, (int16_t*)to + begin);
+            else memcpy(to + begin, levels, size_t(w.group));
         }
     }
-    return {memory, size_t(w.padded), scales, sums, groups};
+    return {memory, bytes, scales, sums, groups};
 }
 
 }  // namespace lab::SIMD_NAME

@@ -5,6 +5,10 @@
 
 #include "activations.inl"
 
+#include "tiles.inl"
+
+#include "levels.inl"
+
 #include "dots.inl"
 
 #include "attention.inl"

@@ -10,7 +10,8 @@ namespace lab {
 enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i4 = 4 };
 
 constexpr int PANEL = 32;      // outputs that are interleaved
-constexpr int MAX_BLOCK = 32;  // tokens per forward pass; longer inputs are split into blocks
+constexpr int MAX_BLOCK = 64;  // tokens per forward pass; longer inputs are split into blocks
+constexpr int MAX_GROUP = 64;  // int8 and int4: the most activations that share a scale
 constexpr int ALIGNMENT = 64;
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -42,6 +43,7 @@ struct Matrix {
 
     size_t panel_bytes() const { return size_t(padded / together(kind)) * row_bytes(kind); }
     int panels() const { return outputs / PANEL; }
+    const uint8_t* row(int panel, int number) const { return data + panel * panel_bytes() + size_t(number) * row_bytes(kind); }
 };
 
 struct Norm {

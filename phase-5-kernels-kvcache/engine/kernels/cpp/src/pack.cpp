@@ -17,7 +17,6 @@ using namespace plain_code;
 namespace {
 
 constexpr size_t LARGE = size_t(1) << 21;
-constexpr int GROUP = 64;  // activations that share a scale
 
 size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
@@ -27,7 +26,7 @@ Matrix dimensions(const Shape& shape) {
     need(!shape.pair || shape.outputs % 2 == 0, "a pair of matrices has an even number of rows");
     if (shape.kind == Kind::i4) {
         const int group = shape.scale_group;
-        need(group > 0 && group % 32 == 0 && (group <= GROUP || group % GROUP == 0), "a group has 32 inputs, or a multiple of 64");
+        need(group > 0 && group % 32 == 0 && (group <= MAX_GROUP || group % MAX_GROUP == 0), "a group has 32 inputs, or a multiple of 64");
         need(shape.inputs % group == 0, "groups do not divide the inputs");
     }
     Matrix m;
@@ -36,10 +35,10 @@ Matrix dimensions(const Shape& shape) {
     m.inputs = shape.inputs;
     m.wide = shape.wide;
     m.group = m.scale_group = 1;
-    if (shape.kind == Kind::i8) m.group = GROUP;
+    if (shape.kind == Kind::i8) m.group = MAX_GROUP;
     if (shape.kind == Kind::i4) {
         m.scale_group = shape.scale_group;
-        m.group = shape.scale_group < GROUP ? shape.scale_group : GROUP;
+        m.group = shape.scale_group < MAX_GROUP ? shape.scale_group : MAX_GROUP;
     }
     const int step = m.group > 1 ? m.group : together(shape.kind);
     m.padded = round_up(shape.inputs, step);

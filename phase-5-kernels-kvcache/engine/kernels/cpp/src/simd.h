@@ -77,7 +77,15 @@ LAB_INLINE Floats all(float x) {
 #endif
 }
 
-LAB_INLINE Ints all(int32_t x) { return x - Ints{}; }
+LAB_INLINE Ints all(int32_t x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_set1_epi32(x);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_set1_epi32(x);
+#else
+    return Ints{x, x, x, x};
+#endif
+}
 
 LAB_INLINE Floats fma(Floats a, Floats b, Floats c) {  // a * b + c
 #if defined(__AVX512F__)
