@@ -220,8 +220,15 @@ def test_sequences_that_end_at_different_steps(drafter: str, kind: Kind) -> None
 
 @pytest.mark.parametrize("options", [{"draft": "none"}, {"k": 4}, {"drafter": "eagle", "k": 4}], ids=str)
 def test_a_stop_string_ends_one_sequence_of_a_batch(options: dict[str, Any]) -> None:
-    chosen: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kernels": "cpp", "threads": 1, "temperature": 1.0, **options}
-    made = phase5.LLM(phase5.Options(max_tokens=40, policy="coupled", **chosen))
+    chosen: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "kernels": "cpp",
+        "threads": 1,
+        "temperature": 1.0,
+        **options,
+    }
+    made = phase5.LLM(phase5.Options(max_tokens=40, policy="coupled", temperature=1.0, **chosen))
     prompts = [prompt.text for prompt in load_prompts("code", "test")[:4]]
     whole = made.generate(prompts)
     stop = whole[1].text[7:12]
