@@ -263,7 +263,7 @@ def test_out_of_pages_in_a_call_takes_single_steps_and_then_refuses_one(
     batch = [Asked(list(range(1, 1 + length)), mine, k) for length, mine in zip((10, 6, 3), params, strict=True)]
     whole = run(of, drafter, "coupled", "paged", batch, together=True)
     assert all(each.reason == "length" for each in whole)
-    for pages in range(3, 12):
+    for pages in range(4, 12):
         calls.clear()
         found, single = (run(of, drafter, "coupled", "paged", batch, together, pages) for together in (True, False))
         assert [(each.tokens, each.reason) for each in found] == [(each.tokens, each.reason) for each in single], pages
@@ -273,7 +273,7 @@ def test_out_of_pages_in_a_call_takes_single_steps_and_then_refuses_one(
             assert mine.reason == "refused" or mine.tokens == all_of_it.tokens
         refused = sum(each.reason == "refused" for each in found)
         assert refused <= 2 if pages < 8 else not refused
-        assert pages > 4 or refused
+        assert refused or pages > 6
     alone = batch[:1]
     with pytest.raises(UserError, match="out of pages"):
         run(of, drafter, "coupled", "paged", alone, together=True, pages=3)
