@@ -92,6 +92,8 @@ class CppRunner(CachedRunner):
                 self.cache.make_room(work.row.number, len(work.new) + count)
         except OutOfBlocks as error:
             error.owner = self.manager.owner(error.row)
+            for row in self.manager.rows.values():  # fewer steps may do: what the others took is free again
+                self.cache.truncate(row.number, self.cache.length(row.number))
             raise
         return works
 
