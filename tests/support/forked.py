@@ -10,6 +10,7 @@ or about its first second, `subprocess` starts the program instead.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import re
@@ -32,7 +33,7 @@ class Process:
 
     def __init__(
         self,
-        command: Sequence[object],
+        command: Sequence[str | Path],
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
         stdin: IO[Any] | int | None = subprocess.DEVNULL,
@@ -85,7 +86,10 @@ start = Process if sys.platform == "linux" else subprocess.Popen
 
 
 def run(
-    command: Sequence[object], cwd: str | Path | None = None, env: Mapping[str, str] | None = None, check: bool = False
+    command: Sequence[str | Path],
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, like `subprocess.run(..., capture_output=True, text=True)`."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
@@ -107,6 +111,7 @@ def _redirect(number: int, given: IO[Any] | int | None) -> None:
 def _become(arguments: list[str], cwd: str | Path | None, env: Mapping[str, str] | None) -> None:
     """Run the program in this process, and end it."""
     status = 1
+    faulthandler.disable()  # pytest's would write into pytest's output
     try:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -15,8 +16,16 @@ from common.lab import check, start
 from common.lab.exercise import exercise
 from common.phases import ROOT, Phase, phases
 from tests.support import forked
+from tests.support.mutation import HEAVY
 
-pytestmark = pytest.mark.usefixtures("forked_check")
+pytestmark = pytest.mark.usefixtures("forked_check", "_imported")
+
+
+@pytest.fixture(scope="module")
+def _imported() -> None:
+    """Import once what the forked processes need."""
+    for name in (*HEAVY, "transformers.models.auto.modeling_auto"):
+        importlib.import_module(name)
 
 
 @pytest.fixture(params=phases()[1:], ids=lambda phase: phase.package)
