@@ -15,7 +15,7 @@ import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and finding files does not n
 INDEX = ".index.json"
 # In the order of preference. An index names the shards of weights that are split over several files.
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+REMAPS = 10  # about so often a file is mapped anew while it is read
 
 
 class Index(BaseModel):
@@ -78,8 +79,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     sizes = _safetensors_sizes(path)
+    before_remap = path.stat().st_size / REMAPS
+    file, read = _opened(path), 0
     for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
-        yield name, _safetensor(path, name)
+        if read > before_remap:  # a new mapping: pages of the old one leave memory with its last tensor
+            file, read = _opened(path), 0
+        read += sizes[name]
+        yield name, _safetensor(file, path, name)
 
 
 def _safetensors_sizes(path: Path) -> dict[str, int]:
@@ -97,13 +103,21 @@ def _safetensors_sizes(path: Path) -> dict[str, int]:
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def _safetensor(path: Path, name: str) -> torch.Tensor:
+def _opened(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def _safetensor(file: Any, path: Path, name: str) -> torch.Tensor:
+    from safetensors import SafetensorError
+
+    try:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: tensor {name} cannot be read ({one_line(error)})") from None
 
@@ -111,7 +125,7 @@ def _safetensor(path: Path, name: str) -> torch.Tensor:
 def _bin(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     mapped = _is_zip(path)
     tensors = _load_bin(path, mapped)
-    before_remap = path.stat().st_size / 10 if mapped else math.inf
+    before_remap = path.stat().st_size / REMAPS if mapped else math.inf
     read = 0
     for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
         if read > before_remap:

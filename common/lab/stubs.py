@@ -81,9 +81,12 @@ def stub(sources: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
 
 def stubs_in(file: str, text: str) -> list[Stub]:
     """List the functions of a source that are not written yet, in order."""
+    if "not written yet" not in text:
+        return []
+    tree = ast.parse(text)
     return [
-        Stub(file, name, _purpose(ast.parse(text), name, node))
-        for name, node in definitions(ast.parse(text))
+        Stub(file, name, _purpose(tree, name, node))
+        for name, node in definitions(tree)
         if isinstance(node, Function) and isinstance(node.body[-1], ast.Raise) and "not written yet" in ast.dump(node)
     ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 
-from tests.support.covering import covering
+from common.phases import Phase, phases
+from tests.support.covering import SHARE, changed, covering
 
 
 @pytest.mark.parametrize("strength", [1, 2, 3])
@@ -23,3 +25,25 @@ def test_every_combination_occurs(sizes: tuple[int, ...], strength: int) -> None
     assert len(set(chosen)) == len(chosen)
     if strength < len(sizes):
         assert len(chosen) < len(cases)
+
+
+@pytest.mark.newest(2)
+@pytest.mark.parametrize("case", range(8))
+def test_older_phases_have_a_share_of_the_cases(phase: Phase, case: int, request: pytest.FixtureRequest) -> None:
+    slow = request.node.get_closest_marker("slow") is not None
+    assert slow == (2 < phase.number < phases()[-1].number and case % SHARE != phase.number % SHARE)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_module_is_changed_if_its_bytes_differ(
+    changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Phase(number, "x", tmp_path / f"phase-{number}-x") for number in (1, 2)]
+    for each in found:
+        (each.folder / "engine").mkdir(parents=True)
+        (each.folder / "engine/a.py").write_text("a = 1\n")
+        (each.folder / "engine/b.py").write_text(f"b = {each.number if changes else 0}\n")
+    monkeypatch.setattr("tests.support.covering.phases", lambda: found)
+    assert changed(found[0], ("a.py",))
+    assert not changed(found[1], ("a.py",))
+    assert changed(found[1], ("a.py", "b.py")) == changes

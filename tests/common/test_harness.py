@@ -22,6 +22,7 @@ from common.harness import Bench, Variant, open_results
 from common.phases import ROOT
 from common.prompts import Prompt
 from common.results import Results, read_rows
+from tests.support import forked
 
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(f"p{number}", "own", "test", "text", "", "") for number in range(3)]
@@ -203,12 +204,12 @@ def _keys(folder: Path) -> list[str]:
 @pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_loses_one_run_at_most_and_resume_completes_the_list(tmp_path: Path, wanted: int) -> None:
     whole = tmp_path / "whole"
-    subprocess.run([sys.executable, "-c", SCRIPT, str(whole)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    forked.run([sys.executable, "-c", SCRIPT, str(whole)], cwd=ROOT, check=True)
     expected, dice = _keys(whole), random.Random(1)
     folder, resume = tmp_path / "killed", list[str]()
     for _ in range(wanted):
         command = [sys.executable, "-c", SCRIPT, str(folder), *resume]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = forked.start(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         path, before = folder / "results.jsonl", len(_keys(folder)) if resume else 0
         goal = before + dice.randrange(1, 9)
         while not path.exists() or path.read_bytes().count(b"\n") < goal:
@@ -219,7 +220,7 @@ def test_kill_9_loses_one_run_at_most_and_resume_completes_the_list(tmp_path: Pa
         resume = ["resume"]
         assert _keys(folder) == expected[: len(_keys(folder))]  # whole rows, in the order of an uninterrupted run
         assert len(_keys(folder)) >= goal
-    subprocess.run([*command, "resume"], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    forked.run([*command, "resume"], cwd=ROOT, check=True)
     assert _keys(folder) == expected
     assert len(json.loads((folder / "MANIFEST.json").read_text())["invocations"]) == wanted + 1
 

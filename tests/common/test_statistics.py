@@ -40,6 +40,7 @@ def _claimed(times: NDArray[np.float64], effect: float = 0.0) -> bool:
 
 
 @pytest.mark.parametrize("rounds", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROUNDS])
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["independent", "drifting", "autocorrelated"])
 def test_at_most_seven_percent_of_the_nulls_are_claimed(kind: str, rounds: int) -> None:
     random = np.random.default_rng([rounds, len(kind)])
@@ -77,6 +78,7 @@ def test_rounds_that_stop_at_a_precision_hold_the_level_too() -> None:
     ("prompts", "rounds"), [(8, 3), (12, 5), (50, 2), pytest.param(100, 2, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.covering(1)
 def test_the_two_level_interval_covers_the_mean_of_all_prompts(prompts: int, rounds: int, skewed: bool) -> None:
     random, covered, tries = np.random.default_rng([prompts, rounds]), 0, 1000
     for _ in range(tries):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from phase1.config import ONLY
 
+pytestmark = pytest.mark.modules("config.py", "config_file.py", "config_rope.py", "load.py", "rope.py")
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
 MISSING = object()
@@ -87,6 +88,7 @@ def test_an_equal_head_stays_tied(engine: ModuleType, make_checkpoint: Make, tmp
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+@pytest.mark.modules("config.py", "model.py")
 @pytest.mark.parametrize(
     ("family", "keys"),
     [
@@ -125,6 +127,7 @@ def test_what_changes_the_forward_is_refused_by_name(
     refused(engine, changed(make_checkpoint(family), tmp_path / "changed", **keys), words)
 
 
+@pytest.mark.modules("config.py", "model.py")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_biases(engine: ModuleType, make_checkpoint: Make, family: str) -> None:
     check(engine, make_checkpoint(family, attention_bias=True, **({"mlp_bias": True} if family == "llama" else {})))

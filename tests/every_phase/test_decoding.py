@@ -177,6 +177,7 @@ def test_stop_strings_need_a_tokenizer(engine: ModuleType) -> None:
         engine.Sequence([], engine.SamplingParams(), engine.Ending())
 
 
+@pytest.mark.modules("context.py")
 def test_window_start_jumps_by_a_quarter(engine: ModuleType) -> None:
     starts = [engine.window_start(length, 32) for length in range(70)]
     assert starts[:33] == [0] * 33
@@ -186,6 +187,7 @@ def test_window_start_jumps_by_a_quarter(engine: ModuleType) -> None:
     assert all(length - start <= 32 for length, start in enumerate(starts))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_past_the_context_equals_a_crop_by_hand(
     engine: ModuleType, make_checkpoint: Callable[..., Path], family: str
@@ -211,6 +213,7 @@ def test_past_the_context_equals_a_crop_by_hand(
     assert len(got) == 300 or got[-1] == 0
 
 
+@pytest.mark.modules("beam.py")
 @pytest.mark.parametrize("length_penalty", [1.0, 2.0, -1.0])
 def test_beam_search_equals_transformers(engine: ModuleType, loaded: Any, length_penalty: float) -> None:
     """Four beams. EOS is made likely, so that hypotheses of different lengths compete."""
@@ -229,6 +232,7 @@ def test_beam_search_equals_transformers(engine: ModuleType, loaded: Any, length
     assert len(lengths) > 1 or length_penalty != 1.0
 
 
+@pytest.mark.modules("beam.py")
 def test_beam_search_with_early_stopping_equals_transformers(engine: ModuleType, loaded: Any) -> None:
     reference = AutoModelForCausalLM.from_pretrained(loaded.checkpoint.folder, dtype=torch.float32).eval()
     eos = list(range(0, 320, 8))
@@ -269,6 +273,7 @@ def test_a_session_completes_texts(engine: ModuleType, llama_folder: Path, loade
     assert best.stats.target_forwards >= best.stats.new_tokens
 
 
+@pytest.mark.modules("cost.py", "config.py")
 def test_the_cost_on_paper(engine: ModuleType) -> None:
     """stdlib-10m by hand: 9.44M weights in the layers, two operations for each weight and token."""
     cost = importlib.import_module(f"{engine.__name__}.cost")

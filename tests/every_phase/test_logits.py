@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.modules("config.py", "load.py", "model.py", "rope.py")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "opt"]
 
 

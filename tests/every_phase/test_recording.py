@@ -77,6 +77,7 @@ def run(engine: ModuleType, options: dict[str, Any], record: Path | None) -> tup
     return [sequence.tokens for sequence in sequences], names
 
 
+@pytest.mark.newest(2)
 def test_recording_changes_no_token_and_adds_no_operation_to_the_loop(
     later: Phase, options: dict[str, Any], tmp_path: Path, check_recording: Callable[[Path], Recording]
 ) -> None:

@@ -71,6 +71,7 @@ def outcomes(done: list[Any]) -> list[tuple[list[int], str, str]]:
     return [(each.tokens, each.text, each.finish_reason) for each in done]
 
 
+@pytest.mark.newest(2)
 def test_requests_of_one_call_are_answered_as_alone(engine: ModuleType, phase: Phase) -> None:
     """Plain, and with drafts by a model: with a fixed K the tokens depend on the seed alone."""
     params = params_of(engine)
@@ -94,6 +95,7 @@ def answers(llm: Any, params: list[Any]) -> list[tuple[list[int], str, str]]:
     return together
 
 
+@pytest.mark.newest(2)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))
 def test_every_way_to_draft(
     engine: ModuleType, phase: Phase, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -154,6 +156,7 @@ def test_so_many_parameters_as_prompts(engine: ModuleType, llama_folder: Path) -
             llm.generate(["a", "b", "c"], [mine] * count)
 
 
+@pytest.mark.newest(2)
 def test_pieces_of_a_stream_add_up_to_the_text(engine: ModuleType, phase: Phase) -> None:
     """With a stop string, text that may begin it is held back; a draft gives several tokens at once."""
     for kind in kinds(phase):
@@ -194,6 +197,7 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.mark.newest(2)
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_torch_has_as_many_threads_afterwards(
     engine: ModuleType, phase: Phase, threads: int, count: int, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from common import philox
 from common.checkpoint import MODELS
 from common.errors import UserError
 
+pytestmark = pytest.mark.modules("sampling.py")
 VOCABULARY = 50
 
 
@@ -242,6 +243,7 @@ def test_logits_that_are_not_finite_are_an_error(engine: ModuleType, temperature
     assert engine.probabilities(logits, params)[:, 0].tolist() == [0, 0]
 
 
+@pytest.mark.modules("llm.py", "sampling.py")
 @pytest.mark.parametrize("how", ["greedy", "sampled", "beams"])
 def test_an_overflow_in_float16_ends_the_run(engine: ModuleType, how: str, tmp_path: Path) -> None:
     """Once it ended the text as an EOS, or continued with meaningless tokens."""

@@ -33,7 +33,7 @@ def check_greedy(folder: str, texts: list[str], new_tokens: int) -> list[list[in
 
 def test_4_code_prompts() -> None:
     prompts = load_prompts("code")
-    outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::50]], 48)
+    outputs = check_greedy("stdlib-10m", [prompt.text for prompt in prompts[::50]], 24)
     assert len({tuple(tokens) for tokens in outputs}) == 4  # different prompts have different continuations
 
 
@@ -66,15 +66,15 @@ def briefly_trained(request: pytest.FixtureRequest, make_checkpoint: Callable[..
 
 
 def test_briefly_trained_gpt2_and_opt(briefly_trained: Path) -> None:
-    texts = [prompt.text[:40] for prompt in load_prompts("code")[:40]]
-    outputs = check_greedy(str(briefly_trained), texts, 48)
+    texts = [prompt.text[:40] for prompt in load_prompts("code")[:24]]
+    outputs = check_greedy(str(briefly_trained), texts, 32)
     assert len({tuple(tokens) for tokens in outputs}) > 10
 
 
 def test_ragged_batches_equal_single_runs_on_the_embedded_model() -> None:
     """Four prompts of different lengths, greedy and sampled."""
     loaded = phase1.load("stdlib-10m", torch.float32, CPU)
-    prompts = [loaded.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:8:2]]
+    prompts = [loaded.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[3:10:2]]
     for temperature in (0.0, 1.0):
         params = phase1.SamplingParams(temperature=temperature, max_new_tokens=12)
         together = phase1.generate(loaded.model, prompts, params, loaded.ending)

@@ -50,7 +50,8 @@ def speculate(
 def plain_by_phase_1(target: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Return prompts, and phase 1's output after them."""
     plain = phase1.load("stdlib-10m", torch.float32, CPU)
-    prompts = [target.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[:4]]
+    texts = [prompt.text for prompt in load_prompts("code", "test")[:4]]
+    prompts = [target.tokenizer.encode(text)[-length:] for text, length in zip(texts, (44, 30, 60, 21), strict=True)]
     done = phase1.generate(plain.model, prompts, phase1.SamplingParams(max_new_tokens=24), plain.ending)
     return prompts, [generation.tokens for generation in done]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ from common.options import run_main
 from common.phases import ROOT
 from common.philox import Purpose
 from phase3.cli import main
+from tests.support import forked
 
 FAKE = ["--model", "fake", "--prompt", "x y z x y", "--max-tokens", "40"]
 LOSSLESS = ["rejection", "coupled", "longest_prefix"]
@@ -110,9 +110,7 @@ def test_nothing_leaks_from_one_run_into_the_next() -> None:
     arguments = ["--model", "fake", "--drafter", "ngram", "--controller", "adaptive", "--policy", "coupled"]
     arguments += ["--temperature", "1", "--max-tokens", "60", "--prompt", "a b a b a b a"]
     script = ROOT / "phase-3-policies-drafters" / "generate.py"
-    output = subprocess.run(
-        [sys.executable, script, *arguments, "--json"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
+    output = forked.run([sys.executable, script, *arguments, "--json"], cwd=ROOT, check=True).stdout
     fresh = json.loads(output)["completions"][0]
     llm = phase3.LLM(
         phase3.Options(

@@ -21,6 +21,7 @@ from common.checkpoint import MODELS
 from common.phases import phases
 from common.prompts import Prompt
 from common.results import read_rows
+from tests.support import forked
 
 pytestmark = pytest.mark.no_exercise  # bench.py is given
 
@@ -37,7 +38,7 @@ CHAINS, TREES = {"chain 4"}, {"static 16", "dynamic 16"}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, FOLDER / "bench.py", *arguments], capture_output=True, text=True)
+    return forked.run([sys.executable, FOLDER / "bench.py", *arguments])
 
 
 def tables_of(run: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:

@@ -99,6 +99,7 @@ OWN_CHOICE_MUTANTS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("mutant", list(OWN_CHOICE_MUTANTS))
 @pytest.mark.parametrize("name", ["longest_prefix", "coupled"])
 def test_the_proof_catches_a_broken_own_choice(proof: Any, name: str, mutant: str) -> None:

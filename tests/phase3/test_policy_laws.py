@@ -81,6 +81,7 @@ def test_an_adaptive_controller_that_has_time_to_adapt(proof: Any, model_drafter
     assert {(2, 1, 0), (2, 2)} <= {depths for _, depths, _ in histories}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("ks", [[2, 0, 1], [0, 2], [1, 0, 0, 2]])
 def test_any_sequence_of_ks(proof: Any, model_drafter: Any, policy: str, ks: list[int]) -> None:
@@ -88,6 +89,7 @@ def test_any_sequence_of_ks(proof: Any, model_drafter: Any, policy: str, ks: lis
     check(proof, policy, model_drafter, lambda: proof.Replay(ks), top_k=2, max_new_tokens=4)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_cost_controller_whatever_the_times(proof: Any, model_drafter: Any, policy: str, seed: int) -> None:

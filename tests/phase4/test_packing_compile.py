@@ -138,6 +138,7 @@ def test_only_plain_matrices_of_bfloat16_are_packed(make_checkpoint: Callable[..
 
 @pytest.mark.parametrize("shape", [(1024, 48), (2048, 384), (640, 384), (384,)])
 def test_reserved_memory_runs_along_the_outputs_and_avoids_pages(shape: tuple[int, ...]) -> None:
+    assert reserve(shape, torch.bfloat16, CPU).is_contiguous()
     tensor = reserve(shape, torch.float32, CPU)
     assert tensor.shape == shape
     if len(shape) == 2:
@@ -199,14 +200,24 @@ def test_padding_changes_no_logit(pair: tuple[Any, Any], monkeypatch: pytest.Mon
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    folder = Path(phase4.__file__).parents[1]
+    folder = Path(phase4.__file__).resolve().parents[1]
     command: list[Any] = [sys.executable, folder / "generate.py", "--prompt", "import ", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def test_nothing_to_compile_with_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_compile_with_is_an_error(tmp_path: Path, llama_folder: Path) -> None:
     cache = str(tmp_path)  # an earlier run may have compiled all graphs
-    done = run("--compile", "--max-tokens", "4", CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=cache)
+    done = run(
+        "--compile",
+        "--model",
+        str(llama_folder),
+        "--draft",
+        "none",
+        "--max-tokens",
+        "4",
+        CXX="/nowhere/g++",
+        TORCHINDUCTOR_CACHE_DIR=cache,
+    )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr[-500:]
     assert done.stderr.count("\n") == 1
     assert "--compile" in done.stderr

@@ -16,12 +16,13 @@ import torch
 from common.benchmark import Results
 from common.phases import phases
 from common.results import Row, read_rows
+from tests.support import forked
 
 FOLDER = next(phase.folder for phase in phases() if phase.number == 4)
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, FOLDER / "bench.py", *arguments], capture_output=True, text=True)
+    return forked.run([sys.executable, FOLDER / "bench.py", *arguments])
 
 
 def of(rows: list[Row], section: str) -> list[Row]:

@@ -66,9 +66,9 @@ def shaken(model: Transformer, by: float) -> Transformer:
     return near
 
 
-def pair_of(model: Transformer, by: float) -> Pair:
+def pair_of(model: Transformer, by: float, threads: int) -> Pair:
     near = shaken(model, by)
-    return Pair(model, near, cpp.CppModel(model, "float32", 2), cpp.CppModel(near, "float32", 2))
+    return Pair(model, near, *(cpp.CppModel(each, "float32", threads) for each in (model, near)))
 
 
 def loaded(folder: Path) -> Transformer:
@@ -82,7 +82,7 @@ def pair(llama_folder: Path) -> Pair:
     model = loaded(llama_folder)
     with torch.no_grad():  # without it, random models find all tokens about equally likely
         model.head.weight *= 8
-    return pair_of(model, 0.2)
+    return pair_of(model, 0.2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def small(llama_folder: Path) -> Pair:
     state["head.weight"] = torch.randn(state["head.weight"].shape, generator=generator) * 0.2
     model = Transformer(dataclasses.replace(whole.config, vocab_size=16))
     model.load_state_dict(state)
-    return pair_of(model.requires_grad_(False).eval(), 0.4)
+    return pair_of(model.requires_grad_(False).eval(), 0.4, 1)  # threads would mostly wait for each other
 
 
 def runners(pair: Pair, tokens: int) -> tuple[CppRunner, CppRunner]:
@@ -233,7 +233,7 @@ def test_a_draft_of_another_width_keeps_the_targets_law(small: Pair, own: int) -
         extra = near.head.weight[16:]
         extra.copy_(torch.randn(extra.shape, generator=torch.Generator().manual_seed(3)) * 0.2)
     fit_vocabulary(near, 16)
-    padded = small._replace(near=near, drafter=cpp.CppModel(near, "float32", 2))
+    padded = small._replace(near=near, drafter=cpp.CppModel(near, "float32", 1))
     cache = padded.drafter.new_cache(1, 16)
     tokens, probs = padded.drafter.draft_chain(cache, 0, [1, 15, 3], 8, SamplingParams(temperature=1.0))
     assert max(tokens) < min(own, 16)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from phase5.kernels import Kernels
+from tests.support import forked
 
 # Every tensor that a wrapper passes to the library is moved to separate pages for the call. It ends (begins) at a
 # protected page, and an access to that page ends the process.
@@ -64,15 +64,13 @@ with torch.inference_mode():
 
 
 def run(op: str, side: str, wrong: str = "right") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, op, side, wrong]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forked.run([sys.executable, "-c", PROGRAM, op, side, wrong])
 
 
 @pytest.fixture(scope="module")
 def _emulated(emulate: Callable[[pytest.MonkeyPatch], None]) -> object:
     with pytest.MonkeyPatch.context() as patch:
         emulate(patch)
-        patch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), *sys.path]))
         yield
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import phase5
+from tests.support import forked
 
 PHASE = Path(phase5.__file__).resolve().parents[1]
 CODE = """
@@ -27,14 +28,7 @@ with Results(None, {}, {}, {}, False) as results:
 
 def run(how: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(PHASE), str(PHASE.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", CODE, how],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=PHASE,
-        check=False,
-    )
+    return forked.run([sys.executable, "-c", CODE, how], cwd=PHASE, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_a_dry_run_walks_the_grid() -> None:

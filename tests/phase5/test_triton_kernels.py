@@ -66,7 +66,16 @@ if importlib.util.find_spec("triton"):
 
 
 # All of their cases take long in numpy.
-SLOWER = ("linear", "gated_linear", "kv_append", "rope_append", "decode_attention", "flash_prefill", "sample")
+SLOWER = (
+    "linear",
+    "gated_linear",
+    "kv_append",
+    "rope_append",
+    "decode_attention",
+    "flash_prefill",
+    "sample",
+    "verify_greedy",
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,31 @@
 `make test` runs a part that has every pair of values (with 1: every value); the other cases are slow, and `make
 test-all` runs all. Faults of code with options need one or two of them in nearly all cases (Kuhn, Wallace, Gallo 2004,
 "Software fault interactions and implications for software testing").
+
+    @pytest.mark.newest(2)
+    def test_...(phase, way)
+
+Most of a phase is the code of the phase before. So `make test` runs the cases of such a test for the newest phase, and
+for the phases up to the given one, which have few; of each phase between them, every fourth case.
+
+    @pytest.mark.modules("sampling.py")
+    def test_...(phase)
+
+Where a test is about some modules, `make test` runs it in the phases that have changed one of them.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from functools import cache
 from itertools import combinations
 
 import pytest
 
+from common.phases import Phase, phases
+
+SHARE = 4  # of the cases of an older phase one of so many is quick
 Case = Sequence[Hashable]  # a value of each parameter
 
 
@@ -37,6 +52,8 @@ def covering(cases: Sequence[Case], strength: int) -> list[int]:
 def mark_slow(items: list[pytest.Item]) -> None:
     """Mark as slow what `covering` leaves out, for every test with the marker."""
     grids: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+    _mark_older_phases(items)
+    _mark_unchanged_modules(items)
     for item in items:
         if marker := item.get_closest_marker("covering"):
             grids[item.nodeid.partition("[")[0], marker.args[0]].append(item)
@@ -46,3 +63,33 @@ def mark_slow(items: list[pytest.Item]) -> None:
         for at, item in enumerate(grid):
             if at not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+def _mark_older_phases(items: list[pytest.Item]) -> None:
+    newest, numbers = phases()[-1].number, Counter[tuple[str, int]]()
+    for item in items:
+        if marker := item.get_closest_marker("newest"):
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            number = (parameters.get("phase") or parameters["later"]).number
+            test = item.nodeid.partition("[")[0], number
+            if marker.args[0] < number < newest and numbers[test] % SHARE != number % SHARE:
+                item.add_marker(pytest.mark.slow)
+            numbers[test] += 1
+
+
+@cache
+def changed(phase: Phase, modules: tuple[str, ...]) -> bool:
+    """Return whether a phase has changed one of these files of its engine, or is the first."""
+    found = phases()
+    if phase.number == found[0].number:
+        return True
+    before = next(each for each in reversed(found) if each.number < phase.number)
+    pairs = [[each.folder / "engine" / name for each in (before, phase)] for name in modules]
+    return any(old.read_bytes() != new.read_bytes() for old, new in pairs)
+
+
+def _mark_unchanged_modules(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker, callspec = item.get_closest_marker("modules"), getattr(item, "callspec", None)
+        if marker and callspec and "phase" in callspec.params and not changed(callspec.params["phase"], marker.args):
+            item.add_marker(pytest.mark.slow)

@@ -9,11 +9,14 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from common.lab import check
 from common.lab.cli import main
 from common.phases import ROOT
+from tests.support import forked
 
 
 @pytest.fixture
@@ -56,6 +59,12 @@ def make_environment() -> Callable[[Path], None]:
         (site / "dependencies.pth").write_text("\n".join(dependencies), encoding="utf-8")
 
     return make
+
+
+@pytest.fixture
+def forked_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `lab check` run its tests in a process that need not import torch and pytest again."""
+    monkeypatch.setattr(check, "subprocess", SimpleNamespace(Popen=forked.start, PIPE=subprocess.PIPE))
 
 
 class Scratch:

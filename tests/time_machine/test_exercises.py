@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +15,17 @@ import pytest
 from common.lab import check, start
 from common.lab.exercise import exercise
 from common.phases import ROOT, Phase, phases
+from tests.support import forked
+from tests.support.mutation import HEAVY
+
+pytestmark = pytest.mark.usefixtures("forked_check", "_imported")
+
+
+@pytest.fixture(scope="module")
+def _imported() -> None:
+    """Import once what the forked processes need."""
+    for name in (*HEAVY, "transformers.models.auto.modeling_auto"):
+        importlib.import_module(name)
 
 
 @pytest.fixture(params=phases()[1:], ids=lambda phase: phase.package)
@@ -46,7 +57,7 @@ def test_no_body_of_the_solution_is_in_the_folder(later: Phase, tmp_path: Path) 
 def test_a_fresh_folder_can_be_imported(later: Phase, tmp_path: Path) -> None:
     start.start(phases(), later.number, tmp_path / "mine")
     code = "from common.lab.check_plugin import *; sys.exit(import_all('engine', Path('engine')))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "mine", capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", code], cwd=tmp_path / "mine")
     assert done.returncode == 0, done.stderr
 
 

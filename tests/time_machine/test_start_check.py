@@ -138,7 +138,7 @@ def folder(course: Path) -> Path:
 
 
 @pytest.fixture
-def run_check(course: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run_check(course: Path, forked_check: None, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `lab check 2 FOLDER OPTIONS` in the small course: exit status and stdout."""
 
     def run(folder: Path, *options: str) -> tuple[int, str]:
