@@ -81,10 +81,10 @@ class CppRunner(CachedRunner):
         )
         return [states_of(done.hidden, done.tapped)] if wants_states else []
 
-    def begin(self, sequences: list[Sequence], more: list[int]) -> list[Work]:
-        """Return the rows of the sequences, with room for more[r] tokens after the new ones of sequence r.
+    def begin(self, sequences: list[Sequence], more: list[int]) -> tuple[list[Work], list[Any]]:
+        """Return the rows of the sequences, and the sequences as C++ takes them.
 
-        UserError if the cache has no room for them.
+        The rows have room for more[r] tokens after the new ones of sequence r. UserError if the cache has none.
         """
         try:
             works = [self._begin(each, each.prompt + each.tokens, NO_DRAFT, None, ()) for each in sequences]
@@ -95,13 +95,10 @@ class CppRunner(CachedRunner):
             for row in self.manager.rows.values():  # fewer steps may do: what the others took is free again
                 self.cache.truncate(row.number, self.cache.length(row.number))
             raise
-        return works
-
-    def batch(self, sequences: list[Sequence], works: list[Work]) -> list[Any]:
-        """Describe the sequences for C++."""
-        return [
-            self.fast.sequence(self.cache, work.row.number, work.new, sequence.params, sequence.key[1], sequence.length)
-            for sequence, work in zip(sequences, works, strict=True)
+        parts = zip(sequences, works, strict=True)
+        return works, [
+            self.fast.sequence(self.cache, work.row.number, work.new, each.params, each.key[1], each.length)
+            for each, work in parts
         ]
 
     def appended(self, works: list[Work], gained: list[list[int]], rejected: int) -> None:

@@ -103,22 +103,15 @@ def _plan(
     if drafter is None or not any(asked):
         steps = _steps(sequences, asked, drafter)
         return Call(asked, steps) if steps > 1 else None
-    if not _takes(drafter, sequences, policy):
+    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(policy, SampleMatch | Rejection):
         return None
+    if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
+        return None  # a profile tells the parts of a step apart
     if isinstance(drafter, NgramDrafter):
         draft = drafter.propose(sequences, asked)
         return Call(draft.widths, 1, draft.tokens.tolist())
     counts = [min(count, cast(CppDrafter, drafter).deepest) for count in asked]
     return Call(counts, _steps(sequences, counts, drafter))
-
-
-def _takes(drafter: Drafter, sequences: list[Sequence], policy: AcceptancePolicy) -> bool:
-    """Return True if C++ can draft and accept for these sequences."""
-    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(policy, SampleMatch | Rejection):
-        return False
-    if CURRENT.get() is not None:  # a profile tells the parts of a step apart
-        return False
-    return not any(sequence.controller.ends_early for sequence in sequences)
 
 
 def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None) -> int:
@@ -154,7 +147,7 @@ def _execute(
     fast = None
     while True:
         try:
-            works = runner.begin(sequences, [steps * (count + 1) - 1 for count in counts])
+            works, batch = runner.begin(sequences, [steps * (count + 1) - 1 for count in counts])
             if given is not None:
                 fast = library().GivenDrafter(runner.fast._engine, given)
             elif any(counts):
@@ -165,7 +158,7 @@ def _execute(
                 raise
             steps = 1
     made, states = runner.fast.decode(
-        runner.batch(sequences, works), fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
+        batch, fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
         ends=sequences[0].eos_ids, new=sum(len(work.new) for work in works),
     )  # fmt: skip
     gained = [[[*each.draft[: each.accepted], each.next] for each in step.results] for step in made]

@@ -113,10 +113,11 @@ def step_stats(
     """asked: draft tokens, of a tree levels. start: output length before the step. The rest as in StepStats."""
     emitted = len(sequence.tokens) - start
     # Where the sequence ended inside the accepted part, draft tokens past its end do not count.
-    reach = emitted if emitted <= len(path.nodes) else tree.depth
+    depths = tree.depths
+    reach = emitted if emitted <= len(path.nodes) else max(depths, default=0)
     return StepStats(
         k=asked,
-        proposed=sum(depth <= reach for depth in tree.depths),
+        proposed=sum(depth <= reach for depth in depths),
         depth=reach,
         accepted=min(len(path.nodes), emitted),
         emitted=emitted,

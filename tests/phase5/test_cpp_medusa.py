@@ -57,6 +57,9 @@ def test_a_chain_is_drawn_from_the_heads(make_checkpoint: Callable[..., Path]) -
     assert isinstance(target, Transformer)
     torch.manual_seed(0)
     heads = MedusaHeads(MedusaShape(heads=3), target.config.width).eval()
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
     model = cpp.CppModel(target, "float32", 2)
     fast, states, params = cpp.CppMedusa(heads, model), torch.randn(2, target.config.width), WAYS
     cache = model.new_cache(2, 8)

@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=4)
 WINDOW = 24
 KINDS = [
-    pytest.param("static", marks=pytest.mark.about("engine/kv_cache/static.py, StaticCache.append")),
+    pytest.param("static", marks=pytest.mark.about("engine/kv_cache/static.py, InPlaceCache.append")),
     pytest.param("dynamic", marks=pytest.mark.about("engine/kv_cache/dynamic.py, DynamicCache.append")),
-    pytest.param("ring", marks=pytest.mark.about("engine/kv_cache/ring.py, RingCache.append")),
+    pytest.param("ring", marks=pytest.mark.about("engine/kv_cache/ring.py, RingCache.place")),
     pytest.param("paged", marks=pytest.mark.about("engine/kv_cache/paged.py, PagedCache.append")),
 ]
 
@@ -210,7 +210,7 @@ def test_a_page_is_free_when_no_row_has_it_any_more() -> None:
     check(cache, 2, list(range(20)))
 
 
-@pytest.mark.about("engine/kv_cache/ring.py, RingCache.append")
+@pytest.mark.about("engine/kv_cache/ring.py, RingCache.place")
 def test_a_ring_stays_as_large_as_it_is() -> None:
     cache = cache_of("ring")
     size, held = cache.nbytes(), list[int]()
@@ -224,7 +224,7 @@ def test_a_ring_stays_as_large_as_it_is() -> None:
     check(cache, 0, held)
 
 
-@pytest.mark.about("engine/kv_cache/ring.py, RingCache.keep")
+@pytest.mark.about("engine/kv_cache/static.py, InPlaceCache.keep")
 def test_a_ring_that_went_round_keeps_some_of_a_step_and_lends_its_row() -> None:
     """Steps of 8 tokens, of which 4 stand: over the ring's end too. A row that is lent to knows what is overwritten."""
     cache, held = cache_of("ring"), list[int]()
@@ -277,7 +277,7 @@ def test_a_row_that_forgot_its_beginning_lends_nothing() -> None:
     assert texts.positions == 48 + 11 + 11
 
 
-@pytest.mark.about("engine/kv_cache/static.py, StaticCache.truncate")
+@pytest.mark.about("engine/kv_cache/protocol.py, KVCache.truncate")
 def test_rolling_back_allocates_nothing_of_the_caches_size() -> None:
     cache = cache_of("static", tokens=4096)
     append(cache, 0, list(range(16)))

@@ -216,6 +216,7 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
     """Drafts after several plain tokens in one call equal those after as many single steps."""
     monkeypatch.setattr("phase5.controllers.CostController.best", lambda self: 0 if self.wait == self.retry else 3)
     monkeypatch.setattr("phase5.cost_model.CostModel.wants_plain", False)
+    monkeypatch.setattr("phase5.multi_step.AHEAD", 1)  # after each draft the controller is asked again
     options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}
     asked, decode = [], cpp.CppModel.decode
 

@@ -14,7 +14,7 @@ import phase5
 from phase5.cli import main
 
 ENGINE = Path(phase5.__file__).resolve().parent
-COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")  # no calls from Python 3.12 on
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")  # parts of the function around them
 INTO_CPP = ("CppModel.step", "CppModel.decode")  # each calls the engine in C++
 
 

@@ -27,8 +27,9 @@ class FastModelDrafter(ModelDrafter):
         if stop is None and fits and drawable(sequences, self.source):
             rows = chains.open()
             asked, counts = [sequences[row] for row in rows], [widths[row] for row in rows]
-            tokens, probs = cast("CppRunner", self.runner).fast.propose(self.start(asked, counts, 1), counts)
-            self._appended([of_row[:-1] for of_row in tokens])
+            runner = cast("CppRunner", self.runner)
+            tokens, probs = runner.fast.propose(self.start(asked, counts, 1), counts)
+            runner.appended(self._works, [of_row[:-1] for of_row in tokens], 0)
             for row, drawn, of_row in zip(rows, tokens, probs, strict=True):
                 chains.take(row, drawn, None if sequences[row].params.greedy else of_row)
         return self.extend(chains)
@@ -38,10 +39,11 @@ class FastModelDrafter(ModelDrafter):
         runner = cast("CppRunner", self.runner)
         drafting = [row for row, count in enumerate(counts) if count]
         asked = [sequences[row] for row in drafting]
-        self._works: list[Work] = runner.begin(asked, [steps * (counts[row] + 1) - 1 for row in drafting])
-        batch = [idle()] * len(sequences)
-        for row, sequence in zip(drafting, runner.batch(asked, self._works), strict=True):
-            batch[row] = sequence
+        self._works: list[Work]
+        self._works, batch = runner.begin(asked, [steps * (counts[row] + 1) - 1 for row in drafting])
+        if len(asked) < len(sequences):
+            started = iter(batch)
+            batch = [next(started) if count else idle() for count in counts]
         return library().ModelDrafter(runner.fast._engine, batch, int(self.noise))
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
@@ -52,7 +54,4 @@ class FastModelDrafter(ModelDrafter):
                 tokens = [token for of_step in gained for token in of_step[row]]
                 whole = len(gained[-1][row]) > count  # of a draft that was accepted whole, the last token is not cached
                 held.append(tokens[: -2 if whole else -1])
-        self._appended(held)
-
-    def _appended(self, held: list[list[int]]) -> None:
         cast("CppRunner", self.runner).appended(self._works, held, 0)

@@ -185,7 +185,16 @@ class CppModel(PackedModel):
             room = states.numel()
         with finite_logits():
             made = library().decode(
-                self._engine, batch, drafter, counts, steps, own, list(ends), address(states), room, list(taps or ())
+                self._engine,
+                batch,
+                drafter,
+                counts,
+                steps,
+                own,
+                list(ends),
+                0 if states is None else states.data_ptr(),
+                room,
+                list(taps or ()),
             )
         return made, states
 
@@ -225,7 +234,8 @@ class CppModel(PackedModel):
 
     def row(self, cache: Cache, number: int) -> Any:
         """Describe a row of a cache, as far as it has room now. UserError: see step."""
-        view, held, slots = self.view(cache), cache.lengths[number], cache.keys[0].values.shape[2]
+        view = self._views.get(cache) or self.view(cache)
+        held, slots = cache.lengths[number], cache.keys[0].values.shape[2]
         pages = cache.tables[number] if isinstance(cache, PagedCache) else [number]
         self._rotate_to(held + slots if isinstance(cache, RingCache) else len(pages) * slots)
         return library().Row(view, pages, held)
@@ -264,7 +274,7 @@ class CppModel(PackedModel):
 
 def idle() -> Any:
     """Return the place of a sequence for which a drafter of the library is not to draft."""
-    return library().Sequence(library().Row(None, [], 0), [], sampling_of(SamplingParams()), 0, 0)
+    return library().Sequence(library().Row(None, [], 0), [], library().Sampling(0.0, 0, 1.0, 0.0, 0), 0, 0)
 
 
 @contextmanager
