@@ -295,7 +295,8 @@ def test_pages_and_rings_have_the_bits_of_a_static_cache(
 ) -> None:
     """The order of sums depends on positions, not on where keys and values are."""
     model = loaded(folders(family))
-    for threads, weights in ((1, "float32"), (3, "bfloat16")):
+    formats: list[tuple[int, Weights]] = [(1, "float32"), (3, "bfloat16")]
+    for threads, weights in formats:
         fast = cpp.CppModel(model, weights, threads)
         expected = grown(fast, cache_of(fast, "static", kind), tree)
         cache = cache_of(fast, place, kind)

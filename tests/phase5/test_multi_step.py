@@ -249,7 +249,7 @@ def test_what_computes_is_said() -> None:
     dynamic = llm(kernels="auto", kv="dynamic").backends.report
     assert dynamic["step"] == "torch"
     assert "static, ring or paged cache" in dynamic["why_no_cpp_step"]
-    other = [{"kv": "dynamic"}, {"kv": "off"}, {"model": "fake"}, {"beams": 2}]
+    other: list[dict[str, Any]] = [{"kv": "dynamic"}, {"kv": "off"}, {"model": "fake"}, {"beams": 2}]
     for options, why in zip(other, ("ring or paged", "ring or paged", "Transformer", "beam"), strict=True):
         with pytest.raises(UserError, match=why):
             llm(draft="none", **options)
