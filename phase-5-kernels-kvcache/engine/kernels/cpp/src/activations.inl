@@ -7,9 +7,10 @@ namespace lab::SIMD_NAME {
 struct Acts {
     const uint8_t* data;
     size_t stride;        // bytes from token to token
-    const float* scales;  // i8, i4: [tokens, groups]
-    const int32_t* sums;  // sums of the group's levels
-    int groups;
+    int groups;            // i8, i4; the arrays below are [tokens, groups]
+    const float* scales;   // of whole numbers
+    const int32_t* starts; // the sum of whole numbers begins here: weights are stored with an offset
+    const float* sums;     // i4: of the group
 };
 
 // Whole numbers -127 .. 127 of one group, their scale and their sum.
@@ -41,18 +42,17 @@ LAB_INLINE void quantise(const float* x, int count, int8_t* to, float& scale, in
 // Without a product of bytes, int8 weights are multiplied as 16-bit numbers: of four inputs 0 and 2, then 1 and 3.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr bool SPLIT = true;
-#else
-constexpr bool SPLIT = false;
-#endif
-
-LAB_INLINE void split_levels(const int8_t* from, int count, int16_t* to) {
-    for (int k = 0; k < count; k += 4) {
-        to[k] = from[k];
-        to[k + 1] = from[k + 2];
-        to[k + 2] = from[k + 1];
-        to[k + 3] = from[k + 3];
+LAB_INLINE void split_levels(const int8_t* from, uint8_t* to) {  // of a group
+    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 0, 2, 1, 3, 4, 6, 5, 7);
+    for (int k = 0; k < MAX_GROUP; k += 8) {  // as they were stored: a wider load would wait for the stores
+        const __m128i levels = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)(from + k)), order);
+        _mm_storeu_si128((__m128i*)(to + 2 * k), _mm_cvtepi8_epi16(levels));
     }
 }
+#else
+constexpr bool SPLIT = false;
+LAB_INLINE void split_levels(const int8_t*, uint8_t*) {}
+#endif
 
 // Activations x [count, inputs] (stride floats apart) in the form that the matrix takes, written to `memory`.
 static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, float* spare, uint8_t* memory) {
@@ -83,16 +83,16 @@ static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, f
                     for (int k = g * w.group; k < (g + 1) * w.group; ++k) total += k < w.inputs ? x[m * stride + k] : 0;
                     sums[m * groups + g] = total;
                 }
-            if (w.padded == w.inputs) return {(const uint8_t*)x, stride * 4, sums, nullptr, groups};
+            if (w.padded == w.inputs) return {(const uint8_t*)x, stride * 4, groups, nullptr, nullptr, sums};
         }
-        if (w.padded == w.inputs) return {(const uint8_t*)x, stride * 4, nullptr, nullptr, groups};
+        if (w.padded == w.inputs) return {(const uint8_t*)x, stride * 4, groups, nullptr, nullptr, nullptr};
         for (int m = 0; m < count; ++m) {
             float* to = (float*)memory + size_t(m) * w.padded;
             memcpy(to, x + m * stride, size_t(w.inputs) * 4);
             memset(to + w.inputs, 0, size_t(w.padded - w.inputs) * 4);
         }
         const float* sums = (const float*)(memory + size_t(MAX_BLOCK) * w.padded * 4);
-        return {memory, size_t(w.padded) * 4, sums, nullptr, groups};
+        return {memory, size_t(w.padded) * 4, groups, nullptr, nullptr, sums};
     }
     if (w.kind == Kind::bf16) {
         for (int m = 0; m < count; ++m) {
@@ -108,10 +108,12 @@ static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, f
             for (; k < w.inputs; ++k) to[k] = bf16_of_float(from[k]);
             for (; k < w.padded; ++k) to[k] = 0;
         }
-        return {memory, size_t(w.padded) * 2, nullptr, nullptr, 0};
+        return {memory, size_t(w.padded) * 2, 0, nullptr, nullptr, nullptr};
     }
     auto* scales = (float*)(memory + size_t(MAX_BLOCK) * w.padded * 2);
-    auto* sums = (int32_t*)(scales + size_t(MAX_BLOCK) * groups);
+    auto* starts = (int32_t*)(scales + size_t(MAX_BLOCK) * groups);
+    auto* sums = (float*)(starts + size_t(MAX_BLOCK) * groups);
+    const int offset = w.kind == Kind::i8 ? 128 : w.zeros == nullptr ? 8 : 0;
     const bool split = SPLIT && w.kind == Kind::i8;
     const size_t bytes = size_t(w.padded) * (split ? 2 : 1);
     for (int m = 0; m < count; ++m) {
@@ -119,12 +121,15 @@ static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, f
         for (int g = 0; g < groups; ++g) {
             alignas(64) int8_t levels[MAX_GROUP] = {};
             const int begin = g * w.group, end = begin + w.group < w.inputs ? begin + w.group : w.inputs;
-            quantise(x + m * stride + begin, end - begin, levels, scales[m * groups + g], sums[m * groups + g]);
-            if (split) split_levels(levels, w.group, (int16_t*)to + begin);
+            int32_t total;
+            quantise(x + m * stride + begin, end - begin, levels, scales[m * groups + g], total);
+            starts[m * groups + g] = -offset * total;
+            sums[m * groups + g] = float(total);
+            if (split) split_levels(levels, to + 2 * begin);
             else memcpy(to + begin, levels, size_t(w.group));
         }
     }
-    return {memory, bytes, scales, sums, groups};
+    return {memory, bytes, groups, scales, starts, sums};
 }
 
 }  // namespace lab::SIMD_NAME

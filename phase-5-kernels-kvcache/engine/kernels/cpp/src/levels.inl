@@ -122,39 +122,44 @@ struct Levels {
     LAB_INLINE void add(const Span& s, Floats (&acc)[M][N]) {
         const Matrix& w = s.w;
         const Acts& x = s.x;
-        const int steps = w.group / STEP, weight_groups = KIND == Kind::i4 ? w.padded / w.scale_group : 1;
+        const int steps = w.group / STEP, end = s.end / w.group;
+        const int share = KIND == Kind::i4 ? w.scale_group / w.group : 1;  // groups with one weight scale
+        const int weight_scales = KIND == Kind::i4 ? w.padded / w.scale_group : 0;
+        size_t scale_at[P];
         const uint8_t* base[P];
         const uint8_t* row[M];
-        LAB_EACH(p, P) base[p] = w.data + size_t(s.panel + p * s.apart) * w.panel_bytes() + s.first * Loop::LANE_ROW;
+        LAB_EACH(p, P) {
+            base[p] = w.row(s.panel + p * s.apart, 0) + s.first * Loop::LANE_ROW;
+            scale_at[p] = size_t(s.panel + p * s.apart) * weight_scales * PANEL + s.first * LANES;
+        }
         LAB_EACH(m, M) row[m] = x.data + (s.token + m) * x.stride;
-        for (int g = s.begin / w.group; g < s.end / w.group; ++g) {
+        for (int g = s.begin / w.group; g < end; ++g) {
             Ints whole[M][N];
             Floats part[M][N];
             if constexpr (WIDE) {
                 LAB_EACH(m, M) LAB_EACH(n, N) part[m][n] = Floats{};
                 add_wide(g * steps, (g + 1) * steps, base, row, s.step, part);
             } else {
-                LAB_EACH(m, M) LAB_EACH(n, N) whole[m][n] = all(KIND == Kind::i8 ? -128 * x.sums[(s.token + m) * x.groups + g] : 0);
+                LAB_EACH(m, M) LAB_EACH(n, N) whole[m][n] = all(x.starts[(s.token + m) * x.groups + g]);
                 add_whole(g * steps, (g + 1) * steps, base, row, s.step, whole);
             }
+            const size_t of_group = size_t(share == 1 ? g : g / share) * PANEL;
             LAB_EACH(p, P) LAB_EACH(r, R) {
-                Floats scale{}, zero = all(8.0f);
-                if constexpr (KIND == Kind::i4) {
-                    const size_t group = size_t(s.panel + p * s.apart) * weight_groups + g * w.group / w.scale_group;
-                    const size_t at = group * PANEL + (s.first + r) * LANES;
-                    scale = load(w.halves + at, Kind::bf16);
-                    if (w.zeros != nullptr) zero = load(w.zeros + at, Kind::f16);
-                }
+                const size_t at = scale_at[p] + of_group + r * LANES;
+                Floats scale{};
+                if constexpr (KIND == Kind::i4) scale = load(w.halves + at, Kind::bf16);
                 LAB_EACH(m, M) {
                     const int n = p * R + r, of = (s.token + m) * x.groups + g;
                     if constexpr (WIDE && KIND == Kind::i8) acc[m][n] = acc[m][n] + part[m][n];
-                    else if constexpr (WIDE)
-                        acc[m][n] = fma(part[m][n] - zero * all(x.scales[of]), scale, acc[m][n]);
-                    else if constexpr (KIND == Kind::i8)
-                        acc[m][n] = fma(to_floats(whole[m][n]), all(x.scales[of]), acc[m][n]);
+                    else if constexpr (KIND == Kind::i8) acc[m][n] = fma(to_floats(whole[m][n]), all(x.scales[of]), acc[m][n]);
                     else {
-                        const Floats meant = to_floats(whole[m][n]) - zero * all(float(x.sums[of]));
-                        acc[m][n] = fma(meant * all(x.scales[of]), scale, acc[m][n]);
+                        Floats meant;
+                        if constexpr (WIDE) meant = part[m][n];
+                        else meant = to_floats(whole[m][n]);
+                        if (w.zeros != nullptr) meant = meant - load(w.zeros + at, Kind::f16) * all(x.sums[of]);
+                        else if (WIDE) meant = meant - 8.0f * all(x.sums[of]);
+                        if constexpr (!WIDE) meant = meant * all(x.scales[of]);
+                        acc[m][n] = fma(meant, scale, acc[m][n]);
                     }
                 }
             }
