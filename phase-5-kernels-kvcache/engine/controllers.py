@@ -11,13 +11,15 @@ rejected one, and the next draft is drawn with the same noise as those.
   generation, but by rate instead of by single steps).
 - confidence: draft while the drafter's most likely token is likely enough (Kangaroo, Liu et al. 2024; EAGLE-2's
   observation that draft confidence predicts acceptance).
-- cost: the K with the most expected tokens per second, from measured costs and survival; see CostController.
+- cost: the K with the most expected tokens per second, for all rows of a batch; see CostController.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,12 +27,15 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .cost_model import CostModel, usual
+from .cost_model import LOOK, STALE, Acceptance, CostModel
 
 if TYPE_CHECKING:
     from .steps import StepStats
 
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
+SETTLED = 4  # steps for which an answer of CostController holds once it has seen a text
+LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
+ALWAYS = 64  # steps of a plain text before it is asked again
 
 
 class KController(ABC):
@@ -131,92 +136,96 @@ class ConfidenceController(KController):
 class CostController(KController):
     """Chooses the K with the most expected tokens per second; 0 where no K beats plain decoding.
 
-    Expected tokens: 1 + s_1 + ... + s_K. s_j is the product a_1 ... a_j, where a_i is the probability that the i-th
-    draft token is accepted if those before it were. Each a_i is a weighted share of accepted tokens, with less weight
-    on older steps. a_1 starts from `prior`; a later a_i is smoothed towards a_(i-1), and equals it until it has data.
+    Rows of a batch share a step, so one K is chosen for all of them (Leviathan et al. 2023, section 3.5, for one row):
 
-    Expected time: K draft tokens, and a target forward with them, as measured in the last few steps (cost_model.py).
+        expected tokens(K) = sum over rows r of 1 + s_r1 + ... + s_rK
+        expected time(K)   = K draft positions, a forward over all rows and drafts, the acceptance rule
 
-    Drafts are short until costs are measured, and so is the first draft of a sequence. After K = 0 a few steps draft as
-    a test after `retry` steps, then after twice as many, and so on. One step would not do: in the first, the draft's
-    weights are not in the CPU's caches.
+    s_rj is the product a_r1 ... a_rj, where a_ri is the probability that the i-th draft token of row r is accepted if
+    those before it were: a share of accepted tokens with less weight on older drafts. Its prior is the acceptance of the
+    texts before this one. Times are measured (cost_model.py).
+
+    While no K pays, a draft is made now and then as a test, unless it would lose if all of it were accepted. Tests may
+    cost 1% of the time.
     """
 
     bounds: Bounds
-    prior: float = 0.8  # acceptance probability before any observation
-    prior_weight: float = 0.7  # in observations
-    lean: float = 4.0  # weight of a_(i-1) in the estimate of a_i, in observations
-    decay: float = 0.95  # factor on the weight of old observations, per step
-    retry: int = 16
-    look: int = 2  # draft tokens of the first step that looks again, and steps behind it
-    first_k: int = 3
-    accepted: int = 0  # of the last draft
-    tried: list[float] = field(default_factory=list)  # weighted number of i-th draft tokens that were compared
-    passed: list[float] = field(default_factory=list)  # likewise, that were accepted
-    cost_model: CostModel = field(default_factory=CostModel)  # may hold measurements from other sequences
+    cost_model: CostModel = field(default_factory=CostModel)  # shared with other sequences
+    acceptance: Acceptance = field(default_factory=lambda: Acceptance(0.95))
+    prior_weight: float = 4.0  # of earlier texts, in observations
+    first_k: int = 3  # before anything was measured
     drafts: int = 0  # of this sequence
-    plain: int = 0  # positions that the target computes in a step without a draft
-    declined: int = 0
-    looking: int = 0
-    wait: int = 0
-    declining: bool = False  # whether the last answer was 0 because no K would pay
-
-    def __post_init__(self) -> None:
-        self.wait = self.retry
-        later = [0.0] * (self.bounds.high - 1)
-        self.tried, self.passed = [self.prior_weight, *later], [self.prior * self.prior_weight, *later]
+    drafted: bool = False  # whether its last step did
+    holds: int = 1  # steps for which the last answer holds
 
     def next_k(self) -> int:
-        self.declining = False
-        if not self.cost_model.known or not self.plain:
-            return self.bounds.clip(self.accepted + 1 if self.drafts else self.first_k)
-        if self.cost_model.wants_plain:
-            return 0
-        if self.looking:
-            self.looking -= 1
-            return self.bounds.clip(self.accepted + 1)
-        if self.declined >= self.wait:
-            self.declined, self.wait, self.looking = 0, 2 * self.wait, self.look
-            return self.bounds.clip(self.look)
-        if not self.declined:  # otherwise no draft was observed since, so best() would be 0 again
-            k = self.best()
-            if k > 0:
-                self.wait = self.retry
-                return k
-        self.declining = True
-        return 0
+        return choose([self], [self.bounds.high])[0]
 
-    def best(self) -> int:
-        """Return the K with the most expected tokens per millisecond at the present length: 0, or within the bounds."""
-        cost_model = self.cost_model
-        draft, fixed = usual(cost_model.draft_ms), usual(cost_model.fixed_ms)
-        best, most = 0, 1 / cost_model.verify_ms(0, self.plain)
-        chance, tokens, survives = self.passed[0] / self.tried[0], 1.0, 1.0
-        for k in range(1, self.bounds.high + 1):
-            if k > 1:
-                chance = (self.passed[k - 1] + self.lean * chance) / (self.tried[k - 1] + self.lean)
-            survives *= chance
-            tokens += survives
-            cost = cost_model.verify_ms(k, self.plain) + k * draft + fixed
-            if k >= self.bounds.low and tokens / cost > most:
-                best, most = k, tokens / cost
-        return best
+    def tokens(self) -> list[float]:
+        """Return the expected tokens of a step with 0, 1, ..., high draft tokens."""
+        expected, survives = [1.0], 1.0
+        for at, prior in enumerate(self.cost_model.chances(self.bounds.high)):
+            survives *= self.acceptance.estimate(at, prior, self.prior_weight)
+            expected.append(expected[-1] + survives)
+        return expected
 
     def observe(self, step: StepStats) -> None:
-        self.cost_model.observe(step)
-        self.plain = step.plain
-        self.declined += self.declining
-        for at in range(self.bounds.high):
-            if at or self.tried[at] > 1:  # the first token's weight stays at least one observation
-                self.tried[at] *= self.decay
-                self.passed[at] *= self.decay
-        if not step.depth:
-            return
-        self.accepted = step.accepted
-        self.drafts += 1
-        for at in range(min(step.depth, step.accepted + 1, self.bounds.high)):  # the first rejected one counts as tried
-            self.tried[at] += 1
-            self.passed[at] += at < step.accepted
+        """Record the acceptance; the times of a step belong to all of its rows: see `observe` below."""
+        self.drafted = step.depth > 0
+        if self.drafted:
+            self.drafts += 1
+            self.acceptance.observe(step.depth, step.accepted)
+
+
+def choose(controllers: Sequence[CostController], limits: list[int]) -> list[int]:
+    """Return how many tokens each row drafts, at most limits[r], and set for how many steps that holds."""
+    widths, holds = _choose(controllers, limits)
+    for controller in controllers:
+        controller.holds = holds
+    return widths
+
+
+def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[list[int], int]:
+    cost_model, bounds, rows = controllers[0].cost_model, controllers[0].bounds, len(limits)
+    none = [0] * rows
+    cost_model.looking = False
+    if not cost_model.known:  # not even by prices.py
+        unmeasured = not cost_model.draft.recent
+        return [min(limit, controllers[0].first_k) if unmeasured else 0 for limit in limits], 1
+    if not any(limits) or cost_model.age > STALE:
+        return none, SETTLED
+    expected = [controller.tokens() for controller in controllers]
+    plain = rows / cost_model.time(none)
+    best, most, may_pay = none, 0.0, False
+    for k in range(bounds.low, min(bounds.high, max(limits)) + 1):
+        widths = [min(k, limit) for limit in limits]
+        took = cost_model.time(widths)
+        rate = sum(of_row[width] for of_row, width in zip(expected, widths, strict=True)) / took
+        may_pay |= (rows + sum(widths)) / took > plain
+        if rate > most:
+            best, most = widths, rate
+    if most > plain:
+        return best, SETTLED if all(controller.drafts > 1 for controller in controllers) else 1
+    if not may_pay:
+        return none, ALWAYS
+    loss = cost_model.time(best) * (1 - most / plain)
+    if cost_model.credit >= loss:
+        cost_model.credit, cost_model.looking = loss, True
+        return best, LOOKS
+    return none, max(SETTLED, math.ceil((loss - cost_model.credit) / (LOOK * cost_model.time(none))))
+
+
+def observe(controllers: Sequence[KController], stats: Sequence[StepStats], alone: bool = True) -> None:
+    """Tell each row's controller its part of a step, and the cost model the whole of it, once.
+
+    alone: no rows but these were computed, so the times are theirs.
+    """
+    leader = controllers[0]
+    if alone and isinstance(leader, CostController):
+        steady = all(isinstance(each, CostController) and each.drafted for each in controllers)
+        leader.cost_model.observe(stats, steady)
+    for controller, of_row in zip(controllers, stats, strict=True):
+        controller.observe(of_row)
 
 
 def make_controller(

@@ -40,6 +40,7 @@ from .options import Options, QuantName
 from .packing import pack_matrices
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, resolve_precision
+from .prices import Prices
 from .profiler import stage
 from .quantize import Format
 from .runner import CachedRunner, ModelRunner, UncachedRunner
@@ -75,7 +76,7 @@ class LLM:
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.runner: ModelRunner | None = None  # of the target, in the last run
         self.caches: dict[Transformer, CacheManager] = {}  # of each model
-        self.cost_model = CostModel()  # of time, by which `--controller cost` goes
+        self.cost_model, self.prices = CostModel(), Prices(self)  # by which `--controller cost` goes
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
@@ -196,10 +197,12 @@ class LLM:
         if self.options.beams > 1:
             yield from self._search(sequences)
             return
+        if self.speculative and self.options.controller == "cost":
+            self.prices.provide(self.cost_model, sequences[0].params, len(sequences))
         source = random_source(sequence.params for sequence in sequences)
         runner = self.runner = self.make_runner(self.loaded.model, sequences)
         draft = self.make_runner(self.draft.model, sequences) if self.draft and self.speculative else None
-        drafter = self._drafter(draft, source) if self.speculative else None
+        drafter = self.new_drafter(draft, source) if self.speculative else None
         controller = partial(self.options.make_controller, self.cost_model)
         several = self.backends.multi_step if multi_step else None
         try:
@@ -219,7 +222,7 @@ class LLM:
             stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
         sequence.steps.append(stats)
 
-    def _drafter(self, draft: ModelRunner | None, source: RandomSource) -> Drafter:
+    def new_drafter(self, draft: ModelRunner | None, source: RandomSource) -> Drafter:
         drafter = make_drafter(
             self.options,
             self.loaded.model,

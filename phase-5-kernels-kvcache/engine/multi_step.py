@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .controllers import CostController, FixedController, KController
+from .controllers import CostController, FixedController, KController, observe
 from .cpp_runner import CppRunner, drawable
 from .drafters import NgramDrafter
 from .drafting import Draft, Drafter, Outcome
@@ -130,13 +130,8 @@ def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None
 def steps_ahead(controller: KController) -> int:
     """Return for how many steps the controller's last answer holds."""
     if isinstance(controller, FixedController):
-        return AHEAD
-    if not isinstance(controller, CostController):
-        return 1
-    if controller.declining:
-        return controller.wait - controller.declined
-    known = controller.cost_model.known and controller.plain > 0
-    return AHEAD if known and controller.drafts > 1 and not controller.looking else 1
+        return AT_ONCE
+    return controller.holds if isinstance(controller, CostController) else 1
 
 
 def _execute(
@@ -203,6 +198,7 @@ def _commit(
         parts = sequence, asked[row], step.starts[at], step.trees[at], step.paths[at]
         stats = step_stats(*parts, computed, runner.plain(lengths[at]), times)
         step.stats.append(stats)
-        if drafter is not None:
-            sequence.controller.observe(stats)
+    if drafter is not None:
+        controllers = [sequence.controller for sequence in step.sequences]
+        observe(controllers, step.stats, alone=len(active) == len(sequences))
     return step

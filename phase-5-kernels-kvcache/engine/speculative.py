@@ -20,7 +20,8 @@ from torch import Tensor
 from common.device import synchronize
 
 from .context import window_start
-from .controllers import FixedController, KController
+from .controllers import CostController, FixedController, KController, choose, observe
+from .drafters.ngram import NgramDrafter
 from .drafting import Draft, Drafter, Outcome
 from .kernels import Kernels
 from .kv_cache import OutOfBlocks
@@ -46,6 +47,17 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
     while width > 0 and window_start(length + width, context) != window_start(length, context):
         width -= 1
     return width
+
+
+def plan(drafter: Drafter, sequences: list[Sequence], context: int) -> list[int]:
+    """Return how many tokens to draft for each sequence."""
+    costs = [each.controller for each in sequences if isinstance(each.controller, CostController)]
+    if len(costs) < len(sequences):
+        return [block_width(sequence, sequence.controller.next_k(), context) for sequence in sequences]
+    limits = [block_width(each, mine.bounds.high, context) for each, mine in zip(sequences, costs, strict=True)]
+    if isinstance(drafter, NgramDrafter):  # a lookup costs next to nothing, so what it found is known beforehand
+        limits = drafter.propose(sequences, limits).widths
+    return choose(costs, limits)
 
 
 def accept(
@@ -167,8 +179,7 @@ def decode_step(
         step_stats(sequence, k, start, tree, path, computed, runner.plain(length), times)
         for sequence, k, start, tree, path, computed, length in each
     ]
-    for controller, of_sequence in zip(controllers, stats, strict=True):
-        controller.observe(of_sequence)
+    observe(controllers, stats)
     return Step(sequences, starts, draft, trees, output, paths, stats)
 
 
@@ -208,10 +219,7 @@ def decode(
     for sequence in sequences:
         sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        asked = [0] * len(active)
-        if drafter is not None:
-            context = runner.model.config.context
-            asked = [block_width(sequence, sequence.controller.next_k(), context) for sequence in active]
+        asked = [0] * len(active) if drafter is None else plan(drafter, active, runner.model.config.context)
         made = 0
         try:
             if multi_step is not None:
