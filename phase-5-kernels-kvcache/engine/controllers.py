@@ -142,8 +142,8 @@ class CostController(KController):
         expected time(K)   = K draft positions, a forward over all rows and drafts, the acceptance rule
 
     s_rj is the product a_r1 ... a_rj, where a_ri is the probability that the i-th draft token of row r is accepted if
-    those before it were: a share of accepted tokens with less weight on older drafts. Its prior is the acceptance of the
-    texts before this one. Times are measured (cost_model.py).
+    those before it were: a share of accepted tokens with less weight on older drafts. Its prior is the acceptance of
+    earlier texts. Times are measured (cost_model.py).
 
     While no K pays, a draft is made now and then as a test, unless it would lose if all of it were accepted. Tests may
     cost 1% of the time.

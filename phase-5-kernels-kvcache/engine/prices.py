@@ -108,9 +108,9 @@ class Prices:
         """Measure steps with the counts of COUNTS in turn, as many as SECONDS suffice for, at least two of them."""
         measured, began = CostModel(), time.monotonic()
         most = min(self.llm.options.max_k, max(1, TOKENS // rows - 1))
-        runs = [(count, self._steps(params, rows, count)) for count in COUNTS if count <= most]
+        runs = [self._steps(params, rows, count) for count in COUNTS if count <= most]
         for steps in (FIRST, *[STEPS] * ROUNDS):
-            for count, run in runs:
+            for run in runs:
                 if not measured.known or time.monotonic() - began < SECONDS:
                     for step in islice(run, steps):
                         measured.observe(step.stats)
