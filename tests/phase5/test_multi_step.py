@@ -214,9 +214,14 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
     how: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts after several plain tokens in one call equal those after as many single steps."""
-    monkeypatch.setattr("phase5.controllers.CostController.best", lambda self: 0 if self.wait == self.retry else 3)
-    monkeypatch.setattr("phase5.cost_model.CostModel.wants_plain", False)
-    monkeypatch.setattr("phase5.multi_step.AHEAD", 1)  # after each draft the controller is asked again
+
+    def late(drafter: Any, sequences: list[Any], context: int) -> list[int]:
+        """Decline up to the 24th token, and then draft."""
+        for sequence in sequences:
+            sequence.controller.holds = max(1, 24 - len(sequence.tokens))
+        return [0 if len(sequence.tokens) < 24 else 3 for sequence in sequences]
+
+    monkeypatch.setattr("phase5.speculative.plan", late)
     options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}
     asked, decode = [], cpp.CppModel.decode
 
