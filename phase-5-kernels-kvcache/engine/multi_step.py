@@ -97,9 +97,8 @@ def _plan(
     drafter: Drafter | None, sequences: list[Sequence], asked: list[int], policy: AcceptancePolicy
 ) -> Call | None:
     """Choose the steps of the next call; None if there is to be no call."""
-    reads = drafter is not None and drafter.taps is not None
-    if drafter is not None and reads and any(drafter.states_from(each) != each.length - 1 for each in sequences):
-        return None  # it wants states of more tokens than those to come
+    if drafter is not None and drafter.taps is not None and not all(_up_to_date(drafter, each) for each in sequences):
+        return None
     if drafter is None or not any(asked):
         steps = _steps(sequences, asked, drafter)
         return Call(asked, steps) if steps > 1 else None
@@ -112,6 +111,11 @@ def _plan(
         return Call(draft.widths, 1, draft.tokens.tolist())
     counts = [min(count, cast(CppDrafter, drafter).deepest) for count in asked]
     return Call(counts, _steps(sequences, counts, drafter))
+
+
+def _up_to_date(drafter: Drafter, sequence: Sequence) -> bool:
+    """Return True if the drafter has the states of all positions but the last."""
+    return bool(sequence.tokens) and drafter.states_from(sequence) == sequence.length - 1
 
 
 def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None) -> int:

@@ -228,7 +228,7 @@ def test_a_stop_string_ends_one_sequence_of_a_batch(options: dict[str, Any]) -> 
         "temperature": 1.0,
         **options,
     }
-    made = phase5.LLM(phase5.Options(max_tokens=40, policy="coupled", temperature=1.0, **chosen))
+    made = phase5.LLM(phase5.Options(max_tokens=40, policy="coupled", **chosen))
     prompts = [prompt.text for prompt in load_prompts("code", "test")[:4]]
     whole = made.generate(prompts)
     stop = whole[1].text[7:12]

@@ -222,6 +222,7 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
         return [0 if len(sequence.tokens) < 24 else 3 for sequence in sequences]
 
     monkeypatch.setattr("phase5.speculative.plan", late)
+    monkeypatch.setattr("phase5.prices.Prices.provide", lambda *arguments: None)  # it decodes, too
     options = {"drafter": how, "controller": "cost", "temperature": temperature, "max_tokens": 80}
     asked, decode = [], cpp.CppModel.decode
 

@@ -8,8 +8,7 @@ cache.keep(0, range(len(prompt)))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -183,19 +182,13 @@ class CppModel(PackedModel):
             width = self.config.width * (1 + len(taps))
             states = torch.empty(new + steps * (len(batch) + sum(counts)), width)
             room = states.numel()
-        with finite_logits():
+        try:
             made = library().decode(
-                self._engine,
-                batch,
-                drafter,
-                counts,
-                steps,
-                own,
-                list(ends),
-                0 if states is None else states.data_ptr(),
-                room,
-                list(taps or ()),
-            )
+                self._engine, batch, drafter, counts, steps, own, list(ends),
+                0 if states is None else states.data_ptr(), room, list(taps or ()),
+            )  # fmt: skip
+        except OverflowError:
+            raise not_finite(torch.float32) from None
         return made, states
 
     def propose(self, drafter: Any, counts: list[int]) -> tuple[list[list[int]], list[Tensor]]:
@@ -204,8 +197,10 @@ class CppModel(PackedModel):
         drafter: one of the library's.
         """
         probs = torch.empty(sum(counts), self.config.vocab_size)
-        with finite_logits():
+        try:
             tokens = drafter.propose(counts, probs.data_ptr())
+        except OverflowError:
+            raise not_finite(torch.float32) from None
         rows: list[list[int]] = [[] for _ in counts]  # they are written position by position
         at = 0
         for i in range(max(counts, default=0)):
@@ -237,7 +232,8 @@ class CppModel(PackedModel):
         view = self._views.get(cache) or self.view(cache)
         held, slots = cache.lengths[number], cache.keys[0].values.shape[2]
         pages = cache.tables[number] if isinstance(cache, PagedCache) else [number]
-        self._rotate_to(held + slots if isinstance(cache, RingCache) else len(pages) * slots)
+        if (positions := held + slots if isinstance(cache, RingCache) else len(pages) * slots) > self._rotations:
+            self._rotate_to(positions)
         return library().Row(view, pages, held)
 
     def view(self, cache: Cache) -> Any:
@@ -262,28 +258,18 @@ class CppModel(PackedModel):
 
     def _rotate_to(self, positions: int) -> None:
         """Give the engine cosines and sines for so many positions, computed as the torch model computes them."""
-        if self.config.positions != "rope" or positions <= self._rotations:
+        self._rotations = positions = max(positions, 2 * self._rotations)
+        if self.config.positions != "rope":
             return
-        positions = max(positions, 2 * self._rotations)
         inverse, scale = frequencies(self.config.rope, self.config.head_dim)
         angles = torch.arange(positions).float()[:, None] * inverse
         cos, sin = (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
         self._engine.set_rotation(cos.data_ptr(), sin.data_ptr(), cos.numel())
-        self._rotations = positions
 
 
 def idle() -> Any:
     """Return the place of a sequence for which a drafter of the library is not to draft."""
     return library().Sequence(library().Row(None, [], 0), [], library().Sampling(0.0, 0, 1.0, 0.0, 0), 0, 0)
-
-
-@contextmanager
-def finite_logits() -> Iterator[None]:
-    """Raise UserError if the kernels report logits that are not finite."""
-    try:
-        yield
-    except OverflowError:
-        raise not_finite(torch.float32) from None
 
 
 def positions_of(held: int, parents: Sequence[int]) -> list[int]:
