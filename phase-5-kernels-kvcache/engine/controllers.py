@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from .steps import StepStats
 
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
-SETTLED = 4  # steps for which an answer of CostController holds once it has seen a text
+SETTLED = 8  # steps for which an answer of CostController holds once it has seen a text
 LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
-ALWAYS = 64  # steps of a plain text before it is asked again
+ALWAYS = 64  # steps for which the answer holds that no draft can pay
 
 
 class KController(ABC):
