@@ -197,7 +197,7 @@ PYBIND11_MODULE(lab_cpp, module) {
         .def("logits", [](const Medusa& medusa, uintptr_t states, const std::vector<int>& tokens, uintptr_t out) {
             py::gil_scoped_release release;
             need(states != 0 && out != 0, "states or logits have no memory");
-            medusa.logits(pointer<float>(states), tokens, pointer<float>(out));
+            medusa.logits(pointer<float>(states), tokens, medusa.heads, pointer<float>(out));
         });
     py::class_<MedusaDrafter, Drafter>(module, "MedusaDrafter", py::module_local())
         .def(py::init([](std::shared_ptr<Medusa> medusa, Batch batch, uint32_t purpose, uintptr_t states) {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "need.h"
 
@@ -90,8 +89,9 @@ void Medusa::check() const {
     for (const auto& packed : mix) square(packed, width);
 }
 
-void Medusa::logits(const float* states_of, const std::vector<int>& tokens, float* out) const {
+void Medusa::logits(const float* states_of, const std::vector<int>& tokens, int count, float* out) const {
     const int width = target.model.width, rows = int(tokens.size());
+    need(count >= 0 && count <= heads, "a draft has at most one token for each head");
     const size_t size = size_t(rows) * size_t(width);
     std::vector<float> x(size), change(size), embedded(size);
     for (size_t r = 0; r < tokens.size(); ++r) std::copy_n(states_of + r * size_t(states), width, &x[r * size_t(width)]);
@@ -110,8 +110,8 @@ void Medusa::logits(const float* states_of, const std::vector<int>& tokens, floa
         }
         add(*token, embedded.data());
     }
-    std::vector<float> mixed(size * size_t(heads)), y;
-    for (int head = 0; head < heads; ++head) {
+    std::vector<float> mixed(size * size_t(count)), y;
+    for (int head = 0; head < count; ++head) {
         y = x;
         for (size_t block = size_t(head); block < blocks.size(); block += size_t(heads)) {
             target.product(blocks[block]->matrix, width, y.data(), rows, change.data());
@@ -119,9 +119,9 @@ void Medusa::logits(const float* states_of, const std::vector<int>& tokens, floa
         }
         target.product(mix[size_t(head)]->matrix, width, y.data(), rows, change.data());
         for (int r = 0; r < rows; ++r)
-            std::copy_n(&change[size_t(r) * size_t(width)], width, &mixed[(size_t(r) * size_t(heads) + size_t(head)) * size_t(width)]);
+            std::copy_n(&change[size_t(r) * size_t(width)], width, &mixed[(size_t(r) * size_t(count) + size_t(head)) * size_t(width)]);
     }
-    target.product(target.model.head, target.model.vocab, mixed.data(), rows * heads, out);
+    target.product(target.model.head, target.model.vocab, mixed.data(), rows * count, out);
 }
 
 MedusaDrafter::MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, uint32_t purpose, std::vector<float> read)
@@ -132,22 +132,24 @@ MedusaDrafter::MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, 
 
 std::vector<Drafted> MedusaDrafter::propose(const std::vector<int>& counts, float* probs) {
     Engine& target = engine();
-    const size_t vocab = size_t(target.model.vocab), heads = size_t(medusa_->heads);
+    const size_t vocab = size_t(target.model.vocab);
     need(counts.size() == batch_.size(), "sequences and counts differ in number");
     std::vector<Drafted> drafts(batch_.size());
     std::vector<int> tokens;
     for (size_t r = 0; r < batch_.size(); ++r) {
-        need(counts[r] >= 0 && counts[r] <= medusa_->heads, "a draft has at most one token for each head");
+        need(counts[r] >= 0, "a number of draft tokens is below 0");
         tokens.push_back(batch_[r].new_tokens.back());
     }
-    if (std::accumulate(counts.begin(), counts.end(), 0) == 0) return drafts;
-    float* rows = probs;  // given memory has a row for every token, position by position; the own one has all heads'
-    logits_.resize(batch_.size() * heads * vocab);
-    medusa_->logits(states_.data(), tokens, logits_.data());
-    for (int i = 0; i < medusa_->heads; ++i)
+    const int most = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
+    need(most <= medusa_->heads, "a draft has at most one token for each head");
+    if (most == 0) return drafts;
+    float* rows = probs;  // given memory has a row for every token, position by position; the own one `most` per sequence
+    logits_.resize(batch_.size() * size_t(most) * vocab);
+    medusa_->logits(states_.data(), tokens, most, logits_.data());
+    for (int i = 0; i < most; ++i)
         for (size_t r = 0; r < batch_.size(); ++r) {
             if (counts[r] <= i) continue;
-            float* row = &logits_[(r * heads + size_t(i)) * vocab];
+            float* row = &logits_[(r * size_t(most) + size_t(i)) * vocab];
             if (probs != nullptr) row = std::copy_n(row, vocab, rows) - vocab, rows += vocab;
             drafts[r].probs.push_back(row);
         }

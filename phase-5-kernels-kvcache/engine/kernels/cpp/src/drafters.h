@@ -72,8 +72,8 @@ struct Medusa {
     std::vector<std::shared_ptr<Packed>> blocks, mix;  // [blocks * heads], [heads]
 
     void check() const;
-    // Logits [R, heads, vocab] from R states and the tokens that were drawn from them.
-    void logits(const float* states, const std::vector<int>& tokens, float* out) const;
+    // Logits [R, count, vocab] of the first `count` heads, from R states and the tokens that were drawn from them.
+    void logits(const float* states, const std::vector<int>& tokens, int count, float* out) const;
 };
 
 class MedusaDrafter : public Drafter {
