@@ -37,6 +37,7 @@ RATIOS = {
     "gflop_per_s": ("gflop", "seconds"),
     "gb_per_s": ("gb", "seconds"),
     "of_bandwidth": ("bandwidth_s", "seconds"),
+    "of_roofline": ("roofline_s", "seconds"),
     "tpot_ms": ("later_ms", "later_tokens"),
     "nll": ("nll_sum", "tokens"),
     "nll_more": ("nll_more_sum", "tokens"),

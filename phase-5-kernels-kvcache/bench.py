@@ -61,6 +61,7 @@ TITLES = {  # section, or a part of one -> title of its table
     "cold_start": "From the start of the process to the first token",
     "ladder": "CPU ladder",
     "machine": "Limits of the CPU",
+    "batch": "Several rows in one step",
     "peers": "Other engines on the same weights",
     "copy": "A copy on the GPU",
     "kernels": "GPU kernels",

@@ -25,6 +25,7 @@ from engine.kernels.cpp.weights import Weights
 from engine.model import Transformer
 from ladder.cpp import RUNGS, Kind, Rung
 
+from .batch import measure_batch
 from .runs import Lab
 
 LADDER = {
@@ -129,6 +130,15 @@ def measure_cpu_ladder(lab: Lab) -> None:
     for name, size in LEVELS.items():
         lab.count("machine", cell, f"read {name}", None, partial(read, size))
     lab.count("machine", cell, "float32 arithmetic", None, lambda: peak(models.machine()))
+
+    def limits(size: int) -> tuple[float, float]:
+        arithmetic = peak(models.machine())
+        return read_speed(models.machine(), size) * 1e9, arithmetic.figures["gflop"] * 1e9 / arithmetic.seconds
+
+    def model(weights: Weights) -> CppModel:
+        return CppModel(models.target(), weights, models.threads)
+
+    measure_batch(lab, cell, model, limits, lambda: models.weights)
 
 
 def timed(models: Models, make: Callable[[], tuple[Steps, int]]) -> Variant:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from common.errors import UserError
 
+from .batch import BATCH
 from .cpu_ladder import LADDER, measure_cpu_ladder
 from .gpu_kernels import GPU_KERNELS, measure_gpu_kernels
 from .gpu_ladder import GPU_LADDER, measure_gpu_ladder
@@ -18,7 +19,7 @@ from .gpu_peers import GPU_PEERS, measure_gpu_peers
 from .peers import PEERS, measure_cpu_peers
 from .runs import Lab
 
-MACHINES = {**LADDER, **PEERS, **GPU_KERNELS, **GPU_LADDER, **GPU_PEERS}
+MACHINES = {**LADDER, **BATCH, **PEERS, **GPU_KERNELS, **GPU_LADDER, **GPU_PEERS}
 
 
 def on_card(lab: Lab) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.figures import figure, look
 
+from .batch import draw_batch
 from .cpu_ladder import draw_roofline
 from .gpu_ladder import draw_gpu_ladder
 from .runs import Lab
@@ -22,6 +23,7 @@ def draw(lab: Lab, folder: Path) -> None:
     for section in ("speed", "fast_drafters"):
         survival(lab, section, folder / f"survival-{section.replace('_', '-')}.png")
     draw_roofline(lab, folder / "cpu-ladder.png")
+    draw_batch(lab, folder / "batch.png")
     draw_gpu_ladder(lab, folder / "gpu-ladder.png")
 
 

@@ -1,0 +1,98 @@
+"""One step for several sequences: rows that share a read of the weights (part of `--ladder`).
+
+The baseline of a format is one row. A step for R rows is bound by the larger of two times: that of reading the weights
+once, and that of R tokens of arithmetic. Both are measured in the same run, each by the same threads.
+
+    python bench.py --ladder --output results
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from common.benchmark import Outcome, WrongResult
+from common.figures import GREY, figure, look
+from common.harness import Variant
+from common.prompts import Prompt
+from engine import SamplingParams
+from engine.kernels.cpp import CppModel
+from engine.kernels.cpp.weights import Weights
+
+from .runs import Lab
+
+BATCH = {
+    "batch": "greedy tokens of several sequences, the steps alone, 12 tokens in the cache; the baseline is one row",
+    "of_roofline": "the larger of the times for reading the weights and for float32 products / measured time",
+}
+FORMATS: tuple[Weights, ...] = ("float32", "float16", "bfloat16", "int8", "int4")
+ROWS = (1, 2, 4, 8, 16)
+HELD, STEPS = 12, 24  # cached tokens of a row at first, and steps of a run
+Limits = Callable[[int], tuple[float, float]]  # bytes of weights -> bytes and float32 operations per second
+
+
+def measure_batch(
+    lab: Lab,
+    cell: dict[str, Any],
+    model: Callable[[Weights], CppModel],
+    limits: Limits,
+    weights: Callable[[], int],
+) -> None:
+    """Time every format at every number of rows.
+
+    model: makes the model of a format. limits: measures the machine. weights: counts those of a step.
+    """
+    for name in FORMATS:
+        fast = cache(partial(model, name))
+        runs = {"1 row" if rows == 1 else f"{rows} rows": timed(fast, rows, limits, weights) for rows in ROWS}
+        lab.compare("batch", {**cell, "format": name}, runs)
+
+
+def timed(model: Callable[[], CppModel], rows: int, limits: Limits, weights: Callable[[], int]) -> Variant:
+    """Return a variant that decodes STEPS tokens for each of `rows` equal texts."""
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        fast, params = model(), SamplingParams()
+        kept, text = fast.new_cache(rows, HELD + STEPS + 1), list(range(1, HELD + 1))
+        fast.step(kept, [text] * rows, logits=False, wanted=[])
+        for row in range(rows):
+            kept.keep(row, list(range(HELD)))
+        batch = [fast.sequence(kept, row, [HELD + 1], params) for row in range(rows)]
+        began = time.perf_counter()
+        made, _ = fast.decode(batch, None, [0] * rows, STEPS)
+        seconds = time.perf_counter() - began
+        if any(each.next != step.results[0].next for step in made for each in step.results):
+            raise WrongResult("equal texts in one batch have different tokens")
+        operations = 2 * weights() * rows
+        read, computed = limits(fast.weight_bytes)
+        gb, roofline = fast.weight_bytes * STEPS / 1e9, STEPS * max(fast.weight_bytes / read, operations / computed)
+        figures = {"gb": gb, "gflop": operations * STEPS / 1e9, "roofline_s": roofline}
+        return Outcome(rows * STEPS, figures, seconds=seconds)
+
+    return run
+
+
+def draw_batch(lab: Lab, file: Path) -> None:
+    """Draw the gain of rows over one row, by format, beside the gain that the roofline allows."""
+    lines = [line for line in lab.table("batch") if "tokens_per_s" in line]
+    formats = list(dict.fromkeys(line["format"] for line in lines))
+    if not formats:
+        return
+    title = (
+        f"rows that share a step of {lines[0]['model']}: {lines[0]['threads']} threads, {lines[0]['instruction_set']}"
+    )
+    with figure(file, 1, 1, (7.2, 4.2), title + lab.mark) as (axes,):
+        for number, name in enumerate(formats):
+            mine = [line for line in lines if line["format"] == name]
+            at = [int(line["variant"].split()[0]) for line in mine]
+            axes.plot(at, [line["tokens_per_s"] / mine[0]["tokens_per_s"] for line in mine], label=name, **look(number))
+        axes.plot(ROWS, ROWS, color=GREY, linewidth=1, label="as many times as rows")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(ROWS, [str(rows) for rows in ROWS])
+        axes.set_xlabel("rows")
+        axes.set_ylabel("tokens per second, x one row")
+        axes.legend(fontsize="small")
