@@ -1,8 +1,8 @@
-"""Start Python programs without importing torch again: a new process is forked from the test's.
+"""Start Python programs without importing torch again: they are forked from a process that has imported it.
 
-It has the installed packages that the test's process has imported, and of the repository nothing: modules of `common`,
-of the phases and of the tests are imported again. Where a test is about what is imported, about the memory of a process
-or about its first second, `subprocess` starts the program instead.
+That process is multiprocessing's fork server. It has imported installed packages, none of the repository's modules, and
+has no threads, so that no lock is held when it forks; the test's own process may have threads. Where a test is about
+what is imported, about the memory of a process or about its first second, `subprocess` starts the program instead.
 
     done = run([sys.executable, "-c", "import phase2; print(phase2)"], cwd=ROOT)
     done.returncode, done.stdout, done.stderr
@@ -10,8 +10,8 @@ or about its first second, `subprocess` starts the program instead.
 
 from __future__ import annotations
 
-import faulthandler
 import io
+import multiprocessing
 import os
 import re
 import runpy
@@ -21,11 +21,38 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
 
 OWN = re.compile(r"(tests|common|phase\d+|engine|benchmarks|checks|ladder|training)(\.|$)")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
+IMPORTED = [
+    "torch",
+    "numpy",
+    "pydantic",
+    "pydantic_settings",
+    "rich.console",
+    "tokenizers",
+    "safetensors.torch",
+    "scipy.stats",
+    "pandas",
+]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(IMPORTED)
+
+
+class File:
+    """A file descriptor that is passed to a forked program."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.number)
+
+    def __setstate__(self, passed: Any) -> None:
+        self.number = passed.detach()
 
 
 class Process:
@@ -44,17 +71,22 @@ class Process:
         assert str(command[0]) == sys.executable, "only Python programs"
         assert text
         self.args = [str(each) for each in command]
-        self.returncode: int | None = None
         reading, writing = os.pipe() if stdout == subprocess.PIPE else (None, None)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            for number, given in enumerate((stdin, writing if writing is not None else stdout, stderr)):
-                _redirect(number, given)
-            _become(self.args[1:], cwd, env)
-        if writing is not None:
-            os.close(writing)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        given = (stdin, stdout if writing is None else writing, stderr)
+        numbers = [
+            number if each is None else nothing if each == subprocess.DEVNULL else each
+            for number, each in enumerate(given)
+        ]
+        files = [File(each if isinstance(each, int) else each.fileno()) for each in numbers]
+        folder, variables = str(Path(cwd or ".").resolve()), dict(os.environ if env is None else env)
+        self.process = SERVER.Process(target=_become, args=(self.args[1:], folder, variables, files))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+        for number in (nothing, writing):
+            if number is not None:
+                os.close(number)
         self.stdout = None if reading is None else os.fdopen(reading, encoding="utf-8")
 
     def __enter__(self) -> Process:
@@ -65,20 +97,17 @@ class Process:
             self.stdout.close()
         self.wait()
 
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
     def poll(self) -> int | None:
-        return self._ended(os.WNOHANG)
+        return self.process.exitcode
 
     def wait(self) -> int:
-        status = self._ended(0)
-        assert status is not None
-        return status
-
-    def _ended(self, options: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
 
 
 # Other systems' libraries do not work after a fork.
@@ -102,17 +131,12 @@ def run(
     return done
 
 
-def _redirect(number: int, given: IO[Any] | int | None) -> None:
-    if given is not None:
-        source = os.open(os.devnull, os.O_RDWR) if given == subprocess.DEVNULL else given
-        os.dup2(source if isinstance(source, int) else source.fileno(), number)
-
-
-def _become(arguments: list[str], cwd: str | Path | None, env: Mapping[str, str] | None) -> None:
+def _become(arguments: list[str], cwd: str, env: dict[str, str], files: list[File]) -> None:
     """Run the program in this process, and end it."""
     status = 1
-    faulthandler.disable()  # pytest's would write into pytest's output
     try:
+        for number, file in enumerate(files):
+            os.dup2(file.number, number)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         sys.stdin, sys.stdout, sys.stderr = (
@@ -121,14 +145,11 @@ def _become(arguments: list[str], cwd: str | Path | None, env: Mapping[str, str]
         )
         for name in [name for name in sys.modules if OWN.match(name)]:
             del sys.modules[name]
-        sys.meta_path[:] = [each for each in sys.meta_path if not OWN.match(type(each).__module__)]
-        if cwd is not None:
-            os.chdir(cwd)
-        if env is not None:
-            added = env.get("PYTHONPATH", "").split(os.pathsep)
-            os.environ.clear()
-            os.environ.update(env)
-            sys.path[:0] = [folder for folder in added if folder and folder not in sys.path]
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        added = env.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [folder for folder in added if folder and folder not in sys.path]
         status = _run(arguments)
         sys.stdout.flush()
     except BaseException:
