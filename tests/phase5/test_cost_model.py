@@ -49,9 +49,14 @@ def priced(
     return made
 
 
-CHEAP = (lambda rows: 2.0, lambda tokens: 2.0 + 0.05 * tokens, lambda rows: 0.1)
-ARITHMETIC = (lambda rows: 2.0 + rows, lambda tokens: 2.0 + tokens, lambda rows: 0.5 + 0.1 * rows)  # may pay
-HOPELESS = (lambda rows: 1.0 * rows, lambda tokens: 1.0 * tokens, lambda rows: 0.3 * rows)  # a draft token costs 1.3
+Times = tuple[Callable[[int], float], Callable[[int], float], Callable[[int], float]]
+CHEAP: Times = (lambda rows: 2.0, lambda tokens: 2.0 + 0.05 * tokens, lambda rows: 0.1)
+ARITHMETIC: Times = (lambda rows: 2.0 + rows, lambda tokens: 2.0 + tokens, lambda rows: 0.5 + 0.1 * rows)  # may pay
+HOPELESS: Times = (
+    lambda rows: 1.0 * rows,
+    lambda tokens: 1.0 * tokens,
+    lambda rows: 0.3 * rows,
+)  # a draft token costs 1.3
 
 
 def rows_of(cost_model: CostModel, acceptances: list[float], high: int = 8) -> list[CostController]:
@@ -200,7 +205,7 @@ def test_without_prices_it_drafts_and_then_measures_a_plain_step() -> None:
 # Looking again.
 
 
-def simulate(times: tuple[Callable[[int], float], ...], acceptances: list[float], steps: int) -> list[list[int]]:
+def simulate(times: Times, acceptances: list[float], steps: int) -> list[list[int]]:
     """Return the widths of each step of a batch."""
     model, generator, chosen = priced(*times), random.Random(0), list[list[int]]()
     controllers = [CostController(Bounds(1, 8), model) for _ in acceptances]
