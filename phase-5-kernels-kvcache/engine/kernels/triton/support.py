@@ -19,12 +19,12 @@ RECORDER: ContextVar[Callable[..., None] | None] = ContextVar("recorder", defaul
 def dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return acc + a @ b in float32.
 
-    The interpreter stores bfloat16 as 16-bit integers and multiplies those, which is wrong by orders of magnitude.
-    WIDE, set only in the interpreter, converts both to float32 first, which changes no value.
+    WIDE, set only in the interpreter, multiplies in float64. The interpreter stores bfloat16 as 16-bit integers and
+    multiplies those, which is wrong by orders of magnitude. And it calls a BLAS, in whose float32 products the order of
+    a row's sums can depend on the row's place in the tile; rounded from float64 they are the same.
     """
     if WIDE:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
