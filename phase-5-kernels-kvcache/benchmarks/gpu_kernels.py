@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from checks import check
+from checks.tokens import metadata_of
 from common.benchmark import WrongResult
 from common.errors import UserError
 from common.harness import Variant
 from engine.kernels import TORCH, registry
+from engine.kernels.metadata import attention_metadata
 from engine.kv_cache import CacheShape, PagedCache, StaticCache
 from engine.model import Linear
 from engine.quantize import Format, QuantLinear
-from engine.sampling import KeyedSampler, SamplingParams
+from engine.sampling import SamplingParams
+from engine.transfers import Upload
 from engine.verify import KeyedSource
 
 from .gpu_timing import Replay, alone, copies_for, measure_copy, on_card, record, replay
@@ -140,10 +143,6 @@ def make_attention(
 ) -> list[tuple[Any, ...]]:
     of, how = CacheShape(1, shape.kv_heads, shape.head_dim), (stored, torch.bfloat16, device)
     query = torch.randn(1, rows, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device)
-    mask = None
-    if rows > 1:
-        mask = torch.zeros(rows, shape.tokens, dtype=torch.bfloat16, device=device)
-        mask[:, -rows:] = torch.full((rows, rows), float("-inf"), device=device).triu(1)
     made: list[tuple[Any, ...]] = []
     for _ in range(copies):
         cache: StaticCache | PagedCache
@@ -159,7 +158,8 @@ def make_attention(
                 storage.scales.fill_(1 / 64)
         cache.make_room(0, shape.tokens)
         cache.lengths[0] = shape.tokens - rows  # the newest were just appended
-        made.append((query, cache, 0, [0], [rows], [mask]))
+        metadata = attention_metadata(cache, [0], [rows], Upload(device))
+        made.append((query, metadata, 0, metadata.ranges[None]))
     return made
 
 
@@ -217,7 +217,7 @@ def make_verdict(K: int, V: int, device: torch.device, copies: int) -> list[tupl
 
 def make_sample(params: SamplingParams, V: int, device: torch.device, copies: int) -> list[tuple[Any, ...]]:
     logits = [torch.randn(1, V, dtype=torch.bfloat16, device=device) for _ in range(copies)]
-    return [(each, [params], KeyedSampler(), [(0, 0)], [100], [[]], [[]]) for each in logits]
+    return [(each, metadata_of(device, [params], [(0, 0)], [100])) for each in logits]
 
 
 def measure_gpu_kernels(lab: Lab) -> None:

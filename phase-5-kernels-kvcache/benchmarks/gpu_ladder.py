@@ -6,7 +6,6 @@ Every rung is checked against torch before it is timed. Needs a GPU; `--dry-run`
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,8 +20,10 @@ from common.figures import GREY, figure, look
 from common.harness import Variant
 from common.tables import AGAIN
 from engine.kernels import registry
+from engine.kernels.metadata import attention_metadata
 from engine.kv_cache import CacheShape, StaticCache
 from engine.model import Linear
+from engine.transfers import Upload
 from ladder import cuda as ladder
 from ladder.cuda import RUNGS
 
@@ -127,10 +128,9 @@ def attention_calls(case: Case, device: torch.device, copies: int) -> tuple[Call
         str(rung): [partial(ladder.attention, rung, query, keys, values, n) for keys, values in pairs] for rung in RUNGS
     }
     engine = registry.functions("decode_attention", device)["cuda"]
-    # The op stores its metadata with the cache until the next call, and a graph reads it again. So every call has its
-    # own cache object and lists, over the same keys and values.
+    each = [attention_metadata(cache, [0], [1], Upload(device)) for cache in caches]
     for name, function in (("free", partial(engine, part=None)), ("engine", engine)):
-        calls[name] = [partial(function, query[None, None], copy(cache), 0, [0], [1], [None]) for cache in caches]
+        calls[name] = [partial(function, query[None, None], metadata, 0, metadata.ranges[None]) for metadata in each]
     first_keys, first_values = (part.float()[None] for part in pairs[0])
     wanted = F.scaled_dot_product_attention(query.float()[None, :, None], first_keys, first_values, enable_gqa=H > HK)
     return calls, wanted

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
+from engine.kernels.key_ranges import KeyRanges, paths_of
+from engine.kernels.metadata import AttentionMetadata, attention_metadata
 from engine.kv_cache import CacheShape, DynamicCache, KVCache, PagedCache, RingCache, StaticCache
 from engine.kv_cache.storage import Storage
+from engine.transfers import Upload
 
 from .cases import Case, Cases, Function, poisoned
 from .layers import tables
@@ -76,9 +79,14 @@ def make(device: torch.device, of: Setting, lengths: list[int], new: int) -> KVC
             cache.make_room(row, count)
             for layer in range(2):
                 x = new_tokens(device, of, 1, count, seed=1000 * row + start + layer)
-                reference.kv_append(cache, layer, [row], [count], *x)
+                reference.kv_append(metadata_of(cache, [row], [count]), layer, *x)
             cache.keep(row, list(range(count)))
     return cache
+
+
+def metadata_of(cache: KVCache, rows: list[int], counts: list[int], T: int | None = None) -> AttentionMetadata:
+    device = next(each.device for each in contents(cache))
+    return attention_metadata(cache, rows, counts, Upload(device), T)
 
 
 def new_tokens(device: torch.device, of: Setting, rows: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -106,8 +114,9 @@ def append_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 for row, count in zip(rows, counts, strict=True):
                     cache.make_room(row, count)
                 keys, values = new_tokens(device, of, len(rows), T + 1, seed=9)
+                metadata = metadata_of(cache, rows, counts)
                 for layer in range(2):
-                    function(cache, layer, rows, counts, keys[:, :T], values[:, 1:])  # memory with gaps
+                    function(metadata, layer, keys[:, :T], values[:, 1:])  # memory with gaps
                 return contents(cache)
 
             yield Case(f"{of}, lengths {lengths}, {counts} more", run, of.computed)
@@ -124,77 +133,75 @@ def rope_append_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtyp
                 query = poisoned(device, of.computed, 2, 3, of.heads, of.head_dim, seed=4)
                 key, value = new_tokens(device, of, 2, 3, seed=9)
                 turn = tables(device, of.computed, *([2] if by_row else []), 3, 1, of.head_dim)
-                turned = function(cache, 1, [0, 1], counts, query, key, value, *turn)
+                turned = function(metadata_of(cache, [0, 1], counts), 1, query, key, value, *turn)
                 read = [part.float() for row, count in enumerate(counts) for part in cache.read(1, row, count)]
                 return [turned, *read] if of.stored != torch.int8 else [turned]  # a level may differ by one
 
             yield Case(f"{of}{', tables by row' if by_row else ''}", run, of.computed)
 
 
-# The new tokens of a step: a chain (None), or parents as in engine/tree.py.
+# The new tokens of a step: parents as in engine/tree.py.
 BRANCHES = [-1, 0, 0, 1, 1, 2, 5]
 
 
-def related(parents: list[int]) -> Tensor:
-    """bool [n, n]: which of them each sees, itself included."""
-    seen = torch.eye(len(parents), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            seen[node] |= seen[parent]
-    return seen
+def chain(count: int) -> list[int]:
+    return list(range(-1, count - 1))
 
 
-def mask_of(cache: KVCache, row: int, ancestors: Tensor, window: int | None, like: Tensor) -> Tensor:
-    """[W, n], 0 or -inf, as engine/attention.py makes it."""
-    held = cache.length(row) - cache.first(row)
-    depths = ancestors.sum(1) - 1
-    open_ = torch.cat((torch.ones(len(ancestors), held, dtype=torch.bool), ancestors), 1)
-    if window is not None:
-        at = torch.cat((torch.arange(held), held + depths))
-        open_ &= (held + depths)[:, None] - at < window
-    return torch.zeros(open_.shape).masked_fill_(~open_, float("-inf")).to(like.device, like.dtype)
+class Asked(NamedTuple):
+    """What attention is called with."""
+
+    query: Tensor
+    metadata: AttentionMetadata
+    layer: int
+    ranges: KeyRanges
 
 
 def asked(
-    device: torch.device, of: Setting, lengths: list[int], ancestors: Tensor, window: int | None = None, seed: int = 9
-) -> tuple[KVCache, Tensor, list[int], list[int], list[Tensor | None]]:
+    device: torch.device, of: Setting, lengths: list[int], parents: list[int], window: int | None = None, seed: int = 9
+) -> Asked:
     """A cache with new tokens appended in layer 1, and all that attention over them is called with."""
-    W = len(ancestors)
+    W = len(parents)
     cache = make(device, of, lengths, W)
     rows = list(range(len(lengths)))[::-1]
     for row in rows:
         cache.make_room(row, W)
-    counts = [W] * len(rows)
-    for start in range(0, len(rows)):
-        keys, values = new_tokens(device, of, 1, W, seed=seed)
-        reference.kv_append(cache, 1, rows[start : start + 1], [W], keys, values)
+    for row in rows:
+        reference.kv_append(metadata_of(cache, [row], [W]), 1, *new_tokens(device, of, 1, W, seed=seed))
     query = poisoned(device, of.computed, 1, W, of.heads + 1, of.head_dim, seed=7)[:, :, 1:]
-    masks: list[Tensor | None] = [
-        None if W == 1 and window is None else mask_of(cache, row, ancestors, window, query) for row in rows
-    ]
-    return cache, query.expand(len(rows), -1, -1, -1), rows, counts, masks
+    return Asked(query.expand(len(rows), -1, -1, -1), *seen(cache, rows, parents, window, device))
+
+
+def seen(
+    cache: KVCache, rows: list[int], parents: list[int], window: int | None, device: torch.device
+) -> tuple[AttentionMetadata, int, KeyRanges]:
+    """The metadata of the same new tokens behind some rows, the layer, and what each token sees."""
+    paths = [paths_of(cache.length(row), parents) for row in rows]
+    metadata = attention_metadata(
+        cache, rows, [len(parents)] * len(rows), Upload(device), windows={window}, paths=paths
+    )
+    return metadata, 1, metadata.ranges[window]
 
 
 def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for of in settings(full, dtypes):
-        steps: list[tuple[str, list[int], Tensor]] = [
-            ("one token", [0, 75], torch.ones(1, 1, dtype=torch.bool)),
-            ("a chain of 5", [60, 1], torch.ones(5, 5, dtype=torch.bool).tril()),
-            ("a tree", [64], related(BRANCHES)),
+        steps: list[tuple[str, list[int], list[int]]] = [
+            ("one token", [0, 75], chain(1)),
+            ("a chain of 5", [60, 1], chain(5)),
+            ("a tree", [64], BRANCHES),
         ]
         if full:
             steps += [
-                ("a long text", [1000, 513, 255], torch.ones(16, 16, dtype=torch.bool).tril()),
-                ("a tree behind a long text", [510], related(BRANCHES)),
+                ("a long text", [1000, 513, 255], chain(16)),
+                ("a tree behind a long text", [510], BRANCHES),
             ]
-        for name, lengths, ancestors in steps:
+        for name, lengths, parents in steps:
             for window in (None, WINDOW):
                 if (of.kind == "ring" and window is None) or (window and of.kind == "paged" and not full):
                     continue
 
-                def run(function: Function, of=of, lengths=lengths, ancestors=ancestors, window=window) -> list[Tensor]:  # type: ignore[no-untyped-def]
-                    cache, query, rows, counts, masks = asked(device, of, lengths, ancestors, window)
-                    return [function(query, cache, 1, rows, counts, masks)]
+                def run(function: Function, of=of, lengths=lengths, parents=parents, window=window) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                    return [function(*asked(device, of, lengths, parents, window))]
 
                 yield Case(f"{of}, {name}{', window' if window else ''}", run, of.computed)
 
@@ -206,13 +213,13 @@ def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
         def alone(function: Function, of=of) -> list[Tensor]:  # type: ignore[no-untyped-def]
             """A chain of 16 against its tokens one by one."""
             window = WINDOW if of.kind == "ring" else None
-            chain = torch.ones(16, 16, dtype=torch.bool).tril()
-            cache, query, rows, counts, masks = asked(device, of, [61], chain, window)
-            together = function(query, cache, 1, rows, counts, masks)
+            query, metadata, *rest = asked(device, of, [61], chain(16), window)
+            together = function(query, metadata, *rest)
             pairs = []
             for w in (0, 2, 3, 9, 15):
-                mask = mask_of(cache, 0, chain[: w + 1, : w + 1], window, query)[w:]
-                pairs += [function(query[:, w : w + 1], cache, 1, [0], [w + 1], [mask]), together[:, w : w + 1]]
+                fewer, layer, ranges = seen(metadata.cache, [0], chain(w + 1), window, device)
+                last = ranges.only(torch.tensor([[w]], device=device))
+                pairs += [function(query[:, w : w + 1], fewer, layer, last), together[:, w : w + 1]]
             return pairs
 
         yield Case(f"{of}, the same bits for 1 and 16 queries", alone, of.computed, invariance=True)
@@ -221,15 +228,17 @@ def attention_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype,
 
         def line(function: Function, of=of) -> list[Tensor]:  # type: ignore[no-untyped-def]
             """Every node of a tree against the same tokens in a row."""
-            cache, query, rows, counts, masks = asked(device, of, [62], related(BRANCHES))
-            together, pairs = function(query, cache, 1, rows, counts, masks), list[Tensor]()
+            whole, pairs = asked(device, of, [62], BRANCHES), list[Tensor]()
+            together, paths = function(*whole), paths_of(0, BRANCHES)
+            assert paths is not None
             keys, values = new_tokens(device, of, 1, len(BRANCHES), seed=9)
-            for node in range(len(BRANCHES)):
-                path = related(BRANCHES)[node].nonzero()[:, 0].tolist()
+            for node, path in enumerate(paths[1]):
                 other = make(device, of, [62], 7)
                 other.make_room(0, len(path))
-                reference.kv_append(other, 1, [0], [len(path)], keys[:, path], values[:, path])
-                one = function(query[:, node : node + 1], other, 1, [0], [len(path)], [None])
+                metadata, layer, ranges = seen(other, [0], chain(len(path)), None, device)
+                reference.kv_append(metadata, 1, keys[:, path], values[:, path])
+                last = ranges.only(torch.tensor([[len(path) - 1]], device=device))
+                one = function(whole.query[:, node : node + 1], metadata, layer, last)
                 pairs += [one, together[:, node : node + 1]]
             return pairs
 
@@ -246,9 +255,7 @@ def prefill_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, .
                     continue
 
                 def run(function: Function, of=of, lengths=lengths, W=W, window=window) -> list[Tensor]:  # type: ignore[no-untyped-def]
-                    chain = torch.ones(W, W, dtype=torch.bool).tril()
-                    cache, query, rows, counts, masks = asked(device, of, lengths, chain, window)
-                    return [function(query, cache, 1, rows, counts, masks)]
+                    return [function(*asked(device, of, lengths, chain(W), window))]
 
                 yield Case(f"{of}, {W} tokens behind {lengths}{', window' if window else ''}", run, of.computed)
 

@@ -31,11 +31,12 @@ from engine.kernels.triton import ops as all_ops
 from engine.kernels.triton.support import INTERPRETED, RECORDER
 from engine.model import Linear
 from engine.quantize import Format, QuantLinear
-from engine.sampling import KeyedSampler, SamplingParams
+from engine.sampling import SamplingParams
 
 from . import check
-from .attention import Setting, related
+from .attention import Setting, chain
 from .attention import asked as asked_of
+from .tokens import metadata_of
 
 NAMES = {
     torch.float32: "*fp32",
@@ -45,6 +46,7 @@ NAMES = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
 }
 SM_SUFFIX = {90: "a", 100: "a"}  # architectures whose specific instructions Triton uses
 
@@ -137,19 +139,15 @@ def real(ops: tuple[str, ...] = ()) -> list[Launch]:
             of = Setting("paged", stored, dtype, 32, 8, 128)
             for op in ("decode_attention", "flash_prefill"):
                 if op in asked:
-                    chain = torch.ones(16, 16, dtype=torch.bool).tril()
-                    for ancestors in (chain, related([-1, 0, 0, 1])):
-                        cache, *rest = asked_of(check.CPU, of, [1000], ancestors)
-                        all_ops()[op](rest[0], cache, 1, *rest[1:])
+                    for parents in (chain(16), [-1, 0, 0, 1]):
+                        all_ops()[op](*asked_of(check.CPU, of, [1000], parents))
         if "verify_greedy" in asked:
             all_ops()["verify_greedy"](
                 torch.zeros(1, 1).long(), torch.zeros(1, 2, 128256, dtype=dtype), torch.ones(1).long()
             )
         if "sample" in asked:
             params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
-            all_ops()["sample"](
-                torch.zeros(1, 128256, dtype=dtype), [params], KeyedSampler(), [(0, 0)], [0], [[]], [[]]
-            )
+            all_ops()["sample"](torch.zeros(1, 128256, dtype=dtype), metadata_of(check.CPU, [params], [(0, 0)], [0]))
     return list(found.values())
 
 

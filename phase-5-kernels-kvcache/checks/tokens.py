@@ -1,4 +1,4 @@
-"""The cases for what chooses tokens: `verify_prefix`, `verify_greedy`, `verify_sample`, `sample`."""
+"""The cases for what chooses tokens, and for what forms the next inputs from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.sampling import KeyedSampler, SamplingParams
-from engine.verify import GreedySource, KeyedSource
+from common.philox import Purpose
+from engine.kernels.tokens import UNLIMITED, SamplingMetadata
+from engine.sampling import SamplingParams
+from engine.transfers import Upload
+from engine.verify import GreedySource, KeyedSource, RandomSource
 
 from .cases import Case, Cases, Function, poisoned
 
@@ -72,6 +75,17 @@ def distributions(device: torch.device, rows: int, positions: int, V: int, seed:
         probs[..., 1::3] = 0  # as filters leave it
         probs /= probs.sum(-1, keepdim=True)
     return probs
+
+
+def metadata_of(
+    device: torch.device,
+    params: list[SamplingParams],
+    keys: list[tuple[int, int]],
+    positions: list[int],
+    texts: list[tuple[list[int], list[int]]] | None = None,
+    source: RandomSource | None = None,
+) -> SamplingMetadata:
+    return SamplingMetadata.of(Upload(device), params, source or KeyedSource(), keys, positions, texts)
 
 
 def sample_verdicts(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
@@ -148,13 +162,10 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                     R = 4 if full else 1 if V > 1000 else 2
                     logits = spread(device, dtype, R, V)
                     places = [100 * r for r in range(R)]
-                    prompts, outputs = [[0, 1 % V]] * R, [[2 % V]] * R
+                    texts = [([0, 1 % V], [2 % V])] * R
                     seeds = (3, -5) if full else (2**33 - 3,)
-                    tokens = [
-                        function(logits, [params] * R, KeyedSampler(), keys, places, prompts, outputs)
-                        for keys in ([(seed, row) for row in range(R)] for seed in seeds)
-                    ]
-                    return [torch.tensor(tokens)]
+                    keys = ([(seed, row) for row in range(R)] for seed in seeds)
+                    return [function(logits, metadata_of(device, [params] * R, each, places, texts)) for each in keys]
 
                 yield Case(f"{dtype}, vocabulary {V}, {wanted or 'no filter'}", run, dtype)
 
@@ -172,11 +183,10 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
                 params = SamplingParams(**{"temperature": 1.0, **wanted})
                 logits = scores(device, torch.float32, 6, 1, V)[:, 0]
                 logits[4:] = 1.0
-                texts = [[0, 1]] * 6
+                texts = [([0, 1], [0, 1])] * 6
                 places = range(0, 400 if full else 10, 10)
                 keys = [([(7, number)] * 6, [place + row for row in range(6)]) for number, place in enumerate(places)]
-                drawn = [function(logits, [params] * 6, KeyedSampler(), *key, texts, texts) for key in keys]
-                return [torch.tensor(drawn)]
+                return [function(logits, metadata_of(device, [params] * 6, *key, texts)) for key in keys]
 
             yield Case(f"equal logits, vocabulary {V}, {wanted or 'no filter'}", equal)
 
@@ -184,7 +194,7 @@ def sample_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ..
 
     def none(function: Function) -> list[Tensor]:
         logits = torch.zeros(0, 5, device=device)
-        return [torch.tensor(function(logits, [], KeyedSampler(), [], [], [], []))]
+        return [function(logits, metadata_of(device, [], [], []))]
 
     yield Case("no rows", none)
 
@@ -197,27 +207,104 @@ def request_cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iter
         for V, filters in ((17, plain), (300, penalised)):
             requests = [SamplingParams(**{"temperature": 1.0, **each}) for each in filters]
 
-            def rows(function: Function, which: slice, begin: int, V=V, requests=requests, dtype=dtype) -> list[int]:  # type: ignore[no-untyped-def]
+            def rows(function: Function, which: slice, begin: int, V=V, requests=requests, dtype=dtype) -> Tensor:  # type: ignore[no-untyped-def]
                 R = len(requests)
                 logits = scores(device, dtype, R, 1, V)[:, 0] if V == 17 else spread(device, dtype, R, V)
                 keys = [((row % 5 - 2) * (2**33 - 3), row % 3) for row in range(R)]
-                positions, outputs = (
-                    [begin + 3 * (row % 4) for row in range(R)],
-                    logits.float().topk(8).indices.tolist(),
-                )
-                columns = [each[which] for each in (keys, positions, [[0, 1]] * R, outputs)]
-                return function(logits[which], requests[which], KeyedSampler(), *columns)  # type: ignore[no-any-return]
+                positions = [begin + 3 * (row % 4) for row in range(R)]
+                texts = [([0, 1], output) for output in logits.float().topk(8).indices.tolist()]
+                columns: Any = [each[which] for each in (requests, keys, positions, texts)]
+                return function(logits[which], metadata_of(device, *columns))  # type: ignore[no-any-return]
 
             def together(function: Function, rows=rows) -> list[Tensor]:  # type: ignore[no-untyped-def]
-                return [torch.tensor(rows(function, slice(None), begin)) for begin in (0, 2**31)]
+                return [rows(function, slice(None), begin) for begin in (0, 2**31)]
 
             def alone(function: Function, rows=rows, requests=requests) -> list[Tensor]:  # type: ignore[no-untyped-def]
-                each = [token for row in range(len(requests)) for token in rows(function, slice(row, row + 1), 90)]
-                return [torch.tensor(each), torch.tensor(rows(function, slice(None), 90))]
+                each = [rows(function, slice(row, row + 1), 90) for row in range(len(requests))]
+                return [torch.cat(each), rows(function, slice(None), 90)]
 
             yield Case(f"{dtype}, vocabulary {V}, different requests", together, dtype)
             if V == 17:
                 yield Case(f"{dtype}, different requests, and each alone", alone, dtype, invariance=True)
+
+
+def probability_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    for dtype in dtypes:
+        for V in VOCABULARIES if full else VOCABULARIES[:-1]:
+            for each in (1, 3):
+
+                def run(function: Function, V=V, each=each, dtype=dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                    """Rows of several requests, written between those of others."""
+                    params = [SamplingParams(**{"temperature": 1.0, **wanted}) for wanted in FILTERS]
+                    N = len(params) * each
+                    rows = metadata_of(device, params, [(0, 0)] * len(params), [0] * len(params), [([0], [2 % V])] * N)
+                    out = torch.full((N, 2, V), -1.0, device=device)
+                    function(spread(device, dtype, N, V), rows, out=out[:, 0])
+                    return [out, function(spread(device, dtype, N, V), rows)]
+
+                yield Case(f"{dtype}, vocabulary {V}, {each} rows of a request", run, dtype, slack=5)
+
+    def equal(function: Function) -> list[Tensor]:
+        logits, params = (
+            scores(device, torch.float32, 6, 1, 300)[:, 0],
+            SamplingParams(temperature=1.0, top_k=9, top_p=0.41),
+        )
+        return [function(logits, metadata_of(device, [params] * 6, [(0, 0)] * 6, [0] * 6))]
+
+    yield Case("equal logits", equal)
+
+    def none(function: Function) -> list[Tensor]:
+        return [function(torch.zeros(0, 5, device=device), metadata_of(device, [], [], []))]
+
+    yield Case("no rows", none)
+
+
+def draw_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    for V in VOCABULARIES if full else VOCABULARIES[:-1]:
+        for purpose in (Purpose.SAMPLE, Purpose.DRAFT):
+            for each, first in ((1, 0), (3, 0), (1, 4)):
+
+                def run(function: Function, V=V, purpose=purpose, each=each, first=first) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                    """Several seeds; far positions; of probabilities with gaps into memory with gaps."""
+                    rows = metadata_of(
+                        device, [SamplingParams()] * 3, [(3, 0), (-1, 1), (2**40 + 7, 2)], [0, 70000, 2**31]
+                    )
+                    probs = distributions(device, 3 * each, 2, V, seed=5)[:, 1]
+                    probs[0] = 0
+                    probs[0, V - 1] = 1
+                    out = torch.full((3 * each, 2), -7, device=device)
+                    arguments = *rows.keyed, KeyedSource(), purpose, first
+                    function(probs, *arguments, out=out[:, 1])
+                    return [out, function(probs, *arguments)]
+
+                yield Case(f"vocabulary {V}, {purpose.name}, {each} rows of a sequence from {first} on", run)
+
+
+def embed_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    for dtype in dtypes:
+        for D in (1, 33, 160):
+
+            def run(function: Function, D=D, dtype=dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                weight, draft = poisoned(device, dtype, 11, D), torch.tensor([[7, 2], [0, 10]], device=device)
+                tokens = torch.tensor([[3, -1, -2], [10, 0, -2]], dtype=torch.int32, device=device)
+                return [function(weight, tokens, draft), function(weight, tokens.clamp(min=0))]
+
+            yield Case(f"{dtype}, {D} features", run, dtype)
+
+
+def advance_cases(device: torch.device, full: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    for W in (1, 3, 16):
+        for counts in ([1, 0, 1], [W, 0, 1], [1] * 200, []):
+
+            def run(function: Function, W=W, counts=counts) -> list[Tensor]:  # type: ignore[no-untyped-def]
+                R = len(counts)
+                at = torch.tensor(
+                    [[*range(R, 0, -1)], [7 * r for r in range(R)], [r % 3 for r in range(R)]], device=device
+                )
+                limits = torch.tensor([UNLIMITED, 5], device=device).int()
+                return list(function(at.int(), torch.tensor(counts, device=device).int(), W, limits))
+
+            yield Case(f"{len(counts)} rows of {W}, {counts[:3]}", run)
 
 
 OPS: dict[str, Cases] = {
@@ -225,4 +312,8 @@ OPS: dict[str, Cases] = {
     "verify_greedy": greedy_cases,
     "verify_sample": sample_verdicts,
     "sample": sample_cases,
+    "probabilities": probability_cases,
+    "draw": draw_cases,
+    "embed": embed_cases,
+    "advance": advance_cases,
 }

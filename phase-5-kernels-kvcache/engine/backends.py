@@ -24,6 +24,7 @@ from .kv_cache.manager import CacheManager
 from .model import Transformer
 from .runner import CachedRunner, make_manager
 from .speculative import MultiStep
+from .transfers import Upload
 from .weights import lay_out
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Backends:
         self.report: dict[str, Any] = dict(selection.report)
         self.fast: dict[nn.Module, CppModel] = {}
         self.heads: CppEagle | CppMedusa | None = None
+        self.upload = Upload(device)  # of every step, target and draft
         reason = self._why_no_whole_steps(device)
         self.whole_steps = reason is None
         if reason is not None and options.kernels == "cpp":
@@ -144,4 +146,4 @@ class Backends:
             from .cpp_runner import CppRunner
 
             return CppRunner(model, self.fast[model], manager)
-        return CachedRunner(model, manager)
+        return CachedRunner(model, manager, self.upload)

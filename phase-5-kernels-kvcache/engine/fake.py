@@ -68,6 +68,7 @@ class FakeModel(Transformer):
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
         cached: dict[int | None, CachedAttention] | None = None,
+        draft: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Number each context by its last two tokens, along the branch of a tree; int64 [B, T or W, 1]."""
         T = tokens.shape[1]

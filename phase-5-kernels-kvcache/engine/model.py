@@ -22,7 +22,6 @@ Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or
 Wanted = tuple[Tensor, Tensor]  # row numbers [B, 1] and positions [B, W]: x[wanted] is [B, W, D]
 Masks = dict[int | None, Tensor]  # by a layer's window: [T, T] or [B, T, T], 0 where a query may look, -inf where not
 
-
 FEW = 16  # tokens of a step: what starting an operation costs counts, not what it computes
 
 
@@ -247,18 +246,20 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
         cached: dict[int | None, CachedAttention] | None = None,
+        draft: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
 
         The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
         replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
-        position. A range is for all rows. With `cached` (by window) the tokens stand behind what a cache holds, at
-        `positions`, and its masks count.
+        position. A range is for all rows. With `cached` (by window) the tokens stand behind what a cache holds. A token
+        -1 - j is token j of the row's `draft` (int64 [B, K]).
         """
         T = tokens.shape[1]
-        x, rotation, at = self.embedding(tokens), None, range(T) if positions is None else positions
+        x, rotation = self.kernels.embed(self.embedding.weight, tokens, draft), None
+        at = range(T) if positions is None else positions
         if self.config.positions == "rope":
-            rotation = self.rotation_of(at, x)
+            rotation = self.rotation_of(at, x, max(next(iter(cached.values())).metadata.ends) if cached else None)
         elif isinstance(at, range):
             first = at.start + self.config.position_offset
             x = x + self.positions.weight[first : first + T]
@@ -290,18 +291,18 @@ class Transformer(nn.Module):
         """hidden [..., D] -> logits [..., V]."""
         return self.kernels.linear(self.head, hidden)
 
-    def rotation_of(self, positions: Tensor | range, like: Tensor) -> Rotation:
+    def rotation_of(self, positions: Tensor | range, like: Tensor, end: int | None = None) -> Rotation:
         """cos and signed sin [T, 1, head_dim] at positions [T], or [B, T, 1, head_dim] at positions [B, T].
 
-        They are parts of tables, which grow when a longer sequence comes.
+        They are parts of tables, which grow with `end`, above all positions; without it the host waits for a tensor.
         """
-        end = positions.stop if isinstance(positions, range) else int(positions.max()) + 1
+        end = positions.stop if isinstance(positions, range) else end or int(positions.max()) + 1
         if self._tables is None or len(self._tables[0]) < end or self._tables[0].dtype != like.dtype:
             longest = max(256, 1 << (end - 1).bit_length())
             self._tables = self.rotation_at(torch.arange(longest, device=like.device), like)
         cos, sin = self._tables
         if isinstance(positions, range):
-            return cos[positions.start : end], sin[positions.start : end]
+            return cos[positions.start : positions.stop], sin[positions.start : positions.stop]
         return cos[positions], sin[positions]
 
     def rotation_at(self, positions: Tensor, like: Tensor) -> Rotation:

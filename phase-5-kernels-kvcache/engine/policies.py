@@ -118,9 +118,7 @@ class SampleMatch:
         ratios = target.probs[:, :K].gather(-1, draft.tokens[..., None])[..., 0]
         if isinstance(source, KeyedSource) and self.kernels.verify_prefix is not TORCH.verify_prefix:
             # A GPU draws at all positions at once: waiting for it at every position costs more than the extra draws.
-            at = positions[:, None] + torch.arange(K + 1, device=positions.device)
-            each = keys[:, None].expand(R, K + 1, 2).flatten(0, 1)
-            own = source.draw(target.probs.reshape(-1, V), each, at.reshape(-1), Purpose.SAMPLE).view(R, K + 1)
+            own = self.kernels.draw(target.probs.reshape(-1, V), keys, positions, source, Purpose.SAMPLE).view(R, K + 1)
             accepted = self.kernels.verify_prefix(draft.tokens, own, widths)
             return Verdict(accepted, own.gather(1, accepted[:, None])[:, 0], ratios)
         accepted, own = torch.zeros_like(widths), torch.zeros_like(widths)

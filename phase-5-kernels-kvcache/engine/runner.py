@@ -9,7 +9,8 @@ The loop calls a runner and does not know which kind it is. `owner` identifies a
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from common.device import synchronize
 
-from .attention import CachedAttention, beside_padding, seen
+from .attention import CachedAttention
 from .config import ModelConfig
 from .context import window_start
+from .inputs import Inputs, on_device, stage_inputs
 from .kv_cache import CacheShape, KVOptions, OutOfBlocks, RingCache, make_cache
 from .kv_cache.manager import CacheEntry, CacheManager
 from .kv_cache.ring import SPARE
 from .model import Transformer
 from .steps import TargetOutput
 from .target import target_forward
+from .transfers import Upload
 from .tree import Tree
 
 NO_DRAFT = Tree([], [])
@@ -41,6 +44,7 @@ class ModelRunner(Protocol):
     """Runs one model over sequences, which it knows by their owner: any hashable, the loop's `Sequence`."""
 
     model: Transformer
+    upload: Upload  # of all that a step needs on the device; a draft's runner has the target's
     prefill_ms: float  # spent so far on prompts
     computed: list[int]  # positions of each sequence that the last forward computed
 
@@ -76,6 +80,7 @@ class UncachedRunner:
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.prefill_ms = model, 0.0
+        self.upload = Upload(model.embedding.weight.device)
         self.computed: list[int] = []
 
     def plain(self, length: int) -> int:
@@ -110,11 +115,11 @@ class CachedRunner:
     cache is one token behind.
     """
 
-    def __init__(self, model: Transformer, manager: CacheManager) -> None:
+    def __init__(self, model: Transformer, manager: CacheManager, upload: Upload | None = None) -> None:
         self.model, self.manager = model, manager
         ring = isinstance(manager.cache, RingCache)  # takes few tokens at a time
         self.chunk, self.max_inline = (SPARE, 1) if ring else (CHUNK, INLINE)
-        self.prefill_ms = 0.0
+        self.upload, self.prefill_ms = upload or Upload(model.embedding.weight.device), 0.0
         self.computed: list[int] = []
 
     def plain(self, length: int) -> int:
@@ -130,15 +135,48 @@ class CachedRunner:
         taps: tuple[int, ...] = (),
     ) -> TargetOutput:
         drafts = drafts or [NO_DRAFT] * len(token_ids)
-        try:
+        with self._naming_owner():
             works = [
                 self._begin(owner, text, draft, None if states_from is None else states_from[at], taps)
                 for at, (owner, text, draft) in enumerate(zip(owners, token_ids, drafts, strict=True))
             ]
             logits, states = self._verify(works, states_from is not None, taps)
+        return self._done(works, logits, states)
+
+    @torch.inference_mode()
+    def prepare(
+        self, owners: Owners, token_ids: list[list[int]], widths: list[int], ahead: bool = False
+    ) -> tuple[list[Work], Inputs]:
+        """Prefill, make room, and stage the inputs of a forward over these rows and widths[r] draft tokens of each.
+
+        The draft is a chain whose tokens the device knows. ahead: they are not inputs, but forwards later.
+        """
+        with self._naming_owner():
+            works = list[Work]()
+            for owner, text, width in zip(owners, token_ids, widths, strict=True):
+                works.append(self._begin(owner, text, NO_DRAFT if ahead else on_device(width), None, ()))
+                if ahead:
+                    self.manager.cache.make_room(works[-1].row.number, works[-1].count + width - 1)
+            return works, self._inputs(works)
+
+    @torch.inference_mode()
+    def finish(self, works: list[Work], inputs: Inputs, draft: Tensor) -> TargetOutput:
+        """Run the forward that `prepare` staged, with draft tokens int64 [R, K] on the device."""
+        return self._done(works, self.model.logits(inputs.read_from(self.run(inputs, draft=draft)[0])), None)
+
+    def drafted(self, owner: Hashable, tokens: list[int]) -> None:
+        """Record the tokens of the last forward's draft, which the device knew alone."""
+        self.manager.rows[owner].draft = tokens
+
+    @contextmanager
+    def _naming_owner(self) -> Iterator[None]:
+        try:
+            yield
         except OutOfBlocks as error:
             error.owner = self.manager.owner(error.row)
             raise
+
+    def _done(self, works: list[Work], logits: Tensor, states: list[Tensor] | None) -> TargetOutput:
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
             self.manager.appended(work.row, work.new, work.draft.tokens)
@@ -148,17 +186,13 @@ class CachedRunner:
         self, works: list[Work], wants_states: bool, taps: tuple[int, ...]
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Return logits [R, K+1, V] after each sequence and each draft token, and the states that are wanted."""
-        hidden, outputs = self._forward(works, taps)
+        inputs = self._inputs(works)
+        hidden, outputs = self.run(inputs, taps)
         states = None
         if wants_states:
             each = zip(works, outputs, strict=True)
             states = [torch.cat((*work.states, of_row[work.skip : work.count])) for work, of_row in each]
-        K = max(len(work.draft.tokens) for work in works)
-        if len(works) > 1 or hidden.shape[1] > K + 1:  # of a single row all positions are read as they are
-            read = [[min(len(work.new) - 1 + j, work.count - 1) for j in range(K + 1)] for work in works]
-            device = hidden.device
-            hidden = hidden[torch.arange(len(works), device=device)[:, None], torch.tensor(read, device=device)]
-        return self.model.logits(hidden), states
+        return self.model.logits(inputs.read_from(hidden)), states
 
     def _begin(
         self, owner: Hashable, text: list[int], draft: Tree, states_from: int | None, taps: tuple[int, ...]
@@ -183,34 +217,30 @@ class CachedRunner:
 
     def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
         """Run a chunk of a prompt through the model; return the states [n, F] that are wanted, if any."""
-        _, outputs = self._forward([work], taps, last=not wants_states)
+        _, outputs = self.run(self._inputs([work], last=not wants_states), taps)
         return [outputs[0, work.skip :]] if wants_states else []
 
-    def _forward(self, works: list[Work], taps: tuple[int, ...], last: bool = False) -> tuple[Tensor, Tensor]:
+    def _inputs(self, works: list[Work], last: bool = False) -> Inputs:
+        for work in works:
+            self.manager.cache.make_room(work.row.number, work.count)
+        return stage_inputs(works, self.manager.cache, set(self.model.config.windows), self.upload, last)
+
+    def run(self, inputs: Inputs, taps: tuple[int, ...] = (), draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return hidden states [R, T, D] of new tokens and drafts, and these with the tapped layers [R, T, F].
 
-        last: of the last position only, for a prefill that is not read.
+        draft: int64 [R, K] on the device, its tokens that the inputs name.
         """
-        weight, cache, windows = self.model.embedding.weight, self.manager.cache, set(self.model.config.windows)
-        T = max(work.count for work in works)
-        masks: dict[int | None, list[Tensor | None]] = {window: [] for window in windows}
-        for work in works:
-            number, ancestors = work.row.number, None if work.draft.is_chain else work.ancestors().to(weight.device)
-            cache.make_room(number, work.count)
-            first, held = cache.first(number), cache.length(number)
-            for window in windows:
-                mask = seen(work.positions, first, held, ancestors, window, weight)
-                masks[window].append(mask if mask is None or work.count == T else beside_padding(mask, T, held - first))
-        rows, counts = [work.row.number for work in works], [work.count for work in works]
-        behind = {window: CachedAttention(cache, rows, counts, masks[window], self.model.kernels) for window in windows}
-        wanted = torch.tensor([[T - 1]], device=weight.device) if last else None
-        tokens = [work.new + work.draft.tokens + [0] * (T - work.count) for work in works]
-        positions: Tensor | range = range(len(works[0].row.held), len(works[0].row.held) + T)
-        if len(works) > 1 or not works[0].draft.is_chain:
-            padded = [[*work.positions, *[0] * (T - work.count)] for work in works]
-            positions = torch.tensor(padded, device=weight.device)
+        metadata, wanted = inputs.metadata, inputs.wanted
         hidden, tapped = self.model.states(
-            torch.tensor(tokens, device=weight.device), positions, wanted, taps=taps, cached=behind
+            inputs.tokens.tensor,
+            inputs.positions if isinstance(inputs.positions, range) else inputs.positions.tensor,
+            None if wanted is None else wanted.tensor,
+            taps=taps,
+            cached={
+                window: CachedAttention(metadata, ranges, self.model.kernels)
+                for window, ranges in metadata.ranges.items()
+            },
+            draft=draft,
         )
         return hidden, hidden if tapped is None else torch.cat((hidden, tapped), -1)
 
@@ -251,13 +281,6 @@ class Work:
         """List, for every new token and node, the number of the one that it follows; -1 for the row's last entry."""
         text = len(self.new)
         return [*range(-1, text - 1), *(text + parent if parent >= 0 else text - 1 for parent in self.draft.parents)]
-
-    def ancestors(self) -> Tensor:
-        """Return bool [count, count]: which of the new tokens each of them sees."""
-        text = len(self.new)
-        related = torch.ones(self.count, self.count, dtype=torch.bool).tril()
-        related[text:, text:] = self.draft.ancestors()
-        return related
 
 
 def cache_shape(config: ModelConfig) -> CacheShape:

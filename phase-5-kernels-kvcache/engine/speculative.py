@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +23,20 @@ from common.device import synchronize
 
 from .context import window_start
 from .controllers import CostController, FixedController, KController, choose, observe
+from .drafters.model_device import DeviceModelDrafter
 from .drafters.ngram import NgramDrafter
-from .drafting import Draft, Drafter, Outcome
+from .drafting import Draft, Drafter, Outcome, Stop
+from .inputs import Inputs, sampling_metadata
 from .kernels import Kernels
+from .kernels.tokens import SamplingMetadata
 from .kv_cache import OutOfBlocks
 from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .profiler import stage
-from .runner import ModelRunner
-from .sampling import check_finite, penalise, probabilities
+from .runner import CachedRunner, ModelRunner, Work
+from .sampling import check_finite, not_finite
 from .sequence import Sequence
 from .steps import Path, Step, StepTimes, TargetOutput, outputs_before, step_stats
+from .transfers import Staged, read
 from .tree import Tree
 from .verify import GreedySource, RandomSource, random_source
 
@@ -60,62 +66,74 @@ def plan(drafter: Drafter, sequences: list[Sequence], context: int) -> list[int]
     return choose(costs, limits)
 
 
+class Accepted(NamedTuple):
+    """For each sequence the accepted draft tokens and the token that follows, and the tokens of its chain."""
+
+    paths: list[Path]
+    drafted: list[list[int]]  # [K] each; of trees nothing
+
+
 def accept(
     kernels: Kernels,
     policy: AcceptancePolicy,
     draft: Draft,
+    widths: Staged,
     trees: list[Tree],
     output: TargetOutput,
     sequences: list[Sequence],
-    source: RandomSource,
-) -> list[Path]:
-    """For each sequence the accepted draft tokens and the token that follows them; without a draft, the next token."""
-    params, keys = [sequence.params for sequence in sequences], [sequence.key for sequence in sequences]
-    lengths = [sequence.length for sequence in sequences]
-    logits, prompts = output.logits, [sequence.prompt for sequence in sequences]
+    rows: SamplingMetadata,
+) -> Accepted:
+    """Decide about drafts whose tokens and widths (int64 [R, K] and [R]) are on the device; one read tells the host.
+
+    Without a draft, the next token of each sequence is chosen.
+    """
+    logits, (R, width, _) = output.logits, output.logits.shape
     if not any(tree.tokens for tree in trees):
-        check_finite(logits)
-        texts = [sequence.tokens for sequence in sequences]
-        tokens = kernels.sample(logits[:, 0], params, source, keys, lengths, prompts, texts)
-        return [Path([], token) for token in tokens]
-    width, outputs, flat = logits.shape[1], list[list[int]](), logits.flatten(0, 1)
-    params = [mine for mine in params for _ in range(width)]
-    penalised = any(mine.penalised for mine in params)
-    if penalised:
-        prompts = [prompt for prompt in prompts for _ in range(width)]
+        (tokens,) = read_if_finite(logits, kernels.sample(logits[:, 0], rows))
+        return Accepted([Path([], token) for token in tokens], [[]] * R)
+    flat = logits.flatten(0, 1)
+    if rows.texts is not None:
+        texts = list[tuple[Rows[int], Rows[int]]]()
         for sequence, tree in zip(sequences, trees, strict=True):
             before = outputs_before(sequence.tokens, tree)
-            outputs += before + before[-1:] * (width - len(before))
-    draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
-    widths, at, positions = (torch.tensor(each, device=logits.device) for each in (draft.widths, keys, lengths))
-    rows = DraftRows(widths, at, positions, source)
-    certain = draft.probs is None and isinstance(source, GreedySource) and all(mine.greedy for mine in params)
+            texts += [(sequence.prompt, output) for output in before + before[-1:] * (width - len(before))]
+        rows = dataclasses.replace(rows, texts=texts)
+    certain = draft.probs is None and isinstance(rows.source, GreedySource) and rows.greedy
     if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
-        check_finite(flat)
-        scores = penalise(flat.float(), params, prompts, outputs) if penalised else flat
-        return paths_of(*kernels.verify_greedy(draft.tokens, scores.view(*logits.shape), widths))
-    probs = probabilities(flat, params, prompts if penalised else [], outputs).view(*logits.shape)
-    target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
-    if draft.trees is None:
-        verdict = policy.verify(draft, target, rows)
-        return paths_of(verdict.accepted, verdict.next_tokens)
-    paths = []
-    for row, tree in enumerate(trees):
-        part = slice(row, row + 1), slice(len(tree.tokens) + 1)
-        of_row = TargetProbs(target.probs[part], target.opinion[part])
-        paths.append(policy.accept_tree(tree, of_row, rows.only(row)))
-    return paths
+        scores = rows.penalised(flat).view(*logits.shape)
+        accepted, following = kernels.verify_greedy(draft.tokens, scores, widths.tensor)
+    else:
+        probs = kernels.probabilities(flat, rows).view(*logits.shape)
+        target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
+        draft_rows = DraftRows(widths.tensor, *rows.keyed, rows.source)
+        if draft.trees is not None:
+            check_finite(logits)
+            return Accepted([accept_row(policy, row, tree, target, draft_rows) for row, tree in enumerate(trees)], [])
+        verdict = policy.verify(draft, target, draft_rows)
+        accepted, following = verdict.accepted, verdict.next_tokens
+    counts, tokens, flat_draft = read_if_finite(logits, accepted, following, draft.tokens)
+    K = draft.tokens.shape[1]
+    paths = [Path(list(range(count)), token) for count, token in zip(counts, tokens, strict=True)]
+    return Accepted(paths, [flat_draft[r * K : (r + 1) * K] for r in range(R)])
+
+
+def accept_row(policy: AcceptancePolicy, row: int, tree: Tree, target: TargetProbs, rows: DraftRows) -> Path:
+    part = slice(row, row + 1), slice(len(tree.tokens) + 1)
+    return policy.accept_tree(tree, TargetProbs(target.probs[part], target.opinion[part]), rows.only(row))
+
+
+def read_if_finite(logits: Tensor, *decisions: Tensor) -> list[list[int]]:
+    """Read integers that were decided from logits [R, K+1, V]. UserError if these are not finite."""
+    *found, (finite,) = read(*decisions, logits.amax(-1).isfinite().all())
+    if not finite:
+        raise not_finite(logits.dtype)
+    return found
 
 
 def opinions(logits: Tensor, probs: Tensor, sequences: list[Sequence]) -> Tensor:
     """Return what lossy policies go by, [R, K+1, V]: probs, or at temperature 0 the softmax of the raw logits."""
     greedy = torch.tensor([sequence.params.greedy for sequence in sequences], device=probs.device)
     return torch.where(greedy[:, None, None], logits.float().softmax(-1), probs) if greedy.any() else probs
-
-
-def paths_of(accepted: Tensor, next_tokens: Tensor) -> list[Path]:
-    """Of R chains, from the number of accepted tokens and the token after them, int64 [R] each."""
-    return [Path(list(range(n)), token) for n, token in zip(accepted.tolist(), next_tokens.tolist(), strict=True)]
 
 
 def append(runner: ModelRunner, sequence: Sequence, tokens: list[int]) -> None:
@@ -137,27 +155,51 @@ def decode_step(
     """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
     device = runner.model.embedding.weight.device
     controllers = [sequence.controller for sequence in sequences]
-    began = time.perf_counter()
-    draft = Draft.nothing(len(sequences))
+    began, staged = time.perf_counter(), 0.0
+    draft, R = Draft.nothing(len(sequences)), len(sequences)
+    ahead: tuple[CachedRunner, list[Work], Inputs] | None = None
+    upload, texts = runner.upload, [sequence.prompt + sequence.tokens for sequence in sequences]
+    upload.begin()
+    rows = sampling_metadata(upload, sequences, source)
     if drafter is not None and any(asked):
         stage("draft")
         early = any(controller.ends_early for controller in controllers)
-        draft = drafter.propose(sequences, asked, (lambda row, probs: controllers[row].stop(probs)) if early else None)
+        able = isinstance(drafter, DeviceModelDrafter) and not early and drafter.able(sequences, asked)
+        if able and isinstance(drafter, DeviceModelDrafter) and isinstance(runner, CachedRunner):
+            # The target's inputs are staged before the draft begins, and go up with the draft's.
+            widths, ahead = upload.put_longs(asked, R), (runner, *runner.prepare(list(sequences), texts, asked))
+            staged = time.perf_counter() - began
+            draft = drafter.draw(sequences, asked)
+        else:
+            stop: Stop | None = (lambda row, probs: controllers[row].stop(probs)) if early else None
+            draft = drafter.propose(sequences, asked, stop)
     synchronize(device)
     drafted = time.perf_counter()
     stage("verify")
 
-    chains = zip(draft.tokens.tolist(), draft.widths, strict=True)
-    trees = draft.trees or [Tree.chain(tokens[:width]) for tokens, width in chains]
-    plain = not any(tree.tokens for tree in trees)
     taps = None if drafter is None else drafter.taps
     states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
-    output = runner.forward(list(sequences), [s.prompt + s.tokens for s in sequences], trees, states_from, taps or ())
+    if ahead is not None:
+        cached, works, inputs = ahead
+        trees, plain, output = [work.draft for work in works], False, cached.finish(works, inputs, draft.tokens)
+    else:
+        chains = draft.tokens.tolist()
+        trees = draft.trees or [Tree.chain(chain[:width]) for chain, width in zip(chains, draft.widths, strict=True)]
+        plain = not any(tree.tokens for tree in trees)
+        widths = upload.put_longs(draft.widths, R)
+        tokens = upload.put_longs((token for chain in chains for token in chain), *draft.tokens.shape)
+        output = runner.forward(list(sequences), texts, trees, states_from, taps or ())
+        if not plain:
+            draft = dataclasses.replace(draft, tokens=tokens.tensor)
     synchronize(device)
     verified = time.perf_counter()
     stage("sample" if plain else "accept")
 
-    paths = accept(runner.model.kernels, policy, draft, trees, output, sequences, source)
+    paths, chains = accept(runner.model.kernels, policy, draft, widths, trees, output, sequences, rows)
+    if ahead is not None:
+        trees = [Tree.chain(chain[:width]) for chain, width in zip(chains, asked, strict=True)]
+        for sequence, tree in zip(sequences, trees, strict=True):
+            cached.drafted(sequence, tree.tokens)
     starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
     decided = time.perf_counter()
     for sequence, path in zip(sequences, paths, strict=True):
@@ -173,7 +215,7 @@ def decode_step(
     done = time.perf_counter() - kept
     if plain:
         verified = done
-    times = StepTimes(drafted - began, verified - drafted, done - verified, kept)
+    times = StepTimes(drafted - began - staged, verified - drafted + staged, done - verified, kept)
     each = zip(sequences, asked, starts, trees, paths, runner.computed, lengths, strict=True)
     stats = [
         step_stats(sequence, k, start, tree, path, computed, runner.plain(length), times)

@@ -6,7 +6,6 @@ same checks run on it (tests marked gpu), and nothing is interpreted.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 import phase5
-from phase5 import attention
 from phase5.kernels import Kernels, registry
 from phase5.kernels.cuda import library
 
@@ -76,20 +74,13 @@ def guarded(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def llm_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`llm_on(kernels, **options)` returns an LLM whose target and policy run on these kernels.
-
-    Drafters stay on torch except for attention; that changes no token.
-    """
+    """`llm_on(kernels, **options)` returns an LLM whose models and policy run on these kernels."""
 
     def make(kernels: Kernels, **options: Any) -> Any:
-        def behind(*arguments: Any, **more: Any) -> Any:
-            return dataclasses.replace(attention.CachedAttention(*arguments, **more), kernels=kernels)
-
-        monkeypatch.setattr("phase5.runner.CachedAttention", behind)
         monkeypatch.setattr("phase5.llm.pack_matrices", lambda module: None)
         made = phase5.LLM(phase5.Options(**{"max_tokens": 8, "draft": "none", "kernels": "torch", **options}))
-        registry.use(made.loaded.model, kernels)
-        registry.use(made.policy, kernels)
+        for target in (made.loaded.model, made.policy, *([made.draft.model] if made.draft else [])):
+            registry.use(target, kernels)
         return made
 
     return make

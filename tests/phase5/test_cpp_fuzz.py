@@ -8,12 +8,15 @@ import random
 import pytest
 import torch
 
-from phase5.attention import CachedAttention, seen
+from phase5.attention import CachedAttention
 from phase5.config import ModelConfig
 from phase5.kernels import cpp
 from phase5.kernels.cpp.weights import KINDS
+from phase5.kernels.key_ranges import paths_of
+from phase5.kernels.metadata import attention_metadata
 from phase5.model import Transformer
 from phase5.quantize import Format, QuantLinear, rtn
+from phase5.transfers import Upload
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 TINY = ModelConfig(
@@ -110,15 +113,11 @@ def step_case(seed: int) -> None:
         count, held = choose.randint(1, 18), ours.lengths[row]
         tokens = [choose.randrange(config.vocab_size) for _ in range(count)]
         parents = [choose.randint(-1, at - 1) if choose.random() < 0.4 else at - 1 for at in range(count)]
-        ancestors = torch.eye(count, dtype=torch.bool)
-        for at, parent in enumerate(parents):
-            if parent >= 0:
-                ancestors[at] |= ancestors[parent]
-        numbers = cpp.model.positions_of(held, parents)
-        positions, behind = torch.tensor(numbers), dict[int | None, CachedAttention]()
-        for window in config.windows:
-            mask = seen(numbers, 0, held, ancestors, window, torch.empty(0))
-            behind[window] = CachedAttention(theirs, [row], [count], [mask])
+        positions, paths = torch.tensor(cpp.model.positions_of(held, parents)), [paths_of(held, parents)]
+        metadata = attention_metadata(
+            theirs, [row], [count], Upload(torch.device("cpu")), windows=set(config.windows), paths=paths
+        )
+        behind = {window: CachedAttention(metadata, ranges) for window, ranges in metadata.ranges.items()}
         with torch.inference_mode():
             expected = model.logits(model.states(torch.tensor([tokens]), positions[None], cached=behind)[0])[0]
         got = fast.step(ours, [tokens], rows=[row], parents=[parents], wanted=range(count)).logits

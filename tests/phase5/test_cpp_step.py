@@ -14,13 +14,16 @@ from torch import Tensor
 
 from common.errors import UserError
 from phase5 import load
-from phase5.attention import CachedAttention, seen
+from phase5.attention import CachedAttention
 from phase5.kernels import cpp
 from phase5.kernels.cpp import library
 from phase5.kernels.cpp.weights import Weights
+from phase5.kernels.key_ranges import paths_of
+from phase5.kernels.metadata import attention_metadata
 from phase5.kv_cache import CacheShape, PagedCache, RingCache, StaticCache
 from phase5.model import Transformer
 from phase5.quantize import Format, quantize_model
+from phase5.transfers import Upload
 from phase5.tree import Tree
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
@@ -80,16 +83,15 @@ def torch_step(
     """Append new tokens to row 0, and a tree after the last; return hidden states and logits."""
     held, text = cache.lengths[0], len(tokens)
     places = list(range(held, held + text))
-    ancestors = None
+    parents = list(range(-1, text - 1))
     if tree is not None:
         places += [held + text - 1 + depth for depth in tree.depths]
         tokens = tokens + tree.tokens
-        ancestors = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-        ancestors[text:, text:] = tree.ancestors()
+        parents += [text + parent if parent >= 0 else text - 1 for parent in tree.parents]
     positions = torch.tensor(places)
-    windows = set(model.config.windows)
-    masks = {window: [seen(places, 0, held, ancestors, window, torch.empty(0))] for window in windows}
-    behind = {window: CachedAttention(cache, [0], [len(tokens)], masks[window]) for window in windows}
+    windows, paths = set(model.config.windows), [paths_of(held, parents)]
+    metadata = attention_metadata(cache, [0], [len(tokens)], Upload(torch.device("cpu")), windows=windows, paths=paths)
+    behind = {window: CachedAttention(metadata, ranges) for window, ranges in metadata.ranges.items()}
     with torch.inference_mode():
         hidden, _ = model.states(torch.tensor([tokens]), positions[None], cached=behind)
         return hidden[0], model.logits(hidden)[0]

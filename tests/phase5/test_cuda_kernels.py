@@ -18,14 +18,16 @@ from torch import Tensor
 
 from common import philox
 from common.errors import UserError
-from phase5 import KeyedSampler, KeyedSource, SamplingParams
+from phase5 import KeyedSource, SamplingParams
 from phase5.kernels import TORCH, Kernels, registry
 from phase5.kernels.cuda import library
 from phase5.kv_cache import CacheShape, StaticCache
 from phase5.packing import PackedLinear
 from tests.support.beside import beside
 
-check, attention_cases, layers = (beside(5, f"checks.{name}") for name in ("check", "attention", "layers"))
+check, attention_cases, layers, token_cases = (
+    beside(5, f"checks.{name}") for name in ("check", "attention", "layers", "tokens")
+)
 EMULATOR = Path(str(check.__file__)).with_name("emulator.h")
 CPU = library.CPU
 SLOWER = ("decode_attention", "flash_prefill")  # all of their cases take seconds
@@ -114,19 +116,26 @@ def test_of_a_matrix_with_few_outputs_the_inputs_are_shared_by_blocks(ops: Ops) 
 
 def test_parts_of_another_size_change_the_last_bits_alone(ops: Ops) -> None:
     of = attention_cases.Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64)
-    cache, query, rows, counts, masks = attention_cases.asked(CPU, of, [700], torch.ones(2, 2, dtype=torch.bool).tril())
-    wanted = TORCH.decode_attention(query, cache, 1, rows, counts, masks)
-    check.near(
-        "free",
-        ops["decode_attention"](query, cache, 1, rows, counts, masks, part=None),
-        wanted,
-        check.WITHIN[torch.bfloat16],
-    )
+    asked = attention_cases.asked(CPU, of, [700], attention_cases.chain(2))
+    wanted = TORCH.decode_attention(*asked)
+    check.near("free", ops["decode_attention"](*asked, part=None), wanted, check.WITHIN[torch.bfloat16])
     for part in (64, 256, 1024):
-        found = ops["decode_attention"](query, cache, 1, rows, counts, masks, part=part)
+        found = ops["decode_attention"](*asked, part=part)
         check.near(f"parts of {part}", found, wanted, check.WITHIN[torch.bfloat16])
     with pytest.raises(UserError, match="parts of 100 positions"):
-        ops["decode_attention"](query, cache, 1, rows, counts, masks, part=100)
+        ops["decode_attention"](*asked, part=100)
+
+
+def test_parts_that_no_query_reaches_change_no_bit(ops: Ops) -> None:
+    """The grid has parts for the longest row that a cache can hold: here 12, of which a row of 30 tokens uses one."""
+    of, found = attention_cases.Setting("static", torch.bfloat16, torch.bfloat16, 8, 2, 64), list[Tensor]()
+    for dtype in (torch.bfloat16, torch.float32):
+        of = of._replace(stored=dtype, computed=dtype)
+        for longest in (0, 3000):
+            query, metadata, layer, _ = attention_cases.asked(CPU, of, [30, longest], attention_cases.chain(2))
+            metadata, layer, ranges = attention_cases.seen(metadata.cache, [0], attention_cases.chain(2), None, CPU)
+            found.append(ops["decode_attention"](query[:1], metadata, layer, ranges))
+        check.same_bits(f"{dtype}", *found[-2:])
 
 
 def test_random_numbers_have_the_same_bits(ops: Ops) -> None:
@@ -154,18 +163,18 @@ def test_sampling_follows_the_distribution(draws: int, ops: Ops) -> None:
         ways = [SamplingParams(**{"temperature": 1.3, **each}) for each in several]
         params = [ways[row % len(ways)] for row in range(draws)]
         keys = [(5 + row % len(ways), row) for row in range(draws)]
-        arguments: Any = (params, KeyedSampler(), keys, [9] * draws, [[]] * draws, [[]] * draws)
-        found, wanted = ops["sample"](logits, *arguments), TORCH.sample(logits, *arguments)
-        assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1  # where the last bit of a logarithm matters
-        assert len(set(found)) > 1
+        rows = token_cases.metadata_of(CPU, params, keys, [9] * draws)
+        found, wanted = ops["sample"](logits, rows), TORCH.sample(logits, rows)
+        assert int((found != wanted).sum()) <= 1  # where the last bit of a logarithm matters
+        assert len(set(found.tolist())) > 1
 
 
 def test_of_equal_logits_at_an_edge_the_first_stay(ops: Ops) -> None:
     for V, top_p in ((8, 0.5), (3000, 0.25), (5000, 0.999)):
         logits = torch.zeros(60, V)
         params = [SamplingParams(temperature=1.0, top_p=top_p)] * 60
-        arguments: Any = (params, KeyedSampler(), [(1, row) for row in range(60)], [0] * 60, [[]] * 60, [[]] * 60)
-        found = ops["sample"](logits, *arguments)
+        rows = token_cases.metadata_of(CPU, params, [(1, row) for row in range(60)], [0] * 60)
+        found = ops["sample"](logits, rows).tolist()
         assert max(found) <= round(V * top_p) + 1
         assert len(set(found)) > 3
 
@@ -216,22 +225,26 @@ def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: Ops) -> None
     cache = StaticCache(CacheShape(1, 2, 8), 1, 4, torch.float32, torch.float32, CPU)
     new = torch.zeros(1, 5, 2, 8)
     with pytest.raises(UserError, match="is to hold 5 tokens; it has room for 4"):
-        ops["kv_append"](cache, 0, [0], [5], new, new)
+        attention_cases.metadata_of(cache, [0], [5])
+    metadata = attention_cases.metadata_of(cache, [0], [4])
+    with pytest.raises(UserError, match=r"counts \[4\]; expected numbers from 0 to 3, the new tokens"):
+        ops["kv_append"](metadata, 0, new[:, :3], new[:, :3])
 
 
 def test_heads_that_are_too_wide_are_refused(ops: Ops) -> None:
     cache = StaticCache(CacheShape(1, 1, 512), 1, 4, torch.float32, torch.float32, CPU)
+    metadata = attention_cases.metadata_of(cache, [0], [1])
     with pytest.raises(UserError, match="a head has 512 features; expected at most 256"):
-        ops["decode_attention"](torch.zeros(1, 1, 1, 512), cache, 0, [0], [1], [None])
+        ops["decode_attention"](torch.zeros(1, 1, 1, 512), metadata, 0, metadata.ranges[None])
 
 
 def test_a_query_that_sees_nothing_gives_zeros(ops: Ops) -> None:
     of = attention_cases.Setting("static", torch.bfloat16, torch.bfloat16, 4, 2, 16)
-    cache, query, rows, counts, _ = attention_cases.asked(CPU, of, [5], torch.ones(2, 2, dtype=torch.bool).tril())
-    mask = torch.full((2, 7), float("-inf"), dtype=torch.bfloat16)
-    mask[1, 3] = 0
+    asked = attention_cases.asked(CPU, of, [5], attention_cases.chain(2))
+    asked.ranges.lo.tensor.copy_(torch.tensor([[0, 3]]))
+    asked.ranges.end.tensor.copy_(torch.tensor([[0, 4]]))
     for op in ("decode_attention", "flash_prefill"):
-        found = ops[op](query, cache, 1, rows, counts, [mask])
+        found = ops[op](*asked)
         assert not found[:, 0].any()
         assert found[:, 1].any()
 
@@ -312,10 +325,18 @@ MUTATIONS = [
     ("attention.cu", "call.H + tile.h * tile.G", "call.H + tile.h", "decode_attention", "attention.cu"),
     ("linear.cuh", "run += WARPS * RUN", "run += WARPS * RUN + 1", "linear", "linear_16.cu"),
     ("choice.cuh", "its == value && at < index", "its == value && at > index", "verify_greedy", "prefix.cu"),
-    ("sample.cu", "float(params[r * 4])", "float(params[0])", "sample", "sample.cu"),
-    ("sample.cu", "top_k = params[r * 4 + 1]", "top_k = params[1]", "sample", "sample.cu"),
-    ("sample.cu", "top_p = params[r * 4 + 2]", "top_p = params[2]", "sample", "sample.cu"),
-    ("sample.cu", "float(params[r * 4 + 3])", "float(params[3])", "sample", "sample.cu"),
+    ("sample.cu", "float(params[0])", "float(params[-r / each * 4])", "sample", "sample.cu"),
+    ("sample.cu", "top_k = params[1]", "top_k = params[1 - r / each * 4]", "sample", "sample.cu"),
+    ("sample.cu", "top_p = params[2]", "top_p = params[2 - r / each * 4]", "sample", "sample.cu"),
+    ("sample.cu", "float(params[3])", "float(params[3 - r / each * 4])", "sample", "sample.cu"),
+    ("sample.cu", "params += r / each * 4", "params += r * 4", "probabilities", "sample.cu"),
+    ("sample.cu", "probs[r * out_stride + at]", "probs[r * V + at]", "probabilities", "sample.cu"),
+    ("verify.cu", "+ first + n % each", "+ first", "draw", "verify.cu"),
+    ("verify.cu", "keys[n / each]", "keys[n]", "draw", "verify.cu"),
+    ("inputs.cu", "draft[n / T_ * K - 1 - id]", "draft[-1 - id]", "embed", "inputs.cu"),
+    ("inputs.cu", "at[R + r] + at[2 * R + r]", "at[R + r]", "advance", "inputs.cu"),
+    ("inputs.cu", "min(w + 1, count)", "count", "advance", "inputs.cu"),
+    ("attention.cu", "blocks_of(ends[query / H], part_size)", "1", "decode_attention", "attention.cu"),
 ]
 
 
@@ -347,7 +368,7 @@ def test_whole_numbers_and_scales_of_an_int8_cache_are_the_references(ops: Ops) 
         for storage in (*cache.keys, *cache.values):
             storage.values.fill_(99)
         keys = check.poisoned(CPU, torch.bfloat16, 1, 9, 3, 40, seed=3)
-        append(cache, 0, [0], [9], keys, keys * 0)  # zeros too
+        append(attention_cases.metadata_of(cache, [0], [9]), 0, keys, keys * 0)  # zeros too
         made.append(
             [part for s in (cache.keys[0], cache.values[0]) for part in (s.values, s.scales) if part is not None]
         )

@@ -1,6 +1,6 @@
 """Every op of the registry is called, end to end, on the kernels that were asked for by name.
 
-The host does not wait for the mask of a chain.
+What queries see follows from positions and parents on the host.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import phase5
-from phase5.attention import beside_padding, seen
 from phase5.kernels import TORCH, Kernels, key_ranges, metadata, registry
 from phase5.kernels.fused import PARTS
-from phase5.kernels.key_ranges import in_order
 from phase5.kv_cache import CacheShape, DynamicCache, RingCache, StaticCache
+from phase5.transfers import Upload
 
 CPU = torch.device("cpu")
 LONG = "import os, sys, re, json\n" * 4  # longer than a step: a prefill, whose last layer asks for one position
@@ -96,10 +95,8 @@ def test_torch_calls_the_parts_and_says_so(tiny: str) -> None:
     assert {"add_rms_norm", "verify_greedy", *(part for parts in PARTS.values() for part in parts)} <= set(calls)
 
 
-@pytest.mark.parametrize("held", [0, 5, 255, 256, 300])
-@pytest.mark.parametrize("kind", ["static", "dynamic", "ring"])
-def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Properties known without reading a mask equal the mask itself. Rows of a batch, one shorter; another alone."""
+def stored(kind: str, held: int) -> Any:
+    """A cache of three rows of `held` tokens."""
     shape, how = CacheShape(1, 1, 4), (torch.float32, torch.float32, CPU)
     cache: Any = RingCache(shape, 3, 350, *how)
     if kind != "ring":
@@ -110,30 +107,47 @@ def test_the_mask_of_a_chain_is_not_read(kind: str, held: int, monkeypatch: pyte
             cache.make_room(row, count)
             cache.append(0, row, torch.zeros(count, 1, 4), torch.zeros(count, 1, 4))
             cache.keep(row, list(range(count)))
-    like, W, rows, counts = torch.zeros(1), 6, [2, 0, 1], [6, 4, 1]
-    masks = []
+    return cache
+
+
+@pytest.mark.parametrize("window", [None, 7, 350])
+@pytest.mark.parametrize("held", [0, 5, 255, 256, 300])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "ring"])
+def test_masks_show_what_the_ranges_show(kind: str, held: int, window: int | None) -> None:
+    """Of a chain, a shorter chain, a tree, and their padding: each mask against what every query sees by definition."""
+    cache, rows, W = stored(kind, held), [2, 0, 1], 6
+    parents = [list(range(-1, 5)), list(range(-1, 3)), [-1, 0, 0, 2, 1]]
+    counts = [len(each) for each in parents]
     for row, count in zip(rows, counts, strict=True):
         cache.make_room(row, count)
-        mask = seen(range(held, held + count), 0, held, None, None, like)
-        masks.append(mask if mask is None or count == W else beside_padding(mask, W, held))
-    at = metadata.metadata_of("test", cache, rows, counts, CPU)
-    copies = [None if mask is None else mask.clone() for mask in masks]
-    assert [mask if mask is None else list(mask.shape) for mask in masks] == [[6, held + 6], [6, held + 4], None]
-    wanted = key_ranges._make("test", at, copies, W)
-    reads = Counter[str]()
-    monkeypatch.setattr(key_ranges, "_extent", lambda open_: reads.update(["a mask"]))
-    found = key_ranges._make("test", at, masks, W)
-    assert not reads
-    assert (found.lo.tolist(), found.end.tolist(), found.furthest, found.lines) == (
-        wanted.lo.tolist(), wanted.end.tolist(), wanted.furthest, None
-    )  # fmt: skip
+    paths = [key_ranges.paths_of(held, each) for each in parents]
+    assert [path is None for path in paths] == [True, True, False]
+    at = metadata.attention_metadata(cache, rows, counts, Upload(CPU), W, {window}, paths)
+    for r, mask in enumerate(at.masks(at.ranges[window], torch.zeros(1))):
+        assert mask is not None
+        for w in range(W):
+            line, node = list[int](), min(w, counts[r] - 1)
+            while node >= 0:
+                line.append(node)
+                node = parents[r][node]
+            seen = [*range(held), *(held + at for at in line[::-1])][-window if window else 0 :]
+            assert (mask[w] == 0).nonzero()[:, 0].tolist() == seen, (r, w)
 
 
-def test_what_is_not_in_the_table_is_read() -> None:
-    """A slice with another start, or a modified copy, has other properties."""
-    mask = in_order(4, 10, torch.zeros(1))
-    assert key_ranges.is_in_order(mask, 10)
-    assert not key_ranges.is_in_order(mask, 9)
-    assert not key_ranges.is_in_order(mask.clone(), 10)
-    assert not key_ranges.is_in_order(in_order(4, 10, torch.zeros(1).half()), 9)
-    assert not key_ranges.is_in_order(mask.T, 10)
+def test_ranges_of_chains_and_trees_are_made_without_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, upload = stored("static", 20), Upload(CPU)
+    paths = [None, key_ranges.paths_of(20, [-1, 0, 0])]
+    at = metadata.attention_metadata(cache, [0, 1], [3, 3], upload, windows={None, 4}, paths=paths)
+    sent = list[int]()
+    copied = upload.copied
+    monkeypatch.setattr(upload, "copied", lambda host: (sent.append(len(host)), copied(host))[1])
+    assert at.ranges[None].lo.tensor.tolist() == [[0] * 3] * 2
+    assert at.ranges[None].end.tensor.tolist() == [[21, 22, 23], [21, 22, 22]]
+    assert at.ranges[4].lo.tensor.tolist() == [[17, 18, 19], [17, 18, 18]]
+    base, lines = at.ranges[4].base, at.ranges[4].lines
+    assert base is not None
+    assert lines is not None
+    assert base.tensor.tolist() == [23, 20]
+    assert lines.tensor.tolist() == [[[0, 0]] * 3, [[20, 0], [20, 21], [20, 22]]]
+    assert at.at.tensor.tolist() == [[0, 1], [20, 20], [3, 3]]
+    assert len(sent) == 1  # all in one copy

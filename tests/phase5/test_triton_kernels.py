@@ -14,21 +14,23 @@ from torch import Tensor, nn
 
 from common import philox
 from common.errors import UserError
-from phase5 import KeyedSampler, KeyedSource, SamplingParams
+from phase5 import GreedySource, KeyedSampler, KeyedSource, SamplingParams
 from phase5.kernels import TORCH, Kernels, reference, registry
 from phase5.kv_cache import CacheShape, StaticCache
 from phase5.model import Linear
 from phase5.packing import PackedLinear
+from phase5.transfers import Staged
 from tests.support.beside import beside
 
-check, attention_cases, layers = (beside(5, f"checks.{name}") for name in ("check", "attention", "layers"))
+check, attention_cases, layers, token_cases = (
+    beside(5, f"checks.{name}") for name in ("check", "attention", "layers", "tokens")
+)
 CPU = torch.device("cpu")
 HOT = SamplingParams(temperature=1.0)
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
 
-    from phase5.kernels.gpu_tokens import keyed
     from phase5.kernels.triton import noise
     from phase5.kernels.triton.support import dot
 
@@ -58,11 +60,11 @@ if importlib.util.find_spec("triton"):
         tl.store(at + 3, d.to(tl.int64))
 
     @triton.jit
-    def draws(keys, single, many, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def draws(keys, positions, single, many, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         r = tl.program_id(0)
-        position = tl.load(keys + 4 * r + 3)
-        tl.store(single + r, noise.chance(keys + 4 * r, position, 2))
-        tl.store(many + r * BLOCK + tl.arange(0, BLOCK), noise.gumbel(keys + 4 * r, 0, position, 0, BLOCK))
+        position = tl.load(positions + r)
+        tl.store(single + r, noise.chance(keys + 2 * r, position, 2))
+        tl.store(many + r * BLOCK + tl.arange(0, BLOCK), noise.gumbel(keys + 2 * r, 0, position, 0, BLOCK))
 
 
 # All of their cases take long in numpy.
@@ -74,6 +76,7 @@ SLOWER = (
     "decode_attention",
     "flash_prefill",
     "sample",
+    "probabilities",
     "verify_greedy",
 )
 
@@ -101,7 +104,11 @@ def test_interpreted_it_is_right(op: str, ops: dict[str, Callable[..., Any]], gu
 
 
 @pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=pytest.mark.slow) if op in ("sample", "decode_attention") else op for op in SLOWER]
+    "op",
+    [
+        pytest.param(op, marks=pytest.mark.slow) if op in ("sample", "probabilities", "decode_attention") else op
+        for op in SLOWER
+    ],
 )
 def test_interpreted_it_is_right_in_16_bits(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
     assert len(check.check(op, ops[op], CPU, full=False, dtypes=(torch.bfloat16,))) >= 5
@@ -148,20 +155,27 @@ def last_of_equals(draft_tokens: Tensor, scores: Tensor, widths: Tensor) -> tupl
     return accepted, choices.gather(1, accepted[:, None])[:, 0]
 
 
-def blind_to_the_last(query: Tensor, cache: Any, layer: int, rows: Any, counts: Any, masks: Any) -> Tensor:
+def by_masks(
+    change: int, fit: Callable[[Tensor], Tensor], query: Tensor, metadata: Any, layer: int, ranges: Any
+) -> Any:
+    masks = [None if mask is None else fit(mask) for mask in metadata.masks(ranges, query)]
+    other = dataclasses.replace(metadata, counts=[count + change for count in metadata.counts])
+    return reference.decode_attention(query, other, layer, dataclasses.replace(ranges, masks=masks))
+
+
+def blind_to_the_last(*arguments: Any) -> Any:
     """Off by one: skip the newest key."""
-    fewer = [None if mask is None else mask[:, :-1] for mask in masks]
-    return reference.decode_attention(query, cache, layer, rows, [count - 1 for count in counts], fewer)
+    return by_masks(-1, lambda mask: mask[:, :-1], *arguments)
 
 
-def one_too_many(query: Tensor, cache: Any, layer: int, rows: Any, counts: Any, masks: Any) -> Tensor:
+def one_too_many(*arguments: Any) -> Any:
     """Off by one: read one key too many, which is uninitialised."""
-    more = [None if mask is None else nn.functional.pad(mask, (0, 1)) for mask in masks]
-    return reference.decode_attention(query, cache, layer, rows, [count + 1 for count in counts], more)
+    return by_masks(1, lambda mask: nn.functional.pad(mask, (0, 1)), *arguments)
 
 
-def writes_padding(cache: Any, layer: int, rows: Any, counts: Any, keys: Tensor, values: Tensor) -> None:
-    reference.kv_append(cache, layer, rows, [keys.shape[1]] * len(counts), keys, values)
+def writes_padding(metadata: Any, layer: int, keys: Tensor, values: Tensor) -> None:
+    whole = dataclasses.replace(metadata, counts=[keys.shape[1]] * len(metadata.counts))
+    reference.kv_append(whole, layer, keys, values)
 
 
 def another_order_for_more(layer: nn.Module, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -170,31 +184,56 @@ def another_order_for_more(layer: nn.Module, x: Tensor, start: int = 0, stop: in
     return whole if x.shape[0] == 1 else whole * (1 + 1e-7 * x.shape[0])
 
 
-def other_noise(logits: Tensor, params: Any, sampler: Any, keys: Any, *rest: Any) -> list[int]:
-    return TORCH.sample(logits, params, sampler, [(seed + 1, number) for seed, number in keys], *rest)
-
-
-def parameters_of_the_first(logits: Tensor, params: Any, *rest: Any) -> list[int]:
-    """Wrong stride: every row reads the parameters of row 0."""
-    return TORCH.sample(logits, params[:1] * len(params), *rest)
-
-
-def filters_of_the_first(name: str) -> Callable[..., list[int]]:
-    """Wrong stride of one parameter."""
-
-    def wrong(logits: Tensor, params: Any, *rest: Any) -> list[int]:
-        own = [dataclasses.replace(each, **{name: getattr(params[0], name)}) for each in params]
-        return TORCH.sample(logits, own, *rest)
+def with_keys(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def wrong(logits: Tensor, rows: Any) -> Tensor:
+        return TORCH.sample(logits, dataclasses.replace(rows, keys=Staged(change(rows.keys.tensor))))
 
     return wrong
 
 
-def greedy_if_any_is(logits: Tensor, params: Any, *rest: Any) -> list[int]:
-    return TORCH.sample(logits, [min(params, key=lambda each: each.temperature)] * len(params), *rest)
+def with_params(change: Callable[[Any], Any], op: str = "sample") -> Callable[..., Tensor]:
+    def wrong(logits: Tensor, rows: Any, **more: Any) -> Tensor:
+        own = change(rows.params) if rows.params else rows.params
+        return getattr(TORCH, op)(logits, dataclasses.replace(rows, params=own), **more)  # type: ignore[no-any-return]
+
+    return wrong
 
 
-def seed_of_the_first(logits: Tensor, params: Any, sampler: Any, keys: Any, *rest: Any) -> list[int]:
-    return TORCH.sample(logits, params, sampler, [(keys[0][0], number) for _, number in keys], *rest)
+other_noise = with_keys(lambda keys: keys + torch.tensor([1, 0]))
+seed_of_the_first = with_keys(lambda keys: torch.cat((keys[:1, :1].expand(len(keys), 1), keys[:, 1:]), 1))
+# Wrong stride: every row reads the parameters of row 0.
+parameters_of_the_first = with_params(lambda params: params[:1] * len(params))
+greedy_if_any_is = with_params(lambda params: [min(params, key=lambda each: each.temperature)] * len(params))
+
+
+def filters_of_the_first(name: str) -> Callable[..., Tensor]:
+    """Wrong stride of one parameter."""
+    return with_params(lambda all: [dataclasses.replace(each, **{name: getattr(all[0], name)}) for each in all])
+
+
+def the_first_place(
+    probs: Tensor, keys: Tensor, positions: Tensor, source: Any, purpose: Any, first: int = 0, **more: Any
+) -> Tensor:
+    return TORCH.draw(probs, keys, positions, source, purpose, 0, **more)
+
+
+def draws_with_sample_noise(
+    probs: Tensor, keys: Tensor, positions: Tensor, source: Any, purpose: Any, *rest: Any, **more: Any
+) -> Tensor:
+    return TORCH.draw(probs, keys, positions, source, philox.Purpose.SAMPLE, *rest, **more)
+
+
+def the_row_before(weight: Tensor, tokens: Tensor, draft: Tensor | None = None) -> Tensor:
+    return TORCH.embed(weight, tokens, None if draft is None else draft.roll(1, 0))
+
+
+def forgets_the_window(at: Tensor, counts: Tensor, W: int, windows: Tensor) -> Any:
+    return TORCH.advance(at, counts, W, windows.clamp(min=2**20))
+
+
+def sees_too_far(at: Tensor, counts: Tensor, W: int, windows: Tensor) -> Any:
+    after, positions, end, lo = TORCH.advance(at, counts, W, windows)
+    return after, positions, end[:, -1:].expand(-1, W), lo
 
 
 def verdict_by_the_first_seed(
@@ -221,6 +260,12 @@ def verdict_by_the_first_seed(
         ),
         ("sample", greedy_if_any_is, "different requests.*expected"),
         ("sample", seed_of_the_first, "different requests.*expected"),
+        ("probabilities", with_params(lambda params: params[:1] * len(params), "probabilities"), "rounding"),
+        ("draw", the_first_place, "expected"),
+        ("draw", draws_with_sample_noise, "expected"),
+        ("embed", the_row_before, "rounding"),
+        ("advance", forgets_the_window, "expected"),
+        ("advance", sees_too_far, "expected"),
         ("verify_sample", verdict_by_the_first_seed, r"seeds \(0, -1, .*expected"),
         ("rms_norm", lambda x, weight, eps: TORCH.rms_norm(x[..., :-1], weight[:-1], eps), "expected"),
         ("rope", lambda x, cos, sin: TORCH.rope(x, cos, -sin), "rounding"),
@@ -253,7 +298,7 @@ def test_random_numbers_have_the_same_bits(interpreted: None) -> None:
     samples, positions = torch.tensor([0, 3, 2**31]), torch.tensor([0, 70000, 2**32 - 1])
     for values in ([0] * 3, [-1] * 3, [2**63 - 5] * 3, [-1, 2**40, 7]):
         seeds, single, many = torch.tensor(values), torch.empty(3), torch.empty(3, 64)
-        draws[(3,)](keyed(torch.stack((seeds, samples), 1), positions), single, many, BLOCK=64)
+        draws[(3,)](torch.stack((seeds, samples), 1), positions, single, many, BLOCK=64)
         assert torch.equal(single, philox.uniforms(seeds, samples, positions, philox.Purpose.ACCEPT, 1)[:, 0])
         torch.testing.assert_close(many, philox.gumbel(seeds, samples, positions, 0, 64), atol=1e-6, rtol=1e-6)
 
@@ -263,7 +308,8 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
     drawn = set()
     for position in range(16):
         params = SamplingParams(temperature=1.0, top_p=0.5)
-        drawn |= set(ops["sample"](torch.zeros(1, 8), [params], KeyedSampler(), [(1, 0)], [position], [[]], [[]]))
+        rows = token_cases.metadata_of(CPU, [params], [(1, 0)], [position])
+        drawn |= set(ops["sample"](torch.zeros(1, 8), rows).tolist())
     assert drawn == {0, 1, 2, 3}
 
 
@@ -290,12 +336,34 @@ def test_of_equal_logits_at_an_edge_the_first_stay(ops: dict[str, Callable[..., 
             "draft_tokens is torch.int32",
         ),
         (
-            lambda ops: ops["sample"](torch.zeros(1, 3), [HOT], object(), [(0, 0)], [0], [], []),
+            lambda ops: ops["sample"](
+                torch.zeros(1, 3), token_cases.metadata_of(CPU, [HOT], [(0, 0)], [0], source=object())
+            ),
             "a source of type object",
         ),
         (
-            lambda ops: ops["sample"](torch.zeros(2, 3), [HOT], KeyedSampler(), [(0, 0)] * 2, [0] * 2, [], []),
+            lambda ops: ops["sample"](torch.zeros(2, 3), token_cases.metadata_of(CPU, [HOT], [(0, 0)], [0])),
             "1 parameters; expected 2",
+        ),
+        (
+            lambda ops: ops["probabilities"](
+                torch.zeros(3, 3), token_cases.metadata_of(CPU, [HOT] * 2, [(0, 0)] * 2, [0] * 2)
+            ),
+            "3 rows for 2 sequences; expected as many for each",
+        ),
+        (
+            lambda ops: ops["draw"](
+                torch.zeros(1, 3), torch.zeros(1, 2).long(), torch.zeros(1).long(), GreedySource(), 1
+            ),
+            "a greedy source; expected a keyed one",
+        ),
+        (
+            lambda ops: ops["embed"](torch.zeros(3, 4), torch.zeros(2, 1).int(), torch.zeros(1, 1).long()),
+            r"draft has shape \[1, 1\]; expected \[2, 1\]",
+        ),
+        (
+            lambda ops: ops["advance"](torch.zeros(3, 2).int(), torch.zeros(2), 1, torch.zeros(1).int()),
+            "counts is torch.float32; expected torch.int32",
         ),
         (lambda ops: ops["linear"](PackedLinear.__new__(PackedLinear), torch.zeros(1, 4)), "in another format"),
     ],
@@ -311,15 +379,17 @@ def test_a_cache_that_is_too_small_is_not_written_past_its_end(ops: dict[str, Ca
     cache = StaticCache(CacheShape(1, 1, 8), 1, 4, torch.float32, torch.float32, CPU)
     x = torch.zeros(1, 5, 1, 8)
     with pytest.raises(UserError, match="row 0 of the cache is to hold 5 tokens; it has room for 4"):
-        ops["kv_append"](cache, 0, [0], [5], x, x)
+        attention_cases.metadata_of(cache, [0], [5])
+    with pytest.raises(UserError, match=r"counts \[4\]; expected numbers from 0 to 3, the new tokens"):
+        ops["kv_append"](attention_cases.metadata_of(cache, [0], [4]), 0, x[:, :3], x[:, :3])
 
 
 def test_a_query_that_sees_nothing_gives_zeros(ops: dict[str, Callable[..., Any]]) -> None:
     of = attention_cases.Setting("static", torch.float32, torch.float32, 4, 2, 8)
-    cache, query, rows, counts, _ = attention_cases.asked(CPU, of, [20], torch.ones(2, 2, dtype=torch.bool).tril())
-    mask = torch.full((2, 22), float("-inf"))
-    mask[1, 3:9] = 0
-    found = ops["decode_attention"](query, cache, 1, rows, counts, [mask])
+    asked = attention_cases.asked(CPU, of, [20], attention_cases.chain(2))
+    asked.ranges.lo.tensor.copy_(torch.tensor([[0, 3]]))
+    asked.ranges.end.tensor.copy_(torch.tensor([[0, 9]]))
+    found = ops["decode_attention"](*asked)
     assert not found[0, 0].any()
     assert found[0, 1].all()
 

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, cast
 from common.philox import Purpose
 
 from ..drafting import Drafter
+from ..kernels import TORCH
 from ..model import Transformer
-from ..runner import ModelRunner
+from ..runner import CachedRunner, ModelRunner
 from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
 from .extrapolate import ExtrapolateDrafter
 from .heads import Heads, find_heads, load_heads
 from .medusa import MedusaDrafter, MedusaHeads
 from .model import ModelDrafter
+from .model_device import DeviceModelDrafter
 from .ngram import NgramDrafter, NgramIndex
 from .trees import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ..options import Options
 
 __all__ = [
+    "DeviceModelDrafter",
     "DynamicTreeDrafter",
     "EagleDrafter",
     "EagleHead",
@@ -69,7 +72,8 @@ def make_drafter(
         from .model_fast import FastModelDrafter
 
         return FastModelDrafter(draft, source, noise)
-    return ModelDrafter(draft, source, noise)
+    on_device = isinstance(draft, CachedRunner) and draft.model.kernels.draw is not TORCH.draw
+    return (DeviceModelDrafter if on_device else ModelDrafter)(draft, source, noise)
 
 
 def in_cpp(

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from common.philox import Purpose
 
-from ..attention import AttentionBackend, CachedAttention, seen
+from ..attention import AttentionBackend, CachedAttention
 from ..config import ModelConfig
 from ..drafting import Brancher, Draft, Stop
+from ..kernels.key_ranges import Paths
+from ..kernels.metadata import attention_metadata
 from ..kv_cache import CacheShape, StaticCache
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sequence import Sequence
+from ..transfers import Upload
 from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
@@ -92,6 +95,7 @@ class Lookahead:
         shape = CacheShape(1, config.kv_heads, config.head_dim)
         self.cache = StaticCache(shape, 1, capacity, weight.dtype, weight.dtype, weight.device)
         self.head, self.target, self.device = head, target, weight.device
+        self.upload = Upload(weight.device)
         self.end = 0  # position in the sequence before which all inputs are in the cache, or were forgotten
         self.confirmed = 0  # inputs in the cache that are no guesses
 
@@ -102,9 +106,8 @@ class Lookahead:
         """The feature [1, D] that is predicted behind the sequence's new inputs [n, D], which end at a position."""
         self.cache.truncate(0, self.confirmed)
         places = range(self.confirmed, self.confirmed + len(inputs))
-        mask = seen(places, 0, self.confirmed, None, self.head.shape.reach, inputs)
         last = torch.tensor([[len(inputs) - 1]], device=self.device)
-        self.predicted = self._predict(inputs, places, mask, last)
+        self.predicted = self._predict(inputs, places, None, last)
         self.confirmed, self.end = self.confirmed + len(inputs), end
         self.rows = {-1: -1}  # node of the tree -> which of the guesses in the cache is its; -1: the sequence's last
         self.lines: list[list[int]] = []  # of every guess in the cache: those of its ancestors, and itself
@@ -123,23 +126,19 @@ class Lookahead:
 
         lines = self.lines[before:]
         places = [self.confirmed - 1 + len(line) for line in lines]
-        mask = None
-        if self.confirmed > self.head.shape.reach or any(len(line) < len(self.lines) for line in lines):
-            mask = inputs.new_full((len(nodes), self.confirmed + len(self.lines)), float("-inf"))
-            for row, place, line in zip(mask, places, lines, strict=True):
-                row[max(0, place - self.head.shape.reach + 1) : self.confirmed] = 0
-                row[[self.confirmed + guess for guess in line]] = 0
         at = range(places[0], places[0] + 1) if len(nodes) == 1 else torch.tensor(places, device=self.device)
-        added = self._predict(inputs, at, mask, None)
+        is_chain = len(nodes) == 1 and len(lines[0]) == len(self.lines)
+        added = self._predict(inputs, at, None if is_chain else (self.confirmed, lines), None)
         self.predicted = torch.cat((self.predicted, added))
         return added
 
-    def _predict(self, inputs: Tensor, places: Tensor | range, mask: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def _predict(self, inputs: Tensor, places: Tensor | range, paths: Paths | None, wanted: Tensor | None) -> Tensor:
         """[n, D] behind inputs [n, D] at these places, or behind those wanted alone; they stay in the cache."""
-        rotation = None
+        rotation, reach = None, self.head.shape.reach
+        metadata = attention_metadata(self.cache, [0], [len(inputs)], self.upload, windows={reach}, paths=[paths])
         if self.head.config.positions == "rope":
-            rotation = self.target.rotation_of(places, inputs)
-        behind = CachedAttention(self.cache, [0], [len(inputs)], [mask], self.target.kernels)
+            rotation = self.target.rotation_of(places, inputs, metadata.ends[0])
+        behind = CachedAttention(metadata, metadata.ranges[reach], self.target.kernels)
         asked = None if wanted is None else (torch.zeros_like(wanted), wanted)
         predicted: Tensor = self.head(inputs[None], rotation, behind.only(wanted), asked)
         self.cache.keep(0, list(range(len(inputs))))

@@ -1,7 +1,7 @@
 """Operations by name: the model and the loops call ops, and a backend implements them.
 
 Every op has a reference in plain torch, which defines the right result: ops of the model in reference.py and fused.py,
-the acceptance rule in ../verify.py, the next token in ../sampling.py. registry.py chooses a backend for each op.
+ops of tokens in tokens.py, the acceptance rule in ../verify.py. registry.py chooses a backend for each op.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..sampling import choose
 from ..verify import Verdict, verify
-from . import fused, reference
+from . import fused, reference, tokens
 
 
 class Kernels(NamedTuple):
@@ -31,7 +30,11 @@ class Kernels(NamedTuple):
     verify_prefix: Callable[..., Tensor] = reference.verify_prefix
     verify_greedy: Callable[..., tuple[Tensor, Tensor]] = fused.verify_greedy
     verify_sample: Callable[..., Verdict] = verify
-    sample: Callable[..., list[int]] = choose
+    sample: Callable[..., Tensor] = tokens.sample
+    probabilities: Callable[..., Tensor] = tokens.probabilities
+    draw: Callable[..., Tensor] = tokens.draw
+    embed: Callable[..., Tensor] = tokens.embed
+    advance: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = tokens.advance
 
 
 TORCH = Kernels()

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kv_cache.protocol import KVCache
 from . import reference
+from .metadata import AttentionMetadata
 
 PARTS = {"gated_linear": ("linear",), "rope_append": ("rope", "kv_append")}
 
@@ -27,21 +27,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope_append(
-    cache: KVCache,
-    layer: int,
-    rows: list[int],
-    counts: list[int],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    metadata: AttentionMetadata, layer: int, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """Rotate query [R, T, H, head_dim] and key, append key and value [R, T, kv_heads, head_dim]; return the query.
 
     Shapes of the tables as for `rope`, of the rest as for `kv_append`.
     """
-    reference.kv_append(cache, layer, rows, counts, reference.rope(key, cos, sin), value)
+    reference.kv_append(metadata, layer, reference.rope(key, cos, sin), value)
     return reference.rope(query, cos, sin)
 
 

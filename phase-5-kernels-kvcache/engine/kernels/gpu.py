@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kv_cache import DynamicCache, KVCache
+from ..kv_cache import DynamicCache
 from ..quantize import QuantLinear
 from . import Kernels, fused, reference
 from .arguments import dense, floating, of_dtype, on_device, require, rows_of, same_shape
 from .gpu_tokens import TokenOps
-from .key_ranges import key_ranges
+from .key_ranges import KeyRanges
 from .launches import PART, Launches, Rotation
 from .matrix import matrix_of
-from .metadata import layer_of, metadata_of, row_of
+from .metadata import AttentionMetadata, layer_of, row_of
 
 BUSY = 264  # programs that fill a large GPU: two for each of 132 multiprocessors
 
@@ -104,21 +104,17 @@ class GpuOps(TokenOps):
         strides = T * D if cos.ndim == 4 and len(cos) == B > 1 else 0, D
         return Rotation(dense(x), cos.contiguous(), sin.contiguous(), strides, x.new_empty(x.shape))
 
-    def kv_append(
-        self, cache: KVCache, layer: int, rows: list[int], counts: list[int], keys: Tensor, values: Tensor
-    ) -> None:
+    def kv_append(self, metadata: AttentionMetadata, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append the first counts[r] of keys and values [R, T, kv_heads, head_dim] to row rows[r] of the cache.
 
         A dynamic cache copies its content for every token; torch does that here too.
         """
-        self._append("kv_append", cache, layer, rows, counts, keys, values, None)
+        self._append("kv_append", metadata, layer, keys, values, None)
 
     def rope_append(
         self,
-        cache: KVCache,
+        metadata: AttentionMetadata,
         layer: int,
-        rows: list[int],
-        counts: list[int],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -128,92 +124,65 @@ class GpuOps(TokenOps):
         """Rotate query [R, T, H, head_dim] and key, append key and value as kv_append does; return the query."""
         op = "rope_append"
         same_shape(f"{self.name} {op}", "query", query, *key.shape[:2], query.shape[2], key.shape[3])
-        if isinstance(cache, DynamicCache):
-            self._append(op, cache, layer, rows, counts, self.rope(key, cos, sin), value, None)
+        if isinstance(metadata.cache, DynamicCache):
+            self._append(op, metadata, layer, self.rope(key, cos, sin), value, None)
             return self.rope(query, cos, sin)
         rotation = self._rotation(op, query, cos, sin)
-        self._append(op, cache, layer, rows, counts, key, value, rotation)
+        self._append(op, metadata, layer, key, value, rotation)
         return rotation.out
 
     def _append(
-        self,
-        op: str,
-        cache: KVCache,
-        layer: int,
-        rows: list[int],
-        counts: list[int],
-        keys: Tensor,
-        values: Tensor,
-        rotation: Rotation | None,
+        self, op: str, metadata: AttentionMetadata, layer: int, keys: Tensor, values: Tensor, rotation: Rotation | None
     ) -> None:
+        cache, counts = metadata.cache, metadata.counts
         (R, T), shape, query = keys.shape[:2], cache.shape, None if rotation is None else rotation.x
         op = self._checked(op, keys=keys, values=values, query=query)
         same_shape(op, "keys", keys, R, T, shape.kv_heads, shape.head_dim)
         same_shape(op, "values", values, *keys.shape)
         floating(op, keys=keys, values=values)
-        require(op, len(rows) == len(counts) == R, f"{len(rows)} rows and {len(counts)} counts", f"{R} of both")
+        require(op, len(counts) == R, f"the metadata of {len(counts)} rows", f"of {R}")
         require(op, all(0 <= c <= T for c in counts), f"counts {counts}", f"numbers from 0 to {T}, the new tokens")
         if isinstance(cache, DynamicCache):
-            reference.kv_append(cache, layer, rows, counts, keys, values)
+            reference.kv_append(metadata, layer, keys, values)
             return
-        metadata, to = metadata_of(op, cache, rows, counts, keys.device), layer_of(cache, layer)
+        to = layer_of(cache, layer)
         on_device(op, self.launch.needs, keys=keys, cache=to.keys.values)
         self.launch.append(op, to, metadata, dense(keys), dense(values), rotation)
 
     def decode_attention(
-        self,
-        query: Tensor,
-        cache: KVCache,
-        layer: int,
-        rows: list[int],
-        counts: list[int],
-        masks: list[Tensor | None],
-        part: int | None = PART,
+        self, query: Tensor, metadata: AttentionMetadata, layer: int, ranges: KeyRanges, part: int | None = PART
     ) -> Tensor:
         """Attend with query [R, W, H, head_dim] to each row's tokens and its counts[r] just appended; same shape.
 
-        masks[r] [W, n] is 0 for a visible key and -inf for a hidden one; None: every query sees all keys. Sums are
-        float32. `part`: positions of one program, a multiple of 64; the bits depend on it. None: parts that fill the
-        GPU; the bench measures the cost of fixed parts against it.
+        Sums are float32. `part`: positions of one program, a multiple of 64; the bits depend on it. None: parts that
+        fill the GPU; the bench measures the cost of fixed parts against it.
         """
         if part is None:
-            (R, W, H, _), heads = query.shape, cache.shape.kv_heads
-            longest = max([1, *(cache.length(row) + count for row, count in zip(rows, counts, strict=True))])
+            (R, W, H, _), heads = query.shape, metadata.cache.shape.kv_heads
             programs = max(1, BUSY // max(1, R * heads * -(-W * (H // heads) // 16)))
-            part = -(-longest // (64 * programs)) * 64
-        return self._attend("decode_attention", query, cache, layer, rows, counts, masks, part)
+            part = -(-max([1, *metadata.ends]) // (64 * programs)) * 64
+        return self._attend("decode_attention", query, metadata, layer, ranges, part)
 
-    def flash_prefill(
-        self, query: Tensor, cache: KVCache, layer: int, rows: list[int], counts: list[int], masks: list[Tensor | None]
-    ) -> Tensor:
+    def flash_prefill(self, query: Tensor, metadata: AttentionMetadata, layer: int, ranges: KeyRanges) -> Tensor:
         """Attend as decode_attention does, for many queries; trees, whose queries see paths, use decode_attention."""
-        return self._attend("flash_prefill", query, cache, layer, rows, counts, masks, None)
+        return self._attend("flash_prefill", query, metadata, layer, ranges, None)
 
     def _attend(
-        self,
-        op: str,
-        query: Tensor,
-        cache: KVCache,
-        layer: int,
-        rows: list[int],
-        counts: list[int],
-        masks: list[Tensor | None],
-        part: int | None,
+        self, op: str, query: Tensor, metadata: AttentionMetadata, layer: int, ranges: KeyRanges, part: int | None
     ) -> Tensor:
-        (R, W, H, D), shape = query.shape, cache.shape
+        (R, W, H, D), cache = query.shape, metadata.cache
+        shape = cache.shape
         op = self._checked(op, query=query)
         floating(op, query=query)
         require(op, shape.head_dim == D, f"a head of query has {D} features", f"{shape.head_dim}, as the cache")
         require(op, H % shape.kv_heads == 0, f"{H} query heads over {shape.kv_heads} of keys", "a multiple")
-        require(op, len(rows) == len(counts) == R, f"{len(rows)} rows and {len(counts)} counts", f"{R} of both")
+        require(op, len(metadata.rows) == R, f"the metadata of {len(metadata.rows)} rows", f"of {R}")
+        same_shape(op, "the ranges", ranges.lo.tensor, R, W)
         require(op, part is None or part % 64 == 0 < part, f"parts of {part} positions", "a multiple of 64")
-        metadata = metadata_of(op, cache, rows, counts, query.device)
-        ranges = key_ranges(op, metadata, masks, W)
         query, out = dense(query), query.new_empty(query.shape)
         if isinstance(cache, DynamicCache):  # every row has a tensor of its own
             calls = [
-                (*row_of(cache, layer, row), ranges.of_row(r), query[r : r + 1], out[r : r + 1])
-                for r, row in enumerate(rows)
+                (*row_of(metadata, layer, r), ranges.of_row(r), query[r : r + 1], out[r : r + 1]) for r in range(R)
             ]
         else:
             calls = [(layer_of(cache, layer), metadata, ranges, query, out)]

@@ -27,8 +27,13 @@ class Launches(NamedTuple):
     prefill  op, layer, metadata, ranges, query, out                  ranges without lines
     choices  scores [R, V], out                                       the argmax; ties: the lowest index
     prefix   (draft_tokens, choices, widths), (accepted, next_tokens)
-    verify   (draft_tokens, draft_probs or None, target_probs, widths, keys), random, (accepted, next_tokens, ratios)
-    sample   rows, keys, filters, out                                 filters: SamplingParams.filters of each row
+    verify   (draft_tokens, draft_probs or None, target_probs, widths, keys, positions), random,
+             (accepted, next_tokens, ratios)
+    sample   rows, metadata, out                                      out may have gaps, here and in the next two
+    probabilities   rows, metadata, each, out                         each: rows of a sequence
+    draw     probs, keys, positions, each, purpose, first, out
+    embed    tokens, draft or None, weight, out
+    advance  (at, counts, windows), (at, positions, end, lo)
     """
 
     needs: Callable[[torch.device], str | None]  # the device that is needed instead, or None
@@ -42,6 +47,10 @@ class Launches(NamedTuple):
     prefix: Callable[..., None]
     verify: Callable[..., None]
     sample: Callable[..., None]
+    probabilities: Callable[..., None]
+    draw: Callable[..., None]
+    embed: Callable[..., None]
+    advance: Callable[..., None]
 
 
 class Rotation(NamedTuple):

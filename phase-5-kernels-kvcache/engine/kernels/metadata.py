@@ -1,4 +1,4 @@
-"""Where a cache stores each token, for kernels: the same numbers for every kind of cache.
+"""Where a cache stores each token, and what each query sees: made once for a forward, used by all its layers.
 
 The keys of a layer are one tensor [pages, kv_heads, slots, head_dim]. Position p of a row is stored at
 
@@ -7,14 +7,14 @@ The keys of a layer are one tensor [pages, kv_heads, slots, head_dim]. Position 
     paged     page = table[p / 16],    slot = p modulo 16
     dynamic   every row has a tensor of its own, of one page
 
-What changes from step to step (rows, lengths, page tables) is copied to the device once, for all layers.
+Kernels compute slots from these numbers, so nothing else has to follow when a row grows on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ from ..kv_cache import DynamicCache, KVCache, PagedCache, RingCache, StaticCache
 from ..kv_cache.paged import PAGE
 from ..kv_cache.ring import SPARE
 from ..kv_cache.storage import Storage
-
-if TYPE_CHECKING:
-    from .key_ranges import KeyRanges
+from ..transfers import Staged, Upload
+from .key_ranges import KeyRanges, Paths, key_ranges, masks_of
 
 
 class Layer(NamedTuple):
@@ -44,57 +43,76 @@ class Layer(NamedTuple):
 
 @dataclass
 class AttentionMetadata:
-    """Of the R rows of one forward. On the device: rows, starts, counts int32 [R], tables int32 [R, width]."""
+    """Of one forward of R rows, of which row r appends counts[r] of W tokens to row rows[r] of the cache.
 
-    row_list: list[int]
-    count_list: list[int]
-    lengths: list[int]
+    Lists are the host's. On the device: at, int32 [3, R] (rows, starts, counts), and tables, int32 [R, width].
+    """
+
+    cache: KVCache
+    rows: list[int]
+    starts: list[int]  # the position of each row's first new token
+    counts: list[int]
     first: list[int]  # the earliest position that each row still holds
-    rows: Tensor
-    starts: Tensor  # the position of the first new token
-    counts: Tensor
-    tables: Tensor | None  # page tables
-    wrap: int  # slots of a ring; 0: positions never wrap
-    ranges: dict[tuple[int, int], tuple[object, KeyRanges]] = field(default_factory=dict)  # see key_ranges.py
+    at: Staged
+    tables: Staged | None = None  # block tables
+    wrap: int = 0  # slots of a ring; 0: positions never wrap
+    most: int = 0  # positions that a row can have: the sizes of grids and of scratch memory follow from it
+    ranges: dict[int | None, KeyRanges] = field(default_factory=dict)  # by the window of a layer
 
     @property
     def ends(self) -> list[int]:
         """Return the length of each row with its new tokens."""
-        return [length + count for length, count in zip(self.lengths, self.count_list, strict=True)]
+        return [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+
+    def masks(self, ranges: KeyRanges, like: Tensor) -> list[Tensor | None]:
+        """Return the masks of all rows in the dtype of `like`, made by the first layer that asks."""
+        if ranges.masks is None:
+            masks_of(ranges, self.starts, self.counts, self.first, like)
+        assert ranges.masks is not None
+        return ranges.masks
 
 
-_LAST: WeakKeyDictionary[KVCache, AttentionMetadata] = WeakKeyDictionary()  # the metadata of each cache's last forward
+def attention_metadata(
+    cache: KVCache,
+    rows: list[int],
+    counts: list[int],
+    upload: Upload,
+    W: int | None = None,
+    windows: Set[int | None] = frozenset({None}),
+    paths: list[Paths | None] | None = None,
+) -> AttentionMetadata:
+    """Make the metadata of appending counts[r] tokens to row rows[r], W by default the most of them.
 
-
-def metadata_of(op: str, cache: KVCache, rows: list[int], counts: list[int], device: torch.device) -> AttentionMetadata:
-    """Return the metadata of appending counts[r] tokens to row rows[r]; UserError, naming the op, if there is no room.
-
-    The metadata of the last call is returned again if nothing has changed since, as from layer to layer.
+    windows: of the model's layers. paths: of rows with trees. UserError if there is no room.
     """
-    lengths, last = [cache.length(row) for row in rows], _LAST.get(cache)
-    same_lists = last is not None and last.row_list is rows and last.count_list is counts
-    if last is not None and same_lists and last.lengths == lengths and last.rows.device == device:
-        return last
-    tables, wrap = None, 0
+    starts, tables, wrap = [cache.length(row) for row in rows], None, 0
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
     if isinstance(cache, PagedCache):
-        width = max([1, *(len(cache.tables[row]) for row in rows)])
-        padded = [cache.tables[row] + [0] * (width - len(cache.tables[row])) for row in rows]
-        tables = torch.tensor(padded, dtype=torch.int32, device=device).view(len(rows), width)
+        tables, most = upload.put_rows([cache.tables[row] for row in rows], cache.width), cache.width * PAGE
         room = [len(cache.tables[row]) * PAGE for row in rows]
     elif isinstance(cache, StaticCache):
-        room = [cache.capacity] * len(rows)
+        room, most = [cache.capacity] * len(rows), cache.capacity
     elif isinstance(cache, RingCache):
-        wrap, room = cache.slots, [length + SPARE for length in lengths]
+        wrap, room, most = cache.slots, [start + SPARE for start in starts], max(ends, default=0)
     elif isinstance(cache, DynamicCache):
-        room = [length + count for length, count in zip(lengths, counts, strict=True)]
+        room, most = ends, max(ends, default=0)
     else:
-        raise UserError(f"{op}: a cache of the kind {type(cache).__name__}; expected one of kv_cache/")
-    for row, length, count, most in zip(rows, lengths, counts, room, strict=True):
-        if length + count > most:
-            raise UserError(f"{op}: row {row} of the cache is to hold {length + count} tokens; it has room for {most}")
-    n = torch.tensor([rows, lengths, counts], dtype=torch.int32, device=device)
-    first = [cache.first(row) for row in rows]
-    made = _LAST[cache] = AttentionMetadata(rows, counts, lengths, first, n[0], n[1], n[2], tables, wrap)
+        raise UserError(f"a cache of the kind {type(cache).__name__}; expected one of kv_cache/")
+    for row, end, its in zip(rows, ends, room, strict=True):
+        if end > its:
+            raise UserError(f"row {row} of the cache is to hold {end} tokens; it has room for {its}")
+    at, first = upload.put([*rows, *starts, *counts], 3, len(rows)), [cache.first(row) for row in rows]
+    made = AttentionMetadata(cache, rows, starts, counts, first, at, tables, wrap, most)
+    for window in windows:
+        made.ranges[window] = key_ranges(
+            upload,
+            starts,
+            counts,
+            max(counts, default=0) if W is None else W,
+            window,
+            first,
+            paths or [None] * len(rows),
+        )
     return made
 
 
@@ -104,8 +122,10 @@ def layer_of(cache: KVCache, layer: int) -> Layer:
     return Layer(cache.keys[layer], cache.values[layer])
 
 
-def row_of(cache: DynamicCache, layer: int, row: int) -> tuple[Layer, AttentionMetadata]:
-    """Return a row's own tensors [kv_heads, n, head_dim] as a layer of one page, and the metadata of its one row."""
+def row_of(metadata: AttentionMetadata, layer: int, r: int) -> tuple[Layer, AttentionMetadata]:
+    """Return row r of a dynamic cache, [kv_heads, n, head_dim], as a layer of one page, and its own metadata."""
+    cache, row = metadata.cache, metadata.rows[r]
+    assert isinstance(cache, DynamicCache)
     keys, values = (each[layer][row]._with(lambda tensor: tensor[None]) for each in (cache.keys, cache.values))
-    zero = torch.zeros(1, dtype=torch.int32, device=keys.values.device)
-    return Layer(keys, values), AttentionMetadata([0], [], [], [], zero, zero, zero, None, 0)
+    zeros = Staged(torch.zeros(3, 1, dtype=torch.int32, device=keys.values.device))
+    return Layer(keys, values), AttentionMetadata(cache, [0], [], [], [], zeros, most=metadata.ends[r])

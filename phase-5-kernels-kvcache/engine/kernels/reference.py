@@ -6,12 +6,15 @@ python bench.py --only caches
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kv_cache.protocol import KVCache
+if TYPE_CHECKING:
+    from .key_ranges import KeyRanges
+    from .metadata import AttentionMetadata
 
 
 def times(x: Tensor, other: Tensor) -> Tensor:
@@ -62,27 +65,24 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def kv_append(cache: KVCache, layer: int, rows: list[int], counts: list[int], keys: Tensor, values: Tensor) -> None:
+def kv_append(metadata: AttentionMetadata, layer: int, keys: Tensor, values: Tensor) -> None:
     """Append the first counts[r] of keys and values [R, T, kv_heads, head_dim] to row rows[r] of the cache."""
-    whole = keys.shape[1]
-    for at, (row, count) in enumerate(zip(rows, counts, strict=True)):
+    cache, whole = metadata.cache, keys.shape[1]
+    for at, (row, count) in enumerate(zip(metadata.rows, metadata.counts, strict=True)):
         if count == whole:
             cache.append(layer, row, keys[at], values[at])
         else:
             cache.append(layer, row, keys[at, :count], values[at, :count])
 
 
-def decode_attention(
-    query: Tensor, cache: KVCache, layer: int, rows: list[int], counts: list[int], masks: list[Tensor | None]
-) -> Tensor:
+def decode_attention(query: Tensor, metadata: AttentionMetadata, layer: int, ranges: KeyRanges) -> Tensor:
     """Attend with query [R, W, H, head_dim] to each row's tokens and its counts[r] just appended; same shape.
 
-    masks[r] [W, n] is 0 for a visible key and -inf for a hidden one; None: every query sees all keys. Entries that were
-    never written are not read.
+    ranges: the keys that each query sees. Entries that were never written are not read.
     """
+    each = zip(metadata.rows, metadata.counts, metadata.masks(ranges, query), strict=True)
     mixed = [
-        attend(query[at], *cache.read(layer, row, count), mask)
-        for at, (row, count, mask) in enumerate(zip(rows, counts, masks, strict=True))
+        attend(query[at], *metadata.cache.read(layer, row, count), mask) for at, (row, count, mask) in enumerate(each)
     ]
     return mixed[0][None] if len(mixed) == 1 else torch.stack(mixed)
 

@@ -29,6 +29,7 @@ Format = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 __all__ = [
     "PAGE",
+    "SPARE",
     "CacheShape",
     "DynamicCache",
     "KVCache",
@@ -76,7 +77,8 @@ def make_cache(
             )
         return RingCache(shape, rows, window, dtype, computed, device)
     if options.kind == "paged":
-        return PagedCache(shape, rows, options.pages or rows * -(-tokens // PAGE), dtype, computed, device)
+        width = -(-tokens // PAGE)
+        return PagedCache(shape, rows, options.pages or rows * width, dtype, computed, device, width)
     return StaticCache(shape, rows, options.slots or tokens, dtype, computed, device)
 
 

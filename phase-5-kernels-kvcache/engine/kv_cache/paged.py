@@ -32,9 +32,18 @@ class PagedCache(InPlaceCache):
     """Per layer two tensors [pages, kv_heads, 16, head_dim], and a block table for every row."""
 
     def __init__(
-        self, shape: CacheShape, rows: int, pages: int, dtype: torch.dtype, computed: torch.dtype, device: torch.device
+        self,
+        shape: CacheShape,
+        rows: int,
+        pages: int,
+        dtype: torch.dtype,
+        computed: torch.dtype,
+        device: torch.device,
+        width: int | None = None,
     ) -> None:
+        """width: the most pages of a row, by default all."""
         super().__init__(shape, rows, (pages, shape.kv_heads, PAGE, shape.head_dim), dtype, computed, device)
+        self.width = pages if width is None else min(width, pages)
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.users = [0] * pages  # reference count: rows that hold the page
         self.free = list(range(pages))[::-1]

@@ -19,12 +19,12 @@ from .eagle import CppEagle
 from .library import chosen_isa, default_threads, has_isa, library
 from .medusa import CppMedusa
 from .model import CppModel
-from .ops import sample, verify_sample
+from .ops import sample, sample_rows, verify_sample
 
 
 def ops() -> dict[str, Callable[..., Any]]:
     """Return the functions of this backend, by op."""
-    return {"sample": sample, "verify_sample": verify_sample}
+    return {"sample": sample_rows, "verify_sample": verify_sample}
 
 
 def why_not(device: torch.device | None = None) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...sampling import KeyedSampler, Sampler, SamplingParams, check_finite, choose, penalise
 from ...verify import GreedySource, RandomSource, Verdict, verify
+from ..tokens import SamplingMetadata
 from .library import chosen_isa, library
 
 MASK = 2**64 - 1
@@ -67,6 +68,14 @@ def sample(
         chosen_isa(), logits.data_ptr(), logits.shape[-1], how, samples, list(positions)
     )
     return tokens
+
+
+def sample_rows(logits: Tensor, rows: SamplingMetadata) -> Tensor:
+    """Choose the next token of every row, as the op `sample` does."""
+    keys = [(seed, number) for seed, number in rows.keys.tensor.tolist()]
+    prompts, outputs = zip(*rows.texts, strict=True) if rows.texts else ((), ())
+    tokens = sample(logits, rows.params, rows.source, keys, rows.positions.tensor.tolist(), prompts, outputs)
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def verify_sample(

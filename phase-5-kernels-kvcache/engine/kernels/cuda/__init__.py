@@ -14,7 +14,7 @@ from .library import why_not
 
 _SHARED = (
     *("kernels.py", "library.py", "device.cuh", "ops.h", "bindings.cpp", "../arguments.py", "../launches.py"),
-    *("../key_ranges.py", "../matrix.py", "../metadata.py"),
+    *("../key_ranges.py", "../matrix.py", "../metadata.py", "../../transfers.py"),
 )
 _MODEL = ("../gpu.py", *_SHARED)
 _LINEAR = (
@@ -29,7 +29,8 @@ _LINEAR = (
 )
 _ROPE = ("rope.cu", "cache.cuh", *_MODEL)
 _ATTEND = ("attend.cuh", "attention.cu", "attention_rows.cu", "mma.cuh", "cache.cuh", *_MODEL)
-_TOKENS = ("../gpu_tokens.py", "choice.cuh", *_SHARED)
+_TOKENS = ("../gpu_tokens.py", "../tokens.py", "choice.cuh", *_SHARED)
+_INPUTS = ("../gpu_tokens.py", "../tokens.py", "inputs.cu", *_SHARED)
 SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
     "linear": _LINEAR,
     "gated_linear": _LINEAR,
@@ -44,6 +45,10 @@ SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
     "verify_greedy": ("prefix.cu", *_TOKENS),
     "verify_sample": ("verify.cu", "philox.cuh", *_TOKENS),
     "sample": ("sample.cu", "prefix.cu", "philox.cuh", *_TOKENS),
+    "probabilities": ("sample.cu", "philox.cuh", *_TOKENS),
+    "draw": ("verify.cu", "philox.cuh", *_TOKENS),
+    "embed": _INPUTS,
+    "advance": _INPUTS,
 }
 MOST_TOKENS = 64  # of a sequence, more than any step or tree has; torch multiplies longer ones
 

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     }
 
     int here = blockIdx.y * to.part, end = min(here + to.part, furthest);
+    if (here >= furthest && blockIdx.y) return;  // the grid has parts for the longest row that the cache holds
     for (int p0 = here + 16 * warp; p0 < end; p0 += 16 * WARPS) {
         if (p0 + 16 <= earliest) continue;
         // Keys that no row sees are not read: they may be uninitialised.
@@ -118,13 +119,15 @@ __global__ void __launch_bounds__(WARPS * 32, 2) decode(Attention call, Parts to
     }
 }
 
-// Merge the parts of one query head in order. A head that sees no key gives zeros.
-template <class T> __global__ void join(const float* mixed, const float* tops, const float* sums, T* out, int parts, int D) {
+// Merge the parts of one query head in order, up to the last that it sees. A head that sees no key gives zeros.
+template <class T>
+__global__ void join(const float* mixed, const float* tops, const float* sums, const int* ends, T* out, int part_size, int parts, int H, int D) {
     int64_t query = blockIdx.x;
+    int used = min(parts, int(blocks_of(ends[query / H], part_size)));
     for (int f = threadIdx.x; f < D; f += blockDim.x) {
         Joined joined;
         float acc = 0;
-        for (int part = 0; part < parts; part++) {
+        for (int part = 0; part < used; part++) {
             int64_t at = query * parts + part;
             joined.add(tops[at], sums[at]);
             acc = acc * joined.mine + mixed[at * D + f] * joined.theirs;
@@ -166,6 +169,6 @@ void decode_attention(const Attention& call, int part, int parts, int64_t mixed,
     with_float(call.format, [&](auto zero) {
         using T = decltype(zero);
         launch(join<T>, dim3(call.R * call.W * call.H), 64, 0, stream, to.mixed, to.tops, to.sums,
-               at_address<T>(call.out), parts, call.D);
+               at_address<const int>(call.end), at_address<T>(call.out), part, parts, call.H, call.D);
     });
 }

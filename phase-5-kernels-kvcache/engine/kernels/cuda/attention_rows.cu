@@ -23,6 +23,7 @@ by_rows(Attention call, float* mixed, float* tops, float* sums, int part, int pa
     int begin = at_address<const int>(call.lo)[int64_t(r) * call.W + w];
     int stop = at_address<const int>(call.end)[int64_t(r) * call.W + w];
     int here = blockIdx.y * part, end = min(here + part, stop);
+    if (here >= stop) return;
     float acc[EACH] = {}, top = NEVER, total = 0;
     for (int p0 = here; p0 < end; p0 += 32) {
         if (p0 + 32 <= begin) continue;

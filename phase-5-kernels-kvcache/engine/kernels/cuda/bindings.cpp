@@ -48,4 +48,8 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("prefix", &prefix, free);
     m.def("verify_sample", &verify_sample, free);
     m.def("sample", &sample, free);
+    m.def("probabilities", &probabilities, free);
+    m.def("draw", &draw, free);
+    m.def("embed", &embed, free);
+    m.def("advance", &advance, free);
 }

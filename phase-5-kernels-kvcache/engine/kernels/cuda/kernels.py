@@ -13,6 +13,7 @@ from ..key_ranges import KeyRanges
 from ..launches import PART, Launches, Rotation, results_of_parts
 from ..matrix import Matrix
 from ..metadata import AttentionMetadata, Layer
+from ..tokens import SamplingMetadata
 from .library import emulator, library
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # device.cuh
@@ -103,8 +104,8 @@ def append(
     (keys, values), (R, T, HK, D) = layer, key.shape
     H, q_strides = (0, (0, 0, 0)) if query is None else (query.shape[2], query.stride()[:3])
     cache = keys.values, values.values, keys.scales, values.scales
-    where = metadata.rows, metadata.starts, metadata.counts, metadata.tables
-    width = 0 if metadata.tables is None else metadata.tables.shape[1]
+    tables = None if metadata.tables is None else metadata.tables.tensor
+    where, width = (*metadata.at.tensor, tables), 0 if tables is None else tables.shape[1]
     all_strides = [*q_strides, *key.stride()[:3], *value.stride()[:3], *strides, *strides_of(op, keys.values)]
     library_of(key).rope_append(
         FORMATS[key.dtype], FORMATS[keys.values.dtype],
@@ -116,7 +117,7 @@ def append(
 def decode(
     op: str, part: int, layer: Layer, metadata: AttentionMetadata, ranges: KeyRanges, query: Tensor, out: Tensor
 ) -> None:
-    parts = max(1, -(-ranges.furthest // part))
+    parts = max(1, -(-metadata.most // part))
     between = results_of_parts(query, parts)
     call = call_of(op, layer, metadata, ranges, query, out)
     library_of(query).decode_attention(call, part, parts, *map(address, between), stream_of(query))
@@ -138,10 +139,11 @@ def call_of(
     keys, values = layer.keys.values, layer.values.values
     (R, W, H, D), HK = query.shape, keys.shape[1]
     require(op, D <= WIDEST, f"a head has {D} features", f"at most {WIDEST}")
-    visible = ranges.lo, ranges.end, ranges.base, ranges.lines
-    tensors = (query, keys, values, *layer.scales, metadata.rows, metadata.tables, *visible, out)
-    width = 0 if metadata.tables is None else metadata.tables.shape[1]
-    line_width = 0 if ranges.lines is None else ranges.lines.shape[2]
+    staged = metadata.tables, ranges.lo, ranges.end, ranges.base, ranges.lines
+    tables, lo, end, base, lines = (None if each is None else each.tensor for each in staged)
+    tensors = (query, keys, values, *layer.scales, metadata.at.tensor, tables, lo, end, base, lines, out)
+    width = 0 if tables is None else tables.shape[1]
+    line_width = 0 if lines is None else lines.shape[2]
     return [
         FORMATS[query.dtype], FORMATS[keys.dtype], *map(address, tensors), R, W, H, HK, D, width, SHIFT, line_width,
         metadata.wrap, *strides_of(op, keys), *query.stride()[:3],
@@ -161,22 +163,50 @@ def prefix(inputs: tuple[Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor]
     library_of(draft_tokens).prefix(*map(address, (*inputs, *outputs)), *draft_tokens.shape, stream_of(draft_tokens))
 
 
-def verify(
-    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], random: bool, outputs: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def verify(inputs: tuple[Tensor | None, ...], random: bool, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
     draft_tokens, target_probs = inputs[0], inputs[2]
+    assert draft_tokens is not None
+    assert target_probs is not None
     library_of(draft_tokens).verify_sample(
         *map(address, (*inputs, *outputs)), *draft_tokens.shape, target_probs.shape[-1], not random,
         stream_of(draft_tokens),
     )  # fmt: skip
 
 
-def sample(rows: Tensor, keys: Tensor, filters: list[tuple[float, int, float, float]], out: Tensor) -> None:
-    params = torch.tensor(filters, dtype=torch.float64, device=rows.device)
+def sample(rows: Tensor, metadata: SamplingMetadata, out: Tensor) -> None:
+    keys, positions, filters = metadata.keys.tensor, metadata.positions.tensor, metadata.filters.tensor
     library_of(rows).sample(
-        FORMATS[rows.dtype], address(rows), rows.stride(0), address(keys), address(out), *rows.shape, address(params),
-        stream_of(rows),
+        FORMATS[rows.dtype], address(rows), rows.stride(0), address(keys), address(positions), address(out),
+        out.stride(0), *rows.shape, address(filters), stream_of(rows),
     )  # fmt: skip
 
 
-LAUNCHES = Launches(needs, linear, norm, rope, append, decode, prefill, choices, prefix, verify, sample)
+def probabilities(rows: Tensor, metadata: SamplingMetadata, each: int, out: Tensor) -> None:
+    library_of(rows).probabilities(
+        FORMATS[rows.dtype], address(rows), rows.stride(0), address(out), out.stride(0), *rows.shape,
+        address(metadata.filters.tensor), each, stream_of(rows),
+    )  # fmt: skip
+
+
+def draw(probs: Tensor, keys: Tensor, positions: Tensor, each: int, purpose: int, first: int, out: Tensor) -> None:
+    library_of(probs).draw(
+        address(probs), probs.stride(0), address(keys), address(positions), address(out),
+        out.stride(0), *probs.shape, each, first, purpose, stream_of(probs),
+    )  # fmt: skip
+
+
+def embed(tokens: Tensor, draft: Tensor | None, weight: Tensor, out: Tensor) -> None:
+    (R, T), K = tokens.shape, 0 if draft is None else draft.shape[1]
+    tensors = map(address, (tokens, draft, weight, out))
+    library_of(weight).embed(FORMATS[weight.dtype], *tensors, R, T, K, weight.shape[1], stream_of(weight))
+
+
+def advance(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+    N, R, W = outputs[-1].shape
+    library_of(inputs[0]).advance(*map(address, (*inputs, *outputs)), R, W, N, stream_of(inputs[0]))
+
+
+LAUNCHES = Launches(
+    needs, linear, norm, rope, append, decode, prefill, choices, prefix, verify, sample, probabilities, draw, embed,
+    advance,
+)  # fmt: skip

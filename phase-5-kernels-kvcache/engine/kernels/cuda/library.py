@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent
 SOURCES = (
     *("bindings.cpp", "norm.cu", "rope.cu", "linear_16.cu", "linear_8.cu", "linear_4.cu", "linear_rows.cu"),
-    *("attention.cu", "attention_rows.cu", "prefill.cu", "prefix.cu", "verify.cu", "sample.cu"),
+    *("attention.cu", "attention_rows.cu", "prefill.cu", "prefix.cu", "verify.cu", "sample.cu", "inputs.cu"),
 )
 # No fast math: divisions are correctly rounded, and subnormal numbers are kept.
 NVCC = ("-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi")

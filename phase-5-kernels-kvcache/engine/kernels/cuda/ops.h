@@ -52,9 +52,21 @@ void choices(int format, int64_t scores, int64_t stride, int64_t rows, int64_t V
              int64_t stream);
 void prefix(int64_t draft, int64_t choices, int64_t widths, int64_t accepted, int64_t following, int R, int K,
             int64_t stream);
-// keys int64 [R, 4]: sample, low and high half of the seed, position
-void verify_sample(int64_t tokens, int64_t draft, int64_t target, int64_t widths, int64_t keys, int64_t accepted,
-                   int64_t following, int64_t ratios, int R, int K, int64_t V, bool certain, int64_t stream);
+// keys int64 [R, 2]: seed and sample; positions int64 [R]
+void verify_sample(int64_t tokens, int64_t draft, int64_t target, int64_t widths, int64_t keys, int64_t positions,
+                   int64_t accepted, int64_t following, int64_t ratios, int R, int K, int64_t V, bool certain, int64_t stream);
 // params float64 [R, 4]: temperature, top_k, top_p, min_p
-void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V, int64_t params,
-            int64_t stream);
+void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t positions, int64_t out, int64_t out_stride,
+            int R, int64_t V, int64_t params, int64_t stream);
+// Of N rows, `each` for a sequence; out float32 [N, V], out_stride between its rows
+void probabilities(int format, int64_t logits, int64_t stride, int64_t out, int64_t out_stride, int N, int64_t V,
+                   int64_t params, int each, int64_t stream);
+void draw(int64_t probs, int64_t stride, int64_t keys, int64_t positions, int64_t out, int64_t out_stride, int N, int64_t V,
+          int each, int first, int purpose, int64_t stream);
+
+// tokens int32 [R, T], draft int64 [R, K], out [R, T, D]
+void embed(int format, int64_t tokens, int64_t draft, int64_t table, int64_t out, int R, int T, int K, int D,
+           int64_t stream);
+// int32: at and after [3, R], counts [R], windows [N], positions and end [R, W], lo [N, R, W]
+void advance(int64_t at, int64_t counts, int64_t windows, int64_t after, int64_t positions, int64_t end, int64_t lo, int R,
+             int W, int N, int64_t stream);

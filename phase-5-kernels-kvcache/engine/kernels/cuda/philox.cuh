@@ -8,8 +8,8 @@
 
 enum Purpose : uint32_t { SAMPLE = 0, DRAFT = 1, ACCEPT = 2, RESIDUAL = 3 };
 
-struct Key {  // of one row, in the order of tokens.py
-    int64_t sample, low, high, position;
+struct Key {
+    int64_t seed, sample;
 };
 
 struct Words {
@@ -18,7 +18,7 @@ struct Words {
 
 __device__ __forceinline__ Words words(const Key& key, int64_t position, uint32_t purpose, uint32_t block) {
     uint32_t a = block, b = uint32_t(position), c = uint32_t(key.sample), d = purpose;
-    uint32_t low = uint32_t(key.low), high = uint32_t(key.high);
+    uint32_t low = uint32_t(key.seed), high = uint32_t(uint64_t(key.seed) >> 32);
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         uint64_t first = uint64_t(a) * 0xD2511F53u, second = uint64_t(c) * 0xCD9E8D57u;

@@ -1,4 +1,5 @@
 // sample: chooses a token from logits on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
+// probabilities: the distributions that are sampled.
 //
 // One block per row. Nothing is sorted: radix selection finds the threshold of a filter eight bits at a time, from
 // histograms of the numbers with the prefix found so far. Masses are integers, exp(x - highest) in units of 2^-40, so
@@ -90,18 +91,22 @@ __device__ __forceinline__ float number_of(uint32_t whole) {
     return bits_as<float>(whole & 0x80000000u ? whole & 0x7fffffffu : ~whole);
 }
 
-template <class T>
+// The filters of row r are those of sequence r / each. DRAW: a token of each row goes to `out`; otherwise its
+// probabilities go to `probs`.
+template <class T, bool DRAW>
 __global__ void __launch_bounds__(THREADS)
-choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, const double* params) {
+choose(const T* logits, int64_t stride, const Key* keys, const int64_t* positions, int64_t* out, int V, const double* params,
+       int each, float* probs, int64_t out_stride) {
     __shared__ Best bests[THREADS / 32];
     __shared__ float floats[THREADS / 32];
     __shared__ Count bins[BINS];
     __shared__ int ties[THREADS / 32];
     int64_t r = blockIdx.x;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const double top_k = params[r * 4 + 1], top_p = params[r * 4 + 2];
-    const float min_p = float(params[r * 4 + 3]);
-    Row<T> row{logits + r * stride, float(params[r * 4]), V, 0};
+    params += r / each * 4;
+    const double top_k = params[1], top_p = params[2];
+    const float min_p = float(params[3]);
+    Row<T> row{logits + r * stride, float(params[0]), V, 0};
     float top = -INFINITY;
 #pragma unroll 8
     for (int at = threadIdx.x; at < V; at += THREADS) top = fmaxf(top, row(at));
@@ -147,7 +152,7 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, co
         float part = 0;
         for (int first = 0; first < V; first += THREADS * 4) {  // a thread has four tokens, which share one Philox block
             Words noise{};
-            if (pass) noise = words(keys[r], keys[r].position, SAMPLE, first / 4 + threadIdx.x);
+            if (DRAW && pass) noise = words(keys[r], positions[r], SAMPLE, first / 4 + threadIdx.x);
             float x[4];
             uint32_t whole[4];
             int mine = 0;
@@ -181,26 +186,39 @@ choose(const T* logits, int64_t stride, const Key* keys, int64_t* out, int V, co
                 bool keep = whole[i] > edge || (whole[i] == edge && (!limited || before < int64_t(stay)));
                 before += whole[i] == edge;
                 float weight = row.weight(x[i]);
-                if (!keep || weight < min_p || weight <= 0) continue;
-                if (pass)
-                    best.offer(logf(divide(weight, total)) + gumbel(noise.at[i]), at);
-                else
+                if (!keep || weight < min_p || weight <= 0) weight = 0;
+                if (!pass)
                     part += weight;
+                else if (!DRAW)
+                    probs[r * out_stride + at] = divide(weight, total);
+                else if (weight > 0)
+                    best.offer(logf(divide(weight, total)) + gumbel(noise.at[i]), at);
             }
         }
         if (!pass) total = block_sum(part, floats);
     }
+    if (!DRAW) return;
     best = block_best(best, bests);
-    if (threadIdx.x == 0) out[r] = best.index < V ? best.index : 0;
+    if (threadIdx.x == 0) out[r * out_stride] = best.index < V ? best.index : 0;
 }
 
 }  // namespace
 
-void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t out, int R, int64_t V,
-            int64_t params, int64_t stream) {
+void sample(int format, int64_t logits, int64_t stride, int64_t keys, int64_t positions, int64_t out, int64_t out_stride,
+            int R, int64_t V, int64_t params, int64_t stream) {
     with_float(format, [&](auto zero) {
         using T = decltype(zero);
-        launch(choose<T>, dim3(R), THREADS, 0, stream, at_address<const T>(logits), stride, at_address<const Key>(keys),
-               at_address<int64_t>(out), V, at_address<const double>(params));
+        launch(choose<T, true>, dim3(R), THREADS, 0, stream, at_address<const T>(logits), stride,
+               at_address<const Key>(keys), at_address<const int64_t>(positions), at_address<int64_t>(out), V,
+               at_address<const double>(params), 1, nullptr, out_stride);
+    });
+}
+
+void probabilities(int format, int64_t logits, int64_t stride, int64_t out, int64_t out_stride, int N, int64_t V,
+                   int64_t params, int each, int64_t stream) {
+    with_float(format, [&](auto zero) {
+        using T = decltype(zero);
+        launch(choose<T, false>, dim3(N), THREADS, 0, stream, at_address<const T>(logits), stride, nullptr, nullptr, nullptr,
+               V, at_address<const double>(params), each, at_address<float>(out), out_stride);
     });
 }

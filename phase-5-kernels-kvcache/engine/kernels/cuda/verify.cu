@@ -1,4 +1,4 @@
-// verify_sample: the acceptance rule of ../../verify.py, one block per row, with keyed uniforms.
+// draw: a token from each distribution. verify_sample: the acceptance rule of ../../verify.py, one block per row, with keyed uniforms.
 //
 // All threads visit the draft tokens up to the first rejected one. The next token is then sampled: from the target by
 // Gumbel-max if all were accepted, else from the residual by one uniform and the inverse distribution function in
@@ -82,11 +82,12 @@ template <class P> __device__ int most(const P& p, int V, Best* space) {
 
 __global__ void __launch_bounds__(THREADS)
 verify(const int64_t* tokens, const float* draft, const float* target, const int64_t* widths, const Key* keys,
-       int64_t* accepted, int64_t* following, float* ratios, int K, int V, bool certain) {
+       const int64_t* positions, int64_t* accepted, int64_t* following, float* ratios, int K, int V, bool certain) {
     __shared__ Best bests[THREADS / 32];
     __shared__ double sums[THREADS / 32];
     int64_t r = blockIdx.x, width = min(widths[r], int64_t(K));
     Key key = keys[r];
+    int64_t position = positions[r];
     int count = 0;
     bool accepting = true;
     for (int k = 0; k < K; k++) {
@@ -97,7 +98,7 @@ verify(const int64_t* tokens, const float* draft, const float* target, const int
             if (ratio > 1) ratio = 1;
         }
         if (threadIdx.x == 0) ratios[r * K + k] = ratio;
-        float chance = certain ? 0.5f : uniform(words(key, key.position + k, ACCEPT, 0).at[0]);
+        float chance = certain ? 0.5f : uniform(words(key, position + k, ACCEPT, 0).at[0]);
         accepting = accepting && k < width && chance < ratio;
         count += accepting;
     }
@@ -105,7 +106,7 @@ verify(const int64_t* tokens, const float* draft, const float* target, const int
     auto whole = [&](int at) { return here[at]; };
     int next;
     if (count == width) {
-        next = certain ? most(whole, V, bests) : drawn(here, key, key.position + count, V, bests);
+        next = certain ? most(whole, V, bests) : drawn(here, key, position + count, V, bests);
     } else {
         Residual residual{here, draft ? draft + (r * K + count) * V : nullptr, tokens[r * K + count]};
         double mass = mass_of(residual, V, sums);
@@ -116,18 +117,45 @@ verify(const int64_t* tokens, const float* draft, const float* target, const int
         if (certain) {
             next = empty ? most(whole, V, bests) : most(residual, V, bests);
         } else {
-            double limit = mass * double(uniform(words(key, key.position + count, RESIDUAL, 0).at[0]));
+            double limit = mass * double(uniform(words(key, position + count, RESIDUAL, 0).at[0]));
             next = min(empty ? below(whole, limit, V, sums) : below(residual, limit, V, sums), V - 1);
         }
     }
     if (threadIdx.x == 0) accepted[r] = count, following[r] = next;
 }
 
+// Row n draws at position n % each + first after the one of its sequence, n / each.
+__global__ void __launch_bounds__(THREADS)
+draw_rows(const float* probs, int64_t stride, const Key* keys, const int64_t* positions, int64_t* out, int64_t out_stride,
+          int V, int each, int first, int purpose) {
+    __shared__ Best bests[THREADS / 32];
+    __shared__ double sums[THREADS / 32];
+    int64_t n = blockIdx.x;
+    const float* here = probs + n * stride;
+    auto whole = [&](int at) { return here[at]; };
+    Key key = keys[n / each];
+    int64_t position = positions[n / each] + first + n % each;
+    int token;
+    if (purpose == SAMPLE) {
+        token = drawn(here, key, position, V, bests);
+    } else {
+        double limit = mass_of(whole, V, sums) * double(uniform(words(key, position, purpose, 0).at[0]));
+        token = min(below(whole, limit, V, sums), V - 1);
+    }
+    if (threadIdx.x == 0) out[n * out_stride] = token;
+}
+
 }  // namespace
 
-void verify_sample(int64_t tokens, int64_t draft, int64_t target, int64_t widths, int64_t keys, int64_t accepted,
-                   int64_t following, int64_t ratios, int R, int K, int64_t V, bool certain, int64_t stream) {
+void draw(int64_t probs, int64_t stride, int64_t keys, int64_t positions, int64_t out, int64_t out_stride, int N, int64_t V,
+          int each, int first, int purpose, int64_t stream) {
+    launch(draw_rows, dim3(N), THREADS, 0, stream, at_address<const float>(probs), stride, at_address<const Key>(keys),
+           at_address<const int64_t>(positions), at_address<int64_t>(out), out_stride, V, each, first, purpose);
+}
+
+void verify_sample(int64_t tokens, int64_t draft, int64_t target, int64_t widths, int64_t keys, int64_t positions,
+                   int64_t accepted, int64_t following, int64_t ratios, int R, int K, int64_t V, bool certain, int64_t stream) {
     launch(verify, dim3(R), THREADS, 0, stream, at_address<const int64_t>(tokens), at_address<const float>(draft),
            at_address<const float>(target), at_address<const int64_t>(widths), at_address<const Key>(keys),
-           at_address<int64_t>(accepted), at_address<int64_t>(following), at_address<float>(ratios), K, V, certain);
+           at_address<const int64_t>(positions), at_address<int64_t>(accepted), at_address<int64_t>(following), at_address<float>(ratios), K, V, certain);
 }

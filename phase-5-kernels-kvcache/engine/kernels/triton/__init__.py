@@ -14,8 +14,8 @@ import torch
 
 _SHARED = ("../arguments.py", "../launches.py", "support.py")
 _MODEL = ("../gpu.py", *_SHARED)
-_TOKENS = ("../gpu_tokens.py", *_SHARED)
-_CACHE = ("../metadata.py", "slots.py", *_MODEL)
+_TOKENS = ("../gpu_tokens.py", "../tokens.py", "../../transfers.py", *_SHARED)
+_CACHE = ("../metadata.py", "../../transfers.py", "slots.py", *_MODEL)
 _ROPE = ("rope.py", *_CACHE)
 _ATTEND = ("../key_ranges.py", "attention.py", *_CACHE)
 SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
@@ -32,6 +32,10 @@ SOURCES = {  # op -> the source files of its kernel, which the ledger hashes
     "verify_greedy": ("prefix.py", *_TOKENS),
     "verify_sample": ("verify.py", "noise.py", *_TOKENS),
     "sample": ("sample.py", "verify.py", "noise.py", "prefix.py", *_TOKENS),
+    "probabilities": ("sample.py", "verify.py", "noise.py", *_TOKENS),
+    "draw": ("verify.py", "noise.py", *_TOKENS),
+    "embed": ("inputs.py", *_TOKENS),
+    "advance": ("inputs.py", *_TOKENS),
 }
 
 
@@ -48,10 +52,11 @@ def ops() -> dict[str, Callable[..., Any]]:
     """Import the kernels' modules, and return the ops."""
     from ..gpu import GpuOps
     from ..launches import Launches
-    from . import attention, linear, norm, prefix, rope, sample, support, verify
+    from . import attention, inputs, linear, norm, prefix, rope, sample, support, verify
 
     launches = Launches(
         support.needs, linear.linear, norm.norm, rope.rope, rope.append, attention.decode, attention.prefill,
-        prefix.choices, prefix.prefix, verify.verify, sample.sample,
+        prefix.choices, prefix.prefix, verify.verify, sample.sample, sample.probabilities, verify.draw, inputs.embed,
+        inputs.advance,
     )  # fmt: skip
     return GpuOps("triton", launches).ops()

@@ -83,10 +83,12 @@ def _parts(query, keys, values, key_scales, value_scales, rows, tables, lo, end,
     q = tl.load(source, mask=real[:, None] & (d < D)[None, :], other=0.0)
     earliest, furthest = tl.min(begin, 0), tl.max(stop, 0)
 
+    here = part * PART
+    if here >= furthest:  # the grid has parts for the longest row that the cache holds
+        return
     top = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((TILE, WIDTH), tl.float32)
-    here = part * PART
     for p0 in range(tl.maximum(here, earliest // BLOCK * BLOCK), tl.minimum(here + PART, furthest), BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         live = (p >= earliest) & (p < furthest)  # keys outside may be uninitialised, and are not read
@@ -106,22 +108,25 @@ def _parts(query, keys, values, key_scales, value_scales, rows, tables, lo, end,
 
 
 @triton.jit
-def _join(mixed, tops, sums, out, count, D, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Merge the parts of each query head, in order."""
+def _join(mixed, tops, sums, end, out, count, H, D, parts, PART: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Merge the parts of each query head, in order, up to the last that it sees."""
     of_query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d, real = tl.arange(0, WIDTH), of_query < count
+    stop = tl.load(end + of_query // H, mask=real, other=0)
+    used = tl.minimum(parts, (tl.max(stop, 0) + PART - 1) // PART)
     inside = real[:, None] & (d < D)[None, :]
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    for part in range(parts):
+    for part in range(used):
         at = of_query * parts + part
-        its = tl.load(tops + at, mask=real, other=float("-inf"))
+        there = part * PART < stop
+        its = tl.load(tops + at, mask=there, other=float("-inf"))
         higher = tl.maximum(top, its)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         mine, theirs = tl.exp2(top - finite), tl.exp2(its - finite)
-        total = total * mine + tl.load(sums + at, mask=real, other=0.0) * theirs
-        of_part = tl.load(mixed + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        total = total * mine + tl.load(sums + at, mask=there, other=0.0) * theirs
+        of_part = tl.load(mixed + at[:, None] * D + d[None, :], mask=inside & there[:, None], other=0.0)
         acc = acc * mine[:, None] + of_part * theirs[:, None]
         top = higher
     found = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # a query that sees nothing gives zeros
@@ -133,13 +138,14 @@ def decode(
 ) -> None:
     tensors, (tables, slots, width) = tensors_of(layer), ways(metadata)
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]
-    G, parts = H // HK, max(1, triton.cdiv(ranges.furthest, part))
+    G, parts = H // HK, max(1, triton.cdiv(metadata.most, part))
     between = results_of_parts(query, parts)
-    lines, base = ranges.lines, ranges.base
+    lo, end, rows = ranges.lo.tensor, ranges.end.tensor, metadata.at.tensor[0]
+    base, lines = (None if each is None else each.tensor for each in (ranges.base, ranges.lines))
     tiles = triton.cdiv(W * G, TILE) if lines is None else W * triton.cdiv(G, TILE)
     launch(
-        _parts, (tiles, parts, R * HK), query, *tensors, metadata.rows, tables, ranges.lo, ranges.end,
-        ranges.lo if base is None else base, ranges.lo if lines is None else lines, *between,
+        _parts, (tiles, parts, R * HK), query, *tensors, rows, tables, lo, end,
+        lo if base is None else base, lo if lines is None else lines, *between,
         W, H, G, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
         1 if lines is None else lines.shape[2], parts, math.log2(math.e) / math.sqrt(D),
         PAGED=metadata.tables is not None, INT8=layer.scales[0] is not None, LINES=lines is not None,
@@ -147,7 +153,7 @@ def decode(
     )  # fmt: skip
     joined = 16 if INTERPRETED else 1  # on a GPU more programs are faster
     sizes = {"ROWS": joined, "WIDTH": power(D, 16)}
-    launch(_join, (triton.cdiv(R * W * H, joined),), *between, out, R * W * H, D, parts, **sizes)
+    launch(_join, (triton.cdiv(R * W * H, joined),), *between, end, out, R * W * H, H, D, parts, PART=part, **sizes)
 
 
 @triton.jit
@@ -182,8 +188,9 @@ def prefill(op: str, layer: Layer, metadata: AttentionMetadata, ranges: KeyRange
     tensors, (tables, slots, width) = tensors_of(layer), ways(metadata)
     (R, W, H, D), HK = query.shape, tensors[0].shape[1]
     launch(
-        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, metadata.rows, tables, ranges.lo, ranges.end,
-        out, W, H, H // HK, D, *query.stride()[:3], slots, width, *tensors[0].stride()[:3],
+        _prefill, (triton.cdiv(W, QUERIES), H, R), query, *tensors, metadata.at.tensor[0], tables,
+        ranges.lo.tensor, ranges.end.tensor, out, W, H, H // HK, D, *query.stride()[:3], slots, width,
+        *tensors[0].stride()[:3],
         math.log2(math.e) / math.sqrt(D),
         PAGED=metadata.tables is not None, INT8=layer.scales[0] is not None,
         TILE=QUERIES, BLOCK=BLOCK, WIDTH=power(D, 16), WIDE=INTERPRETED,

@@ -45,11 +45,12 @@ def splat(value, like):
 
 @triton.jit
 def gumbel(keys, first, position, purpose: tl.constexpr, BLOCK: tl.constexpr):
-    """Return -log(-log(u)) for tokens first .. first + BLOCK - 1; keys: int64 (sample, low and high half of seed)."""
+    """Return -log(-log(u)) for tokens first .. first + BLOCK - 1; keys: int64 (seed, sample)."""
     blocks = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    sample = splat(tl.load(keys), blocks)
-    low = splat(tl.load(keys + 1), blocks)
-    high = splat(tl.load(keys + 2), blocks)
+    seed = tl.load(keys)
+    low = splat(seed, blocks)
+    high = splat(seed >> 32, blocks)
+    sample = splat(tl.load(keys + 1), blocks)
     a, b, c, d = words(blocks, splat(position, blocks), sample, tl.full(blocks.shape, purpose, tl.uint32), low, high)
     # Word w of block n belongs to token 4n + w: join so that the last two dimensions, [2, 2], index w.
     interleaved = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
@@ -60,8 +61,9 @@ def gumbel(keys, first, position, purpose: tl.constexpr, BLOCK: tl.constexpr):
 def chance(keys, position, purpose: tl.constexpr):
     """Return the first uniform of (sample, position, purpose)."""
     one = tl.zeros((1,), tl.uint32)
-    sample = splat(tl.load(keys), one)
-    low = splat(tl.load(keys + 1), one)
-    high = splat(tl.load(keys + 2), one)
+    seed = tl.load(keys)
+    low = splat(seed, one)
+    high = splat(seed >> 32, one)
+    sample = splat(tl.load(keys + 1), one)
     a, _, _, _ = words(one, splat(position, one), sample, tl.full((1,), purpose, tl.uint32), low, high)
     return tl.sum(uniform(a), 0)

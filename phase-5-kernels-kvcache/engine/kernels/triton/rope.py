@@ -114,7 +114,7 @@ def append(
     H, (tables, slots, width), tensors = query.shape[2], ways(metadata), tensors_of(layer)
     launch(
         _append, (T, R), query, keys, values, cos, sin, out, *tensors,
-        metadata.rows, metadata.starts, metadata.counts, tables, T, H, HK, D,
+        *metadata.at.tensor, tables, T, H, HK, D,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *table_strides, slots, width,
         *tensors[0].stride()[:3], ROTATE=rotation is not None, PAGED=metadata.tables is not None,
         INT8=layer.scales[0] is not None, HEADS=power(H), KV_HEADS=power(HK), BLOCK=power(D),

@@ -1,18 +1,18 @@
-"""`sample`: chooses a token from logits on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
+"""`sample` chooses a token from logits on the device: temperature, top-k, top-p, min-p, Gumbel-max with keyed noise.
 
-The host receives one token id per row. Nothing is sorted: a bisection over the float32 numbers finds the threshold of a
-filter; each step counts the logits above (top-k) or adds the mass below (top-p). Of equal logits at a threshold, the
-lowest ids stay.
+`probabilities` writes the distributions that are sampled. Nothing is sorted: a bisection over the float32 numbers finds
+the threshold of a filter; each step counts the logits above (top-k) or adds the mass below (top-p). Of equal logits at
+a threshold, the lowest ids stay.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tokens import SamplingMetadata
 from .noise import gumbel
 from .support import launch, power
 from .verify import SAMPLE
@@ -36,16 +36,19 @@ def ordered(x):
 
 
 @triton.jit
-def _sample(logits, keys, params, out, V, stride,
-            TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Sample one token per row. params float64 [R, 4]: temperature, top_k, 1 - top_p, min_p.
+def _sample(logits, keys, positions, params, out, V, stride, out_stride, each,
+            DRAW: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """Filter the logits of a row with the params of its sequence, r // each: float64 temperature, top_k, top_p, min_p.
 
-    1 - top_p is the mass of the least likely tokens that is dropped.
+    DRAW: sample one token per row; otherwise `out` receives its probabilities.
     """
     r = tl.program_id(0).to(tl.int64)
-    row, mine = logits + r * stride, keys + r * 4
-    temperature, top_k = tl.load(params + r * 4).to(tl.float32), tl.load(params + r * 4 + 1).to(tl.int64)
-    drop, min_p = tl.load(params + r * 4 + 2).to(tl.float32), tl.load(params + r * 4 + 3).to(tl.float32)
+    row, mine, params = logits + r * stride, keys + r * 2, params + r // each * 4
+    temperature, top_k = tl.load(params).to(tl.float32), tl.load(params + 1).to(tl.int64)
+    top_k = tl.where((top_k > 0) & (top_k < V), top_k, V)
+    # The mass of the least likely tokens, which is dropped.
+    drop, min_p = (1.0 - tl.load(params + 2)).to(tl.float32), tl.load(params + 3).to(tl.float32)
     top = float("-inf")
     for first in range(0, V, BLOCK):
         top = tl.maximum(top, tl.max(scaled(row, first, temperature, V, BLOCK), 0))
@@ -136,19 +139,31 @@ def _sample(logits, keys, params, out, V, stride,
         if MIN_P:
             keep = keep & (tl.exp(x - top) >= min_p)
         keep = keep & (at < V) & (p > 0.0)
-        noisy = tl.log(tl.where(keep, p, 1.0)) + gumbel(mine, first, tl.load(mine + 3), SAMPLE, BLOCK)
-        noisy = tl.where(keep, noisy, float("-inf"))
-        here, index = tl.max(noisy, 0), tl.argmax(noisy, 0)
-        best = tl.where(here > most, first + index, best)
-        most = tl.maximum(here, most)
-    tl.store(out + r, tl.cast(best, tl.int64))
+        if DRAW:
+            noisy = tl.log(tl.where(keep, p, 1.0)) + gumbel(mine, first, tl.load(positions + r), SAMPLE, BLOCK)
+            noisy = tl.where(keep, noisy, float("-inf"))
+            here, index = tl.max(noisy, 0), tl.argmax(noisy, 0)
+            best = tl.where(here > most, first + index, best)
+            most = tl.maximum(here, most)
+        else:
+            tl.store(out + r * out_stride + at, tl.where(keep, p, 0.0), mask=at < V)
+    if DRAW:
+        tl.store(out + r * out_stride, tl.cast(best, tl.int64))
 
 
-def sample(rows: Tensor, keys: Tensor, filters: list[tuple[float, int, float, float]], out: Tensor) -> None:
-    R, V = rows.shape
-    limited = [(temperature, min(k, V) or V, 1.0 - p, min_p) for temperature, k, p, min_p in filters]
+def sample(rows: Tensor, metadata: SamplingMetadata, out: Tensor) -> None:
+    _filtered(rows, metadata, 1, out, draw=True)
+
+
+def probabilities(rows: Tensor, metadata: SamplingMetadata, each: int, out: Tensor) -> None:
+    _filtered(rows, metadata, each, out, draw=False)
+
+
+def _filtered(rows: Tensor, metadata: SamplingMetadata, each: int, out: Tensor, draw: bool) -> None:
+    (N, V), filters = rows.shape, [mine.filters for mine in metadata.params]
     launch(
-        _sample, (R,), rows, keys, torch.tensor(limited, dtype=torch.float64, device=rows.device), out, V,
-        rows.stride(0), TOP_K=any(k < V for _, k, _, _ in limited), TOP_P=any(p < 1 for _, _, p, _ in filters),
-        MIN_P=any(p > 0 for *_, p in filters), BLOCK=max(4, min(BLOCK, power(V))),
+        _sample, (N,), rows, metadata.keys.tensor, metadata.positions.tensor, metadata.filters.tensor, out, V,
+        rows.stride(0), out.stride(0), each, DRAW=draw, TOP_K=any(0 < k < V for _, k, _, _ in filters),
+        TOP_P=any(p < 1 for _, _, p, _ in filters), MIN_P=any(p > 0 for *_, p in filters),
+        BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip

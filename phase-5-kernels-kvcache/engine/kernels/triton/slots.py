@@ -27,8 +27,8 @@ def offset(rows, tables, r, position, slots, table_width, s_page, s_slot, PAGED:
 def ways(metadata: AttentionMetadata) -> tuple[Tensor, int, int]:
     """Return block tables (or a placeholder that is not read), slots per page or row, and the width of the tables."""
     if metadata.tables is None:
-        return metadata.rows, metadata.wrap or NEVER, 1
-    return metadata.tables, PAGE, metadata.tables.shape[1]
+        return metadata.at.tensor, metadata.wrap or NEVER, 1
+    return metadata.tables.tensor, PAGE, metadata.tables.tensor.shape[1]
 
 
 def tensors_of(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:

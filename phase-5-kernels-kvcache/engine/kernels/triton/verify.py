@@ -1,7 +1,8 @@
-"""`verify_sample`: the acceptance rule of ../../verify.py, one program per row, with keyed uniforms.
+"""`draw`: a token from each distribution. `verify_sample`: the acceptance rule of ../../verify.py. Keyed randomness.
 
-A program visits the draft tokens up to the first rejected one. The next token is then sampled: from the target by
-Gumbel-max if all were accepted, else from the residual by one uniform and the inverse distribution function in float64.
+A program visits the draft tokens of a row up to the first rejected one. The next token is then sampled: from the target
+by Gumbel-max if all were accepted, else from the residual by one uniform and the inverse distribution function in
+float64.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -49,12 +50,12 @@ def remaining(target, draft, token, first, V, DRAFT: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K, V,
+def _verify(tokens, draft, target, widths, keys, positions, accepted, following, ratios, K, V,
             DRAFT: tl.constexpr, CERTAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     width = tl.load(widths + r)
-    mine = keys + r * 4
-    position = tl.load(mine + 3)
+    mine = keys + r * 2
+    position = tl.load(positions + r)
     count = width * 0
     accepting = width == width
     for k in range(K):
@@ -117,13 +118,49 @@ def _verify(tokens, draft, target, widths, keys, accepted, following, ratios, K,
         tl.store(following + r, drawn(here, mine, position + count, V, BLOCK).to(tl.int64))
 
 
+@triton.jit
+def _draw(probs, keys, positions, out, V, stride, out_stride, each, first, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Row n draws at position n % each + first after the one of its sequence, n // each."""
+    n = tl.program_id(0).to(tl.int64)
+    here, mine = probs + n * stride, keys + n // each * 2
+    position = tl.load(positions + n // each) + first + n % each
+    if PURPOSE == SAMPLE:
+        token = drawn(here, mine, position, V, BLOCK).to(tl.int64)
+    else:
+        mass = tl.zeros((1,), tl.float64)
+        for begin in range(0, V, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            mass += tl.sum(tl.load(here + at, mask=at < V, other=0.0).to(tl.float64), 0)
+        limit = tl.sum(mass, 0) * chance(mine, position, PURPOSE).to(tl.float64)
+        before = limit * 0.0
+        below = n * 0
+        for begin in range(0, V, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            p = tl.load(here + at, mask=at < V, other=0.0).to(tl.float64)
+            reached = before + tl.cumsum(p, 0)
+            below += tl.sum(((reached <= limit) & (at < V)).to(tl.int64), 0)
+            before += tl.sum(p, 0)
+        token = tl.minimum(below, V - 1)
+    tl.store(out + n * out_stride, token)
+
+
+def draw(probs: Tensor, keys: Tensor, positions: Tensor, each: int, purpose: int, first: int, out: Tensor) -> None:
+    N, V = probs.shape
+    launch(
+        _draw, (N,), probs, keys, positions, out, V, probs.stride(0), out.stride(0),
+        each, first, PURPOSE=purpose, BLOCK=max(4, min(BLOCK, power(V))),
+    )  # fmt: skip
+
+
 def verify(
-    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], random: bool, outputs: tuple[Tensor, Tensor, Tensor]
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor],
+    random: bool,
+    outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    draft_tokens, draft_probs, target_probs, widths, keys = inputs
+    draft_tokens, draft_probs, target_probs, *rest = inputs
     (R, K), V = draft_tokens.shape, target_probs.shape[-1]
     draft = target_probs if draft_probs is None else draft_probs
     launch(
-        _verify, (R,), draft_tokens, draft, target_probs, widths, keys, *outputs, K, V,
+        _verify, (R,), draft_tokens, draft, target_probs, *rest, *outputs, K, V,
         DRAFT=draft_probs is not None, CERTAIN=not random, BLOCK=max(4, min(BLOCK, power(V))),
     )  # fmt: skip
