@@ -140,7 +140,12 @@ def test_ranges_of_chains_and_trees_are_made_without_a_read(monkeypatch: pytest.
     at = metadata.attention_metadata(cache, [0, 1], [3, 3], upload, windows={None, 4}, paths=paths)
     sent = list[int]()
     copied = upload.copied
-    monkeypatch.setattr(upload, "copied", lambda host: (sent.append(len(host)), copied(host))[1])
+
+    def counted(host: torch.Tensor) -> torch.Tensor:
+        sent.append(len(host))
+        return copied(host)
+
+    monkeypatch.setattr(upload, "copied", counted)
     assert at.ranges[None].lo.tensor.tolist() == [[0] * 3] * 2
     assert at.ranges[None].end.tensor.tolist() == [[21, 22, 23], [21, 22, 22]]
     assert at.ranges[4].lo.tensor.tolist() == [[17, 18, 19], [17, 18, 18]]
