@@ -98,7 +98,7 @@ class TokenOps(GpuBackend):
         return out
 
     def probabilities(self, logits: Tensor, rows: SamplingMetadata, out: Tensor | None = None) -> Tensor:
-        """Return the distributions float32 [N, V] after logits [N, V], of which each sequence has N // R rows."""
+        """Return the distributions float32 [N, V] after logits [N, V]; each sequence has N // R rows."""
         op = self._filtered("probabilities", logits, rows)
         out = torch.empty_like(logits, dtype=torch.float32) if out is None else out
         self.launch.probabilities(rows_of(rows.penalised(logits)), rows, self._each(op, logits, len(rows.params)), out)

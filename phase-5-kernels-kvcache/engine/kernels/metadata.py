@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
 @dataclass
 class AttentionMetadata:
-    """Of one forward of R rows, of which row r appends counts[r] of W tokens to row rows[r] of the cache.
+    """Of one forward of R rows. Row r appends counts[r] of W tokens to row rows[r] of the cache.
 
     Lists are the host's. On the device: at, int32 [3, R] (rows, starts, counts), and tables, int32 [R, width].
     """

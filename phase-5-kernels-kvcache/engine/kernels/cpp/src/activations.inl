@@ -8,8 +8,8 @@ struct Acts {
     const uint8_t* data;
     size_t stride;        // bytes from token to token
     int groups;            // i8, i4; the arrays below are [tokens, groups]
-    const float* scales;   // of whole numbers
-    const int32_t* starts; // the sum of whole numbers begins here: weights are stored with an offset
+    const float* scales;   // of the integers
+    const int32_t* starts; // the sum of integers begins here: weights are stored with an offset
     const float* sums;     // i4: of the group
 };
 

@@ -1,8 +1,8 @@
-// Products with int8 and int4 weights: whole numbers are summed exactly within a group of inputs, then groups as floats.
+// Products with int8 and int4 weights: integers are summed exactly within a group of inputs, then groups as floats.
 
 namespace lab::SIMD_NAME {
 
-// Keeps the compiler from regrouping a sum of whole numbers, which needs more registers than there are.
+// Keeps the compiler from regrouping a sum of integers, which needs more registers than there are.
 #if defined(__AVX2__)
 #define LAB_IN_ORDER(x) asm("" : "+v"(x))
 #else
