@@ -26,8 +26,8 @@ MANAGER = mutants(
     ("row.held = list(best.held)", "row.held = best.held"),
     ("self._truncate(row, shared)", "pass", "begin, which alone calls it, cuts the row back right after"),
     ("*(len(row.text) + node for node in nodes)]", "*(len(row.text) + node - 1 for node in nodes)]"),
-    ("row.held += row.text + [row.draft[node] for node in nodes]", "row.held += row.text + row.draft[: len(nodes)]"),
-    ("self.positions += len(text) + len(draft)", "self.positions += len(text)"),
+    ("row.held += row.text + tokens", "row.held += row.text"),
+    ("self.positions += len(text) + drafted", "self.positions += len(text)"),
     ("self.cache.truncate(row.number, 0)\n", "pass\n"),
     ("self.free.append(row.number)", "self.free.insert(0, row.number)", "any free row will do"),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,9 +22,12 @@ from torch.utils import _pytree as pytree
 
 import phase5
 from phase5 import speculative, transfers
+from phase5.controllers import Bounds, ConfidenceController, FixedController
+from phase5.device_runner import DeviceRunner
 from phase5.drafters.model_device import DeviceModelDrafter
 from phase5.kernels import Kernels, registry
 from phase5.kv_cache import CacheShape, DynamicCache, RingCache, StaticCache
+from phase5.kv_cache.manager import CacheManager
 
 CPU = torch.device("cpu")
 PROMPTS = ["import os", "def f(left, right):\n    return", "class A:"]
@@ -204,14 +207,17 @@ def test_what_the_device_cannot_draw_the_host_draws() -> None:
     shape, how = CacheShape(1, 1, 4), (torch.float32, torch.float32, CPU)
     static, ring, dynamic = StaticCache(shape, 1, 64, *how), RingCache(shape, 1, 8, *how), DynamicCache(shape, 1, *how)
 
-    def able(cache: Any, width: int = 4, length: int = 10, source: Any = None, **params: Any) -> bool:
-        runner: Any = SimpleNamespace(
-            manager=SimpleNamespace(cache=cache), model=SimpleNamespace(config=SimpleNamespace(context=64))
-        )
+    def able(
+        cache: Any, width: int = 4, length: int = 10, source: Any = None, controller: Any = None, **params: Any
+    ) -> bool:
+        runner = object.__new__(DeviceRunner)
+        runner.manager = CacheManager(cache, 1)
+        runner.model = cast(Any, SimpleNamespace(config=SimpleNamespace(context=64)))
         sequence = phase5.Sequence(
             [1] * length, phase5.SamplingParams(temperature=1.0, **params), phase5.sequence.Ending()
         )
-        return DeviceModelDrafter(runner, source or phase5.KeyedSource()).able([sequence], [width])
+        sequence.controller = controller or FixedController(4)
+        return DeviceModelDrafter(runner, source or phase5.KeyedSource()).able(runner, [sequence], [width])
 
     assert able(static)
     assert able(ring, 16)
@@ -221,6 +227,8 @@ def test_what_the_device_cannot_draw_the_host_draws() -> None:
     assert able(static, 4, 61)
     assert not able(static, 5, 61)  # the window would jump
     assert not able(static, source=object())
+    assert not able(static, controller=ConfidenceController(Bounds(1, 4)))  # which looks at each distribution
+    assert not able(static, 0)
 
 
 @pytest.mark.parametrize(

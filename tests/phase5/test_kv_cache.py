@@ -261,20 +261,47 @@ def test_how_far_a_ring_can_be_cut_back() -> None:
     check(cache, 0, [], [7, 8])
 
 
+def write(texts: CacheManager, owner: str, text: list[int]) -> None:
+    """Append what the owner's row lacks of the text, 16 tokens at a time."""
+    for end in [*range(16, len(text), 16), len(text)]:
+        row = texts.begin(owner, text[:end])
+        append(texts.cache, row.number, text[len(row.held) : end])
+        texts.appended(row, text[len(row.held) : end])
+
+
 @pytest.mark.about("engine/kv_cache/manager.py, CacheManager.begin")
 def test_a_row_that_forgot_its_beginning_lends_nothing() -> None:
     """It begins like the new text for longest, but cannot be cut back so far; a row that can is borrowed from."""
     cache = cache_of("ring")
     texts, long = CacheManager(cache, 3), list(range(100, 148))
     for owner, text in (("long", long), ("short", [*long[:10], 7]), ("third", [*long[:20], 8])):
-        for end in [*range(16, len(text), 16), len(text)]:
-            row = texts.begin(owner, text[:end])
-            new = text[len(row.held) : end]
-            append(cache, row.number, new)
-            texts.appended(row, new, [])
-        check(cache, row.number, text)
+        write(texts, owner, text)
+        check(cache, texts.rows[owner].number, text)
     assert cache.first(texts.rows["long"].number) > 0
     assert texts.positions == 48 + 11 + 11
+
+
+@pytest.mark.about("engine/kv_cache/manager.py, CacheManager._truncate")
+def test_a_ring_that_overwrote_a_changed_text_is_written_again() -> None:
+    """The text changes at its 20th token, and the ring holds the last 40 of 48: nothing before can be kept."""
+    texts, held = CacheManager(cache_of("ring"), 1), list(range(48))
+    write(texts, "a", held)
+    row = texts.begin("a", [*held[:20], 99])
+    assert row.held == []
+    write(texts, "a", [*held[:20], 99])
+    check(texts.cache, row.number, [*held[:20], 99])
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
+@pytest.mark.about("engine/kv_cache/manager.py, CacheManager._borrow")
+def test_a_lender_keeps_what_it_lent(kind: str) -> None:
+    texts = CacheManager(cache_of(kind), 2)
+    write(texts, "a", [1, 2, 3, 4])
+    write(texts, "b", [1, 2, 7])
+    assert (texts.rows["a"].held, texts.rows["b"].held) == ([1, 2, 3, 4], [1, 2, 7])
+    assert texts.positions == 4 + 1
+    for owner, text in (("a", [1, 2, 3, 4]), ("b", [1, 2, 7])):
+        check(texts.cache, texts.rows[owner].number, text)
 
 
 @pytest.mark.about("engine/kv_cache/protocol.py, KVCache.truncate")

@@ -68,7 +68,8 @@ def check(runner: ModelRunner, family: str, expected: Callable[[str, list[list[i
         lines = [draft.line(node) if node >= 0 else [] for node in range(-1, len(draft.tokens))]
         meant = expected(family, [TOKENS[:length] + line for line in lines])
         torch.testing.assert_close(found, meant, rtol=1e-4, atol=1e-4)
-        runner.commit("a", list(range(len(draft.tokens))) if draft.is_chain else [])
+        nodes = list(range(len(draft.tokens))) if draft.is_chain else []
+        runner.commit("a", nodes, [draft.tokens[node] for node in nodes])
 
 
 @pytest.mark.parametrize("kind", ["off", "dynamic", "static", "paged"])

@@ -19,8 +19,7 @@ class CacheEntry:
 
     number: int
     held: list[int] = field(default_factory=list)  # token ids of the entries that the row holds
-    text: list[int] = field(default_factory=list)  # token ids of the sequence that the last forward pass appended
-    draft: list[int] = field(default_factory=list)  # draft tokens that the last forward pass appended
+    text: list[int] = field(default_factory=list)  # those that the last forward pass appended, before its draft
 
 
 class CacheManager:
@@ -55,7 +54,7 @@ class CacheManager:
             if borrow:
                 self._borrow(row, window)
         row = self.rows[owner]
-        self.settle(row, [])
+        self.settle(row, [], [])
         held = len(row.held)
         if held >= len(window) or row.held != window[:held]:
             self._truncate(row, common_prefix(row.held, window[:-1]))
@@ -76,24 +75,24 @@ class CacheManager:
             row.held = list(best.held)
             self._truncate(row, shared)
 
-    def appended(self, row: CacheEntry, text: list[int], draft: list[int]) -> None:
-        """Record the tokens that a forward pass has appended to the row."""
-        row.text, row.draft = text, draft
-        self.positions += len(text) + len(draft)
-        if not draft:
-            self.settle(row, [])
+    def appended(self, row: CacheEntry, text: list[int], drafted: int = 0) -> None:
+        """Record the tokens of the sequence, and the number of draft tokens, that a forward pass has appended."""
+        row.text = text
+        self.positions += len(text) + drafted
+        if not drafted:
+            self.settle(row, [], [])
 
-    def keep(self, owner: Hashable, nodes: list[int]) -> None:
-        """Accept these nodes of the last forward pass's draft."""
-        self.settle(self.rows[owner], nodes)
+    def keep(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
+        """Accept these nodes of the last forward pass's draft, and their tokens."""
+        self.settle(self.rows[owner], nodes, tokens)
 
-    def settle(self, row: CacheEntry, nodes: list[int]) -> None:
+    def settle(self, row: CacheEntry, nodes: list[int], tokens: list[int]) -> None:
         """Keep the appended tokens of the sequence and these draft nodes; drop the other nodes."""
         if row.text:
             entries = [*range(len(row.text)), *(len(row.text) + node for node in nodes)]
             self.cache.keep(row.number, entries)
-            row.held += row.text + [row.draft[node] for node in nodes]
-            row.text, row.draft = [], []
+            row.held += row.text + tokens
+            row.text = []
 
     def owner(self, number: int) -> Hashable:
         """Return the owner of a row of the cache."""
