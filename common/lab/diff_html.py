@@ -52,7 +52,10 @@ nav td { padding: 0 1.2rem 0 0; }
 .fold > summary { padding: .1rem .8rem; color: var(--faint); background: var(--head); font-size: 13px; cursor: pointer }
 @media (max-width: 50rem) { /* a phone: the old line above the new one, and unchanged ones once */
 body { padding: .5rem; }
-nav { overflow-x: auto; }
+nav table, nav tbody { display: block; }
+nav tr { display: flex; flex-wrap: wrap; column-gap: .6rem; padding-bottom: .3rem; }
+nav td { padding: 0; overflow-wrap: anywhere; }
+nav td:nth-child(5) { flex: 1 0 100%; order: 1; padding-left: 1.2rem; }
 .file > summary { position: static; flex-wrap: wrap; }
 .file > summary .path { white-space: normal; overflow-wrap: anywhere; }
 .code, .code tbody { display: block; }
