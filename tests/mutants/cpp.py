@@ -47,7 +47,7 @@ DECODE = mutants(
     ("const float* target_row = rows[r] + size_t(i) * size_t(vocab);", "const float* target_row = rows[r];"),
     ("position + uint32_t(i), ACCEPT, 0)", "position, ACCEPT, 0)"),
     ("result.next == draft[size_t(result.accepted)])", "result.next == draft[0])"),
-    ("own || batch[r].how.temperature == 0;", "own;"),
+    ("own || batch[r].how.temperature == 0;", "own;", "at temperature 0 both rules accept the argmax alone"),
     ("batch[r].append(outcome.tokens, result.accepted);", "batch[r].append(outcome.tokens, 0);"),
     ("request.hidden + size_t(first + i) * D", "request.hidden + size_t(i) * D"),
     ("request.tapped + size_t(first + i) * (size - D)", "request.tapped + size_t(i) * (size - D)"),

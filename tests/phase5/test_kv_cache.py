@@ -281,7 +281,7 @@ def test_a_row_that_forgot_its_beginning_lends_nothing() -> None:
     assert texts.positions == 48 + 11 + 11
 
 
-@pytest.mark.about("engine/kv_cache/manager.py, CacheManager._truncate")
+@pytest.mark.about("engine/kv_cache/manager.py, CacheManager.begin")
 def test_a_ring_that_overwrote_a_changed_text_is_written_again() -> None:
     """The text changes at its 20th token, and the ring holds the last 40 of 48: nothing before can be kept."""
     texts, held = CacheManager(cache_of("ring"), 1), list(range(48))
@@ -293,7 +293,7 @@ def test_a_ring_that_overwrote_a_changed_text_is_written_again() -> None:
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "paged"])
-@pytest.mark.about("engine/kv_cache/manager.py, CacheManager._borrow")
+@pytest.mark.about("engine/kv_cache/manager.py, CacheManager.begin")
 def test_a_lender_keeps_what_it_lent(kind: str) -> None:
     texts = CacheManager(cache_of(kind), 2)
     write(texts, "a", [1, 2, 3, 4])

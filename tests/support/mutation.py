@@ -173,8 +173,9 @@ class Running:
         said = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         by = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
         end = "\n".join(said.strip().splitlines()[-12:])
-        if code == -signal.SIGXCPU:  # a loop that never ends is noticed
-            return Outcome(self.mutant, self.tests, "killed", seconds, "it does not end", end)
+        if code < 0 and self.mutant is not None:  # a crash, or a loop that never ends, is noticed
+            by_signal = "it does not end" if code == -signal.SIGXCPU else "it crashes"
+            return Outcome(self.mutant, self.tests, "killed", seconds, by_signal, end)
         return Outcome(self.mutant, self.tests, OUTCOMES.get(code, "broken"), seconds, by[1] if by else "", end)
 
 
