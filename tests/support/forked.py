@@ -37,6 +37,9 @@ IMPORTED = [
     "safetensors.torch",
     "scipy.stats",
     "pandas",
+    "matplotlib.pyplot",
+    "pytest",
+    "hypothesis",
 ]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)
