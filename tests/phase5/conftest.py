@@ -6,8 +6,10 @@ same checks run on it (tests marked gpu), and nothing is interpreted.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,28 @@ import torch
 import phase5
 from phase5.kernels import Kernels, registry
 from phase5.kernels.cuda import library
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_builds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile instruction sets other than the CPU's best with -O0, which takes a tenth of the time.
+
+    Their results have the same bits, because no flag lets the compiler change floating-point arithmetic. The best
+    instruction set, and all of them in `make test-all`, are compiled as they are shipped.
+    """
+    cpp_library = importlib.import_module("phase5.kernels.cpp.library")  # the package exports a function of this name
+    make: Callable[..., Path] = cpp_library.make
+
+    def quick(name: str, sources: Sequence[str], cpu_seconds: float = 0) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            if name.startswith("isa_") and name != cpp_library.OBJECTS[cpp_library.best_isa()]:
+                patch.setenv("SPECDEC_CXXFLAGS", f"-O0 {os.environ.get('SPECDEC_CXXFLAGS', '')}")
+            return make(name, sources, cpu_seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "not slow" in request.config.getoption("markexpr"):
+            patch.setattr(cpp_library, "make", quick)
+        yield
 
 
 @pytest.fixture(scope="session")
