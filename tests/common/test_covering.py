@@ -27,6 +27,13 @@ def test_every_combination_occurs(sizes: tuple[int, ...], strength: int) -> None
         assert len(chosen) < len(cases)
 
 
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("size", ["small", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", range(3))
+def test_cases_that_are_slow_anyway_cover_nothing(case: int, size: str, request: pytest.FixtureRequest) -> None:
+    assert (request.node.get_closest_marker("slow") is not None) == (size == "whole")
+
+
 @pytest.mark.newest(2)
 @pytest.mark.parametrize("case", range(8))
 def test_older_phases_have_a_share_of_the_cases(phase: Phase, case: int, request: pytest.FixtureRequest) -> None:

@@ -7,8 +7,9 @@
     def test_...
 
 `make test` runs a part that has every pair of values (with 1: every value); the other cases are slow, and `make
-test-all` runs all. Faults of code with options need one or two of them in nearly all cases (Kuhn, Wallace, Gallo 2004,
-"Software fault interactions and implications for software testing").
+test-all` runs all. Cases with a value that is marked slow are left out first. Faults of code with options need one or
+two of them in nearly all cases (Kuhn, Wallace, Gallo 2004, "Software fault interactions and implications for software
+testing").
 
     @pytest.mark.newest(2)
     def test_...(phase, way)
@@ -52,10 +53,11 @@ def covering(cases: Sequence[Case], strength: int) -> list[int]:
 def mark_slow(items: list[pytest.Item]) -> None:
     """Mark as slow what `covering` leaves out, for every test with the marker."""
     grids: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+    slow = {item for item in items if item.get_closest_marker("slow")}  # slow values of parameters cover nothing
     _mark_older_phases(items)
     _mark_unchanged_modules(items)
     for item in items:
-        if marker := item.get_closest_marker("covering"):
+        if item not in slow and (marker := item.get_closest_marker("covering")):
             grids[item.nodeid.partition("[")[0], marker.args[0]].append(item)
     for (_, strength), grid in grids.items():
         cases = [[repr(value) for value in item.callspec.params.values()] for item in grid]  # type: ignore[attr-defined]
