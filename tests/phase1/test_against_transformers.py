@@ -65,9 +65,10 @@ def briefly_trained(request: pytest.FixtureRequest, make_checkpoint: Callable[..
     return folder
 
 
-def test_briefly_trained_gpt2_and_opt(briefly_trained: Path) -> None:
-    texts = [prompt.text[:40] for prompt in load_prompts("code")[:24]]
-    outputs = check_greedy(str(briefly_trained), texts, 32)
+@pytest.mark.parametrize(("count", "tokens"), [(24, 32), pytest.param(40, 48, marks=pytest.mark.slow)])
+def test_briefly_trained_gpt2_and_opt(briefly_trained: Path, count: int, tokens: int) -> None:
+    texts = [prompt.text[:40] for prompt in load_prompts("code")[:count]]
+    outputs = check_greedy(str(briefly_trained), texts, tokens)
     assert len({tuple(tokens) for tokens in outputs}) > 10
 
 

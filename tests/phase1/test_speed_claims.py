@@ -18,6 +18,7 @@ from common.phases import ROOT
 from common.statistics import ratio
 
 CPU = torch.device("cpu")
+LIMIT = 4.5  # seconds of a cold start: 3, and half as much again beside other tests
 
 
 def at_most(slow: list[Timed[Any]], fast: list[Timed[Any]]) -> float:
@@ -29,7 +30,7 @@ def at_most(slow: list[Timed[Any]], fast: list[Timed[Any]]) -> float:
 
 
 def test_cold_start() -> None:
-    """From the start of the process to the first token: under 3 s, and half as much again beside other tests."""
+    """From the start of the process to the first token, in one of three runs."""
     command = [sys.executable, "phase-1-baseline/generate.py", "--prompt", "import ", "--max-tokens", "8"]
     best = float("inf")
     for _ in range(3):  # the first run may still read Python's files from disk
@@ -39,7 +40,9 @@ def test_cold_start() -> None:
             assert process.stdout.read(1)
             best = min(best, time.perf_counter() - start)
             process.communicate()
-    assert best < 4.5
+        if best < LIMIT:
+            break
+    assert best < LIMIT
 
 
 @pytest.mark.slow

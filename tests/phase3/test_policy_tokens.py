@@ -103,28 +103,29 @@ def test_plain_decoding_is_the_same_in_every_phase(pair: Pair, plain: Callable[.
         assert [generation.tokens for generation in done] == plain(1.0, 4, 16, 16)
 
 
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(
-    ("policy", "drafter", "controller"),
+    "how",
     [
         *[("coupled", "model", name) for name in ("fixed 1", "fixed 4", "fixed 8", "adaptive", "confidence", "cost")],
         *[("longest_prefix", "model", name) for name in ("fixed 4", "confidence")],
         *[("coupled", drafter, "adaptive") for drafter in ("ngram", "extrapolate")],
     ],
+    ids=", ".join,
 )
 def test_own_choices_write_what_plain_sampling_writes(
-    pair: Pair, plain: Callable[..., list[list[int]]], policy: Any, drafter: str, controller: str
+    pair: Pair, plain: Callable[..., list[list[int]]], how: tuple[Any, str, str], temperature: float
 ) -> None:
     """200 prompts, all K, in the slow test; here 4."""
-    accepted = 0
-    for temperature in TEMPERATURES:
-        params = phase3.SamplingParams(temperature=temperature, max_new_tokens=16, seed=7)
-        sequences, steps = speculate(
-            pair.target.model, pair.draft.model, pair.prompts(4, 16), params, pair.target.ending,
-            phase3.make_policy(policy), CONTROLLERS[controller], drafter,
-        )  # fmt: skip
-        assert [sequence.tokens for sequence in sequences] == plain(temperature, 4, 16, 16)
-        accepted += sum(stats.accepted for stats in steps)
-    assert accepted > 0
+    policy, drafter, controller = how
+    params = phase3.SamplingParams(temperature=temperature, max_new_tokens=16, seed=7)
+    sequences, steps = speculate(
+        pair.target.model, pair.draft.model, pair.prompts(4, 16), params, pair.target.ending,
+        phase3.make_policy(policy), CONTROLLERS[controller], drafter,
+    )  # fmt: skip
+    assert [sequence.tokens for sequence in sequences] == plain(temperature, 4, 16, 16)
+    assert sum(stats.accepted for stats in steps) > 0
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from phase4.packing import PackedLinear, can_pack
 from phase4.shapes import padded_length
 from phase4.target import target_forward
 from phase4.weights import fused_matrices, places, reserve, split
+from tests.support import forked
 from tests.support.beside import beside
 
 CPU = torch.device("cpu")
@@ -202,7 +203,7 @@ def test_padding_changes_no_logit(pair: tuple[Any, Any], monkeypatch: pytest.Mon
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     folder = Path(phase4.__file__).resolve().parents[1]
     command: list[Any] = [sys.executable, folder / "generate.py", "--prompt", "import ", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return forked.run(command, env={**os.environ, **environment})
 
 
 def test_nothing_to_compile_with_is_an_error(tmp_path: Path, llama_folder: Path) -> None:

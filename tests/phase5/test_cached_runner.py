@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from phase5.kv_cache import Kind, KVOptions, storage
 from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, make_runner
 
 CPU = torch.device("cpu")
+slow = pytest.mark.slow
 LONGEST = 120  # characters: a step without a cache computes the whole text
 KINDS = ["dynamic", "static", "paged"]
 DRAFTING: dict[str, dict[str, Any]] = {
@@ -57,9 +59,9 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "reserve", reserve)
 
 
-def texts(count: int) -> list[str]:
-    """Return short prompts of different lengths."""
-    return [prompt.text for prompt in load_prompts("code", "test") if len(prompt.text) < LONGEST][:count]
+def texts(count: int, longest: float = LONGEST) -> list[str]:
+    """Return prompts of different lengths."""
+    return [prompt.text for prompt in load_prompts("code", "test") if len(prompt.text) < longest][:count]
 
 
 def llm(**options: Any) -> Any:
@@ -101,13 +103,14 @@ def difference(runner: CachedRunner) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", list(DRAFTING))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("tokens", "longest"), [(10, LONGEST), pytest.param(20, math.inf, marks=slow)])
 def test_every_step_leaves_what_a_prefill_gives(
-    how: str, kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+    how: str, kind: str, temperature: float, tokens: int, longest: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of different lengths in one batch, for the target's and the draft's cache."""
     watched = Watched(monkeypatch)
-    made = llm(kv=kind, temperature=temperature, max_tokens=12, **DRAFTING[how])
-    sequences = made.sequences(texts(2))
+    made = llm(kv=kind, temperature=temperature, max_tokens=tokens, **DRAFTING[how])
+    sequences = made.sequences(texts(2, longest))
     for _ in made.run(sequences):
         for runner in watched.runners:
             assert difference(runner) < WITHIN["float32"]
@@ -124,13 +127,16 @@ def test_narrow_caches_stay_near(dtype: str, kv_dtype: str, kind: str, monkeypat
         assert difference(watched.runners[0]) < WITHIN[dtype if kv_dtype == "auto" else kv_dtype]
 
 
-@pytest.mark.parametrize("kind", ["static", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dynamic", "paged"))])
+@pytest.mark.parametrize("kind", ["static", *(pytest.param(k, marks=slow) for k in ("dynamic", "paged"))])
 @pytest.mark.parametrize("how", list(DRAFTING))
-def test_tokens_and_steps_are_those_without_a_cache(how: str, kind: str) -> None:
+@pytest.mark.parametrize(("count", "tokens", "longest"), [(2, 12, LONGEST), pytest.param(3, 20, math.inf, marks=slow)])
+def test_tokens_and_steps_are_those_without_a_cache(
+    how: str, kind: str, count: int, tokens: int, longest: float
+) -> None:
     found = {}
     for kv in ("off", kind):
-        made = llm(kv=kv, **DRAFTING[how])
-        done = made.generate(texts(3))
+        made = llm(kv=kv, max_tokens=tokens, **DRAFTING[how])
+        done = made.generate(texts(count, longest))
         found[kv] = [(each.tokens, each.stats.steps) for each in done]
     assert found[kind] == found["off"]
 
@@ -162,19 +168,21 @@ def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) ->
     assert len(caches[-1].free) == len(caches[-1].users)  # all pages are freed at the end
 
 
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("how", ["plain", "model", "ngram", "eagle, static tree"])
-def test_a_request_that_finds_no_page_is_refused_and_the_others_go_on(how: str) -> None:
+def test_a_request_that_finds_no_page_is_refused_and_the_others_go_on(how: str, begun: bool) -> None:
     """A refused sequence keeps its tokens, which equal those of a run without refusal."""
     options = {"kv": "paged", "max_tokens": 36, **DRAFTING[how]}  # three pages for a short prompt
     long, short = "x = 1\n" * 50, ["import os", "class Stack:"]
-    for prompts, pages, begun in (([short[0], long, short[1]], 8, False), (short, 3, True)):
-        whole, done = (llm(**options, **more).generate(prompts) for more in ({}, {"kv_pages": pages}))
-        refused = [each for each in done if each.finish_reason == "refused"]
-        assert len(refused) == 1
-        assert bool(refused[0].tokens) == begun
-        for each, other in zip(done, whole, strict=True):
-            assert other.tokens[: len(each.tokens)] == each.tokens
-            assert each is refused[0] or (each.tokens, each.text) == (other.tokens, other.text)
+    prompts, pages = (short, 3) if begun else ([short[0], long, short[1]], 8)
+    whole, done = (llm(**options, **more).generate(prompts) for more in ({}, {"kv_pages": pages}))
+    refused = [each for each in done if each.finish_reason == "refused"]
+    assert len(refused) == 1
+    assert bool(refused[0].tokens) == begun
+    for each, other in zip(done, whole, strict=True):
+        assert other.tokens[: len(each.tokens)] == each.tokens
+        assert each is refused[0] or (each.tokens, each.text) == (other.tokens, other.text)
 
 
 def test_the_command_line_tells_of_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,6 +371,7 @@ def test_memory_is_asked_for_as_it_will_be_taken(monkeypatch: pytest.MonkeyPatch
 
 
 def test_plain_and_cached_write_what_phase_4_writes() -> None:
-    before = phase4.LLM(phase4.Options(dtype="float32", max_tokens=20, device="cpu", draft="none")).generate(texts(3))
+    options: dict[str, Any] = {"dtype": "float32", "max_tokens": 12, "device": "cpu", "draft": "none"}
+    before = phase4.LLM(phase4.Options(**options)).generate(texts(2))
     for kind in KINDS:
-        assert [e.tokens for e in llm(kv=kind, draft="none").generate(texts(3))] == [e.tokens for e in before]
+        assert [e.tokens for e in llm(kv=kind, **options).generate(texts(2))] == [e.tokens for e in before]

@@ -142,6 +142,7 @@ DRAFTING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kv", ["static", "paged"])
 @pytest.mark.parametrize("how", list(DRAFTING))
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def test_a_step_has_one_upload_and_one_read(
         assert drafted >= accepted > 0
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kv", ["static", "paged"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_device_draws_what_the_host_draws(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ DRAFTING: dict[str, dict[str, Any]] = {
     "eagle, confidence": {"drafter": "eagle", "controller": "confidence"},
     "eagle, static tree": {"drafter": "eagle", "k": 3, "tree": "static", "tree_nodes": 8},
 }
+LONGEST = 200  # characters of a prompt
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -54,9 +56,9 @@ def llm(**options: Any) -> Any:
     return phase5.LLM(phase5.Options(**chosen))
 
 
-def texts(count: int) -> list[str]:
-    """Return short prompts of different lengths."""
-    return [prompt.text for prompt in load_prompts("code", "test") if len(prompt.text) < 200][:count]
+def texts(count: int, longest: float = LONGEST) -> list[str]:
+    """Return prompts of different lengths."""
+    return [prompt.text for prompt in load_prompts("code", "test") if len(prompt.text) < longest][:count]
 
 
 def decoded(made: Any, count: int = 2, multi_step: bool = True) -> list[phase5.Sequence]:
@@ -70,10 +72,12 @@ def written(made: Any, count: int = 2, multi_step: bool = True) -> list[list[int
     return [each.tokens for each in decoded(made, count, multi_step)]
 
 
+@pytest.mark.parametrize(("tokens", "longest"), [(12, LONGEST), pytest.param(24, math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", list(DRAFTING))
-def test_greedy_tokens_and_steps_are_those_of_torch(how: str) -> None:
-    fast, slow = llm(**DRAFTING[how]), llm(kernels="torch", **DRAFTING[how])
-    found = [[(each.tokens, each.stats.target_forwards) for each in made.generate(texts(3))] for made in (fast, slow)]
+def test_greedy_tokens_and_steps_are_those_of_torch(how: str, tokens: int, longest: float) -> None:
+    fast, slow = (llm(max_tokens=tokens, **DRAFTING[how], kernels=kernels) for kernels in ("cpp", "torch"))
+    prompts = texts(3, longest)
+    found = [[(each.tokens, each.stats.target_forwards) for each in made.generate(prompts)] for made in (fast, slow)]
     assert isinstance(fast.runner, CppRunner)
     assert found[0] == found[1]
 
@@ -108,15 +112,17 @@ def test_eagles_layer_runs_in_cpp(how: str, temperature: float, monkeypatch: pyt
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize("how", ["model", "model, static tree", "ngram", "eagle"])
-def test_greedy_speculation_equals_plain_decoding_in_every_format(how: str, format: str) -> None:
-    plain = llm(draft="none", max_tokens=40, **FORMATS[format])
-    drafted = llm(max_tokens=40, **DRAFTING[how], **FORMATS[format])
+@pytest.mark.parametrize("tokens", [24, pytest.param(40, marks=pytest.mark.slow)])
+def test_greedy_speculation_equals_plain_decoding_in_every_format(how: str, format: str, tokens: int) -> None:
+    plain = llm(draft="none", max_tokens=tokens, **FORMATS[format])
+    drafted = llm(max_tokens=tokens, **DRAFTING[how], **FORMATS[format])
     assert written(drafted) == written(plain)
 
 
+@pytest.mark.parametrize("tokens", [24, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", list(FORMATS))
-def test_coupled_speculation_equals_plain_sampling_in_every_format(format: str) -> None:
-    options = {"temperature": 1.0, "max_tokens": 40, **FORMATS[format]}
+def test_coupled_speculation_equals_plain_sampling_in_every_format(format: str, tokens: int) -> None:
+    options = {"temperature": 1.0, "max_tokens": tokens, **FORMATS[format]}
     plain, drafted = llm(draft="none", **options), llm(policy="coupled", k=4, **options)
     sequences = decoded(drafted)
     assert [each.tokens for each in sequences] == written(plain)

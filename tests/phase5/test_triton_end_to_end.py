@@ -60,9 +60,10 @@ def tokens(llm: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", [k if k in ("bfloat16", "int4") else pytest.param(k, marks=slow) for k in KINDS])
-def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, llm: Any, tiny: str) -> None:
-    plain = tokens(llm(model=tiny, **KINDS[kind]), PROMPTS[:2])
-    drafted = decoded(llm(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind]), PROMPTS[:2])
+@pytest.mark.parametrize("count", [2, pytest.param(len(PROMPTS), marks=slow)])
+def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, count: int, llm: Any, tiny: str) -> None:
+    plain = tokens(llm(model=tiny, **KINDS[kind]), PROMPTS[:count])
+    drafted = decoded(llm(model=tiny, draft=tiny, draft_quant="int8", k=4, **KINDS[kind]), PROMPTS[:count])
     assert [sequence.tokens for sequence in drafted] == plain
     accepted = sum(stats.accepted for sequence in drafted for stats in sequence.steps)
     assert accepted > 8  # otherwise no forward pass verified a draft

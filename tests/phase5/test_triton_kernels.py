@@ -99,7 +99,19 @@ def test_there_is_a_kernel_for_every_op(ops: dict[str, Callable[..., Any]]) -> N
 @pytest.mark.parametrize(
     "op", [pytest.param(op, marks=pytest.mark.slow) if op in SLOWER else op for op in Kernels._fields]
 )
-def test_interpreted_it_is_right(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
+def test_interpreted_it_is_right(
+    op: str, ops: dict[str, Callable[..., Any]], guarded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest vocabulary has three blocks and a rest, where a real one has dozens."""
+    monkeypatch.setattr(token_cases, "VOCABULARIES", (*token_cases.VOCABULARIES[:-1], 3 * 4096 + 57))
+    assert len(check.check(op, ops[op], CPU, full=False)) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["verify_sample"])
+def test_interpreted_it_is_right_with_a_large_vocabulary(
+    op: str, ops: dict[str, Callable[..., Any]], guarded: None
+) -> None:
     assert len(check.check(op, ops[op], CPU, full=False)) >= 5
 
 

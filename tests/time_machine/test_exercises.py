@@ -76,7 +76,7 @@ def real_check(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, 
     return check.run([str(number), str(folder), *options]), capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [2, 5, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 4))])
+@pytest.mark.parametrize("number", [5, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3, 4))])
 def test_the_check_of_a_fresh_folder_names_what_to_write_first(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
