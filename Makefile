@@ -42,7 +42,7 @@ notebook: $(NOTEBOOKS)  ## open the notebook of phase N, and install JupyterLab 
 	$(BIN)/python -m jupyterlab $(or $(wildcard phase-$(N)-*/lesson.ipynb),$(error name a phase: make notebook N=2))
 
 test: lint  ## lab drift, ruff, mypy --strict, and the tests (of the notebooks too) that are quick and need no graphics card
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow and not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu" tests
 
 test-all: lint  ## every test, the slow ones too; those for a graphics card where there is one
 	$(BIN)/pytest $(LESSONS) tests

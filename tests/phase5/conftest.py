@@ -22,13 +22,16 @@ from phase5.kernels.cuda import library
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _fast_builds(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile instruction sets other than the CPU's best with -O0, which takes a tenth of the time.
+def _cheaper_engines(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Save time in `make test`; `make test-all` compiles and runs the C++ engine as it is shipped.
 
-    Their results have the same bits, because no flag lets the compiler change floating-point arithmetic. The best
-    instruction set, and all of them in `make test-all`, are compiled as they are shipped.
+    Instruction sets other than the CPU's best are compiled with -O0, which takes a tenth of the time. Their results
+    have the same bits, because no flag lets the compiler change floating-point arithmetic. The default number of
+    threads is 1: tests run side by side, and threads would spin for cores that other tests have. Tests of threads name
+    their number.
     """
-    cpp_library = importlib.import_module("phase5.kernels.cpp.library")  # the package exports a function of this name
+    # By its full name, because the package exports a function `library`.
+    cpp_library = importlib.import_module("phase5.kernels.cpp.library")
     make: Callable[..., Path] = cpp_library.make
 
     def quick(name: str, sources: Sequence[str], cpu_seconds: float = 0) -> Path:
@@ -40,6 +43,7 @@ def _fast_builds(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "not slow" in request.config.getoption("markexpr"):
             patch.setattr(cpp_library, "make", quick)
+            patch.setattr(cpp_library, "default_threads", lambda: 1)
         yield
 
 
