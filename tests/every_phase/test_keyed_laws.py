@@ -157,6 +157,7 @@ def test_chains_of_one_token(phase: Phase, keyed: Any, policy: str, certain: boo
 TREES = 1000
 
 
+@pytest.mark.newest(3)
 @pytest.mark.parametrize("policy", LOSSLESS)
 def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> None:
     """Children are sampled without replacement, or the likeliest, by policy; the first token is the target's."""
@@ -255,6 +256,7 @@ QUICK = [
 ]
 
 
+@pytest.mark.newest(3)
 @pytest.mark.parametrize(("how", "policy"), QUICK)
 def test_some_whole_loops(phase: Phase, how: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of two tokens: one number for both, or for both levels of a tree, would show."""

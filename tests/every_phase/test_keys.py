@@ -112,6 +112,7 @@ def decided(made: Any, found: list[keys.Part]) -> list[keys.Decision]:
     return [each for part in found for each in keys.decisions(part, policy, noise)]
 
 
+@pytest.mark.newest(3)
 def test_every_number_is_the_one_that_the_table_names(
     phase: Phase, way: tuple[dict[str, Any], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def test_logits_equal_transformers(engine: ModuleType, make_checkpoint: Callable
     check_logits(engine, make_checkpoint(family))
 
 
+@pytest.mark.newest(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tied_and_untied_heads(engine: ModuleType, make_checkpoint: Callable[..., Path], family: str) -> None:
     for tied in (True, False):

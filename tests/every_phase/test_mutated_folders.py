@@ -160,6 +160,7 @@ def test_many_mutated_folders(engine: ModuleType, phase: Phase, folder: Path, qu
         run(engine, phase.number, quantised, range(2000, 2400))
 
 
+@pytest.mark.newest(1)
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

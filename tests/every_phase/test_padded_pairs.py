@@ -28,6 +28,7 @@ def ways(phase: int) -> list[dict[str, Any]]:
     return [{"kernels": "torch"}, {}, coupled, tree, quant]
 
 
+@pytest.mark.newest(2)
 @pytest.mark.parametrize(("family", "widths"), [("gpt2", (352, 320)), ("llama", (320, 352))])
 def test_the_output_is_that_of_plain_decoding(
     engine: ModuleType, phase: Phase, make_checkpoint: Make, family: str, widths: tuple[int, int]
@@ -45,6 +46,7 @@ def test_the_output_is_that_of_plain_decoding(
         assert got[0].tokens == expected[0].tokens, way
 
 
+@pytest.mark.newest(2)
 @pytest.mark.parametrize("widths", [(384, 320), (320, 384)])
 def test_what_is_drawn_fits_both(
     engine: ModuleType, phase: Phase, make_checkpoint: Make, widths: tuple[int, int]

@@ -197,6 +197,7 @@ def reader(phase: Phase) -> ModuleType:
     return importlib.import_module(phase.package)
 
 
+@pytest.mark.newest(1)
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_weight_is_what_the_file_means(reader: ModuleType, write: Callable[..., Written], name: str) -> None:
     written = write(name)
@@ -213,6 +214,7 @@ def test_every_weight_is_what_the_file_means(reader: ModuleType, write: Callable
             assert torch.equal(module.weight, meant)
 
 
+@pytest.mark.newest(1)
 @pytest.mark.parametrize(("name", "family"), [*((name, "llama") for name in CASES), ("gptq", "opt"), ("awq", "opt")])
 def test_the_logits_are_those_of_the_matrices_written_out(
     reader: ModuleType, write: Callable[..., Written], name: str, family: str
