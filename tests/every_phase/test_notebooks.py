@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -15,6 +16,6 @@ from tests.support import forked
 def test_a_notebook_runs_with_small_numbers(phase: Phase) -> None:
     notebook = phase.folder / "lesson.ipynb"
     nbformat.validate(nbformat.read(notebook, as_version=4))
-    command = [sys.executable, "-m", "tests.support.notebook", notebook, "--quick"]
+    command: list[str | Path] = [sys.executable, "-m", "tests.support.notebook", notebook, "--quick"]
     done = forked.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
