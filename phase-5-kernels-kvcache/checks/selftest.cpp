@@ -308,7 +308,7 @@ struct Run {
             size_t total = 0;
             for (size_t r = 0; r < R; ++r) total += size_t(at_once) * size_t(counts[r] + 1);
             std::vector<float> found(total * size);
-            const std::vector<Decoded> made = decode(target, mine, drafter.get(), {counts, at_once, own, {}}, {found.data(), found.size(), {0}});
+            const std::vector<Decoded> made = decode(target, mine, drafter.get(), {counts, at_once, 0, own, {}}, {found.data(), found.size(), {0}});
             need(int(made.size()) == at_once, "a call made another number of steps");
             const float* at = found.data();
             for (const Decoded& step : made)

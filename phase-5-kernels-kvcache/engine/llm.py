@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import cast
 
 import torch
@@ -46,7 +47,7 @@ from .quantize import Format
 from .runner import CachedRunner, ModelRunner, UncachedRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
-from .speculative import decode
+from .speculative import decode_calls
 from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import best_shape, measured_acceptance
@@ -189,13 +190,13 @@ class LLM:
 
         multi_step: several steps may be made in one call, which keeps no logits of them.
         """
-        return each_within(self.computing, self._decode(sequences, multi_step))
+        return chain.from_iterable(each_within(self.computing, self._decode(sequences, multi_step)))
 
-    def _decode(self, sequences: list[Sequence], multi_step: bool) -> Iterator[Step | None]:
+    def _decode(self, sequences: list[Sequence], multi_step: bool) -> Iterator[list[Step | None]]:
         for sequence in sequences:
             sequence.progress.began = time.perf_counter()
         if self.options.beams > 1:
-            yield from self._search(sequences)
+            yield from ([step] for step in self._search(sequences))
             return
         if self.speculative and self.options.controller == "cost":
             self.prices.provide(self.cost_model, sequences[0].params, len(sequences))
@@ -206,12 +207,13 @@ class LLM:
         controller = partial(self.options.make_controller, self.cost_model)
         several = self.backends.multi_step if multi_step else None
         try:
-            for step in decode(runner, drafter, sequences, self.policy, controller, source, several):
-                for sequence, stats in zip(step.sequences, step.stats, strict=True):
-                    sequence.progress.mark()
-                    if drafter is not None:
-                        self._keep(sequence, stats)
-                yield step
+            for steps in decode_calls(runner, drafter, sequences, self.policy, controller, source, several):
+                for step in steps:
+                    for sequence, stats in zip(step.sequences, step.stats, strict=True):
+                        sequence.progress.mark()
+                        if drafter is not None:
+                            self._keep(sequence, stats)
+                yield list(steps)
         finally:  # of an interrupted run, rows are still taken
             for each in filter(None, (runner, draft)):
                 for sequence in sequences:

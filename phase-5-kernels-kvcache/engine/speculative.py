@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -59,10 +60,13 @@ def plan(drafter: Drafter, sequences: list[Sequence], context: int) -> list[int]
     costs = [each.controller for each in sequences if isinstance(each.controller, CostController)]
     if len(costs) < len(sequences):
         return [block_width(sequence, sequence.controller.next_k(), context) for sequence in sequences]
+    if all(each.declined > 0 for each in costs):
+        return [0] * len(sequences)
     limits = [block_width(each, mine.bounds.high, context) for each, mine in zip(sequences, costs, strict=True)]
-    if isinstance(drafter, NgramDrafter):  # a lookup costs next to nothing, so what it found is known beforehand
-        limits = drafter.propose(sequences, limits).widths
-    return choose(costs, limits)
+    widths = choose(costs, limits)
+    if any(widths) and isinstance(drafter, NgramDrafter):  # what a lookup finds is known beforehand
+        widths = choose(costs, [len(found) for found in drafter.find(sequences, limits)])
+    return widths
 
 
 @runtime_checkable
@@ -227,7 +231,7 @@ def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -
 
 
 MultiStep = Callable[
-    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], Iterator[Step]
+    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], list[Step]
 ]
 """Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot."""
 
@@ -241,7 +245,20 @@ def decode(
     source: RandomSource | None = None,
     multi_step: MultiStep | None = None,
 ) -> Iterator[Step]:
-    """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
+    """Decode a batch to its end, and yield every step; for the arguments see decode_calls."""
+    return chain.from_iterable(decode_calls(runner, drafter, sequences, policy, controller, source, multi_step))
+
+
+def decode_calls(
+    runner: ModelRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    policy: AcceptancePolicy | None = None,
+    controller: Callable[[], KController] | None = None,
+    source: RandomSource | None = None,
+    multi_step: MultiStep | None = None,
+) -> Iterator[list[Step]]:
+    """Decode a batch to its end, and yield the steps that one call made. Every sequence advances at its own pace.
 
     Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
     rejection, and K = 4. `multi_step` is asked first; the tokens are the same.
@@ -253,14 +270,9 @@ def decode(
         sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
         asked = [0] * len(active) if drafter is None else plan(drafter, active, runner.model.config.context)
-        made = 0
         try:
-            if multi_step is not None:
-                for step in multi_step(runner, drafter, active, asked, policy, source):
-                    made += 1
-                    yield step
-            if not made:
-                yield decode_step(runner, drafter, active, asked, policy, source)
+            made = [] if multi_step is None else multi_step(runner, drafter, active, asked, policy, source)
+            yield made or [decode_step(runner, drafter, active, asked, policy, source)]
         except OutOfBlocks as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
             if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'

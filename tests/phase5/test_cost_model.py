@@ -11,7 +11,7 @@ import pytest
 
 from phase5 import Bounds, CostController, StepStats
 from phase5.controllers import ALWAYS, LOOKS, SETTLED, choose, observe
-from phase5.cost_model import LOOK, STALE, START, Acceptance, CostModel, Table
+from phase5.cost_model import ALLOWANCE, LOOK, STALE, START, Acceptance, CostModel, Table
 from phase5.multi_step import AT_ONCE, steps_ahead
 
 pytestmark = pytest.mark.no_exercise  # part draft is given
@@ -184,13 +184,14 @@ def test_bounds_are_kept() -> None:
 
 def test_what_was_accepted_before_is_the_prior_of_the_next_text() -> None:
     model = priced(*CHEAP)
-    fresh = CostController(Bounds(1, 8), model).tokens()
+    fresh = CostController(Bounds(1, 8), model).tokens(model.chances(8))
     assert fresh == pytest.approx(list(itertools.accumulate(0.8**j for j in range(9))))
     earlier = CostController(Bounds(1, 8), model)
     for _ in range(200):
         observe([earlier], [step(4, 2.0, accepted=1)])
-    assert CostController(Bounds(1, 8), model).tokens()[1] == pytest.approx(2.0, abs=0.02)
-    assert CostController(Bounds(1, 8), model).tokens()[2] == pytest.approx(2.0, abs=0.1)
+    later = CostController(Bounds(1, 8), model).tokens(model.chances(8))
+    assert later[1] == pytest.approx(2.0, abs=0.02)
+    assert later[2] == pytest.approx(2.0, abs=0.1)
 
 
 def test_without_prices_it_drafts_and_then_measures_a_plain_step() -> None:
@@ -200,6 +201,26 @@ def test_without_prices_it_drafts_and_then_measures_a_plain_step() -> None:
     assert controller.next_k() == 0
     observe([controller], [step(0, 2.0)])
     assert controller.next_k() > 3
+
+
+@pytest.mark.parametrize("gain", [-0.05, 0.3])
+def test_drafts_that_lose_time_are_given_up_whatever_was_expected(gain: float) -> None:
+    """The times in the tables are those of an idle machine; verification takes longer than they say."""
+    model = priced(lambda rows: 4.0, lambda tokens: 4.0 + 0.1 * tokens, lambda rows: 0.1)
+    for table in (model.verify, model.draft, model.accept):
+        table.observe = lambda size, time: None  # type: ignore[method-assign]
+    (mine,) = rows_of(model, [0.5], 2)
+    took, drafted, steps = 1.5 * 4.0 / (1 + gain), 0, 4000
+    for at in range(steps):
+        (k,) = choose([mine], [2])
+        drafted += k > 0
+        verify = (took - k * 0.1 - 0.1 if k else 4.0) * START
+        observe([mine], [step(k, verify, 0.1 * START, accepted=at % 2 if k else 0, accept=0.1 * START)])
+    lost = drafted * (took - 1.5 * 4.0)
+    if gain > 0:
+        assert drafted > 0.9 * steps
+    else:
+        assert ALLOWANCE * 4.0 < lost < (ALLOWANCE + 2) * 4.0 + 1.1 * LOOK * 4.0 * steps
 
 
 # Looking again.
