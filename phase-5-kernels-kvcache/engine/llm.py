@@ -196,7 +196,8 @@ class LLM:
         for sequence in sequences:
             sequence.progress.began = time.perf_counter()
         if self.options.beams > 1:
-            yield from ([step] for step in self._search(sequences))
+            for step in self._search(sequences):
+                yield [step]
             return
         if self.speculative and self.options.controller == "cost":
             self.prices.provide(self.cost_model, sequences[0].params, len(sequences))

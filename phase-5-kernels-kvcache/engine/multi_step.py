@@ -177,7 +177,7 @@ def _commit(
     """
     inside = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made) / 1e3
     last = time.perf_counter()
-    before, steps, active = (last - began - inside) / len(made), list[Step](), range(len(sequences))
+    before, steps, active = (last - began - inside) / len(made), list[Step](), list(range(len(sequences)))
     new, prefilled, at = [len(work.new) for work in works], [work.prefilled for work in works], 0
     total, places = [0] * len(sequences), [list[int]() for _ in sequences]  # accepted tokens; rows of `states`
     for step in made:
