@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from phase5 import Bounds, CostController, StepStats
+from phase5 import Bounds, CostController, Ending, SamplingParams, Sequence, StepStats
 from phase5.controllers import ALWAYS, LOOKS, SETTLED, choose, observe
 from phase5.cost_model import ALLOWANCE, LOOK, STALE, START, Acceptance, CostModel, Table
+from phase5.drafters import NgramDrafter
 from phase5.multi_step import AT_ONCE, steps_ahead
+from phase5.speculative import plan
 
 pytestmark = pytest.mark.no_exercise  # part draft is given
 
@@ -299,3 +301,16 @@ def test_for_how_many_steps_an_answer_holds() -> None:
     poor.cost_model.credit = 1e3
     assert poor.next_k() > 0
     assert steps_ahead(poor) == LOOKS
+
+
+def test_nothing_is_asked_again_while_an_answer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the cost model nor, for drafts that cannot pay, the index of n-grams."""
+    asked = list[str]()
+    monkeypatch.setattr("phase5.controllers._choose", lambda *arguments: asked.append("choose") or ([0], 5))
+    monkeypatch.setattr(NgramDrafter, "find", lambda *arguments: asked.append("find"))
+    sequence = Sequence([1, 2], SamplingParams(max_new_tokens=99), Ending())
+    sequence.controller = CostController(Bounds(1, 8), priced(*HOPELESS))
+    for _ in range(10):
+        assert plan(NgramDrafter(), [sequence], 512) == [0]
+        observe([sequence.controller], [step(0, 2.0)])
+    assert asked == ["choose"] * 2

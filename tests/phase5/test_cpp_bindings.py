@@ -125,10 +125,12 @@ def raw_step(fast: Any, row: Any, tokens: int = 1) -> None:
     engine.step([1] * tokens, [0] * tokens, [row], [tokens], [], [0], [], 0, 0, 0, 0)
 
 
-def decode(fast: cpp.CppModel, cache: Any, states: bool, room: int = 10**6, taps: Sequence[int] = ()) -> None:
+def decode(
+    fast: cpp.CppModel, cache: Any, states: bool, room: int = 10**6, taps: Sequence[int] = (), ms: float = 0
+) -> None:
     memory = torch.empty(4096)
     batch = [fast.sequence(cache, 0, [1], SamplingParams())]
-    library().decode(fast._engine, batch, None, [0], 1, False, [], memory.data_ptr() * states, room, list(taps))
+    library().decode(fast._engine, batch, None, [0], 1, False, [], memory.data_ptr() * states, room, list(taps), ms)
 
 
 def test_a_view_describes_a_cache_that_can_be(fast: cpp.CppModel) -> None:
@@ -482,7 +484,7 @@ def fuzz(calls: int = CALLS) -> None:
             counts = numbers()
         return library().decode(
             target._engine, batch, fast, counts, min(small(), 8), any_of([True, False]), numbers(2), any_of([at, 0]),
-            any_of([spare.numel(), spare.numel(), 64, 0]), taps,
+            any_of([spare.numel(), spare.numel(), 64, 0]), taps, any_of([0.0, 0.0, 1.0, -1.0]),
         )  # fmt: skip
 
     def proposed() -> Any:

@@ -105,6 +105,14 @@ def runners(pair: Pair, tokens: int) -> tuple[CppRunner, CppRunner]:
     return target, make_cpp_runner(pair.near, pair.drafter, STATIC, 1, tokens)
 
 
+class Made(NamedTuple):
+    """A step of one sequence."""
+
+    draft: list[int]
+    accepted: int
+    next: int
+
+
 def call(
     pair: Pair, caches: Any, text: list[int], params: SamplingParams, policy: AcceptancePolicy, count: int, steps: int
 ) -> list[Any]:
@@ -115,7 +123,7 @@ def call(
     drafter = library().ModelDrafter(pair.drafter._engine, [its], int(policy.draft_noise))
     made, _ = pair.target.decode([mine], drafter, [count], steps, own=isinstance(policy, SampleMatch))
     assert len(made) == steps
-    done = [step.results[0] for step in made]
+    done = [Made(step.drafts[0], step.accepted[0], step.next[0]) for step in made]
     gained = sum(each.accepted + 1 for each in done)
     caches[0].keep(0, list(range(len(new[0]) + gained - 1)))
     caches[1].keep(0, list(range(len(new[1]) + gained - (2 if done[-1].accepted == count else 1))))

@@ -18,6 +18,8 @@ from phase5.cpp_runner import CppRunner
 from phase5.drafters.chains import ChainBuilder
 from phase5.generate import stats_of
 from phase5.kernels import cpp, registry
+from phase5.multi_step import states_of_rows
+from phase5.show import Show
 
 pytestmark = [
     pytest.mark.skipif(
@@ -149,6 +151,54 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(
     together = written(llm(**options), 1)
     monkeypatch.setattr(cpp.CppModel, "decode", never)
     assert written(llm(**options), 1, multi_step=False) == together
+
+
+@pytest.mark.parametrize("how", ["plain", "model", "eagle"])
+def test_a_call_returns_when_its_time_is_used_up(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has made at least one step; tokens and counts do not depend on where calls end."""
+
+    def run(budget: float) -> tuple[list[Any], int]:
+        made, decode = list[int](), cpp.CppModel.decode
+
+        def counting(*arguments: Any, **more: Any) -> Any:
+            found = decode(*arguments, **more)
+            made.append(len(found[0]))
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cpp.CppModel, "decode", counting)
+            patch.setattr("phase5.multi_step.BUDGET_MS", budget)
+            done = decoded(llm(temperature=1.0, **DRAFTING[how]))
+        return [[each.tokens, [(s.proposed, s.accepted, s.emitted) for s in each.steps]] for each in done], max(made)
+
+    short, long = run(1e-6), run(1e6)
+    assert short[0] == long[0]
+    assert (short[1], long[1] > 1) == (1, True)
+
+
+def test_steps_of_one_call_are_shown_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sequence is then some steps ahead of the step that is shown."""
+    made = llm(**DRAFTING["model"])
+    shown = []
+    for multi_step in (True, False):
+        sequences = made.sequences(texts(1))
+        show = Show(made.loaded.tokenizer)
+        for step in made.run(sequences, multi_step):
+            show.step(step)
+        shown.append((capsys.readouterr().out, show.lengths))
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("counts", [[[1, 1], [1, 1]], [[2, 1], [1, 2]], [[1], [3]], [[3, 1, 2], [1, 1, 1]]])
+def test_states_of_a_call_belong_to_their_sequences(counts: list[list[int]]) -> None:
+    """They are written step by step, and in a step sequence by sequence."""
+    states, places, at = torch.arange(2 * sum(map(sum, counts))).view(-1, 2), [list[int]() for _ in counts[0]], 0
+    for of_step in counts:
+        for row, count in enumerate(of_step):
+            places[row] += range(at, at + count)
+            at += count
+    found = states_of_rows(states, places)
+    assert [of_row[:, 0].tolist() for of_row in found] == [[2 * place for place in mine] for mine in places]
 
 
 def never(*arguments: Any, **more: Any) -> None:
