@@ -56,7 +56,7 @@ class Trial(NamedTuple):
     draft: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class Path:
     """The accepted nodes of a sequence's tree, and the token that follows them."""
 
