@@ -76,7 +76,12 @@ TREES = mutants(
     ("key, position, self.noise)[0].tolist()", "key, position, self.noise)[0].flip(-1).tolist()"),
     ("key, position, self.noise)[0].tolist()", "key, position, Purpose.SAMPLE)[0].tolist()"),
     ("drawn = self.drawn and not sequence.params.greedy", "drawn = self.drawn"),
-    ("params = sequence.params if drawn else ranking(sequence.params)", "params = ranking(sequence.params)", "where children are drawn the temperature is not 0, and the two are the same"),
+    ("[ranking(each.sequence.params)]", "[each.sequence.params]"),
+    ("[ranking(each.sequence.params)]", "[ranking(frontiers[0].sequence.params)]"),
+    ("[each.sequence.prompt]", "[frontiers[0].sequence.prompt]"),
+    ("each.sequence.tokens + (each.tree.line(node) if node >= 0 else [])", "each.sequence.tokens"),
+    ("if frontier.nodes]:", "if frontier.nodes][:1]:"),
+    ("if self.drafter.ready(sequence) else 0", "if True else 0"),
     ("count = min(count, int((probs > 0).sum()))", "pass"),
     ("if not drawn:\n            return ranked", "if True:\n            return ranked"),
     ("torch.stack([rows.get(node, nothing) for node", "torch.stack([rows[-1] for node"),
@@ -100,6 +105,21 @@ TREE = mutants(
     ("node = self.parents[node]\n        kept", "break\n        kept"),
 )  # fmt: skip
 
+LEVELS = mutants(
+    f"{ENGINE}/drafters/model.py",
+    ("tests/phase3/test_trees.py", "tests/phase3/test_tree_laws.py"),
+    ("trees = [tree for tree, _ in branches]", "trees = [branches[0][0] for _ in branches]"),
+    ("of_row[[node + 1 for node in nodes]]", "logits[0][[node + 1 for node in nodes]]"),
+)  # fmt: skip
+
+HEADS = mutants(
+    f"{ENGINE}/drafters/medusa.py",
+    ("tests/phase3/test_heads.py", "-k", "trees_of_a_batch"),
+    ("if frontier.nodes == [-1]]:", "]:"),
+    ("frontier.tree.depths[node] if node >= 0 else 0", "0"),
+    ("self.level_logits(new), strict=True)", "self.level_logits(new).flip(0), strict=True)"),
+)  # fmt: skip
+
 SHAPES = mutants(
     f"{ENGINE}/tree_shapes.py",
     ("tests/phase3/test_trees.py",),
@@ -115,4 +135,4 @@ CALIBRATED = mutants(
     ("tried[depth][rank] += 1", "tried[depth][rank] += child == node"),
 )  # fmt: skip
 
-MUTANTS = [*POLICIES, *CHAINS, *MAKERS, *TREES, *TREE, *SHAPES, *CALIBRATED]
+MUTANTS = [*POLICIES, *CHAINS, *MAKERS, *TREES, *TREE, *LEVELS, *HEADS, *SHAPES, *CALIBRATED]

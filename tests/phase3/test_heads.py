@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import phase3
 from common.errors import UserError
+from common.philox import Purpose
 from phase3.drafters.eagle import EagleDrafter, EagleHead, EagleShape, Lookahead
 from phase3.drafters.heads import HeadsKind, build_heads, find_heads, load_heads, save_heads, target_states
 from phase3.drafters.medusa import MedusaDrafter, MedusaHeads, MedusaShape
@@ -128,7 +129,40 @@ def test_medusa_drafts_what_was_trained(target: phase3.LoadedModel, extra: dict[
         trained = features.features(
             heads, target.model, text, target_states(target, text, heads.taps), 1
         )  # the last anchor is visible
-        torch.testing.assert_close(drafter.level_logits(sequence)[0], target.model.logits(trained[0, 0, -1]))
+        torch.testing.assert_close(drafter.level_logits([sequence])[0, 0], target.model.logits(trained[0, 0, -1]))
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_trees_of_a_batch_read_the_output_matrix_once_per_level(
+    target: phase3.LoadedModel, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Medusa's heads compute all levels at once. Each row gets the tokens that it gets alone."""
+    source, calls, counted = phase3.KeyedSource(), list[Any](), list[tuple[int, int]]()
+    heads, eagle = MedusaHeads(MedusaShape(3, 2), target.config.width), random_eagle(target, (0,))
+    features.initialise(heads.requires_grad_(False), target.model, "random")
+    logits = target.model.logits
+    monkeypatch.setattr(target.model, "logits", lambda hidden: calls.append(hidden) or logits(hidden))
+
+    def decode(prompts: list[list[int]]) -> list[list[int]]:
+        medusa = MedusaDrafter(target.model, heads, source)
+        base = medusa if kind == "medusa" else EagleDrafter(target.model, eagle, source)
+        drafter = phase3.StaticTreeDrafter(base, [-1, -1, 0, 0, 1, 2], source, Purpose.DRAFT, drawn=True)
+        params = [phase3.SamplingParams(temperature=1.0, seed=len(each), max_new_tokens=12) for each in prompts]
+        each = zip(prompts, params, strict=True)
+        sequences = [phase3.Sequence(prompt, mine, phase3.Ending()) for prompt, mine in each]
+        for step in phase3.decode(target.model, drafter, sequences, source=source):
+            tree = step.trees[0]
+            counted.append((tree.depth, len(calls)))
+            calls.clear()
+            if kind == "medusa" and tree.probs is not None:  # nodes of one level have the distribution of one head
+                assert torch.equal(tree.probs[1], tree.probs[2])
+                assert not torch.allclose(tree.probs[0], tree.probs[1])
+        return [sequence.tokens for sequence in sequences]
+
+    prompts = [[30, 31, 32], list(range(40, 60)), [5]]
+    together = decode(prompts)
+    assert counted[:2] == [(0, 1), (3, 1 + (1 if kind == "medusa" else 3))]
+    assert together == [decode([prompt])[0] for prompt in prompts]
 
 
 def test_survival_is_the_exact_expectation() -> None:

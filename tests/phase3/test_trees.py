@@ -171,6 +171,41 @@ def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: st
             assert token == tree.chosen_from[parent].topk(rank + 1).indices[-1]
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_batch_takes_one_draft_forward_per_level_and_each_row_gets_its_own_tree(
+    pair: tuple[Any, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of different lengths, parameters and numbers of levels; the last has no draft."""
+    levels, ways = [4, 2, 3, 0], [
+        phase3.SamplingParams(),
+        phase3.SamplingParams(temperature=1.0, seed=3),
+        phase3.SamplingParams(temperature=0.7, top_k=9, seed=4, frequency_penalty=0.5, repetition_penalty=2.0),
+        phase3.SamplingParams(temperature=1.0, seed=3),
+    ]  # fmt: skip
+    drafter = drafters(pair, phase3.Rejection(), phase3.KeyedSource())[kind]
+    encode, sequences = pair[0].tokenizer.encode, []
+    for text, params in zip(("import os\n\ndef ", "from", "    for i in range(i):\n        i", "x"), ways, strict=True):
+        sequence = phase3.Sequence(encode(text), params, pair[0].ending)
+        for token in encode("self.a"):
+            sequence.append(token)
+        sequences.append(sequence)
+    alone = [drafter.propose([each], [most]).trees[0] for each, most in zip(sequences, levels, strict=True)]
+
+    rows, forward = [], phase3.target_forward
+
+    def counting(model: Any, texts: Any, *more: Any) -> Any:
+        rows.append(len(texts))
+        return forward(model, texts, *more)
+
+    monkeypatch.setattr("phase3.drafters.model.target_forward", counting)
+    trees = drafter.propose(sequences, levels).trees
+    assert rows == [3, 3, 2, 1]
+    assert [tree.depth for tree in trees] == levels
+    for mine, single in zip(trees, alone, strict=True):
+        assert (mine.tokens, mine.parents) == (single.tokens, single.parents)
+        torch.testing.assert_close((mine.probs, dict(mine.chosen_from)), (single.probs, dict(single.chosen_from)))
+
+
 def test_a_tree_of_some_nodes_and_what_lies_above_them() -> None:
     branches, numbers = BUSHY.branches([4, 0])
     assert (branches.tokens, branches.parents) == ([5, 6, 9], [-1, -1, 1])
@@ -194,11 +229,11 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
     params = phase3.SamplingParams(temperature=1.0)
     base = phase3.ModelDrafter(pair[1].model, phase3.KeyedSource())
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
-    tree = phase3.DynamicTreeDrafter(base, nodes).grow(sequence, 7)
+    tree = phase3.DynamicTreeDrafter(base, nodes).propose([sequence], [7]).trees[0]
     assert len(tree.tokens) == nodes
     assert max(sent) <= nodes
 
-    every = phase3.DynamicTreeDrafter(base, 10_000).grow(sequence, 7)  # this tree is not cut
+    every = phase3.DynamicTreeDrafter(base, 10_000).propose([sequence], [7]).trees[0]  # this tree is not cut
     worth: dict[tuple[int, ...], float] = {}
     for node in range(len(every.tokens)):
         line = every.line(node)
@@ -215,7 +250,7 @@ def test_a_dynamic_tree_has_no_node_that_cannot_be_drawn(pair: tuple[Any, Any]) 
     params = phase3.SamplingParams(temperature=1.0, top_k=2)
     base = phase3.ModelDrafter(pair[1].model, phase3.KeyedSource())
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
-    tree = phase3.DynamicTreeDrafter(base, 100).grow(sequence, 3)
+    tree = phase3.DynamicTreeDrafter(base, 100).propose([sequence], [3]).trees[0]
     assert [tree.depths.count(depth) for depth in (1, 2, 3)] == [2, 4, 8]
 
 
@@ -224,7 +259,7 @@ def test_a_dynamic_tree_keeps_the_likeliest_nodes(pair: tuple[Any, Any]) -> None
     target = pair[0]
     drafter = drafters(pair, phase3.Rejection(), phase3.KeyedSource())["dynamic"]
     sequence = phase3.Sequence(target.tokenizer.encode("import os\n\ndef "), params, target.ending)
-    tree = drafter.grow(sequence, 4)
+    tree = drafter.propose([sequence], [4]).trees[0]
     assert len(tree.tokens) == 12
     assert tree.probs is None
     for node in range(-1, len(tree.tokens)):

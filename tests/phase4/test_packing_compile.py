@@ -173,7 +173,8 @@ def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_
         states = module.target_states(target, tokens[:, :-1], ())[0]
         drafter.observe(engine.Outcome([sequence], [0], [states]))
         tree = engine.Tree([5, 6], [-1, -1])
-        guesses.append([drafter.expand(sequence, tree, nodes) for nodes in ([-1], [0, 1])])
+        levels = [engine.drafting.Frontier(sequence, tree, nodes) for nodes in ([-1], [0, 1])]
+        guesses.append([drafter.expand([level])[0] for level in levels])
     torch.testing.assert_close(*guesses, atol=1e-5, rtol=1e-4)
 
 

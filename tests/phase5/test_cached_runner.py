@@ -23,7 +23,7 @@ from phase5.capacity import cached_bytes
 from phase5.cli import main
 from phase5.drafters import make_drafter
 from phase5.drafters.eagle import EagleDrafter, Lookahead
-from phase5.kernels import registry
+from phase5.kernels import cpp, registry
 from phase5.kv_cache import Kind, KVOptions, storage
 from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, make_runner
 
@@ -149,6 +149,26 @@ def test_the_target_computes_the_prompt_and_every_draft_once(how: str, monkeypat
     sequences = made.sequences(texts(1))
     drafted = [len(step.trees[0].tokens) for step in made.run(sequences)]
     assert watched.runners[0].manager.positions == len(sequences[0].prompt) - 1 + sum(n + 1 for n in drafted)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+@pytest.mark.parametrize("how", ["model, static tree", "model, dynamic tree"])
+def test_trees_of_a_batch_take_one_draft_forward_per_level(
+    how: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "cpp" and (reason := cpp.why_not()):
+        pytest.skip(reason)
+    rows, forward = list[int](), CachedRunner.forward
+
+    def counting(self: CachedRunner, owners: list[Any], *more: Any) -> Any:
+        rows.append(len(owners))
+        return forward(self, owners, *more)
+
+    monkeypatch.setattr(CachedRunner, "forward", counting)
+    made = llm(kernels=kernels, **DRAFTING[how])
+    step = next(made.run(made.sequences(texts(4))))
+    assert [tree.depth for tree in step.trees] == [3] * 4
+    assert rows == [4] * (3 + 1)  # a level each, and the target's
 
 
 def test_samples_of_a_prompt_share_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:

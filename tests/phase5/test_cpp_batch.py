@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ from common.prompts import load_prompts
 from phase5.config import ModelConfig
 from phase5.controllers import FixedController
 from phase5.cpp_runner import CppRunner, make_cpp_runner
-from phase5.drafters import NgramDrafter
+from phase5.drafters import DynamicTreeDrafter, NgramDrafter, StaticTreeDrafter
 from phase5.drafters.eagle import EagleHead, EagleShape
 from phase5.drafters.eagle_fast import FastEagleDrafter
 from phase5.drafters.medusa import MedusaHeads, MedusaShape
 from phase5.drafters.medusa_fast import FastMedusaDrafter
 from phase5.drafters.model_fast import FastModelDrafter
-from phase5.drafting import Drafter, Outcome
+from phase5.drafting import Brancher, Drafter, Outcome
 from phase5.kernels import cpp, registry
 from phase5.kv_cache import KVOptions
 from phase5.model import Transformer
@@ -41,6 +41,7 @@ pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_no
 
 Kind = Literal["static", "paged", "ring"]
 DRAFTERS = ("none", "model", "eagle", "medusa", "ngram")
+TREES = tuple(f"{drafter}, {shape} tree" for drafter in ("model", "eagle", "medusa") for shape in ("static", "dynamic"))
 KINDS: tuple[Kind, ...] = ("static", "paged", "ring")
 POLICIES: dict[str, AcceptancePolicy] = {
     "rejection": Rejection(),
@@ -121,6 +122,14 @@ def drafter_of(of: Party, name: str, noise: Purpose, kv: KVOptions, rows: int) -
     return NgramDrafter() if name == "ngram" else None
 
 
+def tree_drafter_of(of: Party, name: str, rule: AcceptancePolicy, kv: KVOptions, rows: int) -> Drafter:
+    """Make the drafter of a name such as "eagle, static tree"."""
+    base = cast(Brancher, drafter_of(of, name.split(",")[0], rule.draft_noise, kv, rows))
+    if "dynamic" in name:
+        return DynamicTreeDrafter(base, nodes=7)
+    return StaticTreeDrafter(base, [-1, -1, 0, 0, 1, 2, 5], KeyedSource(), rule.draft_noise, rule.draws_children)
+
+
 class Done(NamedTuple):
     tokens: list[int]
     reason: Any
@@ -135,7 +144,10 @@ def run(
     runner = make_cpp_runner(of.model, of.target, kv, len(batch), CONTEXT)
     sequences = [Sequence(each.prompt, each.params, Ending(each.eos), each.sample) for each in batch]
     widths = iter([each.k for each in batch])
-    drafting = drafter_of(of, drafter, rule.draft_noise, kv, len(batch))
+    if "tree" in drafter:
+        drafting: Drafter | None = tree_drafter_of(of, drafter, rule, kv, len(batch))
+    else:
+        drafting = drafter_of(of, drafter, rule.draft_noise, kv, len(batch))
     several = multi_step if together else None
     steps: dict[Sequence, list[tuple[int, int, int, int]]] = {each: [] for each in sequences}
     loop = decode(runner, drafting, sequences, rule, lambda: FixedController(next(widths)), KeyedSource(), several)
@@ -171,7 +183,7 @@ RAGGED = [
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", list(POLICIES))
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", [*DRAFTERS, *TREES])
 def test_a_ragged_batch_is_its_sequences(drafter: str, policy: str, kind: Kind, model: str) -> None:
     found = check(party(model), drafter, policy, kind, RAGGED)
     accepted = sum(step[2] for each in found for step in each.steps)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from common.philox import Purpose
 
 from ..config import ModelConfig
-from ..drafting import Brancher, Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Frontier, Outcome, Stop
 from ..model import Block, Rotation, Transformer, Wanted, make_norm
 from ..sequence import Sequence
 from ..tree import Tree
@@ -126,16 +127,17 @@ class EagleDrafter(StateDrafter, Brancher):
     ) -> None:
         super().__init__(target, source, noise, head.taps, keep=head.shape.reach)  # of the layer's inputs, not states
         self.head = head
-        self._ahead: Lookahead | None = None  # of the current draft
+        self._ahead: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()  # of the current draft
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
+        widths = [width if self.ready(each) else 0 for each, width in zip(sequences, widths, strict=True)]
         chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
-        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            for at in range(width if self.ready(sequence) else 0):
-                logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])
-                if not chains.draw(row, logits[0]):
-                    break
+        while rows := chains.open():
+            trees = [Tree.chain(chains.tokens[row]) for row in rows]
+            ends = [Frontier(sequences[r], tree, [len(tree.tokens) - 1]) for r, tree in zip(rows, trees, strict=True)]
+            for row, logits in zip(rows, self.expand(ends), strict=True):
+                chains.draw(row, logits[0])
         return chains.draft()
 
     def ready(self, sequence: Sequence) -> bool:
@@ -143,15 +145,20 @@ class EagleDrafter(StateDrafter, Brancher):
         return inputs is not None and len(inputs) > 0
 
     @torch.inference_mode()
-    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Return logits [n, V] after these nodes. Each level continues the computation of the level before."""
-        if nodes == [-1]:
-            inputs = self.memory.get(sequence)
-            assert inputs is not None, "the first step of a sequence has nothing to draft from"
-            self._ahead = Lookahead(self.head, self.target, inputs)
-            return self.target.logits(self._ahead.predicted)
-        assert self._ahead is not None, "a draft begins at the text itself"
-        return self.target.logits(self._ahead.extend(tree, nodes))
+    def expand(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Run the layer for one sequence after the other, and the output matrix once for all."""
+        features = [self._features(frontier) for frontier in frontiers]
+        return list(self.target.logits(torch.cat(features)).split([len(of_row) for of_row in features]))
+
+    def _features(self, frontier: Frontier) -> Tensor:
+        """Predict the features [n, D] after its nodes. Each level continues the computation of the level before."""
+        sequence, nodes = frontier.sequence, frontier.nodes
+        if nodes != [-1]:
+            return self._ahead[sequence].extend(frontier.tree, nodes)
+        inputs = self.memory.get(sequence)
+        assert inputs is not None, "the first step of a sequence has nothing to draft from"
+        self._ahead[sequence] = Lookahead(self.head, self.target, inputs)
+        return self._ahead[sequence].predicted
 
     @torch.inference_mode()
     def observe(self, outcome: Outcome) -> None:

@@ -6,12 +6,11 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from ..drafting import Brancher, Draft, Stop
+from ..drafting import Brancher, Draft, Frontier, Stop
 from ..forward import next_logits
 from ..model import Transformer
 from ..sequence import Sequence
 from ..target import target_forward
-from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
 
@@ -35,8 +34,10 @@ class ModelDrafter(Brancher):
     def ready(self, sequence: Sequence) -> bool:
         return True
 
-    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Run one forward of the draft over the sequence, the nodes, and their ancestors."""
-        branches, numbers = tree.branches(nodes)
-        logits = target_forward(self.model, [sequence.prompt + sequence.tokens], [branches]).logits[0]
-        return logits[[number + 1 for number in numbers]]
+    def expand(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Run one forward of the draft over the sequences, the nodes, and their ancestors."""
+        texts = [frontier.sequence.prompt + frontier.sequence.tokens for frontier in frontiers]
+        branches = [frontier.tree.branches(frontier.nodes) for frontier in frontiers]
+        trees = [tree for tree, _ in branches]
+        logits = target_forward(self.model, texts, trees).logits
+        return [of_row[[node + 1 for node in nodes]] for of_row, (_, nodes) in zip(logits, branches, strict=True)]
