@@ -63,6 +63,7 @@ TITLES = {  # section, or a part of one -> title of its table
     "machine": "Limits of the CPU",
     "batch": "Several rows in one step",
     "peers": "Other engines on the same weights",
+    "sizes": "Real sizes, random weights",
     "copy": "A copy on the GPU",
     "kernels": "GPU kernels",
     "gpu_ladder": "GPU ladders",

@@ -6,6 +6,7 @@ that is fastest on this machine. numpy's argmax chooses tokens, outside of the t
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from engine.config import ModelConfig
+from engine.kernels.cpp import default_threads
 
-Format = Literal["f32", "f16", "q8_0"]
+Format = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+FAMILIES = ("llama", "qwen3")
 
 
 def why_not(config: ModelConfig | None = None) -> str | None:
@@ -31,21 +34,21 @@ def why_not(config: ModelConfig | None = None) -> str | None:
             __import__(module)
         except (ImportError, OSError, RuntimeError) as error:
             return f"{package} is not installed ({type(error).__name__})"
-    if config is not None and config.family != "llama":
-        return f"the conversion to GGUF is written for Llama checkpoints, and this is a {config.family}"
+    if config is not None and config.family not in FAMILIES:
+        return f"the conversion to GGUF is written for Llama and Qwen3 checkpoints, and this is a {config.family}"
     return None
 
 
 def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) -> None:
-    """Write the checkpoint as GGUF; norms stay float32. UserError if it is not a plain Llama."""
+    """Write the checkpoint as GGUF; norms stay float32. UserError if it is not a plain Llama or Qwen3."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
     from safetensors.torch import load_file
 
-    if config.family != "llama" or config.rope.scaling != "default" or config.qkv_bias or config.mlp_bias:
-        raise UserError("the conversion to GGUF takes plain Llama checkpoints, without biases or stretched positions")
-    kind = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}[format]
-    writer = GGUFWriter(str(file), "llama")
+    if config.family not in FAMILIES or config.rope.scaling != "default" or config.qkv_bias or config.mlp_bias:
+        raise UserError("the conversion to GGUF takes plain Llama and Qwen3 checkpoints, without biases or stretched positions")
+    kind = GGMLQuantizationType[format.upper()]
+    writer = GGUFWriter(str(file), config.family)
     writer.add_name("peer")
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)
@@ -66,7 +69,7 @@ def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) ->
         target = gguf_name(name)
         if target is None or (config.tied and name == "lm_head.weight"):
             continue
-        if ".attn_q." in target or ".attn_k." in target:
+        if config.family == "llama" and (".attn_q." in target or ".attn_k." in target):
             tensor = pairs_side_by_side(tensor, config.heads if ".attn_q." in target else config.kv_heads)
         values: NDArray[Any] = tensor.float().numpy()
         if tensor.ndim == 1:
@@ -93,6 +96,8 @@ def gguf_name(name: str) -> str | None:
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
@@ -102,6 +107,24 @@ def gguf_name(name: str) -> str | None:
     _, _, number, *rest = name.split(".")
     part = parts.get(".".join(rest[:-1]))
     return None if part is None else f"blk.{number}.{part}.weight"
+
+
+def quantize_gguf(source: Path, file: Path, format: Literal["q8_0", "q4_0"]) -> None:
+    """Quantise a GGUF file with llama.cpp's own quantiser, which keeps some tensors of q4_0 in more bits."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_quiet(), None)
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[format]
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), how) != 0:
+        raise UserError(f"llama.cpp does not quantise {source} to {format}")
+
+
+def table_bytes(file: Path) -> int:
+    """Return the bytes of the embedding in a GGUF file."""
+    from gguf import GGUFReader
+
+    return next(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors if tensor.name == "token_embd.weight")
 
 
 def pairs_side_by_side(weight: Tensor, heads: int) -> Tensor:
@@ -165,13 +188,27 @@ class LlamaCpp:
     def set_threads(self, threads: int) -> None:
         self.api.llama_set_n_threads(self.context, threads, threads)
 
+    def use_best_threads(self, steps: int) -> int:
+        """Set and return the thread count at which single tokens are fastest."""
+        times: dict[int, float] = {}
+        for threads in range(1, default_threads() + 1):
+            self.set_threads(threads)
+            times[threads] = min(self.time_steps(1, steps) for _ in range(3))
+        best = min(times, key=lambda threads: times[threads])
+        self.set_threads(best)
+        return best
+
+    def wait(self) -> None:
+        """Wait for the logits of the last forward pass."""
+        self.api.llama_get_logits(self.context)
+
     def time_steps(self, width: int, steps: int) -> float:
         """Return seconds per forward pass of `width` tokens; for several, the cache is cut back each time."""
         start, total = self.held, 0.0
         for _ in range(steps):
             began = time.perf_counter()
             self.decode([7] * width, every=True)
-            self.api.llama_get_logits(self.context)  # waits for the logits
+            self.wait()
             total += time.perf_counter() - began
             if width > 1:
                 self.cut(start)
@@ -192,7 +229,8 @@ def repacks(file: Path, vocab: int) -> bool:
         "import sys; from pathlib import Path; from benchmarks.llama_cpp import LlamaCpp;"
         f"LlamaCpp(Path({str(file)!r}), {vocab}, 64, 1).decode([1, 2, 3])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True)
+    folder, env = Path(__file__).resolve().parents[1], {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True)
     return done.returncode == 0
 
 

@@ -18,8 +18,9 @@ from .gpu_ladder import GPU_LADDER, measure_gpu_ladder
 from .gpu_peers import GPU_PEERS, measure_gpu_peers
 from .peers import PEERS, measure_cpu_peers
 from .runs import Lab
+from .sizes import SIZES
 
-MACHINES = {**LADDER, **BATCH, **PEERS, **GPU_KERNELS, **GPU_LADDER, **GPU_PEERS}
+MACHINES = {**LADDER, **BATCH, **PEERS, **SIZES, **GPU_KERNELS, **GPU_LADDER, **GPU_PEERS}
 
 
 def on_card(lab: Lab) -> bool:

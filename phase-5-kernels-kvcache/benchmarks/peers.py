@@ -22,6 +22,7 @@ from common.benchmark import Outcome, WrongResult
 from common.harness import Variant
 from common.peers import TransformersPeer
 from common.prompts import Prompt
+from common.random_checkpoint import random_checkpoint
 from engine import LoadedModel, SamplingParams, load
 from engine.kernels import cpp
 from engine.kernels.cpp import CppModel, default_threads
@@ -31,6 +32,7 @@ from engine.pair import resolve_draft
 from . import llama_cpp
 from .cpu_ladder import read_speed
 from .runs import Lab
+from .sizes import measure_sizes
 
 PEERS = {
     "peers": "greedy decoding after the first 64 tokens of a prompt; new_tokens 1: a forward and its argmax for every "
@@ -41,10 +43,6 @@ PEERS = {
 }
 BOUNDS = {"f16": 5e-3, "q8_0": 0.1, "float16": 1e-3, "bfloat16": 3e-2, "int8": 0.1}
 RANDOM = "random-100m"
-RANDOM_SHAPE: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "num_key_value_heads": 12, "vocab_size": 32_000, "max_position_embeddings": 1024, "tie_word_embeddings": True,
-}  # fmt: skip
 PROMPTS, PROMPT, WIDTHS = 12, 64, (1, 5)
 OURS: tuple[Weights, ...] = ("float16", "bfloat16", "int8")
 GGUF: tuple[llama_cpp.Format, ...] = ("f16", "q8_0")
@@ -61,17 +59,7 @@ def opened(name: str) -> Iterator[LoadedModel]:
     if name != RANDOM:
         yield load(name, torch.float32, torch.device("cpu"))
         return
-    import transformers
-
-    source = load("stdlib-10m", torch.float32, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / RANDOM
-        torch.manual_seed(0)
-        config: Any = transformers.LlamaConfig(**RANDOM_SHAPE, bos_token_id=0, eos_token_id=0)
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-        model.save_pretrained(folder)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).write_bytes((source.checkpoint.folder / file).read_bytes())
+    with random_checkpoint("100m", "float16") as folder:
         yield load(str(folder), torch.float32, torch.device("cpu"))
 
 
@@ -138,12 +126,7 @@ class Peers:
             return torch.from_numpy(made.logits(len(prompt)))
 
         prefill([1] * 8)
-        times: dict[int, float] = {}
-        for threads in range(1, default_threads() + 1):
-            made.set_threads(threads)
-            times[threads] = min(made.time_steps(1, self.tokens) for _ in range(3))
-        best = min(times, key=lambda threads: times[threads])
-        made.set_threads(best)
+        best = made.use_best_threads(self.tokens)
         note = f"{best} threads" + ("" if repack else "; weights not repacked: its own kernels crash on this machine")
         return Peer(prefill, lambda width, count: count * made.time_steps(width, count), file.stat().st_size, note)
 
@@ -201,6 +184,7 @@ def measure_cpu_peers(lab: Lab) -> None:
     for name in [lab.options.model] if lab.options.quick else [lab.options.model, RANDOM]:
         with ExitStack() as stack:
             of_model(lab, name, Peers(lab, name, stack))
+    measure_sizes(lab)
 
 
 def of_model(lab: Lab, name: str, peers: Peers) -> None:
