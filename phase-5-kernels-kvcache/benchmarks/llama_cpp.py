@@ -46,7 +46,9 @@ def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) ->
     from safetensors.torch import load_file
 
     if config.family not in FAMILIES or config.rope.scaling != "default" or config.qkv_bias or config.mlp_bias:
-        raise UserError("the conversion to GGUF takes plain Llama and Qwen3 checkpoints, without biases or stretched positions")
+        raise UserError(
+            "the conversion to GGUF takes plain Llama and Qwen3 checkpoints, without biases or stretched positions"
+        )
     kind = GGMLQuantizationType[format.upper()]
     writer = GGUFWriter(str(file), config.family)
     writer.add_name("peer")

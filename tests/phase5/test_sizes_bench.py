@@ -59,9 +59,7 @@ def test_real_sizes_are_counted(sizes: ModuleType, bench_part: Part) -> None:
             assert row.figures["gb"] >= sizes.STEPS * (LAYERS * layer + VOCABULARY * WIDTH) * row.cell["bits"] / 8e9
 
 
-def test_another_model_is_not_timed(
-    sizes: ModuleType, bench_part: Part, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_is_not_timed(sizes: ModuleType, bench_part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sizes.Size._expected
     monkeypatch.setattr(sizes.Size, "_expected", lambda size: expected(size).roll(1))
     with Results(None, {}, {}, {}, False) as results:
