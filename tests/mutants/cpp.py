@@ -61,7 +61,7 @@ DRAFT = mutants(
     ("if (counts[size_t(r)] > i) active", "if (counts[size_t(r)] >= i) active"),
     ("while (before[at] != active[from]) ++at;", "at = from;"),
     ("sequence.position + i, purpose, spare)", "sequence.position, purpose, spare)"),
-    ("uint32_t(position), purpose);", "uint32_t(position), DRAFT);"),
+    ("uint32_t(position), purpose);", "uint32_t(position), DRAFT);", "drafts are drawn for SAMPLE or DRAFT alone"),
 )  # fmt: skip
 
 DRAFTERS = mutants(
