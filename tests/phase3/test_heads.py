@@ -137,11 +137,16 @@ def test_trees_of_a_batch_read_the_output_matrix_once_per_level(
     target: phase3.LoadedModel, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Medusa's heads compute all levels at once. Each row gets the tokens that it gets alone."""
-    source, calls, counted = phase3.KeyedSource(), list[Any](), list[tuple[int, int]]()
+    source, calls, counted = phase3.KeyedSource(), list[int](), list[tuple[int, int]]()
     heads, eagle = MedusaHeads(MedusaShape(3, 2), target.config.width), random_eagle(target, (0,))
     features.initialise(heads.requires_grad_(False), target.model, "random")
     logits = target.model.logits
-    monkeypatch.setattr(target.model, "logits", lambda hidden: calls.append(hidden) or logits(hidden))
+
+    def counting(hidden: Any) -> Any:
+        calls.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(target.model, "logits", counting)
 
     def decode(prompts: list[list[int]]) -> list[list[int]]:
         medusa = MedusaDrafter(target.model, heads, source)

@@ -183,7 +183,7 @@ def test_a_batch_takes_one_draft_forward_per_level_and_each_row_gets_its_own_tre
         phase3.SamplingParams(temperature=1.0, seed=3),
     ]  # fmt: skip
     drafter = drafters(pair, phase3.Rejection(), phase3.KeyedSource())[kind]
-    encode, sequences = pair[0].tokenizer.encode, []
+    encode, sequences = pair[0].tokenizer.encode, list[Any]()
     for text, params in zip(("import os\n\ndef ", "from", "    for i in range(i):\n        i", "x"), ways, strict=True):
         sequence = phase3.Sequence(encode(text), params, pair[0].ending)
         for token in encode("self.a"):
@@ -191,7 +191,7 @@ def test_a_batch_takes_one_draft_forward_per_level_and_each_row_gets_its_own_tre
         sequences.append(sequence)
     alone = [drafter.propose([each], [most]).trees[0] for each, most in zip(sequences, levels, strict=True)]
 
-    rows, forward = [], phase3.target_forward
+    rows, forward = list[int](), phase3.target_forward
 
     def counting(model: Any, texts: Any, *more: Any) -> Any:
         rows.append(len(texts))
