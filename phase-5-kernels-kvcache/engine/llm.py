@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import cast
 
 import torch
@@ -190,7 +189,8 @@ class LLM:
 
         multi_step: several steps may be made in one call, which keeps no logits of them.
         """
-        return chain.from_iterable(each_within(self.computing, self._decode(sequences, multi_step)))
+        for steps in each_within(self.computing, self._decode(sequences, multi_step)):
+            yield from steps
 
     def _decode(self, sequences: list[Sequence], multi_step: bool) -> Iterator[list[Step | None]]:
         for sequence in sequences:

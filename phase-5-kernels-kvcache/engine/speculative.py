@@ -14,7 +14,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -246,7 +245,8 @@ def decode(
     multi_step: MultiStep | None = None,
 ) -> Iterator[Step]:
     """Decode a batch to its end, and yield every step; for the arguments see decode_calls."""
-    return chain.from_iterable(decode_calls(runner, drafter, sequences, policy, controller, source, multi_step))
+    for steps in decode_calls(runner, drafter, sequences, policy, controller, source, multi_step):
+        yield from steps
 
 
 def decode_calls(

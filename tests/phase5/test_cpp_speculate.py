@@ -111,6 +111,7 @@ class Made(NamedTuple):
     draft: list[int]
     accepted: int
     next: int
+    computed: int
 
 
 def call(
@@ -123,7 +124,7 @@ def call(
     drafter = library().ModelDrafter(pair.drafter._engine, [its], int(policy.draft_noise))
     made, _ = pair.target.decode([mine], drafter, [count], steps, own=isinstance(policy, SampleMatch))
     assert len(made) == steps
-    done = [Made(step.drafts[0], step.accepted[0], step.next[0]) for step in made]
+    done = [Made(step.drafts[0], step.accepted[0], step.next[0], step.computed[0]) for step in made]
     gained = sum(each.accepted + 1 for each in done)
     caches[0].keep(0, list(range(len(new[0]) + gained - 1)))
     caches[1].keep(0, list(range(len(new[1]) + gained - (2 if done[-1].accepted == count else 1))))

@@ -33,7 +33,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def tiny(make_checkpoint: Callable[..., Path]) -> str:
     narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return str(make_checkpoint("llama", num_hidden_layers=1, **narrow))
+    return str(make_checkpoint("llama", num_hidden_layers=2, **narrow))
 
 
 def counted(calls: Counter[str], op: str, function: Callable[..., Any]) -> Callable[..., Any]:
