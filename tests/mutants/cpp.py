@@ -80,7 +80,7 @@ PLACES = mutants(
     ("tests/phase5/test_cpp_step.py", "tests/phase5/test_cpp_bindings.py"),
     ("(position / cache.slots + 1) * cache.slots", "end"),
     ("token.entry = entries[held + i - from];", "token.entry = entries[i];"),
-    ("row.held + count - row.view->cache.slots) : 0", "row.held - row.view->cache.slots) : 0"),
+    ("row.held + count - row.view->cache.slots) : 0", "row.held - row.view->cache.slots) : 0", "lists entries before every window, which no query sees"),
     ("token.held = held;", "token.held = held + i;"),
     ("layer.window + count <= cache.slots + 1", "layer.window + count <= cache.slots + 2"),
     ("ring ? 0 : row.held / cache.slots; at", "ring ? 0 : 0; at"),
