@@ -1,0 +1,276 @@
+"""The decoding loop: a drafter proposes tokens, one target forward verifies them, an acceptance policy decides.
+
+Every step has three parts. Plan: each sequence's controller says how many tokens to draft. Execute: the drafter
+proposes a chain of so many tokens, or a tree; ONE target forward over sequences and drafts gives the distributions that
+follow the sequence and each draft token; the policy says which draft tokens are accepted and which token follows.
+Commit: the sequences take their tokens, drafter and controllers see the outcome. A step costs one target forward and
+gives between 1 and K+1 tokens (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2); with a lossless
+policy they follow the target's distribution exactly. Plain decoding is the case K = 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.device import synchronize
+
+from .context import window_start
+from .controllers import CostController, FixedController, KController, choose, observe
+from .drafters.model_device import DeviceModelDrafter
+from .drafters.ngram import NgramDrafter
+from .drafting import Draft, Drafter, Outcome, Stop
+from .inputs import Inputs, sampling_metadata
+from .kernels import Kernels
+from .kernels.tokens import SamplingMetadata
+from .kv_cache import OutOfBlocks
+from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
+from .profiler import stage
+from .runner import CachedRunner, ModelRunner, Work
+from .sampling import check_finite, not_finite
+from .sequence import Sequence
+from .steps import Path, Step, StepTimes, TargetOutput, outputs_before, step_stats
+from .transfers import Staged, read
+from .tree import Tree
+from .verify import GreedySource, RandomSource, random_source
+
+
+def block_width(sequence: Sequence, k: int, context: int) -> int:
+    """How many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
+
+    The token limit leaves room for the token that follows the draft, so one less than what remains is useful.
+    """
+    remaining = sequence.params.max_new_tokens - len(sequence.tokens)
+    length, width = sequence.length, min(k, remaining - 1)
+    if length + width <= context:
+        return width
+    while width > 0 and window_start(length + width, context) != window_start(length, context):
+        width -= 1
+    return width
+
+
+def plan(drafter: Drafter, sequences: list[Sequence], context: int) -> list[int]:
+    """Return how many tokens to draft for each sequence."""
+    costs = [each.controller for each in sequences if isinstance(each.controller, CostController)]
+    if len(costs) < len(sequences):
+        return [block_width(sequence, sequence.controller.next_k(), context) for sequence in sequences]
+    limits = [block_width(each, mine.bounds.high, context) for each, mine in zip(sequences, costs, strict=True)]
+    if isinstance(drafter, NgramDrafter):  # a lookup costs next to nothing, so what it found is known beforehand
+        limits = drafter.propose(sequences, limits).widths
+    return choose(costs, limits)
+
+
+class Accepted(NamedTuple):
+    """For each sequence the accepted draft tokens and the token that follows, and the tokens of its chain."""
+
+    paths: list[Path]
+    drafted: list[list[int]]  # [K] each; of trees nothing
+
+
+def accept(
+    kernels: Kernels,
+    policy: AcceptancePolicy,
+    draft: Draft,
+    widths: Staged,
+    trees: list[Tree],
+    output: TargetOutput,
+    sequences: list[Sequence],
+    rows: SamplingMetadata,
+) -> Accepted:
+    """Decide about drafts whose tokens and widths (int64 [R, K] and [R]) are on the device; one read tells the host.
+
+    Without a draft, the next token of each sequence is chosen.
+    """
+    logits, (R, width, _) = output.logits, output.logits.shape
+    if not any(tree.tokens for tree in trees):
+        (tokens,) = read_if_finite(logits, kernels.sample(logits[:, 0], rows))
+        return Accepted([Path([], token) for token in tokens], [[]] * R)
+    flat = logits.flatten(0, 1)
+    if rows.texts is not None:
+        texts = list[tuple[Rows[int], Rows[int]]]()
+        for sequence, tree in zip(sequences, trees, strict=True):
+            before = outputs_before(sequence.tokens, tree)
+            texts += [(sequence.prompt, output) for output in before + before[-1:] * (width - len(before))]
+        rows = dataclasses.replace(rows, texts=texts)
+    certain = draft.probs is None and isinstance(rows.source, GreedySource) and rows.greedy
+    if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
+        scores = rows.penalised(flat).view(*logits.shape)
+        accepted, following = kernels.verify_greedy(draft.tokens, scores, widths.tensor)
+    else:
+        probs = kernels.probabilities(flat, rows).view(*logits.shape)
+        target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
+        draft_rows = DraftRows(widths.tensor, *rows.keyed, rows.source)
+        if draft.trees is not None:
+            check_finite(logits)
+            return Accepted([accept_row(policy, row, tree, target, draft_rows) for row, tree in enumerate(trees)], [])
+        verdict = policy.verify(draft, target, draft_rows)
+        accepted, following = verdict.accepted, verdict.next_tokens
+    counts, tokens, flat_draft = read_if_finite(logits, accepted, following, draft.tokens)
+    K = draft.tokens.shape[1]
+    paths = [Path(list(range(count)), token) for count, token in zip(counts, tokens, strict=True)]
+    return Accepted(paths, [flat_draft[r * K : (r + 1) * K] for r in range(R)])
+
+
+def accept_row(policy: AcceptancePolicy, row: int, tree: Tree, target: TargetProbs, rows: DraftRows) -> Path:
+    part = slice(row, row + 1), slice(len(tree.tokens) + 1)
+    return policy.accept_tree(tree, TargetProbs(target.probs[part], target.opinion[part]), rows.only(row))
+
+
+def read_if_finite(logits: Tensor, *decisions: Tensor) -> list[list[int]]:
+    """Read integers that were decided from logits [R, K+1, V]. UserError if these are not finite."""
+    *found, (finite,) = read(*decisions, logits.amax(-1).isfinite().all())
+    if not finite:
+        raise not_finite(logits.dtype)
+    return found
+
+
+def opinions(logits: Tensor, probs: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Return what lossy policies go by, [R, K+1, V]: probs, or at temperature 0 the softmax of the raw logits."""
+    greedy = torch.tensor([sequence.params.greedy for sequence in sequences], device=probs.device)
+    return torch.where(greedy[:, None, None], logits.float().softmax(-1), probs) if greedy.any() else probs
+
+
+def append(runner: ModelRunner, sequence: Sequence, tokens: list[int]) -> None:
+    """Give the sequence these tokens, up to where it ends; its cache is then released."""
+    for token in tokens:
+        if not sequence.append(token):
+            runner.release(sequence)
+            return
+
+
+def decode_step(
+    runner: ModelRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    asked: list[int],
+    policy: AcceptancePolicy,
+    source: RandomSource,
+) -> Step:
+    """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
+    device = runner.model.embedding.weight.device
+    controllers = [sequence.controller for sequence in sequences]
+    began, staged = time.perf_counter(), 0.0
+    draft, R = Draft.nothing(len(sequences)), len(sequences)
+    ahead: tuple[CachedRunner, list[Work], Inputs] | None = None
+    upload, texts = runner.upload, [sequence.prompt + sequence.tokens for sequence in sequences]
+    upload.begin()
+    rows = sampling_metadata(upload, sequences, source)
+    if drafter is not None and any(asked):
+        stage("draft")
+        early = any(controller.ends_early for controller in controllers)
+        able = isinstance(drafter, DeviceModelDrafter) and not early and drafter.able(sequences, asked)
+        if able and isinstance(drafter, DeviceModelDrafter) and isinstance(runner, CachedRunner):
+            # The target's inputs are staged before the draft begins, and go up with the draft's.
+            widths, ahead = upload.put_longs(asked, R), (runner, *runner.prepare(list(sequences), texts, asked))
+            staged = time.perf_counter() - began
+            draft = drafter.draw(sequences, asked)
+        else:
+            stop: Stop | None = (lambda row, probs: controllers[row].stop(probs)) if early else None
+            draft = drafter.propose(sequences, asked, stop)
+    synchronize(device)
+    drafted = time.perf_counter()
+    stage("verify")
+
+    taps = None if drafter is None else drafter.taps
+    states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
+    if ahead is not None:
+        cached, works, inputs = ahead
+        trees, plain, output = [work.draft for work in works], False, cached.finish(works, inputs, draft.tokens)
+    else:
+        chains = draft.tokens.tolist()
+        trees = draft.trees or [Tree.chain(chain[:width]) for chain, width in zip(chains, draft.widths, strict=True)]
+        plain = not any(tree.tokens for tree in trees)
+        widths = upload.put_longs(draft.widths, R)
+        tokens = upload.put_longs((token for chain in chains for token in chain), *draft.tokens.shape)
+        output = runner.forward(list(sequences), texts, trees, states_from, taps or ())
+        if not plain:
+            draft = dataclasses.replace(draft, tokens=tokens.tensor)
+    synchronize(device)
+    verified = time.perf_counter()
+    stage("sample" if plain else "accept")
+
+    paths, chains = accept(runner.model.kernels, policy, draft, widths, trees, output, sequences, rows)
+    if ahead is not None:
+        trees = [Tree.chain(chain[:width]) for chain, width in zip(chains, asked, strict=True)]
+        for sequence, tree in zip(sequences, trees, strict=True):
+            cached.drafted(sequence, tree.tokens)
+    starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
+    decided = time.perf_counter()
+    for sequence, path in zip(sequences, paths, strict=True):
+        runner.commit(sequence, path.nodes)
+    kept = time.perf_counter() - decided
+    for sequence, tree, path in zip(sequences, trees, paths, strict=True):
+        append(runner, sequence, [*(tree.tokens[node] for node in path.nodes), path.next_token])
+    if drafter is not None:
+        states = None
+        if states_from is not None:
+            states = [output.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
+        drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
+    done = time.perf_counter() - kept
+    if plain:
+        verified = done
+    times = StepTimes(drafted - began - staged, verified - drafted + staged, done - verified, kept)
+    each = zip(sequences, asked, starts, trees, paths, runner.computed, lengths, strict=True)
+    stats = [
+        step_stats(sequence, k, start, tree, path, computed, runner.plain(length), times)
+        for sequence, k, start, tree, path, computed, length in each
+    ]
+    observe(controllers, stats)
+    return Step(sequences, starts, draft, trees, output, paths, stats)
+
+
+def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -> Sequence:
+    """Refuse the request that found no block and free its blocks; the others go on. Raises if it is alone."""
+    if len(sequences) == 1:
+        raise error
+    assert isinstance(error.owner, Sequence)
+    error.owner.refuse(str(error))
+    runner.release(error.owner)
+    return error.owner
+
+
+MultiStep = Callable[
+    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], Iterator[Step]
+]
+"""Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot."""
+
+
+def decode(
+    runner: ModelRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    policy: AcceptancePolicy | None = None,
+    controller: Callable[[], KController] | None = None,
+    source: RandomSource | None = None,
+    multi_step: MultiStep | None = None,
+) -> Iterator[Step]:
+    """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
+
+    Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
+    rejection, and K = 4. `multi_step` is asked first; the tokens are the same.
+    """
+    policy = policy or Rejection()
+    source = source or random_source(sequence.params for sequence in sequences)
+    make = controller or (lambda: FixedController(4))
+    for sequence in sequences:
+        sequence.controller = make()
+    while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
+        asked = [0] * len(active) if drafter is None else plan(drafter, active, runner.model.config.context)
+        made = 0
+        try:
+            if multi_step is not None:
+                for step in multi_step(runner, drafter, active, asked, policy, source):
+                    made += 1
+                    yield step
+            if not made:
+                yield decode_step(runner, drafter, active, asked, policy, source)
+        except OutOfBlocks as error:  # of the target's cache or the draft's
+            refused = refuse(runner, sequences, error)
+            if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'
+                drafter.observe(Outcome([refused], [0], None))
