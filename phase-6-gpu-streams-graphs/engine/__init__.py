@@ -34,7 +34,7 @@ from .policies import (
     Typical,
     make_policy,
 )
-from .runner import CachedRunner, ModelRunner, UncachedRunner, make_runner
+from .runner import CachedRunner, ModelRunner, make_runner
 from .sampling import KeyedSampler, Sampler, SamplingParams, choose, probabilities
 from .sequence import Ending, Sequence
 from .speculative import decode
@@ -42,6 +42,7 @@ from .steps import Path, Step, StepStats, TargetOutput
 from .target import target_forward
 from .tree import Tree
 from .tree_shapes import best_shape
+from .uncached_runner import UncachedRunner
 from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [

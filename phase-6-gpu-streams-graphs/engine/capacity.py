@@ -28,16 +28,17 @@ def check_capacity(
     tree: int,
     n: int,
     beams: int,
+    batch: int,
     caches: Iterable[CacheManager],
 ) -> None:
-    """Raise UserError if n samples of each of these sequences, decoded together, do not fit.
+    """Raise UserError if n samples of each of these sequences, `batch` of them at once, do not fit.
 
     tree: nodes of a draft tree. caches: those that are allocated already, which this run uses or frees. A beam search
     has no cache.
     """
     config, weight = loaded.config, loaded.model.embedding.weight
     lengths = [min(each.length + each.params.max_new_tokens, config.context) for each in firsts]
-    rows, longest = len(firsts) * n * beams, max(lengths)
+    rows, longest = min(len(firsts) * n, batch) * beams, max(lengths)
     if options.kind == "off" or beams > 1 or not loaded.model.has_cache:
         needed = forward_bytes(config, rows, longest, weight.itemsize) + ranking_bytes(config, beams)
     else:
@@ -47,7 +48,7 @@ def check_capacity(
     if needed > free:
         raise UserError(
             f"{rows} completions of up to {longest} tokens need about {needed / 2**30:.1f} GiB at once, and "
-            f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --beams or --max-tokens"
+            f"{free / 2**30:.1f} GiB are free: give a smaller --batch-size, --beams or --max-tokens"
         )
 
 

@@ -117,8 +117,9 @@ def explain(llm: LLM, sequences: list[Sequence]) -> None:
         print("nothing to explain: there is no draft (--draft NAME)", file=sys.stderr)
         return
     sequence = sequences[0]
+    longest = len(sequence.prompt) + sequence.params.max_new_tokens
     with llm.computing():
-        plain_ms = plain_step_ms(llm.make_runner(llm.loaded.model, [sequence]), sequence)
+        plain_ms = plain_step_ms(llm.make_runner(llm.loaded.model, 1, longest), sequence)
     costs = account(sequence.steps, plain_ms)
     if costs is None:
         print("nothing to explain: no step drafted a token", file=sys.stderr)

@@ -21,7 +21,7 @@ from .verify import RandomSource
 
 @dataclass(frozen=True)
 class Stats:
-    """What one completion took. Times are wall time in milliseconds, from the start of decoding."""
+    """What one completion took. Times are wall time in milliseconds, from the request's arrival."""
 
     prompt_tokens: int
     new_tokens: int
@@ -31,6 +31,10 @@ class Stats:
     tokens_per_s: float  # new tokens / wall time
     steps: int  # rounds of the decoding loop
     target_forwards: int  # forwards of the model that is sampled
+    queue_ms: float = 0.0  # from the request's arrival until it was first scheduled
+    itl_ms: float = 0.0  # mean gap between two chunks of tokens
+    preemptions: int = 0
+    blocks: int = 0  # the most that it held of a paged cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ def stats_of(sequence: Sequence) -> Stats:
         tokens_per_s=len(sequence.tokens) / progress.last if sequence.tokens else 0.0,  # refused: maybe no token
         steps=progress.steps,
         target_forwards=progress.forwards,
+        queue_ms=(progress.scheduled or 0.0) * 1e3,
+        itl_ms=(progress.last - progress.first) / max(1, len(progress.chunks) - 1) * 1e3,
+        preemptions=progress.preemptions,
+        blocks=progress.blocks,
     )
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import cast
 
 import torch
@@ -34,6 +33,7 @@ from .drafting import Brancher, Drafter
 from .fake import FakeModel, is_fake
 from .generate import Generation, finish
 from .kv_cache.manager import CacheManager
+from .llm_engine import LLMEngine
 from .load import LoadedModel, load
 from .model import Transformer
 from .options import Options, QuantName
@@ -43,14 +43,14 @@ from .precision import Precision, computing, resolve_precision
 from .prices import Prices
 from .profiler import stage
 from .quantize import Format
-from .runner import CachedRunner, ModelRunner, UncachedRunner
+from .runner import CachedRunner, ModelRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
-from .speculative import decode
 from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import best_shape, measured_acceptance
-from .verify import RandomSource, random_source
+from .uncached_runner import UncachedRunner
+from .verify import RandomSource
 
 
 class LLM:
@@ -138,7 +138,8 @@ class LLM:
         firsts = [Sequence(prompt, mine, self.loaded.ending) for prompt, mine in prompts]
         tree = self.options.tree_nodes if self.speculative and self.options.tree != "off" else 0
         options, caches = self.options.kv_options(), self.caches.values()
-        check_capacity(self.loaded, firsts, options, tree, self.options.n, self.options.beams, caches)
+        batch = self.options.batch_size
+        check_capacity(self.loaded, firsts, options, tree, self.options.n, self.options.beams, batch, caches)
         return [
             Sequence(first.prompt, first.params, self.loaded.ending, sample)
             for first in firsts
@@ -197,27 +198,28 @@ class LLM:
         if self.options.beams > 1:
             yield from self._search(sequences)
             return
-        if self.speculative and self.options.controller == "cost":
-            self.prices.provide(self.cost_model, sequences[0].params, len(sequences))
-        source = random_source(sequence.params for sequence in sequences)
-        runner = self.runner = self.make_runner(self.loaded.model, sequences)
-        draft = self.make_runner(self.draft.model, sequences) if self.draft and self.speculative else None
-        drafter = self.new_drafter(draft, source) if self.speculative else None
-        controller = partial(self.options.make_controller, self.cost_model)
-        several = self.backends.multi_step if multi_step else None
+        longest = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in sequences)
+        engine = LLMEngine(self, min(self.options.batch_size, len(sequences)), longest, multi_step)
+        self.runner = engine.target
         try:
-            for step in decode(runner, drafter, sequences, self.policy, controller, source, several):
-                for sequence, stats in zip(step.sequences, step.stats, strict=True):
-                    sequence.progress.mark()
-                    if drafter is not None:
-                        self._keep(sequence, stats)
-                yield step
+            for sequence in sequences:
+                try:
+                    engine.add(sequence)
+                except UserError as error:
+                    sequence.refuse(str(error))
+            while engine.busy:
+                yield from engine.advance()
+                for sequence in engine.ended:
+                    if sequence.error is not None and (len(sequences) == 1 or not isinstance(sequence.error, UserError)):
+                        raise sequence.error
+                engine.ended = []
         finally:  # of an interrupted run, rows are still taken
-            for each in filter(None, (runner, draft)):
-                for sequence in sequences:
-                    each.release(sequence)
+            engine.close()
 
-    def _keep(self, sequence: Sequence, stats: StepStats) -> None:
+    def keep(self, sequence: Sequence, stats: StepStats) -> None:
+        """Keep the figures of a step of a sequence that something drafts for."""
+        if not self.speculative:
+            return
         if self.options.metrics_detailed:
             stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
         sequence.steps.append(stats)
@@ -250,15 +252,14 @@ class LLM:
             "prefill_ms": self.runner.prefill_ms,
         }
 
-    def make_runner(self, model: Transformer, sequences: list[Sequence]) -> ModelRunner:
-        """Return a runner with room for these sequences and their output.
+    def make_runner(self, model: Transformer, rows: int, longest: int) -> ModelRunner:
+        """Return a runner with room for so many sequences of at most `longest` tokens, output included.
 
         A model's cache lives as long as this LLM. It is replaced if it is too small, unless another run is using it.
         """
-        options, rows = self.options.kv_options(), len(sequences)
+        options = self.options.kv_options()
         if options.kind == "off" or not model.has_cache:
             return UncachedRunner(model)
-        longest = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in sequences)
         manager = self.caches.get(model)
         if manager is None or not manager.fits(rows, longest):
             keep = manager is None or manager.idle

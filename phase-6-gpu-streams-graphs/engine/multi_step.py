@@ -66,11 +66,12 @@ def multi_step(
     asked: list[int],
     policy: AcceptancePolicy,
     source: RandomSource,
+    most: int,
 ) -> Iterator[Step]:
-    """Make steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
+    """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
     if not isinstance(runner, CppRunner) or not drawable(sequences, source):
         return
-    call = _plan(drafter, sequences, asked, policy)
+    call = _plan(drafter, sequences, asked, policy, most)
     if call is None or any(
         sequence.length + call.steps * (count + 1) - 1 > runner.model.config.context
         for sequence, count in zip(sequences, call.counts, strict=True)
@@ -94,14 +95,13 @@ def multi_step(
 
 
 def _plan(
-    drafter: Drafter | None, sequences: list[Sequence], asked: list[int], policy: AcceptancePolicy
+    drafter: Drafter | None, sequences: list[Sequence], asked: list[int], policy: AcceptancePolicy, most: int
 ) -> Call | None:
     """Choose the steps of the next call; None if there is to be no call."""
     if drafter is not None and drafter.taps is not None and not all(_up_to_date(drafter, each) for each in sequences):
         return None
     if drafter is None or not any(asked):
-        steps = _steps(sequences, asked, drafter)
-        return Call(asked, steps) if steps > 1 else None
+        return Call(asked, min(most, _steps(sequences, asked, drafter)))
     if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(policy, SampleMatch | Rejection):
         return None
     if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
@@ -110,7 +110,7 @@ def _plan(
         draft = drafter.propose(sequences, asked)
         return Call(draft.widths, 1, draft.tokens.tolist())
     counts = [min(count, cast(CppDrafter, drafter).deepest) for count in asked]
-    return Call(counts, _steps(sequences, counts, drafter))
+    return Call(counts, min(most, _steps(sequences, counts, drafter)))
 
 
 def _up_to_date(drafter: Drafter, sequence: Sequence) -> bool:
@@ -158,7 +158,7 @@ def _execute(
             steps = 1
     made, states = runner.fast.decode(
         batch, fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
-        ends=sequences[0].eos_ids, new=sum(len(work.new) for work in works),
+        ends=sorted({end for sequence in sequences for end in sequence.eos_ids}), new=sum(len(work.new) for work in works),
     )  # fmt: skip
     gained = [[[*each.draft[: each.accepted], each.next] for each in step.results] for step in made]
     whole = [[token for of_step in gained for token in of_step[row]][:-1] for row in range(len(sequences))]

@@ -29,11 +29,12 @@ from common.environment import cpu_name
 from .controllers import FixedController
 from .cost_model import CostModel
 from .kv_cache import KVOptions
-from .runner import ModelRunner, UncachedRunner
+from .runner import ModelRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
 from .speculative import decode
 from .steps import Step
+from .uncached_runner import UncachedRunner
 from .verify import random_source
 
 if TYPE_CHECKING:

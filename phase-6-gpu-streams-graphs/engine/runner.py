@@ -29,9 +29,9 @@ from .kv_cache.manager import CacheEntry, CacheManager
 from .kv_cache.ring import SPARE
 from .model import Transformer
 from .steps import TargetOutput
-from .target import target_forward
 from .transfers import Upload
 from .tree import Tree
+from .uncached_runner import UncachedRunner
 
 NO_DRAFT = Tree([], [])
 DRAFT_ROOM = 64  # nodes of the largest tree
@@ -66,6 +66,10 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def missing(self, owner: Hashable, length: int) -> int:
+        """Return how many of the sequence's visible tokens the next step would compute, its last one included."""
+        ...
+
     def commit(self, owner: Hashable, nodes: list[int]) -> None:
         """Keep these nodes of the last forward's draft: they are accepted and are not computed again."""
         ...
@@ -73,39 +77,6 @@ class ModelRunner(Protocol):
     def release(self, owner: Hashable) -> None:
         """The sequence is finished."""
         ...
-
-
-class UncachedRunner:
-    """`--kv off`: every forward computes all tokens of every sequence."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model, self.prefill_ms = model, 0.0
-        self.upload = Upload(model.embedding.weight.device)
-        self.computed: list[int] = []
-
-    def plain(self, length: int) -> int:
-        return length - window_start(length, self.model.config.context)
-
-    def forward(
-        self,
-        owners: Owners,
-        token_ids: list[list[int]],
-        drafts: list[Tree] | None = None,
-        states_from: list[int] | None = None,
-        taps: tuple[int, ...] = (),
-    ) -> TargetOutput:
-        drafts = drafts or [NO_DRAFT] * len(token_ids)
-        self.computed = [
-            self.plain(len(text) + draft.depth) - draft.depth + len(draft.tokens)
-            for text, draft in zip(token_ids, drafts, strict=True)
-        ]
-        return target_forward(self.model, token_ids, drafts, states_from, taps)
-
-    def commit(self, owner: Hashable, nodes: list[int]) -> None:
-        """Nothing is kept."""
-
-    def release(self, owner: Hashable) -> None:
-        """Nothing was kept."""
 
 
 class CachedRunner:
@@ -180,6 +151,7 @@ class CachedRunner:
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
             self.manager.appended(work.row, work.new, work.draft.tokens)
+            work.row.states = []
         return TargetOutput(logits, states)
 
     def _verify(
@@ -194,26 +166,65 @@ class CachedRunner:
             states = [torch.cat((*work.states, of_row[work.skip : work.count])) for work, of_row in each]
         return self.model.logits(inputs.read_from(hidden)), states
 
-    def _begin(
-        self, owner: Hashable, text: list[int], draft: Tree, states_from: int | None, taps: tuple[int, ...]
-    ) -> Work:
-        """Prefill all but the tokens that the step itself computes, and return those."""
-        start = window_start(len(text) + draft.depth, self.model.config.context)
+    def admit(self, owner: Hashable, text: list[int], states_from: int | None = None) -> None:
+        """Give a sequence a row, with the tokens that the cache knows already. It computes nothing."""
+        self._enter(owner, text, 0, states_from)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        owner: Hashable,
+        text: list[int],
+        most: int,
+        states_from: int | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> None:
+        """Compute a chunk of a sequence: at most so many of the tokens that its row lacks, and not its last.
+
+        The forward that computes the last token returns the states of all chunks, for drafters that read them.
+        """
+        with self._naming_owner():
+            self._begin(owner, text, NO_DRAFT, states_from, taps, most)
+
+    def missing(self, owner: Hashable, length: int) -> int:
+        start, row = window_start(length, self.model.config.context), self.manager.rows.get(owner)
+        held = 0 if row is None or row.start != start else len(row.held)  # after a jump, nearly all is computed again
+        return length - start - held
+
+    def _enter(
+        self, owner: Hashable, text: list[int], depth: int, states_from: int | None
+    ) -> tuple[CacheEntry, list[int], int]:
+        """Return the sequence's row, its window, and the position from which on states are wanted."""
+        start = window_start(len(text) + depth, self.model.config.context)
         window = text[start:]
-        row = self.manager.begin(owner, window, borrow=states_from is None)
         first = len(window) if states_from is None else min(max(states_from - start, 0), len(window) - 1)
-        states: list[Tensor] = []
+        row = self.manager.begin(owner, window, most=first)
+        row.start = start
+        return row, window, first
+
+    def _begin(
+        self,
+        owner: Hashable,
+        text: list[int],
+        draft: Tree,
+        states_from: int | None,
+        taps: tuple[int, ...],
+        most: int | None = None,
+    ) -> Work:
+        """Prefill all but the tokens that the step itself computes, and return those. most: of the prefill."""
+        row, window, first = self._enter(owner, text, draft.depth, states_from)
         before = len(row.held)
-        if len(window) - len(row.held) > self.max_inline:
+        if most is not None or len(window) - before > self.max_inline:
             began = time.perf_counter()
-            while len(row.held) < len(window) - 1:
+            end = len(window) - 1 if most is None else min(before + most, len(window) - 1)
+            while len(row.held) < end:
                 held = len(row.held)
-                work = Work(row, window[held : min(held + self.chunk, len(window) - 1)], NO_DRAFT, first)
-                states += self._prefill(work, first < held + len(work.new), taps)
+                work = Work(row, window[held : min(held + self.chunk, end)], NO_DRAFT, first)
+                row.states += self._prefill(work, first < held + len(work.new), taps)
                 self.manager.appended(row, work.new, [])
             synchronize(self.model.embedding.weight.device)
             self.prefill_ms += (time.perf_counter() - began) * 1e3
-        return Work(row, window[len(row.held) :], draft, first, states, len(row.held) - before)
+        return Work(row, window[len(row.held) :], draft, first, row.states, len(row.held) - before)
 
     def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
         """Run a chunk of a prompt through the model; return the states [n, F] that are wanted, if any."""

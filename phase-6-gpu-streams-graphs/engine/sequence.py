@@ -17,9 +17,10 @@ from .sampling import SamplingParams
 
 if TYPE_CHECKING:
     from .controllers import KController
+    from .policies import AcceptancePolicy
     from .steps import StepStats
 
-FinishReason = Literal["length", "eos", "stop", "refused"]
+FinishReason = Literal["length", "eos", "stop", "refused", "aborted", "error"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ class Ending:
 
 @dataclass
 class Progress:
-    """When tokens came, in seconds since decoding began, and what was computed for them."""
+    """When tokens came, in seconds since the request's arrival, and what was computed for them."""
 
     began: float = field(default_factory=time.perf_counter)  # on that clock
+    scheduled: float | None = None  # until then the request waited
     first: float = 0.0
     last: float = 0.0
     steps: int = 0
     forwards: int = 0
+    chunks: list[tuple[float, int]] = field(default_factory=list)  # when, and how many tokens came at once
+    preemptions: int = 0
+    blocks: int = 0  # the most that it held of a paged cache
 
     def mark(self, forwards: int = 1) -> None:
         """A step has just given one or more tokens, at the price of some target forwards."""
@@ -52,6 +57,10 @@ class Sequence:
     """Prompt and output of one request, and all else that is known of it. `tokens` is the output, an EOS included."""
 
     controller: KController  # of how many tokens to draft, from the start of decoding on
+    policy: AcceptancePolicy  # which of them are accepted
+    reach = 0  # at most so many draft tokens, or nodes of a tree, follow it in one step
+    branches = False  # its drafts are trees
+    number = 0  # of its request
 
     def __init__(self, prompt: list[int], params: SamplingParams, ending: Ending, sample: int = 0) -> None:
         if not prompt:
@@ -62,7 +71,8 @@ class Sequence:
         self.key = ((params.seed + 2**63) % 2**64 - 2**63, sample)  # of its random numbers; the seed as an int64
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.refusal = ""  # why it was refused
+        self.refusal = ""  # why it was refused, or failed
+        self.error: Exception | None = None  # the error that ended it
         self.progress = Progress()
         self.steps: list[StepStats] = []  # what its steps did
         self._text, self._decoded = "", 0  # the text of so many output tokens
@@ -100,6 +110,15 @@ class Sequence:
         """What it has stays, and no more comes."""
         self.refusal = why
         self._finish("refused")
+
+    def abort(self) -> None:
+        """Nobody wants more of it."""
+        self._finish("aborted")
+
+    def fail(self, error: Exception) -> None:
+        """An error in one of its steps ends it."""
+        self.error, self.refusal = error, str(error)
+        self.finish_reason = "error"
 
     def take_text(self) -> str:
         """Return the text that became final since the last call; a possible beginning of a stop string is held back."""

@@ -29,7 +29,6 @@ from .drafting import Draft, Drafter, Outcome, Stop
 from .inputs import Inputs, sampling_metadata
 from .kernels import Kernels
 from .kernels.tokens import SamplingMetadata
-from .kv_cache import OutOfBlocks
 from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .profiler import stage
 from .runner import CachedRunner, ModelRunner, Work
@@ -225,20 +224,33 @@ def decode_step(
     return Step(sequences, starts, draft, trees, output, paths, stats)
 
 
-def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -> Sequence:
-    """Refuse the request that found no block and free its blocks; the others go on. Raises if it is alone."""
-    if len(sequences) == 1:
-        raise error
-    assert isinstance(error.owner, Sequence)
-    error.owner.refuse(str(error))
-    runner.release(error.owner)
-    return error.owner
-
-
 MultiStep = Callable[
-    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], Iterator[Step]
+    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource, int], Iterator[Step]
 ]
-"""Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot."""
+"""Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot.
+
+The last argument bounds the number of steps.
+"""
+
+
+def advance(
+    runner: ModelRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    policy: AcceptancePolicy,
+    source: RandomSource,
+    multi_step: MultiStep | None = None,
+    most: int = 8,
+) -> Iterator[Step]:
+    """Make a step of these sequences, or several with one plan. `multi_step` is asked first; the tokens are the same."""
+    asked = [0] * len(sequences) if drafter is None else plan(drafter, sequences, runner.model.config.context)
+    made = 0
+    if multi_step is not None:
+        for step in multi_step(runner, drafter, sequences, asked, policy, source, most):
+            made += 1
+            yield step
+    if not made:
+        yield decode_step(runner, drafter, sequences, asked, policy, source)
 
 
 def decode(
@@ -253,7 +265,7 @@ def decode(
     """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
 
     Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
-    rejection, and K = 4. `multi_step` is asked first; the tokens are the same.
+    rejection, and K = 4. Requests that come and go are served by llm_engine.py, with the same steps.
     """
     policy = policy or Rejection()
     source = source or random_source(sequence.params for sequence in sequences)
@@ -261,16 +273,4 @@ def decode(
     for sequence in sequences:
         sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        asked = [0] * len(active) if drafter is None else plan(drafter, active, runner.model.config.context)
-        made = 0
-        try:
-            if multi_step is not None:
-                for step in multi_step(runner, drafter, active, asked, policy, source):
-                    made += 1
-                    yield step
-            if not made:
-                yield decode_step(runner, drafter, active, asked, policy, source)
-        except OutOfBlocks as error:  # of the target's cache or the draft's
-            refused = refuse(runner, sequences, error)
-            if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'
-                drafter.observe(Outcome([refused], [0], None))
+        yield from advance(runner, drafter, active, policy, source, multi_step)

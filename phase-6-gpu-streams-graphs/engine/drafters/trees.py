@@ -18,6 +18,7 @@ from torch import Tensor
 from common.philox import Purpose
 
 from ..drafting import Brancher, Draft, Drafter, Outcome, Stop
+from ..policies import AcceptancePolicy
 from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
@@ -29,6 +30,10 @@ class TreeDrafter(Drafter):
 
     def __init__(self, drafter: Brancher) -> None:
         self.drafter, self.taps = drafter, drafter.taps
+
+    def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
+        super().use(policy, source)
+        self.drafter.use(policy, source)
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft a tree of at most widths[r] levels for sequence r. `stop` is not called: the shape ends the tree."""
@@ -63,6 +68,10 @@ class StaticTreeDrafter(TreeDrafter):
         super().__init__(drafter)
         self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
         self.drawn = drawn
+
+    def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
+        super().use(policy, source)
+        self.drawn = policy.draws_children
 
     def grow(self, sequence: Sequence, levels: int) -> Tree:
         drawn = self.drawn and not sequence.params.greedy

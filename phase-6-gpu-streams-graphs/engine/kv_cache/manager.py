@@ -2,7 +2,7 @@
 
 Before a forward pass, a row is cut back to the longest prefix that it shares with its sequence. This covers a rejected
 draft token, a jump of the window, and a different sequence: the cache always equals a fresh prefill. A new sequence
-shares the entries of a row with the same prefix.
+shares the entries of a row with the same prefix, and in a paged cache known blocks of it, whose sequences may have ended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from .block_manager import block_name
+from .paged import PAGE, OutOfBlocks, PagedCache
 from .protocol import KVCache
 
 
@@ -19,6 +23,9 @@ class CacheEntry:
 
     number: int
     held: list[int] = field(default_factory=list)  # token ids of the entries that the row holds
+    start: int = 0  # position in the sequence of the first entry
+    names: list[bytes] = field(default_factory=list)  # of its full blocks in a paged cache
+    states: list[Tensor] = field(default_factory=list)  # hidden states of a prefill that the next step returns
     text: list[int] = field(default_factory=list)  # token ids of the sequence that the last forward pass appended
     draft: list[int] = field(default_factory=list)  # draft tokens that the last forward pass appended
 
@@ -44,16 +51,15 @@ class CacheManager:
         """Return True if so many more sequences of at most so many tokens find room."""
         return rows <= len(self.free) and tokens <= self.tokens
 
-    def begin(self, owner: Hashable, window: list[int], borrow: bool = True) -> CacheEntry:
+    def begin(self, owner: Hashable, window: list[int], most: int | None = None) -> CacheEntry:
         """Return the row of a sequence, cut back to its common prefix with window[:-1].
 
-        The last token of the window is always computed. borrow: a new sequence may share the entries of another row;
-        False if hidden states are needed as well.
+        The last token of the window is always computed. most: how many entries a new sequence may share with others;
+        hidden states that are needed as well must be computed.
         """
         if owner not in self.rows:
             row = self.rows[owner] = CacheEntry(self.free.pop())
-            if borrow:
-                self._borrow(row, window)
+            self._borrow(row, window[:-1][:most])
         row = self.rows[owner]
         self.settle(row, [])
         held = len(row.held)
@@ -61,19 +67,47 @@ class CacheManager:
             self._truncate(row, common_prefix(row.held, window[:-1]))
         return row
 
+    @property
+    def free_blocks(self) -> int:
+        """Return how many blocks of a paged cache are free."""
+        return self.cache.blocks.free if isinstance(self.cache, PagedCache) else 0
+
+    def reserve(self, owner: Hashable, length: int) -> bool:
+        """Give the row room for so many tokens in all. False, and nothing changed, if a paged cache has none."""
+        number = self.rows[owner].number
+        try:
+            if isinstance(self.cache, PagedCache) and length > self.cache.length(number):
+                self.cache.make_room(number, length - self.cache.length(number))
+        except OutOfBlocks:
+            return False
+        return True
+
+    def lacking(self, owner: Hashable, length: int) -> int:
+        """Return how many blocks of a paged cache the row lacks for so many tokens."""
+        if not isinstance(self.cache, PagedCache):
+            return 0
+        return max(0, self.cache.pages(length) - len(self.cache.tables[self.rows[owner].number]))
+
     def _truncate(self, row: CacheEntry, length: int) -> None:
         if length < self.cache.shortest(row.number):
             length = 0  # the window of the next token is overwritten
         self.cache.truncate(row.number, length)
-        del row.held[length:]
+        del row.held[length:], row.names[length // PAGE :]
 
-    def _borrow(self, row: CacheEntry, window: list[int]) -> None:
-        """Fork the row with the longest common prefix, if there is one."""
+    def _borrow(self, row: CacheEntry, tokens: list[int]) -> None:
+        """Begin a row with the longest known prefix of these tokens: of known blocks, or a fork of another row."""
         others = [other for other in self.rows.values() if other is not row and self.cache.first(other.number) == 0]
-        best = max(others, key=lambda other: common_prefix(other.held, window[:-1]), default=None)
-        if best is not None and (shared := common_prefix(best.held, window[:-1])):
+        best = max(others, key=lambda other: common_prefix(other.held, tokens), default=None)
+        shared = 0 if best is None else common_prefix(best.held, tokens)
+        if isinstance(self.cache, PagedCache):
+            blocks, names = self.cache.blocks.find(tokens, PAGE)
+            if len(blocks) * PAGE >= shared:
+                self.cache.adopt(row.number, blocks)
+                row.held, row.names = tokens[: len(blocks) * PAGE], names
+                return
+        if best is not None and shared:
             self.cache.fork(best.number, row.number)
-            row.held = list(best.held)
+            row.held, row.names = list(best.held), list(best.names)
             self._truncate(row, shared)
 
     def appended(self, row: CacheEntry, text: list[int], draft: list[int]) -> None:
@@ -94,6 +128,16 @@ class CacheManager:
             self.cache.keep(row.number, entries)
             row.held += row.text + [row.draft[node] for node in nodes]
             row.text, row.draft = [], []
+            self._name_blocks(row)
+
+    def _name_blocks(self, row: CacheEntry) -> None:
+        """Make the row's new full blocks findable for later sequences."""
+        if not isinstance(self.cache, PagedCache):
+            return
+        while (end := (len(row.names) + 1) * PAGE) <= len(row.held):
+            name = block_name(row.names[-1] if row.names else b"", row.held[end - PAGE : end])
+            self.cache.blocks.set_name(self.cache.tables[row.number][len(row.names)], name)
+            row.names.append(name)
 
     def owner(self, number: int) -> Hashable:
         """Return the owner of a row of the cache."""

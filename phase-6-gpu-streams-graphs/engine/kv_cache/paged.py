@@ -1,7 +1,8 @@
 """`--kv paged`: memory in pages of 16 tokens, allocated as rows grow (Kwon et al. 2023, PagedAttention).
 
 The block table of a row lists its page numbers. Rows with a common prefix share its pages. A write to a shared page
-copies the page first (copy-on-write), so all samples of a prompt store it once. A free list holds unused pages.
+copies the page first (copy-on-write), so all samples of a prompt store it once. block_manager.py counts the users of
+each page, and finds the pages of a known prefix.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
+from .block_manager import BlockManager
 from .protocol import CacheShape
 from .static import InPlaceCache
 
@@ -45,34 +47,42 @@ class PagedCache(InPlaceCache):
         super().__init__(shape, rows, (pages, shape.kv_heads, PAGE, shape.head_dim), dtype, computed, device)
         self.width = pages if width is None else min(width, pages)
         self.tables: list[list[int]] = [[] for _ in range(rows)]
-        self.users = [0] * pages  # reference count: rows that hold the page
-        self.free = list(range(pages))[::-1]
+        self.blocks = BlockManager(pages)
 
     def make_room(self, row: int, tokens: int) -> None:
         """Allocate missing pages, and copy shared pages that will be written. OutOfBlocks if too few are free."""
-        table, start = self.tables[row], self.lengths[row]
-        wanted = -(-(start + tokens) // PAGE)
-        shared = [at for at in range(start // PAGE, min(len(table), wanted)) if self.users[table[at]] > 1]
+        table, start, blocks = self.tables[row], self.lengths[row], self.blocks
+        wanted = self.pages(start + tokens)
+        written = range(start // PAGE, min(len(table), wanted))
+        shared = [at for at in written if blocks.users[table[at]] > 1]
         lacking = max(0, wanted - len(table)) + len(shared)
-        if lacking > len(self.free):
+        if lacking > blocks.free:
             raise OutOfBlocks(
-                f"out of pages: {lacking} of {PAGE} tokens are needed and {len(self.free)} of {len(self.users)} are "
+                f"out of pages: {lacking} of {PAGE} tokens are needed and {blocks.free} of {len(blocks.users)} are "
                 "free; give more --kv-pages, fewer prompts at a time, or a smaller --n or --max-tokens",
                 row,
             )
         for at in shared:
-            mine = self._take()
+            mine = blocks.take()
             for storage in self.stores:
                 storage.move(table[at], mine)
-            self.users[table[at]] -= 1
+            blocks.release(table[at])
             table[at] = mine
+        for at in written:
+            blocks.forget(table[at])
         while len(table) < wanted:
-            table.append(self._take())
+            table.append(blocks.take())
 
-    def _take(self) -> int:
-        page = self.free.pop()
-        self.users[page] = 1
-        return page
+    @staticmethod
+    def pages(tokens: int) -> int:
+        """Return how many pages so many tokens fill."""
+        return -(-tokens // PAGE)
+
+    def adopt(self, row: int, pages: list[int]) -> None:
+        """Begin an empty row with full pages that hold its first tokens."""
+        for page in pages:
+            self.blocks.share(page)
+        self.tables[row], self.lengths[row] = list(pages), len(pages) * PAGE
 
     def place(self, row: int, positions: Tensor) -> tuple[Tensor, slice, Tensor]:
         table = torch.tensor(self.tables[row], dtype=torch.long, device=self.device)
@@ -100,15 +110,12 @@ class PagedCache(InPlaceCache):
     def _release(self, row: int) -> None:
         """Free the pages after the row's length."""
         table = self.tables[row]
-        while len(table) > -(-self.lengths[row] // PAGE):
-            page = table.pop()
-            self.users[page] -= 1
-            if not self.users[page]:
-                self.free.append(page)
+        while len(table) > self.pages(self.lengths[row]):
+            self.blocks.release(table.pop())
 
     def fork(self, row: int, into: int) -> None:
         self.truncate(into, 0)
-        self.tables[into] = list(self.tables[row][: -(-self.lengths[row] // PAGE)])
+        self.tables[into] = self.tables[row][: self.pages(self.lengths[row])]
         for page in self.tables[into]:
-            self.users[page] += 1
+            self.blocks.share(page)
         self.lengths[into] = self.lengths[row]

@@ -1,0 +1,177 @@
+"""Which sequences run in the next step: continuous batching (Yu et al. 2022, Orca; Kwon et al. 2023, vLLM).
+
+Requests wait in the order of their arrival, and run while the cache has rows and blocks for them. In every step each
+running sequence whose prompt is cached decodes; what the budget of tokens leaves goes to prompts, in chunks, the oldest
+first (Agrawal et al. 2024, Sarathi-Serve). If a sequence finds no block, the youngest one is preempted: its blocks are
+freed, and it waits again, in front of all that came after it. Later its cache is computed again.
+
+The order is strict, so nobody waits without end. The oldest request is never preempted, and in every step it gains a
+token or at least BLOCK positions of its prompt. A request is therefore first scheduled after at most
+
+    sum over all earlier requests of  new tokens + (1 + preemptions + jumps of the window) * ceil(length / BLOCK)   steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from .context import window_start
+from .controllers import CostController
+from .drafting import Drafter
+from .kv_cache import PAGE, OutOfBlocks
+from .kv_cache.manager import common_prefix
+from .runner import CachedRunner, ModelRunner
+from .sequence import Sequence
+
+BLOCK = PAGE
+BUDGET = 256  # tokens of a step: those that decode, and prompts in chunks
+
+
+class Scheduler:
+    """Sequences that wait and that run, both by arrival; all that run are older than all that wait."""
+
+    def __init__(
+        self, target: ModelRunner, draft: ModelRunner | None, drafter: Drafter | None, rows: int, budget: int = BUDGET
+    ) -> None:
+        """rows: sequences that may run at once. `draft` is the runner of the draft model, if there is one."""
+        self.target, self.draft, self.drafter = target, draft, drafter
+        self.rows, self.budget, self.context = rows, budget, target.model.config.context
+        self.inline = target.max_inline if isinstance(target, CachedRunner) else 1
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._refused: tuple[Sequence, list[int]] | None = None  # who found no blocks last, and how many were free
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended, and free its blocks."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """Return which prompts to compute now, and how many tokens of each; afterwards those of `ready` decode.
+
+        All of them have the blocks that they need. UserError if nothing can run, because others use the cache.
+        """
+        self._admit()
+        left = self.budget - sum(1 + self._ahead(each) for each in self.ready())
+        chunks = list[tuple[Sequence, int]]()
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                break  # it was preempted, and so were all after it
+            missing, count = self._missing(sequence), 0
+            if not self._is_ready(sequence):
+                count = min(missing - 1, left if chunks else max(left, BLOCK))
+                if count <= 0:
+                    continue
+            if self._reserve(sequence, count if missing - count > self.inline else None) and count:
+                chunks.append((sequence, count))
+                left -= count
+        if self.waiting and not self.running:
+            raise OutOfBlocks("out of pages: other runs hold them; let them end first, or give more --kv-pages", -1)
+        return chunks
+
+    def ready(self) -> list[Sequence]:
+        """Return the running sequences that can decode, because the step itself computes all that their rows lack."""
+        return [sequence for sequence in self.running if self._is_ready(sequence)]
+
+    @property
+    def can_admit(self) -> bool:
+        """Return True if a request that waits may run as soon as blocks are free, or some prompt is not computed yet."""
+        prefilling = any(not self._is_ready(sequence) for sequence in self.running)
+        return prefilling or (bool(self.waiting) and len(self.running) < self.rows)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.rows and self._enter(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            progress = sequence.progress
+            if progress.scheduled is None:
+                progress.scheduled = time.perf_counter() - progress.began
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Give the sequence rows, if there are blocks for all its tokens and those that the others still lack."""
+        runners = self._runners(sequence)
+        free = [runner.manager.free_blocks for runner in runners]
+        if self._refused == (sequence, free) or any(self._shares(sequence, other) for other in self.running):
+            return False
+        text, length = sequence.prompt + sequence.tokens, self._length(sequence)
+        for runner in runners:
+            reads = runner is self.target and self.drafter is not None and self.drafter.taps is not None
+            runner.admit(sequence, text, self.drafter.states_from(sequence) if reads and self.drafter else None)
+            lacking = runner.manager.lacking(sequence, length + 1)
+            for other in self.running:
+                lacking += runner.manager.lacking(other, self._length(other) + 1)
+            if self.running and lacking > runner.manager.free_blocks:
+                self._release(sequence)
+                self._refused = sequence, free
+                return False
+        self._refused = None
+        return True
+
+    def _shares(self, sequence: Sequence, other: Sequence) -> bool:
+        """Return True if the other one is computing a block that this one can use as well: better wait for it."""
+        if self._is_ready(other) or other.prompt[:BLOCK] != sequence.prompt[:BLOCK]:
+            return False
+        shared = common_prefix(other.prompt, sequence.prompt[:-1])
+        return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK
+
+    def _reserve(self, sequence: Sequence, count: int | None) -> bool:
+        """Allocate blocks for a chunk of so many tokens; None: for the whole sequence, and a draft after it.
+
+        The youngest sequences are preempted, as long as there are too few. False if this one is the youngest.
+        """
+        for runner in self._runners(sequence):
+            length = self._length(sequence)
+            upto = length + self._ahead(sequence)
+            if count is not None:
+                upto = min(length - runner.missing(sequence, sequence.length) + count, upto)
+            while not runner.manager.reserve(sequence, upto):
+                youngest = self.running[-1]
+                self.preempt(youngest)
+                if youngest is sequence:
+                    return False
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Free the blocks of a running sequence; it waits in front of all that came after it."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        sequence.progress.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        for runner in (self.target, self.draft):
+            if runner is not None:
+                runner.release(sequence)
+
+    def _runners(self, sequence: Sequence) -> list[CachedRunner]:
+        """Return those that keep a cache of the sequence."""
+        runners = self.target, self.draft if sequence.reach else None
+        return [runner for runner in runners if isinstance(runner, CachedRunner)]
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Return how many tokens the rows lack, the last one included.
+
+        Only the controller `cost` lets a draft model miss many tokens while drafts do not pay.
+        """
+        missing = self.target.missing(sequence, sequence.length)
+        if self.draft is not None and sequence.reach and not isinstance(sequence.controller, CostController):
+            missing = max(missing, self.draft.missing(sequence, sequence.length))
+        return missing
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return self._missing(sequence) <= self.inline
+
+    def _length(self, sequence: Sequence) -> int:
+        """Count the tokens that the model sees."""
+        return sequence.length - window_start(sequence.length, self.context)
+
+    def _ahead(self, sequence: Sequence) -> int:
+        """Return how many draft tokens may follow the sequence in its next step."""
+        if sequence.branches:
+            return sequence.reach
+        remaining = sequence.params.max_new_tokens - len(sequence.tokens)
+        return max(0, min(sequence.reach, remaining - 1, self.context - self._length(sequence)))
