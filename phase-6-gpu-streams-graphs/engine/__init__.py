@@ -1,4 +1,4 @@
-"""KV caches, kernels by name, and whole steps in C++."""
+"""Many requests at once."""
 
 from .beam import beam_search
 from .config import ModelConfig
@@ -20,6 +20,7 @@ from .forward import next_logits
 from .generate import Generation, Stats, generate, stream
 from .kv_cache import KVOptions
 from .llm import LLM
+from .llm_engine import LLMEngine, Output
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
 from .options import Options
@@ -47,6 +48,7 @@ from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
     "LLM",
+    "LLMEngine",
     "AcceptancePolicy",
     "AdaptiveController",
     "Bounds",
@@ -77,6 +79,7 @@ __all__ = [
     "NgramIndex",
     "Options",
     "Outcome",
+    "Output",
     "Path",
     "RandomSource",
     "Rejection",

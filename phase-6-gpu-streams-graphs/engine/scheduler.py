@@ -63,9 +63,11 @@ class Scheduler:
                 break  # it was preempted, and so were all after it
             missing, count = self._missing(sequence), 0
             if not self._is_ready(sequence):
+                self._begin_rows(sequence)  # after a jump of the window
+                missing = self._missing(sequence)
                 count = min(missing - 1, left if chunks else max(left, BLOCK))
-                if count <= 0:
-                    continue
+                if count < min(1, missing - 1):
+                    continue  # the budget is spent
             if self._reserve(sequence, count if missing - count > self.inline else None) and count:
                 chunks.append((sequence, count))
                 left -= count
@@ -97,19 +99,23 @@ class Scheduler:
         free = [runner.manager.free_blocks for runner in runners]
         if self._refused == (sequence, free) or any(self._shares(sequence, other) for other in self.running):
             return False
-        text, length = sequence.prompt + sequence.tokens, self._length(sequence)
+        self._begin_rows(sequence)
         for runner in runners:
-            reads = runner is self.target and self.drafter is not None and self.drafter.taps is not None
-            runner.admit(sequence, text, self.drafter.states_from(sequence) if reads and self.drafter else None)
-            lacking = runner.manager.lacking(sequence, length + 1)
-            for other in self.running:
-                lacking += runner.manager.lacking(other, self._length(other) + 1)
+            everyone = [*self.running, sequence]
+            lacking = sum(runner.manager.lacking(each, self._length(each) + 1) for each in everyone)
             if self.running and lacking > runner.manager.free_blocks:
                 self._release(sequence)
                 self._refused = sequence, free
                 return False
         self._refused = None
         return True
+
+    def _begin_rows(self, sequence: Sequence) -> None:
+        """Give the sequence rows, or cut them back to what it sees now, with what the caches know of it."""
+        reads = self.drafter is not None and self.drafter.taps is not None
+        for runner in self._runners(sequence):
+            first = self.drafter.states_from(sequence) if self.drafter and reads and runner is self.target else None
+            runner.admit(sequence, sequence.prompt + sequence.tokens, first)
 
     def _shares(self, sequence: Sequence, other: Sequence) -> bool:
         """Return True if the other one is computing a block that this one can use as well: better wait for it."""
