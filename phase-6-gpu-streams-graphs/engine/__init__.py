@@ -1,5 +1,6 @@
 """Many requests at once."""
 
+from .async_engine import AsyncLLMEngine
 from .beam import beam_search
 from .config import ModelConfig
 from .config_rope import RopeConfig
@@ -51,6 +52,7 @@ __all__ = [
     "LLMEngine",
     "AcceptancePolicy",
     "AdaptiveController",
+    "AsyncLLMEngine",
     "Bounds",
     "Brancher",
     "CachedRunner",

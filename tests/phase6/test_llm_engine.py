@@ -1,0 +1,332 @@
+"""The engine: what it shares, when it preempts, how it fails, and what it says of each request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import phase5
+import phase6
+from common.errors import UserError
+from phase6.controllers import CostController
+from phase6.scheduler import Scheduler
+
+from .conftest import CONTEXT, WHY_NOT_CPP, Pair, Request, Result, add, drain, take
+
+TEXT = tuple(range(10, 43))
+KERNELS = [pytest.param("cpp", marks=pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))), "torch"]
+
+
+def asked(prompt: tuple[int, ...] = TEXT, tokens: int = 8, **more: Any) -> Request:
+    how = {name: more.pop(name) for name in ("policy", "controller", "k") if name in more}
+    return Request(prompt, phase5.SamplingParams(max_new_tokens=tokens, ignore_eos=True, **more), **how)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_known_prompt_is_not_computed_again(pair: Callable[..., Pair], kernels: str) -> None:
+    """Of 33 tokens two blocks are known; the other token, and those that are decoded, are computed."""
+    made = pair(kernels, "plain")
+    engine = made.engine()
+    manager = engine.target.manager
+    for known in (0, 2 * 16):
+        before, number = manager.positions, add(engine, asked())
+        assert drain(engine)[number, 0] == made.alone(asked())
+        assert manager.positions - before == 33 - known + 7
+
+
+def test_samples_of_a_prompt_share_its_blocks(pair: Callable[..., Pair]) -> None:
+    """All but the first sample compute one token of the prompt, and hold blocks of their own for what differs."""
+    made = pair("torch", "plain")
+    engine = made.engine(rows=3)
+    manager, request = engine.target.manager, asked(temperature=1.0, tokens=4)
+    number, found = add(engine, request, n=3), {}
+    while len(engine.scheduler.running) < 3:
+        take(engine, found)
+    tables = manager.cache.tables
+    assert tables[0][:2] == tables[1][:2] == tables[2][:2]
+    assert manager.cache.blocks.users[tables[0][0]] == 3
+    assert drain(engine, found) == {(number, sample): made.alone(request, sample) for sample in range(3)}
+    assert manager.positions <= 33 + 2 + 3 * 3  # those of the prompt, once, its last token again, and the outputs
+
+
+def test_a_long_prompt_does_not_stop_those_that_decode(pair: Callable[..., Pair]) -> None:
+    made = pair("torch", "plain")
+    engine = made.engine(budget=16)
+    first = add(engine, asked(TEXT[:4], tokens=20))
+    found = dict[tuple[int, int], Result]()
+    take(engine, found)
+    second = add(engine, asked(TEXT[::-1] + TEXT[:20], tokens=2))
+    steps = 0
+    while (second, 0) not in found:
+        before = len(found[first, 0].tokens)
+        take(engine, found)
+        steps += 1
+        assert len(found[first, 0].tokens) == before + 1
+    assert steps == 4  # 52 of 53 tokens in chunks of 15, 15, 15 and 7; the last one is computed by the step
+    drain(engine, found)
+
+
+@pytest.mark.parametrize("how", ["plain", "model", "eagle"])
+def test_the_youngest_is_preempted_and_goes_on_where_it_was(pair: Callable[..., Pair], how: str) -> None:
+    made = pair("torch", how)
+    engine = made.engine(rows=3, pages=6)
+    requests = [asked(tuple(range(start, start + 20)), tokens=30) for start in (10, 40, 70)]
+    numbers = [add(engine, request) for request in requests]
+    sequences = [engine.requests[number][0] for number in numbers]
+    found = drain(engine)
+    assert [found[number, 0] for number in numbers] == [made.alone(request) for request in requests]
+    preemptions = [sequence.progress.preemptions for sequence in sequences]
+    assert preemptions[0] == 0
+    assert sum(preemptions) > 0
+
+
+def test_requests_run_in_the_order_of_their_arrival(pair: Callable[..., Pair]) -> None:
+    """A short request behind a long one that does not fit waits for it: nobody is overtaken."""
+    made = pair("torch", "plain")
+    engine = made.engine(rows=4, pages=5)
+    numbers = [add(engine, asked(prompt, tokens=8)) for prompt in (TEXT, TEXT[::-1], TEXT[:2])]
+    sequences = [engine.requests[number][0] for number in numbers]
+    drain(engine)
+    times = [sequence.progress.scheduled for sequence in sequences]
+    assert times == sorted(times)
+
+
+def test_rows_of_several_policies_share_an_engine(pair: Callable[..., Pair]) -> None:
+    made = pair("torch", "model")
+    engine = made.engine(rows=5)
+    requests = [asked(temperature=t, policy=p) for t in (0.0, 1.0) for p in ("coupled", "rejection", "longest_prefix")]
+    numbers = [add(engine, request) for request in requests]
+    found = drain(engine)
+    assert [found[number, 0] for number in numbers] == [made.alone(request) for request in requests]
+
+
+def test_a_request_with_a_seed_is_coupled_and_one_without_draws_its_own(pair: Callable[..., Pair]) -> None:
+    engine = pair("torch", "model").engine()
+    sampled = phase6.SamplingParams(temperature=1.0, max_new_tokens=4)
+    numbers = [engine.add_request([5, 6], params, seeded=seeded) for params in (sampled, None) for seeded in (True, False)]
+    seeded, drawn, greedy, _ = (engine.requests[number][0] for number in numbers)
+    assert isinstance(seeded.policy, phase6.SampleMatch)
+    assert seeded.policy.draft_noise == 3 or seeded.policy.draws_children
+    assert isinstance(drawn.policy, phase6.Rejection)
+    assert seeded.params.seed == 0 != drawn.params.seed
+    assert isinstance(greedy.policy, phase6.SampleMatch)
+    engine.close()
+
+
+def test_cost_declines_in_a_batch_and_the_tokens_stay(pair: Callable[..., Pair]) -> None:
+    """A draft as large as the target never pays; the steps say that nothing was drafted."""
+    made = pair("cpp", "model")
+    engine = made.engine()
+    request = asked(temperature=1.0, controller="cost", tokens=20)
+    number = add(engine, request)
+    sequence = engine.requests[number][0]
+    assert isinstance(sequence.controller, CostController)
+    assert drain(engine)[number, 0].tokens == made.alone(request._replace(controller="fixed")).tokens
+    assert sum(step.k == 0 for step in sequence.steps) > len(sequence.steps) / 2
+
+
+def test_the_stats_of_a_request(pair: Callable[..., Pair]) -> None:
+    engine = pair("torch", "plain").engine(rows=1)
+    first, second = add(engine, asked(tokens=3)), add(engine, asked(tokens=5))
+    ends = dict[int, Any]()
+    while engine.busy:
+        for output in engine.step():
+            if output.stats is not None:
+                ends[output.request] = output.stats
+    assert ends[first].queue_ms < ends[first].ttft_ms <= ends[first].total_ms < ends[second].queue_ms
+    assert ends[second].new_tokens == 5
+    assert ends[second].blocks == 3
+    assert ends[second].itl_ms > 0
+
+
+class Broken(Exception):
+    """What the test's model raises."""
+
+
+def test_an_error_in_a_step_ends_only_the_requests_that_cause_it(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pair("torch", "plain")
+    engine, forward = made.engine(), type(made.engine().target).forward
+
+    def failing(self: Any, owners: list[Any], texts: list[list[int]], *more: Any) -> Any:
+        if any(77 in text for text in texts):
+            raise Broken("token 77")
+        return forward(self, owners, texts, *more)
+
+    monkeypatch.setattr(type(engine.target), "forward", failing)
+    requests = [asked(TEXT[:5]), asked((*TEXT[:5], 77)), asked(TEXT[5:12])]
+    numbers, found = [add(engine, request) for request in requests], dict[int, list[Any]]()
+    while engine.busy:
+        for output in engine.step():
+            found.setdefault(output.request, []).append(output)
+    assert found[numbers[1]][-1].finish_reason == "error"
+    assert isinstance(found[numbers[1]][-1].error, Broken)
+    for at in (0, 2):
+        assert [token for output in found[numbers[at]] for token in output.tokens] == made.alone(requests[at]).tokens
+    assert not engine.target.manager.rows
+
+
+@pytest.mark.parametrize("step", ["_prefill", "forward"])
+def test_weights_that_are_not_finite_end_every_request_with_the_reason(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    made = pair("torch", "plain")
+    engine = made.engine()
+    logits = type(made.llm.loaded.model).logits
+    monkeypatch.setattr(
+        type(made.llm.loaded.model), "logits", lambda self, hidden: logits(self, hidden) * float("nan")
+    )
+    add(engine, asked(TEXT if step == "_prefill" else TEXT[:3]))
+    (output,) = [output for _ in range(4) for output in engine.step()]
+    assert output.finish_reason == "error"
+    assert "not finite" in str(output.error)
+    assert not engine.busy
+
+
+def test_a_request_longer_than_all_blocks_is_refused_at_once(pair: Callable[..., Pair]) -> None:
+    engine = pair("torch", "plain").engine(pages=2)
+    with pytest.raises(UserError, match=r"there are 2 of 16 tokens, and 3 are needed"):
+        add(engine, asked(tokens=8))
+    assert not engine.busy
+    add(engine, asked(TEXT[:24], tokens=8))
+    drain(engine)
+
+
+def test_bad_requests_leave_the_others_alone(pair: Callable[..., Pair]) -> None:
+    made = pair("torch", "plain")
+    engine = made.engine()
+    number = add(engine, asked())
+    for prompt, more, what in (
+        ([], {}, "empty"),
+        ([5, 99999], {}, "token 99999 is not in the vocabulary"),
+        ([5, -1], {}, "token -1"),
+        ([5], {"n": 0}, "n must be at least 1"),
+        ([5], {"k": -1}, "k from 0"),
+        ([5], {"k": 65}, "k from 0 to 64"),
+    ):
+        with pytest.raises(UserError, match=what):
+            engine.add_request(prompt, **more)
+    with pytest.raises(UserError, match="temperature"):
+        engine.add_request([5], phase6.SamplingParams(temperature=-1.0))
+    assert drain(engine) == {(number, 0): made.alone(asked())}
+
+
+def test_requests_are_aborted_once(pair: Callable[..., Pair]) -> None:
+    made = pair("torch", "model")
+    engine = made.engine(rows=1)
+    runs, waits, last = (add(engine, asked(tokens=20)) for _ in range(3))
+    found = dict[tuple[int, int], Result]()
+    take(engine, found)
+    assert engine.abort(runs)
+    assert engine.abort(waits)
+    assert not engine.abort(runs)
+    assert not engine.abort(12345)
+    drain(engine, found)
+    assert found[runs, 0].finish_reason == found[waits, 0].finish_reason == "aborted"
+    assert found[last, 0] == made.alone(asked(tokens=20))
+    assert not engine.abort(last)
+
+
+def test_a_step_may_abort_a_request_of_its_own(pair: Callable[..., Pair]) -> None:
+    """Whoever reads the steps of a call may end a request between two of them."""
+    made = pair("cpp", "plain")
+    engine = made.engine()
+    gone, stays = add(engine, asked(tokens=20)), add(engine, asked(TEXT[3:9], tokens=20))
+    sequence, other = engine.requests[gone][0], engine.requests[stays][0]
+    with made.llm.computing():
+        while engine.busy:
+            for _ in engine.advance():
+                if len(sequence.tokens) == 5:
+                    engine.abort(gone)
+            engine.ended = []
+    assert sequence.tokens == made.alone(asked(tokens=20)).tokens[:5]
+    assert other.tokens == made.alone(asked(TEXT[3:9], tokens=20)).tokens
+    assert not engine.target.manager.rows
+
+
+def test_a_closed_engine_takes_nothing(pair: Callable[..., Pair]) -> None:
+    engine = pair("torch", "plain").engine()
+    add(engine, asked())
+    engine.step()
+    engine.close()
+    engine.close()
+    assert not engine.target.manager.rows
+    with pytest.raises(UserError, match="closed"):
+        add(engine, asked())
+    with pytest.raises(UserError, match="closed"):
+        engine.step()
+
+
+def test_the_batch_size_is_at_least_one() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        phase6.Options(batch_size=0)
+
+
+def test_blocks_that_another_run_holds_are_an_error_and_not_a_wait(pair: Callable[..., Pair]) -> None:
+    made = pair("torch", "plain")
+    engine = made.engine(rows=2, pages=4)
+    add(engine, asked(tokens=20))
+    engine.step()
+    other = Scheduler(engine.target, None, None, 1)
+    sequence = phase6.Sequence(list(TEXT[::-1]), phase6.SamplingParams(), phase6.Ending())
+    sequence.controller = phase6.FixedController(0)
+    other.add(sequence)
+    with pytest.raises(UserError, match="other runs hold them"):
+        other.schedule()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "off"])
+def test_other_caches_serve_requests_too(small_folder: Any, kind: str) -> None:
+    """A row is then all the memory of a sequence: nothing is shared in blocks, and nobody is preempted."""
+    options = phase6.Options(
+        model=str(small_folder), draft="none", kernels="torch", dtype="float32", device="cpu", kv=kind, batch_size=2
+    )
+    llm = phase6.LLM(options)
+    engine = phase6.LLMEngine(llm, tokens=CONTEXT, budget=8)
+    params = phase6.SamplingParams(max_new_tokens=40, ignore_eos=True)
+    numbers = [engine.add_request(list(TEXT[at:]), params) for at in range(4)]
+    found = drain(engine)
+    llm.options = llm.options.model_copy(update={"kv": "paged"})
+    llm.caches.clear()
+    for at, number in enumerate(numbers):
+        sequence = phase6.Sequence(list(TEXT[at:]), params, phase6.Ending())
+        for _ in llm.run([sequence]):
+            pass
+        assert found[number, 0].tokens == sequence.tokens
+
+
+def test_an_llm_runs_its_prompts_through_an_engine(pair: Callable[..., Pair]) -> None:
+    """The batch size changes the steps and not the texts."""
+    made = pair("torch", "model")
+    made.llm.caches.clear()
+    found = list[Any]()
+    for rows in (1, 2, 16):
+        made.llm.options = made.llm.options.model_copy(update={"batch_size": rows, "kv_pages": 0, "n": 2})
+        params = phase6.SamplingParams(temperature=1.0, max_new_tokens=6)
+        sequences = made.llm.sequences(["def f(", "class A", "import os"], params)
+        most = max(len(step.sequences) for step in made.llm.run(sequences))
+        assert most == min(rows, 6)
+        found.append([sequence.tokens for sequence in sequences])
+    assert found[0] == found[1] == found[2]
+    made.llm.options = made.llm.options.model_copy(update={"batch_size": 16, "n": 1})
+
+
+def test_torch_threads_are_those_of_the_process_afterwards(pair: Callable[..., Pair]) -> None:
+    engine, before = pair("cpp", "plain").engine(), torch.get_num_threads()
+    add(engine, asked(tokens=2))
+    drain(engine)
+    assert torch.get_num_threads() == before
+
+
+def test_names_of_requests_do_not_repeat(pair: Callable[..., Pair]) -> None:
+    engine = pair("torch", "plain").engine()
+    first = add(engine, asked(tokens=1))
+    drain(engine)
+    assert add(engine, asked(tokens=1)) != first
+    assert dataclasses.is_dataclass(phase6.Output)
+    drain(engine)
