@@ -141,8 +141,8 @@ class AsyncLLMEngine:
             self._tickets = {}
             return
         for output in outputs:
-            if (ticket := self._tickets.get(output.request)) is not None:
-                ticket.deliver(output)
+            if (reader := self._tickets.get(output.request)) is not None:
+                reader.deliver(output)
         for output in outputs:
             if output.request not in self.engine.requests:
                 self._tickets.pop(output.request, None)

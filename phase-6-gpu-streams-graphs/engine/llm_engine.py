@@ -204,7 +204,8 @@ class LLMEngine:
             yield from self._decode([each for each in group if each.finish_reason is None], most)
 
     def _prefill(self, sequence: Sequence, most: int) -> None:
-        text, first, taps = sequence.prompt + sequence.tokens, None, ()
+        text, first = sequence.prompt + sequence.tokens, None
+        taps: tuple[int, ...] = ()
         if self.drafter is not None and self.drafter.taps is not None:
             first, taps = self.drafter.states_from(sequence), self.drafter.taps
         try:

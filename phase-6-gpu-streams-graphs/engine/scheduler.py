@@ -102,7 +102,7 @@ class Scheduler:
         self._begin_rows(sequence)
         for runner in runners:
             everyone = [*self.running, sequence]
-            lacking = sum(runner.manager.lacking(each, self._length(each) + 1) for each in everyone)
+            lacking = sum(runner.manager.lacking_blocks(each, self._length(each) + 1) for each in everyone)
             if self.running and lacking > runner.manager.free_blocks:
                 self._release(sequence)
                 self._refused = sequence, free
@@ -139,6 +139,8 @@ class Scheduler:
                 self.preempt(youngest)
                 if youngest is sequence:
                     return False
+            if runner is self.target:
+                sequence.progress.blocks = max(sequence.progress.blocks, runner.manager.held_blocks(sequence))
         return True
 
     def preempt(self, sequence: Sequence) -> None:

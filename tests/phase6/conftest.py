@@ -47,7 +47,8 @@ class Pair:
     """An LLM of phase 6, and one of phase 5 with the same models, which decodes single requests."""
 
     def __init__(self, folder: Path, kernels: str, how: str) -> None:
-        chosen = {"model": str(folder), "dtype": "float32", "device": "cpu", "kernels": kernels, **DRAFTERS[how]}
+        chosen = {"model": str(folder), "dtype": "float32", "device": "cpu", "kernels": kernels, "threads": 1}
+        chosen |= DRAFTERS[how]
         if "draft_quant" in chosen:
             chosen["draft"] = str(folder)
         made = list[Any]()

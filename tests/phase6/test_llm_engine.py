@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import phase5
 import phase6
 from common.errors import UserError
+from common.philox import Purpose
 from phase6.controllers import CostController
 from phase6.scheduler import Scheduler
 
@@ -66,7 +66,7 @@ def test_a_long_prompt_does_not_stop_those_that_decode(pair: Callable[..., Pair]
         take(engine, found)
         steps += 1
         assert len(found[first, 0].tokens) == before + 1
-    assert steps == 4  # 52 of 53 tokens in chunks of 15, 15, 15 and 7; the last one is computed by the step
+    assert steps == 3  # chunks of 15 tokens beside the one that decodes; the last 8 are computed by the step itself
     drain(engine, found)
 
 
@@ -91,8 +91,9 @@ def test_requests_run_in_the_order_of_their_arrival(pair: Callable[..., Pair]) -
     numbers = [add(engine, asked(prompt, tokens=8)) for prompt in (TEXT, TEXT[::-1], TEXT[:2])]
     sequences = [engine.requests[number][0] for number in numbers]
     drain(engine)
-    times = [sequence.progress.scheduled for sequence in sequences]
+    times = [sequence.progress.began + (sequence.progress.scheduled or 0.0) for sequence in sequences]
     assert times == sorted(times)
+    assert times[2] > sequences[0].progress.began + sequences[0].progress.first  # it did not start with the first one
 
 
 def test_rows_of_several_policies_share_an_engine(pair: Callable[..., Pair]) -> None:
@@ -110,7 +111,7 @@ def test_a_request_with_a_seed_is_coupled_and_one_without_draws_its_own(pair: Ca
     numbers = [engine.add_request([5, 6], params, seeded=seeded) for params in (sampled, None) for seeded in (True, False)]
     seeded, drawn, greedy, _ = (engine.requests[number][0] for number in numbers)
     assert isinstance(seeded.policy, phase6.SampleMatch)
-    assert seeded.policy.draft_noise == 3 or seeded.policy.draws_children
+    assert seeded.policy.draft_noise == Purpose.SAMPLE
     assert isinstance(drawn.policy, phase6.Rejection)
     assert seeded.params.seed == 0 != drawn.params.seed
     assert isinstance(greedy.policy, phase6.SampleMatch)
@@ -137,7 +138,8 @@ def test_the_stats_of_a_request(pair: Callable[..., Pair]) -> None:
         for output in engine.step():
             if output.stats is not None:
                 ends[output.request] = output.stats
-    assert ends[first].queue_ms < ends[first].ttft_ms <= ends[first].total_ms < ends[second].queue_ms
+    assert ends[first].queue_ms < ends[first].ttft_ms < ends[first].total_ms
+    assert ends[first].ttft_ms < ends[second].queue_ms < ends[second].ttft_ms  # it waited for the first to end
     assert ends[second].new_tokens == 5
     assert ends[second].blocks == 3
     assert ends[second].itl_ms > 0
@@ -323,10 +325,9 @@ def test_torch_threads_are_those_of_the_process_afterwards(pair: Callable[..., P
     assert torch.get_num_threads() == before
 
 
-def test_names_of_requests_do_not_repeat(pair: Callable[..., Pair]) -> None:
+def test_numbers_of_requests_do_not_repeat(pair: Callable[..., Pair]) -> None:
     engine = pair("torch", "plain").engine()
     first = add(engine, asked(tokens=1))
     drain(engine)
     assert add(engine, asked(tokens=1)) != first
-    assert dataclasses.is_dataclass(phase6.Output)
-    drain(engine)
+    engine.close()

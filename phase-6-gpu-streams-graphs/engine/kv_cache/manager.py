@@ -82,11 +82,13 @@ class CacheManager:
             return False
         return True
 
-    def lacking(self, owner: Hashable, length: int) -> int:
+    def held_blocks(self, owner: Hashable) -> int:
+        """Return how many blocks of a paged cache the row holds."""
+        return len(self.cache.tables[self.rows[owner].number]) if isinstance(self.cache, PagedCache) else 0
+
+    def lacking_blocks(self, owner: Hashable, length: int) -> int:
         """Return how many blocks of a paged cache the row lacks for so many tokens."""
-        if not isinstance(self.cache, PagedCache):
-            return 0
-        return max(0, self.cache.pages(length) - len(self.cache.tables[self.rows[owner].number]))
+        return max(0, PagedCache.pages(length) - self.held_blocks(owner)) if isinstance(self.cache, PagedCache) else 0
 
     def _truncate(self, row: CacheEntry, length: int) -> None:
         if length < self.cache.shortest(row.number):
