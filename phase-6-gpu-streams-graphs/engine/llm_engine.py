@@ -199,7 +199,7 @@ class LLMEngine:
             self.llm.prices.provide(self.llm.cost_model, self.scheduler.waiting[0].params, self.rows)
         for sequence, tokens in self.scheduler.schedule():
             self._prefill(sequence, tokens)
-        most = 1 if self.scheduler.can_admit else SEVERAL
+        most = 1 if self.scheduler.changes else SEVERAL
         for group in groups(self.scheduler.ready(), drafted=self.drafter is not None):
             yield from self._decode([each for each in group if each.finish_reason is None], most)
 

@@ -40,6 +40,7 @@ class Scheduler:
         self.inline = target.max_inline if isinstance(target, CachedRunner) else 1
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.prefills = False  # prompts were computed in the last step
         self._refused: tuple[Sequence, list[int]] | None = None  # who found no blocks last, and how many were free
 
     def add(self, sequence: Sequence) -> None:
@@ -56,34 +57,36 @@ class Scheduler:
         All of them have the blocks that they need. UserError if nothing can run, because others use the cache.
         """
         self._admit()
-        left = self.budget - sum(1 + self._ahead(each) for each in self.ready())
+        missing = [self._missing(sequence) for sequence in self.running]
+        decoding = zip(self.running, missing, strict=True)
+        left = self.budget - sum(1 + self._ahead(each) for each, lacks in decoding if lacks <= self.inline)
         chunks = list[tuple[Sequence, int]]()
-        for sequence in list(self.running):
+        for sequence, lacks in list(zip(self.running, missing, strict=True)):
             if sequence not in self.running:
                 break  # it was preempted, and so were all after it
-            missing, count = self._missing(sequence), 0
-            if not self._is_ready(sequence):
+            count = 0
+            if lacks > self.inline:
                 self._begin_rows(sequence)  # after a jump of the window
-                missing = self._missing(sequence)
-                count = min(missing - 1, left if chunks else max(left, BLOCK))
-                if count < min(1, missing - 1):
+                lacks = self._missing(sequence)
+                count = min(lacks - 1, left if chunks else max(left, BLOCK))
+                if count < min(1, lacks - 1):
                     continue  # the budget is spent
-            if self._reserve(sequence, count if missing - count > self.inline else None) and count:
+            if self._reserve(sequence, count if lacks - count > self.inline else None) and count:
                 chunks.append((sequence, count))
                 left -= count
+        self.prefills = any(lacks > self.inline for lacks in missing)
         if self.waiting and not self.running:
             raise OutOfBlocks("out of pages: other runs hold them; let them end first, or give more --kv-pages", -1)
         return chunks
 
     def ready(self) -> list[Sequence]:
         """Return the running sequences that can decode, because the step itself computes all that their rows lack."""
-        return [sequence for sequence in self.running if self._is_ready(sequence)]
+        return [sequence for sequence in self.running if self._missing(sequence) <= self.inline]
 
     @property
-    def can_admit(self) -> bool:
-        """Return True if a request that waits may run as soon as blocks are free, or some prompt is not computed yet."""
-        prefilling = any(not self._is_ready(sequence) for sequence in self.running)
-        return prefilling or (bool(self.waiting) and len(self.running) < self.rows)
+    def changes(self) -> bool:
+        """Return True if other sequences may run in the next step: one waits for blocks, or prompts are computed."""
+        return self.prefills or (bool(self.waiting) and len(self.running) < self.rows)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.rows and self._enter(self.waiting[0]):
@@ -119,7 +122,7 @@ class Scheduler:
 
     def _shares(self, sequence: Sequence, other: Sequence) -> bool:
         """Return True if the other one is computing a block that this one can use as well: better wait for it."""
-        if self._is_ready(other) or other.prompt[:BLOCK] != sequence.prompt[:BLOCK]:
+        if self._missing(other) <= self.inline or other.prompt[:BLOCK] != sequence.prompt[:BLOCK]:
             return False
         shared = common_prefix(other.prompt, sequence.prompt[:-1])
         return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK
@@ -169,9 +172,6 @@ class Scheduler:
         if self.draft is not None and sequence.reach and not isinstance(sequence.controller, CostController):
             missing = max(missing, self.draft.missing(sequence, sequence.length))
         return missing
-
-    def _is_ready(self, sequence: Sequence) -> bool:
-        return self._missing(sequence) <= self.inline
 
     def _length(self, sequence: Sequence) -> int:
         """Count the tokens that the model sees."""

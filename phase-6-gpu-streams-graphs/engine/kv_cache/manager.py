@@ -74,10 +74,10 @@ class CacheManager:
 
     def reserve(self, owner: Hashable, length: int) -> bool:
         """Give the row room for so many tokens in all. False, and nothing changed, if a paged cache has none."""
-        number = self.rows[owner].number
+        number, cache = self.rows[owner].number, self.cache
         try:
-            if isinstance(self.cache, PagedCache) and length > self.cache.length(number):
-                self.cache.make_room(number, length - self.cache.length(number))
+            if isinstance(cache, PagedCache) and length > cache.lengths[number]:
+                cache.make_room(number, length - cache.lengths[number])
         except OutOfBlocks:
             return False
         return True

@@ -1,0 +1,89 @@
+"""Phase 6: which sequences run, who holds which block, and whose tokens come out."""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from tests.support.mutants import mutants
+
+ENGINE = "phase-6-gpu-streams-graphs/engine"
+BLOCKS = ("tests/phase6/test_block_manager.py",)
+SERVED = ("tests/phase6/test_llm_engine.py", "tests/phase6/test_schedules.py", "-k", "not eagle and not medusa and not ngram and not tree")
+HEADS = ("tests/phase6/test_schedules.py", "-k", "medusa or eagle")
+
+BLOCK_MANAGER = mutants(
+    f"{ENGINE}/kv_cache/block_manager.py",
+    BLOCKS,
+    ("hashlib.blake2b(before + array", "hashlib.blake2b(array"),
+    ("        if not self.users[block]:\n            raise ValueError(f\"block {block} is free already\")\n", ""),
+    ("block = next(iter(self.cached))", "block = next(reversed(self.cached))"),
+    ("            self.forget(block)\n        self.users[block] = 1", "        self.users[block] = 1"),
+    ("            del self.cached[block]\n        self.users[block] += 1", "            pass\n        self.users[block] += 1"),
+    ("if name not in self.named:\n            self.names[block]", "if True:\n            self.names[block]"),
+    ("for start in range(0, len(tokens) - size + 1, size):", "for start in range(0, len(tokens) - size, size):"),
+    ("if (name := self.names.pop(block, None)) is not None:\n            del self.named[name]", "self.names.pop(block, None)"),
+)  # fmt: skip
+
+PAGES = (
+    *mutants(
+        f"{ENGINE}/kv_cache/paged.py",
+        BLOCKS,
+        ("if blocks.users[table[at]] > 1]", "if blocks.users[table[at]] > 2]"),
+        ("                storage.move(table[at], mine)", "                pass"),
+        ("            blocks.forget(table[at])\n        while", "            pass\n        while"),
+        ("            blocks.release(table[at])\n            table[at] = mine", "            table[at] = mine"),
+        ("            self.blocks.share(page)\n        self.tables[row], self", "            pass\n        self.tables[row], self"),
+    ),
+    *mutants(
+        f"{ENGINE}/kv_cache/manager.py",
+        BLOCKS,
+        ("self._borrow(row, window[:-1][:most])", "self._borrow(row, window[:most])"),
+        ("del row.held[length:], row.names[length // PAGE :]", "del row.held[length:]"),
+        ("block_name(row.names[-1] if row.names else b\"\", row.held[end - PAGE : end])", "block_name(b\"\", row.held[end - PAGE : end])"),
+        ("<= len(row.held):\n            name", "<= len(row.held) + 1:\n            name"),
+    ),
+)  # fmt: skip
+
+SCHEDULER = mutants(
+    f"{ENGINE}/scheduler.py",
+    SERVED,
+    ("self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"),
+    ("youngest = self.running[-1]", "youngest = self.running[0]"),
+    ("        for runner in (self.target, self.draft):\n            if runner is not None:", "        for runner in (self.target,):\n            if runner is not None:"),
+    ("left if chunks else max(left, BLOCK)", "left"),
+    ("return max(0, min(sequence.reach, remaining - 1, self.context - self._length(sequence)))", "return sequence.reach"),
+    ("                self._begin_rows(sequence)  # after a jump of the window\n", ""),
+    ("                left -= count\n", ""),
+    ("count if lacks - count > self.inline else None", "count"),
+    ("len(self.running) < self.rows and self._enter", "len(self.running) <= self.rows and self._enter"),
+    ("        sequence.progress.preemptions += 1\n", ""),
+    ("if self.running and lacking > runner.manager.free_blocks:", "if False:", "whoever finds no block later is preempted"),
+    ("return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK", "return False"),
+)  # fmt: skip
+
+SERVING = (
+    *mutants(
+        f"{ENGINE}/llm_engine.py",
+        SERVED,
+        ("            self.drafter.use(policy, source)\n", "            pass\n"),
+        ("policy = next((other for other in found if other.lossless), policy)", "policy = next(iter(found), policy)"),
+        ("found.setdefault(policy, []).append(sequence)", "found.setdefault(sequences[0].policy, []).append(sequence)"),
+        ("            if len(group) == 1:\n                self._fail(group[0], error)\n            else:", "            if True:\n                for sequence in group:\n                    self._fail(sequence, error)\n            else:"),
+        ("llm.loaded.ending, sample) for sample in range(n)]", "llm.loaded.ending, 0) for sample in range(n)]"),
+        ("            if sequence.finish_reason is not None and sequence in self.scheduler.running:\n                self.scheduler.remove(sequence)", "            pass"),
+        ("        length += sequence.reach if sequence.branches else 0\n", "        length += 16\n"),
+    ),
+    *mutants(
+        f"{ENGINE}/runner.py",
+        SERVED,
+        ("held = 0 if row is None or row.start != start else len(row.held)", "held = 0 if row is None else len(row.held)"),
+    ),
+    *mutants(
+        f"{ENGINE}/runner.py",
+        HEADS,
+        ("            work.row.states = []\n", "", "the next step wants no states before its own"),
+        ("row = self.manager.begin(owner, window, most=first)", "row = self.manager.begin(owner, window)"),
+        ("row.states += self._prefill", "row.states = self._prefill"),
+    ),
+)  # fmt: skip
+
+MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING]
