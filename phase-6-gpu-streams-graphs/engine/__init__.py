@@ -19,7 +19,7 @@ from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
 from .forward import next_logits
 from .generate import Generation, Stats, generate, stream
-from .kv_cache import KVOptions
+from .kv_cache import KVOptions, PagedCache
 from .llm import LLM
 from .llm_engine import LLMEngine, Output
 from .load import LoadedModel, load, load_transformer
@@ -82,6 +82,7 @@ __all__ = [
     "Options",
     "Outcome",
     "Output",
+    "PagedCache",
     "Path",
     "RandomSource",
     "Rejection",

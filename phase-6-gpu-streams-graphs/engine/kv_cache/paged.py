@@ -78,6 +78,13 @@ class PagedCache(InPlaceCache):
         """Return how many pages so many tokens fill."""
         return -(-tokens // PAGE)
 
+    def forget_all(self) -> None:
+        """Forget which prefixes the pages hold; rows keep theirs."""
+        for page in range(len(self.blocks.users)):
+            self.blocks.forget(page)
+        self.blocks.empty += self.blocks.cached
+        self.blocks.cached.clear()
+
     def adopt(self, row: int, pages: list[int]) -> None:
         """Begin an empty row with full pages that hold its first tokens."""
         for page in pages:
