@@ -215,7 +215,8 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     elif options.metrics_detailed:
         print(llm.encoder.stats, file=sys.stderr)
     print(summary(llm, sequences) + (", interrupted" if interrupted else ""), file=sys.stderr)
-    refused = [(number, each.refusal) for number, each in enumerate(sequences, 1) if each.refusal]
-    for number, why in refused:
-        print(f"error: completion {number} was refused: {why}", file=sys.stderr)
+    refused = [(number, each) for number, each in enumerate(sequences, 1) if each.refusal]
+    for number, each in refused:
+        ended = "failed" if each.error else "was refused"
+        print(f"error: completion {number} {ended}: {each.refusal}", file=sys.stderr)
     return 130 if interrupted else 2 if refused else 0
