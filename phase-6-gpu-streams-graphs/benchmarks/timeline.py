@@ -1,6 +1,6 @@
 """The timeline of blocks: which request held which block of the cache in every step, with preemptions.
 
-    python bench.py --output results --only requests
+python bench.py --output results --only requests
 """
 
 from __future__ import annotations

@@ -49,7 +49,6 @@ from .verify import GreedySource, KeyedSource, RandomSource, Verdict, verify
 
 __all__ = [
     "LLM",
-    "LLMEngine",
     "AcceptancePolicy",
     "AdaptiveController",
     "AsyncLLMEngine",
@@ -73,6 +72,7 @@ __all__ = [
     "KVOptions",
     "KeyedSampler",
     "KeyedSource",
+    "LLMEngine",
     "LoadedModel",
     "ModelConfig",
     "ModelDrafter",

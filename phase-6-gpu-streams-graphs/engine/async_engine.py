@@ -95,7 +95,9 @@ class AsyncLLMEngine:
                 self._mail.put(self.engine.close)
         self._thread.join()
 
-    def _submit(self, prompt: str | list[int], params: SamplingParams | None, how: dict[str, Any], to: Deliver) -> Ticket:
+    def _submit(
+        self, prompt: str | list[int], params: SamplingParams | None, how: dict[str, Any], to: Deliver
+    ) -> Ticket:
         ticket = Ticket(prompt, params, how, to, max(1, how.get("n", 1)))
         with self._lock:
             if self._closed:

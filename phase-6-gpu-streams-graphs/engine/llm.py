@@ -210,7 +210,9 @@ class LLM:
             while engine.busy:
                 yield from engine.advance()
                 for sequence in engine.ended:
-                    if sequence.error is not None and (len(sequences) == 1 or not isinstance(sequence.error, UserError)):
+                    if sequence.error is not None and (
+                        len(sequences) == 1 or not isinstance(sequence.error, UserError)
+                    ):
                         raise sequence.error
                 engine.ended = []
         finally:  # of an interrupted run, rows are still taken

@@ -56,9 +56,7 @@ class Output:
 class LLMEngine:
     """Runs the models of an LLM over requests that come and go."""
 
-    def __init__(
-        self, llm: LLM, rows: int = 0, tokens: int = 0, multi_step: bool = True, budget: int = BUDGET
-    ) -> None:
+    def __init__(self, llm: LLM, rows: int = 0, tokens: int = 0, multi_step: bool = True, budget: int = BUDGET) -> None:
         """rows: sequences of one step, by default `--batch-size`. tokens: of the longest, by default the context.
 
         budget: tokens of one step, prompts included. UserError if the caches do not fit in memory.
@@ -129,7 +127,9 @@ class LLMEngine:
         options = self.llm.options
         sequence.policy = policy or self.llm.policy
         sequence.controller = controller or options.make_controller(self.llm.cost_model)
-        if self.drafter is not None and not (isinstance(sequence.controller, FixedController) and not sequence.controller.k):
+        if self.drafter is not None and not (
+            isinstance(sequence.controller, FixedController) and not sequence.controller.k
+        ):
             sequence.branches = options.tree != "off"
             most = sequence.controller.k if isinstance(sequence.controller, FixedController) else options.max_k
             sequence.reach = options.tree_nodes if sequence.branches else most

@@ -158,7 +158,8 @@ def _execute(
             steps = 1
     made, states = runner.fast.decode(
         batch, fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
-        ends=sorted({end for sequence in sequences for end in sequence.eos_ids}), new=sum(len(work.new) for work in works),
+        ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
+        new=sum(len(work.new) for work in works),
     )  # fmt: skip
     gained = [[[*each.draft[: each.accepted], each.next] for each in step.results] for step in made]
     whole = [[token for of_step in gained for token in of_step[row]][:-1] for row in range(len(sequences))]

@@ -8,7 +8,7 @@ freed, and it waits again, in front of all that came after it. Later its cache i
 The order is strict, so nobody waits without end. The oldest request is never preempted, and in every step it gains a
 token or at least BLOCK positions of its prompt. A request is therefore first scheduled after at most
 
-    sum over all earlier requests of  new tokens + (1 + preemptions + jumps of the window) * ceil(length / BLOCK)   steps.
+    sum over earlier requests of  new tokens + (1 + preemptions + jumps of the window) * ceil(length / BLOCK)   steps.
 """
 
 from __future__ import annotations

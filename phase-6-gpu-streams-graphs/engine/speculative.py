@@ -242,7 +242,7 @@ def advance(
     multi_step: MultiStep | None = None,
     most: int = 8,
 ) -> Iterator[Step]:
-    """Make a step of these sequences, or several with one plan. `multi_step` is asked first; the tokens are the same."""
+    """Make a step of these sequences, or several with one plan: `multi_step` is asked first."""
     asked = [0] * len(sequences) if drafter is None else plan(drafter, sequences, runner.model.config.context)
     made = 0
     if multi_step is not None:

@@ -7,7 +7,12 @@ from tests.support.mutants import mutants
 
 ENGINE = "phase-6-gpu-streams-graphs/engine"
 BLOCKS = ("tests/phase6/test_block_manager.py",)
-SERVED = ("tests/phase6/test_llm_engine.py", "tests/phase6/test_schedules.py", "-k", "not eagle and not medusa and not ngram and not tree")
+SERVED = (
+    "tests/phase6/test_llm_engine.py",
+    "tests/phase6/test_schedules.py",
+    "-k",
+    "not eagle and not medusa and not ngram and not tree",
+)
 HEADS = ("tests/phase6/test_schedules.py", "-k", "medusa or eagle")
 
 BLOCK_MANAGER = mutants(

@@ -13,9 +13,7 @@ import pytest
 import phase6
 from common.errors import UserError
 from phase6 import AsyncLLMEngine
-
-from .conftest import Pair, Result
-from .test_llm_engine import TEXT, asked
+from tests.support.served import TEXT, Pair, Result, asked
 
 
 @pytest.fixture
@@ -139,12 +137,21 @@ def test_a_closed_engine_answers_everybody(pair: Callable[..., Pair]) -> None:
     engine = AsyncLLMEngine(pair("torch", "plain").engine(rows=1))
     running, waiting = engine.stream(list(TEXT[:8]), params(50)), engine.stream(list(TEXT), params(50))
     next(running)
-    reader = threading.Thread(target=lambda: pytest.raises(UserError, list, waiting))
+    errors = list[UserError]()
+
+    def read() -> None:
+        try:
+            list(waiting)
+        except UserError as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read)
     reader.start()
     engine.close()
     engine.close()
     reader.join(timeout=10)
     assert not reader.is_alive()
+    assert "closed" in str(errors[0])
     with pytest.raises(UserError, match="closed"):
         list(running)
     with pytest.raises(UserError, match="closed"):

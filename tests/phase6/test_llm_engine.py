@@ -8,22 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import phase5
 import phase6
 from common.errors import UserError
 from common.philox import Purpose
 from phase6.controllers import CostController
 from phase6.scheduler import Scheduler
+from tests.support.served import CONTEXT, TEXT, WHY_NOT_CPP, Pair, Result, add, asked, drain, take
 
-from .conftest import CONTEXT, WHY_NOT_CPP, Pair, Request, Result, add, drain, take
-
-TEXT = tuple(range(10, 43))
 KERNELS = [pytest.param("cpp", marks=pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))), "torch"]
-
-
-def asked(prompt: tuple[int, ...] = TEXT, tokens: int = 8, **more: Any) -> Request:
-    how = {name: more.pop(name) for name in ("policy", "controller", "k") if name in more}
-    return Request(prompt, phase5.SamplingParams(max_new_tokens=tokens, ignore_eos=True, **more), **how)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -108,7 +100,9 @@ def test_rows_of_several_policies_share_an_engine(pair: Callable[..., Pair]) -> 
 def test_a_request_with_a_seed_is_coupled_and_one_without_draws_its_own(pair: Callable[..., Pair]) -> None:
     engine = pair("torch", "model").engine()
     sampled = phase6.SamplingParams(temperature=1.0, max_new_tokens=4)
-    numbers = [engine.add_request([5, 6], params, seeded=seeded) for params in (sampled, None) for seeded in (True, False)]
+    numbers = [
+        engine.add_request([5, 6], params, seeded=seeded) for params in (sampled, None) for seeded in (True, False)
+    ]
     seeded, drawn, greedy, _ = (engine.requests[number][0] for number in numbers)
     assert isinstance(seeded.policy, phase6.SampleMatch)
     assert seeded.policy.draft_noise == Purpose.SAMPLE
@@ -180,9 +174,7 @@ def test_weights_that_are_not_finite_end_every_request_with_the_reason(
     made = pair("torch", "plain")
     engine = made.engine()
     logits = type(made.llm.loaded.model).logits
-    monkeypatch.setattr(
-        type(made.llm.loaded.model), "logits", lambda self, hidden: logits(self, hidden) * float("nan")
-    )
+    monkeypatch.setattr(type(made.llm.loaded.model), "logits", lambda self, hidden: logits(self, hidden) * float("nan"))
     add(engine, asked(TEXT if step == "_prefill" else TEXT[:3]))
     (output,) = [output for _ in range(4) for output in engine.step()]
     assert output.finish_reason == "error"

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 import phase5
 from phase6.kv_cache import PAGE, PagedCache
-from phase6.scheduler import Scheduler
-
-from .conftest import CONTEXT, DRAFTERS, Pair, Request, Result, add, drain, take
+from tests.support.served import CONTEXT, DRAFTERS, Pair, Request, Result, add, take
 
 PREFIXES = [(), tuple(range(40, 57)), tuple(range(40, 80)), tuple(range(60, 110))]
 POLICIES = ("coupled", "rejection", "longest_prefix")

@@ -4,7 +4,8 @@ Keys and values of a token depend on the tokens up to it, and on nothing else. S
 and by the name of the block before it, and blocks with one name have the same contents. A block that nobody uses keeps
 its name until its memory is needed; the least recently used one is evicted first.
 
-    blocks = BlockManager(4); block = blocks.take(); blocks.set_name(block, block_name(b"", [1, 2])); blocks.release(block)
+    blocks = BlockManager(4); block = blocks.take()
+    blocks.set_name(block, block_name(b"", [1, 2])); blocks.release(block)
 """
 
 from __future__ import annotations

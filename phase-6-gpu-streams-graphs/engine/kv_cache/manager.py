@@ -2,7 +2,7 @@
 
 Before a forward pass, a row is cut back to the longest prefix that it shares with its sequence. This covers a rejected
 draft token, a jump of the window, and a different sequence: the cache always equals a fresh prefill. A new sequence
-shares the entries of a row with the same prefix, and in a paged cache known blocks of it, whose sequences may have ended.
+shares the entries of a row with the same prefix, and in a paged cache known blocks, whose sequences may have ended.
 """
 
 from __future__ import annotations
