@@ -16,6 +16,7 @@ from torch import nn
 
 from common.errors import UserError
 
+from .device_runner import DeviceRunner
 from .drafters import EagleHead, MedusaHeads
 from .fake import FakeModel
 from .kernels import TORCH, Kernels, registry
@@ -146,4 +147,6 @@ class Backends:
             from .cpp_runner import CppRunner
 
             return CppRunner(model, self.fast[model], manager)
-        return CachedRunner(model, manager, self.upload)
+        if model.kernels.draw is TORCH.draw:
+            return CachedRunner(model, manager, self.upload)
+        return DeviceRunner(model, manager, self.upload)

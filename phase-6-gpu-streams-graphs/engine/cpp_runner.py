@@ -105,7 +105,7 @@ class CppRunner(CachedRunner):
     def appended(self, works: list[Work], gained: list[list[int]], rejected: int) -> None:
         """Record what a call has appended to the rows: the new tokens, and gained[r]."""
         for work, tokens in zip(works, gained, strict=True):
-            self.manager.appended(work.row, work.new + tokens, [])
+            self.manager.appended(work.row, work.new + tokens)
         self.manager.positions += rejected
 
 

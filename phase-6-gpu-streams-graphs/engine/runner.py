@@ -23,7 +23,7 @@ from common.device import synchronize
 from .attention import CachedAttention
 from .config import ModelConfig
 from .context import window_start
-from .inputs import Inputs, on_device, stage_inputs
+from .inputs import Inputs, stage_inputs
 from .kv_cache import CacheShape, KVOptions, OutOfBlocks, RingCache, make_cache
 from .kv_cache.manager import CacheEntry, CacheManager
 from .kv_cache.ring import SPARE
@@ -70,8 +70,8 @@ class ModelRunner(Protocol):
         """Return how many of the sequence's visible tokens the next step would compute, its last one included."""
         ...
 
-    def commit(self, owner: Hashable, nodes: list[int]) -> None:
-        """Keep these nodes of the last forward's draft: they are accepted and are not computed again."""
+    def commit(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
+        """Keep these nodes of the last forward's draft, with these tokens: they are not computed again."""
         ...
 
     def release(self, owner: Hashable) -> None:
@@ -114,31 +114,6 @@ class CachedRunner:
             logits, states = self._verify(works, states_from is not None, taps)
         return self._done(works, logits, states)
 
-    @torch.inference_mode()
-    def prepare(
-        self, owners: Owners, token_ids: list[list[int]], widths: list[int], ahead: bool = False
-    ) -> tuple[list[Work], Inputs]:
-        """Prefill, make room, and stage the inputs of a forward over these rows and widths[r] draft tokens of each.
-
-        The draft is a chain whose tokens the device knows. ahead: they are not inputs, but forwards later.
-        """
-        with self._naming_owner():
-            works = list[Work]()
-            for owner, text, width in zip(owners, token_ids, widths, strict=True):
-                works.append(self._begin(owner, text, NO_DRAFT if ahead else on_device(width), None, ()))
-                if ahead:
-                    self.manager.cache.make_room(works[-1].row.number, works[-1].count + width - 1)
-            return works, self._inputs(works)
-
-    @torch.inference_mode()
-    def finish(self, works: list[Work], inputs: Inputs, draft: Tensor) -> TargetOutput:
-        """Run the forward that `prepare` staged, with draft tokens int64 [R, K] on the device."""
-        return self._done(works, self.model.logits(inputs.read_from(self.run(inputs, draft=draft)[0])), None)
-
-    def drafted(self, owner: Hashable, tokens: list[int]) -> None:
-        """Record the tokens of the last forward's draft, which the device knew alone."""
-        self.manager.rows[owner].draft = tokens
-
     @contextmanager
     def _naming_owner(self) -> Iterator[None]:
         try:
@@ -150,7 +125,7 @@ class CachedRunner:
     def _done(self, works: list[Work], logits: Tensor, states: list[Tensor] | None) -> TargetOutput:
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
-            self.manager.appended(work.row, work.new, work.draft.tokens)
+            self.manager.appended(work.row, work.new, len(work.draft.tokens))
             work.row.states = []
         return TargetOutput(logits, states)
 
@@ -221,7 +196,7 @@ class CachedRunner:
                 held = len(row.held)
                 work = Work(row, window[held : min(held + self.chunk, end)], NO_DRAFT, first)
                 row.states += self._prefill(work, first < held + len(work.new), taps)
-                self.manager.appended(row, work.new, [])
+                self.manager.appended(row, work.new)
             synchronize(self.model.embedding.weight.device)
             self.prefill_ms += (time.perf_counter() - began) * 1e3
         return Work(row, window[len(row.held) :], draft, first, row.states, len(row.held) - before)
@@ -255,8 +230,8 @@ class CachedRunner:
         )
         return hidden, hidden if tapped is None else torch.cat((hidden, tapped), -1)
 
-    def commit(self, owner: Hashable, nodes: list[int]) -> None:
-        self.manager.keep(owner, nodes)
+    def commit(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
+        self.manager.keep(owner, nodes, tokens)
 
     def release(self, owner: Hashable) -> None:
         self.manager.release(owner)

@@ -14,7 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,19 +23,18 @@ from common.device import synchronize
 
 from .context import window_start
 from .controllers import CostController, FixedController, KController, choose, observe
-from .drafters.model_device import DeviceModelDrafter
 from .drafters.ngram import NgramDrafter
-from .drafting import Draft, Drafter, Outcome, Stop
-from .inputs import Inputs, sampling_metadata
+from .drafting import Draft, Drafter, Outcome
+from .inputs import sampling_metadata
 from .kernels import Kernels
 from .kernels.tokens import SamplingMetadata
 from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .profiler import stage
-from .runner import CachedRunner, ModelRunner, Work
+from .runner import ModelRunner
 from .sampling import check_finite, not_finite
 from .sequence import Sequence
-from .steps import Path, Step, StepTimes, TargetOutput, outputs_before, step_stats
-from .transfers import Staged, read
+from .steps import Path, Step, StepTimes, Verified, outputs_before, step_stats
+from .transfers import read
 from .tree import Tree
 from .verify import GreedySource, RandomSource, random_source
 
@@ -65,31 +64,58 @@ def plan(drafter: Drafter, sequences: list[Sequence], context: int) -> list[int]
     return choose(costs, limits)
 
 
-class Accepted(NamedTuple):
-    """For each sequence the accepted draft tokens and the token that follows, and the tokens of its chain."""
+@runtime_checkable
+class DeviceDrafter(Protocol):
+    """A drafter whose tokens stay on the device until the target has verified them."""
 
-    paths: list[Path]
-    drafted: list[list[int]]  # [K] each; of trees nothing
+    def able(self, target: ModelRunner, sequences: list[Sequence], widths: list[int]) -> bool:
+        """Return True if it can do so for these sequences; `propose` drafts the others."""
+        ...
+
+    def propose_and_verify(self, target: ModelRunner, sequences: list[Sequence], widths: list[int]) -> Verified:
+        """As the function propose_and_verify, with exactly widths[r] tokens for sequence r."""
+        ...
+
+
+def propose_and_verify(
+    runner: ModelRunner, drafter: Drafter | None, sequences: list[Sequence], asked: list[int]
+) -> Verified:
+    """Draft up to asked[r] tokens for sequence r, then run one forward of the target over sequences and drafts."""
+    began, upload, R = time.perf_counter(), runner.upload, len(sequences)
+    draft = Draft.nothing(R)
+    if drafter is not None and any(asked):
+        stage("draft")
+        controllers = [sequence.controller for sequence in sequences]
+        early = any(controller.ends_early for controller in controllers)
+        draft = drafter.propose(sequences, asked, (lambda row, probs: controllers[row].stop(probs)) if early else None)
+    synchronize(upload.device)
+    drafted = time.perf_counter()
+    stage("verify")
+    chains = draft.tokens.tolist()
+    trees = draft.trees or [Tree.chain(chain[:width]) for chain, width in zip(chains, draft.widths, strict=True)]
+    widths = upload.put_longs(draft.widths, R)
+    tokens = upload.put_longs((token for chain in chains for token in chain), *draft.tokens.shape)
+    taps = None if drafter is None else drafter.taps
+    states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
+    output = runner.forward(list(sequences), [s.prompt + s.tokens for s in sequences], trees, states_from, taps or ())
+    if any(tree.tokens for tree in trees):
+        draft = dataclasses.replace(draft, tokens=tokens.tensor)
+    synchronize(upload.device)
+    return Verified(draft, widths, trees, output, drafted - began, time.perf_counter() - drafted)
 
 
 def accept(
-    kernels: Kernels,
-    policy: AcceptancePolicy,
-    draft: Draft,
-    widths: Staged,
-    trees: list[Tree],
-    output: TargetOutput,
-    sequences: list[Sequence],
-    rows: SamplingMetadata,
-) -> Accepted:
-    """Decide about drafts whose tokens and widths (int64 [R, K] and [R]) are on the device; one read tells the host.
+    kernels: Kernels, policy: AcceptancePolicy, made: Verified, sequences: list[Sequence], rows: SamplingMetadata
+) -> tuple[list[Path], list[Tree]]:
+    """Return the accepted path of each sequence, and its draft; one read tells the host.
 
     Without a draft, the next token of each sequence is chosen.
     """
-    logits, (R, width, _) = output.logits, output.logits.shape
-    if not any(tree.tokens for tree in trees):
+    draft, trees = made.draft, made.trees
+    logits, (R, width, _) = made.output.logits, made.output.logits.shape
+    if made.plain:
         (tokens,) = read_if_finite(logits, kernels.sample(logits[:, 0], rows))
-        return Accepted([Path([], token) for token in tokens], [[]] * R)
+        return [Path([], token) for token in tokens], trees
     flat = logits.flatten(0, 1)
     if rows.texts is not None:
         texts = list[tuple[Rows[int], Rows[int]]]()
@@ -100,20 +126,20 @@ def accept(
     certain = draft.probs is None and isinstance(rows.source, GreedySource) and rows.greedy
     if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
         scores = rows.penalised(flat).view(*logits.shape)
-        accepted, following = kernels.verify_greedy(draft.tokens, scores, widths.tensor)
+        accepted, following = kernels.verify_greedy(draft.tokens, scores, made.widths.tensor)
     else:
         probs = kernels.probabilities(flat, rows).view(*logits.shape)
         target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
-        draft_rows = DraftRows(widths.tensor, *rows.keyed, rows.source)
+        draft_rows = DraftRows(made.widths.tensor, *rows.keyed, rows.source)
         if draft.trees is not None:
             check_finite(logits)
-            return Accepted([accept_row(policy, row, tree, target, draft_rows) for row, tree in enumerate(trees)], [])
+            return [accept_row(policy, row, tree, target, draft_rows) for row, tree in enumerate(trees)], trees
         verdict = policy.verify(draft, target, draft_rows)
         accepted, following = verdict.accepted, verdict.next_tokens
-    counts, tokens, flat_draft = read_if_finite(logits, accepted, following, draft.tokens)
+    counts, tokens, drafted = read_if_finite(logits, accepted, following, draft.tokens)
     K = draft.tokens.shape[1]
     paths = [Path(list(range(count)), token) for count, token in zip(counts, tokens, strict=True)]
-    return Accepted(paths, [flat_draft[r * K : (r + 1) * K] for r in range(R)])
+    return paths, [Tree.chain(drafted[r * K : r * K + draft.widths[r]]) for r in range(R)]
 
 
 def accept_row(policy: AcceptancePolicy, row: int, tree: Tree, target: TargetProbs, rows: DraftRows) -> Path:
@@ -152,76 +178,41 @@ def decode_step(
     source: RandomSource,
 ) -> Step:
     """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
-    device = runner.model.embedding.weight.device
-    controllers = [sequence.controller for sequence in sequences]
-    began, staged = time.perf_counter(), 0.0
-    draft, R = Draft.nothing(len(sequences)), len(sequences)
-    ahead: tuple[CachedRunner, list[Work], Inputs] | None = None
-    upload, texts = runner.upload, [sequence.prompt + sequence.tokens for sequence in sequences]
-    upload.begin()
-    rows = sampling_metadata(upload, sequences, source)
-    if drafter is not None and any(asked):
-        stage("draft")
-        early = any(controller.ends_early for controller in controllers)
-        able = isinstance(drafter, DeviceModelDrafter) and not early and drafter.able(sequences, asked)
-        if able and isinstance(drafter, DeviceModelDrafter) and isinstance(runner, CachedRunner):
-            # The target's inputs are staged before the draft begins, and go up with the draft's.
-            widths, ahead = upload.put_longs(asked, R), (runner, *runner.prepare(list(sequences), texts, asked))
-            staged = time.perf_counter() - began
-            draft = drafter.draw(sequences, asked)
-        else:
-            stop: Stop | None = (lambda row, probs: controllers[row].stop(probs)) if early else None
-            draft = drafter.propose(sequences, asked, stop)
-    synchronize(device)
-    drafted = time.perf_counter()
-    stage("verify")
-
-    taps = None if drafter is None else drafter.taps
-    states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
-    if ahead is not None:
-        cached, works, inputs = ahead
-        trees, plain, output = [work.draft for work in works], False, cached.finish(works, inputs, draft.tokens)
+    began = time.perf_counter()
+    runner.upload.begin()
+    rows = sampling_metadata(runner.upload, sequences, source)
+    if isinstance(drafter, DeviceDrafter) and drafter.able(runner, sequences, asked):
+        made = drafter.propose_and_verify(runner, sequences, asked)
     else:
-        chains = draft.tokens.tolist()
-        trees = draft.trees or [Tree.chain(chain[:width]) for chain, width in zip(chains, draft.widths, strict=True)]
-        plain = not any(tree.tokens for tree in trees)
-        widths = upload.put_longs(draft.widths, R)
-        tokens = upload.put_longs((token for chain in chains for token in chain), *draft.tokens.shape)
-        output = runner.forward(list(sequences), texts, trees, states_from, taps or ())
-        if not plain:
-            draft = dataclasses.replace(draft, tokens=tokens.tensor)
-    synchronize(device)
-    verified = time.perf_counter()
-    stage("sample" if plain else "accept")
+        made = propose_and_verify(runner, drafter, sequences, asked)
+    stage("sample" if made.plain else "accept")
+    paths, trees = accept(runner.model.kernels, policy, made, sequences, rows)
 
-    paths, chains = accept(runner.model.kernels, policy, draft, widths, trees, output, sequences, rows)
-    if ahead is not None:
-        trees = [Tree.chain(chain[:width]) for chain, width in zip(chains, asked, strict=True)]
-        for sequence, tree in zip(sequences, trees, strict=True):
-            cached.drafted(sequence, tree.tokens)
     starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
+    accepted = [[tree.tokens[node] for node in path.nodes] for tree, path in zip(trees, paths, strict=True)]
     decided = time.perf_counter()
-    for sequence, path in zip(sequences, paths, strict=True):
-        runner.commit(sequence, path.nodes)
+    for sequence, path, tokens in zip(sequences, paths, accepted, strict=True):
+        runner.commit(sequence, path.nodes, tokens)
     kept = time.perf_counter() - decided
-    for sequence, tree, path in zip(sequences, trees, paths, strict=True):
-        append(runner, sequence, [*(tree.tokens[node] for node in path.nodes), path.next_token])
+    for sequence, path, tokens in zip(sequences, paths, accepted, strict=True):
+        append(runner, sequence, [*tokens, path.next_token])
     if drafter is not None:
         states = None
-        if states_from is not None:
-            states = [output.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
+        if made.output.states is not None:
+            states = [made.output.states_of(r, path.nodes, len(trees[r].tokens)) for r, path in enumerate(paths)]
         drafter.observe(Outcome(sequences, [len(path.nodes) for path in paths], states))
-    done = time.perf_counter() - kept
-    if plain:
-        verified = done
-    times = StepTimes(drafted - began - staged, verified - drafted + staged, done - verified, kept)
+
+    rest = time.perf_counter() - began - made.draft_s - made.verify_s - kept
+    times = StepTimes(made.draft_s, made.verify_s, rest, kept)
+    if made.plain:  # verification alone
+        times = StepTimes(made.draft_s, made.verify_s + rest, 0.0, kept)
     each = zip(sequences, asked, starts, trees, paths, runner.computed, lengths, strict=True)
     stats = [
         step_stats(sequence, k, start, tree, path, computed, runner.plain(length), times)
         for sequence, k, start, tree, path, computed, length in each
     ]
-    observe(controllers, stats)
-    return Step(sequences, starts, draft, trees, output, paths, stats)
+    observe([sequence.controller for sequence in sequences], stats)
+    return Step(sequences, starts, made.draft, trees, made.output, paths, stats)
 
 
 MultiStep = Callable[

@@ -10,6 +10,7 @@ from torch import Tensor
 from .drafting import Draft
 from .sampling import probabilities
 from .sequence import Sequence
+from .transfers import Staged
 from .tree import Tree
 
 
@@ -29,6 +30,22 @@ class TargetOutput:
         assert self.states is not None, "the drafter did not ask for states"
         before = len(self.states[row]) - draft
         return self.states[row][[*range(before), *(before + node for node in nodes)]]
+
+
+class Verified(NamedTuple):
+    """A draft, and the target's output after it."""
+
+    draft: Draft  # its tokens are on the device
+    widths: Staged  # int64 [R]: its widths, likewise
+    trees: list[Tree]  # the same; of chains that the host has not read, the tokens are placeholders
+    output: TargetOutput
+    draft_s: float
+    verify_s: float
+
+    @property
+    def plain(self) -> bool:
+        """Return True if no token was drafted."""
+        return not any(tree.tokens for tree in self.trees)
 
 
 class Trial(NamedTuple):

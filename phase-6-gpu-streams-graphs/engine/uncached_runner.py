@@ -41,7 +41,7 @@ class UncachedRunner:
     def missing(self, owner: Hashable, length: int) -> int:
         return 1  # all are computed, in every step alike
 
-    def commit(self, owner: Hashable, nodes: list[int]) -> None:
+    def commit(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
         """Nothing is kept."""
 
     def release(self, owner: Hashable) -> None:

@@ -87,7 +87,7 @@ class Rows(RuleBasedStateMachine):
         first = len(row.held)
         keys = torch.tensor([key_of(window[: at + 1]) for at in range(first, len(window))]).view(-1, 1, 1)
         self.cache.append(0, row.number, keys, -keys)
-        self.manager.appended(row, new, [])
+        self.manager.appended(row, new)
         self.texts[owner] = list(window)
 
     @precondition(lambda self: len(self.texts) < ROWS)
@@ -130,8 +130,8 @@ class Rows(RuleBasedStateMachine):
         keys = torch.tensor([key_of(held + tokens[: at + 1]) for at in range(len(tokens))]).view(-1, 1, 1)
         self.cache.append(0, row.number, keys, -keys)
         kept = tokens[:accepted]
-        row.text, row.draft = kept, []
-        self.manager.settle(row, [])
+        row.text = kept
+        self.manager.settle(row, [], [])
         self.texts[owner] = held + kept
 
     @precondition(lambda self: self.texts)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, cast
 
 from common.philox import Purpose
 
+from ..device_runner import DeviceRunner
 from ..drafting import Drafter
-from ..kernels import TORCH
 from ..model import Transformer
-from ..runner import CachedRunner, ModelRunner
+from ..runner import ModelRunner
 from ..verify import RandomSource
 from .eagle import EagleDrafter, EagleHead
 from .extrapolate import ExtrapolateDrafter
@@ -72,8 +72,9 @@ def make_drafter(
         from .model_fast import FastModelDrafter
 
         return FastModelDrafter(draft, source, noise)
-    on_device = isinstance(draft, CachedRunner) and draft.model.kernels.draw is not TORCH.draw
-    return (DeviceModelDrafter if on_device else ModelDrafter)(draft, source, noise)
+    if isinstance(draft, DeviceRunner):
+        return DeviceModelDrafter(draft, source, noise)
+    return ModelDrafter(draft, source, noise)
 
 
 def in_cpp(

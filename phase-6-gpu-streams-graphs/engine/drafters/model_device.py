@@ -6,47 +6,73 @@ from the numbers of the forward before (the op `advance`). The tokens are those 
 
 from __future__ import annotations
 
+import time
 from typing import cast
 
 import torch
 
+from common.device import synchronize
 from common.philox import Purpose
 
 from ..context import window_start
+from ..device_runner import DeviceRunner
 from ..drafting import Draft, Outcome
 from ..inputs import following, sampling_metadata
 from ..kernels.tokens import UNLIMITED
 from ..kv_cache import SPARE, DynamicCache, RingCache
-from ..runner import CachedRunner, ModelRunner, Work
+from ..profiler import stage
+from ..runner import ModelRunner, Work
 from ..sampling import KeyedSampler
 from ..sequence import Sequence
+from ..steps import Verified
 from ..verify import GreedySource, RandomSource
 from .model import ModelDrafter
 
 
 class DeviceModelDrafter(ModelDrafter):
-    """For a runner over kernels of a GPU backend; `propose` drafts as its parent does, where `able` says no."""
+    """For runners over kernels of a GPU backend; `propose` drafts as its parent does, where `able` says no."""
 
-    def __init__(self, runner: ModelRunner, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
+    runner: DeviceRunner
+
+    def __init__(self, runner: DeviceRunner, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
         super().__init__(runner, source, noise)
         self._drafted: dict[Sequence, tuple[Work, int]] = {}  # by the last draft: what it computed, how many tokens
 
-    def able(self, sequences: list[Sequence], widths: list[int]) -> bool:
+    def able(self, target: ModelRunner, sequences: list[Sequence], widths: list[int]) -> bool:
         """Return True if chains of these sequences can be drawn on the device, with one window for all their tokens."""
+        if not isinstance(target, DeviceRunner) or not any(widths):
+            return False
         sources = isinstance(self.source, KeyedSampler | GreedySource)
-        cache = cast("CachedRunner", self.runner).manager.cache  # a dynamic one is another tensor after every token
+        cache = self.runner.manager.cache  # a dynamic one is another tensor after every token
         fits = not isinstance(cache, DynamicCache) and (not isinstance(cache, RingCache) or max(widths) <= SPARE)
         context = self.runner.model.config.context
         stays = (
             window_start(s.length, context) == window_start(s.length + max(width - 1, 0), context)
             for s, width in zip(sequences, widths, strict=True)
         )
-        return sources and fits and all(stays) and not any(s.params.penalised for s in sequences)
+        hosts = any(s.params.penalised or s.controller.ends_early for s in sequences)  # it has to see the tokens
+        return sources and fits and all(stays) and not hosts
+
+    def propose_and_verify(self, target: ModelRunner, sequences: list[Sequence], widths: list[int]) -> Verified:
+        """Draw exactly widths[r] tokens for sequence r, and run the target's forward, which is staged before them."""
+        began, target = time.perf_counter(), cast(DeviceRunner, target)
+        staged_widths = target.upload.put_longs(widths, len(widths))
+        works, inputs = target.prepare(list(sequences), [s.prompt + s.tokens for s in sequences], widths)
+        staged = time.perf_counter()
+        stage("draft")
+        draft = self.draw(sequences, widths)
+        synchronize(target.upload.device)
+        drafted = time.perf_counter()
+        stage("verify")
+        output = target.finish(works, inputs, draft.tokens)
+        synchronize(target.upload.device)
+        verify = time.perf_counter() - drafted + staged - began
+        return Verified(draft, staged_widths, [work.draft for work in works], output, drafted - staged, verify)
 
     @torch.inference_mode()
     def draw(self, sequences: list[Sequence], widths: list[int]) -> Draft:
         """Draw chains of exactly these widths, at least one above 0; their tokens stay on the device."""
-        runner, K = cast("CachedRunner", self.runner), max(widths)
+        runner, K = self.runner, max(widths)
         opened = [r for r, width in enumerate(widths) if width]
         mine, counts = [sequences[r] for r in opened], [widths[r] for r in opened]
         works, inputs = runner.prepare(list(mine), [s.prompt + s.tokens for s in mine], counts, ahead=True)
@@ -86,5 +112,5 @@ class DeviceModelDrafter(ModelDrafter):
             if sequence in drafted and sequence.finish_reason is None:
                 (work, width), first = drafted[sequence], len(sequence.tokens) - accepted - 1
                 kept = sequence.tokens[first : first + min(accepted, width - 1)]
-                cast("CachedRunner", self.runner).manager.appended(work.row, work.new + kept, [])
+                self.runner.manager.appended(work.row, work.new + kept)
         super().observe(outcome)

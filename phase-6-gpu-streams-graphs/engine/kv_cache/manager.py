@@ -26,8 +26,7 @@ class CacheEntry:
     start: int = 0  # position in the sequence of the first entry
     names: list[bytes] = field(default_factory=list)  # of its full blocks in a paged cache
     states: list[Tensor] = field(default_factory=list)  # hidden states of a prefill that the next step returns
-    text: list[int] = field(default_factory=list)  # token ids of the sequence that the last forward pass appended
-    draft: list[int] = field(default_factory=list)  # draft tokens that the last forward pass appended
+    text: list[int] = field(default_factory=list)  # those that the last forward pass appended, before its draft
 
 
 class CacheManager:
@@ -61,7 +60,7 @@ class CacheManager:
             row = self.rows[owner] = CacheEntry(self.free.pop())
             self._borrow(row, window[:-1][:most])
         row = self.rows[owner]
-        self.settle(row, [])
+        self.settle(row, [], [])
         held = len(row.held)
         if held >= len(window) or row.held != window[:held]:
             self._truncate(row, common_prefix(row.held, window[:-1]))
@@ -112,24 +111,24 @@ class CacheManager:
             row.held, row.names = list(best.held), list(best.names)
             self._truncate(row, shared)
 
-    def appended(self, row: CacheEntry, text: list[int], draft: list[int]) -> None:
-        """Record the tokens that a forward pass has appended to the row."""
-        row.text, row.draft = text, draft
-        self.positions += len(text) + len(draft)
-        if not draft:
-            self.settle(row, [])
+    def appended(self, row: CacheEntry, text: list[int], drafted: int = 0) -> None:
+        """Record the tokens of the sequence, and the number of draft tokens, that a forward pass has appended."""
+        row.text = text
+        self.positions += len(text) + drafted
+        if not drafted:
+            self.settle(row, [], [])
 
-    def keep(self, owner: Hashable, nodes: list[int]) -> None:
-        """Accept these nodes of the last forward pass's draft."""
-        self.settle(self.rows[owner], nodes)
+    def keep(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
+        """Accept these nodes of the last forward pass's draft, and their tokens."""
+        self.settle(self.rows[owner], nodes, tokens)
 
-    def settle(self, row: CacheEntry, nodes: list[int]) -> None:
+    def settle(self, row: CacheEntry, nodes: list[int], tokens: list[int]) -> None:
         """Keep the appended tokens of the sequence and these draft nodes; drop the other nodes."""
         if row.text:
             entries = [*range(len(row.text)), *(len(row.text) + node for node in nodes)]
             self.cache.keep(row.number, entries)
-            row.held += row.text + [row.draft[node] for node in nodes]
-            row.text, row.draft = [], []
+            row.held += row.text + tokens
+            row.text = []
             self._name_blocks(row)
 
     def _name_blocks(self, row: CacheEntry) -> None:
