@@ -51,6 +51,7 @@ BY_HAND = {
     "rope.py": "every_phase/test_logits.py every_phase/test_config_forms.py",
     "shapes.py": "phase4/test_packing_compile.py",
     "steps.py": "phase3/test_step_stats.py",
+    "uncached_runner.py": "phase6/test_llm_engine.py",
 }
 Modules = Mapping[str, Mapping[str, str]]  # `drafters/heads` -> what a package exports, with the module that defines it
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .cost_model import LOOK, STALE, Acceptance, CostModel
+from .cost_model import ALLOWANCE, LOOK, STALE, Acceptance, CostModel
 
 if TYPE_CHECKING:
     from .steps import StepStats
@@ -146,7 +146,9 @@ class CostController(KController):
     earlier texts. Times are measured (cost_model.py).
 
     While no K pays, a draft is made now and then as a test, unless it would lose if all of it were accepted. Tests may
-    cost 1% of the time.
+    cost 1% of the time. Expectations can be wrong, because times are noisy and texts differ. So no draft is made while
+    the drafts so far, by their measured times and tokens, have lost more than ALLOWANCE plain steps; a loss is forgiven
+    at 1% of the time.
     """
 
     bounds: Bounds
@@ -157,14 +159,15 @@ class CostController(KController):
     drafts: int = 0  # of this sequence
     drafted: bool = False  # whether its last step did
     holds: int = 1  # steps for which the last answer holds
+    declined: int = 0  # steps for which it still does, if it was that nobody drafts
 
     def next_k(self) -> int:
         return choose([self], [self.bounds.high])[0]
 
-    def tokens(self) -> list[float]:
-        """Return the expected tokens of a step with 0, 1, ..., high draft tokens."""
+    def tokens(self, chances: list[float]) -> list[float]:
+        """Return the expected tokens of a step with 0, 1, ... draft tokens; chances: acceptance in earlier texts."""
         expected, survives = [1.0], 1.0
-        for at, prior in enumerate(self.cost_model.chances(self.bounds.high)):
+        for at, prior in enumerate(chances):
             survives *= self.acceptance.estimate(at, prior, self.prior_weight)
             expected.append(expected[-1] + survives)
         return expected
@@ -172,6 +175,7 @@ class CostController(KController):
     def observe(self, step: StepStats) -> None:
         """Record the acceptance; the times of a step belong to all of its rows: see `observe` below."""
         self.drafted = step.depth > 0
+        self.declined -= 1
         if self.drafted:
             self.drafts += 1
             self.acceptance.observe(step.depth, step.accepted)
@@ -181,7 +185,7 @@ def choose(controllers: Sequence[CostController], limits: list[int]) -> list[int
     """Return how many tokens each row drafts, at most limits[r], and set for how many steps that holds."""
     widths, holds = _choose(controllers, limits)
     for controller in controllers:
-        controller.holds = holds
+        controller.holds, controller.declined = holds, 0 if any(widths) else holds
     return widths
 
 
@@ -194,7 +198,8 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         return [min(limit, controllers[0].first_k) if unmeasured else 0 for limit in limits], 1
     if not any(limits) or cost_model.age > STALE:
         return none, SETTLED
-    expected = [controller.tokens() for controller in controllers]
+    chances = cost_model.chances(min(bounds.high, max(limits)))
+    expected = [controller.tokens(chances) for controller in controllers]
     plain = rows / cost_model.time(none)
     best, most, may_pay = none, 0.0, False
     for k in range(bounds.low, min(bounds.high, max(limits)) + 1):
@@ -205,6 +210,8 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         if rate > most:
             best, most = widths, rate
     if most > plain:
+        if cost_model.balance < -ALLOWANCE * cost_model.time(none):
+            return none, SETTLED
         return best, SETTLED if all(controller.drafts > 1 for controller in controllers) else 1
     if not may_pay:
         return none, ALWAYS

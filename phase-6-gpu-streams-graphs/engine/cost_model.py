@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 START = 64  # assumed overhead of a forward pass without a cache, in positions
 STALE = 128  # steps after which a plain step is measured again
 LOOK = 0.01  # share of the time that may be lost by drafting as a test
+ALLOWANCE = 16  # plain steps that drafts may lose to plain decoding
 PRIOR, PRIOR_WEIGHT = 0.8, 0.7  # acceptance before any observation, and its weight in observations
 LEAN = 4.0  # weight of position i - 1 in the estimate of position i, in observations
 
@@ -112,6 +113,7 @@ class CostModel:
     age: int = 0  # steps since the last plain one
     credit: float = 0.0  # time that may be lost by a draft that is a test
     looking: bool = False  # whether the present draft is one
+    balance: float = 0.0  # time that drafts lost to plain decoding, below 0; gains make up for losses before them
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -144,23 +146,28 @@ class CostModel:
 
         steady: the step before drafted as well. Otherwise the drafter has also read the tokens in between.
         """
+        rows, step = len(stats), stats[0]
+        load, drafted, deepest, prefilled = START - rows, 0, 0, False
         for each in stats:
             if each.depth:
                 self.acceptance.observe(each.depth, each.accepted)
-        if any(each.computed > each.proposed + each.plain for each in stats):
+                drafted, deepest = drafted + each.proposed, max(deepest, each.depth)
+            load += each.plain
+            prefilled |= each.computed > each.proposed + each.plain
+        if prefilled:
             return
-        rows, step = len(stats), stats[0]
-        load = START + sum(each.plain for each in stats) - rows
-        drafted, deepest = sum(each.proposed for each in stats), max(each.depth for each in stats)
         took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
         self.credit += LOOK * took
+        self.balance = min(0.0, self.balance + LOOK * took)
         self.age += 1
         if not deepest:
             self.age = 0
             self.plain.observe(rows, took)
             return
-        if self.looking:
-            self.credit -= took - self.plain.at(rows) * sum(each.emitted for each in stats) / rows
+        if self.plain.recent:
+            loss = took - self.plain.at(rows) * sum(each.emitted for each in stats) / rows
+            self.credit -= loss if self.looking else 0.0
+            self.balance = min(0.0, self.balance - loss)
         self.nodes.update((each.depth, each.proposed) for each in stats if each.proposed > each.depth)
         self.verify.observe(rows + drafted, step.verify_ms / load)
         self.accept.observe(rows, step.accept_ms / load)

@@ -79,6 +79,15 @@ class Drafter(ABC):
         """Called after every step."""
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """Where the tree of one sequence grows next."""
+
+    sequence: Sequence
+    tree: Tree  # so far
+    nodes: list[int]  # the nodes that get children; -1: the root
+
+
 class Brancher(Drafter):
     """A drafter that can look past several of its own guesses at once, and so grow a tree."""
 
@@ -89,8 +98,8 @@ class Brancher(Drafter):
         """Whether it knows enough of the sequence to guess."""
 
     @abstractmethod
-    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Logits [n, V] of what follows these nodes of its tree; [-1] asks for what follows the text.
+    def expand(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Compute for every frontier the logits [n, V] of what follows its n nodes.
 
-        Called level by level, each time with all nodes so far.
+        The first call of a draft asks for the roots of all its trees, every further call for the next level.
         """

@@ -46,6 +46,10 @@ from .quantize import Format
 from .runner import CachedRunner, ModelRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
+<<<<<<< six
+=======
+from .speculative import decode_calls
+>>>>>>> five
 from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import best_shape, measured_acceptance
@@ -190,18 +194,21 @@ class LLM:
 
         multi_step: several steps may be made in one call, which keeps no logits of them.
         """
-        return each_within(self.computing, self._decode(sequences, multi_step))
+        for steps in each_within(self.computing, self._decode(sequences, multi_step)):
+            yield from steps
 
-    def _decode(self, sequences: list[Sequence], multi_step: bool) -> Iterator[Step | None]:
+    def _decode(self, sequences: list[Sequence], multi_step: bool) -> Iterator[list[Step | None]]:
         for sequence in sequences:
             sequence.progress.began = time.perf_counter()
         if self.options.beams > 1:
-            yield from self._search(sequences)
+            for step in self._search(sequences):
+                yield [step]
             return
         longest = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in sequences)
         engine = LLMEngine(self, min(self.options.batch_size, len(sequences)), longest, multi_step)
         self.runner = engine.target
         try:
+<<<<<<< six
             for sequence in sequences:
                 try:
                     engine.add(sequence)
@@ -215,6 +222,15 @@ class LLM:
                     ):
                         raise sequence.error
                 engine.ended = []
+=======
+            for steps in decode_calls(runner, drafter, sequences, self.policy, controller, source, several):
+                for step in steps:
+                    for sequence, stats in zip(step.sequences, step.stats, strict=True):
+                        sequence.progress.mark()
+                        if drafter is not None:
+                            self._keep(sequence, stats)
+                yield list(steps)
+>>>>>>> five
         finally:  # of an interrupted run, rows are still taken
             engine.close()
 

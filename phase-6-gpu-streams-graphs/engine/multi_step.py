@@ -9,9 +9,9 @@ costs as much again outside of its kernels. The controllers say for how many ste
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from common.errors import UserError
@@ -30,9 +30,10 @@ from .steps import Path, Step, StepTimes, step_stats
 from .tree import Tree
 from .verify import RandomSource
 
-AT_ONCE = 8  # plain steps of a call; tokens past the end of a sequence are dropped
-AHEAD = 4  # steps with drafts of one call
+AT_ONCE = 16  # plain steps of a call; tokens past the end of a sequence are dropped
+AHEAD = 8  # steps with drafts of one call
 MOST = 128  # tokens of a sequence in one call
+BUDGET_MS = 25.0  # a call makes no further step after so long: its text is shown when it returns
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
 
 
@@ -66,32 +67,28 @@ def multi_step(
     asked: list[int],
     policy: AcceptancePolicy,
     source: RandomSource,
+<<<<<<< six
     most: int,
 ) -> Iterator[Step]:
     """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
     if not isinstance(runner, CppRunner) or not drawable(sequences, source):
         return
     call = _plan(drafter, sequences, asked, policy, most)
+=======
+) -> list[Step]:
+    """Make steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
+    began = time.perf_counter()
+    if not isinstance(runner, CppRunner) or not drawable(sequences, source):
+        return []
+    call = _plan(drafter, sequences, asked, policy)
+>>>>>>> five
     if call is None or any(
         sequence.length + call.steps * (count + 1) - 1 > runner.model.config.context
         for sequence, count in zip(sequences, call.counts, strict=True)
     ):
-        return
-    began = time.perf_counter()
+        return []
     works, made, states = _execute(runner, drafter, sequences, call, isinstance(policy, SampleMatch))
-    inside = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made) / 1e3
-    around = (time.perf_counter() - began - inside) / len(made)
-    news = [len(work.new) for work in works]
-    prefilled = [work.prefilled for work in works]
-    for step in made:
-        active = [row for row, sequence in enumerate(sequences) if sequence.finish_reason is None]
-        if not active:
-            return
-        counts = [new + each.accepted for new, each in zip(news, step.results, strict=True)]
-        of_step = None if states is None else list(states[: sum(counts)].split(counts))
-        states = None if states is None else states[sum(counts) :]
-        yield _commit(runner, drafter, sequences, active, asked, step, prefilled, of_step, around)
-        news, prefilled = [1] * len(news), [0] * len(news)
+    return _commit(runner, drafter, sequences, asked, works, made, states, began)
 
 
 def _plan(
@@ -158,12 +155,20 @@ def _execute(
             steps = 1
     made, states = runner.fast.decode(
         batch, fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
+<<<<<<< six
         ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works),
+=======
+        ends=sequences[0].eos_ids, new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
+>>>>>>> five
     )  # fmt: skip
-    gained = [[[*each.draft[: each.accepted], each.next] for each in step.results] for step in made]
+    gained = [
+        [[*draft[:count], token] for draft, count, token in zip(step.drafts, step.accepted, step.next, strict=True)]
+        for step in made
+    ]
     whole = [[token for of_step in gained for token in of_step[row]][:-1] for row in range(len(sequences))]
-    runner.appended(works, whole, sum(len(each.draft) - each.accepted for step in made for each in step.results))
+    drafted = sum(len(draft) for step in made for draft in step.drafts)
+    runner.appended(works, whole, drafted - sum(sum(step.accepted) for step in made))
     if fast is not None and given is None:
         cast(CppDrafter, drafter).finish(counts, gained)
     return works, made, states
@@ -173,37 +178,60 @@ def _commit(
     runner: CppRunner,
     drafter: Drafter | None,
     sequences: list[Sequence],
-    active: list[int],
     asked: list[int],
-    made: Any,
-    prefilled: list[int],
-    states: list[Tensor] | None,
-    around: float,
-) -> Step:
-    """Give the active sequences the tokens of a step. around: its share of the seconds outside of the kernels."""
-    began = time.perf_counter()
-    step = Step([sequences[row] for row in active], [], NOTHING, [], None, [], [])
-    accepted, lengths = list[int](), list[int]()
-    for row in active:
-        sequence, result = sequences[row], made.results[row]
-        step.starts.append(len(sequence.tokens))
-        lengths.append(sequence.length)
-        step.trees.append(Tree.chain(result.draft) if result.draft else NO_DRAFT)
-        step.paths.append(Path(list(range(result.accepted)), result.next))
-        accepted.append(result.accepted)
-        append(runner, sequence, [*result.draft[: result.accepted], result.next])
+    works: list[Work],
+    made: list[Any],
+    states: Tensor | None,
+    began: float,
+) -> list[Step]:
+    """Give the sequences the tokens of the steps of a call, which began at that time.
+
+    Time outside of the kernels counts as well: every step has an equal share of that before, and its own.
+    """
+    inside = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made) / 1e3
+    last = time.perf_counter()
+    before, steps, active = (last - began - inside) / len(made), list[Step](), list(range(len(sequences)))
+    new, prefilled, at = [len(work.new) for work in works], [work.prefilled for work in works], 0
+    total, places = [0] * len(sequences), [list[int]() for _ in sequences]  # accepted tokens; rows of `states`
+    for step in made:
+        active = [row for row in active if sequences[row].finish_reason is None]
+        if not active:
+            break
+        drafts, accepted, following, computed = step.drafts, step.accepted, step.next, step.computed
+        if states is not None:
+            for row, count in enumerate(accepted):
+                total[row] += count
+                places[row] += range(at, at + new[row] + count)
+                at += new[row] + count
+        done = Step([sequences[row] for row in active], [], NOTHING, [], None, [], [])
+        for row in active:
+            sequence, draft, count = sequences[row], drafts[row], accepted[row]
+            done.starts.append(len(sequence.tokens))
+            done.trees.append(Tree.chain(draft) if draft else NO_DRAFT)
+            done.paths.append(Path(list(range(count)), following[row]))
+            append(runner, sequence, [*draft[:count], following[row]])
+        now = time.perf_counter()
+        verify, accept, last = step.verify_ms / 1e3, step.accept_ms / 1e3 + before + now - last, now
+        times = StepTimes(step.draft_ms / 1e3, verify, accept)
+        if not any(drafts):  # all of a step without a draft counts as verification
+            times = StepTimes(0.0, verify + accept, 0.0)
+        done.stats.extend(
+            step_stats(sequences[row], asked[row], start, tree, path, computed[row] + prefilled[row], 1, times)
+            for row, start, tree, path in zip(active, done.starts, done.trees, done.paths, strict=True)
+        )
+        if drafter is not None:
+            controllers = [sequence.controller for sequence in done.sequences]
+            observe(controllers, done.stats, alone=len(active) == len(sequences))
+        steps.append(done)
+        new, prefilled = [1] * len(new), [0] * len(new)
     if drafter is not None:
-        drafter.observe(Outcome(step.sequences, accepted, None if states is None else [states[row] for row in active]))
-    verify, accept = made.verify_ms / 1e3, made.accept_ms / 1e3 + around + time.perf_counter() - began
-    times = StepTimes(made.draft_ms / 1e3, verify, accept)
-    if all(tree is NO_DRAFT for tree in step.trees):  # all of a step without a draft counts as verification
-        times = StepTimes(0.0, verify + accept, 0.0)
-    for at, row in enumerate(active):
-        sequence, computed = sequences[row], made.results[row].computed + prefilled[row]
-        parts = sequence, asked[row], step.starts[at], step.trees[at], step.paths[at]
-        stats = step_stats(*parts, computed, runner.plain(lengths[at]), times)
-        step.stats.append(stats)
-    if drafter is not None:
-        controllers = [sequence.controller for sequence in step.sequences]
-        observe(controllers, step.stats, alone=len(active) == len(sequences))
-    return step
+        drafter.observe(Outcome(sequences, total, None if states is None else states_of_rows(states[:at], places)))
+    return steps
+
+
+def states_of_rows(states: Tensor, places: list[list[int]]) -> list[Tensor]:
+    """Return the states of each sequence, at its places; one state a step and sequence is a view."""
+    R, n = len(places), len(states)
+    if all(mine == list(range(row, n, R)) for row, mine in enumerate(places)):
+        return list(states.view(-1, R, states.shape[1]).unbind(1))
+    return [states[torch.tensor(mine)] for mine in places]

@@ -64,13 +64,14 @@ class Show:
         self.lengths[stats.accepted] += 1
         if not step.starts[0]:
             self.decoder = IncrementalDecoder(self.tokenizer, sequence.prompt)
-        new = sequence.tokens[step.starts[0] :]
+        end = step.starts[0] + stats.emitted  # the sequence may be some steps ahead
+        new = sequence.tokens[step.starts[0] : end]
         nodes = step.paths[0].nodes
         whole = not step.trees[0].children(nodes[-1] if nodes else -1)
         for i, token in enumerate(new):
             kind = "accepted" if i < stats.accepted else "bonus" if whole else "corrected"
             self.console.print(self._marked(self.decoder.push(token), kind), end="")
-        if sequence.finish_reason is not None:
+        if sequence.finish_reason is not None and end == len(sequence.tokens):
             self.console.print(Text(self.decoder.flush()))
 
     def histogram(self) -> None:

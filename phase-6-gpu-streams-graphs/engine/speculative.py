@@ -58,10 +58,13 @@ def plan(drafter: Drafter, sequences: list[Sequence], context: int) -> list[int]
     costs = [each.controller for each in sequences if isinstance(each.controller, CostController)]
     if len(costs) < len(sequences):
         return [block_width(sequence, sequence.controller.next_k(), context) for sequence in sequences]
+    if all(each.declined > 0 for each in costs):
+        return [0] * len(sequences)
     limits = [block_width(each, mine.bounds.high, context) for each, mine in zip(sequences, costs, strict=True)]
-    if isinstance(drafter, NgramDrafter):  # a lookup costs next to nothing, so what it found is known beforehand
-        limits = drafter.propose(sequences, limits).widths
-    return choose(costs, limits)
+    widths = choose(costs, limits)
+    if any(widths) and isinstance(drafter, NgramDrafter):  # what a lookup finds is known beforehand
+        widths = choose(costs, [len(found) for found in drafter.find(sequences, limits)])
+    return widths
 
 
 @runtime_checkable
@@ -216,7 +219,11 @@ def decode_step(
 
 
 MultiStep = Callable[
+<<<<<<< six
     [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource, int], Iterator[Step]
+=======
+    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], list[Step]
+>>>>>>> five
 ]
 """Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot.
 
@@ -253,7 +260,21 @@ def decode(
     source: RandomSource | None = None,
     multi_step: MultiStep | None = None,
 ) -> Iterator[Step]:
-    """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
+    """Decode a batch to its end, and yield every step; for the arguments see decode_calls."""
+    for steps in decode_calls(runner, drafter, sequences, policy, controller, source, multi_step):
+        yield from steps
+
+
+def decode_calls(
+    runner: ModelRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    policy: AcceptancePolicy | None = None,
+    controller: Callable[[], KController] | None = None,
+    source: RandomSource | None = None,
+    multi_step: MultiStep | None = None,
+) -> Iterator[list[Step]]:
+    """Decode a batch to its end, and yield the steps that one call made. Every sequence advances at its own pace.
 
     Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
     rejection, and K = 4. Requests that come and go are served by llm_engine.py, with the same steps.
@@ -264,4 +285,15 @@ def decode(
     for sequence in sequences:
         sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
+<<<<<<< six
         yield from advance(runner, drafter, active, policy, source, multi_step)
+=======
+        asked = [0] * len(active) if drafter is None else plan(drafter, active, runner.model.config.context)
+        try:
+            made = [] if multi_step is None else multi_step(runner, drafter, active, asked, policy, source)
+            yield made or [decode_step(runner, drafter, active, asked, policy, source)]
+        except OutOfBlocks as error:  # of the target's cache or the draft's
+            refused = refuse(runner, sequences, error)
+            if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'
+                drafter.observe(Outcome([refused], [0], None))
+>>>>>>> five

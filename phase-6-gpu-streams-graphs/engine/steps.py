@@ -65,7 +65,7 @@ class Path:
     trials: list[Trial] = field(default_factory=list)  # in a tree of drawn children, in the order of the attempts
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepStats:
     """What one step did for one sequence. Times are of the whole step, which a batch shares, in milliseconds.
 
@@ -88,7 +88,7 @@ class StepStats:
     rss_mib: float | None = None  # of the process after the step, where it was asked for
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
     """One round of the loop, with all that was decided in it."""
 
@@ -130,7 +130,7 @@ def step_stats(
     """asked: draft tokens, of a tree levels. start: output length before the step. The rest as in StepStats."""
     emitted = len(sequence.tokens) - start
     # Where the sequence ended inside the accepted part, draft tokens past its end do not count.
-    depths = tree.depths
+    depths = tree.depths if tree.tokens else []
     reach = emitted if emitted <= len(path.nodes) else max(depths, default=0)
     return StepStats(
         k=asked,

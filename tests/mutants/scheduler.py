@@ -41,7 +41,7 @@ PAGES = (
     *mutants(
         f"{ENGINE}/kv_cache/manager.py",
         BLOCKS,
-        ("self._borrow(row, window[:-1][:most])", "self._borrow(row, window[:most])"),
+        ("self._borrow(row, window[:-1][:most])", "self._borrow(row, window[:most])", "begin cuts the row right afterwards"),
         ("del row.held[length:], row.names[length // PAGE :]", "del row.held[length:]"),
         ("block_name(row.names[-1] if row.names else b\"\", row.held[end - PAGE : end])", "block_name(b\"\", row.held[end - PAGE : end])"),
         ("<= len(row.held):\n            name", "<= len(row.held) + 1:\n            name"),

@@ -23,7 +23,7 @@ from common.philox import Purpose
 
 from ..attention import AttentionBackend, CachedAttention
 from ..config import ModelConfig
-from ..drafting import Brancher, Draft, Stop
+from ..drafting import Brancher, Draft, Frontier, Stop
 from ..kernels.key_ranges import Paths
 from ..kernels.metadata import attention_metadata
 from ..kv_cache import CacheShape, StaticCache
@@ -164,12 +164,13 @@ class EagleDrafter(StateDrafter, Brancher):
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
+        widths = [width if self.ready(each) else 0 for each, width in zip(sequences, widths, strict=True)]
         chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
-        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            for at in range(width if self.ready(sequence) else 0):
-                logits = self.expand(sequence, Tree.chain(chains.tokens[row]), [at - 1])
-                if not chains.draw(row, logits[0]):
-                    break
+        while rows := chains.open():
+            trees = [Tree.chain(chains.tokens[row]) for row in rows]
+            ends = [Frontier(sequences[r], tree, [len(tree.tokens) - 1]) for r, tree in zip(rows, trees, strict=True)]
+            for row, logits in zip(rows, self.expand(ends), strict=True):
+                chains.draw(row, logits[0])
         return chains.draft()
 
     def ready(self, sequence: Sequence) -> bool:
@@ -177,16 +178,19 @@ class EagleDrafter(StateDrafter, Brancher):
         return states is not None and len(states) > 0
 
     @torch.inference_mode()
-    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Return logits [n, V] after these nodes. Each level continues the computation of the level before."""
-        if nodes == [-1]:
-            return self._logits(self._begin(sequence))
-        return self._logits(self._layers[sequence].extend(tree, nodes))
+    def expand(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Run the layer for one sequence after the other, and the output matrix once for all."""
+        features = [self._features(frontier) for frontier in frontiers]
+        return list(self._logits(torch.cat(features)).split([len(of_row) for of_row in features]))
 
     def _logits(self, features: Tensor) -> Tensor:
         return self.target.logits(features)
 
-    def _begin(self, sequence: Sequence) -> Tensor:
+    def _features(self, frontier: Frontier) -> Tensor:
+        """Predict the features [n, D] after its nodes. Each level continues the computation of the level before."""
+        sequence, nodes = frontier.sequence, frontier.nodes
+        if nodes != [-1]:
+            return self._layers[sequence].extend(frontier.tree, nodes)
         layer, new = self._layer(sequence)
         if not new:
             return layer.predicted[:1]

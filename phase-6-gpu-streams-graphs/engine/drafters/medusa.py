@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 
 from common.philox import Purpose
 
-from ..drafting import Brancher, Draft, Stop
+from ..drafting import Brancher, Draft, Frontier, Stop
 from ..model import Transformer
 from ..sequence import Sequence
-from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
 from .memory import StateDrafter
@@ -76,14 +76,16 @@ class MedusaDrafter(StateDrafter, Brancher):
         super().__init__(target, source, noise, heads.taps, keep=2)  # teacher forcing reads the one before the last
         self.heads = heads
         self.deepest = heads.shape.heads
+        self._logits: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()  # [H, V], of the current draft
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first state."""
         chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
-        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            for of_level in self.level_logits(sequence)[:width] if self.ready(sequence) else []:
-                if not chains.draw(row, of_level):
-                    break
+        if rows := [row for row in chains.open() if self.ready(sequences[row])]:
+            for row, of_row in zip(rows, self.level_logits([sequences[row] for row in rows]), strict=True):
+                for of_level in of_row[: widths[row]]:
+                    if not chains.draw(row, of_level):
+                        break
         return chains.draft()
 
     def ready(self, sequence: Sequence) -> bool:
@@ -91,14 +93,26 @@ class MedusaDrafter(StateDrafter, Brancher):
         return states is not None and len(states) > 0
 
     @torch.inference_mode()
-    def level_logits(self, sequence: Sequence) -> Tensor:
-        """Compute the logits [H, V] of all heads."""
+    def level_logits(self, sequences: list[Sequence]) -> Tensor:
+        """Compute the logits [R, H, V] of all heads."""
+        states = torch.cat([self._state(sequence) for sequence in sequences])
+        last = torch.tensor([last_token(sequence) for sequence in sequences], device=states.device)
+        return self.target.logits(self.heads(states, self.target.embedding(last)).transpose(0, 1))
+
+    def _state(self, sequence: Sequence) -> Tensor:
         states = self.memory.get(sequence)
         assert states is not None, "the first step of a sequence has nothing to draft from"
-        last = torch.tensor((sequence.prompt + sequence.tokens)[-1:], device=states.device)
-        return self.target.logits(self.heads(states[-1:], self.target.embedding(last))[:, 0])
+        return states[-1:]
 
-    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Return logits [n, V] after these nodes: the same for all nodes of a level."""
-        levels = [tree.depths[node] if node >= 0 else 0 for node in nodes]
-        return self.level_logits(sequence)[levels]
+    def expand(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Return the logits of a level: the same for all its nodes. The heads compute all levels with the roots."""
+        if new := [frontier.sequence for frontier in frontiers if frontier.nodes == [-1]]:
+            self._logits.update(zip(new, self.level_logits(new), strict=True))
+        return [
+            self._logits[frontier.sequence][[frontier.tree.depths[node] if node >= 0 else 0 for node in frontier.nodes]]
+            for frontier in frontiers
+        ]
+
+
+def last_token(sequence: Sequence) -> int:
+    return (sequence.tokens or sequence.prompt)[-1]

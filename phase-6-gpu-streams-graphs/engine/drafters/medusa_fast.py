@@ -20,7 +20,7 @@ from ..model import Transformer
 from ..sequence import Sequence
 from ..verify import RandomSource
 from .chains import ChainBuilder
-from .medusa import MedusaDrafter, MedusaHeads
+from .medusa import MedusaDrafter, MedusaHeads, last_token
 
 if TYPE_CHECKING:
     from ..kernels.cpp import CppMedusa
@@ -57,7 +57,7 @@ class FastMedusaDrafter(MedusaDrafter):
         """Return a drafter of the library for steps of counts[r] tokens, at most one per head."""
         nowhere = library().Row(None, [], 0)  # heads have no cache
         batch = [
-            library().Sequence(nowhere, last_of(each), sampling_of(each.params), each.key[1], each.length)
+            library().Sequence(nowhere, [last_token(each)], sampling_of(each.params), each.key[1], each.length)
             for each in sequences
         ]
         return self.fast.drafter(batch, torch.cat([self._state(each) for each in sequences]), self.noise)
@@ -66,14 +66,6 @@ class FastMedusaDrafter(MedusaDrafter):
         """Record nothing: the heads keep no state."""
 
     @torch.inference_mode()
-    def level_logits(self, sequence: Sequence) -> Tensor:
-        return self.fast.logits(self._state(sequence), last_of(sequence))[0]
-
-    def _state(self, sequence: Sequence) -> Tensor:
-        states = self.memory.get(sequence)
-        assert states is not None, "the first step of a sequence has nothing to draft from"
-        return states[-1:]
-
-
-def last_of(sequence: Sequence) -> list[int]:
-    return (sequence.tokens or sequence.prompt)[-1:]
+    def level_logits(self, sequences: list[Sequence]) -> Tensor:
+        states = torch.cat([self._state(sequence) for sequence in sequences])
+        return self.fast.logits(states, [last_token(sequence) for sequence in sequences])

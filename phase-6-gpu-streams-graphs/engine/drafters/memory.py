@@ -44,8 +44,9 @@ class StateMemory:
             kept = self._kept.setdefault(sequence, Kept())
             kept.end = sequence.length - 1
             kept.parts.append(states)
-            if len(kept.parts) > self.keep:
-                kept.parts = [kept.last(self.keep)]
+            kept.count += len(states)
+            while kept.count - len(kept.parts[0]) >= self.keep:
+                kept.count -= len(kept.parts.pop(0))
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Kept:
 
     end: int = 0  # position behind the last
     parts: list[Tensor] = field(default_factory=list)
+    count: int = 0  # states in the parts
 
     def last(self, count: int) -> Tensor:
         """[n, F], n at most `count`."""

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-from ..drafting import Brancher, Draft, Outcome, Stop
+from ..drafting import Brancher, Draft, Frontier, Outcome, Stop
 from ..runner import ModelRunner
 from ..sequence import Sequence
-from ..tree import Tree
 from ..verify import RandomSource
 from .chains import ChainBuilder
 
@@ -42,11 +41,13 @@ class ModelDrafter(Brancher):
     def ready(self, sequence: Sequence) -> bool:
         return True
 
-    def expand(self, sequence: Sequence, tree: Tree, nodes: list[int]) -> Tensor:
-        """Run one forward of the draft over the sequence, the nodes, and their ancestors."""
-        branches, numbers = tree.branches(nodes)
-        logits = self.runner.forward([sequence], [sequence.prompt + sequence.tokens], [branches]).logits[0]
-        return logits[[number + 1 for number in numbers]]
+    def expand(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Run one forward of the draft over the sequences, the nodes, and their ancestors."""
+        sequences = [frontier.sequence for frontier in frontiers]
+        branches = [frontier.tree.branches(frontier.nodes) for frontier in frontiers]
+        texts = [sequence.prompt + sequence.tokens for sequence in sequences]
+        logits = self.runner.forward(list(sequences), texts, [tree for tree, _ in branches]).logits
+        return [of_row[[node + 1 for node in nodes]] for of_row, (_, nodes) in zip(logits, branches, strict=True)]
 
     def observe(self, outcome: Outcome) -> None:
         """Release the caches of finished sequences."""

@@ -47,11 +47,15 @@ class NgramDrafter(Drafter):
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Look up a continuation for every sequence. `stop` is not called: these tokens have no distribution."""
-        drafted = [self._index(s).continuation(width) for s, width in zip(sequences, widths, strict=True)]
+        drafted = self.find(sequences, widths)
         longest = max(map(len, drafted))
         rows = [row + [0] * (longest - len(row)) for row in drafted]
         tokens = torch.tensor(rows, dtype=torch.long).view(len(rows), longest)
         return Draft(tokens, None, [len(row) for row in drafted])
+
+    def find(self, sequences: list[Sequence], widths: list[int]) -> list[list[int]]:
+        """Return a continuation of at most widths[r] tokens for every sequence."""
+        return [self._index(each).continuation(width) for each, width in zip(sequences, widths, strict=True)]
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         index = self._indexes.get(sequence)

@@ -11,22 +11,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from common.philox import Purpose
 
+<<<<<<< six
 from ..drafting import Brancher, Draft, Drafter, Outcome, Stop
 from ..policies import AcceptancePolicy
+=======
+from ..drafting import Brancher, Draft, Drafter, Frontier, Outcome, Stop
+>>>>>>> five
 from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
 from ..verify import RandomSource
 
+Growth = Generator[Frontier, Tensor, None]
+"""Grows one tree: yields its frontier, is sent the distributions [n, V] after the frontier's n nodes, and so on.
+
+The last frontier has no nodes: its tree is complete.
+"""
+
 
 class TreeDrafter(Drafter):
-    """Drafts trees with a drafter that can branch, one sequence after the other."""
+    """Drafts trees with a drafter that can branch, level by level: one call of `expand` for a level of all trees."""
 
     def __init__(self, drafter: Brancher) -> None:
         self.drafter, self.taps = drafter, drafter.taps
@@ -37,22 +48,31 @@ class TreeDrafter(Drafter):
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft a tree of at most widths[r] levels for sequence r. `stop` is not called: the shape ends the tree."""
-        trees = [
-            self.grow(sequence, min(width, self.drafter.deepest))
-            if width and self.drafter.ready(sequence)
-            else Tree([], [])
+        growing = [
+            self.grow(sequence, min(width, self.drafter.deepest) if self.drafter.ready(sequence) else 0)
             for sequence, width in zip(sequences, widths, strict=True)
         ]
+        frontiers = [next(tree) for tree in growing]
+        while rows := [row for row, frontier in enumerate(frontiers) if frontier.nodes]:
+            probs = self.probs([frontiers[row] for row in rows])
+            for row, of_row in zip(rows, probs, strict=True):
+                frontiers[row] = growing[row].send(of_row)
+        trees = [frontier.tree for frontier in frontiers]
         return Draft(torch.zeros(len(trees), 0, dtype=torch.long), None, [0] * len(trees), trees)
 
-    def grow(self, sequence: Sequence, levels: int) -> Tree:
+    def grow(self, sequence: Sequence, levels: int) -> Growth:
+        """Grow a tree of at most `levels` levels for one sequence."""
         raise NotImplementedError
 
-    def probs(self, sequence: Sequence, tree: Tree, nodes: list[int], params: SamplingParams) -> Tensor:
-        """Compute the drafter's distributions [n, V] after these nodes."""
-        outputs = [sequence.tokens + (tree.line(node) if node >= 0 else []) for node in nodes]
-        logits = self.drafter.expand(sequence, tree, nodes)
-        return probabilities(logits, [params] * len(nodes), [sequence.prompt] * len(nodes), outputs)
+    def probs(self, frontiers: list[Frontier]) -> list[Tensor]:
+        """Compute for every frontier the drafter's distributions [n, V] after its n nodes."""
+        params, prompts, outputs = list[SamplingParams](), list[list[int]](), list[list[int]]()
+        for each in frontiers:
+            params += [ranking(each.sequence.params)] * len(each.nodes)
+            prompts += [each.sequence.prompt] * len(each.nodes)
+            outputs += [each.sequence.tokens + (each.tree.line(node) if node >= 0 else []) for node in each.nodes]
+        logits = torch.cat(self.drafter.expand(frontiers))
+        return list(probabilities(logits, params, prompts, outputs).split([len(each.nodes) for each in frontiers]))
 
     def states_from(self, sequence: Sequence) -> int:
         return self.drafter.states_from(sequence)
@@ -69,13 +89,16 @@ class StaticTreeDrafter(TreeDrafter):
         self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
         self.drawn = drawn
 
+<<<<<<< six
     def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
         super().use(policy, source)
         self.drawn = policy.draws_children
 
     def grow(self, sequence: Sequence, levels: int) -> Tree:
+=======
+    def grow(self, sequence: Sequence, levels: int) -> Growth:
+>>>>>>> five
         drawn = self.drawn and not sequence.params.greedy
-        params = sequence.params if drawn else ranking(sequence.params)
         tokens: list[int] = []
         parents: list[int] = []
         rows: dict[int, Tensor] = {}  # node -> the distribution of its children
@@ -84,7 +107,7 @@ class StaticTreeDrafter(TreeDrafter):
             open_nodes = {of: node for of, node in frontier.items() if self.shape.children(of)}
             if not open_nodes:
                 break
-            probs = self.probs(sequence, Tree(tokens, parents), list(open_nodes.values()), params)
+            probs = yield Frontier(sequence, Tree(tokens, parents), list(open_nodes.values()))
             frontier = {}
             for (of, node), row in zip(open_nodes.items(), probs, strict=True):
                 rows[node] = row
@@ -93,10 +116,11 @@ class StaticTreeDrafter(TreeDrafter):
                     frontier[child] = len(tokens)
                     tokens.append(token)
                     parents.append(node)
-        if not drawn:
-            return Tree(tokens, parents, chosen_from=rows)
-        nothing = torch.zeros_like(rows[-1])
-        return Tree(tokens, parents, torch.stack([rows.get(node, nothing) for node in range(-1, len(tokens))]))
+        tree = Tree(tokens, parents, chosen_from=rows)
+        if drawn and tokens:
+            nothing = torch.zeros_like(rows[-1])
+            tree = Tree(tokens, parents, torch.stack([rows.get(node, nothing) for node in range(-1, len(tokens))]))
+        yield Frontier(sequence, tree, [])
 
     def _children(self, probs: Tensor, count: int, sequence: Sequence, depth: int, drawn: bool) -> list[int]:
         count = min(count, int((probs > 0).sum()))
@@ -113,7 +137,7 @@ class DynamicTreeDrafter(TreeDrafter):
         super().__init__(drafter)
         self.nodes, self.beam = nodes, beam
 
-    def grow(self, sequence: Sequence, levels: int) -> Tree:
+    def grow(self, sequence: Sequence, levels: int) -> Growth:
         tokens: list[int] = []
         parents: list[int] = []
         worth: list[float] = []  # of each node: the product of the probabilities on its branch
@@ -121,7 +145,7 @@ class DynamicTreeDrafter(TreeDrafter):
         frontier = [-1]
         rows: dict[int, Tensor] = {}  # node -> the drafter's distribution after it
         for _ in range(levels):
-            probs = self.probs(sequence, Tree(tokens, parents), frontier, ranking(sequence.params))
+            probs = yield Frontier(sequence, Tree(tokens, parents), frontier)
             rows.update(zip(frontier, probs, strict=True))
             best = ranked(probs, min(self.beam, probs.shape[1]))
             first = len(tokens)
@@ -139,7 +163,8 @@ class DynamicTreeDrafter(TreeDrafter):
         kept = sorted(best_nodes)  # parents of kept nodes are kept
         number = {node: i for i, node in enumerate(kept)} | {-1: -1}
         chosen_from = {number[node]: row for node, row in rows.items() if node in number}
-        return Tree([tokens[node] for node in kept], [number[parents[node]] for node in kept], chosen_from=chosen_from)
+        parents = [number[parents[node]] for node in kept]
+        yield Frontier(sequence, Tree([tokens[node] for node in kept], parents, chosen_from=chosen_from), [])
 
 
 def ranking(params: SamplingParams) -> SamplingParams:

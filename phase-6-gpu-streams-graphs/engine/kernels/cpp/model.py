@@ -152,7 +152,7 @@ class CppModel(PackedModel):
         new_tokens and of all generated tokens but the last: `cache.keep` them.
         """
         sequence = self.sequence(cache, row, new_tokens, params, sample, position)
-        return [step.results[0].next for step in self.decode([sequence], None, [0], count, ends=ends)[0]]
+        return [step.next[0] for step in self.decode([sequence], None, [0], count, ends=ends)[0]]
 
     def decode(
         self,
@@ -165,14 +165,15 @@ class CppModel(PackedModel):
         ends: Sequence[int] = (),
         taps: tuple[int, ...] | None = None,
         new: int = 0,
+        budget_ms: float = 0.0,
     ) -> tuple[list[Any], Tensor | None]:
         """Make up to `steps` steps of R sequences in one call; return those that were made.
 
         batch: of `sequence`. drafter: a drafter of the library over the same sequences, or None; it drafts counts[r]
         tokens after sequence r. own: a draft token is accepted if this model draws the same token, with the noise of
         plain sampling; otherwise the rule is rejection (Leviathan et al. 2023). The call returns after the step in
-        which a sequence gains one of `ends`. Afterwards the row of a sequence has keys and values of its new tokens and
-        of all that it gained but the last token.
+        which a sequence gains one of `ends`, or which uses up budget_ms (0: no limit). Afterwards the row of a sequence
+        has keys and values of its new tokens and of all that it gained but the last token.
 
         taps: return hidden states as well, with the outputs of these layers beside them, [n, F], step by step and
         sequence by sequence: of the new tokens (in the first step `new` in all) and of the accepted draft tokens.
@@ -185,7 +186,7 @@ class CppModel(PackedModel):
         try:
             made = library().decode(
                 self._engine, batch, drafter, counts, steps, own, list(ends),
-                0 if states is None else states.data_ptr(), room, list(taps or ()),
+                0 if states is None else states.data_ptr(), room, list(taps or ()), budget_ms,
             )  # fmt: skip
         except OverflowError:
             raise not_finite(torch.float32) from None

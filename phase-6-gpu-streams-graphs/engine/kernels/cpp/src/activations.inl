@@ -9,7 +9,7 @@ struct Acts {
     size_t stride;        // bytes from token to token
     int groups;            // i8, i4; the arrays below are [tokens, groups]
     const float* scales;   // of the integers
-    const int32_t* starts; // the sum of integers begins here: weights are stored with an offset
+    const int32_t* starts; // sums of integers begin here: weights are stored with an offset
     const float* sums;     // i4: of the group
 };
 
@@ -39,19 +39,25 @@ LAB_INLINE void quantise(const float* x, int count, int8_t* to, float& scale, in
     }
 }
 
-// Without a product of bytes, int8 weights are multiplied as 16-bit numbers: of four inputs 0 and 2, then 1 and 3.
+// AVX2 multiplies unsigned bytes by signed bytes, and a sum of two such products must fit in 16 bits. So activations become
+// their sizes, at most 127, and masks that give each weight, stored with an offset of 128, the sign of its activation:
+// w + 128 xor 0x80 is w, and xor 0x7f is -w - 1. A sum of products then lacks the sizes of the negative activations.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-constexpr bool SPLIT = true;
-LAB_INLINE void split_levels(const int8_t* from, uint8_t* to) {  // of a group
-    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 0, 2, 1, 3, 4, 6, 5, 7);
+constexpr bool SIGNS = true;
+// A group of levels -> by fours, sizes and masks. Returns the sum of the sizes of the negative levels.
+LAB_INLINE int32_t split_signs(const int8_t* from, uint8_t* to) {
+    __m128i lacking = _mm_setzero_si128();
     for (int k = 0; k < MAX_GROUP; k += 8) {  // as they were stored: a wider load would wait for the stores
-        const __m128i levels = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)(from + k)), order);
-        _mm_storeu_si128((__m128i*)(to + 2 * k), _mm_cvtepi8_epi16(levels));
+        const __m128i levels = _mm_loadl_epi64((const __m128i*)(from + k)), size = _mm_abs_epi8(levels);
+        const __m128i negative = _mm_cmpgt_epi8(_mm_setzero_si128(), levels);
+        lacking = _mm_add_epi64(lacking, _mm_sad_epu8(_mm_and_si128(size, negative), _mm_setzero_si128()));
+        _mm_storeu_si128((__m128i*)(to + 2 * k), _mm_unpacklo_epi32(size, _mm_xor_si128(negative, _mm_set1_epi8(-128))));
     }
+    return _mm_cvtsi128_si32(lacking);
 }
 #else
-constexpr bool SPLIT = false;
-LAB_INLINE void split_levels(const int8_t*, uint8_t*) {}
+constexpr bool SIGNS = false;
+LAB_INLINE int32_t split_signs(const int8_t*, uint8_t*) { return 0; }
 #endif
 
 // Activations x [count, inputs] (stride floats apart) in the form that the matrix takes, written to `memory`.
@@ -114,7 +120,7 @@ static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, f
     auto* starts = (int32_t*)(scales + size_t(MAX_BLOCK) * groups);
     auto* sums = (float*)(starts + size_t(MAX_BLOCK) * groups);
     const int offset = w.kind == Kind::i8 ? 128 : w.zeros == nullptr ? 8 : 0;
-    const bool split = SPLIT && w.kind == Kind::i8;
+    const bool split = SIGNS && w.kind == Kind::i8;
     const size_t bytes = size_t(w.padded) * (split ? 2 : 1);
     for (int m = 0; m < count; ++m) {
         uint8_t* to = memory + m * bytes;
@@ -125,7 +131,7 @@ static Acts prepare(const Matrix& w, const float* x, size_t stride, int count, f
             quantise(x + m * stride + begin, end - begin, levels, scales[m * groups + g], total);
             starts[m * groups + g] = -offset * total;
             sums[m * groups + g] = float(total);
-            if (split) split_levels(levels, to + 2 * begin);
+            if (split) starts[m * groups + g] = split_signs(levels, to + 2 * begin);
             else memcpy(to + begin, levels, size_t(w.group));
         }
     }

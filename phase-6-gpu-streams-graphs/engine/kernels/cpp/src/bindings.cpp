@@ -60,6 +60,14 @@ const Isa& isa_of(const std::string& name) {
     return *isa;
 }
 
+// One member of every sequence's result.
+template <class T>
+std::vector<T> of_rows(const Decoded& step, T Result::*member) {
+    std::vector<T> found;
+    for (const Result& result : step.results) found.push_back(result.*member);
+    return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(lab_cpp, module) {
@@ -208,20 +216,18 @@ PYBIND11_MODULE(lab_cpp, module) {
     py::class_<GivenDrafter, Drafter>(module, "GivenDrafter", py::module_local())
         .def(py::init<Engine&, std::vector<std::vector<int>>>(), py::keep_alive<1, 2>());
 
-    py::class_<Result>(module, "Result", py::module_local())
-        .def_readonly("draft", &Result::draft)
-        .def_readonly("accepted", &Result::accepted)
-        .def_readonly("next", &Result::next)
-        .def_readonly("computed", &Result::computed);
     py::class_<Decoded>(module, "Decoded", py::module_local())
-        .def_readonly("results", &Decoded::results)
+        .def_property_readonly("drafts", [](const Decoded& d) { return of_rows(d, &Result::draft); })
+        .def_property_readonly("accepted", [](const Decoded& d) { return of_rows(d, &Result::accepted); })
+        .def_property_readonly("next", [](const Decoded& d) { return of_rows(d, &Result::next); })
+        .def_property_readonly("computed", [](const Decoded& d) { return of_rows(d, &Result::computed); })
         .def_readonly("draft_ms", &Decoded::draft_ms)
         .def_readonly("verify_ms", &Decoded::verify_ms)
         .def_readonly("accept_ms", &Decoded::accept_ms);
     module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, bool own, std::vector<int> ends,
-                            uintptr_t states, size_t room, std::vector<int> taps) {
+                            uintptr_t states, size_t room, std::vector<int> taps, double budget_ms) {
         py::gil_scoped_release release;
-        return decode(target, std::move(batch), drafter, {std::move(counts), steps, own, std::move(ends)}, {pointer<float>(states), room, std::move(taps)});
+        return decode(target, std::move(batch), drafter, {std::move(counts), steps, budget_ms, own, std::move(ends)}, {pointer<float>(states), room, std::move(taps)});
     });
 
     // Rows of logits or probabilities, [rows, vocab] each.

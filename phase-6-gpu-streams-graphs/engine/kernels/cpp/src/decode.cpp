@@ -112,6 +112,7 @@ int copy_states(const Request& request, int first, int count, int width, float* 
 void check(Engine& target, const Batch& batch, Drafter* drafter, const Plan& plan) {
     need(!batch.empty(), "there are no sequences");
     need(plan.counts.size() == batch.size(), "sequences and counts differ in number");
+    need(plan.budget_ms >= 0, "the time of a call is below 0 or not a number");
     need(plan.steps >= 1 && plan.steps <= 1 << 20, "there is at least one step, and no absurd number of them");
     for (int count : plan.counts) need(count >= 0 && count <= 1 << 20, "a number of draft tokens is below 0 or absurd");
     if (drafter == nullptr) {
@@ -138,7 +139,8 @@ std::vector<Decoded> decode(Engine& target, Batch batch, Drafter* drafter, const
     std::vector<float> memory[3];
     std::vector<Decoded> steps;
     bool ended = false;
-    while (!ended && int(steps.size()) < plan.steps) {
+    double spent = 0;
+    while (!ended && int(steps.size()) < plan.steps && (spent < plan.budget_ms || plan.budget_ms == 0 || steps.empty())) {
         Decoded step{std::vector<Result>(batch.size()), 0, 0, 0};
         auto last = std::chrono::steady_clock::now();
         std::vector<Drafted> drafts(batch.size());
@@ -167,6 +169,7 @@ std::vector<Decoded> decode(Engine& target, Batch batch, Drafter* drafter, const
         }
         if (drafter != nullptr) drafter->observe(outcomes);
         step.accept_ms = ms_since(last);
+        spent += step.draft_ms + step.verify_ms + step.accept_ms;
         steps.push_back(std::move(step));
     }
     return steps;

@@ -158,22 +158,22 @@ static void multiply_chunks(
 ) {
     using Tiles = Tiling<is_levels(KIND)>;
     constexpr bool HALF = WIDE && (KIND == Kind::bf16 || KIND == Kind::f16);
-    constexpr int INPUTS = CHUNK_BYTES / row_bytes(KIND) * together(KIND);
-    const int chunk = INPUTS;  // a multiple of a group
-    const int groups = (count + Tiles::TOKENS - 1) / Tiles::TOKENS;
+    constexpr int INPUTS = KIND == Kind::i4 ? 4 * CHUNK : CHUNK;  // a multiple of a group
+    constexpr int ALONE = Tiles::alone(KIND), PASSES = PANEL_REGISTERS / Tiles::registers(Tiles::TOKENS);
+    const int groups = count <= ALONE ? 1 : (count + Tiles::TOKENS - 1) / Tiles::TOKENS;
     alignas(64) float sums[MAX_BLOCK * PANEL];
     alignas(64) float converted[HALF ? INPUTS * PANEL : 1];
     for (int panel = begin; panel < end; ++panel) {
         memset(sums, 0, size_t(count) * PANEL * sizeof(float));
         const uint8_t* weights = w.data + size_t(panel) * w.panel_bytes();
-        for (int from = 0; from < w.padded; from += chunk) {
-            const int to = from + chunk < w.padded ? from + chunk : w.padded;
+        for (int from = 0; from < w.padded; from += INPUTS) {
+            const int to = from + INPUTS < w.padded ? from + INPUTS : w.padded;
             const int bytes = (to - from) / together(KIND) * row_bytes(KIND);
             Span s{w, x, 0, panel, 0, 0, from, to, sums, count, nullptr, nullptr, bytes};
             const bool many = groups > 1 && !is_levels(KIND) && WIDE;
             if (many) {
                 s.next = weights + bytes;
-                s.step = bytes / (groups * 2 * ((to - from + 3) / 4)) + 1;
+                s.step = bytes / (groups * PASSES * ((to - from + 3) / 4)) + 1;
                 if constexpr (HALF) {
                     convert<KIND>(weights, to - from, converted);
                     s.weights = (const uint8_t*)converted;
@@ -188,7 +188,7 @@ static void multiply_chunks(
                         continue;
                     }
                 }
-                add_group<KIND, WIDE, false, Tiles::TOKENS>(m, s);
+                add_group<KIND, WIDE, false, (ALONE > Tiles::TOKENS ? ALONE : Tiles::TOKENS)>(m, s);
             }
             weights += bytes;
         }

@@ -29,7 +29,7 @@ void Engine::fit(int keys) {
     block_.score_stride = round_up(keys_ + 64, 16);
     scores_owned_.clear();
     scores_.clear();
-    const size_t size = size_t(block_.score_stride) * size_t(model.heads / model.kv_heads);
+    const size_t size = size_t(block_.score_stride) * size_t(std::max(SCORE_ROWS, model.heads / model.kv_heads));
     for (int thread = 0; thread < pool_->size(); ++thread) {
         scores_owned_.emplace_back(new float[size]());
         scores_.push_back(scores_owned_.back().get());

@@ -13,12 +13,10 @@ namespace lab::SIMD_NAME {
 LAB_INLINE Ints madd16(Ints a, Ints b) { return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 LAB_INLINE Ints madd8(Ints a, Ints b) { return (Ints)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
 LAB_INLINE Ints add16(Ints a, Ints b) { return (Ints)_mm512_add_epi16((__m512i)a, (__m512i)b); }
-LAB_INLINE Ints high_bytes(Ints a) { return (Ints)_mm512_srli_epi16((__m512i)a, 8); }
 #elif defined(__AVX2__)
 LAB_INLINE Ints madd16(Ints a, Ints b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 LAB_INLINE Ints madd8(Ints a, Ints b) { return (Ints)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
 LAB_INLINE Ints add16(Ints a, Ints b) { return (Ints)_mm256_add_epi16((__m256i)a, (__m256i)b); }
-LAB_INLINE Ints high_bytes(Ints a) { return (Ints)_mm256_srli_epi16((__m256i)a, 8); }
 #endif
 
 // + the products of 4 unsigned weights and 4 signed activations in every lane; exact.
@@ -69,23 +67,14 @@ struct Levels {
             }
         });
 #else
-        if constexpr (KIND == Kind::i8) {  // products of 16 bits: inputs 0 and 2 of four, then 1 and 3
+        if constexpr (KIND == Kind::i8) {  // see split_signs
             Loop::each(begin, end, base, ahead, [&](int p, int k, const uint8_t* at) __attribute__((always_inline)) {
-                Ints even[R], odd[R];
-                LAB_EACH(r, R) {
-                    const Ints raw = load_as<Ints>(at + r * Loop::LANE_ROW);
-                    even[r] = raw & 0x00ff00ff;
-                    odd[r] = high_bytes(raw);
-                }
+                Ints raw[R];
+                LAB_EACH(r, R) raw[r] = load_as<Ints>(at + r * Loop::LANE_ROW);
                 LAB_EACH(m, M) {
-                    const Ints x = all(load_as<int32_t>(row[m] + 8 * k));
+                    const Ints size = all(load_as<int32_t>(row[m] + 8 * k)), sign = all(load_as<int32_t>(row[m] + 8 * k + 4));
                     LAB_EACH(r, R) {
-                        whole[m][p * R + r] += madd16(even[r], x);
-                        LAB_IN_ORDER(whole[m][p * R + r]);
-                    }
-                    const Ints y = all(load_as<int32_t>(row[m] + 8 * k + 4));
-                    LAB_EACH(r, R) {
-                        whole[m][p * R + r] += madd16(odd[r], y);
+                        whole[m][p * R + r] += madd16(madd8(size, raw[r] ^ sign), all(0x00010001));
                         LAB_IN_ORDER(whole[m][p * R + r]);
                     }
                 }

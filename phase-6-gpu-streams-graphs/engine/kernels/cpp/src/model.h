@@ -12,6 +12,7 @@ enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i4 = 4 };
 constexpr int PANEL = 32;      // outputs that are interleaved
 constexpr int MAX_BLOCK = 64;  // tokens per forward pass; longer inputs are split into blocks
 constexpr int MAX_GROUP = 64;  // int8 and int4: the most activations that share a scale
+constexpr int SCORE_ROWS = 8;  // queries that attention takes together: more only if they share a token
 constexpr int ALIGNMENT = 64;
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -138,7 +139,7 @@ struct Block {
     int tap_count = 0;
     float* const* normed = nullptr;   // per thread: [MAX_BLOCK, widest]
     uint8_t* const* acts = nullptr;   // per thread: activations in the format of a matrix
-    float* const* scores = nullptr;   // per thread: [queries of a group, visible keys + lanes]
+    float* const* scores = nullptr;   // per thread: [SCORE_ROWS or queries of a group, visible keys + lanes]
     int widest = 0;
     int score_stride = 0;
 };

@@ -120,22 +120,33 @@ LAB_INLINE int panels_per_unit(int d) {
     return panels;
 }
 
+// True if `next` sees what `token` sees, and itself.
+LAB_INLINE bool continues(const Token& token, const Token& next) {
+    return next.entries == token.entries && next.held == token.held + 1 && token.line_length == 0 && next.line_length == 0;
+}
+
 static void attention_of(const Block& block, int layer, int thread, int threads) {
     const Model& model = *block.model;
-    const int d = model.head_dim, group = model.heads / model.kv_heads;
+    const int d = model.head_dim, group = model.heads / model.kv_heads, window = model.layer[layer].window;
     // Heads that share keys are one item, unless there are fewer items than threads.
     const int items = block.count * model.kv_heads;
     const int parts = items >= threads ? 1 : (threads / items < group ? threads / items : group);
     const Range mine = share(items * parts, thread, threads);
-    for (int item = mine.begin; item < mine.end; ++item) {
-        const int m = item / (model.kv_heads * parts), kv_head = item / parts % model.kv_heads;
-        const Range heads = share(group, item % parts, parts);
-        const int head = kv_head * group + heads.begin;
+    for (int item = mine.begin; item < mine.end;) {
+        const int m = item % block.count, kv_head = item / block.count / parts;
+        const Range heads = share(group, item / block.count % parts, parts);
+        const int count = heads.end - heads.begin;
+        const Token* token = block.tokens + m;
+        int run = 1;  // tokens of a chain whose queries share each read of a key
+        while ((run + 1) * count <= SCORE_ROWS && m + run < block.count && item + run < mine.end &&
+               continues(token[run - 1], token[run]) && (window == 0 || token[run].held <= window)) ++run;
+        const size_t stride = size_t(model.layer[layer].qkv.outputs), out_stride = size_t(model.heads) * d;
+        const size_t head = size_t(kv_head * group + heads.begin) * d;
         attend(
-            layer, block.tokens[m], kv_head, model.layer[layer].window,
-            block.qkv + size_t(m) * model.layer[layer].qkv.outputs + size_t(head) * d, heads.end - heads.begin,
-            block.scores[thread], block.score_stride, block.mixed + (size_t(m) * model.heads + head) * d
+            layer, {token, run, count, block.qkv + m * stride + head, stride, block.mixed + m * out_stride + head, out_stride},
+            kv_head, window, block.scores[thread], block.score_stride
         );
+        item += run;
     }
 }
 

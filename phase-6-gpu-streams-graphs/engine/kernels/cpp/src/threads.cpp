@@ -49,7 +49,7 @@ void Pool::run(Job job, void* with) {
     }
     job(with, 0);
     for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
-        if (spins < 1000) relax();
+        if (spins < SPINS) relax();
         else sched_yield();
     }
 }

@@ -26,6 +26,10 @@ inline void relax() {
 #endif
 }
 
+// Waits before a thread yields: some hundreds of microseconds, longer than the usual delay of a thread. A thread that yields
+// too soon loses its core to another process for milliseconds.
+constexpr int SPINS = 10000;
+
 // A barrier for all threads. It can be reused at once: every meeting has a number.
 class Barrier {
 public:
@@ -50,7 +54,6 @@ public:
 
 private:
     static constexpr int EAGER = 100;   // no pause at first: one takes about ten nanoseconds, as long as most barriers
-    static constexpr int SPINS = 1000;  // some tens of microseconds: longer than the usual delay of a thread
     const int threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> meeting_{0};
