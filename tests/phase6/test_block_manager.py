@@ -234,3 +234,40 @@ def test_the_least_recently_used_block_is_evicted() -> None:
     assert blocks.take() == taken[0]
     assert blocks.find([0], 1)[0] == []
     assert [blocks.find([at], 1)[0] for at in (1, 2)] == [[taken[1]], [taken[2]]]
+
+
+def manager_of(pages: int) -> CacheManager:
+    cache = PagedCache(CacheShape(1, 1, 1), 2, pages, torch.float32, torch.float32, torch.device("cpu"))
+    return CacheManager(cache, 2)
+
+
+def compute(manager: CacheManager, owner: str, window: list[int]) -> int:
+    """Compute what the row of a sequence lacks, as a forward does; return how many tokens it had."""
+    row = manager.begin(owner, window)
+    first = len(row.held)
+    manager.cache.make_room(row.number, len(window) - first)
+    keys = torch.tensor([key_of(window[: at + 1]) for at in range(first, len(window))]).view(-1, 1, 1)
+    manager.cache.append(0, row.number, keys, -keys)
+    manager.appended(row, window[first:])
+    return first
+
+
+def test_blocks_that_fill_token_by_token_are_found() -> None:
+    manager, text = manager_of(6), list(range(1, 41))
+    for end in range(1, 34):
+        compute(manager, "first", text[:end])
+    manager.release("first")
+    assert compute(manager, "second", text) == 2 * PAGE
+
+
+def test_blocks_after_a_jump_have_names_of_their_own() -> None:
+    """The window B C D of A B C D must not be found as the beginning A B D."""
+    manager, (a, b, c, d) = manager_of(8), ([at] * PAGE for at in (1, 2, 3, 4))
+    compute(manager, "first", a + b)
+    compute(manager, "first", b)
+    compute(manager, "first", b + c + d)
+    manager.release("first")
+    assert compute(manager, "second", a + b + d + [5]) == 2 * PAGE
+    keys, _ = manager.cache.read(0, manager.rows["second"].number, 0)
+    window = a + b + d + [5]
+    assert keys.flatten().tolist() == [key_of(window[: at + 1]) for at in range(len(window))]
