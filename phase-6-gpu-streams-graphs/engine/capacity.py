@@ -20,6 +20,8 @@ from .load import LoadedModel
 from .runner import CHUNK, DRAFT_ROOM, cache_shape
 from .sequence import Sequence
 
+SEQUENCE = 4096  # bytes of a sequence that waits, beside its tokens
+
 
 def check_capacity(
     loaded: LoadedModel,
@@ -45,10 +47,12 @@ def check_capacity(
         check_slots(options, [length + tree for length in lengths], bool(tree))
         needed = cached_bytes(config, options, rows, longest, weight.dtype)
     free = available_memory(weight.device) + sum(manager.cache.nbytes() for manager in caches if manager.idle)
+    completions = len(firsts) * n
+    needed += completions * (SEQUENCE + 8 * longest)
     if needed > free:
         raise UserError(
-            f"{rows} completions of up to {longest} tokens need about {needed / 2**30:.1f} GiB at once, and "
-            f"{free / 2**30:.1f} GiB are free: give a smaller --batch-size, --beams or --max-tokens"
+            f"{completions} completions of up to {longest} tokens, {rows} at once, need about {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --batch-size, --beams or --max-tokens"
         )
 
 
