@@ -51,8 +51,9 @@ def check_capacity(
     needed += completions * (SEQUENCE + 8 * longest)
     if needed > free:
         raise UserError(
-            f"{completions} completions of up to {longest} tokens, {rows} at once, need about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --batch-size, --beams or --max-tokens"
+            f"{completions} completions of up to {longest} tokens, {rows} at once, need {needed / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --batch-size, --beams or "
+            "--max-tokens"
         )
 
 
