@@ -46,10 +46,6 @@ from .quantize import Format
 from .runner import CachedRunner, ModelRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
-<<<<<<< six
-=======
-from .speculative import decode_calls
->>>>>>> five
 from .steps import Step, StepStats
 from .tokenizer_cache import TokenizerCache
 from .tree_shapes import best_shape, measured_acceptance
@@ -208,29 +204,19 @@ class LLM:
         engine = LLMEngine(self, min(self.options.batch_size, len(sequences)), longest, multi_step)
         self.runner = engine.target
         try:
-<<<<<<< six
             for sequence in sequences:
                 try:
                     engine.add(sequence)
                 except UserError as error:
                     sequence.refuse(str(error))
             while engine.busy:
-                yield from engine.advance()
+                yield list(engine.advance())
                 for sequence in engine.ended:
                     if sequence.error is not None and (
                         len(sequences) == 1 or not isinstance(sequence.error, UserError)
                     ):
                         raise sequence.error
                 engine.ended = []
-=======
-            for steps in decode_calls(runner, drafter, sequences, self.policy, controller, source, several):
-                for step in steps:
-                    for sequence, stats in zip(step.sequences, step.stats, strict=True):
-                        sequence.progress.mark()
-                        if drafter is not None:
-                            self._keep(sequence, stats)
-                yield list(steps)
->>>>>>> five
         finally:  # of an interrupted run, rows are still taken
             engine.close()
 

@@ -67,21 +67,13 @@ def multi_step(
     asked: list[int],
     policy: AcceptancePolicy,
     source: RandomSource,
-<<<<<<< six
     most: int,
-) -> Iterator[Step]:
-    """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
-    if not isinstance(runner, CppRunner) or not drawable(sequences, source):
-        return
-    call = _plan(drafter, sequences, asked, policy, most)
-=======
 ) -> list[Step]:
-    """Make steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
+    """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
     began = time.perf_counter()
     if not isinstance(runner, CppRunner) or not drawable(sequences, source):
         return []
-    call = _plan(drafter, sequences, asked, policy)
->>>>>>> five
+    call = _plan(drafter, sequences, asked, policy, most)
     if call is None or any(
         sequence.length + call.steps * (count + 1) - 1 > runner.model.config.context
         for sequence, count in zip(sequences, call.counts, strict=True)
@@ -155,12 +147,8 @@ def _execute(
             steps = 1
     made, states = runner.fast.decode(
         batch, fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
-<<<<<<< six
         ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
-        new=sum(len(work.new) for work in works),
-=======
-        ends=sequences[0].eos_ids, new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
->>>>>>> five
+        new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
     )  # fmt: skip
     gained = [
         [[*draft[:count], token] for draft, count, token in zip(step.drafts, step.accepted, step.next, strict=True)]

@@ -219,11 +219,7 @@ def decode_step(
 
 
 MultiStep = Callable[
-<<<<<<< six
-    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource, int], Iterator[Step]
-=======
-    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], list[Step]
->>>>>>> five
+    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource, int], list[Step]
 ]
 """Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot.
 
@@ -238,17 +234,12 @@ def advance(
     policy: AcceptancePolicy,
     source: RandomSource,
     multi_step: MultiStep | None = None,
-    most: int = 8,
-) -> Iterator[Step]:
+    most: int = 16,
+) -> list[Step]:
     """Make a step of these sequences, or several with one plan: `multi_step` is asked first."""
     asked = [0] * len(sequences) if drafter is None else plan(drafter, sequences, runner.model.config.context)
-    made = 0
-    if multi_step is not None:
-        for step in multi_step(runner, drafter, sequences, asked, policy, source, most):
-            made += 1
-            yield step
-    if not made:
-        yield decode_step(runner, drafter, sequences, asked, policy, source)
+    made = [] if multi_step is None else multi_step(runner, drafter, sequences, asked, policy, source, most)
+    return made or [decode_step(runner, drafter, sequences, asked, policy, source)]
 
 
 def decode(
@@ -260,21 +251,7 @@ def decode(
     source: RandomSource | None = None,
     multi_step: MultiStep | None = None,
 ) -> Iterator[Step]:
-    """Decode a batch to its end, and yield every step; for the arguments see decode_calls."""
-    for steps in decode_calls(runner, drafter, sequences, policy, controller, source, multi_step):
-        yield from steps
-
-
-def decode_calls(
-    runner: ModelRunner,
-    drafter: Drafter | None,
-    sequences: list[Sequence],
-    policy: AcceptancePolicy | None = None,
-    controller: Callable[[], KController] | None = None,
-    source: RandomSource | None = None,
-    multi_step: MultiStep | None = None,
-) -> Iterator[list[Step]]:
-    """Decode a batch to its end, and yield the steps that one call made. Every sequence advances at its own pace.
+    """Decode a batch to its end. Acceptance is ragged: every sequence advances at its own pace.
 
     Without a drafter every step gives one token. `controller` makes a fresh controller for each sequence. By default
     rejection, and K = 4. Requests that come and go are served by llm_engine.py, with the same steps.
@@ -285,15 +262,4 @@ def decode_calls(
     for sequence in sequences:
         sequence.controller = make()
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-<<<<<<< six
         yield from advance(runner, drafter, active, policy, source, multi_step)
-=======
-        asked = [0] * len(active) if drafter is None else plan(drafter, active, runner.model.config.context)
-        try:
-            made = [] if multi_step is None else multi_step(runner, drafter, active, asked, policy, source)
-            yield made or [decode_step(runner, drafter, active, asked, policy, source)]
-        except OutOfBlocks as error:  # of the target's cache or the draft's
-            refused = refuse(runner, sequences, error)
-            if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'
-                drafter.observe(Outcome([refused], [0], None))
->>>>>>> five

@@ -18,12 +18,8 @@ from torch import Tensor
 
 from common.philox import Purpose
 
-<<<<<<< six
-from ..drafting import Brancher, Draft, Drafter, Outcome, Stop
-from ..policies import AcceptancePolicy
-=======
 from ..drafting import Brancher, Draft, Drafter, Frontier, Outcome, Stop
->>>>>>> five
+from ..policies import AcceptancePolicy
 from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
@@ -89,15 +85,11 @@ class StaticTreeDrafter(TreeDrafter):
         self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
         self.drawn = drawn
 
-<<<<<<< six
     def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
         super().use(policy, source)
         self.drawn = policy.draws_children
 
-    def grow(self, sequence: Sequence, levels: int) -> Tree:
-=======
     def grow(self, sequence: Sequence, levels: int) -> Growth:
->>>>>>> five
         drawn = self.drawn and not sequence.params.greedy
         tokens: list[int] = []
         parents: list[int] = []
