@@ -239,18 +239,19 @@ def test_requests_are_aborted_once(pair: Callable[..., Pair]) -> None:
 
 
 def test_a_step_may_abort_a_request_of_its_own(pair: Callable[..., Pair]) -> None:
-    """Whoever reads the steps of a call may end a request between two of them."""
+    """Whoever reads the steps of a call may end a request, which keeps what the call has given it."""
     made = pair("cpp", "plain")
     engine = made.engine()
-    gone, stays = add(engine, asked(tokens=20)), add(engine, asked(TEXT[3:9], tokens=20))
+    gone, stays = add(engine, asked(tokens=60)), add(engine, asked(TEXT[3:9], tokens=20))
     sequence, other = engine.requests[gone][0], engine.requests[stays][0]
     with made.llm.computing():
         while engine.busy:
             for _ in engine.advance():
-                if len(sequence.tokens) == 5:
+                if len(sequence.tokens) >= 5:
                     engine.abort(gone)
             engine.ended = []
-    assert sequence.tokens == made.alone(asked(tokens=20)).tokens[:5]
+    assert 5 <= len(sequence.tokens) < 40
+    assert sequence.tokens == made.alone(asked(tokens=60)).tokens[: len(sequence.tokens)]
     assert other.tokens == made.alone(asked(TEXT[3:9], tokens=20)).tokens
     assert not engine.target.manager.rows
 
