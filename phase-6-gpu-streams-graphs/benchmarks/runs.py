@@ -57,7 +57,11 @@ class Lab(Bench):
         key = (of_format, *sorted(wanted.items()))
         if key not in self.loaded:
             numbers = {"quant": of_format, "dtype": "float32"} if of_format.startswith("int") else {"dtype": of_format}
-            chosen = {"model": self.options.model, "seed": self.options.seed, "device": self.device.type}
+            chosen: dict[str, Any] = {
+                "model": self.options.model,
+                "seed": self.options.seed,
+                "device": self.device.type,
+            }
             chosen |= {"threads": self.options.threads or 0, "draft": self.options.draft, **numbers, **wanted}
             self.loaded[key] = engine.LLM(engine.Options(**chosen))
         found: engine.LLM = self.loaded[key]

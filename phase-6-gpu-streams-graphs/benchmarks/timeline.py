@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from common.figures import figure
+from common.figures import COLOURS, figure
 from engine import LLM, LLMEngine, PagedCache, Sequence
 
 from .runs import Lab
@@ -22,7 +22,7 @@ def draw_timeline(lab: Lab, file: Path) -> None:
         return
     held, marks = timeline(lab.llm(lab.options.formats[0], draft="none", kv_pages=PAGES), lab.texts(REQUESTS))
     with figure(file, 1, 1, (9.0, 4.6), "which request held which block (x: preempted)") as (axes,):
-        colours = [f"C{number % 10}" for number in range(REQUESTS)]
+        colours = [COLOURS[number % len(COLOURS)] for number in range(REQUESTS)]
         for step, owners in enumerate(held):
             for block, owner in owners.items():
                 axes.barh(block, 1, left=step, height=0.9, color=colours[owner], linewidth=0)

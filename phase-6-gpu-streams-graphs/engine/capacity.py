@@ -47,7 +47,7 @@ def check_capacity(
         check_slots(options, [length + tree for length in lengths], bool(tree))
         needed = cached_bytes(config, options, rows, longest, weight.dtype)
     free = available_memory(weight.device) + sum(manager.cache.nbytes() for manager in caches if manager.idle)
-    completions = len(firsts) * n
+    completions = len(firsts) * n * beams
     needed += completions * (SEQUENCE + 8 * longest)
     if needed > free:
         raise UserError(

@@ -212,9 +212,8 @@ class LLM:
             while engine.busy:
                 yield list(engine.advance())
                 for sequence in engine.ended:
-                    if sequence.error is not None and (
-                        len(sequences) == 1 or not isinstance(sequence.error, UserError)
-                    ):
+                    alone = len(sequences) == 1 or not isinstance(sequence.error, UserError)
+                    if sequence.error is not None and alone:
                         raise sequence.error
                 engine.ended = []
         finally:  # of an interrupted run, rows are still taken

@@ -138,7 +138,7 @@ def test_config_yaml_holds_every_option_with_its_default(phase: Phase) -> None:
 
 
 def test_an_interrupted_run_keeps_what_it_has(
-    run: Run, engine: ModuleType, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+    phase: Phase, run: Run, engine: ModuleType, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = engine.LLM.run
 
@@ -153,7 +153,7 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert status == 130
     completion = json.loads(out)["completions"][0]
     assert completion["finish_reason"] == "interrupted"
-    assert len(completion["tokens"]) == 3
+    assert 3 <= len(completion["tokens"]) <= (3 if phase.number < 5 else 17)  # a call into C++ ends by itself
     assert "interrupted" in err
 
 

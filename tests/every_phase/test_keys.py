@@ -210,6 +210,6 @@ def test_and_in_plain_decoding_in_cpp(phase: Phase, options: dict[str, Any]) -> 
         found = run(engine, made, sequences, watched)
         written.append(sequences[0].tokens)
         own = keys.check(decided(made, found))
-        assert own == {"own": own.total()}
+        assert own.keys() <= {"own"}
         assert own.total() == len(written[-1]) if watched else own.total() <= 2  # the first and a last one, made alone
     assert written[0] == written[1]
