@@ -229,11 +229,11 @@ def test_a_dynamic_tree_never_sends_more_nodes_than_its_budget_through_the_draft
     params = phase3.SamplingParams(temperature=1.0)
     base = phase3.ModelDrafter(pair[1].model, phase3.KeyedSource())
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
-    tree = phase3.DynamicTreeDrafter(base, nodes).propose([sequence], [7]).trees[0]
+    (tree,) = phase3.DynamicTreeDrafter(base, nodes).propose([sequence], [7]).trees or []
     assert len(tree.tokens) == nodes
     assert max(sent) <= nodes
 
-    every = phase3.DynamicTreeDrafter(base, 10_000).propose([sequence], [7]).trees[0]  # this tree is not cut
+    (every,) = phase3.DynamicTreeDrafter(base, 10_000).propose([sequence], [7]).trees or []  # this tree is not cut
     worth: dict[tuple[int, ...], float] = {}
     for node in range(len(every.tokens)):
         line = every.line(node)
@@ -250,7 +250,7 @@ def test_a_dynamic_tree_has_no_node_that_cannot_be_drawn(pair: tuple[Any, Any]) 
     params = phase3.SamplingParams(temperature=1.0, top_k=2)
     base = phase3.ModelDrafter(pair[1].model, phase3.KeyedSource())
     sequence = phase3.Sequence(pair[0].tokenizer.encode("import"), params, pair[0].ending)
-    tree = phase3.DynamicTreeDrafter(base, 100).propose([sequence], [3]).trees[0]
+    (tree,) = phase3.DynamicTreeDrafter(base, 100).propose([sequence], [3]).trees or []
     assert [tree.depths.count(depth) for depth in (1, 2, 3)] == [2, 4, 8]
 
 

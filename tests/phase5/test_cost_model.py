@@ -306,7 +306,12 @@ def test_for_how_many_steps_an_answer_holds() -> None:
 def test_nothing_is_asked_again_while_an_answer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the cost model nor, for drafts that cannot pay, the index of n-grams."""
     asked = list[str]()
-    monkeypatch.setattr("phase5.controllers._choose", lambda *arguments: asked.append("choose") or ([0], 5))
+
+    def decline(*arguments: object) -> tuple[list[int], int]:
+        asked.append("choose")
+        return [0], 5
+
+    monkeypatch.setattr("phase5.controllers._choose", decline)
     monkeypatch.setattr(NgramDrafter, "find", lambda *arguments: asked.append("find"))
     sequence = Sequence([1, 2], SamplingParams(max_new_tokens=99), Ending())
     sequence.controller = CostController(Bounds(1, 8), priced(*HOPELESS))

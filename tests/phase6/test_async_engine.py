@@ -81,6 +81,7 @@ def test_a_stream_that_is_left_is_aborted(serving: tuple[Pair, AsyncLLMEngine]) 
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     wait_until(lambda: not engine.engine.requests and not engine.engine.busy)
+    assert isinstance(engine.engine.target, phase6.CachedRunner)
     assert not engine.engine.target.manager.rows
     assert joined(list(engine.stream(list(TEXT), params(4), k=3))) == made.alone(asked(tokens=4))
 

@@ -35,7 +35,7 @@ def test_samples_of_a_prompt_share_its_blocks(pair: Callable[..., Pair]) -> None
     made = pair("torch", "plain")
     engine = made.engine(rows=3)
     manager, request = engine.target.manager, asked(temperature=1.0, tokens=4)
-    number, found = add(engine, request, n=3), {}
+    number, found = add(engine, request, n=3), dict[Any, Any]()
     while len(engine.scheduler.running) < 3:
         take(engine, found)
     tables = manager.cache.tables
@@ -288,7 +288,7 @@ def test_blocks_that_another_run_holds_are_an_error_and_not_a_wait(pair: Callabl
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "off"])
-def test_other_caches_serve_requests_too(small_folder: Any, kind: str) -> None:
+def test_other_caches_serve_requests_too(small_folder: Any, kind: Any) -> None:
     """A row is then all the memory of a sequence: nothing is shared in blocks, and nobody is preempted."""
     options = phase6.Options(
         model=str(small_folder), draft="none", kernels="torch", dtype="float32", device="cpu", kv=kind, batch_size=2

@@ -88,7 +88,8 @@ def all_returned(engine: Any) -> None:
 
 def work(request: Request, preemptions: int) -> int:
     """Return the most steps that a request needs while it is the oldest: see scheduler.py."""
-    new, length = request.params.max_new_tokens, len(request.prompt) + request.params.max_new_tokens
+    new: int = request.params.max_new_tokens
+    length = len(request.prompt) + new
     jumps = max(0, -(-(length - CONTEXT) // (CONTEXT // 4)))
     return new + (1 + preemptions + jumps) * -(-length // PAGE)
 

@@ -85,9 +85,10 @@ class Pair:
 
 def add(engine: Any, request: Request, n: int = 1) -> int:
     params = phase6.SamplingParams(**dataclasses.asdict(request.params))
-    return engine.add_request(
+    number: int = engine.add_request(
         list(request.prompt), params, n=n, policy=request.policy, controller=request.controller, k=request.k
     )
+    return number
 
 
 def drain(engine: Any, found: dict[tuple[int, int], Result] | None = None) -> dict[tuple[int, int], Result]:
