@@ -21,7 +21,7 @@ def draw_timeline(lab: Lab, file: Path) -> None:
     if lab.options.dry_run or not lab.rows("requests"):
         return
     held, marks = timeline(lab.llm(lab.options.formats[0], draft="none", kv_pages=PAGES), lab.texts(REQUESTS))
-    with figure(file, 1, 1, (9.0, 4.6), "which request held which block (x: preempted)") as (axes,):
+    with figure(file, 1, 1, (9.0, 5.4), "which request held which block (x: preempted)") as (axes,):
         colours = [COLOURS[number % len(COLOURS)] for number in range(REQUESTS)]
         for step, owners in enumerate(held):
             for block, owner in owners.items():
@@ -34,7 +34,7 @@ def draw_timeline(lab: Lab, file: Path) -> None:
         axes.set_ylim(-1, PAGES)
         axes.set_xlabel("call of step()")
         axes.set_ylabel("block")
-        axes.legend(fontsize="x-small", ncols=5, loc="lower center", bbox_to_anchor=(0.5, -0.42))
+        axes.legend(fontsize="x-small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def timeline(llm: LLM, texts: list[str]) -> tuple[list[dict[int, int]], list[tuple[int, int, int]]]:
