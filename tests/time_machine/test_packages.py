@@ -89,7 +89,7 @@ def test_the_demo_works_from_the_wheel_alone(
     where = subprocess.run([python, "-c", WHERE, *packages], capture_output=True, cwd=tmp_path, env=plain, check=True)
     for file in json.loads(where.stdout):
         assert Path(file).is_relative_to(tmp_path / "env")
-    demo = [str(tmp_path / "env/bin/lab"), "demo", "--prompts", "1", "--max-tokens", "8", "--repeats", "2"]
+    demo = [str(tmp_path / "env/bin/lab"), "demo", "--prompts", "1", "--max-tokens", "8", "--rounds", "2"]
     done = subprocess.run([*demo, "--output", "out"], capture_output=True, text=True, cwd=tmp_path, env=plain)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
