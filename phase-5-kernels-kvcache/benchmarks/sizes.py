@@ -2,7 +2,7 @@
 
 Weights are random: speed does not depend on them. Both engines hold keys and values in float16. llama.cpp is the
 package as built, with its default options, at its fastest thread count; its own quantiser makes q8_0 and q4_0. A rate
-of arithmetic stands beside that of float32 products from cached memory, a rate of bytes beside the read speed of
+of arithmetic is reported with that of float32 products from cached memory, a rate of bytes with the read speed of
 memory, measured before each run by the same threads.
 
     python bench.py --peers --output results

@@ -20,7 +20,7 @@ from .load import LoadedModel
 from .runner import CHUNK, DRAFT_ROOM, cache_shape
 from .sequence import Sequence
 
-SEQUENCE = 4096  # bytes of a sequence that waits, beside its tokens
+SEQUENCE = 4096  # bytes of a waiting sequence, without its tokens
 
 
 def check_capacity(

@@ -13,7 +13,7 @@ struct Acts {
     const float* sums;     // i4: of the group
 };
 
-// Whole numbers -127 .. 127 of one group, their scale and their sum.
+// Integers from -127 to 127 of one group, their scale and their sum.
 LAB_INLINE void quantise(const float* x, int count, int8_t* to, float& scale, int32_t& total) {
     Floats most{};
     int k = 0;
