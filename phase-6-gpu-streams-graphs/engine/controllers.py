@@ -209,9 +209,10 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         may_pay |= (rows + sum(widths)) / took > plain
         if rate > most:
             best, most = widths, rate
+    gained = LOOK * cost_model.time(none)  # by a plain step, for tests and losses
     if most > plain:
-        if cost_model.balance < -ALLOWANCE * cost_model.time(none):
-            return none, SETTLED
+        if (debt := -cost_model.balance - ALLOWANCE * cost_model.time(none)) > 0:
+            return none, max(SETTLED, min(math.ceil(debt / gained), ALWAYS))
         return best, SETTLED if all(controller.drafts > 1 for controller in controllers) else 1
     if not may_pay:
         return none, ALWAYS
@@ -219,7 +220,7 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
     if cost_model.credit >= loss:
         cost_model.credit, cost_model.looking = loss, True
         return best, LOOKS
-    return none, max(SETTLED, math.ceil((loss - cost_model.credit) / (LOOK * cost_model.time(none))))
+    return none, max(SETTLED, math.ceil((loss - cost_model.credit) / gained))
 
 
 def observe(controllers: Sequence[KController], stats: Sequence[StepStats], alone: bool = True) -> None:

@@ -21,6 +21,7 @@ from .cpp_runner import CppRunner, drawable
 from .drafters import NgramDrafter
 from .drafting import Draft, Drafter, Outcome
 from .kernels.cpp import library
+from .kernels.cpp.model import Decoded
 from .policies import AcceptancePolicy, Rejection, SampleMatch
 from .profiler import CURRENT
 from .runner import NO_DRAFT, ModelRunner, Work
@@ -30,7 +31,7 @@ from .steps import Path, Step, StepTimes, step_stats
 from .tree import Tree
 from .verify import RandomSource
 
-AT_ONCE = 16  # plain steps of a call; tokens past the end of a sequence are dropped
+AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
 AHEAD = 8  # steps with drafts of one call
 MOST = 128  # tokens of a sequence in one call
 BUDGET_MS = 25.0  # a call makes no further step after so long: its text is shown when it returns
@@ -129,7 +130,7 @@ def steps_ahead(controller: KController) -> int:
 
 def _execute(
     runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, own: bool
-) -> tuple[list[Work], list[Any], Tensor | None]:
+) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
     counts, steps, given = call
     fast = None
@@ -155,8 +156,8 @@ def _execute(
         for step in made
     ]
     whole = [[token for of_step in gained for token in of_step[row]][:-1] for row in range(len(sequences))]
-    drafted = sum(len(draft) for step in made for draft in step.drafts)
-    runner.appended(works, whole, drafted - sum(sum(step.accepted) for step in made))
+    rejected = sum(len(draft) for step in made for draft in step.drafts) - sum(sum(step.accepted) for step in made)
+    runner.appended(works, whole, rejected)
     if fast is not None and given is None:
         cast(CppDrafter, drafter).finish(counts, gained)
     return works, made, states
@@ -168,7 +169,7 @@ def _commit(
     sequences: list[Sequence],
     asked: list[int],
     works: list[Work],
-    made: list[Any],
+    made: list[Decoded],
     states: Tensor | None,
     began: float,
 ) -> list[Step]:
@@ -185,7 +186,7 @@ def _commit(
         active = [row for row in active if sequences[row].finish_reason is None]
         if not active:
             break
-        drafts, accepted, following, computed = step.drafts, step.accepted, step.next, step.computed
+        drafts, accepted, following = step.drafts, step.accepted, step.next
         if states is not None:
             for row, count in enumerate(accepted):
                 total[row] += count
@@ -203,13 +204,12 @@ def _commit(
         times = StepTimes(step.draft_ms / 1e3, verify, accept)
         if not any(drafts):  # all of a step without a draft counts as verification
             times = StepTimes(0.0, verify + accept, 0.0)
-        done.stats.extend(
-            step_stats(sequences[row], asked[row], start, tree, path, computed[row] + prefilled[row], 1, times)
-            for row, start, tree, path in zip(active, done.starts, done.trees, done.paths, strict=True)
-        )
+        for at_row, row in enumerate(active):
+            start, tree, path = done.starts[at_row], done.trees[at_row], done.paths[at_row]
+            computed = step.computed[row] + prefilled[row]
+            done.stats.append(step_stats(sequences[row], asked[row], start, tree, path, computed, 1, times))
         if drafter is not None:
-            controllers = [sequence.controller for sequence in done.sequences]
-            observe(controllers, done.stats, alone=len(active) == len(sequences))
+            observe([each.controller for each in done.sequences], done.stats, alone=len(active) == len(sequences))
         steps.append(done)
         new, prefilled = [1] * len(new), [0] * len(new)
     if drafter is not None:

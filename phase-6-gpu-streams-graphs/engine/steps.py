@@ -128,17 +128,17 @@ def step_stats(
     sequence: Sequence, asked: int, start: int, tree: Tree, path: Path, computed: int, plain: int, times: StepTimes
 ) -> StepStats:
     """asked: draft tokens, of a tree levels. start: output length before the step. The rest as in StepStats."""
-    emitted = len(sequence.tokens) - start
-    # Where the sequence ended inside the accepted part, draft tokens past its end do not count.
-    depths = tree.depths if tree.tokens else []
-    reach = emitted if emitted <= len(path.nodes) else max(depths, default=0)
+    length, emitted, proposed, reach = len(sequence.prompt) + start, len(sequence.tokens) - start, 0, 0
+    if tree.tokens:  # where the sequence ended inside the accepted part, draft tokens past its end do not count
+        reach = emitted if emitted <= len(path.nodes) else tree.depth
+        proposed = sum(depth <= reach for depth in tree.depths)
     return StepStats(
         k=asked,
-        proposed=sum(depth <= reach for depth in depths),
+        proposed=proposed,
         depth=reach,
         accepted=min(len(path.nodes), emitted),
         emitted=emitted,
-        length=len(sequence.prompt) + start,
+        length=length,
         computed=computed,
         plain=plain,
         draft_ms=times.draft * 1e3,

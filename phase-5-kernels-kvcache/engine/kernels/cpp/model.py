@@ -37,6 +37,18 @@ class Stepped(NamedTuple):
     tapped: Tensor | None  # [W, taps * D] outputs of the tapped layers side by side
 
 
+class Decoded(NamedTuple):
+    """What one step of a call decided for R sequences, and its times."""
+
+    drafts: list[list[int]]
+    accepted: list[int]
+    next: list[int]
+    computed: list[int]  # positions
+    draft_ms: float
+    verify_ms: float
+    accept_ms: float
+
+
 class CppModel(PackedModel):
     """Computes what `model` computes, over a static, ring or paged cache. For the arguments see PackedModel."""
 
@@ -166,7 +178,7 @@ class CppModel(PackedModel):
         taps: tuple[int, ...] | None = None,
         new: int = 0,
         budget_ms: float = 0.0,
-    ) -> tuple[list[Any], Tensor | None]:
+    ) -> tuple[list[Decoded], Tensor | None]:
         """Make up to `steps` steps of R sequences in one call; return those that were made.
 
         batch: of `sequence`. drafter: a drafter of the library over the same sequences, or None; it drafts counts[r]
@@ -190,7 +202,7 @@ class CppModel(PackedModel):
             )  # fmt: skip
         except OverflowError:
             raise not_finite(torch.float32) from None
-        return made, states
+        return [Decoded(*step) for step in made], states
 
     def propose(self, drafter: Any, counts: list[int]) -> tuple[list[list[int]], list[Tensor]]:
         """Draft counts[r] tokens after sequence r; return them and their distributions [counts[r], V] (greedy: logits).

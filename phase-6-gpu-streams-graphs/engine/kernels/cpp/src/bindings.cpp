@@ -216,18 +216,18 @@ PYBIND11_MODULE(lab_cpp, module) {
     py::class_<GivenDrafter, Drafter>(module, "GivenDrafter", py::module_local())
         .def(py::init<Engine&, std::vector<std::vector<int>>>(), py::keep_alive<1, 2>());
 
-    py::class_<Decoded>(module, "Decoded", py::module_local())
-        .def_property_readonly("drafts", [](const Decoded& d) { return of_rows(d, &Result::draft); })
-        .def_property_readonly("accepted", [](const Decoded& d) { return of_rows(d, &Result::accepted); })
-        .def_property_readonly("next", [](const Decoded& d) { return of_rows(d, &Result::next); })
-        .def_property_readonly("computed", [](const Decoded& d) { return of_rows(d, &Result::computed); })
-        .def_readonly("draft_ms", &Decoded::draft_ms)
-        .def_readonly("verify_ms", &Decoded::verify_ms)
-        .def_readonly("accept_ms", &Decoded::accept_ms);
     module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, bool own, std::vector<int> ends,
                             uintptr_t states, size_t room, std::vector<int> taps, double budget_ms) {
-        py::gil_scoped_release release;
-        return decode(target, std::move(batch), drafter, {std::move(counts), steps, budget_ms, own, std::move(ends)}, {pointer<float>(states), room, std::move(taps)});
+        std::vector<Decoded> made;
+        {
+            py::gil_scoped_release release;
+            made = decode(target, std::move(batch), drafter, {std::move(counts), steps, budget_ms, own, std::move(ends)}, {pointer<float>(states), room, std::move(taps)});
+        }
+        py::list found;
+        for (const Decoded& step : made)  // the fields of `Decoded` in model.py
+            found.append(py::make_tuple(of_rows(step, &Result::draft), of_rows(step, &Result::accepted), of_rows(step, &Result::next),
+                                        of_rows(step, &Result::computed), step.draft_ms, step.verify_ms, step.accept_ms));
+        return found;
     });
 
     // Rows of logits or probabilities, [rows, vocab] each.
