@@ -157,13 +157,11 @@ class CostModel:
         if prefilled:
             return
         took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
-        self.credit += LOOK * took
-        self.balance = min(0.0, self.balance + LOOK * took)
-        self.age += 1
         if not deepest:
-            self.age = 0
-            self.plain.observe(rows, took)
+            self.observe_plain(rows, took)
             return
+        self._forgive(took)
+        self.age += 1
         if self.plain.recent:
             loss = took - self.plain.at(rows) * sum(each.emitted for each in stats) / rows
             self.credit -= loss if self.looking else 0.0
@@ -174,3 +172,13 @@ class CostModel:
         if steady or not self.draft.recent:
             drafting = sum(each.depth for each in stats) / deepest
             self.draft.observe(max(1, round(drafting)), step.draft_ms / deepest / load)
+
+    def observe_plain(self, rows: int, took: float, steps: int = 1) -> None:
+        """Record so many steps without drafts. One entry for all: those of a long call would replace all others."""
+        self.plain.observe(rows, took)
+        self._forgive(took * steps)
+        self.age = 0
+
+    def _forgive(self, took: float) -> None:
+        self.credit += LOOK * took
+        self.balance = min(0.0, self.balance + LOOK * took)

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .cost_model import ALLOWANCE, LOOK, STALE, Acceptance, CostModel
+from .cost_model import ALLOWANCE, LOOK, STALE, START, Acceptance, CostModel
 
 if TYPE_CHECKING:
     from .steps import StepStats
 
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
-SETTLED = 8  # steps for which an answer of CostController holds once it has seen a text
+SETTLED = 16  # steps for which an answer of CostController holds once it has seen a text
 LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
 ALWAYS = 64  # steps for which the answer holds that no draft can pay
 
@@ -53,6 +53,9 @@ class KController(ABC):
 
     def observe(self, step: StepStats) -> None:  # noqa: B027
         """Called after every step; by default nothing is learnt from it."""
+
+    def observe_plain(self, steps: int) -> None:  # noqa: B027
+        """Called instead after so many steps without a draft that one call made."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,16 @@ class CostController(KController):
 
     def observe(self, step: StepStats) -> None:
         """Record the acceptance; the times of a step belong to all of its rows: see `observe` below."""
-        self.drafted = step.depth > 0
-        self.declined -= 1
-        if self.drafted:
-            self.drafts += 1
-            self.acceptance.observe(step.depth, step.accepted)
+        if not step.depth:
+            self.observe_plain(1)
+            return
+        self.drafted = True
+        self.drafts += 1
+        self.acceptance.observe(step.depth, step.accepted)
+
+    def observe_plain(self, steps: int) -> None:
+        self.drafted = False
+        self.declined -= steps
 
 
 def choose(controllers: Sequence[CostController], limits: list[int]) -> list[int]:
@@ -196,7 +204,9 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
     if not cost_model.known:  # not even by prices.py
         unmeasured = not cost_model.draft.recent
         return [min(limit, controllers[0].first_k) if unmeasured else 0 for limit in limits], 1
-    if not any(limits) or cost_model.age > STALE:
+    if not any(limits):  # a lookup found nothing; another interrupts plain decoding
+        return none, min(max(SETTLED, 2 * controllers[0].holds), ALWAYS)
+    if cost_model.age > STALE:
         return none, SETTLED
     chances = cost_model.chances(min(bounds.high, max(limits)))
     expected = [controller.tokens(chances) for controller in controllers]
@@ -234,6 +244,15 @@ def observe(controllers: Sequence[KController], stats: Sequence[StepStats], alon
         leader.cost_model.observe(stats, steady)
     for controller, of_row in zip(controllers, stats, strict=True):
         controller.observe(of_row)
+
+
+def observe_plain(controllers: Sequence[KController], steps: int, took: float | None) -> None:
+    """Tell the controllers of so many steps without drafts in one call; took: milliseconds of a step, None: unknown."""
+    leader = controllers[0]
+    if took is not None and isinstance(leader, CostController):
+        leader.cost_model.observe_plain(len(controllers), took / START, steps)
+    for controller in controllers:
+        controller.observe_plain(steps)
 
 
 def make_controller(

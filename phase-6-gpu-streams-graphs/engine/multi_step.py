@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .controllers import CostController, FixedController, KController, observe
+from .controllers import CostController, FixedController, KController, observe, observe_plain
 from .cpp_runner import CppRunner, drawable
 from .drafters import NgramDrafter
 from .drafting import Draft, Drafter, Outcome
@@ -32,7 +32,7 @@ from .tree import Tree
 from .verify import RandomSource
 
 AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
-AHEAD = 8  # steps with drafts of one call
+AHEAD = 16  # steps with drafts of one call
 MOST = 128  # tokens of a sequence in one call
 BUDGET_MS = 25.0  # a call makes no further step after so long: its text is shown when it returns
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
@@ -208,11 +208,15 @@ def _commit(
             start, tree, path = done.starts[at_row], done.trees[at_row], done.paths[at_row]
             computed = step.computed[row] + prefilled[row]
             done.stats.append(step_stats(sequences[row], asked[row], start, tree, path, computed, 1, times))
-        if drafter is not None:
+        if drafter is not None and any(asked):
             observe([each.controller for each in done.sequences], done.stats, alone=len(active) == len(sequences))
         steps.append(done)
         new, prefilled = [1] * len(new), [0] * len(new)
     if drafter is not None:
+        if not any(asked):
+            warm = all(len(work.new) == 1 for work in works)  # no row was prefilled
+            took = (last - began) * 1e3 / len(made) if warm and len(steps) == len(made) else None
+            observe_plain([each.controller for each in sequences], len(steps), took)
         drafter.observe(Outcome(sequences, total, None if states is None else states_of_rows(states[:at], places)))
     return steps
 
