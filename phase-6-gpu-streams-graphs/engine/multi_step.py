@@ -75,11 +75,13 @@ def multi_step(
     if not isinstance(runner, CppRunner) or not drawable(sequences, source):
         return []
     call = _plan(drafter, sequences, asked, policy, most)
-    if call is None or any(
-        sequence.length + call.steps * (count + 1) - 1 > runner.model.config.context
-        for sequence, count in zip(sequences, call.counts, strict=True)
-    ):
+    if call is None:
         return []
+    rows, context = zip(sequences, call.counts, strict=True), runner.model.config.context
+    room = min((context + 1 - sequence.length) // (count + 1) for sequence, count in rows)  # steps before a jump
+    if room < 1:
+        return []
+    call = call._replace(steps=min(call.steps, room))
     works, made, states = _execute(runner, drafter, sequences, call, isinstance(policy, SampleMatch))
     return _commit(runner, drafter, sequences, asked, works, made, states, began)
 

@@ -51,11 +51,11 @@ def test_a_signal_leaves_a_whole_document_and_a_summary(
     phase: Phase, run: Run, signalled: Callable[[int], None], llama_folder: Path, number: int, status: int
 ) -> None:
     signalled(number)
-    ended, out, err = run("--model", llama_folder, "--prompt", "import", "--json")
+    ended, out, err = run("--model", llama_folder, "--prompt", "import", "--json", "--max-tokens", "100")
     assert ended == status
     (completion,) = json.loads(out)["completions"]
     assert completion["finish_reason"] == "interrupted"
-    assert 3 <= len(completion["tokens"]) <= (3 if phase.number < 5 else 17)  # a call into C++ ends by itself
+    assert 3 <= len(completion["tokens"]) <= (3 if phase.number < 5 else 65)  # a call into C++ ends by itself
     assert err.count("\n") == 1
     assert err.endswith(", interrupted\n")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
