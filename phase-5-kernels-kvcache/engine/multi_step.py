@@ -92,8 +92,7 @@ def _plan(
     if drafter is not None and drafter.taps is not None and not all(_up_to_date(drafter, each) for each in sequences):
         return None
     if drafter is None or not any(asked):
-        steps = _steps(sequences, asked, drafter)
-        return Call(asked, steps) if steps > 1 else None
+        return Call(asked, _steps(sequences, asked, drafter))
     if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(policy, SampleMatch | Rejection):
         return None
     if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
@@ -215,8 +214,9 @@ def _commit(
         new, prefilled = [1] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
-            warm = all(len(work.new) == 1 for work in works)  # no row was prefilled
-            took = (last - began) * 1e3 / len(made) if warm and len(steps) == len(made) else None
+            warm = all(len(work.new) + work.prefilled == 1 for work in works)
+            outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
+            took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
             observe_plain([each.controller for each in sequences], len(steps), took)
         drafter.observe(Outcome(sequences, total, None if states is None else states_of_rows(states[:at], places)))
     return steps

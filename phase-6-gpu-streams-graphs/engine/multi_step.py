@@ -216,8 +216,9 @@ def _commit(
         new, prefilled = [1] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
-            warm = all(len(work.new) == 1 for work in works)  # no row was prefilled
-            took = (last - began) * 1e3 / len(made) if warm and len(steps) == len(made) else None
+            warm = all(len(work.new) + work.prefilled == 1 for work in works)
+            outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
+            took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
             observe_plain([each.controller for each in sequences], len(steps), took)
         drafter.observe(Outcome(sequences, total, None if states is None else states_of_rows(states[:at], places)))
     return steps

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 Times = dict[str, dict[int, float]]
 COUNTS = (0, 1, 4, 2, 8)  # draft tokens of the measured steps, the most informative first
-FIRST, ROUNDS, STEPS = 1, 2, 4  # steps of each: one after the prefill, then two times as many as one call makes
+FIRST, ROUNDS = 1, 2  # runs of each: one step after the prefill, then two times some steps
+STEPS, PLAIN_STEPS = 4, 32  # of a round; plain decoding makes longer calls
 TOKENS = 40  # of the largest measured forward: beyond them, lines go on
 SECONDS = 0.15  # of measuring for one number of rows
 DRIFT = 1.3  # change of plain steps after which all is measured again
@@ -109,17 +110,17 @@ class Prices:
         """Measure steps with the counts of COUNTS in turn, as many as SECONDS suffice for, at least two of them."""
         measured, began = CostModel(), time.monotonic()
         most = min(self.llm.options.max_k, max(1, TOKENS // rows - 1))
-        runs = [self._steps(params, rows, count) for count in COUNTS if count <= most]
-        for steps in (FIRST, *[STEPS] * ROUNDS):
-            for run in runs:
+        runs = {count: self._steps(params, rows, count) for count in COUNTS if count <= most}
+        for round in range(1 + ROUNDS):
+            for count, run in runs.items():
                 if not measured.known or time.monotonic() - began < SECONDS:
-                    for step in islice(run, steps):
+                    for step in islice(run, steps_of(count) if round else FIRST):
                         measured.observe(step.stats)
         return measured
 
     def _steps(self, params: SamplingParams, rows: int, count: int) -> Iterator[Step]:
         """Decode made-up texts with `count` draft tokens in every step."""
-        llm, length = self.llm, (FIRST + ROUNDS * STEPS) * (count + 1) + 1
+        llm, length = self.llm, (FIRST + ROUNDS * steps_of(count)) * (count + 1) + 1
         params = dataclasses.replace(params, max_new_tokens=length, ignore_eos=True, stop=())
         texts = [[(7 * row + at) % llm.loaded.config.vocab_size for at in range(8)] for row in range(rows)]
         sequences = [Sequence(text, params, dataclasses.replace(llm.loaded.ending, tokenizer=None)) for text in texts]
@@ -136,6 +137,11 @@ class Prices:
             return UncachedRunner(model)
         manager = self.llm.backends.manager(model, KVOptions(options.kv, options.kv_dtype), rows, 8 + length)
         return self.llm.backends.runner(model, manager)
+
+
+def steps_of(count: int) -> int:
+    """Return the steps of a round with so many draft tokens."""
+    return STEPS if count else PLAIN_STEPS
 
 
 def file() -> Path:

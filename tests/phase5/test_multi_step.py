@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import phase5
 from common.errors import UserError
 from common.philox import Purpose
 from common.prompts import load_prompts
+from phase5.cost_model import START
 from phase5.cpp_runner import CppRunner
 from phase5.drafters.chains import ChainBuilder
 from phase5.generate import stats_of
@@ -296,6 +298,40 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
     assert {proposed for proposed, _ in together[1]} >= {0, 3}
     monkeypatch.setattr(cpp.CppModel, "decode", never)
     assert run(False) == together
+
+
+@pytest.mark.parametrize("drafting", [{"draft": "none"}, {"k": 2}, {"k": 2, "drafter": "ngram"}])
+def test_no_step_is_made_outside_of_a_call(drafting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the last, for which nothing is drafted: alone it takes several times as long, and would set a price."""
+    alone, single = list[int](), phase5.speculative.decode_step
+
+    def noting(*arguments: Any) -> Any:
+        alone.append(len(arguments[2][0].tokens))
+        return single(*arguments)
+
+    monkeypatch.setattr("phase5.speculative.decode_step", noting)
+    llm = phase5.LLM(phase5.Options(max_tokens=18, dtype="float32", kernels="cpp", **drafting))
+    (sequence,) = llm.sequences(["import os\n"], dataclasses.replace(llm.params, ignore_eos=True))
+    for _ in llm.run([sequence]):
+        pass
+    assert not alone
+
+
+def test_time_outside_of_a_short_call_does_not_make_plain_steps_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    outside, decode = 0.1, cpp.CppModel.decode
+
+    def slow(self: cpp.CppModel, *arguments: Any, **more: Any) -> Any:
+        time.sleep(outside)
+        return decode(self, *arguments, **more)
+
+    llm = phase5.LLM(phase5.Options(max_tokens=3, controller="cost", drafter="ngram", dtype="float32", kernels="cpp"))
+    monkeypatch.setattr(llm.prices, "provide", lambda *arguments: None)
+    monkeypatch.setattr(cpp.CppModel, "decode", slow)
+    (sequence,) = llm.sequences(["a b c d"], dataclasses.replace(llm.params, ignore_eos=True))
+    for _ in llm.run([sequence]):
+        pass
+    assert llm.cost_model.plain.recent[1]
+    assert max(llm.cost_model.plain.recent[1]) * START < outside * 1e3 / 4
 
 
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) -> None:
