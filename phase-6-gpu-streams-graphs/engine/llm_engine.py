@@ -91,10 +91,10 @@ class LLMEngine:
     ) -> int:
         """Queue n samples of a prompt, a text or token ids; return the number of the request.
 
-        params, policy, controller, k: by default those of the options; k = 0 drafts nothing. seeded: False if the
-        request did not ask for a seed, so that one is drawn. Without a policy, sampled tokens are accepted by `coupled`
-        if the request has a seed, and by `rejection`, which accepts more, if not. UserError for a request that cannot
-        be served; the others are not concerned.
+        params, policy, controller, k: by default those of the options; k = 0 drafts nothing. A static tree keeps the
+        shape for the options' K. seeded: False if the request did not ask for a seed, so that one is drawn. Without a
+        policy, sampled tokens are accepted by `coupled` if the request has a seed, and by `rejection`, which accepts
+        more, if not. UserError for a request that cannot be served; the others are not concerned.
         """
         llm, options = self.llm, self.llm.options
         tokens = llm.encoder.encode([prompt])[0] if isinstance(prompt, str) else list(prompt)

@@ -104,9 +104,9 @@ class Scheduler:
             return False
         self._begin_rows(sequence)
         for runner in runners:
-            everyone = [*self.running, sequence]
-            lacking = sum(runner.manager.lacking_blocks(each, self._length(each) + 1) for each in everyone)
-            if self.running and lacking > runner.manager.free_blocks:
+            everyone = [each for each in (*self.running, sequence) if runner in self._runners(each)]
+            lengths = {each: self._length(each) + max(1, self._ahead(each)) for each in everyone}
+            if self.running and runner.manager.lacking_blocks(lengths) > runner.manager.free_blocks:
                 self._release(sequence)
                 self._refused = sequence, free
                 return False

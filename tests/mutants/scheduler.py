@@ -42,6 +42,9 @@ PAGES = (
         f"{ENGINE}/kv_cache/manager.py",
         BLOCKS,
         ("self._borrow(row, window[:-1][:most])", "self._borrow(row, window[:most])", "begin cuts the row right afterwards"),
+        ("lacking + sum(min(count, cache.blocks.users[block] - 1)", "lacking + sum(min(count, cache.blocks.users[block])"),
+        ("lacking + sum(min(count, cache.blocks.users[block] - 1)", "lacking + sum(cache.blocks.users[block] - 1"),
+        ("lacking + sum(min(count, cache.blocks.users[block] - 1)", "0 * sum(min(count, cache.blocks.users[block] - 1)"),
         ("del row.held[length:], row.names[length // PAGE :]", "del row.held[length:]"),
         ("block_name(row.names[-1] if row.names else b\"\", row.held[end - PAGE : end])", "block_name(b\"\", row.held[end - PAGE : end])"),
         ("<= len(row.held):\n            name", "<= len(row.held) + 1:\n            name"),
@@ -61,7 +64,9 @@ SCHEDULER = mutants(
     ("count if lacks - count > self.inline else None", "count"),
     ("len(self.running) < self.rows and self._enter", "len(self.running) <= self.rows and self._enter"),
     ("        sequence.progress.preemptions += 1\n", ""),
-    ("if self.running and lacking > runner.manager.free_blocks:", "if False:", "whoever finds no block later is preempted"),
+    ("if self.running and runner.manager.lacking_blocks(lengths) > runner.manager.free_blocks:", "if False:"),
+    ("for each in (*self.running, sequence) if runner in self._runners(each)]", "for each in (*self.running, sequence)]"),
+    ("self._length(each) + max(1, self._ahead(each)) for", "self._length(each) + 1 for"),
     ("return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK", "return False"),
 )  # fmt: skip
 

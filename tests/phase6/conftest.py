@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.served import CONTEXT, WHY_NOT_CPP, Pair
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_by_default(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run C++ with one thread in quick tests, which run side by side; see tests/phase5/conftest.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "not slow" in request.config.getoption("markexpr"):
+            # By its full name, because the package exports a function `library`.
+            library = importlib.import_module("phase6.kernels.cpp.library")
+            patch.setattr(library, "default_threads", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

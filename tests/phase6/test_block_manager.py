@@ -6,6 +6,7 @@ is a list of blocks with their tokens and the time of their last use.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -157,6 +158,19 @@ class Rows(RuleBasedStateMachine):
             keys, values = self.cache.read(0, row.number, 0)
             assert keys.flatten().tolist() == [key_of(text[: at + 1]) for at in range(len(text))]
             assert torch.equal(values, -keys)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def rows_lack_as_many_blocks_as_they_take(self, data: st.DataObject) -> None:
+        """Rows that grow together take as many blocks as was said, copies of shared ones included, or find too few."""
+        owners = data.draw(st.lists(st.sampled_from(sorted(self.texts)), min_size=1, unique=True))  # type: ignore[type-var]
+        lengths = {owner: len(self.texts[owner]) + data.draw(st.integers(1, 20)) for owner in owners}
+        manager = copy.deepcopy(self.manager)
+        lacking, free = manager.lacking_blocks(lengths), manager.free_blocks
+        found = [manager.reserve(owner, length) for owner, length in lengths.items()]
+        assert all(found) == (lacking <= free)
+        if all(found):
+            assert free - manager.free_blocks == lacking
 
     @invariant()
     def every_page_has_as_many_users_as_rows_that_hold_it(self) -> None:

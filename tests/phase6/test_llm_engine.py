@@ -76,6 +76,34 @@ def test_the_youngest_is_preempted_and_goes_on_where_it_was(pair: Callable[..., 
     assert sum(preemptions) > 0
 
 
+@pytest.mark.parametrize(
+    ("how", "pages", "prompts"), [("plain", 2, (TEXT[:24], TEXT[:24])), ("model", 3, (TEXT[:30], TEXT[::-1][:10]))]
+)
+def test_a_request_that_would_be_preempted_at_once_is_not_admitted(
+    pair: Callable[..., Pair], how: str, pages: int, prompts: tuple[tuple[int, ...], ...]
+) -> None:
+    """No block is left for a copy of the shared one, which is partly filled; or for the first request's draft."""
+    made = pair("torch", how)
+    engine = made.engine(rows=2, pages=pages)
+    requests = [asked(prompt, tokens=8, k=8) for prompt in prompts]
+    numbers = [add(engine, request) for request in requests]
+    sequences = [engine.requests[number][0] for number in numbers]
+    found = drain(engine)
+    assert [found[number, 0] for number in numbers] == [made.alone(request) for request in requests]
+    assert [sequence.progress.preemptions for sequence in sequences] == [0, 0]
+
+
+def test_a_request_without_drafts_runs_beside_one_with_drafts(pair: Callable[..., Pair]) -> None:
+    """It has no row in the draft model's cache."""
+    made = pair("torch", "model")
+    engine = made.engine(rows=2)
+    numbers = [engine.add_request(list(TEXT), phase6.SamplingParams(max_new_tokens=8, ignore_eos=True), k=0)]
+    engine.step()
+    numbers.append(add(engine, asked(TEXT[::-1])))
+    found = drain(engine)
+    assert found[numbers[1], 0] == made.alone(asked(TEXT[::-1]))
+
+
 def test_requests_run_in_the_order_of_their_arrival(pair: Callable[..., Pair]) -> None:
     """A short request behind a long one that does not fit waits for it: nobody is overtaken."""
     made = pair("torch", "plain")

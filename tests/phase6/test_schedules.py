@@ -46,7 +46,7 @@ def requests(draw: st.DrawFn) -> Request:
         ignore_eos=draw(st.booleans()),
     )
     controller = draw(st.sampled_from(["fixed", "fixed", "adaptive", "confidence"]))
-    return Request(prompt, params, draw(st.sampled_from(POLICIES)), controller, draw(st.integers(1, 5)))
+    return Request(prompt, params, draw(st.sampled_from(POLICIES)), controller, draw(st.integers(0, 5)))
 
 
 @st.composite

@@ -12,6 +12,7 @@ import torch
 import phase5
 import phase6
 from phase6.kernels import registry
+from phase6.tree_shapes import best_shape
 from tests.support.small import small_heads
 
 CONTEXT = 64
@@ -61,6 +62,8 @@ class Pair:
                 kv = {"kv": "paged"} if engine is phase6 else {}
                 made.append(engine.LLM(engine.Options(**chosen, **kv)))
         self.old, self.llm = made
+        # A static tree has the shape for the engine's K, whatever the request's.
+        self.shape = best_shape(self.llm.tree_acceptance()[: self.llm.options.k], self.llm.options.tree_nodes)
         self.known: dict[tuple[Request, int], Result] = {}
 
     def engine(self, rows: int = 4, pages: int = 0, budget: int = 32, **more: Any) -> Any:
@@ -72,13 +75,17 @@ class Pair:
     def alone(self, request: Request, sample: int = 0) -> Result:
         """Decode a request alone in phase 5."""
         if (request, sample) not in self.known:
-            how = {"controller": request.controller, "k": max(1, request.k), "policy": request.policy}
+            how = {"controller": request.controller, "k": request.k, "policy": request.policy}
+            if not request.k:  # without drafts every request is decoded plainly
+                how = {"controller": "fixed", "k": 1, "policy": "coupled"}
             self.old.options = self.old.options.model_copy(update=how)
             self.old.policy = self.old.options.acceptance_policy()
             params = request.params
             sequence = phase5.Sequence(list(request.prompt), params, self.old.loaded.ending, sample)
-            for _ in self.old.run([sequence]):
-                pass
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("phase5.llm.best_shape", lambda *_: self.shape)
+                for _ in self.old.run([sequence]):
+                    pass
             self.known[request, sample] = Result(sequence.tokens, sequence.text, sequence.finish_reason)
         return self.known[request, sample]
 

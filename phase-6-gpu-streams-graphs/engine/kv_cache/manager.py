@@ -7,8 +7,10 @@ shares the entries of a row with the same prefix, and in a paged cache known blo
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -85,9 +87,20 @@ class CacheManager:
         """Return how many blocks of a paged cache the row holds."""
         return len(self.cache.tables[self.rows[owner].number]) if isinstance(self.cache, PagedCache) else 0
 
-    def lacking_blocks(self, owner: Hashable, length: int) -> int:
-        """Return how many blocks of a paged cache the row lacks for so many tokens."""
-        return max(0, PagedCache.pages(length) - self.held_blocks(owner)) if isinstance(self.cache, PagedCache) else 0
+    def lacking_blocks(self, lengths: Mapping[Any, int]) -> int:
+        """Return how many blocks of a paged cache these rows lack together to grow to these lengths.
+
+        Of the rows that write to a shared block, each needs a copy, but for the last one if nobody else holds it.
+        """
+        cache, lacking, writers = self.cache, 0, Counter[int]()
+        if not isinstance(cache, PagedCache):
+            return 0
+        for owner, length in lengths.items():
+            number = self.rows[owner].number
+            table = cache.tables[number]
+            lacking += max(0, cache.pages(length) - len(table))
+            writers.update(table[at] for at in cache.written(number, length))
+        return lacking + sum(min(count, cache.blocks.users[block] - 1) for block, count in writers.items())
 
     def _truncate(self, row: CacheEntry, length: int) -> None:
         if length < self.cache.shortest(row.number):

@@ -51,11 +51,10 @@ class PagedCache(InPlaceCache):
 
     def make_room(self, row: int, tokens: int) -> None:
         """Allocate missing pages, and copy shared pages that will be written. OutOfBlocks if too few are free."""
-        table, start, blocks = self.tables[row], self.lengths[row], self.blocks
-        wanted = self.pages(start + tokens)
-        written = range(start // PAGE, min(len(table), wanted))
+        table, blocks, length = self.tables[row], self.blocks, self.lengths[row] + tokens
+        written = self.written(row, length)
         shared = [at for at in written if blocks.users[table[at]] > 1]
-        lacking = max(0, wanted - len(table)) + len(shared)
+        lacking = max(0, self.pages(length) - len(table)) + len(shared)
         if lacking > blocks.free:
             raise OutOfBlocks(
                 f"out of pages: {lacking} of {PAGE} tokens are needed and {blocks.free} of {len(blocks.users)} are "
@@ -70,8 +69,12 @@ class PagedCache(InPlaceCache):
             table[at] = mine
         for at in written:
             blocks.forget(table[at])
-        while len(table) < wanted:
+        while len(table) < self.pages(length):
             table.append(blocks.take())
+
+    def written(self, row: int, length: int) -> range:
+        """Return which pages of the row's table are written to when it grows to this length."""
+        return range(self.lengths[row] // PAGE, min(len(self.tables[row]), self.pages(length)))
 
     @staticmethod
     def pages(tokens: int) -> int:
