@@ -4,8 +4,8 @@ with AsyncLLMEngine(LLMEngine(LLM(Options()))) as engine:
     for output in engine.stream("from pathlib import"):
         print(output.text, end="")
 
-Only this thread touches models and caches. A request that comes during a call into C++ waits for the end of the call,
-which is at most 8 plain steps, or 4 with drafts.
+Only this thread touches models and caches. When a request comes or goes, a call into C++ that makes several steps
+returns after the present one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AsyncLLMEngine:
         self.engine = engine
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by the number of the request
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed = threading.RLock(), False
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -92,8 +92,9 @@ class AsyncLLMEngine:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._mail.put(self.engine.close)
+                self._send(self.engine.close)
         self._thread.join()
+        self.engine.hurry(False)  # the models may serve another engine
 
     def _submit(
         self, prompt: str | list[int], params: SamplingParams | None, how: dict[str, Any], to: Deliver
@@ -102,12 +103,18 @@ class AsyncLLMEngine:
         with self._lock:
             if self._closed:
                 raise UserError("the engine is closed")
-            self._mail.put(lambda: self._add(ticket))
+            self._send(lambda: self._add(ticket))
         return ticket
 
     def _abandon(self, ticket: Ticket) -> None:
-        if ticket.left:
-            self._mail.put(lambda: self._abort(ticket))
+        with self._lock:
+            if ticket.left and not self._closed:
+                self._send(lambda: self._abort(ticket))
+
+    def _send(self, work: Callable[[], None]) -> None:
+        """Hand work to the engine's thread, which does it before its next step; the present one is to end soon."""
+        self._mail.put(work)
+        self.engine.hurry(True)
 
     def _add(self, ticket: Ticket) -> None:
         try:
@@ -124,6 +131,7 @@ class AsyncLLMEngine:
 
     def _serve(self) -> None:
         while not self.engine.closed:
+            self.engine.hurry(False)  # before the mail is read: work that comes later ends the next call
             while not self.engine.closed and not (self._mail.empty() and self.engine.busy):
                 self._mail.get()()
             if not self.engine.closed:

@@ -138,9 +138,13 @@ class Backends:
         """Return True if this model, or these heads, run entirely in C++."""
         return module in self.fast or (isinstance(module, EagleHead | MedusaHeads) and self.heads is not None)
 
+    def computed(self, model: Transformer) -> torch.dtype:
+        """Return the dtype in which the model's attention reads its cache."""
+        return torch.float32 if model in self.fast else model.embedding.weight.dtype
+
     def manager(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> CacheManager:
         """Make a cache for `rows` sequences of at most `tokens` tokens, as the model's kernels read it."""
-        return make_manager(model, options, rows, tokens, torch.float32 if model in self.fast else None)
+        return make_manager(model, options, rows, tokens, self.computed(model))
 
     def runner(self, model: Transformer, manager: CacheManager) -> CachedRunner:
         if model in self.fast:

@@ -5,6 +5,7 @@ python generate.py --kv static --kv-slots 8 --prompt "from pathlib import"
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,7 @@ from .runner import CHUNK, DRAFT_ROOM, cache_shape
 from .sequence import Sequence
 
 SEQUENCE = 4096  # bytes of a waiting sequence, without its tokens
+POOL = 0.5  # share of the free memory that the pages of all caches take at most, if --kv-pages does not say how many
 
 
 def check_capacity(
@@ -36,7 +38,7 @@ def check_capacity(
     """Raise UserError if n samples of each of these sequences, `batch` of them at once, do not fit.
 
     tree: nodes of a draft tree. caches: those that are allocated already, which this run uses or frees. A beam search
-    has no cache.
+    has no cache. Of pages, those of one sequence suffice: see `fitted`.
     """
     config, weight = loaded.config, loaded.model.embedding.weight
     lengths = [min(each.length + each.params.max_new_tokens, config.context) for each in firsts]
@@ -45,7 +47,8 @@ def check_capacity(
         needed = forward_bytes(config, rows, longest, weight.itemsize) + ranking_bytes(config, beams)
     else:
         check_slots(options, [length + tree for length in lengths], bool(tree))
-        needed = cached_bytes(config, options, rows, longest, weight.dtype)
+        whole = 1 if options.kind == "paged" and not options.pages else rows
+        needed = cached_bytes(config, options, whole, longest, weight.dtype)
     free = available_memory(weight.device) + sum(manager.cache.nbytes() for manager in caches if manager.idle)
     completions = len(firsts) * n * beams
     needed += completions * (SEQUENCE + 8 * longest)
@@ -55,6 +58,33 @@ def check_capacity(
             f"and {free / 2**30:.1f} GiB are free: give fewer prompts, or a smaller --n, --batch-size, --beams or "
             "--max-tokens"
         )
+
+
+def fitted(
+    options: KVOptions, shapes: list[tuple[ModelConfig, torch.dtype]], rows: int, tokens: int, free: int
+) -> KVOptions:
+    """Return the options for caches of so many rows and tokens that fit in `free` bytes; UserError if they do not.
+
+    shapes: the models, and the dtypes that their attention reads. Pages suffice for all rows at full length, if these
+    take at most POOL of the memory; otherwise there are as many as that holds, and sequences wait or are preempted.
+    """
+
+    def needed(of: KVOptions) -> int:
+        each = ((config, dtype, min(tokens, config.context) + DRAFT_ROOM) for config, dtype in shapes)
+        return sum(needed_bytes(of, cache_shape(c), rows, length, dtype, c.window) for c, dtype, length in each)
+
+    if options.kind in ("off", "dynamic"):
+        return options
+    if options.kind == "paged" and not options.pages and needed(options) > POOL * free:
+        options = dataclasses.replace(
+            options, pages=max(1, int(POOL * free / needed(KVOptions("paged", options.format, 0, 1))))
+        )
+    if needed(options) > free:
+        raise UserError(
+            f"KV caches for {rows} sequences of up to {tokens} tokens need {needed(options) / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free: give a smaller --batch-size, --kv-slots or --kv-pages, or --kv paged"
+        )
+    return options
 
 
 def check_slots(options: KVOptions, lengths: list[int], tree: bool) -> None:

@@ -32,6 +32,7 @@ from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher, Drafter
 from .fake import FakeModel, is_fake
 from .generate import Generation, finish
+from .kv_cache import KVOptions
 from .kv_cache.manager import CacheManager
 from .llm_engine import LLMEngine
 from .load import LoadedModel, load
@@ -255,18 +256,17 @@ class LLM:
             "prefill_ms": self.runner.prefill_ms,
         }
 
-    def make_runner(self, model: Transformer, rows: int, longest: int) -> ModelRunner:
+    def make_runner(self, model: Transformer, rows: int, longest: int, options: KVOptions | None = None) -> ModelRunner:
         """Return a runner with room for so many sequences of at most `longest` tokens, output included.
 
         A model's cache lives as long as this LLM. It is replaced if it is too small, unless another run is using it.
         """
-        options = self.options.kv_options()
+        options = options or self.options.kv_options()
         if options.kind == "off" or not model.has_cache:
             return UncachedRunner(model)
         manager = self.caches.get(model)
         if manager is None or not manager.fits(rows, longest):
-            keep = manager is None or manager.idle
-            if keep:
+            if keep := manager is None or manager.idle:
                 manager = self.caches.pop(model, None)
                 del manager  # frees its memory before the next is allocated
             manager = self.backends.manager(model, options, rows, longest)

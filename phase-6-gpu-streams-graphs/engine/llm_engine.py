@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
+from common.device import available_memory
 from common.errors import UserError
 
+from .capacity import fitted
 from .controllers import ControllerName, CostController, FixedController, KController
 from .generate import Stats, stats_of
 from .kernels import registry
-from .kv_cache import PAGE, PagedCache
+from .kv_cache import PAGE, PagedCache, StaticCache
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .runner import DRAFT_ROOM, CachedRunner
 from .sampling import SamplingParams
@@ -63,8 +65,13 @@ class LLMEngine:
         """
         self.llm, self.rows = llm, rows or llm.options.batch_size
         tokens = tokens or llm.loaded.config.context
-        self.target = llm.make_runner(llm.loaded.model, self.rows, tokens)
-        self.draft = llm.make_runner(llm.draft.model, self.rows, tokens) if llm.draft and llm.speculative else None
+        models = [llm.loaded.model, *([llm.draft.model] if llm.draft and llm.speculative else [])]
+        free = available_memory(models[0].embedding.weight.device)
+        free += sum(manager.cache.nbytes() for manager in llm.caches.values() if manager.idle)
+        shapes = [(model.config, llm.backends.computed(model)) for model in models]
+        kv = fitted(llm.options.kv_options(), shapes, self.rows, tokens, free)
+        self.target, *others = (llm.make_runner(model, self.rows, tokens, kv) for model in models)
+        self.draft = others[0] if others else None
         self.drafter = llm.new_drafter(self.draft, KeyedSource()) if llm.speculative else None
         self.scheduler = Scheduler(self.target, self.draft, self.drafter, self.rows, budget)
         self.several = llm.backends.multi_step if multi_step else None
@@ -160,8 +167,8 @@ class LLMEngine:
                         f"{cache.pages(length)} are needed (prompt and new tokens): give more --kv-pages, or a smaller "
                         "--max-tokens"
                     )
-            elif length > runner.manager.tokens + DRAFT_ROOM:
-                raise UserError(f"the cache was made for {runner.manager.tokens} tokens, and {length} are needed")
+            elif isinstance(cache, StaticCache) and length > cache.capacity:
+                raise UserError(f"the KV cache holds {cache.capacity} tokens per text, and {length} are needed")
 
     def abort(self, number: int) -> bool:
         """End a request whose output nobody wants any more. False if there is none: it has ended, or never was."""
@@ -170,6 +177,11 @@ class LLMEngine:
             sequence.abort()
             self._drop(sequence)
         return bool(sequences)
+
+    def hurry(self, on: bool) -> None:
+        """Let `step` return soon, because there is new work, until this is turned off. Any thread may call it."""
+        if (fast := self.llm.backends.fast.get(self.llm.loaded.model)) is not None:
+            fast.hurry(on)
 
     def step(self) -> list[Output]:
         """Make the next steps, and return what the requests gained in them."""

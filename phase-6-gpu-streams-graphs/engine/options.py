@@ -95,7 +95,7 @@ class Options(BaseSettings):
     kv: Kind = Field(default="paged", description="how keys and values are remembered; off: not at all")
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")
     kv_slots: int = Field(default=0, ge=0, description="of static: tokens per text; 0: as many as the request can need")
-    kv_pages: int = Field(default=0, ge=0, description="of paged: pages of 16 tokens; 0: as many as are needed")
+    kv_pages: int = Field(default=0, ge=0, description="of paged: pages of 16 tokens; 0: up to half of the free memory")
     profile: Path | None = Field(default=None, description="write a trace, an operator table and memory to this folder")
     profile_steps: int = Field(default=8, ge=1, description="of --profile: decoding steps in the trace")
     profile_stacks: bool = Field(default=False, description="of --profile: Python stacks, for a larger trace")

@@ -48,6 +48,7 @@ DECODE = mutants(
     ("position + uint32_t(i), ACCEPT, 0)", "position, ACCEPT, 0)"),
     ("result.next == draft[size_t(result.accepted)])", "result.next == draft[0])"),
     ("own || batch[r].how.temperature == 0;", "own;", "at temperature 0 both rules accept the argmax alone"),
+    ("return !target.hurried && (spent", "return (spent"),
     ("batch[r].append(outcome.tokens, result.accepted);", "batch[r].append(outcome.tokens, 0);"),
     ("request.hidden + size_t(first + i) * D", "request.hidden + size_t(i) * D"),
     ("request.tapped + size_t(first + i) * (size - D)", "request.tapped + size_t(i) * (size - D)"),

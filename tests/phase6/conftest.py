@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,22 @@ def small_folder(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pair(small_folder: Path) -> Callable[[str, str], Pair]:
+def pair(small_folder: Path) -> Callable[..., Pair]:
     """`pair("cpp", "model")`: LLMs of both phases, made once."""
-    made: dict[tuple[str, str], Pair] = {}
+    return pairs_of(small_folder)
 
-    def get(kernels: str, how: str) -> Pair:
+
+@pytest.fixture(scope="session")
+def window_pair(make_checkpoint: Callable[..., Path]) -> Callable[..., Pair]:
+    """`window_pair("cpp", "model", "ring")`: the same, with window attention in every layer."""
+    return pairs_of(make_checkpoint("mistral", max_position_embeddings=CONTEXT, sliding_window=20))
+
+
+def pairs_of(folder: Path) -> Callable[..., Pair]:
+    @cache
+    def get(kernels: str, *how: str) -> Pair:
         if kernels == "cpp" and WHY_NOT_CPP is not None:
             pytest.skip(f"no C++ backend here: {WHY_NOT_CPP}")
-        if (kernels, how) not in made:
-            made[kernels, how] = Pair(small_folder, kernels, how)
-        return made[kernels, how]
+        return Pair(folder, kernels, *how)
 
     return get

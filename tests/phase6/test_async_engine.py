@@ -59,6 +59,43 @@ def test_tasks_get_what_their_requests_get_alone(serving: tuple[Pair, AsyncLLMEn
     assert asyncio.run(read_all()) == [made.alone(asked(TEXT[at:], tokens=10)) for at in range(6)]
 
 
+def test_new_work_ends_a_call_that_makes_several_steps(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request comes during a call: the call ends after its present step, and no token changes."""
+    made, steps, calls = pair("cpp", "plain"), list[int](), list[int]()
+    fast = made.llm.backends.fast[made.llm.loaded.model]
+    decode = fast.decode
+    with AsyncLLMEngine(made.engine(rows=2)) as engine:
+
+        def slow_decode(batch: Any, drafter: Any, counts: list[int], most: int, **how: Any) -> Any:
+            calls.append(most)
+            if len(calls) == 2:
+                arrived.set()  # the other request comes now
+                wait_until(lambda: fast._engine.hurried)
+            found = decode(batch, drafter, counts, most, **how)
+            steps.append(len(found[0]))
+            return found
+
+        monkeypatch.setattr(fast, "decode", slow_decode)
+        arrived, found = threading.Event(), dict[int, Result]()
+
+        def read(at: int) -> None:
+            found[at] = joined(list(engine.stream(list(TEXT[at:]), params(40))))
+
+        threads = [threading.Thread(target=read, args=(at,)) for at in range(2)]
+        threads[0].start()
+        arrived.wait(timeout=60)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    assert calls[1] > 8
+    assert steps[1] == 1
+    assert max(steps[2:]) > 8  # and later calls make several steps again
+    assert found == {at: made.alone(asked(TEXT[at:], tokens=40)) for at in range(2)}
+    assert not fast._engine.hurried
+
+
 def test_samples_come_in_one_stream(serving: tuple[Pair, AsyncLLMEngine]) -> None:
     made, engine = serving
     outputs = list(engine.stream(list(TEXT), params(6, temperature=1.0), n=2, policy="coupled", k=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -333,6 +334,67 @@ def test_other_caches_serve_requests_too(small_folder: Any, kind: Any) -> None:
         for _ in llm.run([sequence]):
             pass
         assert found[number, 0].tokens == sequence.tokens
+
+
+@pytest.mark.parametrize(("kind", "how"), [("ring", "plain"), ("ring", "model"), ("paged", "model")])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_model_with_window_attention_is_served(
+    window_pair: Callable[..., Pair], kernels: str, kind: Any, how: str
+) -> None:
+    """A ring has a row for every sequence; both kinds go on past the context, with the tokens of each request alone."""
+    made = window_pair(kernels, how, kind)
+    engine = made.engine(rows=2)
+    requests = [asked(TEXT[at:], tokens=tokens) for at, tokens in ((0, 40), (3, 12), (20, 30))]
+    numbers = [add(engine, request) for request in requests]
+    found = drain(engine)
+    assert [found[number, 0] for number in numbers] == [made.alone(request) for request in requests]
+    assert not engine.target.manager.rows
+
+
+def huge(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, **options: Any) -> phase6.LLM:
+    """Return an LLM whose model has a context of 131,072 tokens, on a machine with 64 MiB of free memory."""
+    llm: phase6.LLM = pair("torch", "model").llm
+    monkeypatch.setattr(llm, "options", llm.options.model_copy(update={"kv_pages": 0, **options}))
+    monkeypatch.setattr(llm, "caches", {})
+    for loaded in (llm.loaded, llm.draft):
+        monkeypatch.setattr(loaded.model, "config", dataclasses.replace(loaded.config, context=131_072))
+    monkeypatch.setattr("phase6.llm_engine.available_memory", lambda device: 64 * 2**20)
+    return llm
+
+
+def test_by_default_pages_take_half_of_the_memory_and_requests_wait(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows at full length would need 100 times as much. A request that fits is served, the other is refused."""
+    engine = phase6.LLMEngine(huge(pair, monkeypatch))
+    caches = [runner.manager.cache for runner in (engine.target, engine.draft)]  # type: ignore[union-attr]
+    pages = [len(cache.blocks.users) for cache in caches]  # type: ignore[attr-defined]
+    assert pages[0] == pages[1]
+    assert 0.95 < sum(cache.nbytes() for cache in caches) / 2**25 <= 1
+    number = add(engine, asked())
+    assert drain(engine)[number, 0] == pair("torch", "model").alone(asked())
+    with pytest.raises(UserError, match=f"out of pages: there are {pages[0]} of 16 tokens"):
+        engine.add_request([5], phase6.SamplingParams(max_new_tokens=131_000))
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{"kv": "static"}, {"kv_pages": 10**6}])
+def test_caches_that_do_not_fit_in_memory_are_refused(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    llm = huge(pair, monkeypatch, **options)
+    with pytest.raises(
+        UserError, match=r"KV caches for 16 sequences of up to 131072 tokens need \d+\.\d GiB, and 0\.1"
+    ):
+        phase6.LLMEngine(llm)
+
+
+def test_a_row_that_is_too_short_for_a_request_refuses_it(small_folder: Any) -> None:
+    options = phase6.Options(model=str(small_folder), draft="none", kernels="torch", kv="static", kv_slots=30)
+    engine = phase6.LLMEngine(phase6.LLM(options))
+    with pytest.raises(UserError, match="holds 30 tokens per text, and 41 are needed"):
+        engine.add_request(list(TEXT), phase6.SamplingParams(max_new_tokens=8))
+    assert not engine.busy
 
 
 def test_an_llm_runs_its_prompts_through_an_engine(pair: Callable[..., Pair]) -> None:

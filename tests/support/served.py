@@ -47,7 +47,7 @@ class Result(NamedTuple):
 class Pair:
     """An LLM of phase 6, and one of phase 5 with the same models, which decodes single requests."""
 
-    def __init__(self, folder: Path, kernels: str, how: str) -> None:
+    def __init__(self, folder: Path, kernels: str, how: str, kv: str = "paged") -> None:
         chosen = {"model": str(folder), "dtype": "float32", "device": "cpu", "kernels": kernels, "threads": 1}
         chosen |= DRAFTERS[how]
         if "draft_quant" in chosen:
@@ -59,8 +59,7 @@ class Pair:
                     patch.setattr(f"{engine.__name__}.llm.find_heads", lambda option, target, kind: None)
                     heads = lambda folder, target, kind, engine=engine: small_heads(engine, kind, target.model)  # noqa: E731
                     patch.setattr(f"{engine.__name__}.llm.load_heads", heads)
-                kv = {"kv": "paged"} if engine is phase6 else {}
-                made.append(engine.LLM(engine.Options(**chosen, **kv)))
+                made.append(engine.LLM(engine.Options(**chosen, **({"kv": kv} if engine is phase6 else {}))))
         self.old, self.llm = made
         # A static tree has the shape for the engine's K, whatever the request's.
         self.shape = best_shape(self.llm.tree_acceptance()[: self.llm.options.k], self.llm.options.tree_nodes)
