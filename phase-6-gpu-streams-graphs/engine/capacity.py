@@ -38,7 +38,7 @@ def check_capacity(
     """Raise UserError if n samples of each of these sequences, `batch` of them at once, do not fit.
 
     tree: nodes of a draft tree. caches: those that are allocated already, which this run uses or frees. A beam search
-    has no cache. Of pages, those of one sequence suffice: see `fitted`.
+    has no cache.
     """
     config, weight = loaded.config, loaded.model.embedding.weight
     lengths = [min(each.length + each.params.max_new_tokens, config.context) for each in firsts]
@@ -47,8 +47,7 @@ def check_capacity(
         needed = forward_bytes(config, rows, longest, weight.itemsize) + ranking_bytes(config, beams)
     else:
         check_slots(options, [length + tree for length in lengths], bool(tree))
-        whole = 1 if options.kind == "paged" and not options.pages else rows
-        needed = cached_bytes(config, options, whole, longest, weight.dtype)
+        needed = cached_bytes(config, options, rows, longest, weight.dtype)
     free = available_memory(weight.device) + sum(manager.cache.nbytes() for manager in caches if manager.idle)
     completions = len(firsts) * n * beams
     needed += completions * (SEQUENCE + 8 * longest)
@@ -103,7 +102,8 @@ def check_slots(options: KVOptions, lengths: list[int], tree: bool) -> None:
 
 
 def cached_bytes(config: ModelConfig, options: KVOptions, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Return the bytes of the cache, of a chunk of a prompt and of a step."""
-    cache = needed_bytes(options, cache_shape(config), rows, length + DRAFT_ROOM, dtype, config.window)
+    """Return the bytes of the cache, of a chunk of a prompt and of a step. Of pages, those of one sequence suffice."""
+    waits = options.kind == "paged" and not options.pages  # the others, if there are too few: see `fitted`
+    cache = needed_bytes(options, cache_shape(config), 1 if waits else rows, length + DRAFT_ROOM, dtype, config.window)
     chunk = forward_bytes(config, 1, length, dtype.itemsize) * min(CHUNK, length) // length
     return cache + chunk + forward_bytes(config, rows, 1, dtype.itemsize)

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from common.device import available_memory
 from common.errors import UserError
@@ -109,6 +109,9 @@ class LLMEngine:
             raise UserError(f"token {wrong} is not in the vocabulary of {llm.loaded.config.vocab_size} tokens")
         if n < 1 or not 0 <= (k or 0) <= DRAFT_ROOM:
             raise UserError(f"n must be at least 1, and k from 0 to {DRAFT_ROOM}; got n = {n}, k = {k}")
+        for what, name, known in (("policy", policy, PolicyName), ("controller", controller, ControllerName)):
+            if name is not None and name not in get_args(known):
+                raise UserError(f"there is no {what} {name}; give one of {', '.join(get_args(known))}")
         params = params or llm.params
         if not seeded:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
@@ -206,14 +209,18 @@ class LLMEngine:
 
     def advance(self) -> Iterator[Step]:
         """Compute parts of prompts, then make steps of all sequences that can decode; yield these."""
-        if not self.priced and any(isinstance(each.controller, CostController) for each in self.scheduler.waiting):
+        if not self.priced and any(self._asks_prices(sequence) for sequence in self.scheduler.waiting):
             self.priced = True
             self.llm.prices.provide(self.llm.cost_model, self.scheduler.waiting[0].params, self.rows)
-        for sequence, tokens in self.scheduler.schedule():
+        chunks, ready = self.scheduler.schedule()
+        for sequence, tokens in chunks:
             self._prefill(sequence, tokens)
         most = 1 if self.scheduler.changes else SEVERAL
-        for group in groups(self.scheduler.ready(), drafted=self.drafter is not None):
+        for group in groups(ready, drafted=self.drafter is not None):
             yield from self._decode([each for each in group if each.finish_reason is None], most)
+
+    def _asks_prices(self, sequence: Sequence) -> bool:
+        return self.drafter is not None and isinstance(sequence.controller, CostController)
 
     def _prefill(self, sequence: Sequence, most: int) -> None:
         text, first = sequence.prompt + sequence.tokens, None

@@ -38,6 +38,9 @@ class Scheduler:
         self.target, self.draft, self.drafter = target, draft, drafter
         self.rows, self.budget, self.context = rows, budget, target.model.config.context
         self.inline = target.max_inline if isinstance(target, CachedRunner) else 1
+        # Those that keep a cache of a sequence: without drafts, and with them.
+        self.plain = [target] if isinstance(target, CachedRunner) else []
+        self.drafted = [*self.plain, draft] if isinstance(draft, CachedRunner) else self.plain
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.prefills = False  # prompts were computed in the last step
@@ -51,37 +54,38 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """Return which prompts to compute now, and how many tokens of each; afterwards those of `ready` decode.
+    def schedule(self) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
+        """Return which prompts to compute now, and how many tokens of each; then the sequences that decode afterwards.
 
         All of them have the blocks that they need. UserError if nothing can run, because others use the cache.
         """
         self._admit()
+        chunks, ready, inline = list[tuple[Sequence, int]](), list[Sequence](), self.inline
         missing = [self._missing(sequence) for sequence in self.running]
-        decoding = zip(self.running, missing, strict=True)
-        left = self.budget - sum(1 + self._ahead(each) for each, lacks in decoding if lacks <= self.inline)
-        chunks = list[tuple[Sequence, int]]()
+        self.prefills, left = any(lacks > inline for lacks in missing), self.budget
+        if self.prefills:
+            decoding = zip(self.running, missing, strict=True)
+            left -= sum(1 + self._ahead(each, self._length(each)) for each, lacks in decoding if lacks <= inline)
         for sequence, lacks in list(zip(self.running, missing, strict=True)):
             if sequence not in self.running:
                 break  # it was preempted, and so were all after it
             count = 0
-            if lacks > self.inline:
+            if lacks > inline:
                 self._begin_rows(sequence)  # after a jump of the window
                 lacks = self._missing(sequence)
                 count = min(lacks - 1, left if chunks else max(left, BLOCK))
                 if count < min(1, lacks - 1):
                     continue  # the budget is spent
-            if self._reserve(sequence, count if lacks - count > self.inline else None) and count:
-                chunks.append((sequence, count))
-                left -= count
-        self.prefills = any(lacks > self.inline for lacks in missing)
+            last = lacks - count <= inline
+            if self._reserve(sequence, None if last else count):
+                if count:
+                    chunks.append((sequence, count))
+                    left -= count
+                if last:
+                    ready.append(sequence)
         if self.waiting and not self.running:
             raise OutOfBlocks("out of pages: other runs hold them; let them end first, or give more --kv-pages", -1)
-        return chunks
-
-    def ready(self) -> list[Sequence]:
-        """Return the running sequences that can decode, because the step itself computes all that their rows lack."""
-        return [sequence for sequence in self.running if self._missing(sequence) <= self.inline]
+        return chunks, ready
 
     @property
     def changes(self) -> bool:
@@ -105,7 +109,7 @@ class Scheduler:
         self._begin_rows(sequence)
         for runner in runners:
             everyone = [each for each in (*self.running, sequence) if runner in self._runners(each)]
-            lengths = {each: self._length(each) + max(1, self._ahead(each)) for each in everyone}
+            lengths = {each: self._length(each) + max(1, self._ahead(each, self._length(each))) for each in everyone}
             if self.running and runner.manager.lacking_blocks(lengths) > runner.manager.free_blocks:
                 self._release(sequence)
                 self._refused = sequence, free
@@ -132,11 +136,12 @@ class Scheduler:
 
         The youngest sequences are preempted, as long as there are too few. False if this one is the youngest.
         """
+        length = self._length(sequence)
+        most = length + self._ahead(sequence, length)
         for runner in self._runners(sequence):
-            length = self._length(sequence)
-            upto = length + self._ahead(sequence)
+            upto = most
             if count is not None:
-                upto = min(length - runner.missing(sequence, sequence.length) + count, upto)
+                upto = min(length - runner.missing(sequence, sequence.length) + count, most)
             while not runner.manager.reserve(sequence, upto):
                 youngest = self.running[-1]
                 self.preempt(youngest)
@@ -160,26 +165,27 @@ class Scheduler:
 
     def _runners(self, sequence: Sequence) -> list[CachedRunner]:
         """Return those that keep a cache of the sequence."""
-        runners = self.target, self.draft if sequence.reach else None
-        return [runner for runner in runners if isinstance(runner, CachedRunner)]
+        return self.drafted if sequence.reach else self.plain
 
     def _missing(self, sequence: Sequence) -> int:
         """Return how many tokens the rows lack, the last one included.
 
         Only the controller `cost` lets a draft model miss many tokens while drafts do not pay.
         """
-        missing = self.target.missing(sequence, sequence.length)
+        length = sequence.length
+        missing = self.target.missing(sequence, length)
         if self.draft is not None and sequence.reach and not isinstance(sequence.controller, CostController):
-            missing = max(missing, self.draft.missing(sequence, sequence.length))
+            missing = max(missing, self.draft.missing(sequence, length))
         return missing
 
     def _length(self, sequence: Sequence) -> int:
         """Count the tokens that the model sees."""
-        return sequence.length - window_start(sequence.length, self.context)
+        length = sequence.length
+        return length - window_start(length, self.context)
 
-    def _ahead(self, sequence: Sequence) -> int:
-        """Return how many draft tokens may follow the sequence in its next step."""
+    def _ahead(self, sequence: Sequence, length: int) -> int:
+        """Return how many draft tokens may follow the sequence, of which the model sees `length` tokens, in a step."""
         if sequence.branches:
             return sequence.reach
         remaining = sequence.params.max_new_tokens - len(sequence.tokens)
-        return max(0, min(sequence.reach, remaining - 1, self.context - self._length(sequence)))
+        return max(0, min(sequence.reach, remaining - 1, self.context - length))

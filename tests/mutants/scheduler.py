@@ -58,15 +58,15 @@ SCHEDULER = mutants(
     ("youngest = self.running[-1]", "youngest = self.running[0]"),
     ("        for runner in (self.target, self.draft):\n            if runner is not None:", "        for runner in (self.target,):\n            if runner is not None:"),
     ("left if chunks else max(left, BLOCK)", "left"),
-    ("return max(0, min(sequence.reach, remaining - 1, self.context - self._length(sequence)))", "return sequence.reach"),
+    ("return max(0, min(sequence.reach, remaining - 1, self.context - length))", "return sequence.reach"),
     ("                self._begin_rows(sequence)  # after a jump of the window\n", ""),
     ("                left -= count\n", ""),
-    ("count if lacks - count > self.inline else None", "count"),
+    ("self._reserve(sequence, None if last else count)", "self._reserve(sequence, count)"),
     ("len(self.running) < self.rows and self._enter", "len(self.running) <= self.rows and self._enter"),
     ("        sequence.progress.preemptions += 1\n", ""),
     ("if self.running and runner.manager.lacking_blocks(lengths) > runner.manager.free_blocks:", "if False:"),
     ("for each in (*self.running, sequence) if runner in self._runners(each)]", "for each in (*self.running, sequence)]"),
-    ("self._length(each) + max(1, self._ahead(each)) for", "self._length(each) + 1 for"),
+    ("self._length(each) + max(1, self._ahead(each, self._length(each))) for", "self._length(each) + 1 for"),
     ("return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK", "return False"),
 )  # fmt: skip
 
@@ -96,4 +96,21 @@ SERVING = (
     ),
 )  # fmt: skip
 
-MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING]
+OWNING = (
+    *mutants(
+        f"{ENGINE}/async_engine.py",
+        ("tests/phase6/test_async_engine.py",),
+        ("        self.engine.hurry(True)\n", ""),
+        ("            self.engine.hurry(False)  # before the mail is read: work that comes later ends the next call\n", ""),
+        ("        self.engine.hurry(False)  # the models may serve another engine\n", ""),
+    ),
+    *mutants(
+        f"{ENGINE}/capacity.py",
+        ("tests/phase6/test_llm_engine.py",),
+        ("and not options.pages and needed(options) > POOL * free:", "and False:"),
+        ("int(POOL * free / needed(", "int(free / needed("),
+        ("    if needed(options) > free:\n", "    if False:\n"),
+    ),
+)  # fmt: skip
+
+MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *OWNING]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -243,6 +244,8 @@ def test_bad_requests_leave_the_others_alone(pair: Callable[..., Pair]) -> None:
         ([5], {"n": 0}, "n must be at least 1"),
         ([5], {"k": -1}, "k from 0"),
         ([5], {"k": 65}, "k from 0 to 64"),
+        ([5], {"policy": "best"}, "there is no policy best; give one of rejection, coupled"),
+        ([5], {"controller": "best"}, "there is no controller best; give one of fixed, adaptive"),
     ):
         with pytest.raises(UserError, match=what):
             engine.add_request(prompt, **more)
@@ -426,3 +429,33 @@ def test_numbers_of_requests_do_not_repeat(pair: Callable[..., Pair]) -> None:
     drain(engine)
     assert add(engine, asked(tokens=1)) != first
     engine.close()
+
+
+def test_the_controller_cost_needs_no_draft(pair: Callable[..., Pair]) -> None:
+    """Nothing drafts, so no prices are measured."""
+    made = pair("torch", "plain")
+    engine = made.engine()
+    number = add(engine, asked(controller="cost"))
+    assert drain(engine)[number, 0] == made.alone(asked())
+
+
+@pytest.mark.parametrize("how", ["plain", "model"])
+def test_a_schedule_takes_few_calls(pair: Callable[..., Pair], how: str) -> None:
+    """Time wanders, calls do not: those of Scheduler.schedule while sequences decode, for each of them."""
+    for rows in (1, 8):
+        engine = pair("torch", how).engine(rows=rows)
+        for at in range(rows):
+            add(engine, asked(TEXT[at : at + 8], tokens=40))
+        while len(engine.scheduler.running) < rows or engine.scheduler.prefills:
+            engine.step()
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        engine.scheduler.schedule()
+        sys.setprofile(None)
+        assert calls <= 10 + rows * (44 if how == "plain" else 72), (rows, calls)
+        engine.close()

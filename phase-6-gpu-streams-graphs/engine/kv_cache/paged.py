@@ -52,9 +52,9 @@ class PagedCache(InPlaceCache):
     def make_room(self, row: int, tokens: int) -> None:
         """Allocate missing pages, and copy shared pages that will be written. OutOfBlocks if too few are free."""
         table, blocks, length = self.tables[row], self.blocks, self.lengths[row] + tokens
-        written = self.written(row, length)
+        written, wanted = self.written(row, length), self.pages(length)
         shared = [at for at in written if blocks.users[table[at]] > 1]
-        lacking = max(0, self.pages(length) - len(table)) + len(shared)
+        lacking = max(0, wanted - len(table)) + len(shared)
         if lacking > blocks.free:
             raise OutOfBlocks(
                 f"out of pages: {lacking} of {PAGE} tokens are needed and {blocks.free} of {len(blocks.users)} are "
@@ -69,7 +69,7 @@ class PagedCache(InPlaceCache):
             table[at] = mine
         for at in written:
             blocks.forget(table[at])
-        while len(table) < self.pages(length):
+        while len(table) < wanted:
             table.append(blocks.take())
 
     def written(self, row: int, length: int) -> range:
