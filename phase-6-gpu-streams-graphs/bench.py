@@ -1,7 +1,9 @@
 """Measures an engine that serves many requests.
 
 Sections (`--only`): `requests`, throughput and latency against the number of requests that arrive together, plain and
-speculative, with static batching as the contrast; `prefix`, the time to the first token if the cache knows the prompt.
+speculative, greedy, with static batching as the contrast; `sampled`, the same at temperature 1; `crossover`, the number
+of rows at which speculation stops to pay, predicted and measured; `prefix`, the time to the first token if the cache
+knows the prompt. Only on request (`--only peers`): llama.cpp with the same weights and requests.
 
     python bench.py --quick
     python bench.py --output results --only prefix
@@ -16,8 +18,10 @@ from typing import get_args
 
 import launch  # noqa: F401 (must be the first import)
 import torch
+from benchmarks.crossover import CROSSOVER, crossings, draw_crossover, measure_crossover
+from benchmarks.peers import PEERS, measure_peers
 from benchmarks.prefix import PREFIX, measure_prefix
-from benchmarks.requests import REQUESTS, draw_requests, measure_requests
+from benchmarks.requests import REQUESTS, draw_requests, measure_requests, measure_sampled
 from benchmarks.runs import FIGURES, Lab, Options, Section
 from benchmarks.timeline import draw_timeline
 
@@ -26,8 +30,20 @@ from common.device import resolve_device
 from common.harness import model_hashes, open_results
 from common.options import parse_options, run_main
 
-SECTIONS = {"requests": measure_requests, "prefix": measure_prefix}
-TITLES = {"requests": "Requests that arrive together", "prefix": "Time to the first token of a known prompt"}
+SECTIONS = {
+    "requests": measure_requests,
+    "sampled": measure_sampled,
+    "crossover": measure_crossover,
+    "prefix": measure_prefix,
+    "peers": measure_peers,
+}
+TITLES = {
+    "requests": "Requests that arrive together",
+    "sampled": "Requests that arrive together, temperature 1",
+    "crossover": "Speculation in a batch",
+    "prefix": "Time to the first token of a known prompt",
+    "peers": "Eight requests at once, against llama.cpp",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -38,17 +54,20 @@ def main(arguments: list[str]) -> int:
         options.max_tokens = min(options.max_tokens, 16)
     if options.threads:
         torch.set_num_threads(options.threads)
-    definitions = FIGURES | REQUESTS | PREFIX
+    definitions = FIGURES | REQUESTS | CROSSOVER | PREFIX | PEERS
     hashes = model_hashes(options.model, options.draft)
     with open_results(options, definitions, device, options.dtype, hashes) as results:
         lab = Lab(options, results, device)
-        for section in options.only or get_args(Section):
+        for section in options.only or (name for name in get_args(Section) if name != "peers"):
             SECTIONS[section](lab)
         if options.output:
             draw_requests(lab, options.output / "requests.png")
+            draw_crossover(lab, options.output / "crossover.png")
             draw_timeline(lab, options.output / "blocks.png")
         for name, title in TITLES.items():
             lab.report(name, title)
+        for line in crossings(lab):
+            print("Speculation pays up to so many rows (none: all that were measured, or no row):", line)
         status = lab.close()
         print_document(lab.document())
         return status

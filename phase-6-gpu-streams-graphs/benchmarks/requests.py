@@ -20,22 +20,27 @@ from .runs import Format, Lab, lengths, serve
 REQUESTS = {
     "requests": "greedy; `requests` arrive together, with 24 to 96 new tokens each; at most 8 run at once; seconds are "
     "those until the last has ended",
+    "sampled": "the same at temperature 1: each request has a seed, and its drafts are accepted by `coupled`",
 }
 ROWS = 8
 
 
-def measure_requests(lab: Lab) -> None:
+def measure_requests(lab: Lab, section: str = "requests", temperature: float = 0.0) -> None:
     for name in lab.options.formats:
         for count in lab.options.requests:
             cell = {"model": lab.options.model, "format": name, "instruction_set": lab.instruction_set}
-            lab.compare("requests", {**cell, "requests": count}, variants(lab, name, count), exact=EXACT)
+            lab.compare(section, {**cell, "requests": count}, variants(lab, name, count, temperature), exact=EXACT)
+
+
+def measure_sampled(lab: Lab) -> None:
+    measure_requests(lab, "sampled", 1.0)
 
 
 EXACT = ("continuous", "static", "continuous, speculative", "one at a time, speculative")
 
 
-def variants(lab: Lab, name: Format, count: int) -> dict[str, Variant]:
-    run = partial(timed, lab, name, count)
+def variants(lab: Lab, name: Format, count: int, temperature: float) -> dict[str, Variant]:
+    run = partial(timed, lab, name, count, temperature=temperature)
     found = {
         "one at a time": run(rows=1),
         "one at a time, speculative": run(rows=1, k=4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ import engine
 from common.benchmark import BenchOptions, Outcome
 from common.harness import Bench
 from engine.kernels import cpp
+from engine.steps import Step
 
-Section = Literal["requests", "prefix"]
+Section = Literal["requests", "sampled", "crossover", "prefix", "peers"]
 Format = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 FIGURES = {
     "speedup": "the baseline's seconds per token / this variant's, in pairs of the same round",
@@ -25,6 +27,7 @@ FIGURES = {
     "tokens_per_forward": "new tokens / rows of all target forwards",
     "schedule_share": "time in Scheduler.schedule / time of all steps",
     "schedule_us": "time of one call of Scheduler.schedule",
+    "schedule_us_per_step": "time in Scheduler.schedule / steps, of which a call may make several",
     "calls": "calls of LLMEngine.step; one call may make several steps",
     "instruction_set": "instruction set of the C++ kernels (SPECDEC_CPU_ISA forces one)",
 }
@@ -85,7 +88,15 @@ def forget(llm: engine.LLM) -> None:
         manager.cache.forget_all()
 
 
-def serve(llm: engine.LLM, texts: list[str], tokens: list[int], rows: int, static: bool = False, k: int = 0) -> Outcome:
+def serve(
+    llm: engine.LLM,
+    texts: Sequence[str | list[int]],
+    tokens: list[int],
+    rows: int,
+    static: bool = False,
+    k: int = 0,
+    temperature: float = 0.0,
+) -> Outcome:
     """Serve requests that arrive together, at most `rows` at once; return all tokens, and means over the requests.
 
     static: a batch ends with its slowest request, and only then the next one begins. k: 0 drafts nothing.
@@ -94,20 +105,30 @@ def serve(llm: engine.LLM, texts: list[str], tokens: list[int], rows: int, stati
     served = engine.LLMEngine(llm, rows=rows)
     schedule, spent = served.scheduler.schedule, list[float]()
 
-    def timed() -> list[Any]:
+    def timed() -> Any:
         began = time.perf_counter()
         found = schedule()
         spent.append(time.perf_counter() - began)
         return found
 
-    served.scheduler.schedule = timed  # type: ignore[method-assign]
+    advance, steps = served.advance, 0
+
+    def counted() -> Iterator[Step]:
+        nonlocal steps
+        for step in advance():
+            steps += 1
+            yield step
+
+    served.scheduler.schedule, served.advance = timed, counted  # type: ignore[method-assign]
     waiting = deque(enumerate(zip(texts, tokens, strict=True)))
     numbers, stats, outputs = dict[int, int](), list[Any](), [list[int]() for _ in texts]
     began = time.perf_counter()
     while waiting or served.busy:
         while waiting and not (static and (served.busy and len(numbers) % rows == 0)):
             at, (text, count) = waiting.popleft()
-            params = dataclasses.replace(llm.params, max_new_tokens=count, ignore_eos=True)
+            params = dataclasses.replace(
+                llm.params, max_new_tokens=count, ignore_eos=True, temperature=temperature, seed=llm.params.seed + at
+            )
             numbers[served.add_request(text, params, k=k)] = at
             sequence = served.requests[max(numbers)][0]
             sequence.progress.began = began  # it arrived with all others
@@ -122,6 +143,7 @@ def serve(llm: engine.LLM, texts: list[str], tokens: list[int], rows: int, stati
         "tokens_per_forward": sum(tokens) / sum(each.target_forwards for each in stats),
         "schedule_share": sum(spent) / seconds,
         "schedule_us": mean(spent) * 1e6,
+        "schedule_us_per_step": sum(spent) / steps * 1e6,
         "calls": len(spent),
     }
     served.close()
