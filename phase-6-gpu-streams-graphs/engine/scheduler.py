@@ -44,7 +44,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.prefills = False  # prompts were computed in the last step
-        self._refused: tuple[Sequence, list[int]] | None = None  # who found no blocks last, and how many were free
+        self._refused: Sequence | None = None  # who found too few blocks; until some are released, there are no more
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -103,8 +103,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         """Give the sequence rows, if there are blocks for all its tokens and those that the others still lack."""
         runners = self._runners(sequence)
-        free = [runner.manager.free_blocks for runner in runners]
-        if self._refused == (sequence, free) or any(self._shares(sequence, other) for other in self.running):
+        if self._refused is sequence or any(self._shares(sequence, other) for other in self.running):
             return False
         self._begin_rows(sequence)
         for runner in runners:
@@ -112,9 +111,8 @@ class Scheduler:
             lengths = {each: self._length(each) + max(1, self._ahead(each, self._length(each))) for each in everyone}
             if self.running and runner.manager.lacking_blocks(lengths) > runner.manager.free_blocks:
                 self._release(sequence)
-                self._refused = sequence, free
+                self._refused = sequence
                 return False
-        self._refused = None
         return True
 
     def _begin_rows(self, sequence: Sequence) -> None:
@@ -159,6 +157,7 @@ class Scheduler:
         sequence.progress.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        self._refused = None
         for runner in (self.target, self.draft):
             if runner is not None:
                 runner.release(sequence)

@@ -95,6 +95,15 @@ def test_a_request_that_would_be_preempted_at_once_is_not_admitted(
     assert [sequence.progress.preemptions for sequence in sequences] == [0, 0]
 
 
+def test_a_request_that_found_no_block_enters_when_the_other_has_ended(pair: Callable[..., Pair]) -> None:
+    """As many blocks are free then as when it was refused, for the first request had not taken its own yet."""
+    made = pair("torch", "plain")
+    engine = made.engine(rows=2, pages=1)
+    numbers = [add(engine, asked(TEXT[at:][:3], tokens=2)) for at in range(2)]
+    found = drain(engine)
+    assert [found[number, 0] for number in numbers] == [made.alone(asked(TEXT[at:][:3], tokens=2)) for at in range(2)]
+
+
 def test_a_request_without_drafts_runs_beside_one_with_drafts(pair: Callable[..., Pair]) -> None:
     """It has no row in the draft model's cache."""
     made = pair("torch", "model")
