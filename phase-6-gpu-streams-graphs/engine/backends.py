@@ -19,6 +19,8 @@ from common.errors import UserError
 from .device_runner import DeviceRunner
 from .drafters import EagleHead, MedusaHeads
 from .fake import FakeModel
+from .graph_steps import GraphSteps
+from .graphs import make_device
 from .kernels import TORCH, Kernels, registry
 from .kv_cache import KVOptions
 from .kv_cache.manager import CacheManager
@@ -55,10 +57,19 @@ class Backends:
         self.report["step"] = "cpp" if reason is None else "torch"
         if reason is not None:
             self.report["why_no_cpp_step"] = reason
+        graphed, why_not = make_device(options, device, self.kernels)
+        self.graphs = GraphSteps(graphed) if graphed is not None else None
+        self.why_no_graph = why_not
+
+    def graph_stats(self) -> dict[str, object]:
+        """Say how many steps were replayed, or why none was."""
+        return self.graphs.stats.as_json() if self.graphs is not None else {"why_not": self.why_no_graph}
 
     @property
     def multi_step(self) -> MultiStep | None:
-        """What makes several steps in one call; None where the target's steps do not run in C++."""
+        """What makes several steps in one call: C++, or graphs. None if steps are made one by one."""
+        if self.graphs is not None:
+            return self.graphs
         if not self.fast:
             return None
         from .multi_step import multi_step

@@ -90,6 +90,7 @@ def report(llm: LLM, sequences: list[Sequence]) -> dict[str, object]:
         "completions": completions,
         "kv": llm.remembered(),
         "kernels": llm.backends.report,
+        "cuda_graph": llm.backends.graph_stats(),
         "tokenizer_cache": dataclasses.asdict(llm.encoder.stats),
         "compile": llm.compiler.as_json() if llm.compiler else None,
     }
@@ -185,8 +186,8 @@ def run(options: Options, texts: list[str], profiler: Profiler | None) -> int:
     show = Show(llm.loaded.tokenizer) if options.show and drafts else None
     printer = Printer(sequences, quiet=options.as_json or show is not None)
     recorder = Recorder(options.record, llm, sequences) if options.record else None
-    if recorder and llm.backends.fast:
-        print("note: --record takes steps one at a time; without it several run in one C++ call", file=sys.stderr)
+    if recorder and llm.backends.multi_step is not None:
+        print("note: --record takes steps one at a time; without it several run in one call", file=sys.stderr)
     interrupted = False
     try:
         steps = llm.run(sequences, multi_step=recorder is None)

@@ -116,9 +116,9 @@ class LLM:
         format = None
         if quant != "none":
             format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
-        dtype = self._resolve(name).dtype
+        dtype, as_stored = self._resolve(name).dtype, not self.backends.multiplies_in_torch or self.backends.whole_steps
         with torch_threads(self.options.threads):
-            return load(name, dtype, device, format, self.options.quant_head, as_stored=self.backends.whole_steps)
+            return load(name, dtype, device, format, self.options.quant_head, as_stored=as_stored)
 
     def sequences(
         self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None

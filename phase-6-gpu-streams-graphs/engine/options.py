@@ -12,6 +12,7 @@ from common.flags import OFF, ON, Threads, flag
 
 from .controllers import ControllerName, KController, make_controller
 from .cost_model import CostModel
+from .graphs import Mode
 from .kernels.registry import Asked
 from .kv_cache import Format, Kind, KVOptions
 from .kv_cache.ring import SPARE
@@ -92,6 +93,9 @@ class Options(BaseSettings):
     compile: bool = Field(default=False, description="torch.compile the models")
     kernels: Asked = Field(default="auto", description="who computes; auto: what is fastest and checked for the device")
     batch_size: int = Field(default=16, ge=1, description="sequences that are decoded at once; others wait")
+    cuda_graph: Mode = Field(
+        default="auto", description="capture steps and replay them; auto: on a GPU, where it can be"
+    )
     kv: Kind = Field(default="paged", description="how keys and values are remembered; off: not at all")
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")
     kv_slots: int = Field(default=0, ge=0, description="of static: tokens per text; 0: as many as the request can need")

@@ -101,7 +101,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 #ifdef EMULATED
     (void)stream;
     if (shared > emulated::SHARED) throw std::runtime_error("more shared memory than a block has");
-    emulated::run(grid, dim3(threads), [&] { kernel(Parameters(arguments)...); });
+    emulated::run(grid, dim3(threads), [=] { kernel(Parameters(arguments)...); });  // by value: it may be recorded
 #else
     cudaError_t status = cudaSuccess;
     if (shared > 48 << 10)

@@ -1,0 +1,210 @@
+"""The proof that a step can be captured: replays of recorded launches against phase 5, on the emulator of CUDA.
+
+A program, because what it forbids may be a fault (SIGSEGV) that ends the process.
+
+    python -m tests.support.graphed FOLDER '{"k": 3, "temperature": 1.0}' [MUTANT]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import phase5
+import phase6
+from phase6 import device_step, graph_steps
+from phase6.device_step import Bucket, DeviceStep, Lanes
+from phase6.graph_steps import GraphSteps, loaded, settle
+from tests.support.mutants import mutated
+
+EMULATOR = Path(phase6.__file__).resolve().parents[1] / "recorder" / "emulator.h"
+PROMPTS = ["import os", "def f(left, right):\n    return", "class A:", "x"]
+HOST: dict[str, Any] = {}  # what mutants take from the host
+DRAFTS = {"draft_quant": "int8"}  # of the target itself, so that most drafts are accepted
+
+# What is wrong -> the module, and the change. `caught` of test_graphs.py says by what each is noticed.
+MUTANTS: dict[str, tuple[Any, tuple[str, str]]] = {
+    "length by value": (
+        device_step,
+        ("self._begin(lanes.target, lengths - 1)", "self._begin(lanes.target, lengths * 0 + HOST['length'] - 1)"),
+    ),
+    "temperature by value": (
+        device_step,
+        ("Staged(lanes.filters)", "Staged(lanes.filters * 0 + lanes.filters.new_full((4,), HOST['temperature']))"),
+    ),
+    "an allocation": (device_step, ("torch.empty(R, K, dtype", "HOST['device'].empty(8) and torch.empty(R, K, dtype")),
+    "an allocation that grows": (
+        device_step,
+        ("drafted, probs = self._draft(", "torch.empty(HOST['length'] * 64)\n        drafted, probs = self._draft("),
+    ),
+    "item": (device_step, ("counts = torch.where(live, widths + 1, 0)", "counts = torch.where(live, widths + 1, 0)\n        lengths.max().item()")),
+    "tolist": (device_step, ("counts = torch.where(live, widths + 1, 0)", "counts = torch.where(live, widths + 1, 0)\n        lengths.tolist()")),
+    "a copy to the device": (device_step, ("torch.zeros_like(starts[:, 0])", "torch.tensor([0] * len(starts)).int()")),
+    "lanes that are not live": (device_step, ("(lanes.live != 0) & ", "")),
+    "the draft's cache not advanced": (device_step, ("torch.where(widths > 0, 2, 0)", "torch.where(widths > 0, 1, 0)")),
+    "state in the graph's memory": (
+        device_step,
+        ("lanes.lengths.add_(emitted.int())", "self.lanes = lanes._replace(lengths=lanes.lengths + emitted.int())"),
+    ),
+    "another block table": (
+        graph_steps,
+        (
+            "self.device.copy_in(step.memory,",
+            "step.memory = self.device.empty(len(step.memory))\n"
+            "                step.lanes = Lanes.on(step.memory, step.bucket.rows, step.fields)\n"
+            "                self.device.copy_in(step.memory,",
+        ),
+    ),
+}  # fmt: skip
+
+
+def make(engine: Any, folder: str, options: dict[str, Any]) -> Any:
+    """Return an LLM on emulated CUDA: of phase 5, or of phase 6 with graphs."""
+    chosen = {"model": folder, "device": "cpu", "dtype": "float32", "max_tokens": 10, **options}
+    if "k" in chosen:
+        chosen = {"draft": folder, **DRAFTS, **chosen}
+    else:
+        chosen["draft"] = "none"
+    if engine is phase6:
+        return phase6.LLM(phase6.Options(**{"cuda_graph": "on", "kernels": "cuda", **chosen}))
+    with pytest.MonkeyPatch.context() as patch:  # on a GPU, too, matrices are loaded as files have them
+        loader = importlib.import_module("phase5.load")
+        patch.setattr(loader, "reserve", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+        return phase5.LLM(phase5.Options(**{"kernels": "cuda", **chosen}))
+
+
+Decision = tuple[list[int], int, int]  # draft, how many of its tokens are accepted, the token that follows
+
+
+def decisions(llm: Any, prompts: list[str]) -> list[tuple[list[int], list[Decision]]]:
+    """Decode; return the tokens of every sequence, and what each of its steps decided."""
+    sequences = llm.sequences(prompts)
+    found: dict[Any, list[Decision]] = {sequence: [] for sequence in sequences}
+    for step in llm.run(sequences):
+        for sequence, tree, path in zip(step.sequences, step.trees, step.paths, strict=True):
+            HOST["length"] = sequence.length
+            found[sequence].append((tree.tokens, len(path.nodes), path.next_token))
+    return [(sequence.tokens, found[sequence]) for sequence in sequences]
+
+
+def prove_tokens(llm: Any, folder: str, options: dict[str, Any]) -> None:
+    """All decisions are phase 5's; a step has one copy to the host; replays were not eager steps."""
+    HOST["temperature"] = 0.5
+    device, before = llm.backends.graphs.device, llm.backends.graphs.device.reads
+    assert decisions(llm, PROMPTS) == decisions(make(phase5, folder, options), PROMPTS), "decisions differ"
+    stats = llm.backends.graphs.stats
+    assert stats.replays > 2 and stats.captures == 1 and set(stats.eager_steps) == {"a prompt"}, stats
+    assert device.reads - before == stats.host_reads == stats.replays, "copies to the host"
+
+
+class Steps:
+    """A step of its own over prompts that are prefilled, to look at its lanes and at its memory."""
+
+    def __init__(self, llm: Any, prompts: list[str], rows: int) -> None:
+        self.engine = phase6.LLMEngine(llm, rows, 64)
+        self.sequences = llm.sequences(prompts)
+        for sequence in self.sequences:
+            self.engine.add(sequence)
+        while any(not sequence.tokens for sequence in self.sequences):
+            list(self.engine.advance())
+        runners = [self.engine.target, *([self.engine.draft] if self.engine.draft else [])]
+        for runner in runners:
+            for sequence in self.sequences:
+                runner.manager.reserve(sequence, sequence.length + 40)
+                runner.manager.begin(sequence, sequence.prompt + sequence.tokens)
+        graphs: GraphSteps = llm.backends.graphs
+        self.device: Any = graphs.device
+        self.device.adopt([runner.model for runner in runners], [runner.manager.cache for runner in runners])
+        k, greedy = llm.options.k if llm.speculative else 0, llm.params.greedy
+        bucket = Bucket(rows, k, greedy, None if greedy or not k else llm.policy)
+        self.step = graph_steps.DeviceStep(runners[0], runners[1] if k else None, bucket, self.device)
+        self.caches = [store for runner in runners for store in runner.manager.cache.stores]
+        self.runners = runners
+
+    def load(self) -> None:
+        self.device.copy_in(self.step.memory, loaded(self.step, self.sequences))
+
+    def saved(self) -> list[torch.Tensor]:
+        return [each.clone() for store in self.caches for each in (store.values, store.scales) if each is not None]
+
+    def restore(self, saved: list[torch.Tensor]) -> None:
+        each = [tensor for store in self.caches for tensor in (store.values, store.scales) if tensor is not None]
+        for tensor, content in zip(each, saved, strict=True):
+            tensor.copy_(content)
+
+
+def prove_arguments(llm: Any) -> None:
+    """Captured at different lengths and temperatures, in the same memory, the arguments are equal."""
+    HOST["length"], HOST["temperature"] = 7, 0.5
+    steps = Steps(llm, PROMPTS[:2], 2)
+    first = steps.device.capture(steps.step.step)
+    steps.load()
+    first.replay()
+    HOST["length"], HOST["temperature"] = 11, 0.75
+    second = steps.device.capture(steps.step.step, like=first)
+    assert first.recording.arguments == second.recording.arguments, "frozen arguments differ"
+    assert len(first.recording.arguments) > 20
+
+
+def prove_shrinking(llm: Any) -> None:
+    """4 live lanes, then 3, 2 and 1: dead ones hold poison, and no block of a dead lane or of nobody changes."""
+    steps = Steps(llm, PROMPTS, 4)
+    graph, before = steps.device.capture(steps.step.step), steps.saved()
+    steps.load()
+    whole = [steps.step.results(steps.device.copy_out(graph.replay())()) for _ in range(2)]
+    for live in (3, 2, 1):
+        steps.restore(before)
+        steps.load()
+        for field in steps.step.lanes:
+            field[live:] = torch.full((), float("nan") if field.is_floating_point() else -1515870811)
+        steps.step.lanes.live[live:] = 0
+        kept = [tensor.clone() for tensor in untouched(steps, live)]
+        for expected in whole:
+            results = steps.step.results(steps.device.copy_out(graph.replay())())
+            assert results[:live] == expected[:live], f"{live} live lanes: other tokens"
+            assert [result.emitted for result in results[live:]] == [0] * (4 - live), "a dead lane gains tokens"
+        for now, then in zip(untouched(steps, live), kept, strict=True):
+            assert torch.equal(now.view(torch.uint8), then.view(torch.uint8)), "a block of others changed"
+
+
+def untouched(steps: Steps, live: int) -> Iterator[torch.Tensor]:
+    """Yield the memory of both caches that no live lane owns."""
+    for runner in steps.runners:
+        cache = runner.manager.cache
+        numbers = [runner.manager.rows[sequence].number for sequence in steps.sequences[:live]]
+        mine = (
+            {page for number in numbers for page in cache.tables[number]} if hasattr(cache, "tables") else set(numbers)
+        )
+        others = [page for page in range(len(cache.keys[0].values)) if page not in mine]
+        for store in cache.stores:
+            yield from (each[others] for each in (store.values, store.scales) if each is not None)
+
+
+def prove(folder: str, options: dict[str, Any], mutant: str | None) -> None:
+    HOST["length"] = 7
+    if mutant is not None:
+        module, change = MUTANTS[mutant]
+        changed = mutated(module, change, HOST=HOST)
+        graph_steps.DeviceStep = changed.DeviceStep  # type: ignore[misc]
+        if module is graph_steps:
+            phase6.backends.GraphSteps = changed.GraphSteps
+    llm = make(phase6, folder, options)
+    HOST["device"] = llm.backends.graphs.device
+    prove_tokens(llm, folder, options)
+    prove_arguments(llm)
+    prove_shrinking(llm)
+
+
+if __name__ == "__main__":
+    os.environ["SPECDEC_CUDA_EMULATOR"] = str(EMULATOR)
+    prove(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    print("proved")
