@@ -16,6 +16,7 @@ from torch import nn
 
 from common.errors import UserError
 
+from .determinism import FEW
 from .device_runner import DeviceRunner
 from .drafters import EagleHead, MedusaHeads
 from .fake import FakeModel
@@ -164,4 +165,7 @@ class Backends:
             return CppRunner(model, self.fast[model], manager)
         if model.kernels.draw is TORCH.draw:
             return CachedRunner(model, manager, self.upload)
-        return DeviceRunner(model, manager, self.upload)
+        runner = DeviceRunner(model, manager, self.upload)
+        if self.options.deterministic:
+            runner.chunk = FEW
+        return runner

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.options import parse_options
 from common.phases import phase_of
 
+from .determinism import why_not_reproducible
 from .explain import account, plain_step_ms, print_explanation
 from .generate import stats_of
 from .llm import LLM
@@ -91,6 +92,7 @@ def report(llm: LLM, sequences: list[Sequence]) -> dict[str, object]:
         "kv": llm.remembered(),
         "kernels": llm.backends.report,
         "cuda_graph": llm.backends.graph_stats(),
+        "why_not_reproducible": why_not_reproducible(llm),
         "tokenizer_cache": dataclasses.asdict(llm.encoder.stats),
         "compile": llm.compiler.as_json() if llm.compiler else None,
     }

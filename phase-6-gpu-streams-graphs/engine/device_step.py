@@ -105,7 +105,9 @@ class DeviceStep:
         """Allocate the lanes. UserError for a bucket that the caches cannot hold."""
         self.target, self.draft, self.bucket = target, draft if bucket.k else None, bucket
         check_bucket(target.manager.cache, bucket)
-        nbytes, self.fields = Lanes.of(bucket.rows, target.manager.cache, draft and draft.manager.cache)
+        nbytes, self.fields = Lanes.of(
+            bucket.rows, target.manager.cache, None if draft is None else draft.manager.cache
+        )
         self.memory = device.empty(nbytes)
         device.copy_in(self.memory, torch.zeros(nbytes, dtype=torch.uint8))  # no lane is live while it is captured
         self.lanes = Lanes.on(self.memory, bucket.rows, self.fields)

@@ -222,7 +222,9 @@ def settle(step: DeviceStep, sequences: list[Sequence]) -> None:
     The draft's cache may lack the token before the last: it was accepted, and not computed.
     """
     for runner, behind in ((step.target, 1), (step.draft, 2)):
-        for sequence in sequences if runner is not None else []:
+        if runner is None:
+            continue
+        for sequence in sequences:
             row, text = runner.manager.rows[sequence], sequence.prompt + sequence.tokens
             runner.manager.appended(row, text[len(row.held) : max(len(row.held), len(text) - behind)])
     for sequence in sequences:

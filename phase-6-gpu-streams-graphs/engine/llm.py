@@ -27,6 +27,7 @@ from .capacity import check_capacity
 from .compile import Compiler
 from .config import ModelConfig
 from .cost_model import CostModel
+from .determinism import check_deterministic, deterministic
 from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
 from .drafters.heads import Heads, find_heads, load_heads
 from .drafting import Brancher, Drafter
@@ -81,6 +82,7 @@ class LLM:
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
+        check_deterministic(self)
         self.compiler = Compiler() if options.compile else None
         if self.compiler:
             self.compiler.compile(self.loaded.model, *drafting)
@@ -112,13 +114,11 @@ class LLM:
             if quant != "none":
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
-        device = resolve_device(self.options.device)
-        format = None
-        if quant != "none":
-            format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
+        options, device = self.options, resolve_device(self.options.device)
+        format = None if quant == "none" else Format(quant, options.quant_group, options.quant_asymmetric)
         dtype, as_stored = self._resolve(name).dtype, not self.backends.multiplies_in_torch or self.backends.whole_steps
-        with torch_threads(self.options.threads):
-            return load(name, dtype, device, format, self.options.quant_head, as_stored=as_stored)
+        with torch_threads(options.threads):
+            return load(name, dtype, device, format, options.quant_head, as_stored=as_stored)
 
     def sequences(
         self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
@@ -181,9 +181,9 @@ class LLM:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Enter the context of every step: `--threads` and `--amp`."""
+        """Enter the context of every step: `--threads`, `--amp` and `--deterministic`."""
         threads = 1 if self.backends.fast else self.options.threads  # torch's spinning threads would slow C++
-        with torch_threads(threads), self.amp:
+        with torch_threads(threads), self.amp, deterministic(self.options.deterministic):
             yield
 
     def run(self, sequences: list[Sequence], multi_step: bool = True) -> Iterator[Step | None]:

@@ -63,7 +63,8 @@ class Options(BaseSettings):
     ngram_max: int = Field(default=3, ge=1, description="of ngram: longest suffix to look up")
     alpha: float = Field(default=1.0, allow_inf_nan=False, description="of extrapolate: length of a step of the state")
     policy: Literal["auto", PolicyName] = Field(
-        default="auto", description="accepts draft tokens; auto: longest_prefix at temperature 0, else rejection"
+        default="auto",
+        description="accepts draft tokens; auto: longest_prefix at temperature 0, else rejection (see --deterministic)",
     )
     tree: Literal["off", "static", "dynamic"] = Field(default="off", description="draft a tree instead of a chain")
     tree_nodes: int = Field(default=16, ge=1, le=64, description="nodes of a tree")
@@ -96,6 +97,7 @@ class Options(BaseSettings):
     cuda_graph: Mode = Field(
         default="auto", description="capture steps and replay them; auto: on a GPU, where it can be"
     )
+    deterministic: bool = Field(default=False, description="equal tokens in every run, batch and number of threads")
     kv: Kind = Field(default="paged", description="how keys and values are remembered; off: not at all")
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")
     kv_slots: int = Field(default=0, ge=0, description="of static: tokens per text; 0: as many as the request can need")
@@ -233,9 +235,16 @@ class Options(BaseSettings):
         )
 
     def acceptance_policy(self) -> AcceptancePolicy:
-        automatic: PolicyName = "longest_prefix" if self.temperature == 0 else "rejection"
-        name = automatic if self.policy == "auto" else self.policy
-        return make_policy(name, self.tau, self.agree_k, self.epsilon, self.delta)
+        return make_policy(self.policy_name, self.tau, self.agree_k, self.epsilon, self.delta)
+
+    @property
+    def policy_name(self) -> PolicyName:
+        """Return the policy that `auto` stands for."""
+        if self.policy != "auto":
+            return self.policy
+        if self.temperature == 0:
+            return "longest_prefix"
+        return "coupled" if self.deterministic and self.controller == "cost" else "rejection"
 
     def make_controller(self, cost_model: CostModel | None = None) -> KController:
         """Make a controller for one sequence, which may share measured times with others."""

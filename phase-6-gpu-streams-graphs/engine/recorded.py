@@ -221,7 +221,7 @@ class Operations(TorchDispatchMode):
     """Torch's operations as launches on the arena: executed at once, or recorded."""
 
     def __init__(self, device: RecordedDevice) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
