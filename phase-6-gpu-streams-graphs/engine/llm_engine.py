@@ -28,6 +28,7 @@ from .generate import Stats, stats_of
 from .kernels import registry
 from .kv_cache import PAGE, PagedCache, StaticCache
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
+from .profiler import stage
 from .runner import DRAFT_ROOM, CachedRunner
 from .sampling import SamplingParams
 from .scheduler import BUDGET, Scheduler
@@ -223,6 +224,7 @@ class LLMEngine:
         return self.drafter is not None and isinstance(sequence.controller, CostController)
 
     def _prefill(self, sequence: Sequence, most: int) -> None:
+        stage("prefill")
         text, first = sequence.prompt + sequence.tokens, None
         taps: tuple[int, ...] = ()
         if self.drafter is not None and self.drafter.taps is not None:
@@ -234,6 +236,7 @@ class LLMEngine:
                 self.draft.prefill(sequence, text, most)
         except Exception as error:
             self._fail(sequence, error)
+        stage("schedule")
 
     def _decode(self, group: list[Sequence], most: int) -> Iterator[Step]:
         """Make steps of sequences with one policy. If that fails, each is tried alone: only those that fail end."""

@@ -23,7 +23,7 @@ from .drafting import Draft, Drafter, Outcome
 from .kernels.cpp import library
 from .kernels.cpp.model import Decoded
 from .policies import AcceptancePolicy, Rejection, SampleMatch
-from .profiler import CURRENT
+from .profiler import CURRENT, stage
 from .runner import NO_DRAFT, ModelRunner, Work
 from .sequence import Sequence
 from .speculative import append
@@ -82,6 +82,7 @@ def multi_step(
     if room < 1:
         return []
     call = call._replace(steps=min(call.steps, room))
+    stage("verify")
     works, made, states = _execute(runner, drafter, sequences, call, isinstance(policy, SampleMatch))
     return _commit(runner, drafter, sequences, asked, works, made, states, began)
 

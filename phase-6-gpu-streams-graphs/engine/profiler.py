@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -30,14 +29,16 @@ from typing import Any, Self, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from common.device import MIB, synchronize
+from common.device import MIB
 from common.errors import UserError
 
+from .clocks import clock_of
 from .memory_timeline import MemoryTimeline
 from .trace import STEP, read_trace
 
 T = TypeVar("T")
-RANGES = ("draft", "verify", "accept", "sample")  # of a decoding step
+RANGES = ("schedule", "prefill", "draft", "verify", "accept", "sample")  # of a decoding step
+SCHEMA = 1  # version of the files
 WARM_UP = 1  # steps before the trace begins
 LARGE = 50 * MIB  # a trace file that a browser opens slowly
 CURRENT: ContextVar[Profiler | None] = ContextVar("profiler", default=None)
@@ -54,8 +55,8 @@ class Profiler:
     """Profiles what runs inside its `with` block, and writes it at the end unless the block fails.
 
     Ranges are timed in all steps. After the first step `traced` steps are traced in full (0: none), with Python stacks
-    if `stacks`. A range ends with a device synchronisation. UserError, before anything runs, if the folder cannot be
-    written.
+    if `stacks`. On a GPU ranges are timed by events, which are read at the end: no range makes the host wait.
+    UserError, before anything runs, if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, device: torch.device, traced: int = 8, stacks: bool = False) -> None:
@@ -70,11 +71,12 @@ class Profiler:
         self.folder, self.device, self.traced, self.stacks = folder, device, traced, stacks
         self.steps: list[dict[str, Any]] = []
         self.around: dict[str, float] = defaultdict(float)  # ms by range, outside the steps
-        self.entered = 0  # number of ranges
+        self.clock = clock_of(device)
+        self._timed: list[tuple[dict[str, Any], str, Any, Any]] = []  # what is to be added where: a name, two moments
         self.run: Path | None = None  # the written folder
         self.memory = MemoryTimeline(device, lambda: self._range)
-        self._range, self._since = "", 0.0
-        self._spent: dict[str, float] = self.around
+        self._range, self._since = "", self.clock.now()
+        self._spent: dict[str, Any] = self.around
         self._trace: profile | None = None
         self._tracing = False
         self._annotation: record_function | None = None
@@ -93,6 +95,9 @@ class Profiler:
     ) -> None:
         self.enter("")
         CURRENT.reset(self._token)
+        self.clock.settle()
+        for spent, name, began, ended in self._timed:
+            spent[name] = spent.get(name, 0.0) + self.clock.ms(began, ended)
         self.memory.end()
         self._stop_trace()
         if error is None:
@@ -100,14 +105,15 @@ class Profiler:
 
     def enter(self, name: str) -> None:
         """End the current range and begin another; "" begins none."""
-        synchronize(self.device)
-        now = time.perf_counter()
+        now = self.clock.now()
         if self._range:
-            self._spent[self._range] += (now - self._since) * 1e3
-            self.entered += 1
+            self._timed.append((self._spent, self._range, self._since, now))
         if self._annotation is not None:
             self._annotation.__exit__(None, None, None)
             self._annotation = None
+        if self.device.type == "cuda":
+            torch.cuda.nvtx.range_pop() if self._range else None
+            torch.cuda.nvtx.range_push(name) if name else None
         self._range, self._since = name, now
         if self._tracing and name:
             self._annotation = record_function(name)
@@ -121,23 +127,23 @@ class Profiler:
             number = len(self.steps)
             if self.traced and number == WARM_UP:
                 self._start_trace()
-            spent: dict[str, float] = defaultdict(float)
-            self._spent = spent
+            entry: dict[str, Any] = {"step": number, "traced": self._tracing}
+            self._spent = entry
             try:
                 with record_function(f"{STEP}{number}") if self._tracing else nullcontext():
-                    began = time.perf_counter()
+                    began = self.clock.now()
                     try:  # the inner annotation ends before the outer, in an error too
-                        self.enter("loop")
+                        self.enter("schedule")
                         step = next(steps)
                     finally:
                         self.enter("")
-                        ms = (time.perf_counter() - began) * 1e3
+                        self._timed.append((entry, "ms", began, self.clock.now()))
             except StopIteration:
                 return
             finally:
                 self._spent = self.around
-            counts = [dataclasses.asdict(stats) for stats in getattr(step, "stats", [])]
-            self.steps.append({"step": number, "ms": ms, "traced": self._tracing, **spent, "sequences": counts})
+            entry["sequences"] = [dataclasses.asdict(stats) for stats in getattr(step, "stats", [])]
+            self.steps.append(entry)
             if len(self.steps) == WARM_UP + self.traced:
                 self._stop_trace()
             self.enter("output")
@@ -149,7 +155,7 @@ class Profiler:
 
     @property
     def coverage(self) -> float:
-        """The share of the steps' wall time inside RANGES."""
+        """The share of the steps' time inside RANGES."""
         return sum(map(self.total, RANGES)) / self.total("ms") if self.steps else 0.0
 
     def _recorder(self) -> profile:
@@ -171,13 +177,17 @@ class Profiler:
     def _write(self) -> None:
         try:
             self.run = _next_run(self.folder)
-            totals = {name: self.total(name) for name in (*RANGES, "loop")}
-            summary = {"wall_ms": self.total("ms"), "ranges_ms": totals, "coverage": self.coverage}
+            totals = {name: self.total(name) for name in RANGES}
+            summary = {"clock": self.clock.name, "wall_ms": self.total("ms"), "ranges_ms": totals}
+            cuda = torch.cuda.memory_stats(self.device) if self.device.type == "cuda" else {}
+            allocator = {name: value for name, value in cuda.items() if name.endswith(("all.peak", "retries", "ooms"))}
             for file, content in {
-                "steps": {**summary, "around_ms": self.around, "steps": self.steps},
-                "memory": {"unit": "MiB", "samples": self.memory.samples},
+                "steps": {**summary, "coverage": self.coverage, "around_ms": self.around, "steps": self.steps},
+                "memory": {"unit": "MiB", "samples": self.memory.samples, "cuda_bytes": allocator},
             }.items():
-                (self.run / f"{file}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+                (self.run / f"{file}.json").write_text(
+                    json.dumps({"schema_version": SCHEMA, **content}) + "\n", encoding="utf-8"
+                )
             if self._trace is not None and len(self.steps) > WARM_UP:
                 self._trace.export_chrome_trace(str(self.run / "trace.json"))
                 order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ def proof(*arguments: str) -> Any:
     return run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"})
 
 
-def cases() -> Iterator[Any]:
-    """Yield every kind of decoding in every format and cache; three of them are quick."""
+def cases() -> list[Any]:
+    """Return every kind of decoding in every format and cache; three of them are quick."""
     quick = {("float32", "rejection", "paged"), ("int8 cache", "coupled", "static"), ("int4", "plain", "paged")}
-    for case in itertools.product(FORMATS, DECODING, ("paged", "static")):
-        yield pytest.param(*case, marks=[] if case in quick else pytest.mark.slow)
+    every = itertools.product(FORMATS, DECODING, ("paged", "static"))
+    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in every]
 
 
 @pytest.mark.parametrize(("kind", "how", "kv"), cases())
