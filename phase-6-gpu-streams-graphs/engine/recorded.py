@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
@@ -163,20 +163,18 @@ class RecordedDevice:
             self.recording.arguments += map(self.library.recorder_hash, range(self.noted, launched))
         self.noted = launched
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> AbstractContextManager[None]:
         """Let the host access the arena, for the time of a copy or of one of torch's operations."""
-        self.library.recorder_close(0)
-        try:
-            yield
-        finally:
-            self.library.recorder_close(int(self.closed))
+        return self._access(closed=False)
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Close the arena: the host may only launch and copy."""
+        return self._access(closed=True)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Close the arena: from now on the host may only launch and copy."""
-        before, self.closed = self.closed, True
-        self.library.recorder_close(1)
+    def _access(self, closed: bool) -> Iterator[None]:
+        before, self.closed = self.closed, closed
+        self.library.recorder_close(int(closed))
         try:
             yield
         finally:
@@ -271,4 +269,7 @@ class Operations(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))  # keeps the strides
         if any(argument.name == "device" for argument in func._schema.arguments):
             kwargs = {**kwargs, "device": torch.device("meta")}
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except NotImplementedError as error:
+            raise CaptureError(f"the shape of a result depends on device memory: {func}") from error

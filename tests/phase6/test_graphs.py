@@ -53,7 +53,7 @@ MUTANTS: list[tuple[str, str, dict[str, Any], str]] = [  # what is wrong, the pa
     ("item", "arguments", {}, "the host reads device memory: aten.item"),
     ("tolist", "arguments", {}, "Segmentation fault"),
     ("a copy to the device", "arguments", {}, "a copy from the host within a step: aten.lift_fresh"),
-    ("lanes that are not live", "shrinking", {}, "4"),
+    ("lanes that are not live", "shrinking", {}, "Segmentation fault"),
     ("the draft's cache not advanced", "tokens", SPECULATIVE, "decisions differ"),
     ("state in the graph's memory", "tokens", {}, "decisions differ"),
     ("another block table", "tokens", {}, "decisions differ"),

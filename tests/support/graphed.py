@@ -41,7 +41,10 @@ MUTANTS: dict[str, tuple[Any, tuple[str, str]]] = {
         device_step,
         ("Staged(lanes.filters)", "Staged(lanes.filters * 0 + lanes.filters.new_full((4,), HOST['temperature']))"),
     ),
-    "an allocation": (device_step, ("drafted, probs = torch", "HOST['device'].empty(8)\n        drafted, probs = torch")),
+    "an allocation": (
+        device_step,
+        ("drafted, probs = torch", "HOST['device'].empty(8)\n        drafted, probs = torch"),
+    ),
     "an allocation that grows": (
         device_step,
         ("drafted, probs = self._draft(", "torch.empty(HOST['length'] * 64)\n        drafted, probs = self._draft("),
