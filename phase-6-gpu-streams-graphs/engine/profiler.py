@@ -181,13 +181,13 @@ class Profiler:
             summary = {"clock": self.clock.name, "wall_ms": self.total("ms"), "ranges_ms": totals}
             cuda = torch.cuda.memory_stats(self.device) if self.device.type == "cuda" else {}
             allocator = {name: value for name, value in cuda.items() if name.endswith(("all.peak", "retries", "ooms"))}
-            for file, content in {
+            documents: dict[str, dict[str, Any]] = {
                 "steps": {**summary, "coverage": self.coverage, "around_ms": self.around, "steps": self.steps},
                 "memory": {"unit": "MiB", "samples": self.memory.samples, "cuda_bytes": allocator},
-            }.items():
-                (self.run / f"{file}.json").write_text(
-                    json.dumps({"schema_version": SCHEMA, **content}) + "\n", encoding="utf-8"
-                )
+            }
+            for file, content in documents.items():
+                text = json.dumps({"schema_version": SCHEMA, **content}) + "\n"
+                (self.run / f"{file}.json").write_text(text, encoding="utf-8")
             if self._trace is not None and len(self.steps) > WARM_UP:
                 self._trace.export_chrome_trace(str(self.run / "trace.json"))
                 order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"

@@ -58,12 +58,17 @@ def test_where_k_follows_the_clock_tokens_do_not(folder: str) -> None:
     assert strict[0]["tokens"] == plain["tokens"]
 
 
-def test_auto_is_coupled_where_k_follows_the_clock() -> None:
-    named = lambda **options: phase6.Options(deterministic=True, **options).policy_name  # noqa: E731
-    assert named(temperature=1.0, controller="cost") == "coupled"
-    assert named(temperature=1.0) == "rejection"
-    assert named(controller="cost") == "longest_prefix"
-    assert phase6.Options(temperature=1.0, controller="cost").policy_name == "rejection"
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({"deterministic": True, "temperature": 1.0, "controller": "cost"}, "coupled"),
+        ({"deterministic": True, "temperature": 1.0}, "rejection"),
+        ({"deterministic": True, "controller": "cost"}, "longest_prefix"),
+        ({"temperature": 1.0, "controller": "cost"}, "rejection"),
+    ],
+)
+def test_auto_is_coupled_where_k_follows_the_clock(options: dict[str, Any], policy: str) -> None:
+    assert phase6.Options(**options).policy_name == policy
 
 
 @pytest.mark.parametrize(

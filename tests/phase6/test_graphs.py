@@ -22,6 +22,7 @@ import phase6
 from common.errors import UserError
 from phase6.device_step import Bucket, check_bucket
 from phase6.graph_steps import rows_of_bucket
+from phase6.graphs import why_not_options
 from phase6.kernels.cuda import library
 from phase6.kv_cache import CacheShape, PagedCache
 from tests.support.forked import run
@@ -144,7 +145,9 @@ def test_on_is_an_error_where_it_cannot_be(number: int) -> None:
     chosen = {"model": "stdlib-10m", "device": "cpu", "kernels": "cuda", "cuda_graph": "on", "draft": "none", **options}
     with pytest.raises(UserError, match=f"--cuda-graph on cannot be: {said}"):
         phase6.LLM(phase6.Options(**chosen))
-    assert phase6.graphs.why_not_options(phase6.Options(**{**chosen, "cuda_graph": "auto"})).startswith(said)
+    why = why_not_options(phase6.Options(**{**chosen, "cuda_graph": "auto"}))
+    assert why is not None
+    assert why.startswith(said)
 
 
 def test_on_is_an_error_without_a_card() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -53,7 +54,7 @@ def test_the_files_have_one_schema_and_ranges_leave_no_gap(
     name: str, k: int, tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
     folder = str(make_checkpoint("llama"))
-    options = {"model": folder, "device": "cpu", "kernels": name, "dtype": "float32", "max_tokens": 12}
+    options: dict[str, Any] = {"model": folder, "device": "cpu", "kernels": name, "dtype": "float32", "max_tokens": 12}
     options |= {"draft": folder, "k": k} if k else {"draft": "none"}
     with Profiler(tmp_path, CPU, traced=0) as made:
         llm = phase6.LLM(phase6.Options(**options))

@@ -18,6 +18,7 @@ from common.errors import UserError
 from phase6.kernels.cuda import library
 from phase6.recorded import CaptureError, RecordedDevice, recorded_device
 
+HOST = torch.tensor([1, 1, 1, 1], dtype=torch.int32)
 HEADERS = Path(phase6.__file__).resolve().parents[1]
 
 
@@ -102,9 +103,6 @@ def test_what_cannot_be_recorded(
         device.capture(step)
     assert device.recording is None
     assert state.tolist() == [1, 2, 3, 4]  # the arena is open again
-
-
-HOST = torch.tensor([1, 1, 1, 1], dtype=torch.int32)
 
 
 def test_an_allocation_that_grows_is_noticed(device: RecordedDevice, state: Tensor) -> None:

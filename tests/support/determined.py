@@ -8,23 +8,24 @@ K: by which `--controller cost` goes, step after step, in the place of the clock
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import sys
 from typing import Any
 
 import phase6
-from phase6 import speculative
 
+speculative: Any = importlib.import_module("phase6.speculative")
 PROMPTS = ["def read_config(path):", "import os", "class A:"]
 
 
 def decode(folder: str, threads: int, rows: int, options: dict[str, Any], widths: list[int]) -> dict[str, Any]:
     chosen = {"model": folder, "draft": folder, "device": "cpu", "max_tokens": 24, "deterministic": True, **options}
-    llm = phase6.LLM(phase6.Options(**chosen, threads=threads, batch_size=rows))
+    llm: Any = phase6.LLM(phase6.Options(**chosen, threads=threads, batch_size=rows))
     if widths:
         given = itertools.cycle(widths)
-        speculative.plan = lambda drafter, sequences, context: [  # type: ignore[assignment]
+        speculative.plan = lambda drafter, sequences, context: [
             speculative.block_width(sequence, k, context) for k in [next(given)] for sequence in sequences
         ]
     sequences, logits = llm.sequences(PROMPTS), dict[Any, Any]()

@@ -20,11 +20,13 @@ import torch
 
 import phase5
 import phase6
-from phase6 import device_step, graph_steps
 from phase6.device_step import Bucket
 from phase6.graph_steps import GraphSteps, loaded
 from tests.support.mutants import mutated
 
+device_step: Any = importlib.import_module("phase6.device_step")
+graph_steps: Any = importlib.import_module("phase6.graph_steps")
+backends: Any = importlib.import_module("phase6.backends")
 EMULATOR = Path(phase6.__file__).resolve().parents[1] / "recorder" / "emulator.h"
 PROMPTS = ["import os", "def f(left, right):\n    return", "class A:", "x"]
 HOST: dict[str, Any] = {}  # what mutants take from the host
@@ -122,7 +124,7 @@ class Steps:
             self.engine.add(sequence)
         while any(not sequence.tokens for sequence in self.sequences):
             list(self.engine.advance())
-        runners = [self.engine.target, *([self.engine.draft] if self.engine.draft else [])]
+        runners: list[Any] = [self.engine.target, *([self.engine.draft] if self.engine.draft else [])]
         for runner in runners:
             for sequence in self.sequences:
                 runner.manager.reserve(sequence, sequence.length + 40)
@@ -199,9 +201,9 @@ def prove(folder: str, options: dict[str, Any], part: str, mutant: str | None) -
     if mutant is not None:
         module, change = MUTANTS[mutant]
         changed = mutated(module, change, HOST=HOST)
-        graph_steps.DeviceStep = changed.DeviceStep  # type: ignore[misc]
+        graph_steps.DeviceStep = changed.DeviceStep
         if module is graph_steps:
-            phase6.backends.GraphSteps = changed.GraphSteps  # type: ignore[misc]
+            backends.GraphSteps = changed.GraphSteps
     llm = make(phase6, folder, options)
     HOST["device"] = llm.backends.graphs.device
     if part in ("tokens", "all"):
