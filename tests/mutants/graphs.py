@@ -20,7 +20,6 @@ MUTANTS = [
         ("lanes.lengths.add_(emitted.int())", "lanes.lengths.add_(1)"),
         ("known.gather(1, accepted[:, None])", "known[:, :1]"),
         ("(lanes.ends - lengths).clamp(max=K)", "lengths.new_full((len(lengths), 1), K)"),
-        ("(widths > j).int()", "(widths > 0).int()", "keys past a lane's draft are written again before they are read"),
         ("| ~live", ""),
     ),
     *mutants(
@@ -49,7 +48,7 @@ MUTANTS = [
     *mutants(
         f"{PHASE}/determinism.py",
         DETERMINISM,
-        ("options.temperature > 0 and ", ""),
+        ("        and options.temperature > 0\n", ""),
         ('EXACT = ("coupled", "longest_prefix")', 'EXACT = ("coupled", "longest_prefix", "rejection")'),
         ("torch.use_deterministic_algorithms(before)", "pass"),
     ),
