@@ -54,22 +54,28 @@ mutants: $(STAMP)  ## change the engine in many small ways, one at a time, and s
 sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
 	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m checks.sanitize
 
-# GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv. A part that fails does not stop
-# the others, so that a card that is there for a short time is used; what each gave and took is in OUT/manifest.json.
+# GPU_PYTHON=python3 takes a Python that has the dependencies already, instead of .venv. The parts are in the order of what
+# a short time with a card is worth most for: kernels and ledger, captured steps, all tests, benches from the newest phase
+# on. PARTS="ledger graphs" runs these alone. A part that fails does not stop the others; what each gave and took is in
+# OUT/manifest.json. A dry run captures steps on the emulator of CUDA.
 gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a graphics card: its tests, and every phase's bench into OUT
 	@$(LINK_PHASES); $(if $(DRY_RUN),rm -rf "$(RESULTS)";) mkdir -p "$(RESULTS)"; rm -f "$(RESULTS)/parts.tsv"
 	@python='$(or $(GPU_PYTHON),$(BIN)/python)'; failed=0; \
 	part() { \
-	    name=$$1; shift; echo "$$name: $$*"; began=$$(date +%s); status=0; \
+	    name=$$1; shift; case " $(or $(PARTS),$$name) " in *" $$name "*) ;; *) return 0 ;; esac; \
+	    echo "$$name: $$*"; began=$$(date +%s); status=0; \
 	    "$$@" > "$(RESULTS)/$$name.txt" || { status=$$?; failed=1; }; \
 	    tail -n 40 "$(RESULTS)/$$name.txt" | cut -c1-200; \
 	    printf '%s\t%s\t%s\n' $$name $$status $$(($$(date +%s) - began)) >> "$(RESULTS)/parts.tsv"; \
 	}; \
-	part tests env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m pytest -p no:cacheprovider -m gpu \
-	    $$(grep -lr --include='test_*.py' 'mark\.gpu' tests); \
 	$(if $(DRY_RUN),,part ledger env PYTHONPATH=phase-5-kernels-kvcache:.:$$PYTHONPATH $$python -m checks.ledger --write; \
 	cp phase-5-kernels-kvcache/engine/kernels/verified.json "$(RESULTS)/";) \
-	for phase in phase-*; do \
+	part graphs env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH \
+	    $(if $(DRY_RUN),$$python -m pytest -p no:cacheprovider -m "not slow" -k "plain or grows" tests/phase6/test_graphs.py,\
+	    $$(command -v compute-sanitizer) $$python -m pytest -p no:cacheprovider -m gpu tests/phase6/test_gpu_graphs.py); \
+	part tests env PYTHONPATH=.:$(VENV)/phases:$$PYTHONPATH $$python -m pytest -p no:cacheprovider -m gpu \
+	    $$(grep -lr --include='test_*.py' 'mark\.gpu' tests); \
+	for phase in $$(printf '%s\n' phase-* | sort -r); do \
 	    part $$phase env PYTHONPATH=. $$python $$phase/bench.py --device $(if $(DRY_RUN),auto --dry-run,cuda) \
         $(GPU_BENCH) --output "$(RESULTS)/$$phase"; \
 	done; \

@@ -25,6 +25,7 @@ from .llm_engine import LLMEngine, Output
 from .load import LoadedModel, load, load_transformer
 from .model import Transformer
 from .options import Options
+from .overlap import OverlapStats
 from .policies import (
     AcceptancePolicy,
     ConfThreshold,
@@ -82,6 +83,7 @@ __all__ = [
     "Options",
     "Outcome",
     "Output",
+    "OverlapStats",
     "PagedCache",
     "Path",
     "RandomSource",

@@ -116,6 +116,7 @@ class Backends:
     def _pack(self, model: nn.Module) -> None:
         """Pack a model for C++, or report why not. UserError if C++ was asked for by name."""
         from .kernels.cpp import CppModel
+        from .kernels.cpp.library import checked_threads
         from .kernels.cpp.weights import why_not_model
 
         reason = why_not_model(model)
@@ -128,7 +129,10 @@ class Backends:
             return
         assert isinstance(model, Transformer)
         weights = FORMATS[model.embedding.weight.dtype]
-        self.fast[model] = CppModel(model, weights, self.options.threads or None, release=True)
+        threads = self.options.threads or None
+        if self.options.parallel_streams:  # the draft, packed after the target, has one of them
+            threads = 1 if self.fast else max(1, checked_threads(threads) - 1)
+        self.fast[model] = CppModel(model, weights, threads, release=True)
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
 
     def _pack_heads(self, heads: object, target: nn.Module) -> None:

@@ -92,6 +92,7 @@ def report(llm: LLM, sequences: list[Sequence]) -> dict[str, object]:
         "kv": llm.remembered(),
         "kernels": llm.backends.report,
         "cuda_graph": llm.backends.graph_stats(),
+        "parallel_streams": dataclasses.asdict(llm.overlap) if llm.overlap else None,
         "why_not_reproducible": why_not_reproducible(llm),
         "tokenizer_cache": dataclasses.asdict(llm.encoder.stats),
         "compile": llm.compiler.as_json() if llm.compiler else None,

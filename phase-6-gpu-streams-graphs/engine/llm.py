@@ -39,6 +39,7 @@ from .llm_engine import LLMEngine
 from .load import LoadedModel, load
 from .model import Transformer
 from .options import Options, QuantName
+from .overlap import OverlapDrafter, overlap_of
 from .packing import pack_matrices
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, resolve_precision
@@ -82,6 +83,7 @@ class LLM:
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
+        self.overlap = overlap_of(options, [self.backends.in_cpp(model) for model in models])
         check_deterministic(self)
         self.compiler = Compiler() if options.compile else None
         if self.compiler:
@@ -239,6 +241,8 @@ class LLM:
             self.backends.heads,
             draft_in_cpp=self.draft is not None and self.backends.in_cpp(self.draft.model),
         )
+        if self.overlap is not None:
+            return OverlapDrafter(drafter, self.overlap)
         return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
 
     def remembered(self) -> dict[str, object]:
@@ -280,8 +284,7 @@ class LLM:
         if self.options.tree == "dynamic":
             return DynamicTreeDrafter(drafter, self.options.tree_nodes)
         shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
-        policy = self.policy
-        return StaticTreeDrafter(drafter, shape, source, policy.draft_noise, policy.draws_children)
+        return StaticTreeDrafter(drafter, shape, source, self.policy.draft_noise, self.policy.draws_children)
 
     def tree_acceptance(self) -> list[list[float]]:
         """By depth and rank: as measured for the model's own drafters, else a typical one."""
@@ -289,14 +292,10 @@ class LLM:
 
     def _search(self, sequences: list[Sequence]) -> Iterator[None]:
         """Beam search, one prompt after the other: no token is certain before its search ends."""
+        loaded, options = self.loaded, self.options
         for sequence in sequences:
             best = beam_search(
-                self.loaded.model,
-                sequence.prompt,
-                sequence.params,
-                self.loaded.ending,
-                self.options.beams,
-                self.options.length_penalty,
+                loaded.model, sequence.prompt, sequence.params, loaded.ending, options.beams, options.length_penalty
             )
             for token in best.tokens:
                 sequence.append(token)

@@ -97,6 +97,7 @@ class Options(BaseSettings):
     cuda_graph: Mode = Field(
         default="auto", description="capture steps and replay them; auto: on a GPU, where it can be"
     )
+    parallel_streams: bool = Field(default=False, description="draft the next block while this one is verified")
     deterministic: bool = Field(default=False, description="equal tokens in every run, batch and number of threads")
     kv: Kind = Field(default="paged", description="how keys and values are remembered; off: not at all")
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")

@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -28,6 +29,7 @@ from .drafting import Draft, Drafter, Outcome
 from .inputs import sampling_metadata
 from .kernels import Kernels
 from .kernels.tokens import SamplingMetadata
+from .overlap import OverlapDrafter
 from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .profiler import stage
 from .runner import ModelRunner
@@ -100,7 +102,9 @@ def propose_and_verify(
     tokens = upload.put_longs((token for chain in chains for token in chain), *draft.tokens.shape)
     taps = None if drafter is None else drafter.taps
     states_from = None if drafter is None or taps is None else [drafter.states_from(sequence) for sequence in sequences]
-    output = runner.forward(list(sequences), [s.prompt + s.tokens for s in sequences], trees, states_from, taps or ())
+    texts = [sequence.prompt + sequence.tokens for sequence in sequences]
+    with drafter.ahead(sequences, draft) if isinstance(drafter, OverlapDrafter) else nullcontext():
+        output = runner.forward(list(sequences), texts, trees, states_from, taps or ())
     if any(tree.tokens for tree in trees):
         draft = dataclasses.replace(draft, tokens=tokens.tensor)
     synchronize(upload.device)

@@ -70,7 +70,8 @@ def test_a_dry_run_of_make_gpu_goes_through(tmp_path: Path) -> None:
     run = subprocess.run(["make", "gpu", *variables], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     written = json.loads((tmp_path / "dry-run/manifest.json").read_text())
-    assert [part["name"] for part in written["parts"]] == ["tests", *(phase.folder.name for phase in phases())]
+    benches = [phase.folder.name for phase in reversed(phases())]
+    assert [part["name"] for part in written["parts"]] == ["graphs", "tests", *benches]
     assert written["synthetic"] is True
     for phase in phases():
         rows = (tmp_path / "dry-run" / phase.folder.name / "results.jsonl").read_text().splitlines()

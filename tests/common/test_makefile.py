@@ -135,14 +135,22 @@ def test_gpu_runs_tests_benches_and_manifest(lab: Path, monkeypatch: pytest.Monk
     run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out")
     assert run.returncode == 0, run.stderr
     assert calls == [
-        "-m pytest -p no:cacheprovider -m gpu tests/test_card.py",
         "-m checks.ledger --write",
-        "phase-1-one/bench.py --device cuda --rounds 3 --output out/phase-1-one",
+        "-m pytest -p no:cacheprovider -m gpu tests/phase6/test_gpu_graphs.py",
+        "-m pytest -p no:cacheprovider -m gpu tests/test_card.py",
         "phase-2-two/bench.py --device cuda --rounds 3 --output out/phase-2-two",
+        "phase-1-one/bench.py --device cuda --rounds 3 --output out/phase-1-one",
         "-m common.gpu_manifest out",
     ]
-    parts = [line.split("\t") for line in (lab / "out/parts.tsv").read_text().splitlines()]
-    assert [part[:2] for part in parts] == [["tests", "0"], ["ledger", "0"], ["phase-1-one", "0"], ["phase-2-two", "0"]]
+    parts = [line.split("\t")[:2] for line in (lab / "out/parts.tsv").read_text().splitlines()]
+    assert parts == [[name, "0"] for name in ("ledger", "graphs", "tests", "phase-2-two", "phase-1-one")]
+
+
+def test_gpu_runs_the_named_parts_alone(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATUS", "0")
+    run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out", "PARTS=phase-1-one ledger")
+    assert run.returncode == 0, run.stderr
+    assert [call.split(" ")[0] for call in calls] == ["-m", "phase-1-one/bench.py", "-m"]
 
 
 def test_gpu_goes_on_after_a_failure_and_then_fails(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +158,8 @@ def test_gpu_goes_on_after_a_failure_and_then_fails(lab: Path, monkeypatch: pyte
     (lab / "phase-3-three").mkdir()
     run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out")
     assert run.returncode != 0
-    assert [call.split("/")[0] for call in calls[3:]] == ["phase-2-two", "phase-3-three", "-m common.gpu_manifest out"]
+    benches = ["phase-3-three", "phase-2-two", "phase-1-one", "-m common.gpu_manifest out"]
+    assert [call.split("/")[0] for call in calls[3:]] == benches
     assert "phase-2-two\t3\t" in (lab / "out/parts.tsv").read_text()
 
 
@@ -161,7 +170,8 @@ def test_gpu_dry_run_needs_no_card_and_leaves_results_alone(lab: Path, monkeypat
         (lab / folder / "results.jsonl").write_text("{}\n")
     run, calls = _make(lab, "gpu", "GPU_PYTHON=gpu-python", "OUT=out", "DRY_RUN=1")
     assert run.returncode == 0, run.stderr
-    assert calls[1] == "phase-1-one/bench.py --device auto --dry-run --rounds 3 --output out/dry-run/phase-1-one"
+    assert calls[0] == "-m pytest -p no:cacheprovider -m not slow -k plain or grows tests/phase6/test_graphs.py"
+    assert calls[3] == "phase-1-one/bench.py --device auto --dry-run --rounds 3 --output out/dry-run/phase-1-one"
     assert calls[-1] == "-m common.gpu_manifest out/dry-run"
     assert (lab / "out/phase-1-one/results.jsonl").exists()
     assert not (lab / "out/dry-run/phase-1-one/results.jsonl").exists()

@@ -8,6 +8,7 @@ PHASE = "phase-6-gpu-streams-graphs/engine"
 GRAPHS = ("tests/phase6/test_graphs.py",)
 RECORDED = ("tests/phase6/test_recorded.py",)
 DETERMINISM = ("tests/phase6/test_determinism.py",)
+OVERLAP = ("tests/phase6/test_overlap.py",)
 PROFILER = ("tests/phase6/test_profiler.py",)
 
 MUTANTS = [
@@ -51,6 +52,17 @@ MUTANTS = [
         ("        and options.temperature > 0\n", ""),
         ('EXACT = ("coupled", "longest_prefix")', 'EXACT = ("coupled", "longest_prefix", "rejection")'),
         ("torch.use_deterministic_algorithms(before)", "pass"),
+    ),
+    *mutants(
+        f"{PHASE}/overlap.py",
+        OVERLAP,
+        ("ahead.output == sequence.tokens and ", ""),
+        (
+            "guess, *tokens = made.tokens[row, : width + 1].tolist()",
+            "*tokens, guess = made.tokens[row, : width + 1].tolist()",
+        ),
+        ("made.probs[row, 1 : width + 1]", "made.probs[row, :width]"),
+        ("self.stats.used += sum(ahead is not None for ahead in found)", "self.stats.used += len(found)"),
     ),
     *mutants(
         f"{PHASE}/options.py",
