@@ -7,6 +7,7 @@ after the other with the threads divided, and both at once. The times of the fir
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import engine
 from common.benchmark import Outcome
@@ -26,10 +27,10 @@ ALL, DIVIDED, PARALLEL = "all threads", "divided threads", "parallel"
 def measure_overlap(lab: Lab) -> None:
     for name in lab.options.formats:
         for k in WIDTHS[1:2] if lab.options.quick else WIDTHS:
-            cell = {"model": lab.options.model, "format": name, "instruction_set": lab.instruction_set, "k": k}
+            cell: dict[str, Any] = {"model": lab.options.model, "format": name, "instruction_set": lab.instruction_set}
             seen = dict[str, dict[str, float]]()
             runs = {how: decoded(lab, name, k, how, seen) for how in (ALL, DIVIDED, PARALLEL)}
-            lab.compare("overlap", cell, runs, prompts=lab.prompts(4), exact=(DIVIDED, PARALLEL))
+            lab.compare("overlap", {**cell, "k": k}, runs, prompts=lab.prompts(4), exact=(DIVIDED, PARALLEL))
 
 
 def decoded(lab: Lab, name: Format, k: int, how: str, seen: dict[str, dict[str, float]]) -> Variant:

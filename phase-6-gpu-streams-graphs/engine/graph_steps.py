@@ -23,6 +23,7 @@ from .device_step import Bucket, DeviceStep, Lanes, Result, capacity
 from .drafters.model_device import DeviceModelDrafter
 from .drafting import Draft, Drafter, Outcome
 from .graphs import Device, Graph, GraphStats
+from .kernels.key_ranges import FEW
 from .kv_cache import KVCache, PagedCache
 from .policies import AcceptancePolicy, Rejection, SampleMatch
 from .profiler import stage
@@ -64,7 +65,7 @@ class GraphSteps:
                 runners.append(drafter.runner)
             controller, greedy = sequences[0].controller, all(sequence.params.greedy for sequence in sequences)
             K = controller.k if any(asked) and isinstance(controller, FixedController) else 0
-            steps = reserve(runners, sequences, K, most)
+            steps = reserve(runners if K else runners[:1], sequences, K, most)
             if steps:
                 rows = rows_of_bucket(len(sequences), len(runners[0].manager.cache.lengths))
                 step, graph = self._graph(runners, Bucket(rows, K, greedy, None if greedy or not K else policy))
@@ -145,6 +146,8 @@ def why_eager(
     widths = {each.controller.k for each in sequences if isinstance(each.controller, FixedController)}
     if len(widths) != 1 or not all(isinstance(each.controller, FixedController) for each in sequences):
         return "controllers decide on the host"
+    if max(widths) >= FEW:
+        return f"drafts of more than {FEW - 1} tokens"
     if any(lacking(drafter.runner, sequence) > 2 for sequence in sequences):
         return "a prompt"
     return None

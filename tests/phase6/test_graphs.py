@@ -101,6 +101,14 @@ def test_replays_decide_what_phase_5_decides(kind: str, how: str, kv: str, folde
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", list(DECODING))
+@pytest.mark.usefixtures("emulator")
+def test_forty_prompts_that_come_and_go(how: str, folder: str) -> None:
+    done = proof(folder, json.dumps({"kv": "paged", **DECODING[how]}), "many")
+    assert done.stdout == "proved\n", done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
 @pytest.mark.usefixtures("emulator")
 def test_other_families(family: str, make_checkpoint: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ A program, because what it forbids may be a fault (SIGSEGV) that ends the proces
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 
 import phase5
 import phase6
+from common.prompts import load_prompts
 from phase6.device_step import Bucket
 from phase6.graph_steps import GraphSteps, loaded
 from tests.support.mutants import mutated
@@ -90,9 +92,10 @@ def make(engine: Any, folder: str, options: dict[str, Any]) -> Any:
 Decision = tuple[list[int], int, int]  # draft, how many of its tokens are accepted, the token that follows
 
 
-def decisions(llm: Any, prompts: list[str]) -> list[tuple[list[int], list[Decision]]]:
-    """Decode; return the tokens of every sequence, and what each of its steps decided."""
-    sequences = llm.sequences(prompts)
+def decisions(llm: Any, prompts: list[str], lengths: list[int] | None = None) -> list[tuple[list[int], list[Decision]]]:
+    """Decode; return the tokens of every sequence, and what each of its steps decided. lengths: new tokens of each."""
+    params = [dataclasses.replace(llm.params, max_new_tokens=n) for n in lengths] if lengths else llm.params
+    sequences = llm.sequences(prompts, params)
     found: dict[Any, list[Decision]] = {sequence: [] for sequence in sequences}
     for step in llm.run(sequences):
         for sequence, tree, path in zip(step.sequences, step.trees, step.paths, strict=True):
@@ -111,6 +114,18 @@ def prove_tokens(llm: Any, folder: str, options: dict[str, Any]) -> None:
     assert stats.captures == 1, stats
     assert set(stats.eager_steps) == {"a prompt"}, stats
     assert device.reads - before == stats.host_reads == stats.replays, "copies to the host"
+
+
+def prove_many(llm: Any, folder: str, options: dict[str, Any]) -> None:
+    """40 prompts that come and go, with 1 to 7 new tokens each: phase 5's decisions."""
+    prompts = [prompt.text[:24] for prompt in load_prompts("code", "test")[:40]]
+    lengths = [1 + at * 5 % 7 for at in range(len(prompts))]
+    assert len(prompts) == 40
+    found = decisions(llm, prompts, lengths)
+    assert found == decisions(make(phase5, folder, options), prompts, lengths), "decisions differ"
+    stats = llm.backends.graphs.stats
+    assert stats.replays == stats.host_reads > 4, stats
+    assert set(stats.eager_steps) == {"a prompt"}, stats
 
 
 class Steps:
@@ -208,6 +223,8 @@ def prove(folder: str, options: dict[str, Any], part: str, mutant: str | None) -
     HOST["device"] = llm.backends.graphs.device
     if part in ("tokens", "all"):
         prove_tokens(llm, folder, options)
+    if part == "many":
+        prove_many(llm, folder, options)
     if part in ("arguments", "all"):
         prove_arguments(llm)
     if part in ("shrinking", "all"):
