@@ -124,7 +124,7 @@ def prove_many(llm: Any, folder: str, options: dict[str, Any]) -> None:
     found = decisions(llm, prompts, lengths)
     assert found == decisions(make(phase5, folder, options), prompts, lengths), "decisions differ"
     stats = llm.backends.graphs.stats
-    assert stats.replays == stats.host_reads > 4, stats
+    assert stats.replays == stats.host_reads > 1, stats
     assert set(stats.eager_steps) == {"a prompt"}, stats
 
 
