@@ -3,8 +3,8 @@
 Sections (`--only`): `requests`, throughput and latency against the number of requests that arrive together, plain and
 speculative, greedy, with static batching as the contrast; `sampled`, the same at temperature 1; `crossover`, the number
 of rows at which speculation stops to pay, predicted and measured; `prefix`, the time to the first token if the cache
-knows the prompt; `overlap`, drafting while the target verifies. Only on request (`--only peers`): llama.cpp with the same
-weights and requests.
+knows the prompt; `overlap`, drafting while the target verifies; `parallel`, one process against two that share the
+model. Only on request (`--only peers`): llama.cpp with the same weights and requests.
 
     python bench.py --quick
     python bench.py --output results --only prefix
@@ -21,6 +21,7 @@ import launch  # noqa: F401 (must be the first import)
 import torch
 from benchmarks.crossover import CROSSOVER, crossings, draw_crossover, measure_crossover
 from benchmarks.overlap import OVERLAP, measure_overlap
+from benchmarks.parallel import PARALLEL, measure_parallel
 from benchmarks.peers import PEERS, measure_peers
 from benchmarks.prefix import PREFIX, measure_prefix
 from benchmarks.requests import REQUESTS, draw_requests, measure_requests, measure_sampled
@@ -38,6 +39,7 @@ SECTIONS = {
     "crossover": measure_crossover,
     "prefix": measure_prefix,
     "overlap": measure_overlap,
+    "parallel": measure_parallel,
     "peers": measure_peers,
 }
 TITLES = {
@@ -46,6 +48,7 @@ TITLES = {
     "crossover": "Speculation in a batch",
     "prefix": "Time to the first token of a known prompt",
     "overlap": "The next block drafted while this one is verified",
+    "parallel": "One process, or two that share the model",
     "peers": "Eight requests at once, against llama.cpp",
 }
 
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> int:
         options.max_tokens = min(options.max_tokens, 16)
     if options.threads:
         torch.set_num_threads(options.threads)
-    definitions = FIGURES | REQUESTS | CROSSOVER | PREFIX | OVERLAP | PEERS
+    definitions = FIGURES | REQUESTS | CROSSOVER | PREFIX | OVERLAP | PARALLEL | PEERS
     hashes = model_hashes(options.model, options.draft)
     with open_results(options, definitions, device, options.dtype, hashes) as results:
         lab = Lab(options, results, device)

@@ -51,6 +51,12 @@ BY_HAND = {
     "rope.py": "every_phase/test_logits.py every_phase/test_config_forms.py",
     "shapes.py": "phase4/test_packing_compile.py",
     "steps.py": "phase3/test_step_stats.py",
+    "parallel/__init__.py": "phase6/test_parallel.py",
+    "parallel/group.py": "phase6/test_parallel.py phase6/test_split_model.py",
+    "parallel/lead.py": "phase6/test_parallel.py phase6/test_split_model.py",
+    "parallel/lifeline.py": "phase6/test_parallel.py",
+    "parallel/messages.py": "phase6/test_split_model.py",
+    "parallel/worker.py": "phase6/test_split_model.py phase6/test_parallel.py",
     "uncached_runner.py": "phase6/test_llm_engine.py",
 }
 Modules = Mapping[str, Mapping[str, str]]  # `drafters/heads` -> what a package exports, with the module that defines it

@@ -17,7 +17,7 @@ from common.harness import Bench
 from engine.kernels import cpp
 from engine.steps import Step
 
-Section = Literal["requests", "sampled", "crossover", "prefix", "overlap", "peers"]
+Section = Literal["requests", "sampled", "crossover", "prefix", "overlap", "parallel", "peers"]
 Format = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 FIGURES = {
     "speedup": "the baseline's seconds per token / this variant's, in pairs of the same round",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .kernels.cpp import CppEagle, CppMedusa, CppModel
     from .kernels.cpp.weights import Weights
     from .options import Options
+    from .parallel.group import Group
 
 FORMATS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -42,9 +43,12 @@ FORMATS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.bfloat16:
 class Backends:
     """The kernels that `--kernels` selects for a device, and the models whose steps run in C++."""
 
-    def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
-        """Select the kernels. UserError for a backend that was asked for by name and cannot run."""
-        self.options = options
+    def __init__(self, options: Options, device: torch.device, dtype: torch.dtype, group: Group | None = None) -> None:
+        """Select the kernels. UserError for a backend that was asked for by name and cannot run.
+
+        group: of the processes that share the models.
+        """
+        self.options, self.group = options, group
         selection = registry.chosen(options.kernels, device, dtype)
         self.kernels: Kernels = selection.kernels
         self.report: dict[str, Any] = dict(selection.report)
@@ -71,7 +75,7 @@ class Backends:
         """What makes several steps in one call: C++, or graphs. None if steps are made one by one."""
         if self.graphs is not None:
             return self.graphs
-        if not self.fast:
+        if not self.fast or self.group is not None:  # the ranks of a group are told of every step
             return None
         from .multi_step import multi_step
 
@@ -116,8 +120,9 @@ class Backends:
     def _pack(self, model: nn.Module) -> None:
         """Pack a model for C++, or report why not. UserError if C++ was asked for by name."""
         from .kernels.cpp import CppModel
-        from .kernels.cpp.library import checked_threads
+        from .kernels.cpp.library import checked_threads, default_threads
         from .kernels.cpp.weights import why_not_model
+        from .parallel.split_model import split_model
 
         reason = why_not_model(model)
         if reason is not None:
@@ -132,7 +137,12 @@ class Backends:
         threads = self.options.threads or None
         if self.options.parallel_streams:  # the draft, packed after the target, has one of them
             threads = 1 if self.fast else max(1, checked_threads(threads) - 1)
-        self.fast[model] = CppModel(model, weights, threads, release=True)
+        if self.group is not None and threads is None:
+            threads = max(1, default_threads() // self.group.local)
+        if self.group is not None and self.splits(model):
+            self.fast[model] = split_model(self.group, self.group.shards[model], self.options, model, weights, threads)
+        else:
+            self.fast[model] = CppModel(model, weights, threads, release=True)
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
 
     def _pack_heads(self, heads: object, target: nn.Module) -> None:
@@ -158,9 +168,24 @@ class Backends:
         """Return the dtype in which the model's attention reads its cache."""
         return torch.float32 if model in self.fast else model.embedding.weight.dtype
 
+    def drafts_in_cpp(self, model: nn.Module) -> bool:
+        """Return True if C++ draws this draft model's chains. The ranks of a group make single steps."""
+        return self.in_cpp(model) and not self.splits(model)
+
+    def splits(self, model: nn.Module) -> bool:
+        """Return True if several processes share this model."""
+        return self.group is not None and model in self.group.shards
+
     def manager(self, model: Transformer, options: KVOptions, rows: int, tokens: int) -> CacheManager:
         """Make a cache for `rows` sequences of at most `tokens` tokens, as the model's kernels read it."""
-        return make_manager(model, options, rows, tokens, self.computed(model))
+        manager = make_manager(model, options, rows, tokens, self.computed(model))
+        if self.group is not None and self.splits(model):
+            from .parallel.split_model import SplitModel, share_cache
+
+            split = self.fast[model]
+            assert isinstance(split, SplitModel)
+            share_cache(self.group, split, list(self.group.shards).index(model), manager, options)
+        return manager
 
     def runner(self, model: Transformer, manager: CacheManager) -> CachedRunner:
         if model in self.fast:

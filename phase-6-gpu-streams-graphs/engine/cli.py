@@ -11,12 +11,15 @@ from common.device import dtype_name, resolve_device
 from common.errors import UserError
 from common.options import parse_options
 from common.phases import phase_of
+from common.streams import say
 
 from .determinism import why_not_reproducible
 from .explain import account, plain_step_ms, print_explanation
 from .generate import stats_of
 from .llm import LLM
 from .options import Options
+from .parallel.start import RankLost, by_torchrun
+from .parallel.worker import run as run_rank
 from .profiler import Profiler
 from .record import Recorder
 from .sequence import Sequence
@@ -168,7 +171,18 @@ def warn_about_white_space(llm: LLM, texts: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, program=Path(sys.argv[0]).name)
+    if (place := by_torchrun()) is not None and place.rank > 0:
+        return run_rank(options, place)
     texts = read_prompts(options)
+    try:
+        return profiled(options, texts)
+    except RankLost as error:
+        say(f"error: {error}")
+        return 1
+
+
+def profiled(options: Options, texts: list[str]) -> int:
+    """Run, with a profile if the options want one."""
     if options.profile is None:
         return run(options, texts, None)
     device = resolve_device(options.device)

@@ -36,12 +36,13 @@ from .generate import Generation, finish
 from .kv_cache import KVOptions
 from .kv_cache.manager import CacheManager
 from .llm_engine import LLMEngine
-from .load import LoadedModel, load
+from .load import LoadedModel
 from .model import Transformer
 from .options import Options, QuantName
 from .overlap import OverlapDrafter, overlap_of
 from .packing import pack_matrices
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
+from .parallel.lead import lead, load_parts
 from .precision import Precision, computing, resolve_precision
 from .prices import Prices
 from .profiler import stage
@@ -64,13 +65,13 @@ class LLM:
         self.params = options.sampling_params()  # of requests that bring none
         self.precision: dict[str, Precision] = {}  # of each model that was loaded here
         self.backends = self._backends()
+        self.group = lead(self, options, self.backends)  # of the processes that share the models
         self.loaded = self._load(options.model, options.quant)
         self.encoder = TokenizerCache(self.loaded.tokenizer)
         self.amp = computing(options.amp, self.loaded.model.embedding.weight.device)
         self.policy = options.acceptance_policy()
-        name = resolve_draft(options.draft, self.loaded)
-        self.draft = self._load(name, options.draft_quant) if name and options.drafter == "model" else None
-        kind = options.drafter
+        name, kind = resolve_draft(options.draft, self.loaded), options.drafter
+        self.draft = self._load(name, options.draft_quant, options.draft_parallel) if name and kind == "model" else None
         self.heads: Heads | None = None
         if (kind == "medusa" or kind == "eagle") and options.draft != "none":
             self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
@@ -111,16 +112,16 @@ class LLM:
                 )
         return self.precision[name]
 
-    def _load(self, name: str, quant: QuantName) -> LoadedModel:
+    def _load(self, name: str, quant: QuantName, split: bool = True) -> LoadedModel:
         if is_fake(name):
             if quant != "none":
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
-        options, device = self.options, resolve_device(self.options.device)
+        options, device, group = self.options, resolve_device(self.options.device), self.group if split else None
         format = None if quant == "none" else Format(quant, options.quant_group, options.quant_asymmetric)
-        dtype, as_stored = self._resolve(name).dtype, not self.backends.multiplies_in_torch or self.backends.whole_steps
+        as_stored = not self.backends.multiplies_in_torch or self.backends.whole_steps
         with torch_threads(options.threads):
-            return load(name, dtype, device, format, options.quant_head, as_stored=as_stored)
+            return load_parts(group, name, self._resolve(name).dtype, device, format, options.quant_head, as_stored)
 
     def sequences(
         self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
@@ -239,7 +240,7 @@ class LLM:
             self.policy.draft_noise,
             self.heads,
             self.backends.heads,
-            draft_in_cpp=self.draft is not None and self.backends.in_cpp(self.draft.model),
+            draft_in_cpp=self.draft is not None and self.backends.drafts_in_cpp(self.draft.model),
         )
         if self.overlap is not None:
             return OverlapDrafter(drafter, self.overlap)

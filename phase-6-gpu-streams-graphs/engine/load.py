@@ -12,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,16 @@ from common.tokenizer import Tokenizer
 from .config import ModelConfig
 from .config_rope import context_note
 from .model import Transformer
+from .parallel.shard import Shard
 from .quantize import Format, QuantLinear, linear_names, quantize_linear, quantized_linear, replace
 from .quantize_files import is_quantized, load_quantized
 from .quantize_others import PARTS, format_of, quantised, repacked, scheme_of, set_order
 from .quantize_schemes import Scheme
 from .sequence import Ending
 from .weights import Place, fill, places, reserve
+
+if TYPE_CHECKING:
+    from .parallel.group import Group
 
 # The stored name of each of our tensors, by family. A value with several names: one stored matrix holds them in a row.
 _LLAMA = {
@@ -109,12 +114,13 @@ def load(
     quant_head: bool = False,
     *,
     as_stored: bool = False,
+    group: Group | None = None,
 ) -> LoadedModel:
     """An embedded model's name, a folder or a hub id, in the wanted dtype on the wanted device.
 
     With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
     `as_stored` keeps matrices output-major, as files have them, for kernels that pack them; some then are views of the
-    file. torch's products on a CPU want them laid out by `weights.reserve`.
+    file. torch's products on a CPU want them laid out by `weights.reserve`. A group's process loads its part.
     """
     checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
@@ -125,10 +131,12 @@ def load(
     scheme = scheme_of(checkpoint)
     if is_quantized(checkpoint) and format is not None:
         raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
+    if is_quantized(checkpoint) and group is not None:
+        raise UserError(f"{name} is quantised, and such files are not split: take the model it came from, with --quant")
     if is_quantized(checkpoint) and scheme is None:
         model = load_quantized(checkpoint, config, dtype, device)
     else:
-        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, scheme, as_stored)
+        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, scheme, as_stored, group)
     return LoadedModel(model, tokenizer, checkpoint)
 
 
@@ -141,14 +149,17 @@ def load_transformer(
     quant_head: bool = False,
     scheme: Scheme | None = None,
     as_stored: bool = False,
+    group: Group | None = None,
 ) -> Transformer:
     """Load the checkpoint's weights into a model. UserError names tensors that are missing, unknown or misshapen.
 
     With `scheme`, the file holds matrices quantised by another tool.
     """
-    config = with_stored_head(checkpoint, config)
+    config = whole_config = with_stored_head(checkpoint, config)
+    shard = None if group is None else Shard.of(group.mode, group.rank, group.ranks, config)
+    config = shard.local if shard else config
     with torch.device("meta"):  # names and shapes only; wrong sizes in config.json allocate no memory
-        model = Transformer(config)
+        model = shard.cut(Transformer(config)) if shard else Transformer(config)
     if scheme is not None:
         _make_room(model, checkpoint, scheme, device)
     packed = dict(model.named_buffers())  # the tensors of quantised matrices
@@ -158,7 +169,7 @@ def load_transformer(
     to_round = {f"{linear}.weight" for linear in linear_names(model, quant_head)} if format else set()
     unknown: list[str] = []
     for stored_name, stored in checkpoint.tensors() if scheme is None else repacked(checkpoint, scheme):
-        if _BUFFERS.search(stored_name) or (config.tied and stored_name == "lm_head.weight"):
+        if _BUFFERS.search(stored_name) or (whole_config.tied and stored_name == "lm_head.weight"):
             continue
         if stored.dtype not in _NUMBERS and not (scheme and stored_name.endswith((".values", ".order"))):
             raise UserError(
@@ -168,12 +179,14 @@ def load_transformer(
         parts = list(_translate(stored_name, stored, config))
         if not parts:
             unknown.append(stored_name)
+        parts = [mine for part in parts if (mine := shard.part(*part))] if shard else parts
         for name, tensor in parts:
             matrix = whole.get(f"{name.removesuffix('.order')}.values")
             if name.endswith(".order") and matrix is not None:  # the parts of a fused matrix share one order
                 orders[matrix.name.removesuffix(".values")].append(tensor)
                 continue
-            place = expected.pop(name, None)
+            place, columns = expected.pop(name, None), shard.columns(name) if shard else slice(None)
+            read, tensor = tensor, tensor[:, columns] if tensor.ndim == 2 else tensor
             if place is None and scheme is not None and name.endswith(".bias") and not bool(tensor.any()):
                 continue  # early GPTQ tools wrote a zero bias for every matrix
             if place is None:
@@ -185,7 +198,7 @@ def load_transformer(
                 )
             elif format and place.name in to_round:
                 quantized = quantized_linear(model, place.name.removesuffix(".weight"), format, device)
-                quantized.round_rows(place.rows.start or 0, tensor, stored_name)
+                quantized.round_rows(place.rows.start or 0, read, stored_name, columns)
             elif as_stored and place.name not in packed and is_whole(place, tensor, dtype):
                 replace(model, place.name, nn.Parameter(tensor, requires_grad=False))
             else:
@@ -201,6 +214,9 @@ def load_transformer(
     if config.tied:
         model.head.weight = model.embedding.weight
         expected.pop("head.weight", None)
+    if group is not None and shard is not None:
+        group.shards[model] = shard
+        shard.complete(model, expected, dtype, device)
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))
     if config.tied and format and quant_head:

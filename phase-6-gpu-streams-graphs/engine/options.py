@@ -103,6 +103,13 @@ class Options(BaseSettings):
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")
     kv_slots: int = Field(default=0, ge=0, description="of static: tokens per text; 0: as many as the request can need")
     kv_pages: int = Field(default=0, ge=0, description="of paged: pages of 16 tokens; 0: up to half of the free memory")
+    tensor_parallel: int = Field(default=1, ge=1, description="processes that share each layer")
+    tensor_mode: Literal["gather", "reduce"] = Field(
+        default="gather", description="of --tensor-parallel: gather outputs, bit for bit; or add up partial sums"
+    )
+    pipeline_parallel: int = Field(default=1, ge=1, description="processes that have some layers each")
+    micro_batches: int = Field(default=0, ge=0, description="of --pipeline-parallel: parts of a step; 0: one a process")
+    draft_parallel: bool = Field(default=False, description="split the draft model too; else process 0 has it whole")
     profile: Path | None = Field(default=None, description="write a trace, an operator table and memory to this folder")
     profile_steps: int = Field(default=8, ge=1, description="of --profile: decoding steps in the trace")
     profile_stacks: bool = Field(default=False, description="of --profile: Python stacks, for a larger trace")
@@ -216,6 +223,27 @@ class Options(BaseSettings):
             raise ValueError(
                 f"--kv ring takes {SPARE} tokens a step, one of them no guess: {option} at most {SPARE - 1}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> Self:
+        if self.tensor_parallel > 1 and self.pipeline_parallel > 1:
+            raise ValueError(
+                "--tensor-parallel does not go with --pipeline-parallel: split the layers, or each of them"
+            )
+        if self.tensor_parallel > 1 or self.pipeline_parallel > 1:
+            option = "--tensor-parallel" if self.tensor_parallel > 1 else "--pipeline-parallel"
+            if self.drafter not in ("model", "ngram"):
+                raise ValueError(
+                    f"--drafter {self.drafter} reads hidden states and the output matrix, which {option} splits: "
+                    "use model or ngram"
+                )
+            for name in ("amp", "compile"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} applies to torch's operations, and {option} splits the C++ kernels")
+            if self.beams > 1 or self.kv in ("off", "dynamic"):
+                without = "--beams" if self.beams > 1 else f"--kv {self.kv}"
+                raise ValueError(f"{option} does not go with {without}: every process keeps a cache of its part")
         return self
 
     def kv_options(self) -> KVOptions:

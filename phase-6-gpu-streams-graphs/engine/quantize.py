@@ -182,13 +182,22 @@ class QuantLinear(nn.Module):
         if self.zeros is not None:
             self.zeros[rows] = grid.zero[..., 0]
 
-    def round_rows(self, first: int, weight: Tensor, where: str) -> None:
-        """Round weight [rows, in] to nearest, and store it from row `first` on. UserError for non-finite weights."""
+    def round_rows(self, first: int, weight: Tensor, where: str, columns: slice = slice(None)) -> None:
+        """Round weight [rows, in] to nearest, and store it from row `first` on. UserError for non-finite weights.
+
+        columns: those of the weight that this matrix has, whole groups of int4; scales are those of the whole weight.
+        """
         for start in range(0, len(weight), ROWS):
             grid, levels, _ = rtn(weight[start : start + ROWS].to(self.values.device), self.format)
             if not bool(torch.isfinite(grid.scale).all()):
                 raise UserError(f"{where} holds weights that are no finite numbers, and cannot be quantised")
-            self.put(first + start, grid, levels)
+            if self.format.name == "int8":
+                self.put(first + start, grid, levels[:, :, columns])
+            else:
+                groups = slice(
+                    *(None if at is None else at // self.format.group for at in (columns.start, columns.stop))
+                )
+                self.put(first + start, Grid(*(each[:, groups] for each in grid)), levels[:, groups])
 
     def resized(self, rows: int) -> QuantLinear:
         """Copy with `rows` outputs, truncated or padded with zeros, and without a bias."""

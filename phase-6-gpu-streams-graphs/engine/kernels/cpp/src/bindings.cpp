@@ -1,4 +1,5 @@
 // The interface to Python. Tensors are passed as addresses; the caller keeps them alive (see ../__init__.py).
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -148,6 +149,11 @@ PYBIND11_MODULE(lab_cpp, module) {
         })
         .def("set_table", [](Engine& e, const std::string& which, uintptr_t data, int kind, int rows) {
             (which == "embedding" ? e.model.embedding : e.model.positions) = {pointer<void>(data), kind_of(kind), rows};
+        })
+        .def("set_split", [](Engine& e, int rank, int ranks, bool by_outputs, int vocab, std::function<void(int, uintptr_t, uintptr_t, size_t)> exchange) {
+            e.set_split({rank, ranks, by_outputs, vocab}, [exchange = std::move(exchange)](How how, float* mine, float* all, size_t count) {
+                exchange(int(how), reinterpret_cast<uintptr_t>(mine), reinterpret_cast<uintptr_t>(all), count);
+            });
         })
         .def("set_join", [](Engine& e, std::shared_ptr<Packed> join) {
             need(join != nullptr, "there is no matrix");

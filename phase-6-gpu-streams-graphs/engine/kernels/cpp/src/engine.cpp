@@ -91,6 +91,8 @@ void Engine::check(const Request& request) const {
     for (int tap : request.taps) need(tap >= 0 && tap < model.layers, "a tapped layer is not there");
     need(request.taps.empty() || request.tapped != nullptr, "tapped layers have no memory to go to");
     need(join_ == nullptr || request.inputs != nullptr, "a model that continues features is fed its inputs");
+    need(request.inputs != nullptr || model.embedding.data != nullptr, "without an embedding a model is fed its inputs");
+    need(request.logits == nullptr || model.head.data != nullptr, "the output matrix is missing");
 }
 
 namespace {

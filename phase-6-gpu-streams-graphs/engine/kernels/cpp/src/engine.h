@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -72,6 +73,9 @@ public:
     void set_vector(int layer, const std::string& which, std::vector<float> values);
     void set_window(int layer, int window);
     void set_rotation(std::vector<float> cos, std::vector<float> sin);
+    // Several processes share the model; `exchange` has the arguments of an Exchange, without the first.
+    using Exchanger = std::function<void(How, float*, float*, size_t)>;
+    void set_split(const Split& split, Exchanger exchange);
     void finish();  // call after all setters: allocates memory for the steps
 
     // Throws std::invalid_argument for inputs that are not valid, before anything is written. Functions that sample
@@ -124,6 +128,7 @@ private:
     std::vector<std::shared_ptr<Packed>> matrices_;
     std::shared_ptr<Packed> join_;     // EAGLE: [embedding, feature] -> input
     Norm token_norm_, state_norm_;
+    Exchanger exchange_;
     std::vector<std::vector<float>> vectors_;
     std::vector<float> cos_, sin_, spare_;
     std::vector<std::unique_ptr<float[]>> owned_, scores_owned_;

@@ -27,6 +27,15 @@ const Model& Engine::checked(const Model& m) {
 Engine::Engine(const Model& m, int threads, const Isa* set)
     : model(checked(m)), isa(set), layers_(static_cast<size_t>(m.layers)), pool_(Pool::of(threads)) {
     model.layer = layers_.data();
+    model.split.vocab = m.vocab;
+}
+
+void Engine::set_split(const Split& split, Exchanger exchange) {
+    need(split.ranks >= 2 && split.ranks <= 4096 && split.rank >= 0 && split.rank < split.ranks, "no such rank");
+    need(split.vocab > 0 && int64_t(split.vocab) * split.ranks >= model.vocab, "the vocabulary is not covered");
+    need(!split.by_outputs || model.width % split.ranks == 0, "the width is not a multiple of the ranks");
+    model.split = split;
+    exchange_ = std::move(exchange);
 }
 
 void Engine::set_matrix(int layer, const std::string& which, std::shared_ptr<Packed> packed) {
@@ -92,13 +101,17 @@ void Engine::finish() {
     for (const Layer& layer : layers_) {
         need(layer.attention_norm.weight != nullptr && layer.ffn_norm.weight != nullptr, "a norm is missing");
         need(fits(layer.qkv, model.width, model.qkv_width()), "a layer's queries, keys and values have no matrix of their shape");
-        need(fits(layer.output, model.heads * model.head_dim, model.width), "a layer's output has no matrix of its shape");
+        need(fits(layer.output, model.mixed(), model.columns()), "a layer's output has no matrix of its shape");
         need(fits(layer.up, model.width, model.gated ? 2 * model.ffn_padded() : model.ffn), "a layer's first product has no matrix of its shape");
-        need(fits(layer.down, model.ffn, model.width), "a layer's last product has no matrix of its shape");
+        need(fits(layer.down, model.inner(), model.columns()), "a layer's last product has no matrix of its shape");
         need((layer.query_norm == nullptr) == (layer.key_norm == nullptr), "queries and keys are both normed, or neither");
     }
-    need(model.norm.weight != nullptr && fits(model.head, model.width, model.vocab), "the last norm or the output matrix is missing");
-    need(model.embedding.data != nullptr && model.embedding.rows >= model.vocab, "the embedding has too few rows");
+    const Split& split = model.split;
+    const int vocab = std::min(split.vocab, model.vocab - split.rank * split.vocab);  // of this process
+    need(vocab > 0 && model.norm.weight != nullptr, "the last norm is missing");
+    // Of a model whose layers are split, the first process has the embedding, and the last one the output matrix.
+    need(model.head.data == nullptr || fits(model.head, model.width, vocab), "the output matrix has another shape");
+    need(model.embedding.data == nullptr || model.embedding.rows >= vocab, "the embedding has too few rows");
     need(model.embedding.kind < Kind::i8 && model.positions.kind < Kind::i8, "tables are of floating formats");
     need(model.rope || join_ != nullptr || model.positions.data != nullptr, "the table of positions is missing");
     if (join_ != nullptr) {
@@ -114,7 +127,7 @@ void Engine::finish() {
         norm->eps = model.norm_eps;
         norm->rms = norm->bias == nullptr;
     }
-    int widest = std::max({model.width, model.ffn_padded(), model.heads * model.head_dim});
+    int widest = std::max({model.width, round_up(model.inner(), PANEL), model.mixed()});
     size_t acts = 0;
     std::vector<std::shared_ptr<Packed>> all = matrices_;
     if (join_ != nullptr) all.push_back(join_);
@@ -129,9 +142,25 @@ void Engine::finish() {
     const Layer& first = layers_.front();
     block_.x = memory(rows * size_t(model.width));
     block_.qkv = memory(rows * size_t(first.qkv.outputs));
-    block_.mixed = memory(rows * size_t(model.heads * model.head_dim));
+    block_.my_mixed = block_.mixed = memory(rows * size_t(model.mixed()));
     block_.up = memory(rows * size_t(first.up.outputs));
-    block_.inner = memory(rows * size_t(model.ffn_padded()));
+    block_.my_inner = block_.inner = memory(rows * size_t(round_up(model.inner(), PANEL)));
+    if (exchange_ != nullptr) {
+        const size_t most = rows * size_t(std::max({model.columns(), model.heads * model.head_dim, model.ffn, split.vocab}));
+        block_.exchange = [](void* engine, How how, float* mine, float* all, size_t count) {
+            static_cast<Engine*>(engine)->exchange_(how, mine, all, count);
+        };
+        block_.with = this;
+        block_.my_logits = memory(rows * size_t(split.vocab));
+        block_.sent = memory(most);
+        block_.received = memory(most * size_t(split.ranks));
+        if (split.by_outputs) {
+            block_.my_mixed = memory(rows * size_t(model.heads * model.head_dim));
+            block_.my_inner = memory(rows * size_t(model.ffn_padded()));
+        } else {
+            block_.partial = memory(rows * size_t(model.width));
+        }
+    }
     for (int thread = 0; thread < pool_->size(); ++thread) {
         normed_.push_back(memory(rows * size_t(widest)));
         acts_.push_back(reinterpret_cast<uint8_t*>(memory(acts_floats_)));

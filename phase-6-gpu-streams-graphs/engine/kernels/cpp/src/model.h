@@ -70,8 +70,18 @@ struct Table {  // a table in the layout of the checkpoint
     int rows = 0;
 };
 
+// A model that several processes share. Each has some heads, some inner features, and some rows of the embedding and of
+// the output matrix. By outputs, every other matrix is split too, and each process reads all of its inputs. Otherwise
+// `output` and `down` are split by inputs, and the processes add up partial sums (Shoeybi et al. 2019, Megatron-LM).
+struct Split {
+    int rank = 0, ranks = 1;
+    bool by_outputs = true;
+    int vocab = 0;  // rows of the embedding and of the output matrix in each process; the last may have fewer
+};
+
 struct Model {
-    int layers = 0, width = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0;
+    int layers = 0, width = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0;  // heads, ffn: of this process
+    Split split;
     int position_offset = 0;
     bool gated = true, rope = true;
     Activation activation = Activation::silu;
@@ -86,6 +96,11 @@ struct Model {
 
     int qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
     int ffn_padded() const { return round_up(ffn, PANEL); }
+    // What `output` and `down` read and write.
+    int readers() const { return split.by_outputs ? split.ranks : 1; }
+    int mixed() const { return heads * head_dim * readers(); }
+    int inner() const { return ffn * readers(); }
+    int columns() const { return width / readers(); }
 };
 
 // A KV cache: per layer keys and values [pages, kv_heads, slots, head_dim]. A row of the cache is a list of pages, its
@@ -120,6 +135,14 @@ struct Token {
     int wanted = -1;                // row of the outputs; -1: no output
 };
 
+// How processes exchange numbers. Each calls in the same order; the call returns when all have.
+enum class How : int {
+    gather = 0,  // count numbers of each process -> ranks * count, in the order of the ranks
+    sum = 1,     // the sum, in place
+    owned = 2,   // the sum of bit patterns, in place: one process has numbers, the others zeros
+};
+using Exchange = void (*)(void* with, How how, float* mine, float* all, size_t count);
+
 // The inputs, outputs and scratch memory of one block. All arrays are float32.
 struct Block {
     const Model* model = nullptr;
@@ -142,6 +165,15 @@ struct Block {
     float* const* scores = nullptr;   // per thread: [SCORE_ROWS or queries of a group, visible keys + lanes]
     int widest = 0;
     int score_stride = 0;
+    Exchange exchange = nullptr;  // null: one process
+    void* with = nullptr;         // its first argument
+    // Of this process alone, with several; else the same as the arrays of all.
+    float* my_mixed = nullptr;    // [count, heads * head_dim]
+    float* my_inner = nullptr;    // [count, ffn_padded]
+    float* my_logits = nullptr;   // [count, split.vocab]
+    float* partial = nullptr;     // [count, width]
+    float* sent = nullptr;        // what is exchanged, without gaps
+    float* received = nullptr;
 };
 
 }  // namespace lab

@@ -80,6 +80,26 @@ static void add_row(const Table& table, int row, int width, float* to, bool add)
     }
 }
 
+// Join the columns of all processes: mine [rows, columns] -> all [rows, ranks * columns], but at most `limit` of them.
+// Called by all threads, after a barrier.
+static void gather(
+    const Block& block, int thread, Barrier& barrier, const float* mine, size_t stride, int rows, int columns, float* all,
+    size_t all_stride, int limit
+) {
+    if (block.exchange == nullptr) return;
+    if (thread == 0) {
+        const int ranks = block.model->split.ranks;
+        for (int m = 0; m < rows; ++m) memcpy(block.sent + size_t(m) * columns, mine + m * stride, size_t(columns) * 4);
+        block.exchange(block.with, How::gather, block.sent, block.received, size_t(rows) * columns);
+        for (int rank = 0; rank < ranks; ++rank) {
+            const int first = rank * columns, count = first + columns < limit ? columns : limit - first;
+            for (int m = 0; m < rows && count > 0; ++m)
+                memcpy(all + m * all_stride + first, block.received + (size_t(rank) * rows + m) * columns, size_t(count) * 4);
+        }
+    }
+    barrier.wait();
+}
+
 // For the heads begin .. end - 1: normalise and rotate queries and keys; write keys and values to the cache.
 static void finish_heads(const Block& block, int layer, int begin, int end) {
     const Model& model = *block.model;
@@ -143,7 +163,7 @@ static void attention_of(const Block& block, int layer, int thread, int threads)
         const size_t stride = size_t(model.layer[layer].qkv.outputs), out_stride = size_t(model.heads) * d;
         const size_t head = size_t(kv_head * group + heads.begin) * d;
         attend(
-            layer, {token, run, count, block.qkv + m * stride + head, stride, block.mixed + m * out_stride + head, out_stride},
+            layer, {token, run, count, block.qkv + m * stride + head, stride, block.my_mixed + m * out_stride + head, out_stride},
             kv_head, window, block.scores[thread], block.score_stride
         );
         item += run;
@@ -156,7 +176,7 @@ static void activate_all(const Block& block, int begin, int end) {
     for (int m = 0; m < block.count; ++m) {
         for (int panel = begin; panel < end; ++panel) {
             const float* from = block.up + size_t(m) * stride + size_t(panel) * PANEL * (model.gated ? 2 : 1);
-            float* to = block.inner + size_t(m) * to_stride + size_t(panel) * PANEL;
+            float* to = block.my_inner + size_t(m) * to_stride + size_t(panel) * PANEL;
             for (int i = 0; i < PANEL; i += LANES) {
                 Floats y = activate(load(from + i), model.activation);
                 if (model.gated) y = y * load(from + PANEL + i);
@@ -180,6 +200,28 @@ static Range product(
     return units;
 }
 
+// Add W x to the residual stream [count, width], on all threads and in all processes. Ends with a barrier.
+static void add_product(
+    const Block& block, const Matrix& w, const float* from, int inputs, int thread, int threads, Barrier& barrier
+) {
+    const Model& model = *block.model;
+    const int width = model.width, count = block.count, columns = model.columns();
+    if (block.exchange == nullptr || model.split.by_outputs) {
+        float* x = block.x + (block.exchange == nullptr ? 0 : model.split.rank * columns);
+        product(block, w, from, inputs, count, 1, thread, threads, x, width, columns, true);
+        barrier.wait();
+        return gather(block, thread, barrier, x, width, count, columns, block.x, width, width);
+    }
+    product(block, w, from, inputs, count, 1, thread, threads, block.partial, width, width, false);
+    barrier.wait();
+    if (thread == 0) {
+        const size_t size = size_t(count) * width;
+        block.exchange(block.with, How::sum, block.partial, block.partial, size);
+        for (size_t i = 0; i < size; ++i) block.x[i] += block.partial[i];
+    }
+    barrier.wait();
+}
+
 static void layers_of(const Block& block, int thread, int threads, Barrier& barrier) {
     const Model& model = *block.model;
     const int width = model.width, d = model.head_dim, count = block.count;
@@ -201,9 +243,9 @@ static void layers_of(const Block& block, int thread, int threads, Barrier& barr
         attention_of(block, number, thread, threads);
         barrier.wait();
 
-        const int mixed = model.heads * d;
-        product(block, layer.output, block.mixed, mixed, count, 1, thread, threads, block.x, width, width, true);
-        barrier.wait();
+        if (model.split.by_outputs)
+            gather(block, thread, barrier, block.my_mixed, model.heads * d, count, model.heads * d, block.mixed, model.mixed(), model.mixed());
+        add_product(block, layer.output, block.mixed, model.mixed(), thread, threads, barrier);
 
         for (int m = 0; m < count; ++m)
             normalise(layer.ffn_norm, block.x + size_t(m) * width, width, normed + size_t(m) * width);
@@ -214,10 +256,10 @@ static void layers_of(const Block& block, int thread, int threads, Barrier& barr
         activate_all(block, panels.begin, panels.end);
         barrier.wait();
 
-        product(
-            block, layer.down, block.inner, model.ffn_padded(), count, 1, thread, threads, block.x, width, width, true
-        );
-        barrier.wait();
+        const int inner = round_up(model.inner(), PANEL);
+        if (model.split.by_outputs)
+            gather(block, thread, barrier, block.my_inner, model.ffn_padded(), count, model.ffn, block.inner, inner, model.inner());
+        add_product(block, layer.down, block.inner, inner, thread, threads, barrier);
         for (int tap = 0; tap < block.tap_count; ++tap) {
             if (block.taps[tap] != number || thread != 0) continue;
             for (int m = 0; m < count; ++m) {
@@ -237,12 +279,20 @@ static void step(const Block& block, int thread, int threads, Barrier& barrier) 
         const Range mine = share(block.count, thread, threads);
         for (int m = mine.begin; m < mine.end; ++m) {
             const Token& token = block.tokens[m];
-            add_row(model.embedding, token.id, width, block.x + size_t(m) * width, false);
-            if (!model.rope)
-                add_row(
-                    model.positions, token.position + model.position_offset, width, block.x + size_t(m) * width, true
-                );
+            float* x = block.x + size_t(m) * width;
+            const int id = token.id - model.split.rank * model.split.vocab;
+            if (id >= 0 && id < model.embedding.rows) add_row(model.embedding, id, width, x, false);
+            else memset(x, 0, size_t(width) * 4);  // another process has it
         }
+        if (block.exchange != nullptr) {
+            barrier.wait();
+            if (thread == 0) block.exchange(block.with, How::owned, block.x, block.x, size_t(block.count) * width);
+            barrier.wait();
+        }
+        for (int m = mine.begin; !model.rope && m < mine.end; ++m)
+            add_row(
+                model.positions, block.tokens[m].position + model.position_offset, width, block.x + size_t(m) * width, true
+            );
         barrier.wait();
     }
     layers_of(block, thread, threads, barrier);
@@ -258,10 +308,13 @@ static void step(const Block& block, int thread, int threads, Barrier& barrier) 
         ++row;
     }
     if (block.logits == nullptr) return;
-    product(
-        block, model.head, normed, width, row, 1, thread, threads, block.logits + size_t(first) * model.vocab,
-        model.vocab, model.vocab, false
-    );
+    float* logits = block.logits + size_t(first) * model.vocab;
+    const int vocab = model.split.vocab;
+    float* to = block.exchange == nullptr ? logits : block.my_logits;
+    product(block, model.head, normed, width, row, 1, thread, threads, to, vocab, vocab, false);
+    if (block.exchange == nullptr) return;
+    barrier.wait();
+    gather(block, thread, barrier, to, vocab, row, vocab, logits, model.vocab, model.vocab);
 }
 
 }  // namespace lab::SIMD_NAME

@@ -1,0 +1,169 @@
+"""A model that several ranks share computes what one process computes: bit for bit, or within a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import phase6
+from tests.support.ranks import end, logits_of, same_bits, split
+from tests.support.served import WHY_NOT_CPP
+
+pytestmark = pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))
+
+PROMPTS = [[5, 6, 7, *list(range(20, 60))], [9, 8], list(range(100, 119))]
+SHAPES: dict[str, dict[str, Any]] = {  # num_key_value_heads 2: with 4 ranks two of them share one
+    "llama": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
+    },
+    "gpt2": {"n_head": 4, "n_layer": 4, "tie_word_embeddings": True},
+    "opt": {"num_attention_heads": 4, "num_hidden_layers": 4},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 4},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "gather": {"tensor_parallel": 2},
+    "gather4": {"tensor_parallel": 4},
+    "reduce": {"tensor_parallel": 2, "tensor_mode": "reduce"},
+    "layers": {"pipeline_parallel": 2},
+    "layers4": {"pipeline_parallel": 4, "micro_batches": 2},
+}
+EXACT = ["gather", "gather4", "layers", "layers4"]
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quant": "int8"},
+    "int4": {"quant": "int4", "quant_group": 32},
+}
+TOLERANCE = 1e-4  # of partial sums in float32, relative to the largest logit
+
+
+@pytest.fixture(scope="module")
+def folder_of(make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+    made = dict[str, Path]()
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_checkpoint(family, **SHAPES[family])
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def both(folder_of: Callable[[str], Path]) -> Iterator[Callable[..., tuple[Any, Any]]]:
+    """`both("llama", "gather", ...)`: LLMs of one process and of several ranks, with the same options."""
+    started = list[Any]()
+
+    def get(family: str, mode: str, **more: Any) -> tuple[Any, Any]:
+        folder = str(folder_of(family))
+        options = {"model": folder, "dtype": "float32", "device": "cpu", "threads": 1, "draft": "none"} | more
+        if options["draft"] == "itself":
+            options["draft"] = folder
+        llm, threads = split(phase6.Options(**options, **MODES[mode]))
+        started.append((llm, threads))
+        return phase6.LLM(phase6.Options(**options)), llm
+
+    yield get
+    for llm, threads in started:
+        end(llm, threads)
+
+
+def params(**more: Any) -> Any:
+    return phase6.SamplingParams(max_new_tokens=8, ignore_eos=True, **more)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("format", FORMATS)
+def test_outputs_that_are_gathered_and_layers_have_the_same_bits(
+    both: Callable[..., tuple[Any, Any]], mode: str, format: str
+) -> None:
+    one, several = both("llama", mode, **FORMATS[format])
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
+    assert theirs == tokens
+    assert same_bits(logits, their_logits)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2", "qwen3"])
+def test_every_family_is_split(both: Callable[..., tuple[Any, Any]], mode: str, family: str) -> None:
+    """Learned positions, biases, norms of heads, tied and untied heads; fewer key-value heads than ranks."""
+    one, several = both(family, mode)
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
+    assert theirs == tokens
+    assert same_bits(logits, their_logits)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_partial_sums_are_within_the_tolerance(both: Callable[..., tuple[Any, Any]], family: str) -> None:
+    one, several = both(family, "reduce")
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
+    assert theirs == tokens
+    assert largest_error(logits, their_logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_partial_sums_in_narrow_formats(both: Callable[..., tuple[Any, Any]], format: str) -> None:
+    """Quantised activations jump by a level where a sum differs in its last bit."""
+    one, several = both("llama", "reduce", **FORMATS[format])
+    (_, logits), (_, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
+    assert largest_error(logits[:1], their_logits[:1]) < (TOLERANCE if format == "bfloat16" else 0.05)
+
+
+@pytest.mark.parametrize("mode", ["gather", "layers"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"draft": "itself", "draft_quant": "int8"},
+        {"draft": "itself", "draft_quant": "int8", "draft_parallel": True},
+        {"drafter": "ngram", "draft": "auto"},
+        {"draft": "itself", "draft_quant": "int8", "tree": "static", "tree_nodes": 6},
+    ],
+    ids=["whole draft", "split draft", "ngram", "tree"],
+)
+def test_speculative_decoding_has_the_same_tokens_and_steps(
+    both: Callable[..., tuple[Any, Any]], mode: str, how: dict[str, Any]
+) -> None:
+    """Rejected drafts are dropped on every rank; accepted branches of a tree are moved there."""
+    one, several = both("llama", mode, policy="coupled", **how)
+    sampled = params(temperature=1.0, seed=3)
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, sampled) for llm in (one, several))
+    assert theirs == tokens
+    assert same_bits(logits, their_logits)
+    assert len(logits) < 3 * 8
+
+
+@pytest.mark.parametrize("mode", ["gather", "layers"])
+@pytest.mark.parametrize("kv", [{"kv": "static"}, {"kv_dtype": "int8"}, {"kv_pages": 9, "batch_size": 3}], ids=str)
+def test_samples_share_their_prompt_on_every_rank(
+    both: Callable[..., tuple[Any, Any]], mode: str, kv: dict[str, Any]
+) -> None:
+    """Copy-on-write, known prompts, preemption for lack of pages: the ranks have the tables of rank 0."""
+    one, several = both("llama", mode, n=3, temperature=1.0, max_tokens=20, **kv)
+    texts = ["def read(path):\n    return", "class Stack:"]
+    for _ in range(2):  # the second time the prompts are known
+        assert [each.tokens for each in several.generate(texts)] == [each.tokens for each in one.generate(texts)]
+
+
+def test_a_second_run_takes_a_larger_cache(both: Callable[..., tuple[Any, Any]]) -> None:
+    """The ranks make the new cache, and forget the one that rank 0 has freed."""
+    one, several = both("llama", "gather")
+    for count in (1, 3, 1):
+        assert logits_of(several, PROMPTS[:count], params())[0] == logits_of(one, PROMPTS[:count], params())[0]
+
+
+def largest_error(logits: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return the largest difference of steps with the same number of rows, relative to the largest logit."""
+    assert [each.shape for each in logits] == [each.shape for each in theirs]
+    errors = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(logits, theirs, strict=True)]
+    assert torch.isfinite(torch.tensor(errors)).all()
+    return max(errors)
