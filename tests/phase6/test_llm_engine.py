@@ -368,6 +368,7 @@ def huge(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, **options: 
     llm: phase6.LLM = pair("torch", "model").llm
     monkeypatch.setattr(llm, "options", llm.options.model_copy(update={"kv_pages": 0, **options}))
     monkeypatch.setattr(llm, "caches", {})
+    assert llm.draft is not None
     for loaded in (llm.loaded, llm.draft):
         monkeypatch.setattr(loaded.model, "config", dataclasses.replace(loaded.config, context=131_072))
     monkeypatch.setattr("phase6.llm_engine.available_memory", lambda device: 64 * 2**20)
@@ -380,7 +381,7 @@ def test_by_default_pages_take_half_of_the_memory_and_requests_wait(
     """All rows at full length would need 100 times as much. A request that fits is served, the other is refused."""
     engine = phase6.LLMEngine(huge(pair, monkeypatch))
     caches = [runner.manager.cache for runner in (engine.target, engine.draft)]  # type: ignore[union-attr]
-    pages = [len(cache.blocks.users) for cache in caches]  # type: ignore[attr-defined]
+    pages = [len(cache.blocks.users) for cache in caches]
     assert pages[0] == pages[1]
     assert 0.95 < sum(cache.nbytes() for cache in caches) / 2**25 <= 1
     number = add(engine, asked())

@@ -37,7 +37,7 @@ def test_requests_that_arrive_together_are_rows_with_the_tokens_of_all(bench_par
         rows, table = [row for row in results.rows if row.kind == "run"], lab.table("sampled")
     assert [row.status for row in rows] == ["ok"] * 5
     assert {row.tokens for row in rows} == {float(sum(runs.lengths(2, 8)))}
-    seconds = {row.variant: row.seconds for row in rows}
+    seconds = {row.variant: row.seconds or 0.0 for row in rows}
     found = {line["variant"]: line.get("speedup") for line in table}
     for name in ("continuous", "continuous, speculative"):
         assert found[name] == pytest.approx(seconds["one at a time"] / seconds[name])
