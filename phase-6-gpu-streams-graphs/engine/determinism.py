@@ -45,13 +45,19 @@ def why_not_reproducible(llm: LLM) -> str | None:
     modules = [llm.loaded.model, *([llm.draft.model] if llm.draft else []), *([llm.heads] if llm.heads else [])]
     if all(backends.in_cpp(module) for module in modules):
         return None
-    slow = [op for op in Kernels._fields if getattr(backends.kernels, op) is getattr(TORCH, op)]
-    if slow or llm.heads is not None:
+    slow = torch_ops(backends.kernels) or ("the heads" if llm.heads is not None else "")
+    if slow:
         return (
-            f"torch computes {', '.join(slow) or 'the heads'}, and its bits depend on the batch and on the threads; "
-            "--kernels cpp, cuda or triton do not"
+            f"torch computes {slow}, and its bits depend on the batch and on the threads; those of --kernels cpp, cuda "
+            "and triton do not"
         )
     return None
+
+
+def torch_ops(kernels: Kernels) -> str:
+    """Name what torch computes, op by op unless it is all of a model; "" for nothing."""
+    names = [op for op in Kernels._fields if getattr(kernels, op) is getattr(TORCH, op)]
+    return "the models" if "linear" in names else ", ".join(names)
 
 
 def check_deterministic(llm: LLM) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .kernels import TORCH, Kernels
+from .determinism import torch_ops
+from .kernels import Kernels
 from .policies import LOSSLESS
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def why_not_device(device: torch.device, kernels: Kernels) -> str | None:
 
     if device.type != "cuda" and (device.type != "cpu" or emulator() is None):
         return f"graphs need an NVIDIA GPU, and this is {device.type}"
-    torches = [op for op in Kernels._fields if getattr(kernels, op) is getattr(TORCH, op)]
-    return f"torch computes {', '.join(torches)}, and --kernels cuda or triton would not" if torches else None
+    slow = torch_ops(kernels)
+    return f"torch computes {slow}, and a graph holds kernels of --kernels cuda or triton" if slow else None
 
 
 def why_not_options(options: Options) -> str | None:

@@ -74,9 +74,9 @@ def test_auto_is_coupled_where_k_follows_the_clock(options: dict[str, Any], poli
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kernels": "torch"}, "torch computes linear"),
-        ({"amp": True, "dtype": "float32"}, "torch computes linear"),
-        ({"kv": "off"}, "torch computes linear"),
+        ({"kernels": "torch"}, "torch computes the models"),
+        ({"amp": True, "dtype": "float32"}, "torch computes the models"),
+        ({"kv": "off"}, "torch computes the models"),
         ({"beams": 2, "draft": "none"}, "torch computes --beams"),
         ({"temperature": 1.0, "controller": "cost", "policy": "rejection"}, "under --policy rejection tokens depend"),
         ({"temperature": 1.0, "controller": "cost", "policy": "typical"}, "under --policy typical tokens depend"),

@@ -82,7 +82,7 @@ def test_the_last_line_of_a_quick_bench_follows_from_its_rows(arguments: list[st
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = json.loads(done.stdout.splitlines()[-1])["tables"]
-    assert list(tables) == ["requests", "sampled", "crossover", "prefix"]
+    assert list(tables) == ["requests", "sampled", "crossover", "prefix", "overlap", "parallel"]
     rows = [Row(**json.loads(line)) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     for section, lines in tables.items():
         for line in lines:
