@@ -194,9 +194,8 @@ class QuantLinear(nn.Module):
             if self.format.name == "int8":
                 self.put(first + start, grid, levels[:, :, columns])
             else:
-                groups = slice(
-                    *(None if at is None else at // self.format.group for at in (columns.start, columns.stop))
-                )
+                edges = (None if at is None else at // self.format.group for at in (columns.start, columns.stop))
+                groups = slice(*edges)
                 self.put(first + start, Grid(*(each[:, groups] for each in grid)), levels[:, groups])
 
     def resized(self, rows: int) -> QuantLinear:

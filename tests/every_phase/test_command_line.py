@@ -149,11 +149,11 @@ def test_an_interrupted_run_keeps_what_it_has(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.LLM, "run", interrupted)
-    status, out, err = run("--model", llama_folder, "--prompt", "import ", "--json")
+    status, out, err = run("--model", llama_folder, "--prompt", "import ", "--json", "--max-tokens", "100")
     assert status == 130
     completion = json.loads(out)["completions"][0]
     assert completion["finish_reason"] == "interrupted"
-    assert 3 <= len(completion["tokens"]) <= (3 if phase.number < 5 else 17)  # a call into C++ ends by itself
+    assert 3 <= len(completion["tokens"]) <= (3 if phase.number < 5 else 65)  # a call into C++ ends by itself
     assert "interrupted" in err
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ class Victims:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
         )
         children = list[psutil.Process]()
         while not children and self.program.poll() is None:
@@ -198,7 +200,7 @@ def test_interrupted_the_ranks_end_in_order() -> None:
     victims.wait_for_text()
     victims.child.send_signal(signal.SIGINT)
     victims.program.send_signal(signal.SIGINT)
-    _, errors = victims.program.communicate()
+    _, errors = victims.program.communicate(timeout=120)
     assert victims.program.returncode == 130, errors
     assert b"interrupted" in errors
     assert b"error" not in errors
