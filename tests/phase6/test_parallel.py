@@ -1,5 +1,6 @@
 """The processes of a split model: how they start, what they refuse, and how they end if one of them is lost."""
 
+# mypy: disable-error-code="arg-type,union-attr"
 from __future__ import annotations
 
 import json

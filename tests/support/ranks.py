@@ -4,6 +4,7 @@ llm, ranks = split(Options(model=str(folder), tensor_parallel=2))
 llm.generate(["a text"]); end(llm, ranks)
 """
 
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 import queue
