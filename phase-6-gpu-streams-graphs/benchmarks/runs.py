@@ -27,7 +27,7 @@ FIGURES = {
     "tokens_per_forward": "new tokens / rows of all target forwards",
     "schedule_share": "time in Scheduler.schedule / time of all steps",
     "schedule_us": "time of one call of Scheduler.schedule",
-    "schedule_us_per_step": "time in Scheduler.schedule / steps, of which a call may make several",
+    "schedule_us_per_step": "time in Scheduler.schedule / steps; one call may make several steps",
     "calls": "calls of LLMEngine.step; one call may make several steps",
     "instruction_set": "instruction set of the C++ kernels (SPECDEC_CPU_ISA forces one)",
 }

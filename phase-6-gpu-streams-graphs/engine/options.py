@@ -268,7 +268,7 @@ class Options(BaseSettings):
 
     @property
     def policy_name(self) -> PolicyName:
-        """Return the policy that `auto` stands for."""
+        """Return the policy that `auto` selects."""
         if self.policy != "auto":
             return self.policy
         if self.temperature == 0:

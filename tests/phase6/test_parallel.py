@@ -1,6 +1,5 @@
 """The processes of a split model: how they start, what they refuse, and how they end if one of them is lost."""
 
-# mypy: disable-error-code="arg-type,union-attr"
 from __future__ import annotations
 
 import json
@@ -42,7 +41,7 @@ def folder(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 def options(folder: Path, **more: Any) -> Any:
-    chosen = {"model": str(folder), "dtype": "float32", "device": "cpu", "threads": 1, "draft": "none"}
+    chosen: dict[str, Any] = {"model": str(folder), "dtype": "float32", "device": "cpu", "threads": 1, "draft": "none"}
     return phase6.Options(**(chosen | more))
 
 
@@ -66,6 +65,7 @@ def test_two_processes_have_the_bits_of_one(folder: Path, how: dict[str, int]) -
     (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params) for llm in (one, several))
     assert theirs == tokens
     assert same_bits(logits, their_logits)
+    assert several.group is not None
     (child,) = several.group.lifeline.children
     several.group.close()
     assert child.poll() == 0
@@ -107,6 +107,7 @@ def test_fifty_prompts(split: dict[str, Any], how: dict[str, Any]) -> None:
                 assert theirs == tokens
                 for mine, other in zip(logits, their_logits, strict=True):
                     assert (mine - other).abs().max() < 1e-4 * mine.abs().max()
+        assert several.group is not None
         several.group.close()
 
 

@@ -1,10 +1,10 @@
 """Which numbers of a checkpoint each rank of a split model has."""
 
-# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from phase6 import ModelConfig
 from phase6.kernels.cpp import CppModel
+from phase6.kernels.cpp.weights import Weights
 from phase6.load import load
 from phase6.parallel.shard import Mode, Shard, sizes_that_fit
 from phase6.parallel.split_model import LayersModel, TensorModel
@@ -24,7 +25,15 @@ MODES: tuple[Mode, ...] = ("gather", "reduce", "layers")
 
 
 def config(**more: int) -> ModelConfig:
-    shape = {"layers": 4, "width": 48, "heads": 12, "kv_heads": 4, "head_dim": 4, "ffn_width": 96, "vocab_size": 100}
+    shape: dict[str, Any] = {
+        "layers": 4,
+        "width": 48,
+        "heads": 12,
+        "kv_heads": 4,
+        "head_dim": 4,
+        "ffn_width": 96,
+        "vocab_size": 100,
+    }
     return ModelConfig(
         family="llama", context=64, norm="rms", norm_eps=1e-5, positions="rope", activation="silu", gated=True,
         **(shape | more),
@@ -98,7 +107,7 @@ def test_layers_get_their_windows_and_numbers() -> None:
 def test_a_rank_holds_about_half_of_the_weights(mode: Mode, dtype: torch.dtype) -> None:
     """Packed matrices, and what torch still has: at most 0.6 of one process's on each of two ranks."""
     model = load("stdlib-10m", dtype, CPU, as_stored=True).model
-    weights = "float32" if dtype == torch.float32 else "bfloat16"
+    weights: Weights = "float32" if dtype == torch.float32 else "bfloat16"
     one = CppModel(model, weights, 1, release=True).weight_bytes + left(model)
     for group in groups(mode, 2):
         part = load("stdlib-10m", dtype, CPU, as_stored=True, group=group).model

@@ -1,6 +1,5 @@
 """A model that several ranks share computes what one process computes: bit for bit, or within a tolerance."""
 
-# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -67,7 +66,13 @@ def both(folder_of: Callable[[str], Path]) -> Iterator[Callable[..., tuple[Any, 
 
     def get(family: str, mode: str, **more: Any) -> tuple[Any, Any]:
         folder = str(folder_of(family))
-        options = {"model": folder, "dtype": "float32", "device": "cpu", "threads": 1, "draft": "none"} | more
+        options: dict[str, Any] = {
+            "model": folder,
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 1,
+            "draft": "none",
+        } | more
         if options["draft"] == "itself":
             options["draft"] = folder
         llm, threads = split(phase6.Options(**options, **MODES[mode]))

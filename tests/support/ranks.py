@@ -4,7 +4,6 @@ llm, ranks = split(Options(model=str(folder), tensor_parallel=2))
 llm.generate(["a text"]); end(llm, ranks)
 """
 
-# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 import queue
@@ -99,7 +98,6 @@ def split(options: Any) -> tuple[Any, list[threading.Thread]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("phase6.parallel.lead.start", begin)
         llm = phase6.LLM(options)
-    llm.ranks = made
     return llm, threads
 
 

@@ -58,7 +58,7 @@ class Traffic:
 
 
 class Group:
-    """Rank `rank` of `ranks`, of which `local` run on this machine."""
+    """Rank `rank` of `ranks`; `local` of them run on this machine."""
 
     def __init__(self, mode: Mode, rank: int, ranks: int, local: int, link: Link, lifeline: Lifeline) -> None:
         self.mode: Mode = mode

@@ -1,4 +1,4 @@
-"""A model in C++ of which every rank computes a part of each step.
+"""A model in C++ whose steps are divided between ranks.
 
 Tensor parallel: all ranks make the same step with their own matrices, and exchange numbers within it. Layer parallel:
 the hidden states of the step's tokens go from rank to rank, and the logits back to rank 0. Rank 0 calls `step` as that
@@ -8,6 +8,7 @@ of any CppModel; the others make the same step in `follow`.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, finalize
@@ -42,7 +43,7 @@ def set_rows(cache: Cache, rows: list[Row]) -> None:
             cache.tables[row.number] = row.table
 
 
-class SplitModel(CppModel):
+class SplitModel(CppModel, ABC):
     """The part of one rank. `numbers`: by which its ranks know its caches."""
 
     def __init__(self, group: Group, shard: Shard, model: Transformer, *arguments: Any, **options: Any) -> None:
@@ -85,13 +86,13 @@ class SplitModel(CppModel):
         with uninterrupted():
             return self.lead(cache, step)
 
+    @abstractmethod
     def lead(self, cache: Cache, step: Step) -> Stepped:
         """Compute a step on rank 0, which the others are told of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def follow(self, cache: Cache, step: Step) -> None:
         """Compute rank 0's step on another rank."""
-        raise NotImplementedError
 
     def _own(self, cache: Cache, step: Step, **options: Any) -> Stepped:
         rows = [row.number for row in step.rows]
