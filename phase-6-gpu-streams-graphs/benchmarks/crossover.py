@@ -4,8 +4,8 @@ A step for R rows with K draft tokens each gives 1 + s tokens a row, s of them a
 
     (1 + s) time of a plain step for R rows / time of a step with R x K draft tokens
 
-The step times are those that `--controller cost` goes by: measured on made-up texts for one row and for the largest
-number of rows, and linear in between (engine/prices.py, engine/cost_model.py). s is that of the timed run.
+The step times are those that `--controller cost` goes by: measured on made-up texts for each number of rows
+(engine/prices.py, engine/cost_model.py). s is that of the timed run.
 
     python bench.py --only crossover --output results
 """
@@ -69,9 +69,9 @@ def timed(lab: Lab, name: Format, costs: CostModel, rows: int, most: int, k: int
 
 
 def observe(llm: LLM, costs: CostModel, most: int) -> None:
-    """Measure steps of one row, and of the most rows."""
+    """Measure steps of every number of rows, as the controller does when it meets one."""
     params = dataclasses.replace(llm.params, temperature=1.0)
-    for rows in (1, most):
+    for rows in (count for count in ROWS if count <= most):
         for name, table in llm.prices.measure(params, rows).tables.items():
             for size, seconds in table.usual().items():
                 costs.tables[name].observe(size, seconds)
