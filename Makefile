@@ -26,7 +26,7 @@ OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
 GPU_BENCH ?= --rounds 3
 
-.PHONY: help demo diff notebook test test-all mutants sanitize gpu lint mypy-tests mypy-phases install clean
+.PHONY: help demo bench diff notebook test test-all mutants sanitize gpu lint mypy-tests mypy-phases install clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
@@ -34,6 +34,9 @@ help:  ## list the targets
 
 demo: $(STAMP)  ## run every phase on the embedded models and print one table
 	@$(BIN)/lab demo
+
+bench: $(STAMP)  ## every phase's bench at its quick size, and the README's table and picture measured again
+	@$(BIN)/lab bench --readme
 
 diff: $(STAMP)  ## how phase N differs from the one before: make diff N=2
 	@$(BIN)/lab diff $(or $(N),$(error name a phase: make diff N=2))

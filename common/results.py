@@ -32,7 +32,7 @@ __all__ = ["ROWS", "SCHEMA_VERSION", "Results", "Row", "environment", "read_mani
 SCHEMA_VERSION = 2
 ROWS, MANIFEST = "results.jsonl", "MANIFEST.json"
 # Options that may differ between two invocations on one folder; any other would mix two measurements.
-OPTIONS_MAY_CHANGE = {"output", "resume", "only"}
+OPTIONS_MAY_CHANGE = {"output", "resume", "only", "config", "plots", "ray", "cell_timeout"}
 ENVIRONMENT_MAY_CHANGE = {"timestamp", "commit", "dirty", "argv", "load_average"}
 Scalar = bool | int | float | str | None
 

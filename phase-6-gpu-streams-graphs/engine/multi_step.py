@@ -28,6 +28,7 @@ from .runner import NO_DRAFT, ModelRunner, Work
 from .sequence import Sequence
 from .speculative import append
 from .steps import Path, Step, StepTimes, step_stats
+from .synthetic import Synthetic, rule_of
 from .tree import Tree
 from .verify import RandomSource
 
@@ -83,7 +84,7 @@ def multi_step(
         return []
     call = call._replace(steps=min(call.steps, room))
     stage("verify")
-    works, made, states = _execute(runner, drafter, sequences, call, isinstance(policy, SampleMatch))
+    works, made, states = _execute(runner, drafter, sequences, call, policy)
     return _commit(runner, drafter, sequences, asked, works, made, states, began)
 
 
@@ -95,7 +96,7 @@ def _plan(
         return None
     if drafter is None or not any(asked):
         return Call(asked, min(most, _steps(sequences, asked, drafter)))
-    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(policy, SampleMatch | Rejection):
+    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(rule_of(policy), SampleMatch | Rejection):
         return None
     if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
         return None  # a profile tells the parts of a step apart
@@ -132,7 +133,7 @@ def steps_ahead(controller: KController) -> int:
 
 
 def _execute(
-    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, own: bool
+    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, policy: AcceptancePolicy
 ) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
     counts, steps, given = call
@@ -150,7 +151,9 @@ def _execute(
                 raise
             steps = 1
     made, states = runner.fast.decode(
-        batch, fast, counts, steps, own=own, taps=None if drafter is None else drafter.taps,
+        batch, fast, counts, steps, own=isinstance(rule_of(policy), SampleMatch),
+        synthetic=policy.acceptance if isinstance(policy, Synthetic) else -1,
+        taps=None if drafter is None else drafter.taps,
         ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from .kv_cache import Format, Kind, KVOptions
 from .kv_cache.ring import SPARE
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .sampling import SamplingParams
+from .synthetic import Synthetic
 
 DrafterName = Literal["model", "ngram", "extrapolate", "medusa", "eagle"]
 QuantName = Literal["none", "int8", "int4"]
@@ -79,6 +80,12 @@ class Options(BaseSettings):
     max_k: int = Field(default=8, ge=1, description="most tokens a controller drafts")
     target_acceptance: float = Field(default=0.7, gt=0, lt=1, description="of adaptive: the wanted rate")
     confidence: float = Field(default=0.4, ge=0, le=1, description="of confidence: least draft probability")
+    synthetic_acceptance: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="to time steps: accept draft tokens with this probability, whatever they are",
+    )
     show: bool = Field(default=False, description="colour the tokens by their origin, and count accepted drafts")
     explain: bool = Field(default=False, description="afterwards: why speculation was faster, or why not")
     metrics_detailed: bool = Field(default=False, description="with --json: the figures of every step")
@@ -159,6 +166,8 @@ class Options(BaseSettings):
             )
         if self.show_tree and (self.tree == "off" or self.as_json):
             raise ValueError("--show-tree draws text for people: it needs --tree static or dynamic, and no --json")
+        if self.lossless and self.synthetic_acceptance is not None:
+            raise ValueError("--lossless refuses --synthetic-acceptance, which accepts whatever was drafted")
         if self.lossless and self.policy not in ("auto", *LOSSLESS):
             raise ValueError(
                 f"--lossless refuses --policy {self.policy}, which changes the output's distribution; "
@@ -264,7 +273,8 @@ class Options(BaseSettings):
         )
 
     def acceptance_policy(self) -> AcceptancePolicy:
-        return make_policy(self.policy_name, self.tau, self.agree_k, self.epsilon, self.delta)
+        policy = make_policy(self.policy_name, self.tau, self.agree_k, self.epsilon, self.delta)
+        return policy if self.synthetic_acceptance is None else Synthetic(policy, self.synthetic_acceptance)
 
     @property
     def policy_name(self) -> PolicyName:

@@ -25,7 +25,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
 
-OWN = re.compile(r"(tests|common|phase\d+|engine|benchmarks|checks|ladder|training)(\.|$)")
+OWN = re.compile(r"(tests|common|phase\d+|engine|benchmarks|checks|instruments|ladder|training)(\.|$)")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
 IMPORTED = [
     "torch",

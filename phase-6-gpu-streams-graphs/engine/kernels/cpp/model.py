@@ -174,6 +174,7 @@ class CppModel(PackedModel):
         steps: int,
         *,
         own: bool = False,
+        synthetic: float = -1,
         ends: Sequence[int] = (),
         taps: tuple[int, ...] | None = None,
         new: int = 0,
@@ -183,7 +184,8 @@ class CppModel(PackedModel):
 
         batch: of `sequence`. drafter: a drafter of the library over the same sequences, or None; it drafts counts[r]
         tokens after sequence r. own: a draft token is accepted if this model draws the same token, with the noise of
-        plain sampling; otherwise the rule is rejection (Leviathan et al. 2023). The call returns after the step in
+        plain sampling; otherwise the rule is rejection (Leviathan et al. 2023). synthetic: from 0 on, every
+        draft token is accepted with this probability instead; the work is the same. The call returns after the step in
         which a sequence gains one of `ends`, or which uses up budget_ms (0: no limit), or during which `hurry` was
         called. Afterwards the row of a sequence has keys and values of its new tokens and of all that it gained but the
         last token.
@@ -198,7 +200,7 @@ class CppModel(PackedModel):
             room = states.numel()
         try:
             made = library().decode(
-                self._engine, batch, drafter, counts, steps, own, list(ends),
+                self._engine, batch, drafter, counts, steps, own, synthetic, list(ends),
                 0 if states is None else states.data_ptr(), room, list(taps or ()), budget_ms,
             )  # fmt: skip
         except OverflowError:

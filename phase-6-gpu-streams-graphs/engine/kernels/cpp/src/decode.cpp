@@ -60,9 +60,9 @@ Forward forward(Engine& target, const Batch& batch, const std::vector<Drafted>& 
 }
 
 // Accept the drafts. Target rows of rejection become probabilities, but for the last, which plain decoding chooses from.
-void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<const float*>& rows, bool own, std::vector<Result>& results) {
+void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<const float*>& rows, const Plan& plan, std::vector<Result>& results) {
     const int vocab = target.model.vocab;
-    auto by_choice = [&](size_t r) { return own || batch[r].how.temperature == 0; };
+    auto by_choice = [&](size_t r) { return plan.own || batch[r].how.temperature == 0; };
     std::vector<std::pair<float*, const Sampling*>> converted;
     for (size_t r = 0; r < batch.size(); ++r)
         for (size_t i = 0; !by_choice(r) && i < drafts[r].tokens.size(); ++i)
@@ -77,18 +77,21 @@ void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& draf
         Result& result = results[r];
         const int count = int(draft.size());
         auto chosen = [&](int i) { return target.choose_plain(rows[r] + size_t(i) * size_t(vocab), sequence, sequence.position + i, spare); };
+        const uint32_t sample = uint32_t(sequence.sample), position = uint32_t(sequence.position);
+        auto chance = [&](int i) { return uniform(sequence.how.seed, sample, position + uint32_t(i), ACCEPT, 0); };
         if (by_choice(r)) {
-            while (result.next = chosen(result.accepted), result.accepted < count && result.next == draft[size_t(result.accepted)])
+            while (result.next = chosen(result.accepted), result.accepted < count &&
+                   (plan.synthetic < 0 ? result.next == draft[size_t(result.accepted)] : chance(result.accepted) < plan.synthetic))
                 result.accepted += 1;
             return;
         }
-        const uint32_t sample = uint32_t(sequence.sample), position = uint32_t(sequence.position);
         const bool certain = drafts[r].probs.empty();  // one-hot: the caller's tokens
         for (int& i = result.accepted; i < count; ++i) {
             const float* target_row = rows[r] + size_t(i) * size_t(vocab);
             const float* draft_row = certain ? nullptr : drafts[r].probs[size_t(i)];
             const int token = draft[size_t(i)];
-            if (uniform(sequence.how.seed, sample, position + uint32_t(i), ACCEPT, 0) < acceptance(target_row, draft_row, token)) continue;
+            const float ratio = acceptance(target_row, draft_row, token);
+            if (chance(i) < (plan.synthetic < 0 ? ratio : plan.synthetic)) continue;
             std::vector<float> residual(static_cast<size_t>(vocab));
             result.next = draw_residual(
                 *target.isa, target_row, draft_row, token, vocab, sequence.how.seed, sample, position + uint32_t(i), false, residual.data()
@@ -149,7 +152,7 @@ std::vector<Decoded> decode(Engine& target, Batch batch, Drafter* drafter, const
         step.draft_ms = ms_since(last);
         const Forward done = forward(target, batch, drafts, states.to == nullptr ? nullptr : &states.taps, memory);
         step.verify_ms = ms_since(last);
-        accept(target, batch, drafts, done.rows, plan.own, step.results);
+        accept(target, batch, drafts, done.rows, plan, step.results);
         std::vector<Outcome> outcomes;
         for (size_t r = 0; r < batch.size(); ++r) {
             Result& result = step.results[r];

@@ -1,0 +1,164 @@
+"""An engine in a thread of its own: other threads, and tasks of asyncio, send it requests through a queue.
+
+with AsyncLLMEngine(LLMEngine(LLM(Options()))) as engine:
+    for output in engine.stream("from pathlib import"):
+        print(output.text, end="")
+
+Only this thread touches models and caches. When a request comes or goes, a call into C++ that makes several steps
+returns after the present one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+
+from .llm_engine import LLMEngine, Output
+from .sampling import SamplingParams
+
+Deliver = Callable[["Output | Exception"], None]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request from outside the engine's thread."""
+
+    prompt: str | list[int]
+    params: SamplingParams | None
+    how: dict[str, Any]  # the other arguments of add_request
+    deliver: Deliver  # called in the engine's thread, with outputs in order, or the error that refused the request
+    left: int  # samples that have not ended
+
+
+class AsyncLLMEngine:
+    """Owns an engine; every method may be called from any thread."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.engine = engine
+        self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}  # by the number of the request
+        self._lock, self._closed = threading.RLock(), False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> AsyncLLMEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stream(self, prompt: str | list[int], params: SamplingParams | None = None, **how: Any) -> Iterator[Output]:
+        """Yield the outputs of a request; leaving the loop early aborts it. `how`: as in LLMEngine.add_request.
+
+        Raises the error that refused or ended the request.
+        """
+        arrived: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
+        ticket = self._submit(prompt, params, how, arrived.put)
+        try:
+            while ticket.left:
+                yield self._checked(ticket, arrived.get())
+        finally:
+            self._abandon(ticket)
+
+    async def generate(
+        self, prompt: str | list[int], params: SamplingParams | None = None, **how: Any
+    ) -> AsyncIterator[Output]:
+        """Do the same for a task of asyncio; if the task is cancelled, the request is aborted."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Output | Exception]()
+        ticket = self._submit(prompt, params, how, lambda item: _call_soon(loop, arrived.put_nowait, item))
+        try:
+            while ticket.left:
+                yield self._checked(ticket, await arrived.get())
+        finally:
+            self._abandon(ticket)
+
+    def _checked(self, ticket: Ticket, item: Output | Exception) -> Output:
+        if isinstance(item, Exception):
+            ticket.left = 0
+            raise item
+        if item.error is not None:
+            raise item.error
+        ticket.left -= item.finish_reason is not None
+        return item
+
+    def close(self) -> None:
+        """End all requests, and the thread. Whoever still reads gets an error."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._send(self.engine.close)
+        self._thread.join()
+        self.engine.hurry(False)  # the models may serve another engine
+
+    def _submit(
+        self, prompt: str | list[int], params: SamplingParams | None, how: dict[str, Any], to: Deliver
+    ) -> Ticket:
+        ticket = Ticket(prompt, params, how, to, max(1, how.get("n", 1)))
+        with self._lock:
+            if self._closed:
+                raise UserError("the engine is closed")
+            self._send(lambda: self._add(ticket))
+        return ticket
+
+    def _abandon(self, ticket: Ticket) -> None:
+        with self._lock:
+            if ticket.left and not self._closed:
+                self._send(lambda: self._abort(ticket))
+
+    def _send(self, work: Callable[[], None]) -> None:
+        """Hand work to the engine's thread, which does it before its next step; the present one is to end soon."""
+        self._mail.put(work)
+        self.engine.hurry(True)
+
+    def _add(self, ticket: Ticket) -> None:
+        try:
+            number = self.engine.add_request(ticket.prompt, ticket.params, **ticket.how)
+        except Exception as error:  # only this request is concerned
+            ticket.deliver(error)
+        else:
+            self._tickets[number] = ticket
+
+    def _abort(self, ticket: Ticket) -> None:
+        for number in [number for number, other in self._tickets.items() if other is ticket]:
+            del self._tickets[number]
+            self.engine.abort(number)
+
+    def _serve(self) -> None:
+        while not self.engine.closed:
+            self.engine.hurry(False)  # before the mail is read: work that comes later ends the next call
+            while not self.engine.closed and not (self._mail.empty() and self.engine.busy):
+                self._mail.get()()
+            if not self.engine.closed:
+                self._step()
+        while not self._mail.empty():  # what came just before the end
+            self._mail.get()()
+        for ticket in self._tickets.values():
+            ticket.deliver(UserError("the engine was closed before the request ended"))
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except Exception as error:  # not of one request: nobody can go on
+            for number, ticket in self._tickets.items():
+                self.engine.abort(number)
+                ticket.deliver(error)
+            self._tickets = {}
+            return
+        for output in outputs:
+            if (reader := self._tickets.get(output.request)) is not None:
+                reader.deliver(output)
+        for output in outputs:
+            if output.request not in self.engine.requests:
+                self._tickets.pop(output.request, None)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], item: Output | Exception) -> None:
+    """Call in the loop's thread, unless the loop has ended and nobody waits."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call, item)

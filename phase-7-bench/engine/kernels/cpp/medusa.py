@@ -1,0 +1,78 @@
+"""Medusa's heads in C++: packed matrices, multiplied by the target's engine (see drafters/medusa.py).
+
+fast = CppMedusa(heads, CppModel(target, "bfloat16"))
+fast.logits(states[-1:], [token])    # [1, H, V], one row per head
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from common.philox import Purpose
+
+from ...drafters.medusa import MedusaHeads
+from .library import library
+from .model import CppModel, address
+from .weights import Plan, pack
+
+
+class CppMedusa:
+    """Medusa's heads in the target's weight format, on its threads."""
+
+    def __init__(self, heads: MedusaHeads, beside: CppModel) -> None:
+        self.heads, self.beside = heads, beside
+        each = range(heads.shape.heads)
+        blocks = zip(heads.weight, heads.bias, strict=True)
+        wanted: dict[str, list[nn.Module]] = {
+            "reduce": [] if heads.reduce is None else [heads.reduce],
+            "token": [] if heads.token is None else [heads.token[1]],
+            "blocks": [linear(weight[i], bias[i]) for weight, bias in blocks for i in each],
+            "mix": [linear(heads.mix[i], None) for i in each],
+        }
+        plans = {
+            name: [Plan(-1, name, cast(nn.Linear, module), beside.weights, False) for module in of]
+            for name, of in wanted.items()
+        }
+        every = [plan for of in plans.values() for plan in of]
+        exact = beside.exact_activations
+        arena = library().Arena(sum(plan.shape(exact).bytes for plan in every) + 64 * len(every))
+        self._packed = {name: [pack(plan, arena, exact, beside.threads) for plan in of] for name, of in plans.items()}
+
+        reduce, token = (self._packed[name] or [None] for name in ("reduce", "token"))
+        norm, eps = None, 0.0
+        if heads.token is not None:
+            of_token = cast(nn.RMSNorm, heads.token[0])
+            norm = of_token.weight.detach().float().contiguous()
+            eps = of_token.eps or torch.finfo(of_token.weight.dtype).eps
+        self._width = beside.config.width * (1 + len(heads.shape.taps))
+        self._medusa = library().Medusa(
+            beside._engine, heads.shape.heads, self._width, reduce[0], token[0], address(norm), eps,
+            self._packed["blocks"], self._packed["mix"],
+        )  # fmt: skip
+
+    def drafter(self, batch: list[Any], states: Tensor, noise: Purpose) -> Any:
+        """Return a drafter of the library over R sequences of the target, from the last state [R, F] of each."""
+        states = states.detach().float().contiguous()
+        return library().MedusaDrafter(self._medusa, batch, int(noise), states.data_ptr())
+
+    def logits(self, states: Tensor, tokens: list[int]) -> Tensor:
+        """Return the logits [R, H, V] of all heads, from R states [R, F] and the token that was drawn from each."""
+        if states.shape != (len(tokens), self._width):
+            raise ValueError(f"states must be [{len(tokens)}, {self._width}], and are {list(states.shape)}")
+        states = states.detach().float().contiguous()
+        logits = torch.empty(len(tokens), self.heads.shape.heads, self.beside.config.vocab_size)
+        self._medusa.logits(states.data_ptr(), tokens, logits.data_ptr())
+        return logits
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Make a Linear from weight [in, out], the layout of the heads."""
+    inputs, outputs = weight.shape
+    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.flatten(), requires_grad=False)
+    return made

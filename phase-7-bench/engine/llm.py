@@ -1,0 +1,320 @@
+"""A loaded model and the options to run it with: what the command line, the demo and the benches all call.
+
+llm = LLM(Options(max_tokens=16))
+print(llm.generate(["from pathlib import"])[0].text)
+for piece in llm.stream("class Stack:"):
+    print(piece, end="")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+
+from common.checkpoint import open_checkpoint
+from common.device import each_within, memory, resolve_device, torch_threads
+from common.errors import UserError
+from common.results import environment
+
+from .backends import Backends
+from .beam import beam_search
+from .capacity import check_capacity
+from .compile import Compiler
+from .config import ModelConfig
+from .cost_model import CostModel
+from .determinism import check_deterministic, deterministic
+from .drafters import DynamicTreeDrafter, StaticTreeDrafter, TreeDrafter, make_drafter
+from .drafters.heads import Heads, find_heads, load_heads
+from .drafting import Brancher, Drafter
+from .fake import FakeModel, is_fake
+from .generate import Generation, finish
+from .kv_cache import KVOptions
+from .kv_cache.manager import CacheManager
+from .llm_engine import LLMEngine
+from .load import LoadedModel
+from .model import Transformer
+from .options import Options, QuantName
+from .overlap import OverlapDrafter, overlap_of
+from .packing import pack_matrices
+from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
+from .parallel.lead import lead, load_parts
+from .precision import Precision, computing, resolve_precision
+from .prices import Prices
+from .profiler import stage
+from .quantize import Format
+from .runner import CachedRunner, ModelRunner
+from .sampling import SamplingParams
+from .sequence import Sequence
+from .steps import Step, StepStats
+from .tokenizer_cache import TokenizerCache
+from .tree_shapes import best_shape, measured_acceptance
+from .uncached_runner import UncachedRunner
+from .verify import RandomSource
+
+
+class LLM:
+    """Loads what the options name. UserError where that cannot be had."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.params = options.sampling_params()  # of requests that bring none
+        self.precision: dict[str, Precision] = {}  # of each model that was loaded here
+        self.backends = self._backends()
+        self.group = lead(self, options, self.backends)  # of the processes that share the models
+        self.loaded = self._load(options.model, options.quant)
+        self.encoder = TokenizerCache(self.loaded.tokenizer)
+        self.amp = computing(options.amp, self.loaded.model.embedding.weight.device)
+        self.policy = options.acceptance_policy()
+        name, kind = resolve_draft(options.draft, self.loaded), options.drafter
+        self.draft = self._load(name, options.draft_quant, options.draft_parallel) if name and kind == "model" else None
+        self.heads: Heads | None = None
+        if (kind == "medusa" or kind == "eagle") and options.draft != "none":
+            self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
+        if self.draft:
+            check_pair(self.loaded, self.draft)
+            fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
+        self.runner: ModelRunner | None = None  # of the target, in the last run
+        self.caches: dict[Transformer, CacheManager] = {}  # of each model
+        self.cost_model, self.prices = CostModel(), Prices(self)  # by which `--controller cost` goes
+        drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
+        models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
+        self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
+        self.overlap = overlap_of(options, [self.backends.in_cpp(model) for model in models])
+        check_deterministic(self)
+        self.compiler = Compiler() if options.compile else None
+        if self.compiler:
+            self.compiler.compile(self.loaded.model, *drafting)
+            self.compiler.warm_up(self._warm_up)
+        elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
+            for module in (self.loaded.model, *drafting):
+                if not self.backends.in_cpp(module):
+                    pack_matrices(module)
+
+    def _backends(self) -> Backends:
+        """Who computes, chosen before a weight is read: matrices that C++ will pack are loaded as files have them."""
+        if is_fake(self.options.model):
+            return Backends(self.options, torch.device("cpu"), torch.float32)
+        return Backends(self.options, resolve_device(self.options.device), self._resolve(self.options.model).dtype)
+
+    def _resolve(self, name: str) -> Precision:
+        if name not in self.precision:
+            with torch_threads(self.options.threads):
+                self.precision[name] = resolve_precision(
+                    self.options.dtype,
+                    self.options.amp,
+                    resolve_device(self.options.device),
+                    lambda: ModelConfig.from_hf(open_checkpoint(name, ModelConfig.from_hf).config),
+                )
+        return self.precision[name]
+
+    def _load(self, name: str, quant: QuantName, split: bool = True) -> LoadedModel:
+        if is_fake(name):
+            if quant != "none":
+                raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
+            return load_fake(name)
+        options, device, group = self.options, resolve_device(self.options.device), self.group if split else None
+        format = None if quant == "none" else Format(quant, options.quant_group, options.quant_asymmetric)
+        as_stored = not self.backends.multiplies_in_torch or self.backends.whole_steps
+        with torch_threads(options.threads):
+            return load_parts(group, name, self._resolve(name).dtype, device, format, options.quant_head, as_stored)
+
+    def sequences(
+        self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Sequence]:
+        """Make one sequence for every sample of every prompt.
+
+        params: for all, or one for each prompt; by default the options'. UserError if all at once would not
+        fit in memory.
+        """
+        stage("tokenize")
+        if not isinstance(params, list):
+            params = [params or self.params] * len(texts)
+        if len(params) != len(texts):
+            raise UserError(
+                f"{len(params)} sampling parameters for {len(texts)} prompts: give one for each, or one for all"
+            )
+        prompts = zip(self.encoder.encode(texts), params, strict=True)
+        firsts = [Sequence(prompt, mine, self.loaded.ending) for prompt, mine in prompts]
+        tree = self.options.tree_nodes if self.speculative and self.options.tree != "off" else 0
+        options, caches = self.options.kv_options(), self.caches.values()
+        batch = self.options.batch_size
+        check_capacity(self.loaded, firsts, options, tree, self.options.n, self.options.beams, batch, caches)
+        return [
+            Sequence(first.prompt, first.params, self.loaded.ending, sample)
+            for first in firsts
+            for sample in range(self.options.n)
+        ]
+
+    def _warm_up(self) -> None:
+        """A few tokens behind prompts of several lengths, so that all is compiled before anything is timed."""
+        params = dataclasses.replace(self.params, max_new_tokens=16, stop=(), ignore_eos=True)
+        for length in (33, 8, 1):  # torch makes a graph of its own for what is 1
+            for _ in self.run([Sequence([0] * length, params, self.loaded.ending)]):
+                pass
+
+    @property
+    def speculative(self) -> bool:
+        """Whether anything drafts: a model, or a drafter that needs none."""
+        return self.options.draft != "none" and (self.draft is not None or self.options.drafter != "model")
+
+    @property
+    def draft_name(self) -> str | None:
+        if not self.speculative:
+            return None
+        return self.draft.checkpoint.name if self.draft else self.options.drafter
+
+    def header(self) -> dict[str, object]:
+        """What a recording says of the run: the models, the settings, the machine."""
+        weight, models = self.loaded.model.embedding.weight, [each for each in (self.loaded, self.draft) if each]
+        trained = [each.checkpoint for each in models if not isinstance(each.model, FakeModel)]
+        hashes = {checkpoint.name: checkpoint.content_hash() for checkpoint in trained}
+        return {
+            "model": self.loaded.checkpoint.name,
+            "draft": self.draft_name,
+            "settings": self.options.model_dump(mode="json", by_alias=True),
+            "environment": environment(
+                weight.device, weight.dtype, self.options.threads or torch.get_num_threads(), hashes
+            ),
+        }
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Enter the context of every step: `--threads`, `--amp` and `--deterministic`."""
+        threads = 1 if self.backends.fast else self.options.threads  # torch's spinning threads would slow C++
+        with torch_threads(threads), self.amp, deterministic(self.options.deterministic):
+            yield
+
+    def run(self, sequences: list[Sequence], multi_step: bool = True) -> Iterator[Step | None]:
+        """Decode to the end; yield every step, None in a beam search.
+
+        multi_step: several steps may be made in one call, which keeps no logits of them.
+        """
+        for steps in each_within(self.computing, self._decode(sequences, multi_step)):
+            yield from steps
+
+    def _decode(self, sequences: list[Sequence], multi_step: bool) -> Iterator[list[Step | None]]:
+        for sequence in sequences:
+            sequence.progress.began = time.perf_counter()
+        if self.options.beams > 1:
+            for step in self._search(sequences):
+                yield [step]
+            return
+        longest = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in sequences)
+        engine = LLMEngine(self, min(self.options.batch_size, len(sequences)), longest, multi_step)
+        self.runner = engine.target
+        try:
+            for sequence in sequences:
+                try:
+                    engine.add(sequence)
+                except UserError as error:
+                    sequence.refuse(str(error))
+            while engine.busy:
+                yield list(engine.advance())
+                for sequence in engine.ended:
+                    alone = len(sequences) == 1 or not isinstance(sequence.error, UserError)
+                    if sequence.error is not None and alone:
+                        raise sequence.error
+                engine.ended = []
+        finally:  # of an interrupted run, rows are still taken
+            engine.close()
+
+    def keep(self, sequence: Sequence, stats: StepStats) -> None:
+        """Keep the figures of a step of a sequence that something drafts for."""
+        if not self.speculative:
+            return
+        if self.options.metrics_detailed:
+            stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
+        sequence.steps.append(stats)
+
+    def new_drafter(self, draft: ModelRunner | None, source: RandomSource) -> Drafter:
+        drafter = make_drafter(
+            self.options,
+            self.loaded.model,
+            draft,
+            source,
+            self.policy.draft_noise,
+            self.heads,
+            self.backends.heads,
+            draft_in_cpp=self.draft is not None and self.backends.drafts_in_cpp(self.draft.model),
+        )
+        if self.overlap is not None:
+            return OverlapDrafter(drafter, self.overlap)
+        return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
+
+    def remembered(self) -> dict[str, object]:
+        """What the target's cache was, and what it took; or why there was none."""
+        if not isinstance(self.runner, CachedRunner):
+            reasons = {"--kv off": self.options.kv == "off", "beam search computes whole texts": self.options.beams > 1}
+            why = next((why for why, holds in reasons.items() if holds), "the model has nothing to remember")
+            return {"kind": "off", "why": why}
+        manager = self.runner.manager
+        return {
+            "kind": self.options.kv,
+            "dtype": self.options.kv_dtype,
+            "mib": manager.cache.nbytes() / 2**20,
+            "positions": manager.positions,
+            "prefill_ms": self.runner.prefill_ms,
+        }
+
+    def make_runner(self, model: Transformer, rows: int, longest: int, options: KVOptions | None = None) -> ModelRunner:
+        """Return a runner with room for so many sequences of at most `longest` tokens, output included.
+
+        A model's cache lives as long as this LLM. It is replaced if it is too small, unless another run is using it.
+        """
+        options = options or self.options.kv_options()
+        if options.kind == "off" or not model.has_cache:
+            return UncachedRunner(model)
+        manager = self.caches.get(model)
+        if manager is None or not manager.fits(rows, longest):
+            if keep := manager is None or manager.idle:
+                manager = self.caches.pop(model, None)
+                del manager  # frees its memory before the next is allocated
+            manager = self.backends.manager(model, options, rows, longest)
+            if keep:
+                self.caches[model] = manager
+        if manager.idle:
+            manager.positions = 0
+        return self.backends.runner(model, manager)
+
+    def _tree_drafter(self, drafter: Brancher, source: RandomSource) -> TreeDrafter:
+        if self.options.tree == "dynamic":
+            return DynamicTreeDrafter(drafter, self.options.tree_nodes)
+        shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
+        return StaticTreeDrafter(drafter, shape, source, self.policy.draft_noise, self.policy.draws_children)
+
+    def tree_acceptance(self) -> list[list[float]]:
+        """By depth and rank: as measured for the model's own drafters, else a typical one."""
+        return measured_acceptance(self.loaded.checkpoint.folder, self.options.drafter)
+
+    def _search(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        loaded, options = self.loaded, self.options
+        for sequence in sequences:
+            best = beam_search(
+                loaded.model, sequence.prompt, sequence.params, loaded.ending, options.beams, options.length_penalty
+            )
+            for token in best.tokens:
+                sequence.append(token)
+            sequence.progress.mark(best.forwards)
+            yield None
+
+    def generate(
+        self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """Return all completions, in the order of the prompts. params as in `sequences`."""
+        sequences = self.sequences(texts, params)
+        for _ in self.run(sequences):
+            pass
+        return [finish(sequence) for sequence in sequences]
+
+    def stream(self, text: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one completion, piece by piece, as soon as it can no longer change."""
+        sequence = self.sequences([text], params)[0]
+        for _ in self.run([sequence]):
+            if piece := sequence.take_text():
+                yield piece

@@ -1,0 +1,295 @@
+"""Serves many requests at once: every step decodes all that run, and computes parts of the prompts that are new.
+
+engine = LLMEngine(LLM(Options(max_tokens=32)))
+first, second = engine.add_request("from pathlib import"), engine.add_request("class Stack:")
+while engine.busy:
+    for output in engine.step():
+        print(output.request, output.text)
+
+Every random number is keyed by its request, so the tokens of a request do not depend on the others. One thread owns an
+engine; async_engine.py serves several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, get_args
+
+from common.device import available_memory
+from common.errors import UserError
+
+from .capacity import fitted
+from .controllers import ControllerName, CostController, FixedController, KController
+from .generate import Stats, stats_of
+from .kernels import registry
+from .kv_cache import PAGE, PagedCache, StaticCache
+from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
+from .profiler import stage
+from .runner import DRAFT_ROOM, CachedRunner
+from .sampling import SamplingParams
+from .scheduler import BUDGET, Scheduler
+from .sequence import FinishReason, Sequence
+from .speculative import advance
+from .steps import Step
+from .verify import KeyedSource, random_source
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+SEVERAL = 128  # steps of one call, at most, while nobody waits
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one sample of a request gained in a step."""
+
+    request: int
+    sample: int
+    tokens: list[int]
+    text: str  # that can no longer change
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None  # that ended it
+    stats: Stats | None = None  # of the whole, at its end
+
+
+class LLMEngine:
+    """Runs the models of an LLM over requests that come and go."""
+
+    def __init__(self, llm: LLM, rows: int = 0, tokens: int = 0, multi_step: bool = True, budget: int = BUDGET) -> None:
+        """rows: sequences of one step, by default `--batch-size`. tokens: of the longest, by default the context.
+
+        budget: tokens of one step, prompts included. UserError if the caches do not fit in memory.
+        """
+        self.llm, self.rows = llm, rows or llm.options.batch_size
+        tokens = tokens or llm.loaded.config.context
+        models = [llm.loaded.model, *([llm.draft.model] if llm.draft and llm.speculative else [])]
+        free = available_memory(models[0].embedding.weight.device)
+        free += sum(manager.cache.nbytes() for manager in llm.caches.values() if manager.idle)
+        shapes = [(model.config, llm.backends.computed(model)) for model in models]
+        kv = fitted(llm.options.kv_options(), shapes, self.rows, tokens, free)
+        self.target, *others = (llm.make_runner(model, self.rows, tokens, kv) for model in models)
+        self.draft = others[0] if others else None
+        self.drafter = llm.new_drafter(self.draft, KeyedSource()) if llm.speculative else None
+        self.scheduler = Scheduler(self.target, self.draft, self.drafter, self.rows, budget)
+        self.several = llm.backends.multi_step if multi_step else None
+        self.policies: dict[PolicyName, AcceptancePolicy] = {}
+        self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
+        self.numbers, self.closed, self.priced = count(), False, False
+        self.ended: list[Sequence] = []  # without a step: aborted, or by an error
+
+    @property
+    def busy(self) -> bool:
+        """Return True while a request waits or runs, or an end was not reported yet."""
+        return bool(self.scheduler.waiting or self.scheduler.running or self.ended)
+
+    def add_request(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        seeded: bool = True,
+        policy: PolicyName | None = None,
+        controller: ControllerName | None = None,
+        k: int | None = None,
+    ) -> int:
+        """Queue n samples of a prompt, a text or token ids; return the number of the request.
+
+        params, policy, controller, k: by default those of the options; k = 0 drafts nothing. A static tree keeps the
+        shape for the options' K. seeded: False if the request did not ask for a seed, so that one is drawn. Without a
+        policy, sampled tokens are accepted by `coupled` if the request has a seed, and by `rejection`, which accepts
+        more, if not. UserError for a request that cannot be served; the others are not concerned.
+        """
+        llm, options = self.llm, self.llm.options
+        tokens = llm.encoder.encode([prompt])[0] if isinstance(prompt, str) else list(prompt)
+        if (wrong := next((t for t in tokens if not 0 <= t < llm.loaded.config.vocab_size), None)) is not None:
+            raise UserError(f"token {wrong} is not in the vocabulary of {llm.loaded.config.vocab_size} tokens")
+        if n < 1 or not 0 <= (k or 0) <= DRAFT_ROOM:
+            raise UserError(f"n must be at least 1, and k from 0 to {DRAFT_ROOM}; got n = {n}, k = {k}")
+        for what, name, known in (("policy", policy, PolicyName), ("controller", controller, ControllerName)):
+            if name is not None and name not in get_args(known):
+                raise UserError(f"there is no {what} {name}; give one of {', '.join(get_args(known))}")
+        params = params or llm.params
+        if not seeded:
+            params = dataclasses.replace(params, seed=secrets.randbits(63))
+        if policy is None and options.policy == "auto":
+            policy = "longest_prefix" if params.greedy else "coupled" if seeded else "rejection"
+        rule = self._policy(policy) if policy else llm.policy
+        changed = {"controller": controller or options.controller, **({"k": k} if k else {})}
+        chosen = options.model_copy(update=changed)
+        sequences = [Sequence(tokens, params, llm.loaded.ending, sample) for sample in range(n)]
+        number = next(self.numbers)
+        for sequence in sequences:
+            sequence.number = number
+            self.add(sequence, rule, FixedController(0) if k == 0 else chosen.make_controller(llm.cost_model))
+        self.requests[number] = sequences
+        return number
+
+    def add(
+        self, sequence: Sequence, policy: AcceptancePolicy | None = None, controller: KController | None = None
+    ) -> None:
+        """Queue a sequence. UserError if the cache can never hold it."""
+        if self.closed:
+            raise UserError("the engine is closed")
+        options = self.llm.options
+        sequence.policy = policy or self.llm.policy
+        sequence.controller = controller or options.make_controller(self.llm.cost_model)
+        if self.drafter is not None and not (
+            isinstance(sequence.controller, FixedController) and not sequence.controller.k
+        ):
+            sequence.branches = options.tree != "off"
+            most = sequence.controller.k if isinstance(sequence.controller, FixedController) else options.max_k
+            sequence.reach = options.tree_nodes if sequence.branches else most
+        self._check_fits(sequence)
+        self.scheduler.add(sequence)
+
+    def _policy(self, name: PolicyName) -> AcceptancePolicy:
+        options = self.llm.options
+        if options.lossless and name not in LOSSLESS:
+            raise UserError(f"--lossless refuses the policy {name}; lossless are {', '.join(LOSSLESS)}")
+        if name not in self.policies:
+            made = make_policy(name, options.tau, options.agree_k, options.epsilon, options.delta)
+            registry.use(made, self.llm.backends.kernels)
+            self.policies[name] = made
+        return self.policies[name]
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        length = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.llm.loaded.config.context)
+        length += sequence.reach if sequence.branches else 0
+        for runner in (self.target, self.draft):
+            if not isinstance(runner, CachedRunner):
+                continue
+            cache = runner.manager.cache
+            if isinstance(cache, PagedCache):
+                if cache.pages(length) > len(cache.blocks.users):
+                    raise UserError(
+                        f"out of pages: there are {len(cache.blocks.users)} of {PAGE} tokens, and "
+                        f"{cache.pages(length)} are needed (prompt and new tokens): give more --kv-pages, or a smaller "
+                        "--max-tokens"
+                    )
+            elif isinstance(cache, StaticCache) and length > cache.capacity:
+                raise UserError(f"the KV cache holds {cache.capacity} tokens per text, and {length} are needed")
+
+    def abort(self, number: int) -> bool:
+        """End a request whose output nobody wants any more. False if there is none: it has ended, or never was."""
+        sequences = [each for each in self.requests.pop(number, []) if each.finish_reason is None]
+        for sequence in sequences:
+            sequence.abort()
+            self._drop(sequence)
+        return bool(sequences)
+
+    def hurry(self, on: bool) -> None:
+        """Let `step` return soon, because there is new work, until this is turned off. Any thread may call it."""
+        if (fast := self.llm.backends.fast.get(self.llm.loaded.model)) is not None:
+            fast.hurry(on)
+
+    def step(self) -> list[Output]:
+        """Make the next steps, and return what the requests gained in them."""
+        if self.closed:
+            raise UserError("the engine is closed")
+        gained = dict[Sequence, int]()
+        with self.llm.computing():
+            for step in self.advance():
+                for sequence, start in zip(step.sequences, step.starts, strict=True):
+                    gained.setdefault(sequence, start)
+        for sequence in self.ended:
+            gained.setdefault(sequence, len(sequence.tokens))
+        self.ended = []
+        return [self._output(sequence, sequence.tokens[start:]) for sequence, start in gained.items()]
+
+    def _output(self, sequence: Sequence, tokens: list[int]) -> Output:
+        reason, number = sequence.finish_reason, sequence.number
+        if reason is not None and all(each.finish_reason is not None for each in self.requests.get(number, [])):
+            self.requests.pop(number, None)
+        stats = stats_of(sequence) if reason is not None else None
+        return Output(number, sequence.sample, tokens, sequence.take_text(), reason, sequence.error, stats)
+
+    def advance(self) -> Iterator[Step]:
+        """Compute parts of prompts, then make steps of all sequences that can decode; yield these."""
+        if not self.priced and any(self._asks_prices(sequence) for sequence in self.scheduler.waiting):
+            self.priced = True
+            self.llm.prices.provide(self.llm.cost_model, self.scheduler.waiting[0].params, self.rows)
+        chunks, ready = self.scheduler.schedule()
+        for sequence, tokens in chunks:
+            self._prefill(sequence, tokens)
+        most = 1 if self.scheduler.changes else SEVERAL
+        for group in groups(ready, drafted=self.drafter is not None):
+            yield from self._decode([each for each in group if each.finish_reason is None], most)
+
+    def _asks_prices(self, sequence: Sequence) -> bool:
+        return self.drafter is not None and isinstance(sequence.controller, CostController)
+
+    def _prefill(self, sequence: Sequence, most: int) -> None:
+        stage("prefill")
+        text, first = sequence.prompt + sequence.tokens, None
+        taps: tuple[int, ...] = ()
+        if self.drafter is not None and self.drafter.taps is not None:
+            first, taps = self.drafter.states_from(sequence), self.drafter.taps
+        try:
+            if isinstance(self.target, CachedRunner):
+                self.target.prefill(sequence, text, most, first, taps)
+            if isinstance(self.draft, CachedRunner) and sequence.reach:
+                self.draft.prefill(sequence, text, most)
+        except Exception as error:
+            self._fail(sequence, error)
+        stage("schedule")
+
+    def _decode(self, group: list[Sequence], most: int) -> Iterator[Step]:
+        """Make steps of sequences with one policy. If that fails, each is tried alone: only those that fail end."""
+        if not group:
+            return
+        policy, source = group[0].policy, random_source(sequence.params for sequence in group)
+        before = [len(sequence.tokens) for sequence in group]
+        try:
+            if self.drafter is not None:
+                self.drafter.use(policy, source)
+            for step in advance(self.target, self.drafter, group, policy, source, self.several, most):
+                for sequence, stats in zip(step.sequences, step.stats, strict=True):
+                    sequence.progress.mark()
+                    self.llm.keep(sequence, stats)
+                yield step
+        except Exception as error:
+            if len(group) == 1:
+                self._fail(group[0], error)
+            else:
+                for sequence in group:
+                    yield from self._decode([sequence] if sequence.finish_reason is None else [], 1)
+        for sequence, tokens in zip(group, before, strict=True):
+            if len(sequence.tokens) > tokens:
+                sequence.progress.chunks.append((sequence.progress.last, len(sequence.tokens) - tokens))
+            if sequence.finish_reason is not None and sequence in self.scheduler.running:
+                self.scheduler.remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.fail(error)
+        self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.ended.append(sequence)
+
+    def close(self) -> None:
+        """End all requests, and free their blocks. The engine cannot be used afterwards."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.remove(sequence)
+        self.requests, self.closed = {}, True
+
+
+def groups(sequences: list[Sequence], drafted: bool) -> list[list[Sequence]]:
+    """Group sequences by the policy that accepts their drafts; every group is one forward.
+
+    At temperature 0 all lossless policies are the same, so greedy sequences join another group.
+    """
+    if not drafted:
+        return [sequences]
+    found = dict[AcceptancePolicy, list[Sequence]]()
+    for sequence in sorted(sequences, key=lambda each: each.params.greedy and each.policy.lossless):
+        policy = sequence.policy
+        if sequence.params.greedy and policy.lossless:
+            policy = next((other for other in found if other.lossless), policy)
+        found.setdefault(policy, []).append(sequence)
+    return list(found.values())

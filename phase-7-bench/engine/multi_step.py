@@ -1,0 +1,236 @@
+"""Makes several steps of a batch in one call into C++.
+
+Between two calls Python runs, and then the CPU's caches no longer hold the model's weights: a step of a small model
+costs as much again outside of its kernels. The controllers say for how many steps their answers hold.
+
+    python generate.py --kernels cpp --prompt "from pathlib import"
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+from .controllers import CostController, FixedController, KController, observe, observe_plain
+from .cpp_runner import CppRunner, drawable
+from .drafters import NgramDrafter
+from .drafting import Draft, Drafter, Outcome
+from .kernels.cpp import library
+from .kernels.cpp.model import Decoded
+from .policies import AcceptancePolicy, Rejection, SampleMatch
+from .profiler import CURRENT, stage
+from .runner import NO_DRAFT, ModelRunner, Work
+from .sequence import Sequence
+from .speculative import append
+from .steps import Path, Step, StepTimes, step_stats
+from .synthetic import Synthetic, rule_of
+from .tree import Tree
+from .verify import RandomSource
+
+AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
+AHEAD = 16  # steps with drafts of one call
+MOST = 128  # tokens of a sequence in one call
+BUDGET_MS = 25.0  # a call makes no further step after so long, or once it is hurried: its text is shown at its end
+NOTHING = Draft.nothing(0)  # a call keeps no distributions
+
+
+@runtime_checkable
+class CppDrafter(Protocol):
+    """A drafter whose tokens C++ draws within a call."""
+
+    deepest: int
+
+    def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
+        """Return a drafter of the library for steps of counts[r] tokens. UserError if there is no room for them."""
+        ...
+
+    def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
+        """Record the steps after `start`: gained[s][r] are the tokens of sequence r in step s."""
+        ...
+
+
+class Call(NamedTuple):
+    """What one call is to do for R sequences."""
+
+    counts: list[int]  # draft tokens after each
+    steps: int
+    given: list[list[int]] | None = None  # the draft tokens, if Python found them; None: C++ drafts
+
+
+def multi_step(
+    runner: ModelRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    asked: list[int],
+    policy: AcceptancePolicy,
+    source: RandomSource,
+    most: int,
+) -> list[Step]:
+    """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
+    began = time.perf_counter()
+    if not isinstance(runner, CppRunner) or not drawable(sequences, source):
+        return []
+    call = _plan(drafter, sequences, asked, policy, most)
+    if call is None:
+        return []
+    rows, context = zip(sequences, call.counts, strict=True), runner.model.config.context
+    room = min((context + 1 - sequence.length) // (count + 1) for sequence, count in rows)  # steps before a jump
+    if room < 1:
+        return []
+    call = call._replace(steps=min(call.steps, room))
+    stage("verify")
+    works, made, states = _execute(runner, drafter, sequences, call, policy)
+    return _commit(runner, drafter, sequences, asked, works, made, states, began)
+
+
+def _plan(
+    drafter: Drafter | None, sequences: list[Sequence], asked: list[int], policy: AcceptancePolicy, most: int
+) -> Call | None:
+    """Choose the steps of the next call; None if there is to be no call."""
+    if drafter is not None and drafter.taps is not None and not all(_up_to_date(drafter, each) for each in sequences):
+        return None
+    if drafter is None or not any(asked):
+        return Call(asked, min(most, _steps(sequences, asked, drafter)))
+    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(rule_of(policy), SampleMatch | Rejection):
+        return None
+    if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
+        return None  # a profile tells the parts of a step apart
+    if isinstance(drafter, NgramDrafter):
+        draft = drafter.propose(sequences, asked)
+        return Call(draft.widths, 1, draft.tokens.tolist())
+    counts = [min(count, cast(CppDrafter, drafter).deepest) for count in asked]
+    return Call(counts, min(most, _steps(sequences, counts, drafter)))
+
+
+def _up_to_date(drafter: Drafter, sequence: Sequence) -> bool:
+    """Return True if the drafter has the states of all positions but the last."""
+    return bool(sequence.tokens) and drafter.states_from(sequence) == sequence.length - 1
+
+
+def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None) -> int:
+    """Return how many steps to make at once."""
+    if not all(sequence.tokens for sequence in sequences):  # somebody waits for a first token
+        return 1
+    steps = AHEAD if any(counts) else AT_ONCE
+    for sequence, count in zip(sequences, counts, strict=True):
+        remaining = sequence.params.max_new_tokens - len(sequence.tokens)
+        steps = min(steps, remaining // (count + 1), MOST // (count + 1))
+        if drafter is not None:
+            steps = min(steps, steps_ahead(sequence.controller))
+    return max(steps, 1)
+
+
+def steps_ahead(controller: KController) -> int:
+    """Return for how many steps the controller's last answer holds."""
+    if isinstance(controller, FixedController):
+        return AT_ONCE
+    return controller.holds if isinstance(controller, CostController) else 1
+
+
+def _execute(
+    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, policy: AcceptancePolicy
+) -> tuple[list[Work], list[Decoded], Tensor | None]:
+    """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
+    counts, steps, given = call
+    fast = None
+    while True:
+        try:
+            works, batch = runner.begin(sequences, [steps * (count + 1) - 1 for count in counts])
+            if given is not None:
+                fast = library().GivenDrafter(runner.fast._engine, given)
+            elif any(counts):
+                fast = cast(CppDrafter, drafter).start(sequences, counts, steps)
+            break
+        except UserError:  # no room for so many
+            if steps == 1:
+                raise
+            steps = 1
+    made, states = runner.fast.decode(
+        batch, fast, counts, steps, own=isinstance(rule_of(policy), SampleMatch),
+        synthetic=policy.acceptance if isinstance(policy, Synthetic) else -1,
+        taps=None if drafter is None else drafter.taps,
+        ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
+        new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
+    )  # fmt: skip
+    gained = [
+        [[*draft[:count], token] for draft, count, token in zip(step.drafts, step.accepted, step.next, strict=True)]
+        for step in made
+    ]
+    whole = [[token for of_step in gained for token in of_step[row]][:-1] for row in range(len(sequences))]
+    rejected = sum(len(draft) for step in made for draft in step.drafts) - sum(sum(step.accepted) for step in made)
+    runner.appended(works, whole, rejected)
+    if fast is not None and given is None:
+        cast(CppDrafter, drafter).finish(counts, gained)
+    return works, made, states
+
+
+def _commit(
+    runner: CppRunner,
+    drafter: Drafter | None,
+    sequences: list[Sequence],
+    asked: list[int],
+    works: list[Work],
+    made: list[Decoded],
+    states: Tensor | None,
+    began: float,
+) -> list[Step]:
+    """Give the sequences the tokens of the steps of a call, which began at that time.
+
+    Time outside of the kernels counts as well: every step has an equal share of that before, and its own.
+    """
+    inside = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made) / 1e3
+    last = time.perf_counter()
+    before, steps, active = (last - began - inside) / len(made), list[Step](), list(range(len(sequences)))
+    new, prefilled, at = [len(work.new) for work in works], [work.prefilled for work in works], 0
+    total, places = [0] * len(sequences), [list[int]() for _ in sequences]  # accepted tokens; rows of `states`
+    for step in made:
+        active = [row for row in active if sequences[row].finish_reason is None]
+        if not active:
+            break
+        drafts, accepted, following = step.drafts, step.accepted, step.next
+        if states is not None:
+            for row, count in enumerate(accepted):
+                total[row] += count
+                places[row] += range(at, at + new[row] + count)
+                at += new[row] + count
+        done = Step([sequences[row] for row in active], [], NOTHING, [], None, [], [])
+        for row in active:
+            sequence, draft, count = sequences[row], drafts[row], accepted[row]
+            done.starts.append(len(sequence.tokens))
+            done.trees.append(Tree.chain(draft) if draft else NO_DRAFT)
+            done.paths.append(Path(list(range(count)), following[row]))
+            append(runner, sequence, [*draft[:count], following[row]])
+        now = time.perf_counter()
+        verify, accept, last = step.verify_ms / 1e3, step.accept_ms / 1e3 + before + now - last, now
+        times = StepTimes(step.draft_ms / 1e3, verify, accept)
+        if not any(drafts):  # all of a step without a draft counts as verification
+            times = StepTimes(0.0, verify + accept, 0.0)
+        for at_row, row in enumerate(active):
+            start, tree, path = done.starts[at_row], done.trees[at_row], done.paths[at_row]
+            computed = step.computed[row] + prefilled[row]
+            done.stats.append(step_stats(sequences[row], asked[row], start, tree, path, computed, 1, times))
+        if drafter is not None and any(asked):
+            observe([each.controller for each in done.sequences], done.stats, alone=len(active) == len(sequences))
+        steps.append(done)
+        new, prefilled = [1] * len(new), [0] * len(new)
+    if drafter is not None:
+        if not any(asked):
+            warm = all(len(work.new) + work.prefilled == 1 for work in works)
+            outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
+            took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
+            observe_plain([each.controller for each in sequences], len(steps), took)
+        drafter.observe(Outcome(sequences, total, None if states is None else states_of_rows(states[:at], places)))
+    return steps
+
+
+def states_of_rows(states: Tensor, places: list[list[int]]) -> list[Tensor]:
+    """Return the states of each sequence, at its places; one state a step and sequence is a view."""
+    R, n = len(places), len(states)
+    if all(mine == list(range(row, n, R)) for row, mine in enumerate(places)):
+        return list(states.view(-1, R, states.shape[1]).unbind(1))
+    return [states[torch.tensor(mine)] for mine in places]

@@ -1,0 +1,63 @@
+"""What an LLM does with a group of processes: it starts them, and loads models on all of them."""
+
+from __future__ import annotations
+
+from weakref import finalize
+
+import torch
+
+from common.errors import UserError
+
+from ..backends import Backends
+from ..load import LoadedModel, load
+from ..options import Options
+from ..quantize import Format
+from .group import Group, uninterrupted
+from .messages import Load
+from .start import start, wanted
+
+
+def lead(llm: object, options: Options, backends: Backends) -> Group | None:
+    """Start the other processes, which end with the LLM; None if its model is not split. UserError: see `start`."""
+    mode, ranks = wanted(options)
+    if ranks > 1 and not backends.whole_steps:
+        why = backends.report["why_no_cpp_step"]
+        raise UserError(f"only the C++ kernels split a model over processes, and they do not run here: {why}")
+    if (group := start(options)) is not None:
+        finalize(llm, group.close)
+        backends.group = group
+        backends.report["ranks"], backends.report["split"] = ranks, mode
+    return group
+
+
+def load_parts(
+    group: Group | None,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: Format | None,
+    quant_head: bool,
+    as_stored: bool,
+) -> LoadedModel:
+    """Load a model whole, or of a group each rank's part; return rank 0's. Arguments as for `load`.
+
+    UserError, on every rank, if one of them cannot.
+    """
+    if group is None:
+        return load(name, dtype, device, format, quant_head, as_stored=as_stored)
+    what = Load(name, dtype, format, quant_head)
+    with uninterrupted():
+        group.tell(what)
+        return load_part(group, what, device)
+
+
+def load_part(group: Group, what: Load, device: torch.device) -> LoadedModel:
+    """Load this rank's part of a model. UserError, on every rank, if one of them cannot."""
+    error: str | None = None
+    try:
+        return load(what.name, what.dtype, device, what.format, what.quant_head, as_stored=True, group=group)
+    except Exception as failure:
+        error = str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
+        raise
+    finally:
+        group.agree(error)

@@ -1,0 +1,1 @@
+"""Instruments: sweeps, predictions, latency under load, reports."""

@@ -1,0 +1,342 @@
+"""Latency under load: requests arrive at times that were fixed before, and every latency counts from the arrival.
+
+    lab latency --rate 2 --rate 8 --requests 300
+    lab latency --target http://127.0.0.1:8000 --arrivals bursts --slo-ttft 200 --slo-tpot 50
+    lab latency --output latency --vllm latency/serving.json
+
+Without `--rate`, the rate is doubled until the target no longer keeps up. Every request is a row. TTFT: from arrival to
+the first token. TPOT: (end to end - TTFT) / (tokens - 1). ITL: gap between two chunks, with the tokens per chunk. A
+percentile needs so many requests that one of them lies beyond it with 95% confidence: 5, 29 and 299 for p50, 90, 99.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+import engine
+from common.benchmark import BenchOptions, print_document
+from common.checkpoint import open_checkpoint
+from common.device import resolve_device
+from common.errors import UserError
+from common.figures import figure, look
+from common.harness import Bench, open_results
+from common.options import parse_options, run_main
+from common.prompts import Prompt
+from common.results import Row
+from common.terminal import print_table, progress
+
+from .arrivals import Arrivals, schedule
+from .formats import llama_document, vllm_document
+from .targets import Ask, Failed, LocalTarget, Target, UrlTarget
+
+SECTION, REQUEST = "latency", "request"
+DEFINITIONS = {
+    "latency": "an open loop: requests are sent at times fixed before; latency counts from the scheduled arrival",
+    "ttft_ms": "from the scheduled arrival to the first token",
+    "tpot_ms": "(end to end - ttft) / (tokens - 1)",
+    "itl_ms": "gaps between two chunks",
+    "tokens_per_chunk": "output tokens / chunks",
+    "late_ms": "time by which the client itself sent too late",
+    "goodput": "requests per second that met all stated objectives",
+}
+CONFIDENCE = 0.95
+SATURATED = 0.9  # a target that completes less than this share of the offered rate does not keep up
+MOST_RATES = 10  # of a search without --rate
+LATE_MS = 20.0  # a client that is later than this at the median measures itself
+
+
+class LatencyOptions(BenchOptions):
+    """Measure latency and goodput under an open-loop load."""
+
+    target: str | None = Field(None, description="address of an OpenAI-compatible server; none: the engine here")
+    target_model: str | None = Field(None, description="of --target: the model's name; none: its first")
+    rate: list[float] = Field([], description="requests per second; repeatable; none: doubled until saturation")
+    requests: int = Field(100, ge=1, description="requests at each rate")
+    arrivals: Arrivals = Field("poisson", description="how requests arrive")
+    temperature: float = Field(0.0, ge=0, description="of every request")
+    ignore_eos: bool = Field(False, description="decode all --max-tokens tokens")
+    draft: str = Field("auto", description="of the engine here: the draft model; none; auto: the model's own")
+    controller: str = Field("cost", description="of the engine here: how many tokens to draft")
+    batch_size: int = Field(16, ge=1, description="of the engine here: sequences that are decoded at once")
+    timeout: float = Field(120, gt=0, description="a request fails if nothing comes for so many seconds")
+    slo_ttft: float | None = Field(None, gt=0, description="objective: milliseconds to the first token")
+    slo_tpot: float | None = Field(None, gt=0, description="objective: milliseconds per further token")
+    slo_e2e: float | None = Field(None, gt=0, description="objective: milliseconds to the end")
+    vllm: Path | None = Field(None, description="write the last rate in the format of `vllm bench serve`, to this file")
+    llama: Path | None = Field(None, description="write all rates in the format of llama-bench, to this file")
+    budget: float = Field(600, gt=0, description="no further rate is begun after so many seconds")
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        found = {"ttft_ms": self.slo_ttft, "tpot_ms": self.slo_tpot, "e2e_ms": self.slo_e2e}
+        return {name: limit for name, limit in found.items() if limit is not None}
+
+
+@dataclass
+class Served:
+    """One request, with times in seconds from the beginning of the load."""
+
+    prompt: Prompt
+    scheduled: float
+    sent: float = math.nan
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+    text: str = ""
+    total: int | None = None
+    prompt_tokens: int | None = None
+    error: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.total if self.total is not None else sum(tokens for _, tokens in self.chunks)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the latencies, in milliseconds; for a request with at least one token."""
+        times = [time for time, _ in self.chunks]
+        first, last = times[0] - self.scheduled, times[-1] - self.scheduled
+        found: dict[str, Any] = {
+            "scheduled_s": self.scheduled,
+            "late_ms": 1e3 * (self.sent - self.scheduled),
+            "ttft_ms": 1e3 * first,
+            "e2e_ms": 1e3 * last,
+            "itl_ms": [1e3 * (after - before) for before, after in pairwise(times)],
+            "tokens_per_chunk": self.tokens / len(times),
+            "prompt_tokens": self.prompt_tokens,
+        }
+        if self.tokens > 1:
+            found["tpot_ms"] = 1e3 * (last - first) / (self.tokens - 1)
+        return found
+
+
+async def load(target: Target, asks: Sequence[tuple[Prompt, Ask]], times: Sequence[float], step: Any) -> list[Served]:
+    """Send every request at its time, whatever became of the earlier ones; return all when they have ended."""
+    served = [Served(prompt, at) for (prompt, _), at in zip(asks, times, strict=True)]
+    began = time.perf_counter() + 0.05  # the tasks exist before the first request is due
+
+    async def one(mine: Served, ask: Ask) -> None:
+        await asyncio.sleep(max(0.0, began + mine.scheduled - time.perf_counter()))
+        mine.sent = time.perf_counter() - began
+        try:
+            async for chunk in target.stream(ask):
+                if chunk.tokens:
+                    mine.chunks.append((time.perf_counter() - began, chunk.tokens))
+                    mine.text += chunk.text
+                mine.total = chunk.total if chunk.total is not None else mine.total
+                mine.prompt_tokens = chunk.prompt if chunk.prompt is not None else mine.prompt_tokens
+            if not mine.chunks:
+                mine.error = "the answer had no token"
+        except Failed as error:
+            mine.error = str(error)
+        step(mine.prompt.id)
+
+    await asyncio.gather(*(one(mine, ask) for mine, (_, ask) in zip(served, asks, strict=True)))
+    return served
+
+
+def rows_of(served: Sequence[Served], cell: dict[str, Any]) -> list[Row]:
+    """Return a row for every request; one that failed has the reason."""
+    found = []
+    for number, each in enumerate(served):
+        row = Row(kind="count", section=SECTION, cell=cell, variant=REQUEST, prompt=f"{number} {each.prompt.id}")
+        if each.error is not None:
+            row = row.model_copy(update={"status": "failed", "reason": each.error})
+        else:
+            figures = each.figures()
+            update = {"seconds": figures["e2e_ms"] / 1e3, "tokens": float(each.tokens), "figures": figures}
+            row = row.model_copy(update=update | {"load": round(os.getloadavg()[0], 2)})
+        found.append(row)
+    return found
+
+
+def needed(share: float) -> int:
+    """Return how many samples it takes so that one lies beyond this quantile with 95% confidence."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(share))
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """Return a quantile; None for fewer samples than it needs."""
+    return float(np.quantile(values, share)) if len(values) >= needed(share) else None
+
+
+def summary(rows: Sequence[Row], objectives: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """Return a line for every rate: percentiles, throughput, goodput. Computed from the rows alone."""
+    lines = []
+    for key in dict.fromkeys(json.dumps(row.cell) for row in rows if row.section == SECTION):
+        mine = [row for row in rows if json.dumps(row.cell) == key and row.section == SECTION]
+        good = [row for row in mine if row.status == "ok"]
+        line: dict[str, Any] = {**mine[0].cell, "requests": len(mine), "failed": len(mine) - len(good)}
+        if good:
+            span = max(row.figures["scheduled_s"] + row.figures["e2e_ms"] / 1e3 for row in good)
+            tokens = sum(row.tokens or 0 for row in good)
+            line |= {"seconds": span, "completed_per_s": len(good) / span, "tokens_per_s": tokens / span}
+            gaps = [gap for row in good for gap in row.figures["itl_ms"]]
+            columns = {
+                name: [row.figures[name] for row in good if name in row.figures]
+                for name in ("ttft_ms", "tpot_ms", "e2e_ms")
+            }
+            for name, values in {**columns, "itl_ms": gaps}.items():
+                count = (
+                    len(good) if name == "itl_ms" else len(values)
+                )  # gaps of one request are no samples of their own
+                for share in (0.5, 0.9, 0.99):
+                    enough = values and count >= needed(share)
+                    line[f"{name[:-3]}_p{share * 100:.0f}"] = float(np.quantile(values, share)) if enough else None
+            if columns["tpot_ms"]:
+                line["tokens_per_s_per_user"] = 1e3 / float(np.median(columns["tpot_ms"]))
+            line["tokens_per_chunk"] = float(np.mean([row.figures["tokens_per_chunk"] for row in good]))
+            line["late_ms"] = float(np.median([row.figures["late_ms"] for row in good]))
+            if objectives:
+                met = [row for row in good if all(row.figures.get(n, 0.0) <= limit for n, limit in objectives.items())]
+                line |= {"goodput": len(met) / span, "met": len(met) / len(mine)}
+        lines.append(line)
+    return lines
+
+
+def keeps_up(line: dict[str, Any], times: Sequence[float]) -> bool:
+    """Return whether a target completed about as many requests per second as arrived."""
+    offered = len(times) / max(times[-1], 1e-9)
+    return not line["failed"] and line.get("completed_per_s", 0.0) >= SATURATED * min(offered, line["rate"])
+
+
+@contextlib.asynccontextmanager
+async def opened(options: LatencyOptions) -> AsyncIterator[Target]:
+    if options.target is not None:
+        async with UrlTarget(options.target, options.target_model, options.timeout) as target:
+            yield target
+        return
+    chosen: dict[str, Any] = {
+        "model": options.model, "draft": options.draft, "controller": options.controller, "dtype": options.dtype,
+        "device": options.device, "threads": options.threads or 0, "batch_size": options.batch_size,
+        "max_tokens": options.max_tokens, "seed": options.seed,
+    }  # fmt: skip
+    local = LocalTarget(engine.Options(**chosen))
+    try:
+        yield local
+    finally:
+        await local.close()
+
+
+async def measure(bench: Bench, options: LatencyOptions) -> str:
+    """Load the target at every rate, and add a row per request; return the model's name."""
+    prompts = bench.prompts(options.prompts)
+    began = time.monotonic()
+    async with opened(options) as target:
+        print(f"note: {target.where}, model {target.name}", file=sys.stderr)
+        asks = [
+            (prompt, Ask(prompt.text, options.max_tokens, options.temperature, options.seed + at, options.ignore_eos))
+            for at, prompt in enumerate(prompts[number % len(prompts)] for number in range(options.requests))
+        ]
+        with progress("warm-up", 2) as step:
+            first = await load(target, asks[:2], [0.0, 0.0][: len(asks[:2])], step)
+        if all(each.error for each in first):
+            raise UserError(f"{target.where} answers no request: {first[0].error}")
+        rates, number = list(options.rate), 0
+        rate = rates[0] if rates else 1.0
+        while True:
+            cell = {"arrivals": options.arrivals, "rate": rate}
+            times = schedule(options.arrivals, rate, options.requests, options.seed)
+            if not any(row.cell == cell for row in bench.results.rows):
+                with progress(f"{rate:g} requests/s", options.requests) as step:
+                    served = await load(target, asks, times, step)
+                for row in rows_of(served, cell):
+                    bench.results.add(row)
+            number += 1
+            (line,) = [each for each in summary(bench.results.rows) if each["rate"] == rate]
+            if rates:
+                if number == len(rates):
+                    break
+                rate = rates[number]
+            else:
+                if number == MOST_RATES or not keeps_up(line, times):
+                    break
+                rate *= 2
+            if time.monotonic() - began > options.budget:
+                print(f"note: --budget {options.budget:g} is spent; {rate:g} requests/s was not begun", file=sys.stderr)
+                break
+        return target.name
+
+
+def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw throughput against rate, TTFT against rate, and the tokens/s of one user against those of all."""
+    lines = [line for line in lines if "tokens_per_s" in line]
+    with figure(file, 1, 3, (5.0, 4.0)) as [rate, first, users]:
+        x = [line["rate"] for line in lines]
+        rate.plot(x, [line["completed_per_s"] for line in lines], label="completed", **look(0))
+        rate.plot(x, x, color="#7F7F7F", linewidth=0.8, label="offered")
+        if any("goodput" in line for line in lines):
+            rate.plot(x, [line["goodput"] for line in lines], label="within the objectives", **look(2))
+        rate.set_ylabel("requests per second")
+        for at, name in enumerate(("p50", "p90", "p99")):
+            shown = [line for line in lines if line.get(f"ttft_{name}") is not None]
+            if shown:
+                first.plot(
+                    [line["rate"] for line in shown], [line[f"ttft_{name}"] for line in shown], label=name, **look(at)
+                )
+        first.set_ylabel("ms from arrival to the first token")
+        first.set_yscale("log")
+        both = [line for line in lines if "tokens_per_s_per_user" in line]
+        users.plot([line["tokens_per_s"] for line in both], [line["tokens_per_s_per_user"] for line in both], **look(1))
+        users.set_xlabel("tokens per second, all users")
+        users.set_ylabel("tokens per second, one user (median)")
+        for axes in (rate, first):
+            axes.set_xlabel("requests per second that arrive")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
+
+
+def report(lines: Sequence[dict[str, Any]]) -> None:
+    shown = ["arrivals", "rate", "requests", "failed", "completed_per_s", "tokens_per_s", "tokens_per_s_per_user"]
+    shown += ["tokens_per_chunk", *(["goodput", "met"] if any("goodput" in line for line in lines) else [])]
+    print_table("Throughput", shown, [[line.get(name) for name in shown] for line in lines])
+    names = [f"{name}_{p}" for name in ("ttft", "tpot", "itl", "e2e") for p in ("p50", "p90", "p99")]
+    print_table(
+        "Latency, in milliseconds", ["rate", *names], [[line.get(name) for name in ("rate", *names)] for line in lines]
+    )
+    print(
+        f"\nFrom {', '.join(str(needed(share)) for share in (0.5, 0.9, 0.99))} requests on, p50, p90 and p99 are shown."
+    )
+    for line in lines:
+        if line.get("late_ms", 0.0) > LATE_MS:
+            print(f"At {line['rate']:g} requests/s the client was {line['late_ms']:.0f} ms late: it is the bottleneck.")
+
+
+def run(arguments: list[str]) -> int:
+    options = parse_options(LatencyOptions, arguments, program="lab latency")
+    if options.dry_run or options.quick:
+        raise UserError("--dry-run and --quick are no options of latency: give fewer --requests")
+    if bad := [rate for rate in options.rate if not 0 < rate < math.inf]:
+        raise UserError(f"--rate {bad[0]:g}: a rate is above 0")
+    hashes = {} if options.target else {options.model: open_checkpoint(options.model).content_hash()}
+    with open_results(options, DEFINITIONS, resolve_device(options.device), options.dtype, hashes) as results:
+        bench = Bench(options, results, resolve_device(options.device))
+        model = asyncio.run(measure(bench, options))
+        lines = summary(results.rows, options.objectives)
+        report(lines)
+        if options.output:
+            draw(lines, options.output / "latency.png")
+        if options.vllm:
+            options.vllm.write_text(json.dumps(vllm_document(results.rows, lines[-1], model)) + "\n", encoding="utf-8")
+        if options.llama:
+            entries = llama_document(results.rows, lines, model, results.environment)
+            options.llama.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        print_document(
+            {"schema_version": results.manifest()["schema_version"], "environment": results.environment, "lines": lines}
+        )
+        return 1 if results.failures else 0
+
+
+if __name__ == "__main__":
+    run_main(run, sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Imported first by generate.py and bench.py: one line if a package is missing, a quiet end on Ctrl-C in imports.
+
+Without this module, a Python outside of the environment ends in `No module named 'common'`, and Ctrl-C during the
+import of torch, which takes seconds, ends in a traceback. common.options.run_main restores the usual Ctrl-C.
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+NEEDED = ("common", "torch", "pydantic_settings")
+
+
+def leave(*_: object) -> None:
+    """Exit at once with the status of Ctrl-C; a KeyboardInterrupt within an import would be printed by the import."""
+    os._exit(130)
+
+
+missing = next((name for name in NEEDED if importlib.util.find_spec(name) is None), None)
+if missing is not None:
+    script = Path(sys.argv[0])
+    print(
+        f"error: {sys.executable} has no package {missing!r}: in the repository's folder run `make install` once, then "
+        f"`.venv/bin/python {script.resolve().parent.name}/{script.name}`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)
