@@ -96,15 +96,16 @@ class Tokenizer:
         """Return every token as the vocabulary spells it, by id, added tokens included."""
         return {token_id: piece for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text, with the special tokens that this tokenizer adds to one (Llama 2: a begin token).
 
-        If the file's template adds none, `add_bos_token` of tokenizer_config.json decides (DeepSeek).
+        If the file's template adds none, `add_bos_token` of tokenizer_config.json decides (DeepSeek). special: False
+        for a text that has its special tokens already, as a chat template writes them.
         """
         _refuse_surrogates(text)
         with self._encoding():
-            ids = self._backend.encode(text).ids
-        return self._checked(ids)
+            ids = self._backend.encode(text, add_special_tokens=special).ids
+        return self._checked(ids, special)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode many texts like `encode`, on all cores; character offsets are not recorded."""
@@ -122,8 +123,8 @@ class Tokenizer:
         except Exception as error:  # the package raises no narrower type
             raise UserError(f"{self._model}: the tokenizer cannot encode the text ({one_line(error)})") from None
 
-    def _checked(self, encoded: list[int]) -> list[int]:
-        ids = self._first + encoded
+    def _checked(self, encoded: list[int], special: bool = True) -> list[int]:
+        ids = self._first + encoded if special else encoded
         if self._limit is not None and max(ids, default=0) >= self._limit:
             raise UserError(
                 f"{self._model}: the text holds token {max(ids)} ({self.piece(max(ids))!r}), and the model has only "

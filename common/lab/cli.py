@@ -37,6 +37,9 @@ COMMANDS = {
     "drift": ("common.lab.drift", "check that neighbouring phases differ in what the READMEs list and in nothing else"),
     "port": ("common.lab.port", "carry a fix made in one phase forward to all later phases"),
     "start": ("common.lab.start", "make a folder in which to write a phase yourself"),
+    "serve": ("common.lab.serve", "serve a model over HTTP, as OpenAI's API does"),
+    "chat": ("common.lab.chat", "chat with a model behind a server"),
+    "complete": ("common.lab.complete", "continue a text with a model behind a server"),
     "check": ("common.lab.check", "test your own version of a phase, and help with what fails first"),
 }
 

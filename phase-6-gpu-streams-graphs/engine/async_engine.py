@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ from .llm_engine import LLMEngine, Output
 from .sampling import SamplingParams
 
 Deliver = Callable[["Output | Exception"], None]
+
+
+class Refused(UserError):
+    """The engine did not take the request; others are not concerned."""
 
 
 @dataclass(eq=False)
@@ -39,8 +43,9 @@ class Ticket:
 class AsyncLLMEngine:
     """Owns an engine; every method may be called from any thread."""
 
-    def __init__(self, engine: LLMEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: LLMEngine, watch: Callable[[list[Output]], None] = lambda outputs: None) -> None:
+        """watch: called in the engine's thread with the outputs of every step, those that nobody waits for as well."""
+        self.engine, self._watch = engine, watch
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by the number of the request
         self._lock, self._closed = threading.RLock(), False
@@ -56,7 +61,7 @@ class AsyncLLMEngine:
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None, **how: Any) -> Iterator[Output]:
         """Yield the outputs of a request; leaving the loop early aborts it. `how`: as in LLMEngine.add_request.
 
-        Raises the error that refused or ended the request.
+        Raises Refused, or the error that ended the request.
         """
         arrived: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
         ticket = self._submit(prompt, params, how, arrived.put)
@@ -68,7 +73,7 @@ class AsyncLLMEngine:
 
     async def generate(
         self, prompt: str | list[int], params: SamplingParams | None = None, **how: Any
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output]:
         """Do the same for a task of asyncio; if the task is cancelled, the request is aborted."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Output | Exception]()
         ticket = self._submit(prompt, params, how, lambda item: _call_soon(loop, arrived.put_nowait, item))
@@ -120,7 +125,7 @@ class AsyncLLMEngine:
         try:
             number = self.engine.add_request(ticket.prompt, ticket.params, **ticket.how)
         except Exception as error:  # only this request is concerned
-            ticket.deliver(error)
+            ticket.deliver(Refused(str(error)) if isinstance(error, UserError) else error)
         else:
             self._tickets[number] = ticket
 
@@ -150,6 +155,7 @@ class AsyncLLMEngine:
                 ticket.deliver(error)
             self._tickets = {}
             return
+        self._watch(outputs)
         for output in outputs:
             if (reader := self._tickets.get(output.request)) is not None:
                 reader.deliver(output)

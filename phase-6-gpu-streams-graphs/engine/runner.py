@@ -161,6 +161,23 @@ class CachedRunner:
         with self._naming_owner():
             self._begin(owner, text, NO_DRAFT, states_from, taps, most)
 
+    @torch.inference_mode()
+    def score(
+        self, owner: Hashable, text: list[int], most: int, states_from: int | None = None, taps: tuple[int, ...] = ()
+    ) -> tuple[int, Tensor]:
+        """Compute a chunk as `prefill` does; return its first position, and the logits [n, V] after its n tokens.
+
+        The tokens are a draft of which all are accepted. The row exists (`admit`), and the text fits in the context.
+        """
+        row = self.manager.rows[owner]
+        held = len(row.held)
+        chunk = text[held : min(held + min(most, self.chunk, DRAFT_ROOM), len(text) - 1)]
+        draft, wanted = Tree.chain(chunk[1:]), None if states_from is None else [states_from]
+        output = self.forward([owner], [text[: held + 1]], [draft], wanted, taps)
+        self.commit(owner, list(range(len(draft.tokens))), draft.tokens)
+        row.states = output.states or []
+        return held, output.logits[0]
+
     def missing(self, owner: Hashable, length: int) -> int:
         start, row = window_start(length, self.model.config.context), self.manager.rows.get(owner)
         held = 0 if row is None or row.start != start else len(row.held)  # after a jump, nearly all is computed again

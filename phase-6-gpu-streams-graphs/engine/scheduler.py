@@ -21,6 +21,7 @@ from .controllers import CostController
 from .drafting import Drafter
 from .kv_cache import PAGE, OutOfBlocks
 from .kv_cache.manager import common_prefix
+from .policies import AcceptancePolicy
 from .runner import CachedRunner, ModelRunner
 from .sequence import Sequence
 
@@ -60,16 +61,17 @@ class Scheduler:
         All of them have the blocks that they need. UserError if nothing can run, because others use the cache.
         """
         self._admit()
-        chunks, ready, inline = list[tuple[Sequence, int]](), list[Sequence](), self.inline
+        chunks, ready = list[tuple[Sequence, int]](), list[Sequence]()
         missing = [self._missing(sequence) for sequence in self.running]
-        self.prefills, left = any(lacks > inline for lacks in missing), self.budget
+        each = zip(self.running, missing, strict=True)
+        decoding = [sequence for sequence, lacks in each if lacks <= (1 if sequence.unscored else self.inline)]
+        self.prefills, left = len(decoding) < len(self.running), self.budget
         if self.prefills:
-            decoding = zip(self.running, missing, strict=True)
-            left -= sum(1 + self._ahead(each, self._length(each)) for each, lacks in decoding if lacks <= inline)
+            left -= sum(1 + self._ahead(sequence, self._length(sequence)) for sequence in decoding)
         for sequence, lacks in list(zip(self.running, missing, strict=True)):
             if sequence not in self.running:
                 break  # it was preempted, and so were all after it
-            count = 0
+            count, inline = 0, 1 if sequence.unscored else self.inline
             if lacks > inline:
                 self._begin_rows(sequence)  # after a jump of the window
                 lacks = self._missing(sequence)
@@ -120,6 +122,8 @@ class Scheduler:
         reads = self.drafter is not None and self.drafter.taps is not None
         for runner in self._runners(sequence):
             first = self.drafter.states_from(sequence) if self.drafter and reads and runner is self.target else None
+            if sequence.unscored and runner is self.target:
+                first = 0  # known blocks have no logits
             runner.admit(sequence, sequence.prompt + sequence.tokens, first)
 
     def _shares(self, sequence: Sequence, other: Sequence) -> bool:
@@ -188,3 +192,19 @@ class Scheduler:
             return sequence.reach
         remaining = sequence.params.max_new_tokens - len(sequence.tokens)
         return max(0, min(sequence.reach, remaining - 1, self.context - length))
+
+
+def groups(sequences: list[Sequence], drafted: bool) -> list[list[Sequence]]:
+    """Group sequences by the policy that accepts their drafts; every group is one forward.
+
+    At temperature 0 all lossless policies are the same, so greedy sequences join another group.
+    """
+    if not drafted:
+        return [sequences]
+    found = dict[AcceptancePolicy, list[Sequence]]()
+    for sequence in sorted(sequences, key=lambda each: each.params.greedy and each.policy.lossless):
+        policy = sequence.policy
+        if sequence.params.greedy and policy.lossless:
+            policy = next((other for other in found if other.lossless), policy)
+        found.setdefault(policy, []).append(sequence)
+    return list(found.values())

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .drafting import Draft
+from .logprobs import TokenLogprob, of_tokens
 from .sampling import probabilities
 from .sequence import Sequence
 from .transfers import Staged
@@ -108,6 +109,13 @@ class Step:
         outputs = outputs_before(sequence.tokens[: self.starts[row]], tree)
         n = len(logits)
         return probabilities(logits, [sequence.params] * n, [sequence.prompt] * n, outputs)
+
+    def logprobs(self, row: int, top: int) -> list[TokenLogprob]:
+        """Return those of the tokens that a sequence gained, each with the `top` likeliest."""
+        assert self.output is not None, "a call that makes several steps keeps no logits"
+        start, emitted = self.starts[row], self.stats[row].emitted
+        columns = [0, *(node + 1 for node in self.paths[row].nodes)][:emitted]
+        return of_tokens(self.output.logits[row, columns], self.sequences[row].tokens[start : start + emitted], top)
 
 
 def outputs_before(output: list[int], tree: Tree) -> list[list[int]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, get_args
 
@@ -27,14 +27,15 @@ from .controllers import ControllerName, CostController, FixedController, KContr
 from .generate import Stats, stats_of
 from .kernels import registry
 from .kv_cache import PAGE, PagedCache, StaticCache
+from .logprobs import TokenLogprob, of_tokens
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .profiler import stage
 from .runner import DRAFT_ROOM, CachedRunner
 from .sampling import SamplingParams
-from .scheduler import BUDGET, Scheduler
+from .scheduler import BUDGET, Scheduler, groups
 from .sequence import FinishReason, Sequence
 from .speculative import advance
-from .steps import Step
+from .steps import Step, StepStats
 from .verify import KeyedSource, random_source
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class Output:
     finish_reason: FinishReason | None = None
     error: Exception | None = None  # that ended it
     stats: Stats | None = None  # of the whole, at its end
+    steps: list[StepStats] = field(default_factory=list)  # that gave the tokens
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens, if the request wants them
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # with the first tokens, likewise
 
 
 class LLMEngine:
@@ -96,13 +100,17 @@ class LLMEngine:
         policy: PolicyName | None = None,
         controller: ControllerName | None = None,
         k: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> int:
         """Queue n samples of a prompt, a text or token ids; return the number of the request.
 
         params, policy, controller, k: by default those of the options; k = 0 drafts nothing. A static tree keeps the
         shape for the options' K. seeded: False if the request did not ask for a seed, so that one is drawn. Without a
         policy, sampled tokens are accepted by `coupled` if the request has a seed, and by `rejection`, which accepts
-        more, if not. UserError for a request that cannot be served; the others are not concerned.
+        more, if not. logprobs, prompt_logprobs: report those of the output and the prompt, each with so many likeliest
+        tokens; every call makes a single step then. UserError for a request that cannot be served; the others are not
+        concerned.
         """
         llm, options = self.llm, self.llm.options
         tokens = llm.encoder.encode([prompt])[0] if isinstance(prompt, str) else list(prompt)
@@ -110,6 +118,13 @@ class LLMEngine:
             raise UserError(f"token {wrong} is not in the vocabulary of {llm.loaded.config.vocab_size} tokens")
         if n < 1 or not 0 <= (k or 0) <= DRAFT_ROOM:
             raise UserError(f"n must be at least 1, and k from 0 to {DRAFT_ROOM}; got n = {n}, k = {k}")
+        if min(logprobs or 0, prompt_logprobs or 0) < 0:
+            raise UserError(f"logprobs and prompt_logprobs must be at least 0; got {logprobs} and {prompt_logprobs}")
+        if prompt_logprobs is not None:
+            if not isinstance(self.target, CachedRunner):
+                raise UserError("log-probabilities of a prompt need a KV cache: leave out --kv off")
+            if len(tokens) > llm.loaded.config.context:
+                raise UserError("log-probabilities of a prompt that is longer than the context are not defined")
         for what, name, known in (("policy", policy, PolicyName), ("controller", controller, ControllerName)):
             if name is not None and name not in get_args(known):
                 raise UserError(f"there is no {what} {name}; give one of {', '.join(get_args(known))}")
@@ -124,7 +139,8 @@ class LLMEngine:
         sequences = [Sequence(tokens, params, llm.loaded.ending, sample) for sample in range(n)]
         number = next(self.numbers)
         for sequence in sequences:
-            sequence.number = number
+            sequence.number, sequence.top, sequence.prompt_top = number, logprobs, prompt_logprobs
+            sequence.unscored = prompt_logprobs is not None and len(tokens) > 1
             self.add(sequence, rule, FixedController(0) if k == 0 else chosen.make_controller(llm.cost_model))
         self.requests[number] = sequences
         return number
@@ -191,22 +207,25 @@ class LLMEngine:
         """Make the next steps, and return what the requests gained in them."""
         if self.closed:
             raise UserError("the engine is closed")
-        gained = dict[Sequence, int]()
+        gained = dict[Sequence, tuple[int, list[StepStats]]]()
         with self.llm.computing():
             for step in self.advance():
-                for sequence, start in zip(step.sequences, step.starts, strict=True):
-                    gained.setdefault(sequence, start)
+                for sequence, start, stats in zip(step.sequences, step.starts, step.stats, strict=True):
+                    gained.setdefault(sequence, (start, []))[1].append(stats)
         for sequence in self.ended:
-            gained.setdefault(sequence, len(sequence.tokens))
+            gained.setdefault(sequence, (len(sequence.tokens), []))
         self.ended = []
-        return [self._output(sequence, sequence.tokens[start:]) for sequence, start in gained.items()]
+        return [self._output(sequence, *found) for sequence, found in gained.items()]
 
-    def _output(self, sequence: Sequence, tokens: list[int]) -> Output:
-        reason, number = sequence.finish_reason, sequence.number
+    def _output(self, sequence: Sequence, start: int, steps: list[StepStats]) -> Output:
+        reason, number, tokens = sequence.finish_reason, sequence.number, sequence.tokens[start:]
         if reason is not None and all(each.finish_reason is not None for each in self.requests.get(number, [])):
             self.requests.pop(number, None)
         stats = stats_of(sequence) if reason is not None else None
-        return Output(number, sequence.sample, tokens, sequence.take_text(), reason, sequence.error, stats)
+        scored = sequence.logprobs[start:], [] if start else sequence.prompt_logprobs
+        return Output(
+            number, sequence.sample, tokens, sequence.take_text(), reason, sequence.error, stats, steps, *scored
+        )
 
     def advance(self) -> Iterator[Step]:
         """Compute parts of prompts, then make steps of all sequences that can decode; yield these."""
@@ -230,7 +249,9 @@ class LLMEngine:
         if self.drafter is not None and self.drafter.taps is not None:
             first, taps = self.drafter.states_from(sequence), self.drafter.taps
         try:
-            if isinstance(self.target, CachedRunner):
+            if sequence.unscored:
+                self._score(sequence, most, first, taps)
+            elif isinstance(self.target, CachedRunner):
                 self.target.prefill(sequence, text, most, first, taps)
             if isinstance(self.draft, CachedRunner) and sequence.reach:
                 self.draft.prefill(sequence, text, most)
@@ -238,19 +259,35 @@ class LLMEngine:
             self._fail(sequence, error)
         stage("schedule")
 
+    def _score(self, sequence: Sequence, most: int, states_from: int | None, taps: tuple[int, ...]) -> None:
+        """Compute a part of a prompt, and the log-probabilities of the tokens that follow each of its own."""
+        assert isinstance(self.target, CachedRunner)
+        assert sequence.prompt_top is not None
+        prompt, found = sequence.prompt, sequence.prompt_logprobs
+        while most > 0:
+            start, logits = self.target.score(sequence, prompt, most, states_from, taps)
+            most -= len(logits)
+            known = len(found) - start  # it was preempted, and computes them again
+            following = prompt[start + 1 : start + 1 + len(logits)]
+            found += of_tokens(logits, following, sequence.prompt_top)[max(0, known) :]
+        sequence.unscored = len(found) < len(prompt) - 1
+
     def _decode(self, group: list[Sequence], most: int) -> Iterator[Step]:
         """Make steps of sequences with one policy. If that fails, each is tried alone: only those that fail end."""
         if not group:
             return
         policy, source = group[0].policy, random_source(sequence.params for sequence in group)
         before = [len(sequence.tokens) for sequence in group]
+        several = None if any(each.top is not None for each in group) else self.several
         try:
             if self.drafter is not None:
                 self.drafter.use(policy, source)
-            for step in advance(self.target, self.drafter, group, policy, source, self.several, most):
-                for sequence, stats in zip(step.sequences, step.stats, strict=True):
+            for step in advance(self.target, self.drafter, group, policy, source, several, most):
+                for row, (sequence, stats) in enumerate(zip(step.sequences, step.stats, strict=True)):
                     sequence.progress.mark()
                     self.llm.keep(sequence, stats)
+                    if sequence.top is not None:
+                        sequence.logprobs += step.logprobs(row, sequence.top)
                 yield step
         except Exception as error:
             if len(group) == 1:
@@ -277,19 +314,3 @@ class LLMEngine:
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.remove(sequence)
         self.requests, self.closed = {}, True
-
-
-def groups(sequences: list[Sequence], drafted: bool) -> list[list[Sequence]]:
-    """Group sequences by the policy that accepts their drafts; every group is one forward.
-
-    At temperature 0 all lossless policies are the same, so greedy sequences join another group.
-    """
-    if not drafted:
-        return [sequences]
-    found = dict[AcceptancePolicy, list[Sequence]]()
-    for sequence in sorted(sequences, key=lambda each: each.params.greedy and each.policy.lossless):
-        policy = sequence.policy
-        if sequence.params.greedy and policy.lossless:
-            policy = next((other for other in found if other.lossless), policy)
-        found.setdefault(policy, []).append(sequence)
-    return list(found.values())

@@ -17,6 +17,7 @@ from .sampling import SamplingParams
 
 if TYPE_CHECKING:
     from .controllers import KController
+    from .logprobs import TokenLogprob
     from .policies import AcceptancePolicy
     from .steps import StepStats
 
@@ -61,6 +62,9 @@ class Sequence:
     reach = 0  # at most so many draft tokens, or nodes of a tree, follow it in one step
     branches = False  # its drafts are trees
     number = 0  # of its request
+    top: int | None = None  # with the log-probability of each token, those of so many likeliest; None: none are wanted
+    prompt_top: int | None = None  # the same for the prompt
+    unscored = False  # those of the prompt are wanted and not computed yet
 
     def __init__(self, prompt: list[int], params: SamplingParams, ending: Ending, sample: int = 0) -> None:
         if not prompt:
@@ -75,6 +79,8 @@ class Sequence:
         self.error: Exception | None = None  # the error that ended it
         self.progress = Progress()
         self.steps: list[StepStats] = []  # what its steps did
+        self.logprobs: list[TokenLogprob] = []  # of the output
+        self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens but the first, which nothing precedes
         self._text, self._decoded = "", 0  # the text of so many output tokens
         self.eos_ids = () if params.ignore_eos else ending.eos_ids
         self._decoder = IncrementalDecoder(ending.tokenizer, prompt) if ending.tokenizer else None

@@ -68,6 +68,8 @@ SCHEDULER = mutants(
     ("for each in (*self.running, sequence) if runner in self._runners(each)]", "for each in (*self.running, sequence)]"),
     ("self._length(each) + max(1, self._ahead(each, self._length(each))) for", "self._length(each) + 1 for"),
     ("return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK", "return False"),
+    ("policy = next((other for other in found if other.lossless), policy)", "policy = next(iter(found), policy)"),
+    ("found.setdefault(policy, []).append(sequence)", "found.setdefault(sequences[0].policy, []).append(sequence)"),
 )  # fmt: skip
 
 SERVING = (
@@ -75,8 +77,6 @@ SERVING = (
         f"{ENGINE}/llm_engine.py",
         SERVED,
         ("            self.drafter.use(policy, source)\n", "            pass\n"),
-        ("policy = next((other for other in found if other.lossless), policy)", "policy = next(iter(found), policy)"),
-        ("found.setdefault(policy, []).append(sequence)", "found.setdefault(sequences[0].policy, []).append(sequence)"),
         ("            if len(group) == 1:\n                self._fail(group[0], error)\n            else:", "            if True:\n                for sequence in group:\n                    self._fail(sequence, error)\n            else:"),
         ("llm.loaded.ending, sample) for sample in range(n)]", "llm.loaded.ending, 0) for sample in range(n)]"),
         ("            if sequence.finish_reason is not None and sequence in self.scheduler.running:\n                self.scheduler.remove(sequence)", "            pass"),
@@ -93,6 +93,39 @@ SERVING = (
         ("            work.row.states = []\n", "", "the next step wants no states before its own"),
         ("row = self.manager.begin(owner, window, most=first)", "row = self.manager.begin(owner, window)"),
         ("row.states += self._prefill", "row.states = self._prefill"),
+    ),
+)  # fmt: skip
+
+SCORED = ("tests/phase6/test_logprobs.py",)
+SCORING = (
+    *mutants(
+        f"{ENGINE}/scheduler.py",
+        SCORED,
+        ("                first = 0  # known blocks have no logits\n", "                pass\n"),
+        ("count, inline = 0, 1 if sequence.unscored else self.inline", "count, inline = 0, self.inline"),
+    ),
+    *mutants(
+        f"{ENGINE}/llm_engine.py",
+        SCORED,
+        ("sequence.prompt_top)[max(0, known) :]", "sequence.prompt_top)"),
+        ("several = None if any(each.top is not None for each in group) else self.several", "several = self.several"),
+        ("[] if start else sequence.prompt_logprobs", "sequence.prompt_logprobs"),
+    ),
+    *mutants(
+        f"{ENGINE}/runner.py",
+        SCORED,
+        ("        row.states = output.states or []\n", ""),
+        ("len(text) - 1)]\n        draft, wanted", "len(text))]\n        draft, wanted"),
+    ),
+    *mutants(
+        f"{ENGINE}/steps.py",
+        SCORED,
+        ("columns = [0, *(node + 1 for node in self.paths[row].nodes)][:emitted]", "columns = list(range(emitted))"),
+    ),
+    *mutants(
+        f"{ENGINE}/logprobs.py",
+        SCORED,
+        ("(logprobs > mine).sum(-1) + 1", "(logprobs >= mine).sum(-1) + 1"),
     ),
 )  # fmt: skip
 
@@ -113,4 +146,4 @@ OWNING = (
     ),
 )  # fmt: skip
 
-MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *OWNING]
+MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *SCORING, *OWNING]

@@ -1,0 +1,245 @@
+"""What HTTP costs over the engine, and this server beside another one: a closed loop of clients, greedy.
+
+Server and clients are separate processes; the local engine runs in the process of the clients. All compute the same
+requests, and ours must give the same tokens.
+
+    python -m benchmarks.serving --output results      # in the folder of this phase
+    python -m benchmarks.serving --only peers          # transformers serve; needs fastapi in this environment
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from serving.client import Client
+
+import engine
+from common.benchmark import BenchOptions, Outcome, WrongResult, print_document
+from common.checkpoint import open_checkpoint
+from common.device import resolve_device
+from common.harness import Bench, Variant, model_hashes, open_results
+from common.options import parse_options, run_main
+from common.phases import ROOT
+from common.prompts import Prompt
+
+SERVING = {
+    "serving": "greedy; each of `clients` sends one request after the other, with 64 new tokens; seconds are those "
+    "until the last has ended",
+    "first": "the time to the first token of one request at a time; a prompt that the cache does not know",
+    "peers": "the same closed loop against other servers with the same weights, in float32",
+    "ttft_ms": "from sending a request to the first text; mean over the requests",
+    "agreement": "share of the requests whose text is this server's; rounding may part greedy texts",
+}
+TOKENS, REQUESTS = 64, 3  # of a request; of a client
+PHASE = Path(__file__).resolve().parent.parent
+Section = Literal["serving", "first", "peers"]
+Send = Callable[[str, int], tuple[list[int], float, str]]  # a prompt -> token ids, seconds to the first, text
+
+
+class Options(BenchOptions):
+    """Measure what HTTP costs over the engine."""
+
+    budget: float = Field(60, gt=0, description="seconds of one comparison; see also --rounds")
+    only: list[Section] = Field(["serving", "first"], description="measure this section alone; repeatable")
+    clients: list[int] = Field([1, 8], min_length=1, description="at once; repeatable")
+
+
+def measure_serving(
+    lab: Bench, sections: Sequence[Section] = ("serving", "first"), clients: Sequence[int] = (1, 8)
+) -> None:
+    """Compare the engine in this process with the server in another one."""
+    cell = {"model": lab.options.model, "format": "float32"}
+    with ExitStack() as stack:
+        ask: dict[str, Callable[[], Send]] = dict.fromkeys(("local engine", "HTTP, streamed", "HTTP"), nothing)
+        if not lab.options.dry_run:
+            url = stack.enter_context(ours(lab))
+            llm = engine.LLM(
+                engine.Options(model=lab.options.model, dtype="float32", batch_size=8, threads=lab.options.threads or 0)
+            )
+            local = stack.enter_context(engine.AsyncLLMEngine(engine.LLMEngine(llm)))
+
+            def connected(send: Callable[..., Any]) -> Send:
+                return partial(send, stack.enter_context(Client(url)))
+
+            ask = {
+                "local engine": lambda: partial(in_process, local),
+                "HTTP, streamed": lambda: connected(streamed),
+                "HTTP": lambda: connected(whole),
+            }
+        for count in clients if "serving" in sections else ():
+            loops = {name: closed_loop(lab, [make() for _ in range(count)]) for name, make in ask.items()}
+            lab.compare("serving", {**cell, "clients": count}, loops, exact=list(loops)[1:])
+        if "first" in sections:
+            lab.compare("first", cell, {name: first_token(lab, ask[name]()) for name in list(ask)[:2]})
+
+
+def measure_peers(lab: Bench, clients: Sequence[int] = (1, 8)) -> None:
+    """Compare this server, plain and with drafts, with `transformers serve`."""
+    folder = str(open_checkpoint(lab.options.model).folder)
+    with ExitStack() as stack:
+        mine = stack.enter_context(ours(lab))
+        other = stack.enter_context(transformers_serve(folder))
+        for count in clients:
+            texts = dict[str, str]()
+
+            def loop(send: Callable[..., Any], url: str, model: str | None = None, **how: Any) -> Variant:
+                each = [stack.enter_context(Client(url, model)) for _ in range(count)]  # noqa: B023 (called at once)
+                return closed_loop(lab, [partial(send, client, **how) for client in each], texts)  # noqa: B023
+
+            loops = {
+                "ours": loop(whole, mine),
+                "ours, speculative": loop(whole, mine, controller="cost"),
+                "transformers serve": loop(foreign, other, folder),
+            }
+            lab.compare("peers", {"model": lab.options.model, "format": "float32", "clients": count}, loops)
+
+
+def nothing() -> Send:
+    """In a dry run nobody asks."""
+    raise AssertionError("a dry run computes nothing")
+
+
+@contextmanager
+def program(command: list[str], url: str) -> Iterator[str]:
+    """Run a server until the end of the block."""
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with Client(url) as client:
+            client.wait(180)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+    return port
+
+
+@contextmanager
+def ours(lab: Bench) -> Iterator[str]:
+    port, threads = free_port(), str(lab.options.threads or 0)
+    command = [sys.executable, str(PHASE / "serve.py"), "--port", str(port), "--model", lab.options.model]
+    command += ["--dtype", "float32", "--batch-size", "8", "--threads", threads, "--shutdown-timeout", "0"]
+    with program(command, f"http://127.0.0.1:{port}") as url:
+        yield url
+
+
+@contextmanager
+def transformers_serve(folder: str) -> Iterator[str]:
+    port = free_port()
+    script = "from transformers.cli.transformers import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "serve",
+        folder,
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    with program(command, f"http://127.0.0.1:{port}") as url:
+        yield url
+
+
+def in_process(local: engine.AsyncLLMEngine, text: str, tokens: int) -> tuple[list[int], float, str]:
+    params = engine.SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+    began, first, told, said = time.perf_counter(), 0.0, list[int](), ""
+    for output in local.stream(text, params, k=0):
+        told, said = told + output.tokens, said + output.text
+        first = first or (time.perf_counter() - began if said else 0.0)
+    return told, first, said
+
+
+def streamed(client: Client, text: str, tokens: int) -> tuple[list[int], float, str]:
+    reply = client.streamed(text, max_tokens=tokens, temperature=0, ignore_eos=True, k=0, return_token_ids=True)
+    assert reply.first_s is not None
+    ids = [choice["token_ids"] for chunk in reply.chunks for choice in chunk.body["choices"]]
+    return [token for each in ids for token in each], reply.first_s, reply.text
+
+
+def whole(client: Client, text: str, tokens: int, **how: Any) -> tuple[list[int], float, str]:
+    asked = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, **(how or {"k": 0})}
+    reply = client.complete(text, max_tokens=tokens, **asked)
+    return reply.body["choices"][0]["token_ids"], reply.total_s, reply.text
+
+
+def foreign(client: Client, text: str, tokens: int) -> tuple[list[int], float, str]:
+    reply = client.streamed(text, max_tokens=tokens, temperature=0)
+    return [], reply.first_s or reply.total_s, reply.text
+
+
+def closed_loop(lab: Bench, sends: list[Send], texts: dict[str, str] | None = None) -> Variant:
+    """Return a run of a thread for each client, which sends REQUESTS prompts one after the other."""
+    clients = len(sends)
+    requests = 1 if lab.options.quick else REQUESTS
+    prompts = [prompt.text for prompt in lab.prompts(clients * requests)]
+    jobs = [[prompts[(at * requests + i) % len(prompts)] for i in range(requests)] for at in range(clients)]
+
+    def client(send: Send, job: list[str]) -> list[tuple[list[int], float, str]]:
+        return [send(text, TOKENS) for text in job]
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        with ThreadPoolExecutor(clients) as pool:
+            found = [each for of_client in pool.map(client, sends, jobs) for each in of_client]
+        figures: dict[str, Any] = {"ttft_ms": 1e3 * sum(first for _, first, _ in found) / len(found)}
+        if texts is not None:
+            asked = [text for job in jobs for text in job]
+            same = [texts.setdefault(text, each[2]) == each[2] for text, each in zip(asked, found, strict=True)]
+            figures["agreement"] = sum(same) / len(same)
+        if not all(text for _, _, text in found):
+            raise WrongResult("an answer without text")
+        return Outcome(len(found) * TOKENS, figures, [token for tokens, _, _ in found for token in tokens])
+
+    return run
+
+
+def first_token(lab: Bench, send: Send) -> Variant:
+    """Return a run of several requests of one token; every prompt is new, so that no cache knows it."""
+    prompts, number = [prompt.text for prompt in lab.prompts(8)], iter(range(10**9))
+
+    def run(prompt: Prompt | None, round_: int) -> Outcome:
+        seconds = [send(f"# {next(number)}\n{text}", 1)[1] for text in prompts]
+        return Outcome(len(seconds), {"ttft_ms": 1e3 * sum(seconds) / len(seconds)}, seconds=sum(seconds))
+
+    return run
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(Options, arguments, program="serving.py")
+    device, hashes = resolve_device("cpu"), model_hashes(options.model, "auto")
+    with open_results(options, SERVING, device, "float32", hashes) as results:
+        lab = Bench(options, results, device)
+        measure_serving(lab, options.only, options.clients)
+        if "peers" in options.only:
+            measure_peers(lab, options.clients)
+        for name in ("serving", "first", "peers"):
+            lab.report(name, name)
+        status = lab.close()
+        print_document(lab.document())
+        return status
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

@@ -1,0 +1,274 @@
+"""A client for OpenAI-compatible servers: ours, vLLM, SGLang, llama-server, transformers serve.
+
+It retries what is safe to repeat, counts tokens by the server's `usage`, and notes when each part of a stream came.
+What a server does not tell is None, and never a guess.
+
+    with Client("http://127.0.0.1:8000") as client:
+        for chunk in client.stream("import os", max_tokens=16):
+            print(chunk.text, end="", flush=True)
+        print(client.complete("import os", max_tokens=16).completion_tokens)
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from common.errors import UserError
+
+Json = dict[str, Any]
+Prompt = str | Sequence[int] | Sequence[Json]  # a text, token ids, or the messages of a chat
+BUSY = (429, 503)  # the server did not begin, and says so
+
+
+class ServerError(UserError):
+    """The server refused a request, or answered what is no answer."""
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One event of a stream."""
+
+    text: str
+    at: float  # seconds since the request was sent
+    tokens: int | None  # that it brings, if the server tells (`continuous_usage_stats` or token ids)
+    finish_reason: str | None = None
+    index: int = 0  # of the sample
+    body: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer. Times in seconds since the request was sent."""
+
+    text: str  # of the first sample
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    total_s: float
+    first_s: float | None  # to the first text; None if the answer was not streamed
+    chunks: list[Chunk]
+    body: Json  # of an answer in one piece, else of the last event
+
+    @property
+    def speculation(self) -> Json | None:
+        """vLLM's figures of acceptance, if the server tells them."""
+        metrics = self.body.get("metrics")
+        found = metrics.get("speculative_decoding") if isinstance(metrics, dict) else None
+        return found if isinstance(found, dict) else None
+
+
+class Client:
+    """Talks to one server. Not for several threads at once: each has its own."""
+
+    def __init__(
+        self, url: str, model: str | None = None, key: str | None = None, timeout: float = 120.0, retries: int = 3
+    ) -> None:
+        """model: its name in requests, by default the first that the server lists. timeout: seconds without a byte.
+
+        retries: of a request that did not reach the server, or that it refused because it is busy; and of a GET.
+        """
+        self.url, self.retries, self._model = url.rstrip("/").removesuffix("/v1"), retries, model
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+        secure = self.url.startswith("https")  # else certificates are not loaded, which takes longer than a request
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=limits, verify=secure)
+        self._usage = True  # the server takes `stream_options`
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def healthy(self) -> bool:
+        """Return True if the server answers that it takes requests. It is asked once."""
+        try:
+            return self._http.get("/health").is_success
+        except httpx.HTTPError:
+            return False
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the server is healthy. ServerError if that takes longer."""
+        end = time.monotonic() + seconds
+        while not self.healthy():
+            if time.monotonic() > end:
+                raise ServerError(f"{self.url} did not become healthy within {seconds:g} s")
+            time.sleep(0.05)
+
+    def models(self) -> list[str]:
+        """Return the names of the models; some servers list none."""
+        body = self._json(self._send("GET", "/v1/models"))
+        data = body.get("data") or []
+        return [str(each["id"]) for each in data if isinstance(each, dict) and "id" in each]
+
+    @property
+    def model(self) -> str | None:
+        if self._model is None:
+            self._model = next(iter(self.models()), None)
+        return self._model
+
+    def complete(self, prompt: Prompt, **params: Any) -> Reply:
+        """Return the answer to a prompt in one piece. params: fields of the request. ServerError if it is refused."""
+        began = time.perf_counter()
+        body = self._json(self._send("POST", *self._request(prompt, params)))
+        choice = next(iter(body.get("choices") or []), None)
+        if not isinstance(choice, dict):
+            raise ServerError(f"{self.url} answered without a choice: {str(body)[:200]}")
+        message = choice.get("message")
+        text = (message if isinstance(message, dict) else choice).get("content" if message else "text") or ""
+        return self._reply(text, choice.get("finish_reason"), time.perf_counter() - began, [], body)
+
+    def stream(self, prompt: Prompt, **params: Any) -> Iterator[Chunk]:
+        """Yield the parts of the answer as they come; the last one has the usage in its body.
+
+        ServerError if the request is refused, or if an error ends the stream. Leaving early closes the connection.
+        """
+        path, request = self._request(prompt, params)
+        request["stream"] = True
+        if self._usage:
+            request["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        began, told = time.perf_counter(), 0
+        try:
+            response = self._send("POST", path, request, stream=True)
+        except ServerError as error:
+            if not (self._usage and error.status in (400, 422) and "stream_options" in str(error)):
+                raise
+            self._usage = False  # this server does not know them
+            yield from self.stream(prompt, **params)
+            return
+        try:
+            for line in _lines(response, self.url):
+                if line == "[DONE]":
+                    return
+                body = _parsed(line, self.url)
+                if body.get("error") is not None:
+                    raise _error(body, None, self.url)
+                at = time.perf_counter() - began
+                usage = body.get("usage") or {}
+                total = usage.get("completion_tokens") if isinstance(usage, dict) else None
+                tokens = None if total is None else total - told
+                told = told if total is None else total
+                choices = body.get("choices") or []
+                for choice in choices:
+                    text = (choice.get("delta") or choice).get("content" if "delta" in choice else "text") or ""
+                    yield Chunk(text, at, tokens, choice.get("finish_reason"), choice.get("index", 0), body)
+                    tokens = 0
+                if not choices:
+                    yield Chunk("", at, tokens, body=body)
+        finally:
+            response.close()
+
+    def streamed(self, prompt: Prompt, **params: Any) -> Reply:
+        """Read a stream to its end."""
+        began = time.perf_counter()
+        chunks = list(self.stream(prompt, **params))
+        total = time.perf_counter() - began
+        text = "".join(chunk.text for chunk in chunks if chunk.index == 0)
+        reason = next((chunk.finish_reason for chunk in reversed(chunks) if chunk.finish_reason), None)
+        return self._reply(text, reason, total, chunks, chunks[-1].body if chunks else {})
+
+    def _reply(self, text: str, reason: str | None, total: float, chunks: list[Chunk], body: Json) -> Reply:
+        usage = body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        first = next((chunk.at for chunk in chunks if chunk.text), None)
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        return Reply(text, reason, *counts, total, first, chunks, body)
+
+    def _request(self, prompt: Prompt, params: Json) -> tuple[str, Json]:
+        body = {"model": self.model, **params}
+        if body["model"] is None:
+            del body["model"]
+        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+            return "/v1/completions", {**body, "prompt": prompt if isinstance(prompt, str) else list(prompt)}
+        return "/v1/chat/completions", {**body, "messages": list(prompt)}
+
+    def _send(self, method: str, path: str, body: Json | None = None, stream: bool = False) -> httpx.Response:
+        """Send a request, again if that is safe; return a successful response."""
+        for attempt in range(self.retries + 1):
+            last = attempt == self.retries
+            try:
+                response = self._http.send(self._http.build_request(method, path, json=body), stream=stream)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
+                if last:
+                    raise ServerError(f"{self.url} cannot be reached: {error}") from None
+            except httpx.HTTPError as error:  # a POST may be under way
+                if last or method != "GET":
+                    raise ServerError(f"{self.url}: the connection failed: {error or type(error).__name__}") from None
+            else:
+                if response.is_success:
+                    return response
+                try:
+                    response.read()
+                except httpx.HTTPError:
+                    pass
+                finally:
+                    response.close()
+                if last or response.status_code not in BUSY:
+                    raise _error(_tolerant(response), response.status_code, self.url)
+                time.sleep(_told_wait(response))
+            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.5))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _json(self, response: httpx.Response) -> Json:
+        return _parsed(response.text, self.url)
+
+
+def _lines(response: httpx.Response, url: str) -> Iterator[str]:
+    """Yield the data of the events of a stream."""
+    try:
+        for line in response.iter_lines():
+            if line.startswith("data:"):
+                yield line[5:].strip()
+    except httpx.HTTPError as error:
+        raise ServerError(f"{url}: the stream broke off: {error or type(error).__name__}") from None
+
+
+def _parsed(text: str, url: str) -> Json:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise ServerError(f"{url} answered what is not JSON: {text[:200]}") from None
+    if not isinstance(found, dict):
+        raise ServerError(f"{url} answered what is no JSON object: {text[:200]}")
+    return found
+
+
+def _tolerant(response: httpx.Response) -> Json:
+    """Return the body of an error, whatever it is."""
+    try:
+        found = response.json()
+    except (ValueError, httpx.HTTPError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _error(body: Json, status: int | None, url: str) -> ServerError:
+    fault = body.get("error", body.get("detail"))
+    message, code = fault, None
+    if isinstance(fault, dict):
+        message, code = fault.get("message"), fault.get("code")
+    told = f" ({status})" if status is not None else ""
+    return ServerError(f"{url}{told}: {message or 'no reason given'}", status, code)
+
+
+def _told_wait(response: httpx.Response) -> float:
+    """Return the seconds of Retry-After, at most 30."""
+    try:
+        return min(30.0, max(0.0, float(response.headers.get("retry-after", 0))))
+    except ValueError:
+        return 0.0
