@@ -19,7 +19,7 @@ from typing import Any
 from common.errors import UserError
 
 SCHEMA = Path(__file__).with_name("recording.schema.json")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: context, end_ms, window_start; prefill_ms is no part of verify_ms
 Line = dict[str, Any]
 
 
@@ -71,6 +71,7 @@ def contradictions(recording: Recording) -> Iterator[str]:
             len(recording.header["prompts"][of["prompt"]]["tokens"]),
             steps[0]["cache_before"] if steps else 0,
         )
+        before: Line | None = None
         for step in steps:
             where = f"step {step['step']} of sequence {number}"
             if step["position"] != position:
@@ -78,6 +79,8 @@ def contradictions(recording: Recording) -> Iterator[str]:
             if step["cache_before"] != cache:
                 yield f"{where}: {step['cache_before']} tokens were cached before it, {cache} after the step before"
             position, cache = position + len(step["emitted"]), step["cache_after"]
+            yield from (f"{where}: {wrong}" for wrong in _of_time_and_window(step, before))
+            before = step
             for wrong in (*_of_tokens(step, step is steps[-1]), *_of_candidates(step), *_of_residual(step)):
                 yield f"{where}: {wrong}"
     starts = [step["start_ms"] for step in recording.steps]
@@ -85,6 +88,26 @@ def contradictions(recording: Recording) -> Iterator[str]:
         yield "a step began before the one ahead of it"
     if recording.footer is not None:
         yield from _of_totals(recording, recording.footer)
+
+
+def kept(step: Line, before: Line | None) -> int:
+    """Return how many cached tokens a step goes on from: none without a cache, and none after the window has jumped."""
+    jumped = before is not None and step["window_start"] != before["window_start"]
+    return 0 if jumped else step["cache_before"] or 0
+
+
+def _of_time_and_window(step: Line, before: Line | None) -> Iterator[str]:
+    """Check the parts of a round against its duration, the rounds' order, and the cache and the window."""
+    parts = sum(step[name] or 0 for name in ("draft_ms", "prefill_ms", "verify_ms", "accept_ms", "kv_ms"))
+    if parts > step["end_ms"] - step["start_ms"] + 1e-6:
+        yield f"parts of {parts} ms in a round from {step['start_ms']} to {step['end_ms']}"
+    if before is not None and step["start_ms"] < before["end_ms"]:
+        yield f"it began at {step['start_ms']}, before the end of the step before ({before['end_ms']})"
+    seen = step["position"] - step["window_start"]
+    if not kept(step, before) < seen or not (step["cache_after"] or 0) <= seen + len(step["proposed"]):
+        yield f"{kept(step, before)} and {step['cache_after']} tokens in the cache, {seen} in the window"
+    if before is not None and step["window_start"] < before["window_start"]:
+        yield f"the window went back to {step['window_start']}"
 
 
 def _of_tokens(step: Line, last: bool) -> Iterator[str]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("common.lab.doctor", "say what this machine can do, and what each missing thing would enable"),
     "pull": ("common.lab.pull", "download a model from the Hugging Face hub into the cache and check it"),
     "diff": ("common.lab.diff", "show how two phases differ: in the terminal, as a table, or as a page"),
+    "replay": ("common.lab.replay", "write a page that replays recorded runs step by step"),
     "compare": ("common.lab.compare_results", "say what differs between two results folders, beyond noise"),
     "bench": ("common.lab.bench", "run every phase's bench, and draw how speed has grown over the phases"),
     "sweep": ("instruments.sweep", "measure a grid of options, a comparison per cell"),

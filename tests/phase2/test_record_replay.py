@@ -159,6 +159,10 @@ def test_what_is_wrong_in_a_recording_is_found(tmp_path: Path) -> None:
     assert changed(lambda line: line["residual"]["top"][0].update(prob=0.123))
     assert changed(lambda line: line["residual"].update(mass=2.0))
     assert changed(lambda line: line.update(position=99))
+    assert changed(lambda line: line.update(window_start=line["position"]))
+    assert changed(lambda line: line.update(window_start=1))
+    assert changed(lambda line: line.update(end_ms=line["start_ms"]))
+    assert changed(lambda line: line.update(start_ms=0.0), -2)
     assert changed(lambda line: line.update(path=[3]))
     assert changed(lambda line: line["emitted"].append(5))
     assert changed(lambda line: line["sequences"][0].update(accepted=0), -1)
@@ -173,7 +177,7 @@ def test_what_is_wrong_in_a_recording_is_found(tmp_path: Path) -> None:
         ("{\n", "line 1"),
         ('{"type": "step"}\n', "line 1"),
         ('{"type": "header", "schema_version": 0}\n', "schema_version is 0"),
-        ('{"type": "header", "schema_version": 1}\n[]\n', "line 2"),
+        ('{"type": "header", "schema_version": 2}\n[]\n', "line 2"),
     ],
 )
 def test_what_is_no_recording_is_refused(tmp_path: Path, content: str, words: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from common.phases import ROOT
 from common.results import Results, Row, read_rows
 from common.tables import derive
 from tests.support.beside import beside
+from tests.support.browser import Browser, find_browser
 
 report = beside(7, "instruments.report")
 charts = beside(7, "instruments.charts")
@@ -104,28 +103,19 @@ def test_ticks_are_round_and_told_apart() -> None:
     assert charts.lines("t", "x", "y", {"a": []}) == ""
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = find_browser()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and this machine has none")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_without_scrolling_sideways(page: str, width: int, tmp_path: Path) -> None:
-    counts = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg').length"
-    probe = f"<script>document.title = {counts}</script>"
+    assert CHROMIUM is not None
     file, picture = tmp_path / "page.html", tmp_path / "page.png"
-    file.write_text(page.replace("</body>", f"{probe}</body>"), encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={max(width, 500)},900"]
-    frame = tmp_path / "frame.html"  # a headless window is never narrower than 500 pixels; a frame is
-    frame.write_text(
-        f'<body style="margin:0"><iframe id=f src="{file.as_uri()}" width={width} height=900></iframe>'
-        "<script>f.onload = () => document.title = f.contentDocument ? f.contentDocument.title : ''</script>",
-        encoding="utf-8",
-    )
-    flags = ["--allow-file-access-from-files", "--virtual-time-budget=4000"]
-    done = subprocess.run([*command, *flags, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=300)
-    (found,) = re.findall(r"<title>(\d+) (\d+)</title>", done.stdout)
-    assert int(found[0]) <= width
-    assert int(found[1]) >= 1
-    subprocess.run([*command, f"--screenshot={picture}", frame.as_uri()], capture_output=True, timeout=300)
+    file.write_text(page, encoding="utf-8")
+    with Browser(CHROMIUM) as browser:
+        browser.open(file, width)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run("document.querySelectorAll('svg').length") >= 1
+        browser.screenshot(picture)
     assert picture.stat().st_size > 10_000

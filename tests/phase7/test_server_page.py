@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.support.browser import CHROMIUM, Page
+from tests.support.browser import Browser, find_browser
 from tests.support.serving import Served, eventually
 
+CHROMIUM = find_browser()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
@@ -24,25 +23,26 @@ def test_the_page_needs_nothing_from_elsewhere(server: Served) -> None:
     assert "src=" not in text
 
 
-def test_tokens_arrive_with_their_colours(drafting: Served, tmp_path: Path) -> None:
+def test_tokens_arrive_with_their_colours(drafting: Served) -> None:
+    assert CHROMIUM is not None
     wanted = drafting.post(prompt="class Stack:", max_tokens=120, seed=2, temperature=0.5)
-    with Page(tmp_path / "profile") as page:
+    with Browser(CHROMIUM) as page:
         page.open(drafting.url)
         page.until("document.getElementById('model').textContent === 'stdlib-10m'")
         for name, text in {"prompt": "class Stack:", "tokens": "120", "seed": "2", "temperature": "0.5"}.items():
-            page.evaluate(value(name, text))
-        page.evaluate("document.getElementById('go').click()")
+            page.run(value(name, text))
+        page.run("document.getElementById('go').click()")
         page.until("document.body.dataset.done === 'yes'")
-        assert page.evaluate("document.getElementById('error').textContent") == ""
-        text = page.evaluate("document.getElementById('output').textContent")
+        assert page.run("document.getElementById('error').textContent") == ""
+        text = page.run("document.getElementById('output').textContent")
         assert text == "class Stack:" + wanted["choices"][0]["text"]
-        kinds = page.evaluate("[...document.querySelectorAll('#output span')].map(each => each.className)")
+        kinds = page.run("[...document.querySelectorAll('#output span')].map(each => each.className)")
         assert {"prompt", "accepted", "corrected", "bonus"} <= set(kinds)
         colour = "kind => getComputedStyle(document.querySelector('#output .' + kind)).color"
-        colours = page.evaluate(f"['accepted', 'corrected', 'bonus'].map({colour})")
+        colours = page.run(f"['accepted', 'corrected', 'bonus'].map({colour})")
         assert len(set(colours)) == 3
         shown = {
-            name: page.evaluate(f"document.getElementById({name!r}).textContent")
+            name: page.run(f"document.getElementById({name!r}).textContent")
             for name in ("count", "rate", "drafted", "acceptance")
         }
         found = wanted["metrics"]["speculative_decoding"]
@@ -52,18 +52,18 @@ def test_tokens_arrive_with_their_colours(drafting: Served, tmp_path: Path) -> N
         assert int(shown["rate"]) > 0
 
         # Without a drafter no token has an origin; Stop ends a long request, and the engine frees its blocks.
-        page.evaluate(value("drafter", "none") + ";" + value("tokens", "1000") + ";" + value("temperature", "2"))
-        page.evaluate("delete document.body.dataset.done; document.getElementById('go').click()")
+        page.run(value("drafter", "none") + ";" + value("tokens", "1000") + ";" + value("temperature", "2"))
+        page.run("delete document.body.dataset.done; document.getElementById('go').click()")
         page.until("+document.getElementById('count').textContent > 3")
-        page.evaluate("document.getElementById('stop').click()")
+        page.run("document.getElementById('stop').click()")
         page.until("document.body.dataset.done === 'yes'")
-        assert page.evaluate("[...document.querySelectorAll('#output span')].map(each => each.className)") == [
+        assert page.run("[...document.querySelectorAll('#output span')].map(each => each.className)") == [
             "prompt",
             "target",
         ]
         eventually(drafting.rests)
 
-        page.evaluate(value("tokens", "5000") + "; document.getElementById('form').noValidate = true")
-        page.evaluate("delete document.body.dataset.done; document.getElementById('go').click()")
+        page.run(value("tokens", "5000") + "; document.getElementById('form').noValidate = true")
+        page.run("delete document.body.dataset.done; document.getElementById('go').click()")
         page.until("document.body.dataset.done === 'yes'")
-        assert "context of 1024" in page.evaluate("document.getElementById('error').textContent")
+        assert "context of 1024" in page.run("document.getElementById('error').textContent")
