@@ -21,6 +21,7 @@ from common.phases import Phase, phases
 from common.recording import SCHEMA, Recording, contradictions, read_recording
 from tests.support.beside import BESIDE, forget
 from tests.support.covering import mark_slow
+from tests.support.loading import loaded_once
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -113,16 +114,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _embedded_models_loaded_once() -> Iterator[None]:
+    with loaded_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make_checkpoint("llama", **config overrides)`: make a folder as on the hub, with a tokenizer."""
-    text = [Path(__file__).read_text(encoding="utf-8")] * 4
-    tokenizer = train_tokenizer(text, VOCABULARY)
+    text = [(Path(__file__).parent / "support/tokenizer_text.txt").read_text(encoding="utf-8")] * 4
+    trained = train_tokenizer(text, VOCABULARY)
 
     def make(family: str, **overrides: Any) -> Path:
         folder = tmp_path_factory.mktemp(family)
         reference_model(family, **overrides).save_pretrained(folder)
-        save_tokenizer(tokenizer, folder, context=128)
+        save_tokenizer(trained, folder, context=128)
         return folder
 
     return make

@@ -74,6 +74,7 @@ def run_tests(work: Exercise, folder: Path, root: Path, extra: list[str]) -> lis
     request = {"phase": work.phase.number, "folder": str(folder), "order": order, "limit": TIME_LIMIT}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # bytecode would hide a change within the same second
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the tests need none but hypothesis; others take time to load
     environment["OMP_NUM_THREADS"] = "1"  # enough for models this small, and much faster on shared cores
     with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as errors:
         json.dump({**request, "pytest": [*tests, *options]}, stdin)

@@ -235,7 +235,7 @@ def main(request: dict[str, Any]) -> int:
         if error := import_all(phase.package, engine):
             reporter.write(broken="engine", message=error)
         else:
-            settings = ["--hypothesis-profile=lab check", "--hypothesis-seed=0"]
+            settings = ["-p", "_hypothesis_pytestplugin", "--hypothesis-profile=lab check", "--hypothesis-seed=0"]
             status = pytest.main([*request["pytest"], *settings], plugins=[reporter])
     reporter.write(outside=outside(phase.package, engine))
     return status if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR) else 0

@@ -40,7 +40,7 @@ def check_pair(target: LoadedModel, draft: LoadedModel) -> None:
     """
     names = f"draft {draft.checkpoint.name} and target {target.checkpoint.name}"
     theirs, ours = draft.tokenizer.pieces, target.tokenizer.pieces
-    other = [token for token in sorted(theirs.keys() | ours.keys()) if theirs.get(token) != ours.get(token)]
+    other = sorted({token for token, _ in theirs.items() ^ ours.items()})
     for token in other:
         if not _may_differ(token, draft.tokenizer, target.tokenizer):
             raise UserError(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.phases import Phase, phases
-from tests.support.covering import SHARE, changed, covering
+from common.phases import Phase
+from tests.support.covering import SHARE, changed, covering, newest_engine
 
 
 @pytest.mark.parametrize("strength", [1, 2, 3])
@@ -38,7 +38,19 @@ def test_cases_that_are_slow_anyway_cover_nothing(case: int, size: str, request:
 @pytest.mark.parametrize("case", range(8))
 def test_older_phases_have_a_share_of_the_cases(phase: Phase, case: int, request: pytest.FixtureRequest) -> None:
     slow = request.node.get_closest_marker("slow") is not None
-    assert slow == (2 < phase.number < phases()[-1].number and case % SHARE != phase.number % SHARE)
+    newest = newest_engine()
+    assert slow == (phase.number > newest or (2 < phase.number < newest and case % SHARE != phase.number % SHARE))
+
+
+@pytest.mark.newest()
+def test_a_copy_of_an_engine_has_no_case(phase: Phase, request: pytest.FixtureRequest) -> None:
+    assert (request.node.get_closest_marker("slow") is not None) == (phase.number > newest_engine())
+
+
+@pytest.mark.newest()
+@pytest.mark.parametrize("case", range(2))
+def test_what_is_about_no_phase_stays(case: int, request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("slow") is None
 
 
 @pytest.mark.parametrize("changes", [True, False])
@@ -54,3 +66,16 @@ def test_a_module_is_changed_if_its_bytes_differ(
     assert changed(found[0], ("a.py",))
     assert not changed(found[1], ("a.py",))
     assert changed(found[1], ("a.py", "b.py")) == changes
+
+
+def test_a_copy_of_an_engine_is_not_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Phase(number, "x", tmp_path / f"phase-{number}-x") for number in (1, 2, 3, 4)]
+    for each in found:
+        (each.folder / "engine/parts").mkdir(parents=True)
+        (each.folder / "engine/parts/a.py").write_text(f"a = {min(each.number, 2)}\n")
+    monkeypatch.setattr("tests.support.covering.phases", lambda: found)
+    assert newest_engine.__wrapped__() == 2
+    (found[2].folder / "engine/parts/b.py").write_text("")
+    assert newest_engine.__wrapped__() == 4
+    (found[3].folder / "engine/parts/b.py").write_text("")
+    assert newest_engine.__wrapped__() == 3

@@ -13,7 +13,7 @@ from tests.support import forked
 PROGRAM = """
 import os, sys, torch
 import common.errors
-print(os.getcwd(), sys.argv, os.environ.get("MINE"), __name__)
+print(os.getcwd(), sys.argv, os.environ.get("MINE"), __name__, sys.dont_write_bytecode)
 common.errors.changed = True
 print("an error", file=sys.stderr)
 sys.exit(3)
@@ -21,9 +21,11 @@ sys.exit(3)
 
 
 def test_output_status_folder_and_environment(tmp_path: Path) -> None:
-    done = forked.run([sys.executable, "-c", PROGRAM, "one"], cwd=tmp_path, env={**os.environ, "MINE": "yes"})
-    assert (done.returncode, done.stderr) == (3, "an error\n")
-    assert done.stdout == f"{tmp_path} ['-c', 'one'] yes __main__\n"
+    for no_bytecode in ("", "1"):
+        own = {"MINE": "yes", "PYTHONDONTWRITEBYTECODE": no_bytecode}
+        done = forked.run([sys.executable, "-c", PROGRAM, "one"], cwd=tmp_path, env={**os.environ, **own})
+        assert (done.returncode, done.stderr) == (3, "an error\n")
+        assert done.stdout == f"{tmp_path} ['-c', 'one'] yes __main__ {bool(no_bytecode)}\n"
     import common.errors
 
     assert not hasattr(common.errors, "changed")

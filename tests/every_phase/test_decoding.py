@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.newest()
+
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,8 @@ from common.philox import Purpose
 from tests.support import keys
 from tests.support.small import sequences_of, small_session
 
+pytestmark = pytest.mark.newest()
+
 PROMPTS = [[1, 2, 3, 1, 2], [7]]
 SEEDS = [5, -6]  # of each prompt
 SAMPLES = [0, 3]

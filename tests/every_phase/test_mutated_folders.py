@@ -23,6 +23,8 @@ import torch
 from common.errors import UserError
 from common.phases import Phase
 
+pytestmark = pytest.mark.newest()
+
 CPU = torch.device("cpu")
 VALUES: list[Any] = [
     0, 1, 2, 3, 64, -1, 2**31, 10**9, 10**30, 0.5, 1.5, -0.0, 1e-300, math.nan, math.inf, True, False, None, "", "12",

@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from common.phases import Phase
 
+pytestmark = pytest.mark.newest()
+
 CPU = torch.device("cpu")
 FIRST = 4  # the first phase that reads them
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # index of the number in each four bits of a word, from the lowest

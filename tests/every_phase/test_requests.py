@@ -15,6 +15,8 @@ from common.errors import UserError
 from common.phases import Phase
 from tests.support.small import small_session
 
+pytestmark = pytest.mark.newest()
+
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("def read(path):\n    ", {}),
     ("import os\nfrom ", {"temperature": 1.0, "seed": 3}),

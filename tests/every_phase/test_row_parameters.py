@@ -14,6 +14,8 @@ from torch import Tensor
 from common.phases import Phase
 from common.philox import Purpose
 
+pytestmark = pytest.mark.newest()
+
 VOCABULARY = 50
 SETTINGS: list[dict[str, Any]] = [
     {},

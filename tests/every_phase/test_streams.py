@@ -16,6 +16,8 @@ import pytest
 from common.phases import Phase
 from common.recording import Recording
 
+pytestmark = pytest.mark.newest()
+
 Run = Callable[..., tuple[int, str, str]]
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")

@@ -65,11 +65,11 @@ def briefly_trained(request: pytest.FixtureRequest, make_checkpoint: Callable[..
     return folder
 
 
-@pytest.mark.parametrize(("count", "tokens"), [(24, 32), pytest.param(40, 48, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "tokens"), [(12, 24), pytest.param(40, 48, marks=pytest.mark.slow)])
 def test_briefly_trained_gpt2_and_opt(briefly_trained: Path, count: int, tokens: int) -> None:
     texts = [prompt.text[:40] for prompt in load_prompts("code")[:count]]
     outputs = check_greedy(str(briefly_trained), texts, tokens)
-    assert len({tuple(tokens) for tokens in outputs}) > 10
+    assert len({tuple(tokens) for tokens in outputs}) > count / 3
 
 
 def test_ragged_batches_equal_single_runs_on_the_embedded_model() -> None:

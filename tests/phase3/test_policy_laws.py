@@ -2,7 +2,8 @@
 
 Every random number is a branch, and all branches are enumerated (support/walker.py), so probabilities are exact. Not
 the full product of policies, controllers and drafters: all controllers with the draft model, all drafters with a fixed
-K, and the pairs that interact (a drafter that calls the controller before it draws).
+K, and the pairs that interact (a drafter that calls the controller before it draws). A policy sees of a controller and
+of sampling parameters only a draft and the target's distributions, so `make test` has each of them with one policy.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ CONTROLLERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("controller", list(CONTROLLERS))
 def test_every_policy_with_every_controller(proof: Any, model_drafter: Any, policy: str, controller: str) -> None:
@@ -75,7 +77,7 @@ def test_every_policy_with_every_controller(proof: Any, model_drafter: Any, poli
     assert depths == ({0, 1} if controller == "fixed 1" else {0, 1, 2})
 
 
-@pytest.mark.parametrize("policy", LOSSLESS)
+@pytest.mark.parametrize("policy", ["rejection", "coupled", pytest.param("longest_prefix", marks=pytest.mark.slow)])
 def test_an_adaptive_controller_that_has_time_to_adapt(proof: Any, model_drafter: Any, policy: str) -> None:
     histories = check(proof, policy, model_drafter, CONTROLLERS["adaptive"], top_k=2, max_new_tokens=5)
     assert {(2, 1, 0), (2, 2)} <= {depths for _, depths, _ in histories}
@@ -106,6 +108,7 @@ def test_the_cost_controller_whatever_the_times(proof: Any, model_drafter: Any, 
     check(proof, policy, model_drafter, start, loop=loop, top_k=2, max_new_tokens=5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize("k", [1, 2])
 def test_every_policy_with_certain_guesses(proof: Any, policy: str, k: int) -> None:
@@ -116,6 +119,7 @@ def test_every_policy_with_certain_guesses(proof: Any, policy: str, k: int) -> N
         assert any(sum(accepted) for _, _, accepted in histories)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize(("controller", "top_k"), [("fixed 2", 2), ("confidence", 2), ("fixed 1", 0)])
 def test_every_policy_with_extrapolated_states(proof: Any, policy: str, controller: str, top_k: int) -> None:
@@ -141,6 +145,7 @@ def test_a_chain_is_penalised_for_what_it_has_drafted() -> None:
     assert builder.tokens == [[1, 2, 0]]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", LOSSLESS)
 @pytest.mark.parametrize(
     "settings",
@@ -172,11 +177,12 @@ def test_in_float32(proof: Any, policy: str) -> None:
 def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
     """One row drafts two tokens and the other one; their joint law is the product of the target's laws."""
     target, draft = proof.tables(3, seed=5)
-    params = phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=3)
+    params = [phase3.SamplingParams(temperature=1.0, top_k=2, max_new_tokens=count) for count in (3, 2)]
     prompts = [[0], [1]]
 
     def run(walker: Any) -> tuple[tuple[int, ...], ...]:
-        sequences = [phase3.Sequence(prompt, params, phase3.Ending(), i) for i, prompt in enumerate(prompts)]
+        each = enumerate(zip(prompts, params, strict=True))
+        sequences = [phase3.Sequence(prompt, mine, phase3.Ending(), i) for i, (prompt, mine) in each]
         controllers = iter([phase3.FixedController(2), phase3.FixedController(1)])
         drafter = phase3.ModelDrafter(draft, walker)
         policy, make = phase3.make_policy("rejection"), lambda: next(controllers)
@@ -184,7 +190,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(proof: Any) -> None:
             pass
         return tuple(tuple(sequence.tokens) for sequence in sequences)
 
-    alone = [proof.plain_law(target, params, prompt) for prompt in prompts]
+    alone = [proof.plain_law(target, mine, prompt) for prompt, mine in zip(prompts, params, strict=True)]
     product = {(a, b): p * q for a, p in alone[0].items() for b, q in alone[1].items()}
     assert proof.total_variation(proof.Walker().law(run), product) < EXACT
 

@@ -19,6 +19,7 @@ import torch
 import phase5
 from phase5.kernels import Kernels, registry
 from phase5.kernels.cuda import library
+from tests.support.interpreter import quicken
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,13 +49,16 @@ def _cheaper_engines(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def interpreted() -> None:
-    """Skip if kernels cannot be interpreted, with the reason."""
+def interpreted() -> Iterator[None]:
+    """Let kernels be interpreted, or skip with the reason."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: the tests marked gpu run the same checks on it")
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if not triton.knobs.runtime.interpret:
         pytest.skip("triton was imported before TRITON_INTERPRET=1 could be set")
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield
 
 
 @pytest.fixture

@@ -314,7 +314,7 @@ def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cpp.CppModel, "decode", noting)
     monkeypatch.setattr(CppRunner, "begin", within)
     monkeypatch.setattr("phase5.speculative.decode_step", one)
-    for length in range(context - 50, context + 3, 4):
+    for length in range(context - 46, context + 3, 8):
         prompt = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         expected, sequence = Sequence(prompt, params, Ending()), Sequence(prompt, params, Ending())
         for _ in decode(runners(pair, length + 60)[0], None, [expected], multi_step=multi_step):

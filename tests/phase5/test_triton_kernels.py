@@ -86,6 +86,12 @@ def ops(interpreted: None) -> dict[str, Callable[..., Any]]:
     return registry.operations("triton")
 
 
+@pytest.fixture
+def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the largest vocabulary have two blocks and a rest, where a real one has dozens."""
+    monkeypatch.setattr(token_cases, "VOCABULARIES", (*token_cases.VOCABULARIES[:-1], 2 * 4096 + 57))
+
+
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Any:
     with torch.inference_mode():
@@ -100,10 +106,8 @@ def test_there_is_a_kernel_for_every_op(ops: dict[str, Callable[..., Any]]) -> N
     "op", [pytest.param(op, marks=pytest.mark.slow) if op in SLOWER else op for op in Kernels._fields]
 )
 def test_interpreted_it_is_right(
-    op: str, ops: dict[str, Callable[..., Any]], guarded: None, monkeypatch: pytest.MonkeyPatch
+    op: str, ops: dict[str, Callable[..., Any]], guarded: None, small_vocabulary: None
 ) -> None:
-    """The largest vocabulary has three blocks and a rest, where a real one has dozens."""
-    monkeypatch.setattr(token_cases, "VOCABULARIES", (*token_cases.VOCABULARIES[:-1], 3 * 4096 + 57))
     assert len(check.check(op, ops[op], CPU, full=False)) >= 5
 
 
@@ -122,7 +126,9 @@ def test_interpreted_it_is_right_with_a_large_vocabulary(
         for op in SLOWER
     ],
 )
-def test_interpreted_it_is_right_in_16_bits(op: str, ops: dict[str, Callable[..., Any]], guarded: None) -> None:
+def test_interpreted_it_is_right_in_16_bits(
+    op: str, ops: dict[str, Callable[..., Any]], guarded: None, small_vocabulary: None
+) -> None:
     assert len(check.check(op, ops[op], CPU, full=False, dtypes=(torch.bfloat16,))) >= 5
 
 

@@ -14,8 +14,9 @@ testing").
     @pytest.mark.newest(2)
     def test_...(phase, way)
 
-Most of a phase is the code of the phase before. So `make test` runs the cases of such a test for the newest phase, and
-for the phases up to the given one, which have few; of each phase between them, every fourth case.
+Most of a phase is the code of the phase before. So `make test` runs the cases of such a test for the newest engine, and
+for the phases up to the given one, which have few; of each phase between them, every fourth case. A phase whose engine
+is a copy of the one before, file by file, runs none of them. `newest()` leaves out such copies only.
 
     @pytest.mark.modules("sampling.py")
     def test_...(phase)
@@ -28,7 +29,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -67,14 +69,29 @@ def mark_slow(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
+@cache
+def newest_engine() -> int:
+    """Return the number of the last phase whose engine is not a copy of the one before."""
+
+    def engine(phase: Phase) -> dict[Path, bytes]:
+        folder = phase.folder / "engine"
+        files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+        return {file.relative_to(folder): file.read_bytes() for file in files}
+
+    *_, newest = (after.number for before, after in pairwise(phases()) if engine(before) != engine(after))
+    return newest
+
+
 def _mark_older_phases(items: list[pytest.Item]) -> None:
-    newest, numbers = phases()[-1].number, Counter[tuple[str, int]]()
+    newest, numbers = newest_engine(), Counter[tuple[str, int]]()
     for item in items:
-        if marker := item.get_closest_marker("newest"):
-            parameters = item.callspec.params  # type: ignore[attr-defined]
-            number = (parameters.get("phase") or parameters["later"]).number
-            test = item.nodeid.partition("[")[0], number
-            if marker.args[0] < number < newest and numbers[test] % SHARE != number % SHARE:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        phase, marker = parameters.get("phase") or parameters.get("later"), item.get_closest_marker("newest")
+        if marker and phase:
+            (earliest,) = marker.args or (newest,)
+            test = item.nodeid.partition("[")[0], phase.number
+            shared = earliest < phase.number < newest and numbers[test] % SHARE != phase.number % SHARE
+            if shared or phase.number > newest:
                 item.add_marker(pytest.mark.slow)
             numbers[test] += 1
 

@@ -151,6 +151,7 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], files: list[Fil
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
+        sys.dont_write_bytecode = bool(env.get("PYTHONDONTWRITEBYTECODE"))
         added = env.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [folder for folder in added if folder and folder not in sys.path]
         status = _run(arguments)

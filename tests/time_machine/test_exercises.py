@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from common.lab import check, start
-from common.lab.exercise import exercise
+from common.lab.exercise import Exercise
 from common.phases import ROOT, Phase, phases
 from tests.support import forked
 from tests.support.mutation import HEAVY
@@ -34,14 +37,29 @@ def later(request: pytest.FixtureRequest) -> Phase:
     return found
 
 
-def test_no_body_of_the_solution_is_in_the_folder(later: Phase, tmp_path: Path) -> None:
-    work = start.start(phases(), later.number, tmp_path / "mine")
+Started = Callable[[Phase], tuple[Exercise, Path]]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """`started(phase)` returns its exercise and a fresh folder, which no test changes; made once, it takes seconds."""
+
+    @cache
+    def once(phase: Phase) -> tuple[Exercise, Path]:
+        folder = tmp_path_factory.mktemp(phase.package) / "mine"
+        return start.start(phases(), phase.number, folder), folder
+
+    return once
+
+
+def test_no_body_of_the_solution_is_in_the_folder(later: Phase, started: Started) -> None:
+    work, folder = started(later)
     given = [path.read_text() for path in (ROOT / "common").rglob("*.py")]
     given += [text for file, text in work.shipped.items() if text == work.sources[file]]
     known = {line.strip() for text in given for line in text.splitlines()}
     benches = [later.folder / "bench.py", *(later.folder / "benchmarks").glob("*.py")]
     known |= {line.strip() for path in benches for line in path.read_text().splitlines()}
-    held = {line.strip() for path in (tmp_path / "mine").rglob("*.*") for line in path.read_text().splitlines()}
+    held = {line.strip() for path in folder.rglob("*.*") for line in path.read_text().splitlines()}
     hidden = set()
     for s in work.stubs:
         functions = [n for n in ast.walk(ast.parse(work.shipped[s.file])) if isinstance(n, ast.FunctionDef)]
@@ -54,16 +72,16 @@ def test_no_body_of_the_solution_is_in_the_folder(later: Phase, tmp_path: Path) 
     assert not (hidden & held) - known
 
 
-def test_a_fresh_folder_can_be_imported(later: Phase, tmp_path: Path) -> None:
-    start.start(phases(), later.number, tmp_path / "mine")
+def test_a_fresh_folder_can_be_imported(later: Phase, started: Started) -> None:
     code = "from common.lab.check_plugin import *; sys.exit(import_all('engine', Path('engine')))"
-    done = forked.run([sys.executable, "-c", code], cwd=tmp_path / "mine")
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = forked.run([sys.executable, "-c", code], cwd=started(later)[1], env=environment)
     assert done.returncode == 0, done.stderr
 
 
-def test_hints_and_tests_name_what_is_to_be_written(later: Phase) -> None:
+def test_hints_and_tests_name_what_is_to_be_written(later: Phase, started: Started) -> None:
     """A renamed function would lose its hint, or its tests their position."""
-    work = exercise(phases(), later.number)
+    work, _ = started(later)
     written = {str(s) for s in work.stubs} | {s.file for s in work.stubs}
     written |= {str(s).rpartition(".")[0] for s in work.stubs}  # classes
     assert set(work.hints) <= written
