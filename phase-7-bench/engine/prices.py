@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +41,11 @@ if TYPE_CHECKING:
     from .model import Transformer
 
 Times = dict[str, dict[int, float]]
-COUNTS = (0, 1, 4, 2, 8)  # draft tokens of the measured steps, the most informative first
-FIRST, ROUNDS = 1, 2  # runs of each: one step after the prefill, then two times some steps
-STEPS, PLAIN_STEPS = 4, 32  # of a round; plain decoding makes longer calls
+COUNTS = (0, 1, 2, 4, 8)  # draft tokens of the measured steps
+ROUNDS = 2  # turns of each count: a pause of the machine then spoils one turn
+STEPS, PLAIN_STEPS = 16, 64  # of a turn at most, as in one call into C++ (multi_step.py)
 TOKENS = 40  # of the largest measured forward: beyond them, lines go on
-SECONDS = 0.15  # of measuring for one number of rows
+SECONDS = 0.25  # of measuring for one number of rows
 DRIFT = 1.3  # change of plain steps after which all is measured again
 DAY = 24 * 3600
 SETTINGS = (
@@ -107,20 +106,21 @@ class Prices:
         return f"{cpu_name()}, torch {torch.__version__}, {llm.loaded.checkpoint.name}, {rows} rows, {digest}"
 
     def measure(self, params: SamplingParams, rows: int) -> CostModel:
-        """Measure steps with the counts of COUNTS in turn, as many as SECONDS suffice for, at least two of them."""
-        measured, began = CostModel(), time.monotonic()
+        """Measure steps with the counts of COUNTS in turn: for an equal share of SECONDS each, at least two steps."""
+        measured = CostModel()
         most = min(self.llm.options.max_k, max(1, TOKENS // rows - 1))
-        runs = {count: self._steps(params, rows, count) for count in COUNTS if count <= most}
-        for round in range(1 + ROUNDS):
-            for count, run in runs.items():
-                if not measured.known or time.monotonic() - began < SECONDS:
-                    for step in islice(run, steps_of(count) if round else FIRST):
-                        measured.observe(step.stats)
+        runs = [self._steps(params, rows, count) for count in COUNTS if count <= most]
+        for run in ROUNDS * runs:
+            until = time.monotonic() + SECONDS / ROUNDS / len(runs)
+            for at, step in enumerate(run):
+                measured.observe(step.stats)
+                if at > 0 and time.monotonic() > until:
+                    break
         return measured
 
     def _steps(self, params: SamplingParams, rows: int, count: int) -> Iterator[Step]:
         """Decode made-up texts with `count` draft tokens in every step."""
-        llm, length = self.llm, (FIRST + ROUNDS * steps_of(count)) * (count + 1) + 1
+        llm, length = self.llm, ROUNDS * (STEPS if count else PLAIN_STEPS) * (count + 1) + 1
         params = dataclasses.replace(params, max_new_tokens=length, ignore_eos=True, stop=())
         texts = [[(7 * row + at) % llm.loaded.config.vocab_size for at in range(8)] for row in range(rows)]
         sequences = [Sequence(text, params, dataclasses.replace(llm.loaded.ending, tokenizer=None)) for text in texts]
@@ -137,11 +137,6 @@ class Prices:
             return UncachedRunner(model)
         manager = self.llm.backends.manager(model, KVOptions(options.kv, options.kv_dtype), rows, 8 + length)
         return self.llm.backends.runner(model, manager)
-
-
-def steps_of(count: int) -> int:
-    """Return the steps of a round with so many draft tokens."""
-    return STEPS if count else PLAIN_STEPS
 
 
 def file() -> Path:

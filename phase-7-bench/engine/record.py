@@ -19,14 +19,15 @@ from torch import Tensor
 from common import philox
 from common.errors import UserError
 from common.phases import phase_of
+from common.recording import SCHEMA_VERSION
 
+from .context import window_start
 from .llm import LLM
 from .policies import Rejection
 from .runner import CachedRunner
 from .sequence import Sequence
 from .steps import Step
 
-SCHEMA_VERSION = 1
 TOP = 5  # listed tokens of a distribution
 
 
@@ -44,7 +45,7 @@ class Recorder:
             {"new_tokens": 0, "steps": 0, "target_forwards": 0, "proposed": 0, "accepted": 0, "seconds": 0.0}
             for _ in sequences
         ]
-        self.steps, self.began = 0, 0.0  # milliseconds on the run's clock
+        self.steps, self.began, self.ended = 0, 0.0, 0.0  # the step's, in milliseconds on the run's clock
         self.prefilled = 0.0  # milliseconds of the steps so far
         self.cached = [0] * len(sequences)  # tokens of each sequence in the target's cache
         try:
@@ -55,6 +56,7 @@ class Recorder:
 
     def step(self, step: Step | None) -> None:
         """Write a line for every sequence of the step; a beam search has no steps."""
+        self.ended = self._now()
         for row, sequence in enumerate(step.sequences if step else []):
             assert step is not None
             self._add(sequence, self._described(step, row))
@@ -85,6 +87,7 @@ class Recorder:
             "schema_version": SCHEMA_VERSION,
             "phase": phase_of(__file__),
             **self.llm.header(),
+            "context": self.llm.loaded.config.context,
             "prompts": [{"tokens": prompt, "strings": self._strings(prompt)} for prompt in prompts],
             "sequences": [
                 {"sequence": number, "prompt": number // self.llm.options.n, "sample": each.sample}
@@ -114,7 +117,9 @@ class Recorder:
             "step": self.steps,
             "sequence": self.numbers[sequence],
             "position": len(sequence.prompt) + start,
+            "window_start": window_start(len(sequence.prompt) + start, self.llm.loaded.config.context),
             "start_ms": self.began,
+            "end_ms": self.ended,
             "prefill_ms": None,
             **{name: getattr(stats, name) for name in ("draft_ms", "verify_ms", "accept_ms", "kv_ms")},
             "k": stats.k,

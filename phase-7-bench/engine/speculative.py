@@ -188,7 +188,7 @@ def decode_step(
     began = time.perf_counter()
     runner.upload.begin()
     rows = sampling_metadata(runner.upload, sequences, source)
-    if isinstance(drafter, DeviceDrafter) and drafter.able(runner, sequences, asked):
+    if any(asked) and isinstance(drafter, DeviceDrafter) and drafter.able(runner, sequences, asked):
         made = drafter.propose_and_verify(runner, sequences, asked)
     else:
         made = propose_and_verify(runner, drafter, sequences, asked)

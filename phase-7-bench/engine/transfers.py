@@ -21,19 +21,32 @@ ALIGNED = 16  # bytes: arrays begin at multiples, whatever comes before them, so
 class Staged:
     """An array that is on the device, or goes there with the other arrays of an Upload when it is first used."""
 
-    def __init__(self, tensor: Tensor | None = None, upload: Upload | None = None) -> None:
-        self._tensor, self._upload = tensor, upload
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self._tensor = tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        assert self._tensor is not None
+        return self._tensor
+
+
+class Part(Staged):
+    """An array of an Upload: `shape` numbers of `dtype` after `begin` words."""
+
+    def __init__(self, upload: Upload, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._upload, self._begin, self._shape, self._dtype = upload, begin, shape, dtype
+        self.sent: Tensor | None = None  # the words of all arrays, on the device
 
     @property
     def tensor(self) -> Tensor:
         if self._tensor is None:
-            assert self._upload is not None
-            self._upload.send()
-        assert self._tensor is not None, "the upload began anew before this array was used"
+            if self.sent is None:
+                self._upload.send()
+            assert self.sent is not None, "the upload began anew before this array was used"
+            words = math.prod(self._shape) * self._dtype.itemsize // 4
+            self._tensor = self.sent[self._begin : self._begin + words].view(self._dtype).view(self._shape)
         return self._tensor
-
-    def arrived(self, tensor: Tensor) -> None:
-        self._tensor, self._upload = tensor, None
 
 
 class Upload:
@@ -46,7 +59,7 @@ class Upload:
     def begin(self) -> None:
         """Forget what was put and never used."""
         self._words = array("i")
-        self._waiting: list[tuple[Staged, int, tuple[int, ...], torch.dtype]] = []
+        self._waiting: list[Part] = []
 
     def put(self, numbers: Iterable[int], *shape: int) -> Staged:
         """Stage an int32 array. OverflowError for numbers that need more bits."""
@@ -69,20 +82,18 @@ class Upload:
         return self._put(array("d", numbers), shape, torch.float64)
 
     def _put(self, numbers: array[int] | array[float], shape: tuple[int, ...], dtype: torch.dtype) -> Staged:
-        staged = Staged(upload=self)
-        self._waiting.append((staged, len(self._words), shape, dtype))
+        self._waiting.append(part := Part(self, len(self._words), shape, dtype))
         self._words.frombytes(numbers.tobytes())
         self._words.frombytes(bytes(-4 * len(self._words) % ALIGNED))
-        return staged
+        return part
 
     def send(self) -> None:
         """Copy all that waits to the device."""
         gathered, waiting = self._words, self._waiting
         self.begin()
         sent = self.copied(torch.frombuffer(gathered, dtype=torch.int32) if gathered else torch.empty(0).int())
-        for staged, begin, shape, dtype in waiting:
-            words = math.prod(shape) * dtype.itemsize // 4
-            staged.arrived(sent[begin : begin + words].view(dtype).view(shape))
+        for part in waiting:
+            part.sent = sent
 
     def copied(self, host: Tensor) -> Tensor:
         """Return a copy on the device: the one host-to-device copy.
@@ -96,7 +107,8 @@ class Upload:
 
 def read(*tensors: Tensor) -> list[list[int]]:
     """Return the numbers of integer tensors on one device, each flattened, by one device-to-host copy."""
-    flat: list[int] = torch.cat([tensor.reshape(-1).long() for tensor in tensors]).tolist()
+    parts = [tensor.reshape(-1) for tensor in tensors]
+    flat: list[int] = (torch.cat([part.long() for part in parts]) if len(parts) > 1 else parts[0]).tolist()
     found, at = list[list[int]](), 0
     for tensor in tensors:
         found.append(flat[at : at + tensor.numel()])

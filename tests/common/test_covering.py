@@ -42,12 +42,12 @@ def test_older_phases_have_a_share_of_the_cases(phase: Phase, case: int, request
     assert slow == (phase.number > newest or (2 < phase.number < newest and case % SHARE != phase.number % SHARE))
 
 
-@pytest.mark.newest()
+@pytest.mark.newest
 def test_a_copy_of_an_engine_has_no_case(phase: Phase, request: pytest.FixtureRequest) -> None:
     assert (request.node.get_closest_marker("slow") is not None) == (phase.number > newest_engine())
 
 
-@pytest.mark.newest()
+@pytest.mark.newest
 @pytest.mark.parametrize("case", range(2))
 def test_what_is_about_no_phase_stays(case: int, request: pytest.FixtureRequest) -> None:
     assert request.node.get_closest_marker("slow") is None

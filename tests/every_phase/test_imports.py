@@ -104,7 +104,7 @@ def test_a_cycle_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.no_exercise
-@pytest.mark.newest()
+@pytest.mark.newest
 def test_no_modules_import_each_other_in_a_circle(phase: Phase) -> None:
     modules = modules_of(phase.folder / "engine")
     found = cycle({name: imported(modules, name) for name in modules})
@@ -112,7 +112,7 @@ def test_no_modules_import_each_other_in_a_circle(phase: Phase) -> None:
 
 
 @pytest.mark.no_exercise
-@pytest.mark.newest()
+@pytest.mark.newest
 def test_an_engine_imports_nothing_that_lies_beside_it(phase: Phase) -> None:
     """Programs, benches, checks, ladders, training: they import the engine, and later phases may not have them."""
     beside = {"tests"} | {path.stem for path in phase.folder.glob("*.py")}

@@ -8,6 +8,7 @@ each page, and finds the pages of a known prefix.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,12 @@ class PagedCache(InPlaceCache):
         return table[positions // PAGE], slice(None), positions % PAGE
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        place = self.places(row, self.lengths[row], self.lengths[row] + len(keys))
+        at, slot = divmod(self.lengths[row], PAGE)
+        if 0 < len(keys) <= PAGE - slot:  # within a page, a slice needs no index on the device
+            place: Any = self.tables[row][at], slice(None), slice(slot, slot + len(keys))
+            keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        else:
+            place = self.places(row, self.lengths[row], self.lengths[row] + len(keys))
         self.keys[layer].write(place, keys)
         self.values[layer].write(place, values)
 
