@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def peer_runner(loaded: Any, new_tokens: int) -> Variant:
 def lines_of(bench: Bench, found: list[Phase]) -> list[dict[str, Any]]:
     """Return the derived table with each phase's addition, and the speed-up over transformers."""
     adds = {phase.package: (importlib.import_module(phase.package).__doc__ or "").split("\n")[0] for phase in found}
+    for before, phase in pairwise(found):
+        if adds[phase.package] == adds[before.package]:
+            adds[phase.package] = f"the engine of phase {before.number}"
     adds[PEER] = "transformers' generate, with its cache"
     over_peer = {line["variant"]: line for line in bench.table("demo", baseline=PEER)}
     lines = []
