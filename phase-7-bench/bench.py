@@ -21,6 +21,7 @@ from common.benchmark import print_document, print_table
 from common.device import resolve_device
 from common.harness import Bench, model_hashes, open_results
 from common.options import parse_options, run_main
+from instruments.latency import draw as draw_loads
 from instruments.latency import summary
 from instruments.predict import compared, verdicts
 
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> int:
             print_table("Latency under load", names, [[line.get(n) for n in names] for line in loads])
         if options.output:
             draw_predictions(predictions, options.output / "predictions.png", bench.mark)
+            if loads:
+                draw_loads(loads, options.output / "latency.png")
         status = bench.close()
         print_document(bench.document() | {"predictions": verdicts(predictions), "latency": loads})
         return status

@@ -1,11 +1,12 @@
 """`lab check`: run a phase's own tests on a folder in which somebody writes that phase, and help with failures.
 
-The report says, test by test, what passes, fails or is not written yet, which function to write next, and for
-the first failure the expected and the actual value. The tests of every phase run too, so regressions show. Slow tests,
-those that need a GPU, and those marked `no_exercise` are left out.
+The report begins and ends with what to do next: the function to write, or the first failure with the expected and the
+actual value. Between them it counts the tests of every function; `--verbose` lists all tests. The tests of every
+phase run too, so regressions show. Slow tests, those that need a GPU, and those marked `no_exercise` are left out.
 
     lab check 2 my-phase-2
     lab check 2 my-phase-2 --hint
+    lab check 2 my-phase-2 --diff    once everything passes: all functions beside the shipped ones
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from common.terminal import progress
 TIME_LIMIT = 60.0  # seconds for one test; a longer one is taken for endless
 STYLES = {"passes": "green", "fails": "red", "not written yet": "yellow", "not run": "dim", "skipped": "dim"}
 WIDTH = max(map(len, STYLES))
+ROWS, LINES = 12, 5  # functions, and lines of a failure's message, in the short report
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,25 @@ def _read(lines: Iterator[dict[str, Any]], work: Exercise, folder: Path) -> Iter
                 yield Result(**{**line, "where": tuple(line.get("where", ()))})
 
 
-def report(results: list[Result], console: Console) -> None:
+def summary(results: list[Result], work: Exercise, console: Console) -> None:
+    """Print a line for each function of the exercise that has tests: how many of those about it pass."""
+    rows = []
+    for stub in work.stubs:
+        outcomes = [result.outcome for result in results if result.about == str(stub) and result.outcome != "skipped"]
+        if outcomes:
+            good = outcomes.count("passes")
+            rows.append((good == len(outcomes), f"{stub.file}, {stub.name}", f"{good} of {len(outcomes)} tests"))
+    todo = [row for row in rows if not row[0]]
+    shown = rows if len(rows) <= ROWS else todo[:ROWS]
+    for done, name, count in shown:
+        mark = ("  done  ", "green") if done else ("  to do ", "yellow")
+        console.print(Text.assemble(mark, name.ljust(max(len(row[1]) for row in shown)), f"  {count}"))
+    if len(rows) > len(shown):
+        left = f"{len(todo) - len(shown)} more to do, " if len(todo) > len(shown) else ""
+        console.print(Text(f"  and {left}{len(rows) - len(todo)} done (--verbose lists all tests)", "dim"))
+
+
+def report(results: list[Result], work: Exercise, console: Console) -> None:
     """Print every test function with its number of passing cases, grouped by subject."""
     for (own, group), members in groupby(results, key=lambda r: (r.own, r.group)):
         cases = list(members)
@@ -135,14 +155,14 @@ def report(results: list[Result], console: Console) -> None:
             console.print(Text.assemble("  ", (worst.ljust(WIDTH), STYLES[worst]), f"  {title}{count}"))
 
 
-def explain(result: Result, stub: Stub | None, console: Console) -> None:
-    """Print the first failure: the function to write, or the expected and the actual value."""
+def explain(result: Result, stub: Stub | None, console: Console, lines: int = 12) -> None:
+    """Print the first failure: the function to write, or the expected and the actual value, in so many lines."""
     if result.outcome == "not written yet":
         console.print(Text.assemble(("Write next: ", "bold"), result.message.removeprefix("not written yet: ")))
         console.print(Text(f"  test      {result.test}", "dim"))
         return
     console.print(Text.assemble(("First wrong: ", "bold"), f"{result.title}{f', in {stub}()' if stub else ''}"))
-    for line in [result.words, *result.message.splitlines()[:12]]:
+    for line in [result.words, *result.message.splitlines()[:lines]]:
         if line.strip():
             console.print(Text(f"  {line.strip()}"))
     if result.expected is not None:
@@ -153,10 +173,38 @@ def explain(result: Result, stub: Stub | None, console: Console) -> None:
     console.print(Text(f"  test      {result.test}", "dim"))
 
 
+def counts(results: list[Result], work: Exercise, console: Console) -> None:
+    for own, what in ((True, f"of phase {work.phase.number}"), (False, "of every phase")):
+        kind = [r.outcome for r in results if r.own == own and r.outcome != "skipped"]
+        if kind:
+            console.print(Text(f"{kind.count('passes')} of {len(kind)} tests {what} pass", "bold"))
+
+
+def advise(failed: list[Result], stub: Stub | None, command: str, step: str | None, console: Console) -> None:
+    """Print the last line of a report: what to do next, and where help is. step: of help, None without an exercise."""
+    if not failed:
+        console.print(Text(f"Every test passes.{f' Compare: {command} --diff' if step else ''}", "bold green"))
+        return
+    first = failed[0]
+    what = "Write next" if first.outcome == "not written yet" else "First wrong"
+    stuck = f" Stuck? {command} --{step}" if stub and step else ""
+    console.print(Text.assemble((f"{what}: ", "bold"), f"{f'{stub}()' if stub else first.title}.{stuck}"))
+
+
+def _scope(folder: Path) -> tuple[bool, str | None]:
+    """Return what the folder's exercise empties: everything, and if not, the part; a shipped phase is whole."""
+    try:
+        notes = json.loads((folder / EXERCISE_FILE).read_text(encoding="utf-8"))
+        return bool(notes["all"]), notes["part"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True, None
+
+
 def find_exercise(number: int, folder: Path, root: Path) -> tuple[Exercise, Path]:
     """Return the exercise and the folder's resolved path. UserError if there is nothing to check, or no test."""
-    work = exercise(phases(root), number)
-    path, package = folder.resolve(), work.phase.package
+    path = folder.resolve()
+    work = exercise(phases(root), number, *_scope(path))
+    package = work.phase.package
     if not (path / "engine" / "__init__.py").is_file():
         raise UserError(f"{folder} holds no engine; name a folder that `lab start {number} DIR` made")
     try:
@@ -193,11 +241,12 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
         dest="help_step",
         action="store_const",
         const="diff",
-        help="then: your function beside the shipped one",
+        help="then: your function beside the shipped one; once all tests pass: all of them",
     )
     coach.add_argument(
         "--solution", dest="help_step", action="store_const", const="solution", help="then: the shipped function"
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="list every test")
     options = parser.parse_args(arguments)
     work, folder = find_exercise(options.number, options.folder, root)
     coach_ = Coach(work, folder) if options.help_step else None
@@ -209,8 +258,11 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
     console = Console(highlight=False, soft_wrap=True)
     failed = [result for result in results if result.outcome in ("fails", "not written yet")]
     stub = failed[0].stub(work) if failed else None
-    if coach_ and not failed:
-        console.print("Every test passes: there is nothing to help with.")
+    if coach_ and not failed and options.help_step == "diff":
+        for each in work.stubs:
+            coach_.compare(each, console)
+    elif coach_ and not failed:
+        console.print("Every test passes: there is nothing to help with (--diff shows the shipped functions).")
     elif coach_:
         explain(failed[0], stub, console)
         console.print()
@@ -218,16 +270,12 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
             raise UserError(f"this failure belongs to no single function; read the test, {failed[0].test}")
         coach_.give(options.help_step, stub, console)
     else:
-        report(results, console)
-        console.print()
-        for own, what in ((True, f"of phase {work.phase.number}"), (False, "of every phase")):
-            kind = [r.outcome for r in results if r.own == own and r.outcome != "skipped"]
-            if kind:
-                console.print(Text(f"{kind.count('passes')} of {len(kind)} tests {what} pass", "bold"))
         if failed:
+            explain(failed[0], stub, console, LINES)
             console.print()
-            explain(failed[0], stub, console)
-            if stub and (folder / EXERCISE_FILE).is_file():
-                step = Coach(work, folder).next_help(stub)
-                console.print(Text(f"Stuck? lab check {options.number} {options.folder} --{step}"))
+        (report if options.verbose else summary)(results, work, console)
+        counts(results, work, console)
+        started = (folder / EXERCISE_FILE).is_file()
+        step = (Coach(work, folder).next_help(stub) if stub else "diff") if started else None
+        advise(failed, stub, f"lab check {options.number} {options.folder}", step, console)
     return 1 if failed else 0

@@ -37,6 +37,7 @@ COMMANDS = {
     "tables": ("common.lab.tables", "fill the measured numbers of the READMEs from the committed rows"),
     "drift": ("common.lab.drift", "check that neighbouring phases differ in what the READMEs list and in nothing else"),
     "port": ("common.lab.port", "carry a fix made in one phase forward to all later phases"),
+    "kernel": ("common.lab.kernel", "build, check and time one kernel: C++, Triton or CUDA"),
     "start": ("common.lab.start", "make a folder in which to write a phase yourself"),
     "serve": ("common.lab.serve", "serve a model over HTTP, as OpenAI's API does"),
     "chat": ("common.lab.chat", "chat with a model behind a server"),

@@ -33,7 +33,7 @@ class Coach:
         self.work, self.folder = work, folder
         try:
             notes = json.loads((folder / EXERCISE_FILE).read_text(encoding="utf-8"))
-            self.helped: dict[str, str] = dict(notes["helped"])
+            self.notes, self.helped = notes, dict(notes["helped"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{folder}: its {EXERCISE_FILE} is missing or damaged; help is for folders that lab start made"
@@ -52,23 +52,28 @@ class Coach:
             hint = self.work.hint(stub) or "the README has no hint for it; its docstring describes it"
             console.print(Text.assemble((f"Hint for {stub}: ", "bold"), hint))
         elif step == "diff":
-            self._diff(stub, console)
+            self.compare(stub, console)
         else:
             console.print(Text(f"The shipped {stub}:", "bold"))
             console.print(Syntax(self._solution(stub), "python", background_color="default"))
         if LADDER.index(step) >= LADDER.index(self.helped.get(str(stub), step)):
             self.helped[str(stub)] = step
-            notes = {"phase": self.work.phase.number, "helped": self.helped}
+            notes = {**self.notes, "helped": self.helped}
             (self.folder / EXERCISE_FILE).write_text(json.dumps(notes) + "\n", encoding="utf-8")
 
-    def _diff(self, stub: Stub, console: Console) -> None:
+    def compare(self, stub: Stub, console: Console) -> None:
+        """Print the differences between the learner's function and the shipped one."""
         text = (self.folder / stub.file).read_text(encoding="utf-8")
         own = function_text(text, stub.name)
         if own is None or str(stub) in map(str, stubs_in(stub.file, text)):
             console.print(f"{stub} is not written yet: there is nothing to compare. Try it, or ask for --solution.")
             return
         shipped = function_text(self.work.shipped[stub.file], stub.name) or ""
-        lines = difflib.unified_diff(own.splitlines(), shipped.splitlines(), "yours", "shipped", n=99, lineterm="")
+        if own == shipped:
+            console.print(f"{stub}: as shipped")
+            return
+        names = f"yours: {stub}", "shipped"
+        lines = difflib.unified_diff(own.splitlines(), shipped.splitlines(), *names, n=99, lineterm="")
         for line in lines:
             console.print(Text(line, STYLES.get(line[:1], "")))
 

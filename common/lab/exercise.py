@@ -4,12 +4,14 @@ Everything is derived from the sources. The files that a phase adds lose the bod
 that it changes are given whole, because the changes are mostly command-line plumbing. The phase's README may give hints
 on functions, in a section `## Exercise` or in one of every chapter (`### Exercise`), one list item each:
 
-    - engine/verify.py, verify: which token is the first rejected one?
+    - engine/verify.py, verify (20 min): which token is the first rejected one?
     - engine/record.py: a hint for a whole file
 
-The order of the hints is the order of writing. A hint for a function of a changed file makes that function part of the
-exercise, so phase 1, which adds no files, can have one too. In a phase whose list of changes has parts, an item
-`- part cache: words` limits the exercise to that part; the additions of other parts are given.
+The functions with a time are the core path: by default they alone are empty, and everything else is given. With
+`everything` all additions are empty; so they are where no function has a time. The order of the hints is the order of
+writing. A hint for a function of a changed file makes that function part of the exercise, so phase 1, which adds no
+files, can have one too. In a phase whose list of changes has parts, an item `- part cache: words` limits what
+`everything` means to that part, and `part` limits the core path to one part.
 
     python -c "from common.lab.exercise import *; from common.phases import phases; print(exercise(phases(), 2).stubs)"
 """
@@ -17,6 +19,7 @@ exercise, so phase 1, which adds no files, can have one too. In a phase whose li
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +29,7 @@ from common.lab.snapshots import BENCH, OWN, difference, files, find_phase, read
 from common.lab.stubs import Stub, stub, stubs_in
 from common.phases import Phase
 
-HINT = re.compile(r"^- ([a-z]+/[^\s,:]+\.py(?:, [\w.]+)?): (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
+HINT = re.compile(r"^- ([a-z]+/[^\s,:]+\.py(?:, [\w.]+)?)(?: \((\d+) min\))?: (.+(?:\n {2,}\S.*)*)", re.MULTILINE)
 PART = re.compile(r"^- part ([\w-]+): ", re.MULTILINE)
 LEFT_OUT = tuple(name for name in OWN if name not in BENCH)  # one copy, the shipped one, is enough
 COMPILED = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl", ".metal", ".mm"}
@@ -44,10 +47,16 @@ class Exercise:
     absent: list[str]  # sources in other languages that the phase adds, to be written
     off: list[str]  # likewise of other parts: left out, because they would compute what is to be written
     hints: dict[str, str]  # `engine/a.py, f` or `engine/a.py` -> words
+    minutes: dict[str, int]  # of the core path: `engine/a.py, f` or `engine/a.py, C` -> an estimate
 
     def hint(self, stub: Stub) -> str | None:
         key = _matching(self.hints, stub)
         return self.hints[key] if key else None
+
+    def time(self, stub: Stub) -> int | None:
+        """Return how many minutes a function of the core path may take."""
+        key = _matching(self.minutes, stub)
+        return self.minutes[key] if key else None
 
     @cached_property
     def shipped(self) -> dict[str, str]:
@@ -62,7 +71,12 @@ def _exercises(readme: str) -> str:
 
 def parse_hints(readme: str) -> dict[str, str]:
     """Parse the hints of a README's sections `Exercise`."""
-    return {key: " ".join(words.split()) for key, words in HINT.findall(_exercises(readme))}
+    return {key: " ".join(words.split()) for key, _, words in HINT.findall(_exercises(readme))}
+
+
+def parse_minutes(readme: str) -> dict[str, int]:
+    """Parse the core path of a README's sections `Exercise`: its functions, and the minutes that each may take."""
+    return {key: int(minutes) for key, minutes, _ in HINT.findall(_exercises(readme)) if minutes}
 
 
 def parse_parts(readme: str) -> set[str]:
@@ -70,14 +84,14 @@ def parse_parts(readme: str) -> set[str]:
     return set(PART.findall(_exercises(readme)))
 
 
-def _matching(hints: dict[str, str], stub: Stub) -> str | None:
+def _matching(hints: Collection[str], stub: Stub) -> str | None:
     """Return the hint for a function, or else for its class, or else for its file."""
     keys = (str(stub), str(stub).rpartition(".")[0], stub.file)
     return next((key for key in keys if key in hints), None)
 
 
-def exercise(found: list[Phase], number: int) -> Exercise:
-    """Return the exercise of one of the found phases; it may have no stubs. UserError for an unknown phase."""
+def exercise(found: list[Phase], number: int, everything: bool = False, part: str | None = None) -> Exercise:
+    """Return the exercise of one of the found phases; it may have no stubs. UserError for an unknown phase or part."""
     phase = find_phase(found, number)
     at = found.index(phase)
     changes = read_list(phase).changes
@@ -86,6 +100,15 @@ def exercise(found: list[Phase], number: int) -> Exercise:
     hints, parts = parse_hints(readme), parse_parts(readme)
     if unknown := parts - {change.part for change in changes}:
         raise UserError(f"{phase.folder.name}/README.md: the exercise is of no part {', '.join(sorted(unknown))}")
+    minutes = {} if everything else parse_minutes(readme)
+    if part is not None:
+        of = {change.path: change.part for change in changes}
+        minutes = {key: time for key, time in minutes.items() if of.get(key.partition(",")[0]) == part}
+        if not minutes:
+            has = sorted({of[file] for key in parse_minutes(readme) if (file := key.partition(",")[0]) in of} - {""})
+            raise UserError(
+                f"phase {number} has no exercise of a part {part!r}; parts with one: {', '.join(has) or '-'}"
+            )
     given = {change.path for change in changes if parts and change.part not in parts}
     paths = [path for path in files(phase.folder) if path.split("/")[0] not in LEFT_OUT]
     signs = difference(found[at - 1].folder, phase.folder) if at else {path: "~" for path in paths}
@@ -95,8 +118,9 @@ def exercise(found: list[Phase], number: int) -> Exercise:
         if "/" in path and path.endswith(".py") and path.split("/")[0] not in BENCH
     }
     added = {path for path in sources if signs.get(path) == "+" and path not in given}
-    hinted = {function for path in sources for function in _functions(path, sources[path], hints)}
-    sources = stub(sources, added | hinted)
+    wanted = {key: hints[key] for key in minutes} or hints
+    hinted = {function for path in sources for function in _functions(path, sources[path], wanted)}
+    sources = stub(sources, hinted if minutes else added | hinted)
     compiled = [path for path in paths if signs.get(path) == "+" and Path(path).suffix in COMPILED]
     order, ranks = list(hints), list(listed)
 
@@ -111,9 +135,10 @@ def exercise(found: list[Phase], number: int) -> Exercise:
         stubs=sorted((s for path, text in sources.items() for s in stubs_in(path, text)), key=writing_order),
         words=listed,
         changed=[path for path in paths if signs.get(path) == "~"] if at else [],
-        absent=[path for path in compiled if path not in given],
-        off=[path for path in compiled if path in given],
+        absent=[path for path in compiled if path not in given and not minutes],
+        off=[path for path in compiled if path in given or minutes],
         hints=hints,
+        minutes=minutes,
     )
 
 

@@ -1,6 +1,8 @@
 """`lab start`: make a folder in which to write a phase: the phase before it, with stubs for the lesson's additions.
 
-lab start 2 my-phase-2
+lab start 2 my-phase-2          the functions of the core path are empty, the rest is given
+lab start 2 my-phase-2 --all    everything that the phase adds is empty
+lab start 5 my-phase-5 --part cache
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ PHASE = re.compile(r"phase-\d")
 GUIDE = """\
 # Exercise: phase {number}, {name}
 
-The lesson is `{folder}/README.md`. This folder holds the engine of the phase before it, the command line of this phase,
-and stubs for the lesson's additions. Each stub raises `NotImplementedError` until you have written it. Signatures,
-docstrings, data classes, constants and imports are given; helper functions are not.
+The lesson is `{folder}/README.md`. {held} Each stub raises `NotImplementedError` until you have written it. Signatures,
+docstrings, data classes, constants and imports are given{helpers}.
 
 ## To write, in this order
 
@@ -38,11 +39,19 @@ The check runs the tests of phase {number} on this folder. It prints which tests
 first failure the expected and the actual value. If you are stuck:
 
     lab check {number} {argument} --hint
-    lab check {number} {argument} --diff       your function beside the shipped one, after its hint
+    lab check {number} {argument} --diff       your function beside the shipped one, after its hint; once all pass, all
     lab check {number} {argument} --solution   the shipped function, after its diff
 
 `{notes}` records the help that was given. git ignores this folder; remove its `.gitignore` to change that.
 """
+
+
+CORE = """\
+This folder holds the whole engine of the phase, in which the functions of the core path are empty. Writing them takes
+about {minutes} minutes once you have read the lesson. `lab start {number} DIR --all` empties all that is new."""
+WHOLE = """\
+This folder holds the engine of the phase before it, the command line of this phase, and stubs for the lesson's
+additions."""
 
 
 def guide(work: Exercise, argument: str) -> str:
@@ -51,11 +60,13 @@ def guide(work: Exercise, argument: str) -> str:
     for number, (file, stubs) in enumerate(groupby(work.stubs, key=lambda stub: stub.file), 1):
         words = work.words.get(file, "")
         lines.append(f"{number}. `{file}`{f': {words}' if words else ''}")
-        lines += [f"   - [ ] `{s.name}`{f': {s.purpose}' if s.purpose else ''}" for s in stubs]
-    given = []
+        for stub in stubs:
+            minutes = work.time(stub)
+            lines.append(f"   - [ ] `{stub.name}`{f' ({minutes} min)' if minutes else ''}: {stub.purpose}")
+    given = list[str | None]()
     if work.absent:
         lines += ["", f"And, from scratch: {', '.join(f'`{file}`' for file in work.absent)}."]
-    if work.changed:
+    if work.changed and not work.minutes:
         names = ", ".join(f"`{file}`" for file in work.changed)
         given = [
             "",
@@ -66,28 +77,33 @@ def guide(work: Exercise, argument: str) -> str:
         ]
     if work.off:
         suffixes = ", ".join(sorted({f"`{Path(file).suffix}`" for file in work.off}))
+        rest = "Sources" if work.minutes else "So is what the phase adds in its other parts; but sources"
         given += [
-            f"So is what the phase adds in its other parts, but for sources that are compiled ({suffixes}): they would "
-            "compute what you are to write. Here torch computes.",
+            "" if work.minutes else None,
+            f"{rest} that are compiled ({suffixes}) are left out: they would compute what you are to write. "
+            "Here torch computes.",
             "",
         ]
+    held = CORE.format(minutes=sum(work.minutes.values()), number=work.phase.number) if work.minutes else WHOLE
     return GUIDE.format(
         number=work.phase.number,
         name=work.phase.name,
         folder=work.phase.folder.name,
+        held=held,
+        helpers="" if work.minutes else "; helper functions are not",
         to_write="\n".join(lines),
-        given="\n".join(given),
+        given="\n".join(line for line in given if line is not None),
         program=f"{argument}/generate.py",
         argument=argument,
         notes=EXERCISE_FILE,
     )
 
 
-def start(found: list[Phase], number: int, folder: Path) -> Exercise:
+def start(found: list[Phase], number: int, folder: Path, everything: bool = False, part: str | None = None) -> Exercise:
     """Write the exercise into a folder that is absent or empty. UserError, with nothing written, on failure."""
-    work = exercise(found, number)
+    work = exercise(found, number, everything, part)
     if not work.stubs:
-        raise UserError(f"phase {number} has nothing to write: its README names no function; try the phase after it")
+        raise UserError(f"phase {number} has nothing to write: its README names no function; try another phase")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder that is absent or empty")
     if folder.is_dir() and any(folder.iterdir()):
@@ -100,7 +116,9 @@ def start(found: list[Phase], number: int, folder: Path) -> Exercise:
         raise UserError(f"{folder} looks like a phase of the course, or is inside of one; choose a name like my-phase")
     contents = exercise_files(work)
     contents["EXERCISE.md"] = guide(work, str(folder)).encode()
-    contents[EXERCISE_FILE] = (json.dumps({"phase": number, "helped": {}}) + "\n").encode()
+    contents[EXERCISE_FILE] = (
+        json.dumps({"phase": number, "all": everything, "part": part, "helped": {}}) + "\n"
+    ).encode()
     contents[".gitignore"] = b"*\n"
     try:
         for path, content in contents.items():
@@ -115,8 +133,13 @@ def run(arguments: list[str], root: Path = ROOT) -> int:
     parser = Parser("lab start", "Make a folder in which to write a phase yourself.")
     parser.add_argument("number", metavar="N", type=int, help="the number of the phase")
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder that is absent or empty")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument(
+        "--all", action="store_true", help="empty everything that the phase adds, not the core path alone"
+    )
+    scope.add_argument("--part", metavar="PART", help="the core path of one part of a long lesson")
     options = parser.parse_args(arguments)
-    work = start(phases(root), options.number, options.folder)
+    work = start(phases(root), options.number, options.folder, options.all, options.part)
     first = work.stubs[0]
     print(f"{options.folder}: {len(work.stubs)} functions to write, listed in {options.folder / 'EXERCISE.md'}")
     print(f"Begin with {first}(): {first.purpose}")

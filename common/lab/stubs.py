@@ -28,7 +28,7 @@ class Stub:
 
     file: str
     name: str  # with its class: `ModelDrafter.propose`
-    purpose: str  # the first line of its docstring, or of its class's
+    purpose: str  # the first line of its docstring, or else its signature
 
     def __str__(self) -> str:
         return f"{self.file}, {self.name}"
@@ -59,7 +59,7 @@ def function_text(source: str, name: str) -> str | None:
 def stub(sources: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
     """Replace chosen functions of a package (path -> text) by stubs: all of `a.py`, or `a.py, Class.method`.
 
-    Code that runs while the package is imported is kept, and so is `__post_init__`, which belongs to the data.
+    Code that runs while the package is imported is kept, and so are `__str__` and its like, which teach nothing.
     """
     trees = {file: ast.parse(text) for file, text in sources.items()}
     running = _runs_at_import(trees.values())
@@ -67,12 +67,12 @@ def stub(sources: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
     for file, tree in trees.items():
         lines = sources[file].splitlines()
         edits = [
-            _without_body(lines, file, tree, name, node)
+            _without_body(lines, file, name, node)
             for name, node in definitions(tree)
             if isinstance(node, Function)
             and (file in chosen or f"{file}, {name}" in chosen)
             and not _hollow(node)
-            and name.rpartition(".")[2] != "__post_init__"
+            and not _plumbing(node.name)
             and (name.split(".")[-2] if node.name == "__init__" and "." in name else node.name) not in running
         ]
         texts[file] = _edited(lines, edits)
@@ -85,7 +85,7 @@ def stubs_in(file: str, text: str) -> list[Stub]:
         return []
     tree = ast.parse(text)
     return [
-        Stub(file, name, _purpose(tree, name, node))
+        Stub(file, name, _purpose(node))
         for name, node in definitions(tree)
         if isinstance(node, Function) and isinstance(node.body[-1], ast.Raise) and "not written yet" in ast.dump(node)
     ]
@@ -96,6 +96,10 @@ def _begin(node: ast.stmt) -> int:
     return min(node.lineno, *(decorator.lineno for decorator in decorators)) if decorators else node.lineno
 
 
+def _plumbing(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__") and name not in ("__init__", "__call__")
+
+
 def _hollow(node: Function) -> bool:
     """Return whether a body is only a docstring, `...` or `pass`: a protocol's method, or one that does nothing."""
     return all(
@@ -103,12 +107,12 @@ def _hollow(node: Function) -> bool:
     )
 
 
-def _purpose(tree: ast.Module, name: str, node: Function) -> str:
-    owners = dict(definitions(tree))
-    return first_line(node) or (first_line(owners[name.rpartition(".")[0]]) if "." in name else "")
+def _purpose(node: Function) -> str:
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return first_line(node) or f"{node.name}({ast.unparse(node.args)}){result}"
 
 
-def _without_body(lines: list[str], file: str, tree: ast.Module, name: str, node: Function) -> Edit:
+def _without_body(lines: list[str], file: str, name: str, node: Function) -> Edit:
     first, column = node.body[0], node.body[0].col_offset
     if ast.get_docstring(node) is not None:
         assert first.end_lineno
@@ -124,8 +128,8 @@ def _without_body(lines: list[str], file: str, tree: ast.Module, name: str, node
     end = node.end_lineno
     while end < len(lines) and re.match(rf" {{{node.col_offset + 1},}}#", lines[end]):  # a comment at the body's end
         end += 1
-    purpose = _purpose(tree, name, node)
-    message = json.dumps(f"not written yet: {file}, {name}(){f': {purpose}' if purpose else ''}", ensure_ascii=False)
+    purpose = _purpose(node)
+    message = json.dumps(f"not written yet: {file}, {name}(): {purpose}", ensure_ascii=False)
     indent = " " * column
     raised = [f"{indent}raise NotImplementedError({message})"]
     if len(raised[0]) > LINE:

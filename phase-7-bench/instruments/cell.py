@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from pydantic import ValidationError
@@ -75,21 +75,21 @@ class Task:
 
 
 class Sent(Results):
-    """Rows that are written to stdout, one a line."""
+    """Rows that are written to a stream, one a line."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[dict[str, Any]], to: TextIO) -> None:
         super().__init__(None, {}, {})
+        self.to = to
         for row in rows:
             super().add(Row.model_validate(row))
 
     def add(self, row: Row) -> None:
         super().add(row)
-        say({"row": self.rows[-1].model_dump(exclude_defaults=True)})
+        self.say({"row": self.rows[-1].model_dump(exclude_defaults=True)})
 
-
-def say(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    def say(self, message: dict[str, Any]) -> None:
+        self.to.write(json.dumps(message) + "\n")
+        self.to.flush()
 
 
 @dataclass
@@ -260,9 +260,12 @@ def judge(models: Models, prompt: Prompt) -> Outcome:
 def main() -> int:
     task = Task.read(sys.stdin.readline())
     threading.Thread(target=_leave_with_the_sweep, daemon=True).start()
+    rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is no row
     options = BenchOptions(**{**task.options, "output": None, "resume": False})
     options.model_fields_set.discard("budget")  # a sweep's cells have at least one round
-    bench = Bench(options, Sent(task.rows), resolve_device(options.device))
+    sent = Sent(task.rows, rows)
+    bench = Bench(options, sent, resolve_device(options.device))
     try:
         if task.predict:
             from .predict import survey  # it imports this module
@@ -271,7 +274,7 @@ def main() -> int:
         else:
             measure(bench, task)
     except UserError as error:
-        say({"refused": str(error)})
+        sent.say({"refused": str(error)})
     return 0
 
 

@@ -28,10 +28,14 @@ WHOLE = "(cell)"  # the variant of a row that says why a cell could not be measu
 Event = tuple[Cell, "Row | None"]  # None: the cell has ended
 
 
+def import_paths() -> list[str]:
+    """Return where a process finds what this one imports: first of all the folder of this phase."""
+    return [str(FOLDER), *(path for path in sys.path if path)]
+
+
 def messages(task: str, timeout: float, command: Sequence[str] = COMMAND) -> Iterator[dict[str, Any]]:
     """Run the process of one cell; yield its messages, and at last `failed` with a reason if it ended badly."""
-    paths = [str(FOLDER), *(path for path in sys.path if path)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(import_paths())}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables
@@ -110,7 +114,7 @@ def on_ray(tasks: Sequence[Task], timeout: float, address: str, accelerators: in
         ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address}: the cluster cannot be reached ({' '.join(str(error).split())})") from None
-    paths = [str(FOLDER), *(path for path in sys.path if path)]
+    paths = import_paths()
 
     def cell(line: str) -> Iterator[dict[str, Any]]:
         sys.path[:0] = [path for path in paths if path not in sys.path]

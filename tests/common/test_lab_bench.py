@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             results.add(Row(kind="count", section="speed", status="refused" if "phase-3" in str(output) else "ok"))
         return subprocess.CompletedProcess(command, 1 if "phase-2" in str(output) else 0)
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr("common.lab.bench.subprocess.run", run)
     return found
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from common.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from common.philox import Purpose, uniforms
 from tests.support.small import sequences_of, small_session
 from tests.support.walker import Walker
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 RARE = 1e-4  # below this likelihood the law is rejected
 DRAWS = 20_000

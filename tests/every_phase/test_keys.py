@@ -15,7 +15,7 @@ from common.philox import Purpose
 from tests.support import keys
 from tests.support.small import sequences_of, small_session
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 PROMPTS = [[1, 2, 3, 1, 2], [7]]
 SEEDS = [5, -6]  # of each prompt

@@ -23,7 +23,7 @@ import torch
 from common.errors import UserError
 from common.phases import Phase
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 CPU = torch.device("cpu")
 VALUES: list[Any] = [

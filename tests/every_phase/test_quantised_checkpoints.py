@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from common.phases import Phase
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 CPU = torch.device("cpu")
 FIRST = 4  # the first phase that reads them

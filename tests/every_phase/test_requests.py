@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.phases import Phase
 from tests.support.small import small_session
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("def read(path):\n    ", {}),

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.phases import Phase
 from common.philox import Purpose
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 VOCABULARY = 50
 SETTINGS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ import pytest
 from common.phases import Phase
 from common.recording import Recording
 
-pytestmark = pytest.mark.newest()
+pytestmark = pytest.mark.newest
 
 Run = Callable[..., tuple[int, str, str]]
 FULL = Path("/dev/full")

@@ -45,6 +45,7 @@ def trajectory(controller: Any, accepted: Iterable[int]) -> list[int]:
         (1, [9], [2, 3]),
     ],
 )
+@pytest.mark.about("engine/controllers.py, AdaptiveController.observe")
 def test_adaptive(start: int, accepted: list[int], expected: list[int]) -> None:
     assert trajectory(AdaptiveController(start, Bounds(2, 6), 0.5, window=3), accepted) == expected
 
@@ -164,6 +165,7 @@ def test_cost_loses_next_to_nothing_where_every_draft_fails() -> None:
 
 
 @pytest.mark.parametrize(("draft_ms", "chance"), [(0.2, 1.0), (1.0, 0.75), (3.0, 0.75), (1.0, 0.4), (9.0, 0.5)])
+@pytest.mark.about("engine/controllers.py, CostController.best")
 def test_cost_chooses_the_brute_force_maximum(draft_ms: float, chance: float) -> None:
     """After many steps with exact times, and acceptance shares that are exact in every run of steps."""
     controller = CostController(Bounds(1, 8), decay=1.0, overhead=0)

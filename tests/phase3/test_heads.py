@@ -105,6 +105,7 @@ def test_beside_layers_with_windows_eagles_layer_has_its_own_reach(make_checkpoi
     assert sequence.tokens == phase3.generate(target.model, [sequence.prompt], params)[0].tokens
 
 
+@pytest.mark.about("engine/drafters/medusa.py, MedusaHeads.forward")
 def test_zero_heads_repeat_the_target(target: phase3.LoadedModel) -> None:
     heads = MedusaHeads(MedusaShape(3, 2), target.config.width)
     features.initialise(heads, target.model, "zero")

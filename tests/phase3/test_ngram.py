@@ -42,6 +42,7 @@ def test_the_index_finds_what_a_search_finds(text: list[int], low: int, more: in
         assert index.continuation(count) == search(text[:end], low, low + more, count)
 
 
+@pytest.mark.about("engine/drafters/ngram.py, NgramIndex.continuation")
 def test_the_longest_suffix_wins_and_of_equals_the_last() -> None:
     index = NgramIndex(1, 3)
     index.extend([1, 2, 3, 7, 9, 3, 8, 1, 2, 3])

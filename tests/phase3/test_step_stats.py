@@ -59,6 +59,7 @@ def test_counts_add_up(temperature: float) -> None:
         length += stats.emitted
 
 
+@pytest.mark.about("engine/steps.py, step_stats")
 def test_draft_tokens_past_the_end_are_not_counted() -> None:
     """A draft that is always accepted is cut by the end of the text in the middle of a block."""
     model, draft = phase3.FakeModel(40, 256), phase3.FakeModel(40, 256, 1.0)

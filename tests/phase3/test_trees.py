@@ -116,6 +116,7 @@ def expected_tokens(acceptance: list[list[float]], shape: list[int]) -> float:
 
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.floats(0.01, 0.6), st.floats(0.0, 1.0)), min_size=3, max_size=3), st.integers(1, 4))
+@pytest.mark.about("engine/tree_shapes.py, best_shape")
 def test_the_best_shape_is_the_best_of_all(rows: list[tuple[float, float]], nodes: int) -> None:
     acceptance = [[first, first * share * 0.6] for first, share in rows]
     best = phase3.best_shape(acceptance, nodes)

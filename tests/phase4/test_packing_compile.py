@@ -178,6 +178,7 @@ def test_heads_go_from_phase_to_phase(make_checkpoint: Callable[..., Path], tmp_
     torch.testing.assert_close(*guesses, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.about("engine/shapes.py, padded_length")
 def test_only_narrow_forwards_are_padded(make_checkpoint: Callable[..., Path]) -> None:
     folder = str(make_checkpoint("gpt2"))  # position embeddings end at the context of 128
     full, half = (phase4.load(folder, dtype, CPU).model for dtype in (torch.float32, torch.bfloat16))

@@ -51,6 +51,7 @@ def linear_of(weight: Tensor, format: Format) -> QuantLinear:
 
 
 @given(st.lists(st.integers(0, 15), min_size=64, max_size=64))
+@pytest.mark.about("engine/quantize.py, pack")
 def test_what_is_packed_comes_out_again(levels: list[int]) -> None:
     given_levels = torch.tensor(levels).view(2, 1, 32)
     packed = pack(given_levels)
@@ -60,6 +61,7 @@ def test_what_is_packed_comes_out_again(levels: list[int]) -> None:
 
 
 @given(st.integers(0, 2**31), st.sampled_from(FORMATS))
+@pytest.mark.about("engine/quantize.py, Grid.levels")
 def test_every_weight_takes_the_nearest_value_of_its_group(seed: int, format: Format) -> None:
     weight = matrix(seed)
     linear = linear_of(weight, format)
@@ -126,6 +128,7 @@ def test_weights_of_any_size_are_near_their_values(size: float, format: Format) 
 
 
 @every_format
+@pytest.mark.about("engine/quantize.py, QuantLinear.forward")
 def test_the_product_is_that_with_the_matrix_written_out(format: Format) -> None:
     weight, x = matrix(0), torch.randn(3, 5, 256)
     linear = linear_of(weight, format)

@@ -92,6 +92,7 @@ def test_without_correlation_gptq_rounds_to_nearest(format: Format) -> None:
     assert torch.equal(gptq(weight, format, inputs).levels, expected)
 
 
+@pytest.mark.about("engine/quantize_calibrated.py, gptq")
 def test_gptq_moves_what_is_left_to_the_best_place() -> None:
     """Two columns with equal inputs: after the first is rounded, the second is changed so that their sum is right."""
     format = Format("int4", 32)

@@ -92,6 +92,7 @@ def test_fewer_tokens_never_cost_more() -> None:
     assert slow_plain.time([0]) == slow_plain.verify.at(1) + slow_plain.accept.at(1)
 
 
+@pytest.mark.about("engine/cost_model.py, CostModel.time")
 def test_the_time_of_a_step_is_that_of_its_parts() -> None:
     """Ragged: three rows draft at the first two positions, one of them at the third too, one not at all."""
     model = priced(lambda rows: 7.0, lambda tokens: 2.0 + tokens, lambda rows: 0.5 * rows, accept=0.25)

@@ -252,6 +252,7 @@ def test_other_copies_are_caught(copy: Callable[[Tensor], Any], watch: Watch) ->
         copy(x)
 
 
+@pytest.mark.about("engine/transfers.py, Upload.send")
 def test_an_upload_is_one_copy_of_all_that_waits() -> None:
     upload, sent = transfers.Upload(CPU), list[Tensor]()
     upload.put([7], 1)

@@ -113,6 +113,7 @@ def stored(kind: str, held: int) -> Any:
 @pytest.mark.parametrize("window", [None, 7, 350])
 @pytest.mark.parametrize("held", [0, 5, 255, 256, 300])
 @pytest.mark.parametrize("kind", ["static", "dynamic", "ring"])
+@pytest.mark.about("engine/kernels/key_ranges.py, masks_of")
 def test_masks_show_what_the_ranges_show(kind: str, held: int, window: int | None) -> None:
     """Of a chain, a shorter chain, a tree, and their padding: each mask against what every query sees by definition."""
     cache, rows, W = stored(kind, held), [2, 0, 1], 6

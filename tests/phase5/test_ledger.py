@@ -49,6 +49,7 @@ def test_all_that_a_kernels_files_import_of_each_other_is_hashed_with_them() -> 
             assert "/" in file or beside | above <= set(files), (op, file)
 
 
+@pytest.mark.about("engine/kernels/ledger.py, entry")
 def test_a_kernel_is_listed_until_its_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     book = tmp_path / "verified.json"
     assert ledger.entry("triton", "linear", book) is None

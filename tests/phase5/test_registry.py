@@ -59,6 +59,7 @@ def test_without_anything_else_torch_does_everything(backends: dict[str, Any]) -
     assert json.loads(json.dumps(report)) == report  # it goes into the stats
 
 
+@pytest.mark.about("engine/kernels/registry.py, choose")
 def test_auto_takes_the_first_that_has_the_op(
     backends: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,12 +229,14 @@ def test_a_block_is_released_once() -> None:
         blocks.release(block)
 
 
+@pytest.mark.about("engine/kv_cache/block_manager.py, block_name")
 def test_names_tell_prefixes_apart() -> None:
     """The same tokens after different blocks are different blocks."""
     assert block_name(block_name(b"", [1]), [2]) != block_name(block_name(b"", [2]), [2])
     assert block_name(b"", [1, 2]) != block_name(b"", [2, 1])
 
 
+@pytest.mark.about("engine/kv_cache/block_manager.py, BlockManager.take")
 def test_the_least_recently_used_block_is_evicted() -> None:
     blocks = BlockManager(3)
     taken = [blocks.take() for _ in range(3)]
@@ -266,6 +268,7 @@ def compute(manager: CacheManager, owner: str, window: list[int]) -> int:
     return first
 
 
+@pytest.mark.about("engine/kv_cache/block_manager.py, BlockManager.find")
 def test_blocks_that_fill_token_by_token_are_found() -> None:
     manager, text = manager_of(6), list(range(1, 41))
     for end in range(1, 34):

@@ -169,6 +169,7 @@ def test_torch_is_not_captured() -> None:
         phase6.LLM(phase6.Options(device="cpu", kernels="torch", cuda_graph="on"))
 
 
+@pytest.mark.about("engine/graph_steps.py, rows_of_bucket")
 def test_buckets_fit_the_cache() -> None:
     cache = PagedCache(CacheShape(1, 1, 4), 3, 6, torch.float32, torch.float32, CPU, 2)
     assert [rows_of_bucket(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]

@@ -56,6 +56,7 @@ def config(**more: int) -> ModelConfig:
         ("gather", {"kv_heads": 1, "vocab_size": 5}, [2, 3]),  # a share of 2 words: 4 ranks would leave one without
     ],
 )
+@pytest.mark.about("engine/parallel/shard.py, sizes_that_fit")
 def test_sizes_that_fit(mode: Mode, more: dict[str, int], fitting: list[int]) -> None:
     assert sizes_that_fit(mode, config(**more)) == fitting
 
@@ -88,6 +89,7 @@ def test_every_number_is_somewhere(mode: Mode, ranks: int) -> None:
         assert seen == Counter(dict.fromkeys(numbers.flatten().tolist(), copies)), name
 
 
+@pytest.mark.about("engine/parallel/shard.py, Shard.part")
 def test_layers_get_their_windows_and_numbers() -> None:
     import dataclasses
 

@@ -19,7 +19,7 @@ SEED, K = 5, 3
 PROMPT = "class Stack:"
 
 
-def steps(folder: Path, kernels: str, acceptance: float | None, **more: Any) -> tuple[list[int], list[Any]]:
+def steps(folder: Path, kernels: Any, acceptance: float | None, **more: Any) -> tuple[list[int], list[Any]]:
     if kernels == "cpp" and WHY_NOT_CPP is not None:
         pytest.skip(f"no C++ backend here: {WHY_NOT_CPP}")
     options = phase6.Options(

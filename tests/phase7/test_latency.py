@@ -119,6 +119,10 @@ def test_goodput_counts_requests_that_met_every_objective() -> None:
     assert line["failed"] == 1
 
 
+def event(**fields: Any) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
 class Server(BaseHTTPRequestHandler):
     """A completions server whose answer depends on the prompt."""
 
@@ -145,7 +149,6 @@ class Server(BaseHTTPRequestHandler):
         if how == "busy":
             self.wfile.write(b'{"error": "no room"}')
             return
-        event = lambda **fields: b"data: " + json.dumps(fields).encode() + b"\n\n"  # noqa: E731
         self.wfile.write(b": comment\n\n" + event(choices=[{"text": "a"}]))
         self.wfile.flush()
         if how == "slow":

@@ -164,6 +164,20 @@ def test_a_cell_leaves_when_the_sweep_is_gone() -> None:
     assert process.wait() == 3
 
 
+def test_what_a_library_prints_is_no_row(llama_folder: Path) -> None:
+    """The process itself: its rows come back, and a refused task has its reason."""
+    code = "import sys; from instruments import cell; real = cell.measure; "
+    code += "cell.measure = lambda bench, task: (print('hello'), real(bench, task)); sys.exit(cell.main())"
+    options = {"prompts": 1, "rounds": 1, "max_tokens": 3, "device": "cpu", "threads": 1}
+    variants = {"plain": {"draft": "none"}, "tree": {"drafter": "ngram", "tree": "static"}}
+    task = cell.Task(grid.Cell({"model": str(llama_folder)}, variants), options, "test")
+    found = list(executors.messages(task.line(), 300.0, [sys.executable, "-c", code]))
+    rows = [message["row"] for message in found]
+    assert [row["status"] for row in rows if row.get("variant") == "tree"] == ["refused"]
+    runs = [row["variant"] for row in rows if row["kind"] == "run" and "status" not in row]
+    assert sorted(runs) == ["plain", "plain, again"]
+
+
 def test_a_real_cell_compares_with_plain_decoding(llama_folder: Path) -> None:
     """In this process, with a small model: rows of all variants, equal tokens, and a variant that cannot run."""
     settings = {"model": str(llama_folder), "temperature": 0.0, "dtype": "float32"}

@@ -16,7 +16,7 @@ testing").
 
 Most of a phase is the code of the phase before. So `make test` runs the cases of such a test for the newest engine, and
 for the phases up to the given one, which have few; of each phase between them, every fourth case. A phase whose engine
-is a copy of the one before, file by file, runs none of them. `newest()` leaves out such copies only.
+is a copy of the one before, file by file, runs none of them. `newest` without a number leaves out such copies only.
 
     @pytest.mark.modules("sampling.py")
     def test_...(phase)

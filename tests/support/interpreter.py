@@ -14,7 +14,7 @@ import pytest
 
 
 def quicken(patch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter list members once, replace them once a launch, and convert bfloat16 by a shift."""
+    """Let the interpreter list members once, and convert between bfloat16 and float32 by a shift."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -38,10 +38,5 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
             return (data.view(np.uint32) >> 16).astype(np.uint16)
         return convert(data, source, target, rounding)
 
-    def call(function: Any, *arguments: Any, **more: Any) -> Any:
-        """Call a function within a kernel, whose launch has replaced the builtins already."""
-        return function.rewrite()(*arguments, **more)
-
     patch.setattr(interpreter, "_patch_builtin", patch_builtin)
-    patch.setattr(interpreter.InterpretedFunction, "__call__", call)
     patch.setattr(interpreter, "_convert_float", convert_float)

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from common.lab import check, start
-from common.lab.exercise import Exercise
+from common.lab.exercise import Exercise, exercise
+from common.lab.snapshots import read_list
 from common.phases import ROOT, Phase, phases
 from tests.support import forked
+from tests.support.covering import newest_engine
 from tests.support.mutation import HEAVY
 
 pytestmark = pytest.mark.usefixtures("forked_check", "_imported")
@@ -31,7 +33,10 @@ def _imported() -> None:
         importlib.import_module(name)
 
 
-@pytest.fixture(params=phases()[1:], ids=lambda phase: phase.package)
+WITH_AN_ENGINE = phases()[: newest_engine()]  # of its own
+
+
+@pytest.fixture(params=WITH_AN_ENGINE[1:], ids=lambda phase: phase.package)
 def later(request: pytest.FixtureRequest) -> Phase:
     found: Phase = request.param
     return found
@@ -47,7 +52,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Started:
     @cache
     def once(phase: Phase) -> tuple[Exercise, Path]:
         folder = tmp_path_factory.mktemp(phase.package) / "mine"
-        return start.start(phases(), phase.number, folder), folder
+        return start.start(phases(), phase.number, folder, everything=True), folder
 
     return once
 
@@ -89,6 +94,26 @@ def test_hints_and_tests_name_what_is_to_be_written(later: Phase, started: Start
     assert set(re.findall(r'mark\.about\("(.+?)"\)', tests)) <= written
 
 
+@pytest.mark.parametrize("phase", WITH_AN_ENGINE, ids=lambda phase: phase.package)
+def test_the_core_path(phase: Phase) -> None:
+    """Five to ten functions, each with a time, a hint and a test of its own; one or more in every part."""
+    work = exercise(phases(), phase.number)
+    assert 5 <= len(work.minutes) <= 10
+    covered = set(map(str, work.stubs)) | {str(stub).rpartition(".")[0] for stub in work.stubs}
+    assert set(work.minutes) <= covered
+    tests = "".join(path.read_text() for path in (ROOT / f"tests/{phase.package}").glob("*.py"))
+    about = set(re.findall(r'mark\.about\("(.+?)"\)', tests))
+    for stub in work.stubs:
+        assert work.hint(stub)
+        assert work.time(stub)
+        assert str(stub) in about, f"no test of phase {phase.number} is about {stub}"
+        assert stub.purpose
+    listing = read_list(phase)
+    if parts := set(listing.parts):
+        part_of = {change.path: change.part for change in listing.changes}
+        assert {part_of[stub.file] for stub in work.stubs} == parts
+
+
 def real_check(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, number: int = 2) -> tuple[int, str]:
     capsys.readouterr()
     return check.run([str(number), str(folder), *options]), capsys.readouterr().out
@@ -99,7 +124,7 @@ def test_the_check_of_a_fresh_folder_names_what_to_write_first(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No test calls the engine while its file is collected, because nothing is written yet."""
-    first = start.start(phases(), number, tmp_path / "mine").stubs[0]
+    first = start.start(phases(), number, tmp_path / "mine", everything=True).stubs[0]
     status, out = real_check(capsys, tmp_path / "mine", "--hint", number=number)
     assert status == 1
     assert f"Write next: {first}()" in out
@@ -111,7 +136,7 @@ SHIPPED = phases()[1].folder / "engine/verify.py"
 
 
 def test_the_rule_alone_gives_partial_credit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start.start(phases(), 2, tmp_path / "mine")
+    start.start(phases(), 2, tmp_path / "mine", everything=True)
     shutil.copy(SHIPPED, tmp_path / "mine/engine")
     status, out = real_check(capsys, tmp_path / "mine", *RULE)
     assert status == 1
@@ -134,7 +159,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if i else []) for i, n in enumerate(WRONG)])
 def test_a_wrong_rule_does_not_pass(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start.start(phases(), 2, tmp_path / "mine")
+    start.start(phases(), 2, tmp_path / "mine", everything=True)
     old, new = WRONG[name]
     text = SHIPPED.read_text()
     assert old in text
@@ -157,9 +182,27 @@ def test_a_fresh_folder_of_a_phase_passes_nothing(
     later: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A test that passes on a fresh folder is about given code: mark it `no_exercise`."""
-    work = start.start(phases(), later.number, tmp_path / "mine")
+    work = start.start(phases(), later.number, tmp_path / "mine", everything=True)
     status, out = real_check(capsys, tmp_path / "mine", number=later.number)
     assert status == 1
     assert re.search(r"^0 of \d+ tests of phase \d pass$", out, re.MULTILINE), out
     assert f"Write next: {work.stubs[0].file}" in out
-    assert json.loads((tmp_path / "mine/exercise.json").read_text()) == {"phase": later.number, "helped": {}}
+    assert json.loads((tmp_path / "mine/exercise.json").read_text()) == {
+        "phase": later.number,
+        "all": True,
+        "part": None,
+        "helped": {},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", phases(), ids=lambda phase: phase.package)
+def test_a_stub_of_the_core_path_passes_none_of_its_tests(
+    phase: Phase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = start.start(phases(), phase.number, tmp_path / "mine")
+    results = check.run_tests(work, tmp_path / "mine", ROOT, [])
+    for stub in work.stubs:
+        outcomes = [result.outcome for result in results if result.about == str(stub) and result.outcome != "skipped"]
+        assert outcomes, stub
+        assert "passes" not in outcomes, stub

@@ -175,12 +175,14 @@ def test_the_folder(folder: Path, course: Path) -> None:
 
 
 def test_a_fresh_folder_passes_nothing(folder: Path, run_check: Run) -> None:
-    status, out = run_check(folder)
+    status, out = run_check(folder, "--verbose")
     assert status == 1
     assert "0 of 5 tests of phase 2 pass" in out
     assert "1 of 1 tests of every phase pass" in out
     assert re.search(r"engine/new.py, twice\n  not written yet +doubling \(0 of 3 cases pass\)", out)
-    assert "Write next: engine/new.py, twice(): Twice x, at most LIMIT." in out
+    first, *_, last = out.strip().splitlines()
+    assert first == "Write next: engine/new.py, twice(): Twice x, at most LIMIT."
+    assert last == f"Write next: engine/new.py, twice(). Stuck? lab check 2 {folder} --hint"
     assert f"lab check 2 {folder} --hint" in out
 
 
@@ -204,7 +206,7 @@ def test_half_of_it_gives_partial_credit(folder: Path, run_check: Run) -> None:
 
 def test_a_half_right_rule_is_shown_with_what_was_expected(folder: Path, run_check: Run) -> None:
     write(folder, ("min(x, LIMIT)", "x"))
-    status, out = run_check(folder)
+    status, out = run_check(folder, "--verbose")
     assert status == 1
     assert "fails            doubling (2 of 3 cases pass)" in out
     assert (
@@ -243,10 +245,51 @@ def test_an_unwritten_function_has_nothing_to_compare(folder: Path, run_check: R
     assert "def twice" in run_check(folder, "--solution")[1]
 
 
+def test_the_report_is_short_and_begins_and_ends_with_what_matters(folder: Path, run_check: Run) -> None:
+    write(folder, ("min(x, LIMIT)", "x"))
+    lines = run_check(folder)[1].strip().splitlines()
+    assert len(lines) < 30
+    assert lines[0] == "First wrong: doubling, in engine/new.py, twice()"
+    assert lines[-1].startswith("First wrong: engine/new.py, twice(). Stuck? ")
+    assert "  to do engine/new.py, twice        2 of 3 tests" in lines
+    assert "  done  engine/new.py, Box.doubled  1 of 1 tests" in lines
+
+
+def test_what_passes_can_be_compared(folder: Path, run_check: Run) -> None:
+    write(folder, ("return _clipped(2 * x * base())", "return min(2 * x, LIMIT)"))
+    status, out = run_check(folder)
+    assert status == 0
+    assert out.strip().endswith(f"Every test passes. Compare: lab check 2 {folder} --diff")
+    out = run_check(folder, "--diff")[1]
+    assert "-    return min(2 * x, LIMIT)\n+    return _clipped(2 * x * base())\n" in out
+    assert "engine/new.py, Box.doubled: as shipped" in out
+
+
+def test_the_core_path_alone_is_empty(course: Path, run_check: Run) -> None:
+    """Functions with a time are to be written; everything else, their helpers too, is given."""
+    readme = course / "phase-2-two/README.md"
+    readme.write_text(readme.read_text().replace("engine/new.py, twice:", "engine/new.py, twice (5 min):"))
+    work = start.start(phases(course), 2, course / "core")
+    assert list(map(str, work.stubs)) == ["engine/new.py, twice"]
+    text = (course / "core/engine/new.py").read_text()
+    assert "return min(x, LIMIT)" in text
+    assert "return twice(self.value)" in text
+    guide = (course / "core/EXERCISE.md").read_text()
+    assert "`twice` (5 min): Twice x" in guide
+    assert "about 5 minutes" in guide
+    assert "Box.doubled" not in guide
+    assert "  to do engine/new.py, twice  0 of 3 tests" in run_check(course / "core")[1]
+    whole = start.start(phases(course), 2, course / "whole", everything=True)
+    assert len(whole.stubs) == 2
+    assert "Box.doubled" in (course / "whole/EXERCISE.md").read_text()
+    with pytest.raises(UserError, match=r"phase 2 has no exercise of a part 'fast'"):
+        start.start(phases(course), 2, course / "part", part="fast")
+
+
 def test_a_test_that_does_not_end(folder: Path, run_check: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "TIME_LIMIT", 1.0)
     write(folder, ("return _clipped(2 * x * base())", "while True:\n        pass"))
-    _, out = run_check(folder)
+    _, out = run_check(folder, "--verbose")
     assert "stopped after 1 s" in out
     assert "at        engine/new.py, twice, line" in out
     assert re.search(r"not run +a box", out)

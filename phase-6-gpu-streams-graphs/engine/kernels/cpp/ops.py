@@ -72,6 +72,8 @@ def sample(
 
 def sample_rows(logits: Tensor, rows: SamplingMetadata) -> Tensor:
     """Choose the next token of every row, as the op `sample` does."""
+    if not len(logits):
+        return torch.empty(0, dtype=torch.int64)
     keys = [(seed, number) for seed, number in rows.keys.tensor.tolist()]
     prompts, outputs = zip(*rows.texts, strict=True) if rows.texts else ((), ())
     tokens = sample(logits, rows.params, rows.source, keys, rows.positions.tensor.tolist(), prompts, outputs)
