@@ -29,7 +29,7 @@ OUT ?= gpu-results
 RESULTS = $(OUT)$(if $(DRY_RUN),/dry-run)
 GPU_BENCH ?= --rounds 3
 
-.PHONY: help demo bench diff notebook test test-all mutants sanitize gpu lint mypy-tests mypy-phases install clean
+.PHONY: help demo bench diff notebook test test-all mutants interop sanitize gpu lint mypy-tests mypy-phases install clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
@@ -58,6 +58,14 @@ test-all: lint  ## every test, the slow ones too; those for a graphics card wher
 mutants: $(STAMP)  ## change the engine in many small ways, one at a time, and see that tests notice: make mutants ONLY=verify.py
 	@$(LINK_PHASES)
 	PYTHONPATH=.:$(VENV)/phases $(BIN)/python -m tests.support.mutation $(ONLY)
+
+# Their dependencies would not fit beside ours, so they have an environment of their own.
+interop: $(STAMP)  ## run programs that others wrote against the server: transformers serve, lm-eval, GuideLLM, AIPerf, LiteLLM
+	test -x $(VENV)/interop/bin/python || $(BIN)/python -m venv $(VENV)/interop
+	$(VENV)/interop/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
+	    "transformers>=5,<6" torch accelerate fastapi uvicorn "lm-eval[api]" guidellm aiperf litellm
+	@$(LINK_PHASES)
+	INTEROP_BIN=$(VENV)/interop/bin PYTHONPATH=.:$(VENV)/phases $(BIN)/pytest -p no:cacheprovider tests/phase7/test_interop.py
 
 sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
 	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m checks.sanitize

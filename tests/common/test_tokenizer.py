@@ -254,6 +254,7 @@ def test_a_begin_token_by_flag_where_the_template_is_silent(tmp_path: Path) -> N
     tokenizer = Tokenizer.load(tmp_path, {}, {})
     assert tokenizer.encode(TEXT) == [0, *plain]
     assert tokenizer.encode_batch([TEXT, ""]) == [[0, *plain], [0]]
+    assert tokenizer.encode(TEXT, special=False) == plain
     save(silent, tmp_path, **{**flag, "add_bos_token": False})
     assert Tokenizer.load(tmp_path, {}, {}).encode(TEXT) == plain
     save(llama(), tmp_path, add_bos_token=True, bos_token="<s>")

@@ -65,7 +65,7 @@ def test_seeded_tokens_are_those_of_generate(drafting: Served, clients: int) -> 
 
 
 def test_parameters_reach_the_engine(server: Served) -> None:
-    given = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 0.5}
+    given: Json = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 0.5}
     given |= {"frequency_penalty": 0.25, "repetition_penalty": 1.1, "seed": -7}
     (wanted,) = alone("stdlib-1m", PROMPT, max_new_tokens=16, stop=("\n",), **given)
     body = server.post(prompt=PROMPT, max_tokens=16, stop=["\n"], **given)
@@ -230,3 +230,4 @@ def test_models_tokens_and_health(server: Served) -> None:
     assert tokens["count"] == len(tokens["token_strs"]) == len(tokens["tokens"])
     assert check(server.post("/detokenize", tokens=tokens["tokens"]), "DetokenizeResponse") == {"prompt": text}
     assert server.post("/tokenize", prompt="")["tokens"] == []
+    assert server.post("/tokenize", prompt=text, add_special_tokens=False)["tokens"] == tokens["tokens"]  # it adds none

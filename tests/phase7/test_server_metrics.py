@@ -48,7 +48,8 @@ def test_answers_add_up_to_the_counters(drafting: Served) -> None:
     before = read(drafting)
 
     def ask(at: int) -> Json:
-        how = [{}, {"k": 0}, {"seed": at}, {"policy": "typical", "k": 2}, {"controller": "adaptive"}][at % 5]
+        ways: list[Json] = [{}, {"k": 0}, {"seed": at}, {"policy": "typical", "k": 2}, {"controller": "adaptive"}]
+        how = ways[at % 5]
         text = ["import os", "class Stack:", "def f(x):"][at % 3]
         return drafting.post(prompt=text, max_tokens=20 + at, temperature=1.0, ignore_eos=True, **how)
 

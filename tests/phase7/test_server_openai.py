@@ -87,7 +87,8 @@ def test_many_at_once_and_cancelled(server: Served) -> None:
                 break
             await stream.close()
             return ""
-        return (await asked.completions.create(**how)).choices[0].text
+        text: str = (await asked.completions.create(**how)).choices[0].text
+        return text
 
     async def all_of_them() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as asked:

@@ -8,6 +8,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from jsonschema import Draft202012Validator
+from schemathesis.core.result import Ok
 
 from tests.support.beside import beside
 from tests.support.serving import Served, in_thread
@@ -43,6 +44,7 @@ def check_all(server: Served, examples: int) -> None:
     checks = [named.not_a_server_error, named.status_code_conformance, named.content_type_conformance,
               named.response_schema_conformance]  # fmt: skip
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok)
         operation = result.ok()
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
             if mode is schemathesis.GenerationMode.NEGATIVE and operation.method == "get":

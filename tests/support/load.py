@@ -77,7 +77,7 @@ class Load:
         finally:
             writer.close()
 
-    async def _ask(self, kind: str, chance: random.Random, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _ask(self, kind: str, chance: random.Random, reader: Any, writer: Any) -> None:
         at, seed, length = (
             chance.randrange(len(PROMPTS)),
             chance.randrange(6),
@@ -107,7 +107,7 @@ class Load:
         known = self.tokens.setdefault((at, seed, length), tokens)
         assert known == tokens, "another answer to the same request"
 
-    async def _read(self, reader: asyncio.StreamReader, wanted: int) -> str | None:
+    async def _read(self, reader: Any, wanted: int) -> str | None:
         """Read an answer; None if the server was busy, and said so."""
         line = (await reader.readline()).decode()
         status = int(line.split()[1])
@@ -116,7 +116,7 @@ class Load:
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
         if "content-length" in headers:
-            text = (await reader.readexactly(int(headers["content-length"]))).decode()
+            text: str = (await reader.readexactly(int(headers["content-length"]))).decode()
         else:
             text = ""
             while (size := int((await reader.readline()).decode(), 16)) > 0:
