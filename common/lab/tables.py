@@ -11,6 +11,7 @@ A README marks the source of a number or a table; this command fills the space b
 The first word is a section of `results/results.jsonl` beside the README (`from: FOLDER` names another folder). Columns
 are those of common/tables.py, with headings. `where` selects cells and variants (`a|b`: one or the other), and `versus`
 compares with another baseline than each row's own. `<!-- tests: engine -->` in CONTRIBUTING.md is filled by tested.py.
+The line numbers of docs/glossary.md are those of the code that it quotes (glossary.py).
 
     lab tables           # rewrite every README
     lab tables --check   # exit status 1 if a README differs from the rows
@@ -27,6 +28,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.lab.arguments import Parser
+from common.lab.glossary import numbered
 from common.lab.tested import table
 from common.phases import ROOT, phases
 from common.results import ROWS, Row, read_rows
@@ -114,13 +116,16 @@ def render(readme: Path, kind: str, mark: str) -> str:
 
 def rewrite(readme: Path) -> str:
     """Return the README with every marked number recomputed."""
+    if readme.name == "glossary.md":
+        return numbered(readme)
     text = readme.read_text(encoding="utf-8")
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{render(readme, m[1], m[2])}<!-- end -->", text)
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
-    """List the files with marks: the READMEs of the root and of every phase, and CONTRIBUTING.md."""
-    return [root / "README.md", root / "CONTRIBUTING.md", *(phase.folder / "README.md" for phase in phases(root))]
+    """List the files with marks: the READMEs of the root and of every phase, CONTRIBUTING.md, and the glossary."""
+    ours = [root / "README.md", root / "CONTRIBUTING.md", root / "docs" / "glossary.md"]
+    return [*ours, *(phase.folder / "README.md" for phase in phases(root))]
 
 
 def run(arguments: list[str]) -> int:

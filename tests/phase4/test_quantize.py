@@ -61,7 +61,7 @@ def test_what_is_packed_comes_out_again(levels: list[int]) -> None:
 
 
 @given(st.integers(0, 2**31), st.sampled_from(FORMATS))
-@pytest.mark.about("engine/quantize.py, Grid.levels")
+@pytest.mark.about("engine/quantize.py, Grid.values")
 def test_every_weight_takes_the_nearest_value_of_its_group(seed: int, format: Format) -> None:
     weight = matrix(seed)
     linear = linear_of(weight, format)

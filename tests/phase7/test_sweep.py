@@ -41,6 +41,7 @@ for order, name in enumerate(variants):
     if fate == 2: sys.exit("the model is too large")
     if fate == 3: say({"refused": "no such draft"}); sys.exit()
     if fate == 4: time.sleep(60)
+    if fate == 6: print('{"row": {"ki', end="", flush=True); os.kill(os.getpid(), 9)
     time.sleep(PAUSE)
     if name not in have:
         say({"row": {"kind": "run", "section": "sweep", "cell": settings, "variant": name, "prompt": "p", "round": 0,
@@ -66,16 +67,17 @@ def options(output: Path, *lines: str, **more: Any) -> Any:
 def test_a_cell_that_ends_badly_is_a_row_and_the_others_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = sweep.sweep(options(tmp_path, "k=1,2", "seed=0,1,2,3,4,5", cell_timeout=3))
+    status = sweep.sweep(options(tmp_path, "k=1,2", "seed=0,1,2,3,4,5,6", cell_timeout=3))
     found = {row.cell["seed"]: (row.status, row.reason or "") for row in read_rows(tmp_path) if row.status != "ok"}
-    assert set(found) == {1, 2, 3, 4}
+    assert set(found) == {1, 2, 3, 4, 6}
+    assert "SIGKILL" in found[6][1]  # in the middle of a line
     assert found[1][0] == "failed"
     assert "SIGKILL" in found[1][1]
     assert found[2] == ("failed", "its process ended with status 1: the model is too large")
     assert found[3] == ("refused", "no such draft")
     assert found[4] == ("failed", "ran longer than --cell-timeout 3 s")
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (document["cells"], document["measured"], document["success_rate"]) == (6, 2, 2 / 6)
+    assert (document["cells"], document["measured"], document["success_rate"]) == (7, 2, 2 / 7)
     assert status == 1
     assert {path.name for path in tmp_path.iterdir()} >= {"results.jsonl", "MANIFEST.json", "tables.csv"}
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,10 @@ def test_no_body_of_the_solution_is_in_the_folder(later: Phase, started: Started
             }
     hidden = {line.strip() for line in hidden if len(line.strip()) > 24}
     assert len(hidden) > len(work.stubs)
-    assert not (hidden & held) - known
+    shipped = Counter(line.strip() for text in work.shipped.values() for line in text.splitlines())
+    left = Counter(line.strip() for text in work.sources.values() for line in text.splitlines())
+    elsewhere = {line for line in hidden if left[line] < shipped[line]}  # a given function has the same line
+    assert not (hidden & held) - known - elsewhere
 
 
 def test_a_fresh_folder_can_be_imported(later: Phase, started: Started) -> None:
