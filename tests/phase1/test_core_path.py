@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_a_rotation_by_hand() -> None:
 @pytest.mark.about("engine/model.py, Attention.forward")
 def test_attention_is_that_of_torch(llm: phase1.LLM) -> None:
     """Without RoPE, and with a causal mask; key / value heads are repeated for their group of queries."""
-    attention, config = llm.loaded.model.layers[0].attention, llm.loaded.config
+    attention: Any = llm.loaded.model.layers[0].attention
+    config = llm.loaded.config
     x = torch.randn(2, 5, config.width, generator=torch.Generator().manual_seed(0))
     mask = llm.loaded.model.mask(5, x, None)
     group = config.heads // config.kv_heads

@@ -60,7 +60,7 @@ def test_the_command_runs_it_in_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         seen.update(how, line=line)
         return subprocess.CompletedProcess(line, 1)
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert command.run(["rope", "--backend", "cuda"]) == 1
     assert seen["line"][1:] == ["-m", "checks.kernel", "rope", "--backend", "cuda"]
     assert seen["cwd"] == ROOT / "phase-5-kernels-kvcache"

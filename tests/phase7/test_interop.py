@@ -118,20 +118,15 @@ metric_list: [{{metric: bits_per_byte}}]
 
 
 def test_guidellm(served: Served, tmp_path: Path) -> None:
-    command = [
-        installed("guidellm"),
-        "benchmark",
-        "run",
-        "--target",
-        served.url,
-        "--rate-type",
-        "concurrent",
-        "--rate",
-        "4",
-    ]
-    command += ["--processor", str(FOLDER), "--data", "prompt_tokens=32,output_tokens=16", "--max-requests", "16"]
-    run([*command, "--output-path", str(tmp_path / "report.json")], tmp_path)
-    assert '"successful": 16' in (text := next(tmp_path.rglob("report.json")).read_text()) or "successful" in text
+    command = [installed("guidellm"), "run", "--disable-console"]
+    command += ["--backend", f"kind=openai_http,target={served.url},model={MODEL},request_format=/v1/completions"]
+    command += ["--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=16"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={FOLDER}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"]
+    run([*command, "--output", f"kind=json,path={tmp_path}/report.json"], tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())["benchmarks"][0]["metrics"]["request_totals"]
+    assert found["successful"] == 16
+    assert found["errored"] == 0
 
 
 def test_aiperf(served: Served, tmp_path: Path) -> None:

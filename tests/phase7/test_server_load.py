@@ -27,9 +27,9 @@ def check_tokens(load: Load, model: str) -> None:
 
 def test_a_short_load(server: Served) -> None:
     load = Load(server.url, "stdlib-1m", longest=24)
-    load.run(clients=8, seconds=4)
+    load.run(clients=8, seconds=2)
     assert not load.wrong, load.wrong[:3]
-    assert load.counts["stream"] > 3
+    assert load.counts["stream"] > 1
     eventually(server.rests)
     check_tokens(load, "stdlib-1m")
 

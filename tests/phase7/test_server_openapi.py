@@ -13,7 +13,7 @@ from schemathesis.core.result import Ok
 from tests.support.beside import beside
 from tests.support.serving import Served, in_thread
 
-FEW, MANY = 2, 150
+FEW, MANY = 1, 150
 
 
 def test_the_document_is_made_from_the_models(server: Served) -> None:
