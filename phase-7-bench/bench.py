@@ -2,7 +2,8 @@
 
 Sections (`--only`): `sweep`, drafters x K x temperature x dtype, each cell predicted before it is run (its parts are
 `survival`, `cost` and `prediction`); `synthetic`, the same with forced acceptance, where only costs can be wrong;
-`latency`, an open loop against the engine, at rising rates. A run that was killed goes on with `--resume`.
+`latency`, an open loop against the engine, at rising rates; `serving`, the server against the engine that it serves. A
+run that was killed goes on with `--resume`.
 
     python bench.py --quick
     python bench.py --output results
@@ -15,7 +16,15 @@ import sys
 
 import launch  # noqa: F401 (must be the first import)
 import torch
-from benchmarks.sections import FIGURES, Options, draw_predictions, measure_latency, measure_sweep, measure_synthetic
+from benchmarks.sections import (
+    FIGURES,
+    Options,
+    draw_predictions,
+    measure_latency,
+    measure_server,
+    measure_sweep,
+    measure_synthetic,
+)
 
 from common.benchmark import print_document, print_table
 from common.device import resolve_device
@@ -25,7 +34,12 @@ from instruments.latency import draw as draw_loads
 from instruments.latency import summary
 from instruments.predict import compared, verdicts
 
-SECTIONS = {"sweep": measure_sweep, "synthetic": measure_synthetic, "latency": measure_latency}
+SECTIONS = {
+    "sweep": measure_sweep,
+    "synthetic": measure_synthetic,
+    "latency": measure_latency,
+    "serving": measure_server,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -39,6 +53,8 @@ def main(arguments: list[str]) -> int:
         for name in options.only or SECTIONS:
             SECTIONS[name](bench, options)
         bench.report("sweep", "Sweep")
+        bench.report("serving", "What HTTP costs")
+        bench.report("first", "Time to the first token over HTTP")
         predictions = compared(results.rows)
         names = list(dict.fromkeys(name for line in predictions for name in line))
         if predictions:

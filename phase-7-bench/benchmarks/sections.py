@@ -1,4 +1,4 @@
-"""Sections of the bench: predicted and measured cells, real and with synthetic acceptance, and latency under load."""
+"""Sections of the bench: predicted and measured cells, real and synthetic; latency under load; the cost of HTTP."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from instruments.latency import measure as measure_load
 from instruments.predict import PREDICTIONS, survey
 from instruments.sweep import DEFINITIONS, SweepOptions, run_cells, tasks
 
-Section = Literal["sweep", "synthetic", "latency"]
-FIGURES = DEFINITIONS | PREDICTIONS | LATENCIES
+from .serving import SERVING, measure_serving
+
+Section = Literal["sweep", "synthetic", "latency", "serving"]
+FIGURES = DEFINITIONS | PREDICTIONS | LATENCIES | SERVING
 GRID = ["k=1,2,4,6,8", "drafter=model,ngram,eagle", "temperature=0,1", "dtype=float32,bfloat16"]
 # The seed tells these cells from those of the sweep.
 SYNTHETIC = ["k=1,2,4,8", "synthetic_acceptance=0.3,0.6,0.9", "temperature=0,1", "dtype=float32,bfloat16", "seed=1"]
@@ -72,6 +74,11 @@ def measure_latency(bench: Bench, options: Options) -> None:
     given |= {"requests": 10 if quick else options.requests, "rate": [4.0] if quick else options.rates}
     load = LatencyOptions(**given, slo_ttft=500, slo_tpot=50)
     asyncio.run(measure_load(bench, load))
+
+
+def measure_server(bench: Bench, options: Options) -> None:
+    """Compare the server with the engine that it serves."""
+    measure_serving(bench, ("serving",) if options.quick else ("serving", "first"), (1,) if options.quick else (1, 8))
 
 
 def draw_predictions(lines: Sequence[Mapping[str, Any]], file: Path, mark: str = "") -> None:
