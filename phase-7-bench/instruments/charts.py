@@ -100,8 +100,8 @@ def lines(
             f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{py(reference):.1f}" y2="{py(reference):.1f}"/>'
         )
     if scattered:
-        low, high = max(x0, y0), min(x1, y1)
-        ends = f'x1="{px(low):.1f}" y1="{py(low):.1f}" x2="{px(high):.1f}" y2="{py(high):.1f}"'
+        first, last = max(x0, y0), min(x1, y1)
+        ends = f'x1="{px(first):.1f}" y1="{py(first):.1f}" x2="{px(last):.1f}" y2="{py(last):.1f}"'
         out.append(f'<line class="reference" {ends}/>')
     for at, (name, each) in enumerate(series.items()):
         colour = f"c{at % COLOURS}"
