@@ -30,8 +30,8 @@ from common.benchmark import print_document, print_table
 from common.device import resolve_device
 from common.harness import Bench, model_hashes, open_results
 from common.options import parse_options, run_main
-from instruments.latency import draw as draw_loads
-from instruments.latency import summary
+from instruments.loads import draw as draw_loads
+from instruments.loads import summary
 from instruments.predict import compared, verdicts
 
 SECTIONS = {

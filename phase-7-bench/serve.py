@@ -7,9 +7,9 @@ python serve.py --help
 import sys
 
 import launch  # noqa: F401 (must come first)
-from serving.run import main
+from serving.run import run
 
 from common.options import run_main
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(run, sys.argv[1:])

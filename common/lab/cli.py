@@ -39,9 +39,9 @@ COMMANDS = {
     "port": ("common.lab.port", "carry a fix made in one phase forward to all later phases"),
     "kernel": ("common.lab.kernel", "build, check and time one kernel: C++, Triton or CUDA"),
     "start": ("common.lab.start", "make a folder in which to write a phase yourself"),
-    "serve": ("common.lab.serve", "serve a model over HTTP, as OpenAI's API does"),
-    "chat": ("common.lab.chat", "chat with a model behind a server"),
-    "complete": ("common.lab.complete", "continue a text with a model behind a server"),
+    "serve": ("serving.run", "serve a model over HTTP, as OpenAI's API does"),
+    "chat": ("serving.chat", "chat with a model behind a server"),
+    "complete": ("serving.talk", "continue a text with a model behind a server"),
     "check": ("common.lab.check", "test your own version of a phase, and help with what fails first"),
 }
 

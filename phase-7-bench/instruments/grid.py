@@ -117,7 +117,7 @@ def _axis(line: str) -> Axis:
 
 
 def _range(word: str) -> list[str]:
-    """Return the whole numbers of `1..8`, both ends included; any other word alone."""
+    """Return the integers of `1..8`, both ends included; any other word alone."""
     found = re.fullmatch(r"(\d+)\.\.(\d+)", word)
     return [str(number) for number in range(int(found[1]), int(found[2]) + 1)] if found else [word]
 

@@ -23,8 +23,8 @@ from common.tables import AGAIN, HIDDEN, derive, notes, text_of
 from common.terminal import cell_text
 
 from . import charts
-from .latency import SECTION as LATENCY
-from .latency import summary
+from .loads import SECTION as LATENCY
+from .loads import summary
 from .pictures import PANELS, number_axis, series
 from .predict import COST, PREDICTION, SURVIVAL, compared
 

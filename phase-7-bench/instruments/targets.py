@@ -6,6 +6,7 @@ Both yield the tokens of a request as they come. A request that fails raises `Fa
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -84,7 +85,7 @@ class UrlTarget:
         self.where, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)  # an open loop has no limit
         self.client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, connect=10), limits=limits)
-        self.name = model or ""
+        self.name, self.warned = model or "", False
 
     async def __aenter__(self) -> Self:
         """Ask for the list of models. UserError for a server that is down, or is none of this kind."""
@@ -118,7 +119,7 @@ class UrlTarget:
         }
         if ask.ignore_eos:
             body["ignore_eos"] = True
-        done = False
+        done, told = False, False
         try:
             async with self.client.stream("POST", f"{self.where}/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
@@ -131,13 +132,18 @@ class UrlTarget:
                     if data == "[DONE]":
                         done = True
                         break
-                    yield chunk_of(data)
+                    chunk = chunk_of(data)
+                    told |= chunk.total is not None
+                    yield chunk
         except httpx.TimeoutException:
             raise Failed(f"nothing came for {self.timeout:g} s") from None
         except httpx.HTTPError as error:
             raise Failed(f"the connection broke: {str(error) or type(error).__name__}") from None
         if not done:
             raise Failed("the stream ended without [DONE]")
+        if not told and not self.warned:
+            self.warned = True
+            print(f"note: {self.where} reports no usage: each chunk counts as one token", file=sys.stderr)
 
     async def close(self) -> None:
         await self.client.aclose()

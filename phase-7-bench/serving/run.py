@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
         self.loop.call_later(0 if again else self.grace, lambda: self.loop.run_in_executor(None, self.service.close))
 
 
-def main(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     options = parse_options(ServeOptions, arguments, program="serve.py")
     with listen(options.host, options.port) as taken:
         service = Service(options)

@@ -1,7 +1,7 @@
 """`lab complete` and `lab chat`: ask any OpenAI-compatible server from a terminal.
 
-python ask.py --prompt "class Stack:" --max-tokens 64
-python ask.py --chat --url http://127.0.0.1:8000
+lab complete --prompt "class Stack:" --max-tokens 64
+lab chat --url http://127.0.0.1:8000
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class TalkOptions(BaseSettings):
         return found | ({} if self.seed is None else {"seed": self.seed})
 
 
-def main(arguments: list[str]) -> int:
-    options = parse_options(TalkOptions, arguments, program="ask.py")
+def run(arguments: list[str]) -> int:
+    options = parse_options(TalkOptions, arguments, program="lab complete")
     with Client(options.url, options.model or None, options.key or None, options.timeout) as client:
         if options.chat:
             return chat(client, options)

@@ -11,6 +11,10 @@ LATENCY = mutants(
     ("tests/phase7/test_latency.py",),
     ("first, last = times[0] - self.scheduled, times[-1] - self.scheduled", "first, last = times[0] - self.sent, times[-1] - self.sent"),
     ('found["tpot_ms"] = 1e3 * (last - first) / (self.tokens - 1)', 'found["tpot_ms"] = 1e3 * (last - first) / self.tokens'),
+)  # fmt: skip
+LOADS = mutants(
+    f"{FOLDER}/loads.py",
+    ("tests/phase7/test_latency.py",),
     ("math.ceil(math.log(1 - CONFIDENCE) / math.log(share))", "math.floor(math.log(1 - CONFIDENCE) / math.log(share))"),
     ('"met": len(met) / len(mine)', '"met": len(met) / len(good)'),
     ("enough = values and count >= needed(share)", "enough = values and len(values) >= needed(share)"),
@@ -53,4 +57,4 @@ CELLS = mutants(
     ('            if line.endswith("\\n"):  # a killed', "            if True:  # a killed"),
 )
 
-MUTANTS = [*LATENCY, *ARRIVALS, *TARGETS, *PREDICT, *GRID, *CELLS]
+MUTANTS = [*LATENCY, *LOADS, *ARRIVALS, *TARGETS, *PREDICT, *GRID, *CELLS]

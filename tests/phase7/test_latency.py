@@ -22,6 +22,7 @@ from tests.support.beside import beside
 
 arrivals = beside(7, "instruments.arrivals")
 latency = beside(7, "instruments.latency")
+loads = beside(7, "instruments.loads")
 targets = beside(7, "instruments.targets")
 formats = beside(7, "instruments.formats")
 PROMPT = Prompt("p", "own", "test", "text", "", "")
@@ -101,19 +102,19 @@ def request_row(number: int, ttft: float, rate: float = 2.0) -> Row:
 
 
 def test_percentiles_need_so_many_requests_that_one_lies_beyond() -> None:
-    assert [latency.needed(share) for share in (0.5, 0.9, 0.99)] == [5, 29, 299]
-    (line,) = latency.summary([request_row(at, float(at)) for at in range(28)])
+    assert [loads.needed(share) for share in (0.5, 0.9, 0.99)] == [5, 29, 299]
+    (line,) = loads.summary([request_row(at, float(at)) for at in range(28)])
     assert line["ttft_p50"] == 13.5
     assert line["ttft_p90"] is None
     assert line["itl_p90"] is None  # many gaps, but of too few requests
-    (line,) = latency.summary([request_row(at, float(at)) for at in range(299)])
+    (line,) = loads.summary([request_row(at, float(at)) for at in range(299)])
     assert line["ttft_p99"] == pytest.approx(np.quantile(range(299), 0.99))
 
 
 def test_goodput_counts_requests_that_met_every_objective() -> None:
     rows = [request_row(at, 100.0 if at % 2 else 300.0) for at in range(10)]
     bad = rows[9].model_copy(update={"status": "failed", "reason": "broken", "figures": {}, "prompt": "x"})
-    (line,) = latency.summary([*rows, bad], {"ttft_ms": 200.0, "tpot_ms": 60.0})
+    (line,) = loads.summary([*rows, bad], {"ttft_ms": 200.0, "tpot_ms": 60.0})
     assert line["met"] == 5 / 11
     assert line["goodput"] == pytest.approx(5 / line["seconds"])
     assert line["failed"] == 1
@@ -240,7 +241,7 @@ def test_the_engine_here_is_loaded_and_every_request_is_a_row(
 
 def test_the_format_of_vllm_has_seconds_and_milliseconds_where_its_own_has_them() -> None:
     rows = [request_row(at, 100.0 + at) for at in range(4)]
-    (line,) = latency.summary(rows)
+    (line,) = loads.summary(rows)
     found = formats.vllm_document(rows, line, "m")
     assert found["ttfts"] == pytest.approx([0.1, 0.101, 0.102, 0.103])
     assert found["itls"][0] == [0.05, 0.05]

@@ -19,7 +19,7 @@ from common.results import Row
 from tests.support.beside import beside
 
 formats = beside(7, "instruments.formats")
-latency = beside(7, "instruments.latency")
+loads = beside(7, "instruments.loads")
 # The keys without which compare-llama-bench.py refuses a file.
 LLAMA_KEYS = {
     *("cpu_info", "gpu_info", "backends", "n_gpu_layers", "tensor_buft_overrides", "model_filename", "model_type"),
@@ -62,7 +62,7 @@ def rows() -> list[Row]:
 
 def llama_file(file: Path, commit: str, faster: float = 1.0) -> Path:
     where = {**environment("cpu", "float32", 2, {}), "commit": commit}
-    tests = formats.llama_document(rows(), latency.summary(rows()), "stdlib-10m", where)
+    tests = formats.llama_document(rows(), loads.summary(rows()), "stdlib-10m", where)
     for test in tests:
         test["avg_ts"] *= faster
     file.write_text(json.dumps(tests), encoding="utf-8")
@@ -80,7 +80,7 @@ def test_every_key_that_they_need_is_there(tmp_path: Path) -> None:
     (test,) = json.loads(llama_file(tmp_path / "a.json", "a" * 40).read_text(encoding="utf-8"))
     assert test.keys() >= LLAMA_KEYS
     assert test["avg_ts"] == pytest.approx(10)
-    (line,) = latency.summary(rows())
+    (line,) = loads.summary(rows())
     assert formats.vllm_document(rows(), line, "m").keys() >= VLLM_KEYS
 
 
@@ -96,7 +96,7 @@ def test_llama_cpp_compares_two_files(tmp_path: Path) -> None:
 
 def test_vllm_makes_a_table(tmp_path: Path) -> None:
     reader = script("LAB_VLLM", ".buildkite/performance-benchmarks/scripts/convert-results-json-to-markdown.py")
-    (line,) = latency.summary(rows())
+    (line,) = loads.summary(rows())
     (tmp_path / "serving_lab.json").write_text(json.dumps(formats.vllm_document(rows(), line, "m")), encoding="utf-8")
     commands = {"server_command": "lab serve", "client_command": "lab latency --request-rate 2", "gpu_type": "none"}
     (tmp_path / "serving_lab.commands").write_text(json.dumps(commands), encoding="utf-8")

@@ -232,15 +232,13 @@ def test_completions_and_chats_in_a_terminal(
     server: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = server.post(prompt=PROMPT, max_tokens=8, temperature=0)["choices"][0]["text"]
-    assert talk.main(["--url", server.url, "--prompt", PROMPT, "--max-tokens", "8", "--temperature", "0"]) == 0
+    assert talk.run(["--url", server.url, "--prompt", PROMPT, "--max-tokens", "8", "--temperature", "0"]) == 0
     said = capsys.readouterr()
     assert said.out == wanted + "\n"
     assert said.err.startswith("8 tokens in ")
     lines = iter(["os\n", "\n", "re\n", ""])
     monkeypatch.setattr("sys.stdin.readline", lambda: next(lines), raising=False)
-    assert (
-        talk.main(["--url", server.url, "--chat", "--system", "code", "--max-tokens", "4", "--temperature", "0"]) == 0
-    )
+    assert talk.run(["--url", server.url, "--chat", "--system", "code", "--max-tokens", "4", "--temperature", "0"]) == 0
     answers = capsys.readouterr().out
     first = server.post(
         "/v1/chat/completions", max_tokens=4, temperature=0,

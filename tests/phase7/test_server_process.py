@@ -88,7 +88,7 @@ def test_a_program_that_is_killed_serves_again_and_ends_in_time() -> None:
     with Program("--model", "stdlib-1m") as program:
         url, port = program.url, int(program.url.rpartition(":")[2])
         with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use"):
-            beside(7, "serving.run").main(["--port", str(port)])
+            beside(7, "serving.run").run(["--port", str(port)])
         lost = started(url, program)
         os.kill(program.process.pid, signal.SIGKILL)
         assert [type(answer()) for answer in lost] == [httpx.RemoteProtocolError] * 4

@@ -132,7 +132,7 @@ class WhatIf {
       el("strong", {}, num("whatif.speedup", value, "ratio"), "\u00d7"), " plain decoding, ", el("em", {}, "computed"), ".");
     document.getElementById("whatif-notes").replaceChildren(
       "From this recording\u2019s medians: a verification ", num("whatif.verify", costs.verify, "ms"), " ms, accepting and the rest ", num("whatif.rest", costs.rest, "ms"), ` ms, a draft ${costs.unit} `,
-      num("whatif.draft", costs.draft, "ms"), " ms, a plain step ", num("whatif.plain", costs.plain, "ms"), costs.measuredPlain ? " ms (measured in the other lane). " : " ms (not recorded: a verification stands in for it). ",
+      num("whatif.draft", costs.draft, "ms"), " ms, a plain step ", num("whatif.plain", costs.plain, "ms"), costs.measuredPlain ? " ms (measured in the other lane). " : " ms (not recorded: the time of a verification is used). ",
       "The first step, which reads the prompt, is left out. The first ", num("whatif.levels", k, "count"), plural(k, ` draft ${costs.unit} was`, ` draft ${costs.unit}s were all`), " accepted in ",
       num("whatif.share", costs.shares[k - 1], "percent"), " of the drafts that long. A verification is taken to cost the same at every K.");
     document.getElementById("curve").replaceChildren(curveOf(costs, k, cost));

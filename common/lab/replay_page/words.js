@@ -1,6 +1,6 @@
 "use strict";
 // Small builders of elements. Text of a model enters the page only as the content of text nodes.
-// Every number stands in an element with its name and its full value, so that a test can compute it again.
+// Every number is in an element with its name and its full value, so that a test can compute it again.
 
 function el(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);

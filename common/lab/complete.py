@@ -1,9 +1,0 @@
-"""`lab complete`: continue a text with a model behind a server. Options: `lab complete --help`."""
-
-from __future__ import annotations
-
-from common.lab.programs import become
-
-
-def run(arguments: list[str]) -> int:
-    become("ask.py", [*arguments])
