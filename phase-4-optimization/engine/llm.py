@@ -38,7 +38,6 @@ from .packing import pack_matrices
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, resolve_precision
 from .profiler import stage
-from .quantize import Format
 from .sampling import SamplingParams
 from .sequence import Sequence
 from .speculative import decode
@@ -85,9 +84,7 @@ class LLM:
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
         device = resolve_device(self.options.device)
-        format = None
-        if quant != "none":
-            format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
+        format = self.options.weight_format(quant)
         with torch_threads(self.options.threads):
             self.precision[name] = resolve_precision(
                 self.options.dtype,

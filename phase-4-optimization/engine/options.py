@@ -12,6 +12,7 @@ from common.flags import OFF, ON, Threads
 
 from .controllers import ControllerName, CostModel, KController, make_controller
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
+from .quantize import Format as WeightFormat
 from .sampling import SamplingParams
 
 DrafterName = Literal["model", "ngram", "extrapolate", "medusa", "eagle"]
@@ -164,6 +165,10 @@ class Options(BaseSettings):
             if self.draft not in ("auto", "none"):
                 raise ValueError("--beams does not go with --draft: beam search does not use a draft")
         return self
+
+    def weight_format(self, quant: QuantName) -> WeightFormat | None:
+        """Return the format of quantised matrices; None if they are not to be quantised."""
+        return None if quant == "none" else WeightFormat(quant, self.quant_group, self.quant_asymmetric)
 
     def sampling_params(self) -> SamplingParams:
         return SamplingParams(

@@ -111,10 +111,13 @@ def fastest(lab: Lab, cell: dict[str, Any]) -> str:
 
 
 def of_drafters(lab: Lab, temperature: float) -> None:
-    """Measure n-grams, EAGLE and Medusa; the last two make one C++ call for the draft and one for the target."""
-    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature}
-    runs = {"plain": lab.decoder(draft="none", **options)}
-    runs |= {name: run for name, run in lab.drafting(**options).items() if not name.startswith("model")}
+    """Measure n-grams, EAGLE and Medusa; the heads are int8, as the draft model is."""
+    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature, "controller": "cost"}
+    runs = {"plain": lab.decoder(draft="none", kernels="cpp", temperature=temperature)}
+    for drafter in lab.options.drafters:
+        if drafter != "model":
+            quant = "int8" if drafter in ("medusa", "eagle") else "none"
+            runs[f"{drafter}, cost"] = lab.decoder(drafter=drafter, draft_quant=quant, **options)
     cell: dict[str, Any] = {"temperature": temperature, "instruction_set": lab.instruction_set}
     lab.compare("fast_drafters", cell, runs, lab.prompts(), exact=[] if temperature else list(runs))
 

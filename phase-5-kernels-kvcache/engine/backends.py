@@ -124,15 +124,21 @@ class Backends:
         if not isinstance(heads, EagleHead | MedusaHeads):
             return
         self.report["draft_step"] = "cpp" if target in self.fast else "torch"
+        format = self.options.weight_format(self.options.draft_quant)
         if target not in self.fast:
+            if format is not None:
+                raise UserError(
+                    f"--draft-quant {format.name} quantises the heads for the C++ step, and steps do not run in C++ "
+                    f"here ({self.report['why_no_cpp_step']}): leave it out"
+                )
             return
         from .kernels.cpp import CppEagle, CppMedusa
 
         assert isinstance(target, Transformer)
         if isinstance(heads, EagleHead):
-            self.heads = CppEagle(heads, target, self.fast[target])
+            self.heads = CppEagle(heads, target, self.fast[target], format)
         else:
-            self.heads = CppMedusa(heads, self.fast[target])
+            self.heads = CppMedusa(heads, target, self.fast[target], format)
 
     def in_cpp(self, module: nn.Module) -> bool:
         """Return True if this model, or these heads, run entirely in C++."""

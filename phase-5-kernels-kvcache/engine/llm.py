@@ -42,7 +42,6 @@ from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
 from .precision import Precision, computing, resolve_precision
 from .prices import Prices
 from .profiler import stage
-from .quantize import Format
 from .runner import CachedRunner, ModelRunner, UncachedRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
@@ -112,9 +111,7 @@ class LLM:
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
         device = resolve_device(self.options.device)
-        format = None
-        if quant != "none":
-            format = Format(quant, self.options.quant_group, self.options.quant_asymmetric)
+        format = self.options.weight_format(quant)
         dtype = self._resolve(name).dtype
         with torch_threads(self.options.threads):
             return load(name, dtype, device, format, self.options.quant_head, as_stored=self.backends.whole_steps)

@@ -46,7 +46,6 @@ from .parallel.lead import lead, load_parts
 from .precision import Precision, computing, resolve_precision
 from .prices import Prices
 from .profiler import stage
-from .quantize import Format
 from .runner import CachedRunner, ModelRunner
 from .sampling import SamplingParams
 from .sequence import Sequence
@@ -118,7 +117,7 @@ class LLM:
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
             return load_fake(name)
         options, device, group = self.options, resolve_device(self.options.device), self.group if split else None
-        format = None if quant == "none" else Format(quant, options.quant_group, options.quant_asymmetric)
+        format = options.weight_format(quant)
         as_stored = not self.backends.multiplies_in_torch or self.backends.whole_steps
         with torch_threads(options.threads):
             return load_parts(group, name, self._resolve(name).dtype, device, format, options.quant_head, as_stored)

@@ -17,6 +17,7 @@ from .kernels.registry import Asked
 from .kv_cache import Format, Kind, KVOptions
 from .kv_cache.ring import SPARE
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
+from .quantize import Format as WeightFormat
 from .sampling import SamplingParams
 from .synthetic import Synthetic
 
@@ -92,7 +93,7 @@ class Options(BaseSettings):
     record: Path | None = Field(default=None, description="write the run, step by step, to this file")
     amp: bool = Field(default=False, description="keep float32 weights, autocast matrix products")
     quant: QuantName = Field(default="none", description="quantise the target's matrices: weights only")
-    draft_quant: QuantName = Field(default="none", description="quantise the draft model's matrices")
+    draft_quant: QuantName = Field(default="none", description="quantise the draft model's or the heads' matrices")
     quant_group: Annotated[Literal[32, 64, 128], BeforeValidator(int)] = Field(
         default=64, description="of int4: input features that share a scale"
     )
@@ -186,10 +187,10 @@ class Options(BaseSettings):
             raise ValueError(
                 f"--kernels {self.kernels} has products of its own: leave out --amp and --compile, or the kernels"
             )
-        if self.draft_quant != "none" and (self.drafter != "model" or self.draft == "none"):
+        if self.draft_quant != "none" and (self.drafter not in ("model", "medusa", "eagle") or self.draft == "none"):
             raise ValueError(
-                f"--draft-quant {self.draft_quant} quantises the draft model, and there is none: it goes with "
-                "--drafter model, and not with --draft none"
+                f"--draft-quant {self.draft_quant} quantises the draft model, or Medusa's or EAGLE's heads, and there "
+                "are none: it goes with --drafter model, medusa or eagle, and not with --draft none"
             )
         return self
 
@@ -254,6 +255,10 @@ class Options(BaseSettings):
                 without = "--beams" if self.beams > 1 else f"--kv {self.kv}"
                 raise ValueError(f"{option} does not go with {without}: every process keeps a cache of its part")
         return self
+
+    def weight_format(self, quant: QuantName) -> WeightFormat | None:
+        """Return the format of quantised matrices; None if they are not to be quantised."""
+        return None if quant == "none" else WeightFormat(quant, self.quant_group, self.quant_asymmetric)
 
     def kv_options(self) -> KVOptions:
         return KVOptions(self.kv, self.kv_dtype, self.kv_slots, self.kv_pages)

@@ -108,7 +108,9 @@ def party(name: str) -> Party:
         registry.use(policy, kernels)
     head = random_(EagleHead(EagleShape(ffn_width=20, reach=12, taps=(0,)), config), 2)
     heads = random_(MedusaHeads(MedusaShape(heads=4, taps=(0,), read_token=True), WIDTH), 3)
-    return Party(model, near, target, draft, cpp.CppEagle(head, model, target), head, cpp.CppMedusa(heads, target))
+    return Party(
+        model, near, target, draft, cpp.CppEagle(head, model, target), head, cpp.CppMedusa(heads, model, target)
+    )
 
 
 def drafter_of(of: Party, name: str, noise: Purpose, kv: KVOptions, rows: int) -> Drafter | None:

@@ -394,7 +394,7 @@ def fuzz(calls: int = CALLS) -> None:
     caches, its_caches = all_caches(target), all_caches(draft)
     layer = cpp.CppEagle(EagleHead(EagleShape(ffn_width=32, taps=(0,)), windowed).eval(), model, target)
     its_layers = layer.new_cache(3, 64)
-    medusa = cpp.CppMedusa(MedusaHeads(MedusaShape(heads=2, taps=(0,)), windowed.width).eval(), target)
+    medusa = cpp.CppMedusa(MedusaHeads(MedusaShape(heads=2, taps=(0,)), windowed.width).eval(), model, target)
     spare, wide = torch.zeros(1 << 18), torch.zeros(1 << 12)
     at, far = spare.data_ptr(), wide.data_ptr()
     views = [target.view(each) for each in caches]

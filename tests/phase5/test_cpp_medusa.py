@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import phase5
 from common.philox import Purpose
@@ -16,6 +17,7 @@ from phase5 import load
 from phase5.drafters.medusa import MedusaHeads, MedusaShape
 from phase5.kernels import cpp
 from phase5.model import Transformer
+from phase5.quantize import Format, QuantLinear, rtn
 from phase5.sampling import SamplingParams, probabilities
 from phase5.verify import KeyedSource
 
@@ -38,7 +40,7 @@ def test_every_head_says_what_it_says_in_torch(
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
-    fast = cpp.CppMedusa(heads, cpp.CppModel(target, "float32", 2))
+    fast = cpp.CppMedusa(heads, target, cpp.CppModel(target, "float32", 2))
     with torch.inference_mode():
         for rows in (1, 3):
             states = torch.randn(rows, target.config.width * (1 + len(shape.taps)))
@@ -52,6 +54,36 @@ def test_every_head_says_what_it_says_in_torch(
                 assert torch.equal(got[row], fast.logits(states[row : row + 1], [token])[0])
 
 
+@pytest.mark.parametrize("format", [Format("int8"), Format("int4", 32), Format("int4", 32, asymmetric=True)], ids=str)
+def test_quantised_heads_multiply_by_the_rounded_matrices(format: Format, make_checkpoint: Callable[..., Path]) -> None:
+    target = load(str(make_checkpoint("llama", hidden_size=96)), torch.float32, torch.device("cpu")).model
+    assert isinstance(target, Transformer)
+    torch.manual_seed(0)
+    heads = MedusaHeads(MedusaShape(heads=2, blocks=1, taps=(0,), read_token=True), target.config.width).eval()
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model = cpp.CppModel(target, "float32", 2, exact_activations=True)
+    fast, plain = cpp.CppMedusa(heads, target, model, format), cpp.CppMedusa(heads, target, model)
+    states, tokens = torch.randn(2, target.config.width * 2), [5, 9]
+    got, unrounded = fast.logits(states, tokens), plain.logits(states, tokens)
+    with torch.no_grad():
+        for weight in (*heads.weight, heads.mix):
+            for matrix in weight:  # [in, out]
+                matrix.copy_(dequantised(matrix.T, format).T)
+        for linear in (heads.reduce, heads.token[1] if heads.token else None, target.head):
+            if linear is not None:
+                linear.weight = nn.Parameter(dequantised(linear.weight, format), requires_grad=False)
+    with torch.inference_mode():
+        expected = target.logits(heads(states, target.embedding(torch.tensor(tokens)))).transpose(0, 1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, unrounded, rtol=1e-3, atol=1e-3)
+
+
+def dequantised(weight: Tensor, format: Format) -> Tensor:
+    return QuantLinear.of(rtn(weight.contiguous(), format), format, None).matrix(torch.float32)
+
+
 def test_a_chain_is_drawn_from_the_heads(make_checkpoint: Callable[..., Path]) -> None:
     target = load(str(make_checkpoint("llama")), torch.float32, torch.device("cpu")).model
     assert isinstance(target, Transformer)
@@ -61,7 +93,7 @@ def test_a_chain_is_drawn_from_the_heads(make_checkpoint: Callable[..., Path]) -
         for parameter in heads.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     model = cpp.CppModel(target, "float32", 2)
-    fast, states, params = cpp.CppMedusa(heads, model), torch.randn(2, target.config.width), WAYS
+    fast, states, params = cpp.CppMedusa(heads, target, model), torch.randn(2, target.config.width), WAYS
     cache = model.new_cache(2, 8)
     batch = [model.sequence(cache, row, [7 + row], mine, 1, 30) for row, mine in enumerate(params)]
     tokens, probs = model.propose(fast.drafter(batch, states, Purpose.DRAFT), [3, 2])
@@ -76,7 +108,8 @@ def test_a_chain_is_drawn_from_the_heads(make_checkpoint: Callable[..., Path]) -
         fast.drafter(batch, states, Purpose.DRAFT).propose([4, 1], 0)
     with pytest.raises(ValueError, match="states must be"):
         fast.logits(states, [7])
-    with_token = cpp.CppMedusa(MedusaHeads(MedusaShape(heads=1, read_token=True), target.config.width), model)
+    reading = MedusaHeads(MedusaShape(heads=1, read_token=True), target.config.width)
+    with_token = cpp.CppMedusa(reading, target, model)
     with pytest.raises(ValueError, match="not in the vocabulary"):
         with_token.logits(states[:1], [target.config.vocab_size])
 

@@ -1,6 +1,6 @@
 """Medusa's heads in C++: packed matrices, multiplied by the target's engine (see drafters/medusa.py).
 
-fast = CppMedusa(heads, CppModel(target, "bfloat16"))
+fast = CppMedusa(heads, target, CppModel(target, "bfloat16"))
 fast.logits(states[-1:], [token])    # [1, H, V], one row per head
 """
 
@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from common.philox import Purpose
 
 from ...drafters.medusa import MedusaHeads
+from ...model import Transformer
+from ...quantize import Format, QuantLinear
 from .library import library
 from .model import CppModel, address
-from .weights import Plan, pack
+from .weights import pack, plan, quantised
 
 
 class CppMedusa:
-    """Medusa's heads in the target's weight format, on its threads."""
+    """Medusa's heads in the target's weight format, on its threads, with its output matrix.
 
-    def __init__(self, heads: MedusaHeads, beside: CppModel) -> None:
+    format: of the heads' matrices and of a copy of the output matrix instead.
+    """
+
+    def __init__(self, heads: MedusaHeads, target: Transformer, beside: CppModel, format: Format | None = None) -> None:
         self.heads, self.beside = heads, beside
         each = range(heads.shape.heads)
         blocks = zip(heads.weight, heads.bias, strict=True)
@@ -31,17 +36,19 @@ class CppMedusa:
             "token": [] if heads.token is None else [heads.token[1]],
             "blocks": [linear(weight[i], bias[i]) for weight, bias in blocks for i in each],
             "mix": [linear(heads.mix[i], None) for i in each],
+            "head": [] if format is None or isinstance(target.head, QuantLinear) else [target.head],
         }
         plans = {
-            name: [Plan(-1, name, cast(nn.Linear, module), beside.weights, False) for module in of]
+            name: [plan(-1, name, quantised(module, format), beside.weights) for module in of]
             for name, of in wanted.items()
         }
-        every = [plan for of in plans.values() for plan in of]
+        every = [each for of in plans.values() for each in of]
         exact = beside.exact_activations
-        arena = library().Arena(sum(plan.shape(exact).bytes for plan in every) + 64 * len(every))
-        self._packed = {name: [pack(plan, arena, exact, beside.threads) for plan in of] for name, of in plans.items()}
+        arena = library().Arena(sum(each.shape(exact).bytes for each in every) + 64 * len(every))
+        self._packed = {name: [pack(each, arena, exact, beside.threads) for each in of] for name, of in plans.items()}
 
         reduce, token = (self._packed[name] or [None] for name in ("reduce", "token"))
+        head = self._packed["head"] or [beside._head]
         norm, eps = None, 0.0
         if heads.token is not None:
             of_token = cast(nn.RMSNorm, heads.token[0])
@@ -50,7 +57,7 @@ class CppMedusa:
         self._width = beside.config.width * (1 + len(heads.shape.taps))
         self._medusa = library().Medusa(
             beside._engine, heads.shape.heads, self._width, reduce[0], token[0], address(norm), eps,
-            self._packed["blocks"], self._packed["mix"],
+            self._packed["blocks"], self._packed["mix"], head[0],
         )  # fmt: skip
 
     def drafter(self, batch: list[Any], states: Tensor, noise: Purpose) -> Any:

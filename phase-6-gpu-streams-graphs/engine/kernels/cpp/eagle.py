@@ -22,9 +22,10 @@ from common.philox import Purpose
 from ...drafters.eagle import EagleHead
 from ...kv_cache import StaticCache
 from ...model import Transformer
+from ...quantize import Format, QuantLinear
 from .library import library
 from .model import CppModel
-from .weights import KIND_OF, Plan, Weights, set_norm
+from .weights import KIND_OF, Plan, Weights, plan, quantised, set_norm
 
 NO_LIMIT = 2**30
 
@@ -32,16 +33,19 @@ NO_LIMIT = 2**30
 class CppEagle(CppModel):
     """EAGLE's layer. Its cache holds the sequence's inputs; positions count from the first input."""
 
-    def __init__(self, head: EagleHead, target: Transformer, beside: CppModel) -> None:
-        """Pack the layer. `beside`: the target in C++, whose output matrix, weight format and threads are used."""
+    def __init__(self, head: EagleHead, target: Transformer, beside: CppModel, format: Format | None = None) -> None:
+        """Pack the layer. `beside`: the target in C++, whose output matrix, weight format and threads are used.
+
+        format: of the layer's matrices and of a copy of the output matrix instead.
+        """
         parts = SimpleNamespace(
             config=dataclasses.replace(head.config, windows=(head.shape.reach,)),
             embedding=target.embedding,
-            layers=[head.block],
+            layers=[quantised(head.block, format)],
             norm=head.norm,
-            head=None,
-            join=head.join,
-            reduce=head.reduce,
+            head=None if format is None or isinstance(target.head, QuantLinear) else quantised(target.head, format),
+            join=quantised(head.join, format),
+            reduce=head.reduce and quantised(head.reduce, format),
         )
         self._parts = parts  # the target's embedding is read in place
         self._norms = {"token_norm": head.token_norm, "state_norm": head.state_norm}
@@ -58,7 +62,7 @@ class CppEagle(CppModel):
 
     def _more(self, model: Any, weights: Weights) -> list[Plan]:
         both = ("join", model.join), ("reduce", model.reduce)
-        return [Plan(-1, which, module, weights, False) for which, module in both if module is not None]
+        return [plan(-1, which, module, weights) for which, module in both if module is not None]
 
     def _set(self, plan: Plan, packed: Any) -> None:
         if plan.which == "reduce":

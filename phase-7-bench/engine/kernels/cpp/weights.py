@@ -5,6 +5,7 @@ Quantised matrices keep their levels; others are rounded to nearest, as in engin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from common.errors import UserError
 from ...config import ModelConfig
 from ...model import Linear, Transformer
 from ...packing import PackedLinear
-from ...quantize import Format, QuantLinear, rtn
+from ...quantize import Format, QuantLinear, replace, rtn
 from ...weights import give_back_freed
 from .library import library
 
@@ -62,6 +63,18 @@ def int4_format(width: int) -> Format:
     return Format("int4", 64 if width % 64 == 0 else 32)
 
 
+def quantised(module: nn.Module, format: Format | None) -> nn.Module:
+    """Return a copy whose matrices are in this format; the module itself where there is none, or they are already."""
+    if format is None or isinstance(module, QuantLinear):
+        return module
+    if isinstance(module, nn.Linear):
+        return QuantLinear.of(rtn(module.weight.detach(), format), format, module.bias)
+    module = copy.deepcopy(module)
+    for name in [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]:
+        replace(module, name, quantised(module.get_submodule(name), format))
+    return module
+
+
 def why_not_model(model: nn.Module) -> str | None:
     """Return why the kernels do not support a model, or None."""
     if not isinstance(model, Transformer) or not model.has_cache:
@@ -81,20 +94,21 @@ def why_not_model(model: nn.Module) -> str | None:
     return None
 
 
+def plan(layer: int, which: str, module: nn.Module, wanted: Weights, pair: bool = False) -> Plan:
+    """Plan a matrix; one that is quantised keeps its format. UserError as for `plans`."""
+    assert isinstance(module, nn.Linear | QuantLinear)
+    if isinstance(module, QuantLinear):
+        wanted = module.format.name
+    elif wanted == "int4" and module.in_features % 32:
+        name = which if layer < 0 else f"layers.{layer}.{which}"
+        raise UserError(
+            f"{name} has {module.in_features} input features, and groups of 32 or 64 do not divide them: use int8"
+        )
+    return Plan(layer, which, module, wanted, pair)
+
+
 def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
     """Yield a plan for every matrix. UserError for int4 if no group size divides the inputs."""
-
-    def plan(layer: int, which: str, module: nn.Module, wanted: Weights, pair: bool = False) -> Plan:
-        assert isinstance(module, nn.Linear | QuantLinear)
-        if isinstance(module, QuantLinear):
-            wanted = module.format.name
-        elif wanted == "int4" and module.in_features % 32:
-            name = which if layer < 0 else f"layers.{layer}.{which}"
-            raise UserError(
-                f"{name} has {module.in_features} input features, and groups of 32 or 64 do not divide them: use int8"
-            )
-        return Plan(layer, which, module, wanted, pair)
-
     for number, layer in enumerate(model.layers):
         gated = model.config.gated
         yield plan(number, "qkv", layer.attention.qkv, weights)

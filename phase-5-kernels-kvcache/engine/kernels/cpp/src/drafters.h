@@ -62,7 +62,7 @@ private:
     std::vector<std::vector<float>> features_;
 };
 
-// Medusa's heads (drafters/medusa.py): matrices in the target's format, multiplied by its threads.
+// Medusa's heads (drafters/medusa.py), multiplied by the target's threads.
 struct Medusa {
     Engine& target;
     int heads, states;                          // number of heads; numbers of a state
@@ -70,6 +70,7 @@ struct Medusa {
     std::vector<float> token_norm;              // [width]
     float eps;
     std::vector<std::shared_ptr<Packed>> blocks, mix;  // [blocks * heads], [heads]
+    std::shared_ptr<Packed> head;                      // the output matrix
 
     void check() const;
     // Logits [R, count, vocab] of the first `count` heads, from R states and the tokens that were drawn from them.

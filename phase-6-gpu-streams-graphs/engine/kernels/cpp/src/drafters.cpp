@@ -87,6 +87,7 @@ void Medusa::check() const {
     if (token != nullptr) square(token, width);
     for (const auto& packed : blocks) square(packed, width);
     for (const auto& packed : mix) square(packed, width);
+    need(head != nullptr && head->matrix.inputs == width && head->shape.outputs == target.model.vocab, "the output matrix has another shape");
 }
 
 void Medusa::logits(const float* states_of, const std::vector<int>& tokens, int count, float* out) const {
@@ -121,7 +122,7 @@ void Medusa::logits(const float* states_of, const std::vector<int>& tokens, int 
         for (int r = 0; r < rows; ++r)
             std::copy_n(&change[size_t(r) * size_t(width)], width, &mixed[(size_t(r) * size_t(count) + size_t(head)) * size_t(width)]);
     }
-    target.product(target.model.head, target.model.vocab, mixed.data(), rows * count, out);
+    target.product(head->matrix, target.model.vocab, mixed.data(), rows * count, out);
 }
 
 MedusaDrafter::MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, uint32_t purpose, std::vector<float> read)

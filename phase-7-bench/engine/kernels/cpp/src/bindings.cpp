@@ -203,8 +203,9 @@ PYBIND11_MODULE(lab_cpp, module) {
         }), py::keep_alive<1, 2>());
     py::class_<Medusa, std::shared_ptr<Medusa>>(module, "Medusa", py::module_local())
         .def(py::init([](Engine& target, int heads, int states, std::shared_ptr<Packed> reduce, std::shared_ptr<Packed> token, uintptr_t norm,
-                         float eps, std::vector<std::shared_ptr<Packed>> blocks, std::vector<std::shared_ptr<Packed>> mix) {
-            Medusa medusa{target, heads, states, std::move(reduce), std::move(token), {}, eps, std::move(blocks), std::move(mix)};
+                         float eps, std::vector<std::shared_ptr<Packed>> blocks, std::vector<std::shared_ptr<Packed>> mix,
+                         std::shared_ptr<Packed> head) {
+            Medusa medusa{target, heads, states, std::move(reduce), std::move(token), {}, eps, std::move(blocks), std::move(mix), std::move(head)};
             if (medusa.token != nullptr) medusa.token_norm = floats(norm, size_t(target.model.width));
             medusa.check();
             return std::make_shared<Medusa>(std::move(medusa));
