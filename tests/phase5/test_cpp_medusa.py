@@ -72,7 +72,7 @@ def test_quantised_heads_multiply_by_the_rounded_matrices(format: Format, make_c
             for matrix in weight:  # [in, out]
                 matrix.copy_(dequantised(matrix.T, format).T)
         for linear in (heads.reduce, heads.token[1] if heads.token else None, target.head):
-            if linear is not None:
+            if isinstance(linear, nn.Linear):
                 linear.weight = nn.Parameter(dequantised(linear.weight, format), requires_grad=False)
     with torch.inference_mode():
         expected = target.logits(heads(states, target.embedding(torch.tensor(tokens)))).transpose(0, 1)
