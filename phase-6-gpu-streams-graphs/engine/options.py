@@ -16,6 +16,7 @@ from .graphs import Mode
 from .kernels.registry import Asked
 from .kv_cache import Format, Kind, KVOptions
 from .kv_cache.ring import SPARE
+from .overlap import SyncMode
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .quantize import Format as WeightFormat
 from .sampling import SamplingParams
@@ -106,6 +107,9 @@ class Options(BaseSettings):
         default="auto", description="capture steps and replay them; auto: on a GPU, where it can be"
     )
     parallel_streams: bool = Field(default=False, description="draft the next block while this one is verified")
+    sync_mode: SyncMode = Field(
+        default="event", description="of --parallel-streams: wait for the draft when it is needed, or after the forward"
+    )
     deterministic: bool = Field(default=False, description="equal tokens in every run, batch and number of threads")
     kv: Kind = Field(default="paged", description="how keys and values are remembered; off: not at all")
     kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")

@@ -29,7 +29,7 @@ from .drafting import Draft, Drafter, Outcome
 from .inputs import sampling_metadata
 from .kernels import Kernels
 from .kernels.tokens import SamplingMetadata
-from .overlap import OverlapDrafter
+from .overlap import OverlapDrafter, met
 from .policies import AcceptancePolicy, DraftRows, Rejection, TargetProbs
 from .profiler import stage
 from .runner import ModelRunner
@@ -193,7 +193,8 @@ def decode_step(
     else:
         made = propose_and_verify(runner, drafter, sequences, asked)
     stage("sample" if made.plain else "accept")
-    paths, trees = accept(runner.model.kernels, policy, made, sequences, rows)
+    with met(drafter):
+        paths, trees = accept(runner.model.kernels, policy, made, sequences, rows)
 
     starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
     accepted = [[tree.tokens[node] for node in path.nodes] for tree, path in zip(trees, paths, strict=True)]

@@ -242,7 +242,7 @@ class LLM:
             draft_in_cpp=self.draft is not None and self.backends.drafts_in_cpp(self.draft.model),
         )
         if self.overlap is not None:
-            return OverlapDrafter(drafter, self.overlap)
+            return OverlapDrafter(drafter, self.overlap, self.options.sync_mode)
         return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
 
     def remembered(self) -> dict[str, object]:

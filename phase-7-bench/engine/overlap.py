@@ -6,19 +6,23 @@ draft, and nothing is left to draft. They are the tokens that would be drafted o
 
     python generate.py --kernels cpp --parallel-streams --prompt "from pathlib import"
 
-The target keeps all threads but one. With K draft tokens, d to draft one and v to verify on so many threads, and a
-share p of blocks whose guess is right, a step takes
+The target keeps all threads but one. With K draft tokens, d to draft one, v to verify and a to accept on so many
+threads, and a share p of blocks whose guess is right, a step takes
 
-    max((K + 1) d, v) + (1 - p) K d      instead of      K d + v on all threads
+    --sync-mode event      max((K + 1) d, v + a) + (1 - p) K d      instead of      K d + v + a on all threads
+    --sync-mode barrier    max((K + 1) d, v) + a + (1 - p) K d
+
+event: the target waits for the draft when the texts are about to change; barrier: as soon as its forward has ended.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from .options import Options
 
 
+SyncMode = Literal["event", "barrier"]
+
+
 @dataclass(frozen=True)
 class Ahead:
     """A draft after a text that did not exist yet: the output up to and with the guess."""
@@ -48,16 +55,18 @@ class Ahead:
 class OverlapStats:
     drafted: int = 0  # blocks that were drafted ahead
     used: int = 0  # of them, those whose guess was right
+    waited_ms: float = 0.0  # for drafts that were not done when the target was
 
 
 class OverlapDrafter(Drafter):
     """A draft model in C++, with what it drafted ahead."""
 
-    def __init__(self, inner: Drafter, stats: OverlapStats) -> None:
+    def __init__(self, inner: Drafter, stats: OverlapStats, sync: SyncMode = "event") -> None:
         assert isinstance(inner, FastModelDrafter)
-        self.inner, self.stats = inner, stats
+        self.inner, self.stats, self.sync = inner, stats, sync
         self.kept: dict[Sequence, Ahead] = {}
         self.thread = ThreadPoolExecutor(1, "draft")
+        self.work: Future[None] | None = None
 
     def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
         self.inner.use(policy, source)
@@ -93,7 +102,7 @@ class OverlapDrafter(Drafter):
 
     @contextmanager
     def ahead(self, sequences: list[Sequence], draft: Draft) -> Iterator[None]:
-        """Draft after these drafts while the block runs."""
+        """Draft after these drafts while the block runs, and with `event` until `meet`."""
         context = self.inner.runner.model.config.context
         rows = [
             (sequence, width)
@@ -103,16 +112,26 @@ class OverlapDrafter(Drafter):
             and sequence.length + 2 * width + 1 <= context
         ]
         drafts = [draft.tokens[sequences.index(sequence), :width].tolist() for sequence, width in rows]
-        work = self.thread.submit(self._draft, rows, drafts) if rows else None
+        self.work = self.thread.submit(self._draft, rows, drafts) if rows else None
         try:
             yield
-        finally:
-            if work is not None:
-                work.result()
+        except BaseException:
+            self.meet()
+            raise
+        if self.sync == "barrier" or any(sequence.params.penalised for sequence in sequences):  # accept reads the texts
+            self.meet()
+
+    def meet(self) -> None:
+        """Wait for the draft, and raise what its thread raised."""
+        work, self.work = self.work, None
+        if work is not None:
+            began = time.perf_counter()
+            work.result()
+            self.stats.waited_ms += (time.perf_counter() - began) * 1e3
 
     @torch.inference_mode()
     def _draft(self, rows: list[tuple[Sequence, int]], drafts: list[list[int]]) -> None:
-        """Draft as if the drafts had been accepted. The target's forward does not look at the sequences' tokens."""
+        """Draft as if the drafts had been accepted. Until `meet`, nobody else looks at the sequences' tokens."""
         asked = [sequence for sequence, _ in rows]
         before = [len(sequence.tokens) for sequence in asked]
         try:
@@ -134,12 +153,24 @@ class OverlapDrafter(Drafter):
         self.inner.observe(outcome)
 
 
+@contextmanager
+def met(drafter: Drafter | None) -> Iterator[None]:
+    """Let a drafter that drafts ahead finish with the block: the sequences change after it."""
+    try:
+        yield
+    finally:
+        if isinstance(drafter, OverlapDrafter):
+            drafter.meet()
+
+
 def overlap_of(options: Options, in_cpp: list[bool]) -> OverlapStats | None:
     """Return what counts the blocks of `--parallel-streams`; None without it. UserError where it cannot be.
 
     in_cpp: of the target, then of the draft model, if there is one.
     """
     if not options.parallel_streams:
+        if options.sync_mode != "event":
+            raise UserError(f"--sync-mode {options.sync_mode} is for --parallel-streams, which is off")
         return None
     wrong = {
         "there is no draft model": len(in_cpp) < 2,

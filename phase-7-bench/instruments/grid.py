@@ -31,7 +31,7 @@ ALIASES = {"target": "model", "gamma": "k"}
 DRAFTING = {
     *("draft", "k", "drafter", "heads", "ngram_min", "ngram_max", "alpha", "policy", "tree", "tree_nodes", "tau"),
     *("agree_k", "epsilon", "delta", "controller", "min_k", "max_k", "target_acceptance", "confidence", "draft_quant"),
-    *("parallel_streams", "draft_parallel", "synthetic_acceptance"),
+    *("parallel_streams", "sync_mode", "draft_parallel", "synthetic_acceptance"),
 }
 # Options of one command, which a comparison cannot vary.
 NO_AXIS = {

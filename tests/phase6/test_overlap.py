@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import phase6
 from common.errors import UserError
 from phase6.drafting import Draft
-from phase6.overlap import OverlapDrafter, OverlapStats
+from phase6.overlap import OverlapDrafter, OverlapStats, met
 from tests.support.served import WHY_NOT_CPP
 
 pytestmark = pytest.mark.skipif(WHY_NOT_CPP is not None, reason=f"no C++ backend here: {WHY_NOT_CPP}")
@@ -38,12 +40,12 @@ def decoded(llm: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
     return [(each.tokens, [(step.proposed, step.accepted) for step in each.steps]) for each in sequences]
 
 
-@pytest.mark.parametrize("kv", ["paged", "static"])
+@pytest.mark.parametrize(("kv", "sync"), [("paged", "event"), ("static", "event"), ("paged", "barrier")])
 @pytest.mark.parametrize(
     "how", [{}, {"temperature": 1.0, "policy": "coupled"}, {"temperature": 0.8}], ids=["greedy", "coupled", "rejection"]
 )
-def test_no_token_and_no_draft_changes(how: dict[str, Any], kv: str, make: Callable[..., Any]) -> None:
-    overlapped = make(parallel_streams=True, kv=kv, **how)
+def test_no_token_and_no_draft_changes(how: dict[str, Any], kv: str, sync: str, make: Callable[..., Any]) -> None:
+    overlapped = make(parallel_streams=True, sync_mode=sync, kv=kv, **how)
     assert decoded(overlapped) == decoded(make(kv=kv, **how))
     stats = overlapped.overlap
     assert stats.drafted > stats.used > 0
@@ -57,7 +59,7 @@ def test_a_draft_for_another_text_is_not_used(make: Callable[..., Any]) -> None:
     drafter.use(llm.policy, phase6.GreedySource())
     sequence.tokens = [5, 6]
     draft = drafter.propose([sequence], [2])
-    with drafter.ahead([sequence], draft):
+    with met(drafter), drafter.ahead([sequence], draft):
         pass
     ahead = drafter.kept[sequence]
     assert sequence.tokens == [5, 6]
@@ -68,6 +70,55 @@ def test_a_draft_for_another_text_is_not_used(make: Callable[..., Any]) -> None:
         found: Draft = other.propose([sequence], [2])
         assert other.stats.used == used
         assert torch.equal(found.tokens, drafter.inner.propose([sequence], [2]).tokens)
+
+
+@pytest.mark.parametrize(("sync", "waits"), [("event", False), ("barrier", True)])
+def test_when_the_target_waits(sync: str, waits: bool, make: Callable[..., Any]) -> None:
+    """A draft that takes long holds up the accept rule with `barrier`, and what changes the texts with both."""
+    llm = make(parallel_streams=True, sync_mode=sync)
+    drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
+    assert isinstance(drafter, OverlapDrafter)
+    drafter.use(llm.policy, phase6.GreedySource())
+    sequence.tokens = [5, 6]
+    draft, slow, inner = drafter.propose([sequence], [2]), Event(), drafter.inner.propose
+
+    def propose(*arguments: Any) -> Draft:
+        assert slow.wait(60)
+        return inner(*arguments)
+
+    drafter.inner.propose = propose  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as other:
+
+        def verify() -> None:
+            with drafter.ahead([sequence], draft):
+                pass
+
+        verified = other.submit(verify)
+        if waits:
+            with pytest.raises(TimeoutError):
+                verified.result(0.2)
+        else:
+            verified.result(60)
+        slow.set()
+        verified.result(60)
+    drafter.meet()
+    assert sequence.tokens == [5, 6]
+    assert sequence in drafter.kept
+    assert llm.overlap.waited_ms > 100 or not waits
+
+
+@pytest.mark.parametrize("sync", ["event", "barrier"])
+def test_after_an_error_nobody_drafts_any_more(sync: str, make: Callable[..., Any]) -> None:
+    llm = make(parallel_streams=True, sync_mode=sync)
+    drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
+    assert isinstance(drafter, OverlapDrafter)
+    drafter.use(llm.policy, phase6.GreedySource())
+    sequence.tokens = [5, 6]
+    draft = drafter.propose([sequence], [2])
+    with pytest.raises(ZeroDivisionError), met(drafter), drafter.ahead([sequence], draft):
+        raise ZeroDivisionError
+    assert drafter.work is None
+    assert sequence.tokens == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -83,3 +134,8 @@ def test_a_draft_for_another_text_is_not_used(make: Callable[..., Any]) -> None:
 def test_where_it_cannot_be_it_is_an_error(options: dict[str, Any], said: str, make: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=f"--parallel-streams .*, and {said}"):
         make(parallel_streams=True, **options)
+
+
+def test_a_way_to_wait_needs_something_to_wait_for(make: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="--sync-mode barrier is for --parallel-streams, which is off"):
+        make(sync_mode="barrier")
