@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 import phase6
+from common.errors import UserError
+from tests.support.quantised import CASES, quantise
 from tests.support.ranks import end, logits_of, same_bits, split
 from tests.support.served import WHY_NOT_CPP
 
@@ -107,6 +110,22 @@ def test_every_family_is_split(both: Callable[..., tuple[Any, Any]], mode: str, 
     (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
     assert theirs == tokens
     assert same_bits(logits, their_logits)
+
+
+@pytest.mark.parametrize("mode", ["gather", "layers"])
+@pytest.mark.parametrize("name", ["gptq, act-order, zeros", "awq", "compressed-tensors, int8"])
+def test_files_of_other_tools_are_split(
+    folder_of: Callable[[str], Path], both: Callable[..., tuple[Any, Any]], tmp_path: Path, name: str, mode: str
+) -> None:
+    meant, folder = tmp_path / "meant", tmp_path / "quantised"
+    shutil.copytree(folder_of("llama"), meant)
+    quantise(CASES[name], meant, folder)
+    one, several = both("llama", mode, model=str(folder))
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
+    assert theirs == tokens
+    assert same_bits(logits, their_logits)
+    with pytest.raises(UserError, match="its groups of weights are not split: use --tensor-mode gather"):
+        both("llama", "reduce", model=str(folder))
 
 
 @pytest.mark.parametrize("family", SHAPES)
