@@ -4,6 +4,8 @@ With c = the cost of one draft token in target forwards, and s_j = the share of 
 accepted, a step gives 1 + s_1 + ... + s_K tokens and costs 1 + cK target forwards (plus the acceptance rule). If every
 token were accepted with the same probability a, independently, that would be (1 - a^(K+1)) / ((1 - a)(cK + 1))
 (Leviathan et al. 2023, Theorem 3.8).
+
+Times are means, because a text takes the sum of its steps. The first step, which also reads the prompt, does not count.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
-from common.benchmark import interleave, median, print_table, seconds
+from common.benchmark import interleave, print_table, seconds
 
 from .runner import ModelRunner
 from .sequence import Sequence
@@ -70,13 +73,13 @@ class Account:
 
 
 def plain_step_ms(runner: ModelRunner, sequence: Sequence, repeats: int = 5) -> float:
-    """Measure the median time of a plain decoding step at the middle of this sequence."""
+    """Measure the mean time of a plain decoding step at the middle of this sequence."""
     text = sequence.prompt + sequence.tokens[: len(sequence.tokens) // 2]
     device = runner.model.embedding.weight.device
     runs = interleave({"plain": lambda: runner.forward(["explained"], [text])}, repeats, warmup=2, device=device)[
         "plain"
     ]
-    return median(seconds(runs)) * 1e3
+    return fmean(seconds(runs)) * 1e3
 
 
 def account(steps: list[StepStats], plain_ms: float) -> Account | None:
@@ -84,12 +87,12 @@ def account(steps: list[StepStats], plain_ms: float) -> Account | None:
     drafted = [step for step in steps if step.depth > 0]
     if not drafted:
         return None
-    k = max(step.depth for step in drafted)
+    k, later = max(step.depth for step in drafted), drafted[1:] or drafted
     return Account(
         plain_ms=plain_ms,
-        draft_ms=median([step.draft_ms / step.depth for step in drafted]),
-        verify_ms=median([step.verify_ms for step in drafted]),
-        accept_ms=median([step.accept_ms for step in drafted]),
+        draft_ms=sum(step.draft_ms for step in later) / sum(step.depth for step in later),
+        verify_ms=fmean(step.verify_ms for step in later),
+        accept_ms=fmean(step.accept_ms for step in later),
         shares=survival(steps, k),
     )
 
