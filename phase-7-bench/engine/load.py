@@ -131,8 +131,9 @@ def load(
     scheme = scheme_of(checkpoint)
     if is_quantized(checkpoint) and format is not None:
         raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
-    if is_quantized(checkpoint) and group is not None:
-        raise UserError(f"{name} is quantised, and such files are not split: take the model it came from, with --quant")
+    if is_quantized(checkpoint) and group is not None and (scheme is None or group.mode == "reduce"):
+        instead = "take the model it came from, with --quant" if scheme is None else "use --tensor-mode gather"
+        raise UserError(f"{name} is quantised, and its groups of weights are not split: {instead}")
     if is_quantized(checkpoint) and scheme is None:
         model = load_quantized(checkpoint, config, dtype, device)
     else:
@@ -161,7 +162,7 @@ def load_transformer(
     with torch.device("meta"):  # names and shapes only; wrong sizes in config.json allocate no memory
         model = shard.cut(Transformer(config)) if shard else Transformer(config)
     if scheme is not None:
-        _make_room(model, checkpoint, scheme, device)
+        _make_room(model, checkpoint, scheme, device, shard)
     packed = dict(model.named_buffers())  # the tensors of quantised matrices
     reserved = {**dict(model.named_parameters()), **packed}
     expected, filled = places(reserved, config), dict[str, Tensor]()
@@ -224,12 +225,16 @@ def load_transformer(
     return model.eval()
 
 
-def _make_room(model: Transformer, checkpoint: Checkpoint, scheme: Scheme, device: torch.device) -> None:
+def _make_room(
+    model: Transformer, checkpoint: Checkpoint, scheme: Scheme, device: torch.device, shard: Shard | None
+) -> None:
     """Put a QuantLinear in place of every quantised matrix. UserError if only a part of a fused matrix is quantised."""
     whole = places(dict(model.named_parameters()), model.config)
     parts = Counter(place.name for place in whole.values())
     stored = [f"{owner}.weight" for owner in quantised(checkpoint, scheme)]
-    names = [name for each in stored for name, _ in _translate(each, torch.empty(3), model.config) if name in whole]
+    parts_of = [part for each in stored for part in _translate(each, torch.empty(3), model.config)]
+    mine = [shard.part(*part) for part in parts_of] if shard else parts_of
+    names = [part[0] for part in mine if part and part[0] in whole]
     for name, count in Counter(whole[name].name for name in names).items():
         linear = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(linear, nn.Linear) or count < parts[name]:

@@ -136,6 +136,8 @@ class Shard:
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         module, _, kind = name.rpartition(".")
+        if kind == "order":  # of the input features of a quantised matrix, whose outputs are split
+            return tensor
         if module in ("attention.query", "ffn.gate", "ffn.up"):
             return tensor[self._range(len(tensor))]
         if module in ("attention.key", "attention.value"):
