@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from phase6 import ModelConfig
 from phase6.kernels.cpp import CppModel
 from phase6.kernels.cpp.weights import Weights
@@ -17,6 +19,7 @@ from phase6.load import load
 from phase6.parallel.shard import Mode, Shard, sizes_that_fit
 from phase6.parallel.split_model import LayersModel, TensorModel
 from phase6.weights import split
+from tests.support.quantised import CASES, quantise
 from tests.support.ranks import groups
 from tests.support.served import WHY_NOT_CPP
 
@@ -139,3 +142,11 @@ def test_the_parts_make_the_whole(mode: Mode, llama_folder: Path) -> None:
 
 def config_of(folder: Path) -> ModelConfig:
     return load(str(folder), torch.float32, CPU).config
+
+
+def test_groups_of_weights_are_not_cut(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    meant = make_checkpoint("llama", hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    quantise(CASES["gptq"], meant, tmp_path / "quantised")
+    group = next(iter(groups("reduce", 2)))
+    with pytest.raises(UserError, match="its groups of weights are not split: use --tensor-mode gather"):
+        load(str(tmp_path / "quantised"), torch.float32, CPU, as_stored=True, group=group)
