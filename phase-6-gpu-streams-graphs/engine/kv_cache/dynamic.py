@@ -42,10 +42,13 @@ class DynamicCache(KVCache):
 
     def keep(self, row: int, entries: list[int]) -> None:
         start = self.lengths[row]
+        self.lengths[row] += len(entries)
+        if entries == list(range(len(entries))):
+            self.truncate(row, self.lengths[row])
+            return
         kept = [*range(start), *(start + entry for entry in entries)]
         for of_layer in (*self.keys, *self.values):
             of_layer[row] = of_layer[row].chosen(kept)
-        self.lengths[row] = len(kept)
 
     def truncate(self, row: int, length: int) -> None:
         super().truncate(row, length)

@@ -6,7 +6,6 @@ Int8 rounds to nearest: scale = max |x| / 127 over a head's features. Reads retu
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
@@ -61,7 +60,8 @@ class Storage:
         return joined
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Storage:
-        changed = copy(self)
+        changed = Storage.__new__(Storage)  # without memory of its own
+        changed.computed = self.computed
         changed.values = change(self.values)
         changed.scales = None if self.scales is None else change(self.scales)
         return changed
