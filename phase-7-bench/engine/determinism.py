@@ -73,8 +73,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler too, for 2 seconds
     try:
         yield
     except RuntimeError as error:
@@ -82,4 +82,4 @@ def deterministic(wanted: bool) -> Iterator[None]:
             raise UserError(f"--deterministic: {str(error).partition(',')[0].partition('. ')[0]}") from error
         raise
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)

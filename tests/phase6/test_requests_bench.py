@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import phase6
 from common.results import Results, Row
 from phase6.cost_model import CostModel
+from tests.support.forked import run
 
 CPU = torch.device("cpu")
 FOLDER = Path(phase6.__file__).resolve().parents[1]
@@ -24,7 +24,8 @@ Part = Callable[[int, str], ModuleType]
 
 
 def lab_of(runs: ModuleType, results: Results, **options: Any) -> Any:
-    chosen = {"requests": [2], "formats": ["float32"], "max_tokens": 8, "rounds": 1, "device": "cpu", **options}
+    sizes = {"model": "stdlib-1m", "draft": "stdlib-1m", "requests": [2], "max_tokens": 8, "rounds": 1}
+    chosen = {**sizes, "formats": ["float32"], "device": "cpu", **options}
     return runs.Lab(runs.Options(**chosen), results, CPU)
 
 
@@ -79,7 +80,7 @@ def test_a_batch_with_drafts_is_predicted_and_measured(bench_part: Part, tmp_pat
 @pytest.mark.parametrize("arguments", [["--dry-run"], pytest.param([], marks=pytest.mark.slow)])
 def test_the_last_line_of_a_quick_bench_follows_from_its_rows(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "bench.py", "--quick", "--device", "cpu", "--output", str(tmp_path), *arguments]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    done = run(command, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
     tables = json.loads(done.stdout.splitlines()[-1])["tables"]
     assert list(tables) == ["requests", "sampled", "crossover", "prefix", "overlap", "parallel"]
