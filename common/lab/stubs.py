@@ -159,10 +159,13 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 def _without_helpers(texts: dict[str, str], chosen: Collection[str]) -> dict[str, str]:
     """Remove unused private functions and classes from the files that are chosen whole."""
+    whole = set(chosen) & texts.keys()
+    if not whole:
+        return texts
     trees = {file: ast.parse(text) for file, text in texts.items()}
     mentioned = Counter(name for tree in trees.values() for name in _names(tree))
     result = dict(texts)
-    for file in set(chosen) & texts.keys():
+    for file in whole:
         lines, edits = texts[file].splitlines(), list[Edit]()
         classes = [node for _, node in definitions(trees[file]) if isinstance(node, ast.ClassDef)]
         needed = {node.body[0] for node in classes if all(isinstance(inner, Function) for inner in node.body)}

@@ -170,6 +170,7 @@ def test_a_wrong_mark_is_one_line(tmp_path: Path, mark: str, message: str) -> No
         tables.rewrite(tmp_path / "README.md")
 
 
+@pytest.mark.slow  # `make lint`, with which `make test` begins, runs the same check
 def test_every_readme_has_the_numbers_of_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.run(["--check"]) == 0, capsys.readouterr().out
     assert sum(len(tables.MARK.findall(path.read_text(encoding="utf-8"))) for path in tables.readmes(ROOT)) > 20

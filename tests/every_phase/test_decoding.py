@@ -190,17 +190,18 @@ def test_window_start_jumps_by_a_quarter(engine: ModuleType) -> None:
 
 
 @pytest.mark.covering(1)
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_past_the_context_equals_a_crop_by_hand(
-    engine: ModuleType, make_checkpoint: Callable[..., Path], family: str
+    engine: ModuleType, make_checkpoint: Callable[..., Path], family: str, count: int
 ) -> None:
-    """Generate 300 new tokens with a context of 32, and compare with transformers on windows cut by hand."""
+    """Generate `count` new tokens with a context of 32, and compare with transformers on windows cut by hand."""
     size = {"n_positions": 32} if family == "gpt2" else {"max_position_embeddings": 32}
     folder = make_checkpoint(family, **size)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     loaded = engine.load(str(folder), torch.float32, CPU)
     prompt = list(range(1, 40))  # already longer than the context
-    got = tokens_of(engine, loaded, [prompt], max_new_tokens=300)[0]
+    got = tokens_of(engine, loaded, [prompt], max_new_tokens=count)[0]
     text, start = list(prompt), 0
     for token in got:
         while len(text) - start > 32:
@@ -212,7 +213,7 @@ def test_past_the_context_equals_a_crop_by_hand(
         text.append(token)
         if token == 0:
             break
-    assert len(got) == 300 or got[-1] == 0
+    assert len(got) == count or got[-1] == 0
 
 
 @pytest.mark.modules("beam.py")

@@ -73,9 +73,10 @@ def test_briefly_trained_gpt2_and_opt(briefly_trained: Path, count: int, tokens:
 
 
 def test_ragged_batches_equal_single_runs_on_the_embedded_model() -> None:
-    """Four prompts of different lengths, greedy and sampled."""
+    """Four prompts of 8 to 32 tokens, greedy and sampled."""
     loaded = phase1.load("stdlib-10m", torch.float32, CPU)
-    prompts = [loaded.tokenizer.encode(prompt.text) for prompt in load_prompts("code", "test")[3:10:2]]
+    texts = [prompt.text for prompt in load_prompts("code", "test")[3:10:2]]
+    prompts = [loaded.tokenizer.encode(text)[: 8 * row] for row, text in enumerate(texts, 1)]
     for temperature in (0.0, 1.0):
         params = phase1.SamplingParams(temperature=temperature, max_new_tokens=12)
         together = phase1.generate(loaded.model, prompts, params, loaded.ending)

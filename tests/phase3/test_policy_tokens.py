@@ -227,10 +227,11 @@ def test_greedy_equals_plain_whatever_the_request(request: dict[str, Any], name:
 
 @pytest.mark.parametrize("policy", ["rejection", "coupled", "typical"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_ragged_batches_equal_single_runs(policy: Any, temperature: float) -> None:
+@pytest.mark.parametrize("count", [16, pytest.param(30, marks=pytest.mark.slow)])
+def test_ragged_batches_equal_single_runs(policy: Any, temperature: float, count: int) -> None:
     """Rows draft different numbers of tokens, with n-grams and with a model, past the context, with stops."""
     model, draft = phase3.FakeModel(40, 64), phase3.FakeModel(40, 64, 0.7)
-    params = phase3.SamplingParams(temperature=temperature, max_new_tokens=30, seed=4)
+    params = phase3.SamplingParams(temperature=temperature, max_new_tokens=count, seed=4)
     prompts, samples = [[1], [5, 6, 7, 8, 9], [30] * 70, [2, 2], [1]], [0, 0, 0, 0, 1]
     for drafter, controller in (("model", "confidence"), ("ngram", "adaptive"), ("extrapolate", "fixed 3")):
 

@@ -31,13 +31,14 @@ CPU = torch.device("cpu")
 slow = pytest.mark.slow
 LONGEST = 120  # characters: a step without a cache computes the whole text
 KINDS = ["dynamic", "static", "paged"]
+SMALL = {"model": "stdlib-1m"}  # wherever no draft and no heads of the large model are needed
 DRAFTING: dict[str, dict[str, Any]] = {
-    "plain": {"draft": "none"},
+    "plain": {"draft": "none", **SMALL},
     "model": {"k": 4},
     "model, static tree": {"k": 3, "tree": "static", "tree_nodes": 8},
     "model, dynamic tree": {"k": 3, "tree": "dynamic", "tree_nodes": 8},
-    "ngram": {"drafter": "ngram", "k": 4},
-    "extrapolate": {"drafter": "extrapolate", "k": 2},
+    "ngram": {"drafter": "ngram", "k": 4, **SMALL},
+    "extrapolate": {"drafter": "extrapolate", "k": 2, **SMALL},
     "medusa": {"drafter": "medusa", "k": 4},
     "medusa, static tree": {"drafter": "medusa", "k": 3, "tree": "static", "tree_nodes": 8},
     "eagle": {"drafter": "eagle", "k": 4},

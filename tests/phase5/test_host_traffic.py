@@ -162,7 +162,7 @@ def test_a_step_has_one_upload_and_one_read(
         "device": "cpu",
         "dtype": "float32",
         "kv": kv,
-        "max_tokens": 12,
+        "max_tokens": 8,
         **wanted,
         **DRAFTING[how],
     }

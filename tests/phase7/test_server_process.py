@@ -95,7 +95,7 @@ def test_a_program_that_is_killed_serves_again_and_ends_in_time() -> None:
     with Program("--model", "stdlib-1m", "--shutdown-timeout", "0.5", port=port) as program:
         assert program.url == url
         running, began = started(url, program), time.monotonic()
-        program.process.send_signal(signal.SIGTERM)
+        os.kill(program.process.pid, signal.SIGTERM)
         for answer in running:
             found = answer()
             assert isinstance(found, httpx.Response)

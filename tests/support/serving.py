@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from common.phases import ROOT
+from tests.support import forked
 from tests.support.beside import beside
 
 FOLDER = ROOT / "phase-7-bench"
@@ -103,15 +104,16 @@ class Program:
     def __init__(self, *arguments: str, port: int = 0, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, str(FOLDER / "serve.py"), "--port", str(port), "--threads", "1", *arguments]
         variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-        self.process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+        reading, writing = os.pipe()
+        self.process = forked.start(command, env=variables, stderr=writing, text=True)
+        os.close(writing)
+        self._errors = os.fdopen(reading, encoding="utf-8")
         self.said = list[str]()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.said += []
-        for line in self.process.stderr:
+        for line in self._errors:
             self.said.append(line.rstrip())
 
     @property
@@ -124,16 +126,16 @@ class Program:
 
     def end(self) -> int:
         """Wait for the end; return the exit status."""
-        status = self.process.wait(timeout=60)
+        eventually(lambda: self.process.poll() is not None, 60)
         self._reader.join(timeout=10)
-        return status
+        return self.process.wait()
 
     def __enter__(self) -> Program:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            os.kill(self.process.pid, signal.SIGKILL)
         self.end()
 
 
