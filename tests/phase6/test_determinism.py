@@ -90,6 +90,14 @@ def test_what_cannot_be_is_an_error(options: dict[str, Any], said: str, folder: 
     assert (why_not_reproducible(llm) or "").startswith(said)
 
 
+@cpp
+def test_greedy_tokens_may_follow_the_clock(folder: str) -> None:
+    """At temperature 0 every policy that is lossless gives the target's own tokens, whatever K is."""
+    chosen = {"model": folder, "draft": folder, "device": "cpu", "controller": "cost", "policy": "rejection"}
+    llm = phase6.LLM(phase6.Options(**chosen, temperature=0.0, deterministic=True))
+    assert why_not_reproducible(llm) is None
+
+
 def test_an_operation_without_a_deterministic_form_is_an_error() -> None:
     said = "put_ does not have a deterministic implementation"
     with pytest.raises(UserError, match=f"--deterministic: {said}"), deterministic(wanted=True):

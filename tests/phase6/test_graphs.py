@@ -41,8 +41,8 @@ DECODING: dict[str, dict[str, Any]] = {
     "plain": {},
     "sampled": {"temperature": 0.7},
     "greedy": {"k": 3},
-    "coupled": {"k": 3, "temperature": 0.7, "policy": "coupled"},
-    "rejection": {"k": 3, "temperature": 0.7, "top_p": 0.9},
+    "coupled": {"k": 2, "temperature": 0.7, "policy": "coupled"},
+    "rejection": {"k": 2, "temperature": 0.7, "top_p": 0.9},
 }
 SPECULATIVE = {"k": 2, "temperature": 0.7}
 MUTANTS: list[tuple[str, str, dict[str, Any], str]] = [  # what is wrong, the part of the proof, options, what is said
@@ -65,7 +65,7 @@ QUICK = ("tolist", "an allocation that grows", "lanes that are not live")
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: Callable[..., Path]) -> str:
-    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
+    narrow = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     return str(make_checkpoint("llama", num_hidden_layers=1, **narrow))
 
 

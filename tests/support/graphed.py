@@ -179,12 +179,12 @@ def prove_arguments(llm: Any) -> None:
 
 
 def prove_shrinking(llm: Any) -> None:
-    """4 live lanes, then 3, 2 and 1: dead ones hold poison, and no block of a dead lane or of nobody changes."""
+    """4 live lanes, then 3 and 1: dead ones hold poison, and no block of a dead lane or of nobody changes."""
     steps = Steps(llm, PROMPTS, 4)
     graph, before = steps.device.capture(steps.step.step), steps.saved()
     steps.load()
     whole = steps.step.results(steps.device.copy_out(graph.replay())())
-    for live in (3, 2, 1):
+    for live in (3, 1):
         steps.restore(before)
         steps.load()
         for field in steps.step.lanes:

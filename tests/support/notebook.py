@@ -2,8 +2,8 @@
 
     python -m tests.support.notebook phase-2-specdec/lesson.ipynb [--quick]
 
-`--quick` makes runs small: at most 6 tokens, little calibration, and the small model wherever a cell names a model, or
-drafts nothing. Draft heads belong to the large model, so cells with heads keep it.
+`--quick` makes runs small: at most 6 tokens, 2 prompts, little calibration, and the small model wherever a cell names a
+model, or drafts nothing. Draft heads belong to the large model, so cells with heads keep it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SMALLER = (
     (r'(\bmax_(?:new_)?tokens"?[=:] ?)\d\d+', r"\g<1>6"),
     (r"\b8192, 512\b", "1024, 256"),  # calibration
     (r"\[:512\]", "[:128]"),
+    (r"\bprompts=4\b", "prompts=2"),
 )
 
 
