@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from common.errors import UserError
 from .llm_engine import LLMEngine, Output
 from .sampling import SamplingParams
 
-Deliver = Callable[["Output | Exception"], None]
+Item = Output | Exception  # an error refuses or ends the request
 
 
 class Refused(UserError):
@@ -36,7 +36,8 @@ class Ticket:
     prompt: str | list[int]
     params: SamplingParams | None
     how: dict[str, Any]  # the other arguments of add_request
-    deliver: Deliver  # called in the engine's thread, with outputs in order, or the error that refused the request
+    put: Callable[[Item], None]  # takes the items in order
+    loop: asyncio.AbstractEventLoop | None  # in whose thread `put` is called; None: in the engine's
     left: int  # samples that have not ended
 
 
@@ -63,8 +64,8 @@ class AsyncLLMEngine:
 
         Raises Refused, or the error that ended the request.
         """
-        arrived: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
-        ticket = self._submit(prompt, params, how, arrived.put)
+        arrived: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        ticket = self._submit(prompt, params, how, arrived.put, None)
         try:
             while ticket.left:
                 yield self._checked(ticket, arrived.get())
@@ -75,15 +76,15 @@ class AsyncLLMEngine:
         self, prompt: str | list[int], params: SamplingParams | None = None, **how: Any
     ) -> AsyncGenerator[Output]:
         """Do the same for a task of asyncio; if the task is cancelled, the request is aborted."""
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Output | Exception]()
-        ticket = self._submit(prompt, params, how, lambda item: _call_soon(loop, arrived.put_nowait, item))
+        arrived = asyncio.Queue[Item]()
+        ticket = self._submit(prompt, params, how, arrived.put_nowait, asyncio.get_running_loop())
         try:
             while ticket.left:
                 yield self._checked(ticket, await arrived.get())
         finally:
             self._abandon(ticket)
 
-    def _checked(self, ticket: Ticket, item: Output | Exception) -> Output:
+    def _checked(self, ticket: Ticket, item: Item) -> Output:
         if isinstance(item, Exception):
             ticket.left = 0
             raise item
@@ -102,9 +103,14 @@ class AsyncLLMEngine:
         self.engine.hurry(False)  # the models may serve another engine
 
     def _submit(
-        self, prompt: str | list[int], params: SamplingParams | None, how: dict[str, Any], to: Deliver
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None,
+        how: dict[str, Any],
+        put: Callable[[Item], None],
+        loop: asyncio.AbstractEventLoop | None,
     ) -> Ticket:
-        ticket = Ticket(prompt, params, how, to, max(1, how.get("n", 1)))
+        ticket = Ticket(prompt, params, how, put, loop, max(1, how.get("n", 1)))
         with self._lock:
             if self._closed:
                 raise UserError("the engine is closed")
@@ -125,7 +131,7 @@ class AsyncLLMEngine:
         try:
             number = self.engine.add_request(ticket.prompt, ticket.params, **ticket.how)
         except Exception as error:  # only this request is concerned
-            ticket.deliver(Refused(str(error)) if isinstance(error, UserError) else error)
+            _deliver([(ticket, Refused(str(error)) if isinstance(error, UserError) else error)])
         else:
             self._tickets[number] = ticket
 
@@ -143,28 +149,38 @@ class AsyncLLMEngine:
                 self._step()
         while not self._mail.empty():  # what came just before the end
             self._mail.get()()
-        for ticket in self._tickets.values():
-            ticket.deliver(UserError("the engine was closed before the request ended"))
+        message = "the engine was closed before the request ended"
+        _deliver((ticket, UserError(message)) for ticket in self._tickets.values())
 
     def _step(self) -> None:
         try:
             outputs = self.engine.step()
         except Exception as error:  # not of one request: nobody can go on
-            for number, ticket in self._tickets.items():
+            for number in self._tickets:
                 self.engine.abort(number)
-                ticket.deliver(error)
+            _deliver((ticket, error) for ticket in self._tickets.values())
             self._tickets = {}
             return
         self._watch(outputs)
-        for output in outputs:
-            if (reader := self._tickets.get(output.request)) is not None:
-                reader.deliver(output)
+        _deliver((self._tickets[output.request], output) for output in outputs if output.request in self._tickets)
         for output in outputs:
             if output.request not in self.engine.requests:
                 self._tickets.pop(output.request, None)
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], item: Output | Exception) -> None:
-    """Call in the loop's thread, unless the loop has ended and nobody waits."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call, item)
+def _deliver(items: Iterable[tuple[Ticket, Item]]) -> None:
+    """Give items to those who wait for them; a loop gets all of its items in one call, because a call wakes it."""
+    calls: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Item]]] = {}
+    for ticket, item in items:
+        if ticket.loop is None:
+            ticket.put(item)
+        else:
+            calls.setdefault(ticket.loop, []).append((ticket, item))
+    for loop, mine in calls.items():
+        if not loop.is_closed():  # else nobody waits
+            loop.call_soon_threadsafe(_put, mine)
+
+
+def _put(items: list[tuple[Ticket, Item]]) -> None:
+    for ticket, item in items:
+        ticket.put(item)

@@ -136,6 +136,7 @@ OWNING = (
         ("        self.engine.hurry(True)\n", ""),
         ("            self.engine.hurry(False)  # before the mail is read: work that comes later ends the next call\n", ""),
         ("        self.engine.hurry(False)  # the models may serve another engine\n", ""),
+        ("    for loop, mine in calls.items():\n", "    for loop, mine in [(loop, [one]) for loop, mine in calls.items() for one in mine]:\n"),
     ),
     *mutants(
         f"{ENGINE}/capacity.py",

@@ -59,6 +59,37 @@ def test_tasks_get_what_their_requests_get_alone(serving: tuple[Pair, AsyncLLMEn
     assert asyncio.run(read_all()) == [made.alone(asked(TEXT[at:], tokens=10)) for at in range(6)]
 
 
+def test_a_step_wakes_an_event_loop_once(
+    serving: tuple[Pair, AsyncLLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of samples that wait there."""
+    _, engine = serving
+    steps, wakes = list[int](), list[int]()
+    step = engine.engine.step
+
+    def counted() -> list[phase6.Output]:
+        outputs = step()
+        steps.append(len(outputs))
+        return outputs
+
+    async def read() -> None:
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def wake(callback: Any, *arguments: Any) -> asyncio.Handle:
+            wakes.append(1)
+            return call(callback, *arguments)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", wake)
+        async for _ in engine.generate(list(TEXT), params(12), n=3):
+            pass
+
+    monkeypatch.setattr(engine.engine, "step", counted)
+    asyncio.run(read())
+    assert max(steps) == 3
+    assert len(wakes) == len([outputs for outputs in steps if outputs])
+
+
 def test_new_work_ends_a_call_that_makes_several_steps(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
