@@ -26,7 +26,6 @@ class Choice:
     index: int
     prompt: list[int]
     prompt_text: str
-    decoder: IncrementalDecoder
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -34,6 +33,7 @@ class Choice:
     offset: int = 0  # characters of the tokens before those of `logprobs`
     finish_reason: str | None = None
     begun: bool = False
+    decoder: IncrementalDecoder | None = None  # of the tokens' origins
 
     def add(self, output: Output) -> None:
         self.text += output.text
@@ -74,6 +74,7 @@ class Form:
         if request.return_token_ids:
             mine |= {"token_ids": output.tokens, **({"prompt_token_ids": choice.prompt} if first else {})}
         if request.return_token_origins:
+            choice.decoder = choice.decoder or IncrementalDecoder(self.tokenizer, choice.prompt)
             mine["token_origins"] = origins(choice.decoder, output)
             mine["num_draft_tokens"] = sum(step.proposed for step in choice.steps)  # so far
         body = {**self.head, "object": self.CHUNK, "choices": [mine]}

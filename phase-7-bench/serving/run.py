@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import signal
 import socket
 import threading
@@ -61,6 +62,8 @@ class Server(uvicorn.Server):
                 make_app(service),
                 log_level="warning",
                 access_log=False,
+                proxy_headers=False,
+                server_header=False,
                 lifespan="off",
                 ws="none",
                 timeout_keep_alive=KEEP_ALIVE,
@@ -99,6 +102,8 @@ def run(arguments: list[str]) -> int:
             say(f"note: every machine that reaches {options.host} can use this server; --api-key KEY asks for a key")
         drafts = f", drafts by {service.llm.draft_name}" if service.llm.speculative else ""
         say(f"serving {service.model}{drafts} on http://{options.host}:{port} (Ctrl-C ends)")
+        gc.collect()
+        gc.freeze()  # models and modules stay: to look through them stops everything for 0.2 s, again and again
         try:
             Server(service).run([taken])
         finally:

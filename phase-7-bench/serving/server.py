@@ -32,6 +32,8 @@ from .service import Job, Service
 Handler = Callable[[Service, Request], Awaitable[Response]]
 BODY_SECONDS = 30.0  # in which a request's body must arrive
 PAGE = Path(__file__).parent / "page.html"
+ENCODE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
+DONE = b"data: [DONE]\n\n"
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
 
@@ -157,30 +159,33 @@ class Answer(Response):
             if not self.started:
                 await failed(known)(scope, receive, send)
             else:
-                await self._event(send, known.body)
-                await self._end(send)
+                await self._send(send, event(known.body), end=True)
 
     async def _stream(self, send: Send) -> None:
         """Send an event for every output. The status waits for the first one: the engine may refuse."""
-        job, choices = self.job, self.job.choices
+        job, choices, data = self.job, self.job.choices, b""
         async with aclosing(self.service.outputs(job)) as outputs:
             async for choice, output in outputs:
                 if (chunk := job.form.chunk(choice, output, choices)) is not None:
-                    await self._event(send, chunk)
+                    data += event(chunk)
+                    if any(each.finish_reason is None for each in choices):  # the last event goes with the end
+                        await self._send(send, data)
+                        data = b""
         options = job.form.request.stream_options
         if options is not None and options.include_usage:
-            await self._event(send, job.form.last(choices, job.drafts))
-        await self._end(send)
+            data += event(job.form.last(choices, job.drafts))
+        await self._send(send, data, end=True)
 
-    async def _event(self, send: Send, body: dict[str, Any]) -> None:
+    async def _send(self, send: Send, data: bytes, end: bool = False) -> None:
+        """Send events at once: a call of the system for each would take longer than to make them."""
         if not self.started:
             self.started = True
             await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-        data = b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": data + DONE if end else data, "more_body": not end})
 
-    async def _end(self, send: Send) -> None:
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+def event(body: dict[str, Any]) -> bytes:
+    return b"data: " + ENCODE(body).encode() + b"\n\n"
 
 
 async def _left(receive: Receive) -> None:

@@ -10,7 +10,6 @@ from contextlib import aclosing
 from typing import Any
 
 from common.errors import UserError
-from common.tokenizer import IncrementalDecoder
 from engine import LLM, AsyncLLMEngine, LLMEngine, Output, SamplingParams
 from engine.async_engine import Refused
 from engine.policies import LOSSLESS
@@ -96,7 +95,7 @@ class Service:
                 **self._logprobs(request),
             },
             [
-                Choice(at * n + sample, prompt, text, IncrementalDecoder(self.tokenizer, prompt),
+                Choice(at * n + sample, prompt, text,
                        logprobs=[None] if isinstance(request, CompletionRequest) and request.echo else [])
                 for at, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
                 for sample in range(n)
