@@ -11,14 +11,14 @@ percentile needs so many requests that one of them lies beyond it with 95% confi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +40,7 @@ from common.terminal import progress
 from .arrivals import Arrivals, schedule
 from .formats import llama_document, vllm_document
 from .loads import SECTION, draw, report, summary
-from .targets import Ask, Failed, LocalTarget, Target, UrlTarget
+from .targets import Ask, LocalTarget, Target, UrlTarget
 
 REQUEST = "request"
 DEFINITIONS = {
@@ -118,16 +118,14 @@ class Served:
         return found
 
 
-async def load(target: Target, asks: Sequence[tuple[Prompt, Ask]], times: Sequence[float], step: Any) -> list[Served]:
+def load(target: Target, asks: Sequence[tuple[Prompt, Ask]], times: Sequence[float], step: Any) -> list[Served]:
     """Send every request at its time, whatever became of the earlier ones; return all when they have ended."""
     served = [Served(prompt, at) for (prompt, _), at in zip(asks, times, strict=True)]
-    began = time.perf_counter() + 0.05  # the tasks exist before the first request is due
 
-    async def one(mine: Served, ask: Ask) -> None:
-        await asyncio.sleep(max(0.0, began + mine.scheduled - time.perf_counter()))
+    def one(mine: Served, ask: Ask) -> None:
         mine.sent = time.perf_counter() - began
         try:
-            async for chunk in target.stream(ask):
+            for chunk in target.stream(ask):
                 if chunk.tokens:
                     mine.chunks.append((time.perf_counter() - began, chunk.tokens))
                     mine.text += chunk.text
@@ -135,11 +133,18 @@ async def load(target: Target, asks: Sequence[tuple[Prompt, Ask]], times: Sequen
                 mine.prompt_tokens = chunk.prompt if chunk.prompt is not None else mine.prompt_tokens
             if not mine.chunks:
                 mine.error = "the answer had no token"
-        except Failed as error:
+        except UserError as error:
             mine.error = str(error)
         step(mine.prompt.id)
 
-    await asyncio.gather(*(one(mine, ask) for mine, (_, ask) in zip(served, asks, strict=True)))
+    with ThreadPoolExecutor(len(asks)) as threads:  # as many as there are requests at once: an open loop has no limit
+        began = time.perf_counter()
+        sent = []
+        for mine, (_, ask) in zip(served, asks, strict=True):
+            time.sleep(max(0.0, began + mine.scheduled - time.perf_counter()))
+            sent.append(threads.submit(one, mine, ask))
+    for each in sent:
+        each.result()
     return served
 
 
@@ -164,10 +169,10 @@ def keeps_up(line: dict[str, Any], times: Sequence[float]) -> bool:
     return not line["failed"] and line.get("completed_per_s", 0.0) >= SATURATED * min(offered, line["rate"])
 
 
-@contextlib.asynccontextmanager
-async def opened(options: LatencyOptions) -> AsyncIterator[Target]:
+@contextlib.contextmanager
+def opened(options: LatencyOptions) -> Iterator[Target]:
     if options.target is not None:
-        async with UrlTarget(options.target, options.target_model, options.timeout) as target:
+        with contextlib.closing(UrlTarget(options.target, options.target_model, options.timeout)) as target:
             yield target
         return
     chosen: dict[str, Any] = {
@@ -175,25 +180,22 @@ async def opened(options: LatencyOptions) -> AsyncIterator[Target]:
         "device": options.device, "threads": options.threads or 0, "batch_size": options.batch_size,
         "max_tokens": options.max_tokens, "seed": options.seed,
     }  # fmt: skip
-    local = LocalTarget(engine.Options(**chosen))
-    try:
+    with contextlib.closing(LocalTarget(engine.Options(**chosen))) as local:
         yield local
-    finally:
-        await local.close()
 
 
-async def measure(bench: Bench, options: LatencyOptions) -> str:
+def measure(bench: Bench, options: LatencyOptions) -> str:
     """Load the target at every rate, and add a row per request; return the model's name."""
     prompts = bench.prompts(options.prompts)
     began = time.monotonic()
-    async with opened(options) as target:
+    with opened(options) as target:
         print(f"note: {target.where}, model {target.name}", file=sys.stderr)
         asks = [
             (prompt, Ask(prompt.text, options.max_tokens, options.temperature, options.seed + at, options.ignore_eos))
             for at, prompt in enumerate(prompts[number % len(prompts)] for number in range(options.requests))
         ]
         with progress("warm-up", 2) as step:
-            first = await load(target, asks[:2], [0.0, 0.0][: len(asks[:2])], step)
+            first = load(target, asks[:2], [0.0, 0.0][: len(asks[:2])], step)
         if all(each.error for each in first):
             raise UserError(f"{target.where} answers no request: {first[0].error}")
         rates, number = list(options.rate), 0
@@ -203,7 +205,7 @@ async def measure(bench: Bench, options: LatencyOptions) -> str:
             times = schedule(options.arrivals, rate, options.requests, options.seed)
             if not any(row.cell == cell for row in bench.results.rows):
                 with progress(f"{rate:g} requests/s", options.requests) as step:
-                    served = await load(target, asks, times, step)
+                    served = load(target, asks, times, step)
                 for row in rows_of(served, cell):
                     bench.results.add(row)
             number += 1
@@ -231,7 +233,7 @@ def run(arguments: list[str]) -> int:
     hashes = {} if options.target else {options.model: open_checkpoint(options.model).content_hash()}
     with open_results(options, DEFINITIONS, resolve_device(options.device), options.dtype, hashes) as results:
         bench = Bench(options, results, resolve_device(options.device))
-        model = asyncio.run(measure(bench, options))
+        model = measure(bench, options)
         lines = summary(results.rows, options.objectives)
         report(lines)
         if options.output:

@@ -29,9 +29,9 @@ ARRIVALS = mutants(
 TARGETS = mutants(
     f"{FOLDER}/targets.py",
     ("tests/phase7/test_latency.py",),
-    ("        if not done:\n", "        if False:\n"),
-    ("if answer.status_code != 200:", "if answer.status_code >= 600:"),
-    ('        if "error" in event:\n', '        if "errors" in event:\n'),
+    ('if not chunk.body.get("choices"):', "if False:"),
+    ("timeout=timeout, retries=0)  # a refusal is a result", "timeout=timeout)"),
+    ("            self.idle.append(client)\n", "            pass\n"),
 )
 PREDICT = mutants(
     f"{FOLDER}/predict.py",

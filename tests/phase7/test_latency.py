@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,11 +50,11 @@ class Stalled:
     name, where = "stalled", "here"
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
+        self.lock = threading.Lock()
 
-    async def stream(self, ask: Any) -> AsyncIterator[Any]:
-        async with self.lock:
-            await asyncio.sleep(0.1)
+    def stream(self, ask: Any) -> Iterator[Any]:
+        with self.lock:
+            time.sleep(0.1)
             yield targets.Chunk(1, "a")
             yield targets.Chunk(2, "bc")
 
@@ -62,7 +62,7 @@ class Stalled:
 def test_latency_counts_from_the_scheduled_arrival() -> None:
     """Five requests arrive at once: each waits for those before it, though the server needs 0.1 s for any of them."""
     asks = [(PROMPT, targets.Ask("text", 3, 0.0, at)) for at in range(5)]
-    served = asyncio.run(latency.load(Stalled(), asks, [0.0] * 5, lambda _: None))
+    served = latency.load(Stalled(), asks, [0.0] * 5, lambda _: None)
     first = sorted(each.figures()["ttft_ms"] for each in served)
     assert np.diff(first) == pytest.approx([100] * 4, abs=60)
     assert first[-1] > 450
@@ -72,7 +72,7 @@ def test_latency_counts_from_the_scheduled_arrival() -> None:
 
 def test_the_next_request_does_not_wait_for_the_last() -> None:
     asks = [(PROMPT, targets.Ask("text", 3, 0.0, at)) for at in range(4)]
-    served = asyncio.run(latency.load(Stalled(), asks, [0.0, 0.01, 0.02, 0.03], lambda _: None))
+    served = latency.load(Stalled(), asks, [0.0, 0.01, 0.02, 0.03], lambda _: None)
     assert all(each.sent - each.scheduled < 0.08 for each in served)
 
 
@@ -118,6 +118,9 @@ def test_goodput_counts_requests_that_met_every_objective() -> None:
     assert line["met"] == 5 / 11
     assert line["goodput"] == pytest.approx(5 / line["seconds"])
     assert line["failed"] == 1
+
+
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
 
 
 def event(**fields: Any) -> bytes:
@@ -175,32 +178,31 @@ def url() -> Iterator[str]:
 
 
 def ask_url(url: str, *prompts: str) -> list[Any]:
-    async def main() -> list[Any]:
-        async with targets.UrlTarget(url, None, 1.0) as target:
-            assert target.name == "small"
-            asks = [(PROMPT, targets.Ask(prompt, 3, 0.5, 4)) for prompt in prompts]
-            found: list[Any] = await latency.load(target, asks, [0.0] * len(asks), lambda _: None)
-            return found
-
-    return asyncio.run(main())
+    with closing(targets.UrlTarget(url, None, 1.0)) as target:
+        assert target.name == "small"
+        asks = [(PROMPT, targets.Ask(prompt, 3, 0.5, 4)) for prompt in prompts]
+        found: list[Any] = latency.load(target, asks, [0.0] * len(asks), lambda _: None)
+        assert target.idle  # connections are used again
+        return found
 
 
 def test_a_server_is_asked_for_a_stream_with_its_usage(url: str) -> None:
     (served,) = ask_url(f"{url}/v1", "good")
     assert (served.error, served.text, served.tokens, served.prompt_tokens) == (None, "abc", 3, 9)
+    assert [tokens for _, tokens in served.chunks] == [1, 1]  # the usage at the end is no chunk
     asked = Server.asked[-1]
-    assert (asked["stream"], asked["stream_options"], asked["max_tokens"]) == (True, {"include_usage": True}, 3)
+    assert (asked["stream"], asked["stream_options"], asked["max_tokens"]) == (True, USAGE, 3)
     assert (asked["model"], asked["temperature"], asked["seed"]) == ("small", 0.5, 4)
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("broken", "a broken event: '{not json'"),
+        ("broken", "not JSON: {not json"),
         ("odd", "a broken event"),
-        ("reports", "the server reports: {'message': 'out of memory'}"),
+        ("reports", "out of memory"),
         ("cut", "ended without [DONE]"),
-        ("busy", "status 503"),
+        ("busy", "(503): no room"),
         ("slow", "nothing came for 1 s"),
     ],
 )
@@ -210,6 +212,7 @@ def test_a_bad_answer_is_a_row_with_its_reason_and_the_others_are_served(url: st
     rows = latency.rows_of([good, bad], {"rate": 1.0, "arrivals": "even"})
     assert [row.status for row in rows] == ["ok", "failed"]
     assert words in (rows[1].reason or "")
+    assert [asked["prompt"] for asked in Server.asked].count(how) == 1
 
 
 def test_a_server_that_is_down_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common.errors import UserError
 from tests.support.beside import beside
 from tests.support.serving import Served, eventually
 
@@ -196,6 +198,44 @@ def test_streams_of_other_servers() -> None:
             client.streamed("a")
         with pytest.raises(clients.ServerError, match="not JSON"):
             client.streamed("a")
+
+
+def test_a_stream_that_ends_too_soon() -> None:
+    """A finish reason is as good as [DONE]; without both, the text may be a part."""
+    part, last = {"choices": [{"text": "a"}]}, {"choices": [{"text": "b", "finish_reason": "stop"}]}
+    sent = [events(part, last, end=""), events(part, end=""), events({"choices": 5})]
+    with (
+        scripted(lambda handler, at: say(handler, 200, sent[at])) as (url, _),
+        clients.Client(url, "m") as client,
+    ):
+        assert client.streamed("a").text == "ab"
+        with pytest.raises(clients.ServerError, match="ended without"):
+            client.streamed("a")
+        with pytest.raises(clients.ServerError, match="broken event"):
+            client.streamed("a")
+
+
+def test_a_connection_serves_several_requests_until_the_server_closes_it() -> None:
+    addresses = list[Any]()
+
+    def script(handler: BaseHTTPRequestHandler, at: int) -> None:
+        addresses.append(handler.client_address)
+        say(handler, 200, events({"choices": [{"text": "a"}]}) if at < 2 else GOOD)
+        handler.close_connection = at == 2  # without saying so
+
+    with scripted(script) as (url, _), clients.Client(url, "m") as client:
+        assert client.streamed("a").text == client.streamed("a").text == "a"
+        assert client.complete("a").text == "yes"
+        assert len(set(addresses)) == 1
+        eventually(lambda: bool(select.select([client._http.sock], [], [], 0)[0]))
+        assert client.complete("a").text == "yes"
+    assert len(set(addresses)) == 2
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://a", "http://"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(UserError, match="no address of a server"):
+        clients.Client(url)
 
 
 def test_a_server_that_does_not_know_stream_options() -> None:
