@@ -59,9 +59,7 @@ def test_tasks_get_what_their_requests_get_alone(serving: tuple[Pair, AsyncLLMEn
     assert asyncio.run(read_all()) == [made.alone(asked(TEXT[at:], tokens=10)) for at in range(6)]
 
 
-def test_a_step_wakes_an_event_loop_once(
-    serving: tuple[Pair, AsyncLLMEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_wakes_an_event_loop_once(serving: tuple[Pair, AsyncLLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of samples that wait there."""
     _, engine = serving
     steps, wakes = list[int](), list[int]()

@@ -62,7 +62,7 @@ def idle(text: str) -> bool:
 @pytest.mark.slow
 def test_10_000_requests_one_after_the_other() -> None:
     """Memory is flat: the second half adds less than 2%."""
-    with Program("--model", "stdlib-1m") as program, httpx.Client(base_url=program.url) as client:
+    with Program("--model", "stdlib-1m") as program, httpx.Client(base_url=program.url, timeout=None) as client:
         memory, seen = psutil.Process(program.process.pid).memory_info, list[int]()
         for at in range(10_000):
             body = {"prompt": f"{PROMPTS[at % 8]} {at}", "max_tokens": 2, "stream": at % 3 == 0, "seed": at}
