@@ -129,10 +129,22 @@ def test_guidellm(served: Served, tmp_path: Path) -> None:
     assert found["errored"] == 0
 
 
+def hub(folder: Path) -> str:
+    """Make a cache of the hub that has the model, and return its name there: AIPerf takes no folder."""
+    name, commit = f"lab/{MODEL}", "0" * 40
+    cached = folder / "hub" / f"models--{name.replace('/', '--')}"
+    for part in ("refs", "snapshots"):
+        (cached / part).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).symlink_to(FOLDER.absolute())
+    return name
+
+
 def test_aiperf(served: Served, tmp_path: Path) -> None:
     command = [installed("aiperf"), "profile", "--model", MODEL, "--url", served.url, "--endpoint-type", "completions"]
-    command += ["--streaming", "--concurrency", "4", "--request-count", "16", "--tokenizer", str(FOLDER)]
-    run([*command, "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--ui", "none"], tmp_path)
+    command += ["--streaming", "--concurrency", "4", "--request-count", "16", "--tokenizer", hub(tmp_path)]
+    run([*command, "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--ui", "none"], tmp_path,
+        HF_HOME=str(tmp_path))  # fmt: skip
     (written,) = tmp_path.rglob("profile_export_aiperf.json")
     assert json.loads(written.read_text())["request_count"]["avg"] == 16
 
