@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +72,7 @@ def measure_latency(bench: Bench, options: Options) -> None:
     given |= {"max_tokens": options.max_tokens, "prompts": min(options.prompts, 50), "ignore_eos": True}
     given |= {"requests": 10 if quick else options.requests, "rate": [4.0] if quick else options.rates}
     load = LatencyOptions(**given, slo_ttft=500, slo_tpot=50)
-    asyncio.run(measure_load(bench, load))
+    measure_load(bench, load)
 
 
 def measure_server(bench: Bench, options: Options) -> None:

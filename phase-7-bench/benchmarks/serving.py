@@ -4,7 +4,7 @@ Server and clients are separate processes; the local engine runs in the process 
 requests, and ours must give the same tokens.
 
     python -m benchmarks.serving --output results      # in the folder of this phase
-    python -m benchmarks.serving --only peers          # transformers serve; needs fastapi in this environment
+    python -m benchmarks.serving --only peers          # transformers serve, in the environment of `make interop`
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import engine
 from common.benchmark import BenchOptions, Outcome, WrongResult, print_document
 from common.checkpoint import open_checkpoint
 from common.device import resolve_device
+from common.errors import UserError
 from common.harness import Bench, Variant, model_hashes, open_results
 from common.options import parse_options, run_main
 from common.phases import ROOT
@@ -145,20 +146,12 @@ def ours(lab: Bench) -> Iterator[str]:
 @contextmanager
 def transformers_serve(folder: str) -> Iterator[str]:
     port = free_port()
+    python = Path(os.environ.get("INTEROP_BIN", ROOT / ".venv" / "interop" / "bin")).absolute() / "python"
+    if not python.exists():
+        raise UserError(f"{python} does not exist: `make interop` makes this environment; or name its INTEROP_BIN")
     script = "from transformers.cli.transformers import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        "serve",
-        folder,
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
+    command = [str(python), "-c", script, "serve", folder, "--port", str(port), "--dtype", "float32"]
+    command += ["--device", "cpu"]
     with program(command, f"http://127.0.0.1:{port}") as url:
         yield url
 
