@@ -32,7 +32,7 @@ from common.harness import Bench, model_hashes, open_results
 from common.options import parse_options, run_main
 from instruments.loads import draw as draw_loads
 from instruments.loads import summary
-from instruments.predict import compared, verdicts
+from instruments.predict import compared, sentences, verdicts
 
 SECTIONS = {
     "sweep": measure_sweep,
@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> int:
         names = list(dict.fromkeys(name for line in predictions for name in line))
         if predictions:
             print_table("Predicted and measured", names, [[line.get(n) for n in names] for line in predictions])
+            print(*sentences(predictions), sep="\n", file=sys.stderr)
         loads = summary([row for row in results.rows if not row.synthetic])
         names = list(dict.fromkeys(name for line in loads for name in line))
         if loads:

@@ -199,3 +199,25 @@ def verdicts(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Summarise real cells, and apart from them those with synthetic acceptance, where only costs can be wrong."""
     forced = [line for line in lines if "synthetic_acceptance" in line["variant"]]
     return {"whole": verdict([line for line in lines if line not in forced]), "costs_alone": verdict(forced)}
+
+
+def sentences(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how good the predictions were: a sentence on whole cells, one on acceptance and one on costs alone."""
+    found, said = verdicts(lines), list[str]()
+    whole, costs = found["whole"], found["costs_alone"]
+    if whole["predicted_cells"]:
+        said.append(
+            f"Of {whole['predicted_cells']} speed-ups {whole['inside']:.0%} were inside their 90% intervals; the error "
+            f"was {whole['error_median']:.1%} at the median and {whole['error_p90']:.1%} at the 90th percentile."
+        )
+    if "tokens_error_median" in whole:
+        said.append(
+            f"Acceptance alone (tokens per target forward, no clock): {whole['tokens_error_median']:.1%} and "
+            f"{whole['tokens_error_p90']:.1%}."
+        )
+    if costs["predicted_cells"]:
+        said.append(
+            f"Costs alone ({costs['predicted_cells']} with synthetic acceptance): {costs['error_median']:.1%} and "
+            f"{costs['error_p90']:.1%}."
+        )
+    return said

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from common.results import Row
+from common.phases import ROOT
+from common.results import Row, read_rows
 from common.tables import AGAIN
 from tests.support.beside import beside
 
@@ -94,6 +95,14 @@ def test_predictions_are_joined_with_what_was_measured() -> None:
     found = predict.verdict([line, {**line, "error": 0.5, "inside": False}])
     assert (found["predicted_cells"], found["inside"], found["error_p90"]) == (2, 0.5, 0.5)
     assert predict.verdict([]) == {"predicted_cells": 0}
+
+
+def test_the_readme_says_how_good_the_predictions_were() -> None:
+    folder = ROOT / "phase-7-bench"
+    readme = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    said = predict.sentences(predict.compared(read_rows(folder / "results")))
+    assert len(said) == 3
+    assert all(sentence in readme for sentence in said), said
 
 
 def test_a_cell_is_surveyed_on_the_other_half_before_it_is_measured(llama_folder: Path) -> None:
