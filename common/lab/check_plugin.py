@@ -1,8 +1,8 @@
 """The process in which `lab check` runs the tests: here `import phase2` means only the learner's folder.
 
 It reads a request (JSON) from stdin, runs pytest, and writes one JSON line for each test as it ends. The package is
-imported from the folder; a module that the folder lacks is missing, not taken from the shipped phase. `phases()`, and
-the processes that a test starts, see the folder in the shipped phase's place. At the end, loaded modules from other
+imported from the folder, which has every module of the shipped phase (check.py refuses one that lacks any). `phases()`,
+and the processes that a test starts, see the folder in the shipped phase's place. At the end, loaded modules from other
 folders are reported.
 
     echo '{"phase": 2, "folder": "my-phase-2", "order": [], "limit": 60, "pytest": ["tests/phase2"]}' \\
@@ -53,10 +53,7 @@ class FolderFinder(MetaPathFinder):
             file = self.folder / "__init__.py"
             return spec_from_file_location(name, file, submodule_search_locations=[str(self.folder)])
         if name.startswith(f"{self.package}."):
-            spec = PathFinder.find_spec(name, path)
-            if spec is None:  # other finders would search the shipped phase
-                raise ModuleNotFoundError(f"No module named {name!r} in {self.folder}", name=name)
-            return spec
+            return PathFinder.find_spec(name, path)
         return None
 
 

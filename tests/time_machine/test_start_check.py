@@ -325,14 +325,16 @@ def test_a_missing_name_fails_its_file_alone(folder: Path, course: Path, run_che
     assert "5 of 6 tests of phase 2 pass" in out
 
 
-def test_a_module_that_the_folder_lacks_is_not_taken_from_the_shipped_phase(folder: Path) -> None:
+def test_the_package_is_found_in_the_folder(folder: Path) -> None:
     finder = FolderFinder("phase2", folder / "engine")
     spec = finder.find_spec("phase2")
     assert spec is not None
     assert spec.origin == str(folder / "engine/__init__.py")
     assert finder.find_spec("phase1") is None
-    with pytest.raises(ModuleNotFoundError, match=r"phase2\.verify"):
-        finder.find_spec("phase2.verify", [str(folder / "engine")])
+    spec = finder.find_spec("phase2.new", [str(folder / "engine")])
+    assert spec is not None
+    assert spec.origin == str(folder / "engine/new.py")
+    assert finder.find_spec("phase2.verify", [str(folder / "engine")]) is None  # as where phases are not tested
 
 
 @pytest.mark.parametrize(
