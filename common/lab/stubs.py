@@ -193,6 +193,8 @@ def _at_import(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
         elif isinstance(node, ast.ClassDef):
             yield from (*node.bases, *node.keywords)
             yield from _at_import(node.body)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
         elif isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.Try | ast.ExceptHandler):
             yield from _at_import(ast.iter_child_nodes(node))
         elif not isinstance(node, ast.Import | ast.ImportFrom):

@@ -89,6 +89,10 @@ if torch:
 
     def conditional() -> int:
         return 9
+
+
+if __name__ == "__main__":
+    print(short())
 '''
     text = stub({"engine/a.py": source}, {"engine/a.py"})["engine/a.py"]
     ast.parse(text)
@@ -103,6 +107,7 @@ if torch:
         "conditional",
     ]
     assert text.count("raise NotImplementedError") == len(names)
+    assert text.endswith("    print(short())\n"), "what a program runs is kept, and does not run at import"
     assert "_fill({})" in text, "what runs at import stays written"
     assert '{"secret": 1}' in text
     for gone in ("secret is out", "secret comment", "secret helper", "_helper", "self.secret", "_hidden", "return 3"):
