@@ -44,9 +44,8 @@ class Recording:
     """What a capture noted: the work in order, all that is frozen in it, and the memory that it allocated."""
 
     begin: int  # of its memory
-    work: list[tuple[int, int] | Callable[[], None]] = field(
-        default_factory=list
-    )  # launches first .. last - 1, or torch
+    # Launches first .. last - 1, or what torch computes.
+    work: list[tuple[int, int] | Callable[[], None]] = field(default_factory=list)
     arguments: list[object] = field(default_factory=list)  # must not depend on the state when the step was captured
     memory: list[Tensor] = field(default_factory=list)
 
@@ -203,9 +202,8 @@ class Recorded:
         with device.watched(), torch.inference_mode():
             with device.opened():
                 for memory in self.recording.memory:
-                    memory.view(torch.uint8).fill_(
-                        0xFF if memory.is_floating_point() else 0xA5
-                    )  # NaN, or far too large
+                    spoilt = 0xFF if memory.is_floating_point() else 0xA5  # NaN, or far too large
+                    memory.view(torch.uint8).fill_(spoilt)
             for work in self.recording.work:
                 if isinstance(work, tuple):
                     device.library.recorder_replay(*work)

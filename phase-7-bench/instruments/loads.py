@@ -44,9 +44,8 @@ def summary(rows: Sequence[Row], objectives: dict[str, float] | None = None) -> 
                 for name in ("ttft_ms", "tpot_ms", "e2e_ms")
             }
             for name, values in {**columns, "itl_ms": gaps}.items():
-                count = (
-                    len(good) if name == "itl_ms" else len(values)
-                )  # gaps of one request are no samples of their own
+                # Gaps of one request are no samples of their own.
+                count = len(good) if name == "itl_ms" else len(values)
                 for share in (0.5, 0.9, 0.99):
                     enough = values and count >= needed(share)
                     line[f"{name[:-3]}_p{share * 100:.0f}"] = float(np.quantile(values, share)) if enough else None

@@ -17,13 +17,8 @@ from types import ModuleType
 
 from common.phases import phases
 
-BESIDE = (
-    "benchmarks",
-    "checks",
-    "instruments",
-    "ladder",
-    "training",
-)  # packages that several phases have under one name
+# Packages that several phases have under one name.
+BESIDE = ("benchmarks", "checks", "instruments", "ladder", "training")
 _imported: dict[int, dict[str, ModuleType]] = {}  # of each phase, what was imported from beside its engine
 
 

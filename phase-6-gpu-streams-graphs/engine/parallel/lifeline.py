@@ -21,7 +21,6 @@ from typing import Any, Never
 from common.streams import say
 
 PATIENCE = 5.0  # seconds in which a broken exchange is explained by the rank that is gone
-BYE = b'{"bye": true}\n'
 
 
 class Lifeline:
@@ -54,10 +53,8 @@ class Lifeline:
                 message = read_line(sock)
                 if self.closed or message.get("bye"):
                     del open_ones[sock]
-                    if self.rank:
-                        time.sleep(
-                            PATIENCE
-                        )  # the end was said, too; this process ends within the time, or it never heard
+                    if self.rank:  # rank 0 has ended all; this process ends in time by itself, or never heard of it
+                        time.sleep(PATIENCE)
                         os._exit(1)
                 elif self.rank == 0:
                     self._report(self._reason(rank, message.get("failed")))
