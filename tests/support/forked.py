@@ -26,7 +26,13 @@ from pathlib import Path
 from typing import IO, Any
 
 OWN = re.compile(r"(tests|common|phase\d+|engine|benchmarks|checks|instruments|ladder|training)(\.|$)")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
+# As a Python program starts, but that Ctrl-C ends it.
+SIGNALS: dict[int, signal.Handlers] = {
+    signal.SIGINT: signal.SIG_DFL,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGPIPE: signal.SIG_IGN,
+    signal.SIGALRM: signal.SIG_DFL,
+}
 IMPORTED = [
     "torch",
     "numpy",
@@ -140,8 +146,8 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], files: list[Fil
     try:
         for number, file in enumerate(files):
             os.dup2(file.number, number)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in SIGNALS.items():
+            signal.signal(number, handler)
         sys.stdin, sys.stdout, sys.stderr = (
             io.TextIOWrapper(open(number, mode, buffering=0, closefd=False), "utf-8", write_through=number == 2)  # noqa: SIM115
             for number, mode in enumerate(("rb", "wb", "wb"))
