@@ -2,7 +2,8 @@
 
 The report begins and ends with what to do next: the function to write, or the first failure with the expected and the
 actual value. Between them it counts the tests of every function; `--verbose` lists all tests. The tests of every
-phase run too, so regressions show. Slow tests, those that need a GPU, and those marked `no_exercise` are left out.
+phase run too, so regressions show. Slow tests, those that need a GPU, and those marked `no_exercise` are left out, but
+for those about a function to write.
 
     lab check 2 my-phase-2
     lab check 2 my-phase-2 --hint
@@ -70,7 +71,7 @@ def run_tests(work: Exercise, folder: Path, root: Path, extra: list[str]) -> lis
     """Run the phase's tests on the folder, in a separate process. UserError if they cannot be run."""
     own = f"tests/{work.phase.package}"
     tests = [path for path in (own, "tests/every_phase") if (root / path).is_dir()]
-    marks = "not slow and not gpu and not no_exercise"
+    marks = "not slow and not gpu and (about or not no_exercise)"
     options = ["-m", marks, "-p", "no:cacheprovider", "--continue-on-collection-errors", *extra]
     order = [str(stub) for stub in work.stubs]
     request = {"phase": work.phase.number, "folder": str(folder), "order": order, "limit": TIME_LIMIT}
