@@ -16,6 +16,7 @@ def found(*lines: str, baseline: bool = True) -> list[tuple[dict[str, object], l
     return [(cell.settings, list(cell.variants)) for cell in grid.cells(grid.parse(lines), baseline)]
 
 
+@pytest.mark.about("instruments/grid.py, cells")
 def test_axes_of_drafting_make_variants_and_others_make_cells() -> None:
     assert found("k=1..2", "drafter=model,eagle", "dtype=float32,bfloat16") == [
         ({"dtype": dtype}, ["plain", *(f"k={k}, drafter={name}" for k in (1, 2) for name in ("model", "eagle"))])
@@ -23,18 +24,21 @@ def test_axes_of_drafting_make_variants_and_others_make_cells() -> None:
     ]
 
 
+@pytest.mark.about("instruments/grid.py, cells")
 def test_without_an_axis_of_drafting_the_first_axis_makes_the_variants() -> None:
     (cell,) = grid.cells(grid.parse(["kv=off,paged", "max-tokens=32"]))
     assert cell.settings == {"max_tokens": 32}
     assert cell.variants == {"kv=off": {"draft": "none", "kv": "off"}, "kv=paged": {"draft": "none", "kv": "paged"}}
 
 
+@pytest.mark.about("instruments/grid.py, cells")
 def test_options_that_vary_together() -> None:
     cells = grid.cells(grid.parse(["target+draft=a+b,c+none", "gamma=3"]))
     assert [cell.settings for cell in cells] == [{"model": "a", "draft": "b"}, {"model": "c", "draft": "none"}]
     assert cells[0].variants == {"plain": {"draft": "none"}, "k=3": {"k": 3}}
 
 
+@pytest.mark.about("instruments/grid.py, cells")
 def test_without_a_baseline_the_first_variant_takes_its_place() -> None:
     assert found("k=1,4", baseline=False) == [({}, ["k=1", "k=4"])]
 

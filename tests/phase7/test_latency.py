@@ -28,6 +28,7 @@ formats = beside(7, "instruments.formats")
 PROMPT = Prompt("p", "own", "test", "text", "", "")
 
 
+@pytest.mark.about("instruments/arrivals.py, schedule")
 def test_a_schedule_depends_on_the_seed_alone_and_has_the_rate() -> None:
     for name in ("poisson", "bursts", "even"):
         times = arrivals.schedule(name, 5.0, 4000, 1)
@@ -76,6 +77,7 @@ def test_the_next_request_does_not_wait_for_the_last() -> None:
     assert all(each.sent - each.scheduled < 0.08 for each in served)
 
 
+@pytest.mark.about("instruments/latency.py, Served.figures")
 def test_definitions_of_latencies() -> None:
     served = latency.Served(PROMPT, 1.0, 1.001, [(1.5, 1), (1.7, 2), (2.0, 1)])
     figures = served.figures()
@@ -101,6 +103,7 @@ def request_row(number: int, ttft: float, rate: float = 2.0) -> Row:
     )  # fmt: skip
 
 
+@pytest.mark.about("instruments/loads.py, needed")
 def test_percentiles_need_so_many_requests_that_one_lies_beyond() -> None:
     assert [loads.needed(share) for share in (0.5, 0.9, 0.99)] == [5, 29, 299]
     (line,) = loads.summary([request_row(at, float(at)) for at in range(28)])

@@ -53,6 +53,7 @@ def machine(noise: float = 0.0, seed: int = 0) -> list[Row]:
     return rows
 
 
+@pytest.mark.about("instruments/predict.py, cost")
 def test_a_prediction_is_the_ratio_of_two_times_of_a_text() -> None:
     """A text of 20 tokens in 8 steps: (30 + 20 x 10) / (30 + 8 x 15) ms."""
     rows = machine() + [counted("k=2", at, 8, 12, 8, [7, 5]) for at in range(10)]
@@ -75,6 +76,7 @@ def test_the_interval_grows_with_prompts_that_differ_and_with_noise() -> None:
     assert width[0] < width[2]
 
 
+@pytest.mark.about("instruments/predict.py, rate")
 def test_the_rate_is_the_chance_after_accepted_tokens() -> None:
     """8 drafts of 2: 7 first tokens accepted, 5 second ones. 12 accepted, 3 rejected."""
     assert predict.rate([counted("k=2", 0, 8, 12, 8, [7, 5])]) == 12 / 15
@@ -121,6 +123,7 @@ def test_a_cell_is_surveyed_on_the_other_half_before_it_is_measured(llama_folder
     assert prediction.figures["predicted_low"] < prediction.figures["predicted"] < prediction.figures["predicted_high"]
 
 
+@pytest.mark.about("instruments/predict.py, rate")
 def test_a_synthetic_loop_has_the_acceptance_that_was_asked_for(llama_folder: Path) -> None:
     models = cell.Models({"model": str(llama_folder), "max_tokens": 40, "device": "cpu", "dtype": "float32"}, {})
     llm = models.llm({"draft": str(llama_folder), "k": 2, "synthetic_acceptance": 0.7})

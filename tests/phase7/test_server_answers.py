@@ -202,6 +202,7 @@ def test_a_chat_may_fill_the_context(server: Served) -> None:
     assert body["usage"]["total_tokens"] == 1024
 
 
+@pytest.mark.about("serving/answers.py, origins")
 def test_a_stream_says_where_tokens_come_from(drafting: Served) -> None:
     """The origins agree with the figures of the request."""
     events = drafting.events(

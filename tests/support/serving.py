@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import pytest
 
-from common.phases import ROOT
+from common.phases import ROOT, phases
 from tests.support import forked
 from tests.support.beside import beside
 
-FOLDER = ROOT / "phase-7-bench"
+FOLDER = phases()[-1].folder
 Json = dict[str, Any]
 
 

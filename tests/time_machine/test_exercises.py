@@ -21,7 +21,6 @@ from common.lab.exercise import Exercise, exercise
 from common.lab.snapshots import read_list
 from common.phases import ROOT, Phase, phases
 from tests.support import forked
-from tests.support.covering import newest_engine
 from tests.support.mutation import HEAVY
 
 pytestmark = pytest.mark.usefixtures("forked_check", "_imported")
@@ -34,10 +33,7 @@ def _imported() -> None:
         importlib.import_module(name)
 
 
-WITH_AN_ENGINE = phases()[: newest_engine()]  # of its own
-
-
-@pytest.fixture(params=WITH_AN_ENGINE[1:], ids=lambda phase: phase.package)
+@pytest.fixture(params=phases()[1:], ids=lambda phase: phase.package)
 def later(request: pytest.FixtureRequest) -> Phase:
     found: Phase = request.param
     return found
@@ -98,7 +94,7 @@ def test_hints_and_tests_name_what_is_to_be_written(later: Phase, started: Start
     assert set(re.findall(r'mark\.about\("(.+?)"\)', tests)) <= written
 
 
-@pytest.mark.parametrize("phase", WITH_AN_ENGINE, ids=lambda phase: phase.package)
+@pytest.mark.parametrize("phase", phases(), ids=lambda phase: phase.package)
 def test_the_core_path(phase: Phase) -> None:
     """Five to ten functions, each with a time, a hint and a test; one or more in every part of a long lesson."""
     work = exercise(phases(), phase.number)
@@ -113,7 +109,7 @@ def test_the_core_path(phase: Phase) -> None:
         assert str(stub) in about, f"no test of phase {phase.number} is about {stub}"
         assert stub.purpose
     listing = read_list(phase)
-    if phase.number in (3, 5, 6):  # long lessons
+    if phase.number in (3, 5, 6, 7):  # long lessons
         part_of = {change.path: change.part for change in listing.changes}
         assert {part_of[stub.file] for stub in work.stubs} == set(listing.parts)
 
