@@ -1,7 +1,8 @@
 """Imported first by generate.py and bench.py: one line if a package is missing, a quiet end on Ctrl-C in imports.
 
 Without this module, a Python outside of the environment ends in `No module named 'common'`, and Ctrl-C during the
-import of torch, which takes seconds, ends in a traceback. common.options.run_main restores the usual Ctrl-C.
+import of torch, which takes seconds, ends in a traceback. common.options.run_main restores the usual Ctrl-C. On a
+terminal a line says that torch is imported, and goes again.
 """
 
 import importlib.util
@@ -29,3 +30,8 @@ if missing is not None:
     sys.exit(2)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)
+if sys.stderr is not None and sys.stderr.isatty():
+    print("importing torch ...", end="\r", file=sys.stderr, flush=True)
+    import torch  # noqa: F401
+
+    print("\033[K", end="", file=sys.stderr, flush=True)

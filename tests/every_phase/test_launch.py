@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.phases import Phase
+from common.phases import ROOT, Phase
 
 SLOW = 'import time\nprint("importing", flush=True)\ntime.sleep(60)\n'
 
@@ -40,3 +40,14 @@ def test_interrupted_imports_leave_no_traceback(phase: Phase, tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
+
+
+def test_a_terminal_is_told_that_torch_is_imported(phase: Phase, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)")
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, phase.folder / "generate.py"], env=environment, stderr=theirs)
+    assert done.returncode == 3
+    assert os.read(ours, 100) == b"importing torch ...\r"
+    os.close(ours)
+    os.close(theirs)

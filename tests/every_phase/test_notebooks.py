@@ -1,4 +1,4 @@
-"""Every cell of every notebook runs, answers to exercises too; `make test-all` runs them in Jupyter, with all tokens."""
+"""Every cell of every notebook runs, answers to exercises too; `make test-all` runs them in Jupyter at full size."""
 
 from __future__ import annotations
 
