@@ -36,7 +36,7 @@ from common.lab.stubs import NOT_WRITTEN, Stub
 from common.phases import EXERCISE_FILE, ROOT, phase_of, phases
 from common.terminal import progress
 
-TIME_LIMIT = 60.0  # seconds for one test; a longer one is taken for endless
+TIME_LIMIT = 60.0  # CPU seconds for one test; a longer one is taken for endless
 STYLES = {"passes": "green", "fails": "red", "not written yet": "yellow", "not run": "dim", "skipped": "dim"}
 WIDTH = max(map(len, STYLES))
 ROWS, LINES = 12, 5  # functions, and lines of a failure's message, in the short report
