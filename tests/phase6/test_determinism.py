@@ -93,7 +93,13 @@ def test_what_cannot_be_is_an_error(options: dict[str, Any], said: str, folder: 
 @cpp
 def test_greedy_tokens_may_follow_the_clock(folder: str) -> None:
     """At temperature 0 every policy that is lossless gives the target's own tokens, whatever K is."""
-    chosen = {"model": folder, "draft": folder, "device": "cpu", "controller": "cost", "policy": "rejection"}
+    chosen: dict[str, Any] = {
+        "model": folder,
+        "draft": folder,
+        "device": "cpu",
+        "controller": "cost",
+        "policy": "rejection",
+    }
     llm = phase6.LLM(phase6.Options(**chosen, temperature=0.0, deterministic=True))
     assert why_not_reproducible(llm) is None
 

@@ -73,7 +73,9 @@ def test_a_draft_for_another_text_is_not_used(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("sync", "waits"), [("event", False), ("barrier", True)])
-def test_when_the_target_waits(sync: str, waits: bool, make: Callable[..., Any]) -> None:
+def test_when_the_target_waits(
+    sync: str, waits: bool, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A draft that takes long holds up the accept rule with `barrier`, and what changes the texts with both."""
     llm = make(parallel_streams=True, sync_mode=sync)
     drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
@@ -86,7 +88,7 @@ def test_when_the_target_waits(sync: str, waits: bool, make: Callable[..., Any])
         assert slow.wait(60)
         return inner(*arguments)
 
-    drafter.inner.propose = propose  # type: ignore[method-assign]
+    monkeypatch.setattr(drafter.inner, "propose", propose)
     with ThreadPoolExecutor(1) as other:
 
         def verify() -> None:
