@@ -62,6 +62,8 @@ def summary(rows: Sequence[Row], objectives: dict[str, float] | None = None) -> 
 
 def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     """Draw throughput against rate, TTFT against rate, and the tokens/s of one user against those of all."""
+    from matplotlib.ticker import LogFormatter
+
     lines = [line for line in lines if "tokens_per_s" in line]
     with figure(file, 1, 3, (5.0, 4.0)) as [rate, first, users]:
         x = [line["rate"] for line in lines]
@@ -78,6 +80,8 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
                 )
         first.set_ylabel("ms from arrival to the first token")
         first.set_yscale("log")
+        first.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
+        first.yaxis.set_minor_formatter(LogFormatter())
         both = [line for line in lines if "tokens_per_s_per_user" in line]
         users.plot([line["tokens_per_s"] for line in both], [line["tokens_per_s_per_user"] for line in both], **look(1))
         users.set_xlabel("tokens per second, all users")
