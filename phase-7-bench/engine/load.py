@@ -142,16 +142,9 @@ def load(
 
 
 def load_transformer(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    format: Format | None = None,
-    quant_head: bool = False,
-    scheme: Scheme | None = None,
-    as_stored: bool = False,
-    group: Group | None = None,
-) -> Transformer:
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device, format: Format | None = None,
+    quant_head: bool = False, scheme: Scheme | None = None, as_stored: bool = False, group: Group | None = None,
+) -> Transformer:  # fmt: skip
     """Load the checkpoint's weights into a model. UserError names tensors that are missing, unknown or misshapen.
 
     With `scheme`, the file holds matrices quantised by another tool.
