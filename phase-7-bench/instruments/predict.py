@@ -4,7 +4,7 @@
       = (first(0) + (n - 1) step(0)) / (first(v) + (steps - 1) step(v))
 
 - What steps cost on this machine: decoding loops with synthetic acceptance (engine/synthetic.py), in turns with plain
-  decoding. step(v) is the mean time of a step after the first, first(v) that of all else: the prompts of the
+  decoding. step(v) is the time of a step after the first, first(v) that of all else: the prompts of the
   target and of the drafter, and a step. A step is K draft positions, a forward over K + 1 tokens, and the rule.
 - How many steps a text takes: the variant decodes the prompts of the *other* half, at the cell's temperature, without
   looking at a clock. steps = tokens / (1 + sum of survival), with the shortened last step.
@@ -26,6 +26,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.harness import Bench
+from common.prompts import Prompt
 from common.results import Row
 from common.tables import derive
 
@@ -33,7 +34,7 @@ from .cell import SECTION, Models, Task, base_settings, decode, way
 from .grid import OWN, PLAIN
 
 SURVIVAL, COST, PREDICTION = "survival", "cost", "prediction"
-COST_PROMPTS, COST_ROUNDS = 6, 5
+COST_PROMPTS, COST_ROUNDS = 20, 5
 Z = 1.645  # of a 90% interval
 DRIFT = 0.02  # standard deviation of the log of a ratio between the measurement of its costs and its own
 PREDICTIONS = {
@@ -61,11 +62,18 @@ def survey(bench: Bench, task: Task) -> None:
         forced[name] = {"synthetic_acceptance": accepted, **settings}
     timed = bench.with_options(rounds=COST_ROUNDS)
     runs = {name: way(models, settings) for name, settings in {PLAIN: cell.variants[PLAIN], **forced}.items()}
-    timed.compare(COST, cell.settings, runs, prompts[:COST_PROMPTS], warmup=1)
+    timed.compare(COST, cell.settings, runs, of_all_lengths(prompts, COST_PROMPTS), warmup=1)
     for name, found in {} if bench.options.dry_run else estimates(bench.results.rows, cell.settings).items():
         row = Row(kind="count", section=PREDICTION, cell=cell.settings, variant=name, figures=found)
         if not bench.results.has(row):
             bench.results.add(row)
+
+
+def of_all_lengths(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Choose `count` prompts at equal steps through the lengths, so that their mean length is that of all."""
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
+    count = min(count, len(ordered))
+    return [ordered[(2 * at + 1) * len(ordered) // (2 * count)] for at in range(count)]
 
 
 def rows_of(rows: Sequence[Row], section: str, cell: Mapping[str, Any], variant: str) -> list[Row]:
@@ -97,11 +105,16 @@ class Cost:
 
 
 def cost(rows: Sequence[Row]) -> Cost:
-    """Return mean times over the runs of a variant: sums add up, medians do not."""
-    later = [row.figures["later_ms"] / 1e3 for row in rows]
-    steps = sum(row.figures["forwards"] - 1 for row in rows)
-    first = statistics.fmean((row.seconds or 0.0) - each for row, each in zip(rows, later, strict=True))
-    return Cost(first, sum(later) / max(1, steps))
+    """Return the times of a variant: arithmetic means within a run, where times add up, geometric means over runs.
+
+    A measured speed-up is a geometric mean of ratios of runs, so an interrupted run weighs here as it does there.
+    """
+    firsts = [(row.seconds or 0.0) - row.figures["later_ms"] / 1e3 for row in rows]
+    longer = [
+        (row.figures["later_ms"] / 1e3, row.figures["forwards"] - 1) for row in rows if row.figures["forwards"] > 1
+    ]
+    step = statistics.geometric_mean([seconds / count for seconds, count in longer]) if longer else 0.0
+    return Cost(statistics.geometric_mean(firsts), step)
 
 
 def estimates(rows: Sequence[Row], cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

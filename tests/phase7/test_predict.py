@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.phases import ROOT
+from common.prompts import Prompt
 from common.results import Row, read_rows
 from common.tables import AGAIN
 from tests.support.beside import beside
@@ -74,6 +75,20 @@ def test_the_interval_grows_with_prompts_that_differ_and_with_noise() -> None:
         width.append(math.log(found["predicted_high"] / found["predicted"]))
     assert width[0] < width[1]
     assert width[0] < width[2]
+
+
+def test_an_interrupted_run_weighs_as_in_the_measured_ratio() -> None:
+    """A geometric mean over runs; a text of one step has no later one."""
+    rows = [timed("cost", "plain", at, 0, 0.04, 0.08 if at == 3 else 0.01, 1 if at == 5 else 20, 20) for at in range(6)]
+    found = predict.cost(rows)
+    assert found.first == pytest.approx(0.04)
+    assert found.step == pytest.approx(0.01 * 8 ** (1 / 5))
+
+
+def test_prompts_of_all_lengths_are_timed() -> None:
+    prompts = [Prompt(str(length), "code", "test", length * "x", "", "") for length in (9, 1, 8, 2, 7, 3, 6, 4, 5, 10)]
+    assert [len(prompt.text) for prompt in predict.of_all_lengths(prompts, 5)] == [2, 4, 6, 8, 10]
+    assert len(predict.of_all_lengths(prompts, 20)) == 10
 
 
 @pytest.mark.about("instruments/predict.py, rate")
