@@ -111,7 +111,8 @@ def llama_document(
                 "flash_attn": False,
                 "tensor_split": "0.00",
                 "tensor_buft_overrides": "none",
-                "use_mmap": False,
+                "use_mmap": False,  # of versions before load_mode
+                "load_mode": "none",
                 "embeddings": False,
                 "no_op_offload": 0,
                 "n_prompt": 0,
@@ -122,6 +123,9 @@ def llama_document(
                 "stddev_ns": round(statistics.stdev(nanoseconds)) if many else 0,
                 "avg_ts": statistics.fmean(speeds),
                 "stddev_ts": statistics.stdev(speeds) if many else 0.0,
+                "n_cpu_moe": 0,
+                "fit_target": 0,
+                "fit_min_ctx": 0,
                 "samples_ns": [round(each) for each in nanoseconds],
                 "samples_ts": speeds,
             }

@@ -22,21 +22,10 @@ formats = beside(7, "instruments.formats")
 loads = beside(7, "instruments.loads")
 # The keys without which compare-llama-bench.py refuses a file.
 LLAMA_KEYS = {
-    *("cpu_info", "gpu_info", "backends", "n_gpu_layers", "tensor_buft_overrides", "model_filename", "model_type"),
-    *(
-        "n_batch",
-        "n_ubatch",
-        "embeddings",
-        "cpu_mask",
-        "cpu_strict",
-        "poll",
-        "n_threads",
-        "type_k",
-        "type_v",
-        "use_mmap",
-    ),
-    *("no_kv_offload", "split_mode", "main_gpu", "tensor_split", "flash_attn", "n_prompt", "n_gen", "n_depth"),
-    *("build_commit", "test_time", "avg_ts"),
+    *("cpu_info", "gpu_info", "backends", "n_gpu_layers", "n_cpu_moe", "tensor_buft_overrides", "model_filename"),
+    *("model_type", "n_batch", "n_ubatch", "embeddings", "cpu_mask", "cpu_strict", "poll", "n_threads", "type_k"),
+    *("type_v", "load_mode", "no_kv_offload", "split_mode", "main_gpu", "tensor_split", "flash_attn", "n_prompt"),
+    *("n_gen", "n_depth", "fit_target", "fit_min_ctx", "build_commit", "test_time", "avg_ts"),
 }
 # The columns of vLLM's table of serving results that do not come from the command line.
 VLLM_KEYS = {
@@ -87,7 +76,7 @@ def test_every_key_that_they_need_is_there(tmp_path: Path) -> None:
 def test_llama_cpp_compares_two_files(tmp_path: Path) -> None:
     reader = script("LAB_LLAMA_CPP", "scripts/compare-llama-bench.py")
     files = [llama_file(tmp_path / "a.json", "a" * 40), llama_file(tmp_path / "b.json", "b" * 40, 1.5)]
-    command = [sys.executable, str(reader), "-b", "a" * 8, "-c", "b" * 8]
+    command = [sys.executable, str(reader), "--tool", "llama-bench", "-b", "a" * 8, "-c", "b" * 8]
     command += [word for file in files for word in ("-i", str(file))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "10.00" in done.stdout
