@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serving.client import Client, ServerError
+from serving.client import Client
+from serving.received import ServerError
 
 import engine
 from common.errors import UserError

@@ -27,17 +27,10 @@ from urllib.parse import urlsplit
 
 from common.errors import UserError
 
-Json = dict[str, Any]
+from .received import Json, ServerError, error_of, events, parsed, parts, told_wait, tolerant
+
 Prompt = str | Sequence[int] | Sequence[Json]  # a text, token ids, or the messages of a chat
 BUSY = (429, 503)  # the server did not begin, and says so
-
-
-class ServerError(UserError):
-    """The server refused a request, or answered what is no answer."""
-
-    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 @dataclass(frozen=True)
@@ -85,11 +78,11 @@ class Client:
         UserError for what is no address.
         """
         self.url, self.timeout, self.retries, self._model = url.rstrip("/").removesuffix("/v1"), timeout, retries, model
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        address = urlsplit(self.url)
+        if address.scheme not in ("http", "https") or not address.hostname:
             raise UserError(f"{url} is no address of a server; one is http://127.0.0.1:8000")
-        made = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._http, self._path = made(parts.hostname, parts.port, timeout=min(timeout, 10.0)), parts.path
+        made = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        self._http, self._path = made(address.hostname, address.port, timeout=min(timeout, 10.0)), address.path
         self._headers = {"content-type": "application/json"}
         if key is not None:
             self._headers["authorization"] = f"Bearer {key}"
@@ -161,19 +154,19 @@ class Client:
             yield from self.stream(prompt, **params)
             return
         try:
-            for data in _events(response):
+            for data in events(response):
                 if data == b"[DONE]":
                     self._rest(response)
                     return
-                body = _parsed(data, self.url)
+                body = parsed(data, self.url)
                 if body.get("error") is not None:
-                    raise _error(body, None, self.url)
+                    raise error_of(body, None, self.url)
                 at = time.perf_counter() - began
                 usage = body.get("usage") or {}
                 total = usage.get("completion_tokens") if isinstance(usage, dict) else None
                 tokens = None if total is None else total - told
                 told = told if total is None else total
-                for text, reason, index in _parts(body, self.url):
+                for text, reason, index in parts(body, self.url):
                     ended |= reason is not None
                     yield Chunk(text, at, tokens, reason, index, body)
                     tokens = None if tokens is None else 0
@@ -214,7 +207,7 @@ class Client:
         """Return an answer in one piece."""
         response = self._send(method, path, body)
         try:
-            return _parsed(response.read(), self.url)
+            return parsed(response.read(), self.url)
         except (OSError, HTTPException) as error:
             self._http.close()
             raise ServerError(f"{self.url}: the answer broke off: {self._why(error)}") from None
@@ -242,8 +235,8 @@ class Client:
                         raise ServerError(f"{self.url}: the connection failed: {self._why(error)}") from None
                 else:
                     if last or response.status not in BUSY:
-                        raise _error(_tolerant(fault), response.status, self.url)
-                    time.sleep(_told_wait(response))
+                        raise error_of(tolerant(fault), response.status, self.url)
+                    time.sleep(told_wait(response))
             time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
@@ -271,65 +264,3 @@ class Client:
             if isinstance(error, TimeoutError)
             else str(error) or type(error).__name__
         )
-
-
-def _events(response: HTTPResponse) -> Iterator[bytes]:
-    """Yield the data of the events of a stream, as they come; comments and other fields are left out."""
-    rest = b""
-    while block := response.read1():
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
-
-
-def _parts(body: Json, url: str) -> list[tuple[str, str | None, int]]:
-    """Return text, finish reason and sample of the choices of an event; of one without choices an empty text."""
-    try:
-        return [
-            ((choice.get("delta") or choice).get("content" if "delta" in choice else "text") or "",
-             choice.get("finish_reason"), choice.get("index", 0))
-            for choice in body.get("choices") or []
-        ] or [("", None, 0)]  # fmt: skip
-    except (AttributeError, TypeError):
-        raise ServerError(f"{url} sent a broken event: {str(body)[:80]}") from None
-
-
-def _parsed(data: bytes, url: str) -> Json:
-    try:
-        found = json.loads(data)
-    except ValueError:
-        raise ServerError(f"{url} answered what is not JSON: {_shown(data)}") from None
-    if not isinstance(found, dict):
-        raise ServerError(f"{url} answered what is no JSON object: {_shown(data)}")
-    return found
-
-
-def _shown(data: bytes) -> str:
-    return " ".join(data[:200].decode(errors="replace").split())
-
-
-def _tolerant(data: bytes) -> Json:
-    """Return the body of an error, whatever it is."""
-    try:
-        found = json.loads(data)
-    except ValueError:
-        return {"error": _shown(data)}
-    return found if isinstance(found, dict) else {"error": _shown(data)}
-
-
-def _error(body: Json, status: int | None, url: str) -> ServerError:
-    fault = body.get("error", body.get("detail"))
-    message, code = fault, None
-    if isinstance(fault, dict):
-        message, code = fault.get("message"), fault.get("code")
-    told = f" ({status})" if status is not None else ""
-    return ServerError(f"{url}{told}: {message or 'no reason given'}", status, code)
-
-
-def _told_wait(response: HTTPResponse) -> float:
-    """Return the seconds of Retry-After, at most 30."""
-    try:
-        return min(30.0, max(0.0, float(response.headers.get("retry-after") or 0)))
-    except ValueError:
-        return 0.0
