@@ -163,6 +163,7 @@ CPP: dict[str, tuple[dict[str, Any], set[str]]] = {
     "medusa": ({"drafter": "medusa", "k": 3}, DRAWN),
     "eagle": ({"drafter": "eagle", "k": 3}, DRAWN),
 }
+SLOWER = ("static tree", "medusa", "eagle")
 TEXT = "def read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write(path"
 cpp_phases = [phase for phase in phases() if phase.number >= 5]
 
@@ -179,9 +180,7 @@ def cpp_session(phase: Phase, **options: Any) -> tuple[Any, Any]:
 
 @pytest.mark.no_exercise  # which has no C++
 @pytest.mark.parametrize("phase", cpp_phases, ids=lambda phase: phase.package)
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("static tree", "medusa") else []) for way in CPP]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in SLOWER else way for way in CPP])
 def test_and_in_cpp(phase: Phase, way: str) -> None:
     """Watched step by step every number is right; several steps in one call give the same tokens, step by step."""
     options, decided_by = CPP[way]

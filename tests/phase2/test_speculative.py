@@ -56,7 +56,7 @@ def plain_by_phase_1(target: Any) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, [generation.tokens for generation in done]
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8])
+@pytest.mark.parametrize("k", [1, 8])
 def test_greedy_equals_phase_1(target: Any, draft: Any, plain_by_phase_1: Any, k: int) -> None:
     """100 prompts over all K in the slow test; here 4."""
     prompts, expected = plain_by_phase_1

@@ -108,8 +108,12 @@ def test_plain_decoding_is_the_same_in_every_phase(pair: Pair, plain: Callable[.
 @pytest.mark.parametrize(
     "how",
     [
-        *[("coupled", "model", name) for name in ("fixed 1", "fixed 4", "fixed 8", "adaptive", "confidence", "cost")],
+        *[("coupled", "model", name) for name in ("fixed 4", "adaptive", "cost")],
         *[("longest_prefix", "model", name) for name in ("fixed 4", "confidence")],
+        *[
+            pytest.param(("coupled", "model", name), marks=pytest.mark.slow)
+            for name in ("fixed 1", "fixed 8", "confidence")
+        ],
         *[("coupled", drafter, "adaptive") for drafter in ("ngram", "extrapolate")],
     ],
     ids=", ".join,

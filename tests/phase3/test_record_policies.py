@@ -51,7 +51,7 @@ def recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path, check_recording
     return record
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", COMPARISONS)
 @pytest.mark.parametrize("drafter", ["model", "ngram", "extrapolate"])
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -71,7 +71,7 @@ def test_every_policy_and_drafter_of_chains(
     assert any(each["uniform"] is not None for each in proposed) == (expected == "uniform")
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", COMPARISONS)
 @pytest.mark.parametrize("tree", ["static", "dynamic"])
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -110,7 +110,7 @@ def test_siblings_that_are_tried_one_after_the_other(recorded: Callable[..., Rec
     assert any(0 < each["chance"] < 1 for siblings in tried for each in siblings[1:])
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("drafter", ["medusa", "eagle"])
 @pytest.mark.parametrize("tree", ["off", "static", "dynamic"])
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -126,6 +126,7 @@ def test_drafters_that_read_the_targets_states(
         assert all(0 < each["draft_prob"] < 1 for each in proposed)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("controller", ["fixed", "adaptive", "confidence", "cost"])
 @pytest.mark.parametrize("drafter", ["model", "ngram"])
 def test_controllers_and_batches(recorded: Callable[..., Recording], controller: str, drafter: str) -> None:

@@ -19,6 +19,7 @@ def make_drafter(name: str, target: Any, draft: Any, source: Any, noise: Purpose
     return phase3.ModelDrafter(draft, source, noise)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("drafter", ["model", "ngram", "extrapolate"])
 @pytest.mark.parametrize("policy", ["coupled", "longest_prefix"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -26,6 +26,7 @@ def levels() -> Any:
     return phase3.FixedController(2)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("name", ["rejection", "longest_prefix", "coupled"])
 def test_static_trees(proof: Any, name: Any, shape: str) -> None:

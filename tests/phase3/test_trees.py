@@ -149,6 +149,7 @@ def drafters(pair: tuple[Any, Any], policy: Any, source: Any) -> dict[str, Any]:
     return {"static": static, "dynamic": phase3.DynamicTreeDrafter(base, 12)}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_trees_give_the_tokens_of_plain_decoding(pair: tuple[Any, Any], kind: str, temperature: float) -> None:

@@ -19,7 +19,9 @@ import phase3
 import phase3.drafters.heads as before
 import phase4
 import phase4.drafters.heads as after
+from common.errors import UserError
 from common.philox import Purpose
+from phase4.compile import Compiler
 from phase4.packing import PackedLinear, can_pack
 from phase4.shapes import padded_length
 from phase4.target import target_forward
@@ -208,6 +210,15 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return forked.run(command, env={**os.environ, **environment})
 
 
+def test_a_compiler_that_fails_is_one_line() -> None:
+    def run() -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, OSError("no\nworking compiler"), None)
+
+    with pytest.raises(UserError, match="--compile: OSError: no working compiler; it needs a C\\+\\+ compiler"):
+        Compiler().warm_up(run)
+
+
+@pytest.mark.slow
 def test_nothing_to_compile_with_is_an_error(tmp_path: Path, llama_folder: Path) -> None:
     cache = str(tmp_path)  # an earlier run may have compiled all graphs
     done = run(

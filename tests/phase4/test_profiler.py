@@ -53,7 +53,7 @@ def decode(profiler: Profiler, draft: str = "none", max_tokens: int = 40) -> lis
     ("arguments", "ranges"),
     [
         (["--draft", "none"], {"verify", "sample"}),
-        (["--draft", "fake:0.7"], {"draft", "verify", "accept"}),
+        pytest.param(["--draft", "fake:0.7"], {"draft", "verify", "accept"}, marks=pytest.mark.slow),
         (["--draft", "fake:0.7", "--tree", "static", "--temperature", 1], {"draft", "verify", "accept"}),
     ],
 )

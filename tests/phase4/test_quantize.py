@@ -183,8 +183,15 @@ def test_rounding_more_finely_changes_less(folder: Path) -> None:
     assert errors[0] < errors[1] < errors[2]
 
 
-@pytest.mark.parametrize("settings", [{"quant": "int8"}, {"quant": "int4", "quant_group": 32, "quant_head": True}])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({"quant": "int8"}, 0.0),
+        ({"quant": "int4", "quant_group": 32, "quant_head": True}, 1.0),
+        pytest.param({"quant": "int8"}, 1.0, marks=pytest.mark.slow),
+        pytest.param({"quant": "int4", "quant_group": 32, "quant_head": True}, 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_quantised_target_is_decoded_losslessly(
     folder: Path, make_checkpoint: Callable[..., Path], settings: dict[str, Any], temperature: float
 ) -> None:

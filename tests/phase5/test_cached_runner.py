@@ -100,7 +100,7 @@ def difference(runner: CachedRunner) -> float:
     return worst
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", list(DRAFTING))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from phase5.kv_cache import CacheShape, PagedCache, RingCache
 from phase5.model import Transformer
 from phase5.sampling import SamplingParams
 from phase5.verify import GreedySource, KeyedSource
+from tests.support import forked
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 HOSTILE = (-(2**31), -1000, -1, 0, 1, 2, 3, 7, 31, 32, 39, 40, 41, 63, 64, 1000, 2**20, 2**30, 2**31 - 1)
@@ -336,7 +338,8 @@ def test_random_calls_touch_no_memory_that_is_not_theirs(tmp_path: Path) -> None
 
 def run_fuzz(calls: int, environment: dict[str, str]) -> None:
     command = [sys.executable, __file__, str(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    how = partial(subprocess.run, capture_output=True, text=True) if environment else forked.run
+    done = how(command, env={**os.environ, **environment})
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-4000:])
     results, refusals = map(int, done.stdout.split())
     assert results + refusals == calls
@@ -368,7 +371,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.parametrize(("threads", "said"), [(1, "same"), (2, "the model's threads are in another process")])
 def test_a_fork_works_or_is_refused(threads: int, said: str) -> None:
     command, root = [sys.executable, "-c", FORKED, str(threads)], Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    done = forked.run(command, cwd=root)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     old, new = done.stdout.splitlines()
     assert old.startswith(said)

@@ -35,7 +35,7 @@ print(before, status("VmHWM"), status("VmRSS"), fast.weight_bytes / 2**20)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("weights", ["float16", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_the_peak_is_a_fifth_above_the_weights(weights: str) -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE, weights], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

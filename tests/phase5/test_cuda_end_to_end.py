@@ -58,7 +58,9 @@ def tokens(llm: Any) -> list[list[int]]:
     return [each.tokens for each in decoded(llm)]
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("float16", "int8") else kind for kind in KINDS]
+)
 def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, llm: Any, folder: str) -> None:
     plain = tokens(llm(**KINDS[kind]))
     drafted = decoded(llm(draft=folder, draft_quant="int8", k=4, **KINDS[kind]))

@@ -138,7 +138,9 @@ def test_runs_without_a_choice_measure_nothing(kept: Path, measured: list[int], 
     assert (measured, kept.exists()) == ([], False)
 
 
-@pytest.mark.parametrize("how", ["model", "ngram", "eagle", "medusa"])
+@pytest.mark.parametrize(
+    "how", ["model", "eagle", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ngram", "medusa"))]
+)
 def test_measuring_gives_every_time_and_leaves_texts_as_they_are(how: Any, kept: Path) -> None:
     options = phase5.Options(drafter=how, controller="cost", policy="coupled", temperature=1.0, max_tokens=12)
     made = phase5.LLM(options)

@@ -59,7 +59,7 @@ def tokens(llm: Any, prompts: list[str] = PROMPTS) -> list[list[int]]:
     return [each.tokens for each in decoded(llm, prompts)]
 
 
-@pytest.mark.parametrize("kind", [k if k in ("bfloat16", "int4") else pytest.param(k, marks=slow) for k in KINDS])
+@pytest.mark.parametrize("kind", [k if k == "bfloat16" else pytest.param(k, marks=slow) for k in KINDS])
 @pytest.mark.parametrize("count", [2, pytest.param(len(PROMPTS), marks=slow)])
 def test_greedy_speculation_writes_what_plain_decoding_writes(kind: str, count: int, llm: Any, tiny: str) -> None:
     plain = tokens(llm(model=tiny, **KINDS[kind]), PROMPTS[:count])

@@ -79,6 +79,7 @@ SLOWER = (
     "probabilities",
     "verify_greedy",
 )
+SLOWEST = ("sample", "probabilities", "decode_attention", "gated_linear")
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,7 @@ def test_interpreted_it_is_right_with_a_large_vocabulary(
 
 @pytest.mark.parametrize(
     "op",
-    [
-        pytest.param(op, marks=pytest.mark.slow) if op in ("sample", "probabilities", "decode_attention") else op
-        for op in SLOWER
-    ],
+    [pytest.param(op, marks=pytest.mark.slow) if op in SLOWEST else op for op in SLOWER],
 )
 def test_interpreted_it_is_right_in_16_bits(
     op: str, ops: dict[str, Callable[..., Any]], guarded: None, small_vocabulary: None

@@ -18,7 +18,8 @@ SMALLER = (
     (r'load\("stdlib-10m"', 'load("stdlib-1m"'),
     (r'"draft": "none"', '"draft": "none", "model": "stdlib-1m"'),
     (r'draft="none"', 'draft="none", model="stdlib-1m"'),
-    (r'(\bmax_(?:new_)?tokens"?[=:] ?)\d\d+', r"\g<1>6"),
+    (r'(\bmax_(?:new_)?tokens"?[=:] ?|\bwants\()\d\d+', r"\g<1>6"),
+    (r"\brange\(4\)", "range(1)"),  # seeds
     (r"\b8192, 512\b", "1024, 256"),  # calibration
     (r"\[:512\]", "[:128]"),
     (r"\bprompts=4\b", "prompts=2"),
