@@ -50,12 +50,14 @@ def read_recording(path: Path) -> Recording:
         try:
             line = json.loads(text)
         except ValueError:
+            if number > 1 and number == content.count("\n") + 1:  # every whole line ends in a newline
+                raise UserError(f"{path}: the recording was cut off in line {number}; record the run again") from None
             line = None
         kind = line.get("type") if isinstance(line, dict) else None
-        if kind not in lines or (kind == "header") != (number == 1) or lines["footer"]:
+        if not isinstance(kind, str) or kind not in lines or (kind == "header") != (number == 1) or lines["footer"]:
             raise UserError(f"{path}, line {number}: expected a header, then steps, then a footer, as --record writes")
-        if kind == "header" and line["schema_version"] != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema_version is {line['schema_version']}, and {SCHEMA_VERSION} is read here")
+        if kind == "header" and (version := line.get("schema_version")) != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema_version is {version}, and {SCHEMA_VERSION} is read here")
         lines[kind].append(line)
     if not lines["header"]:
         raise UserError(f"{path}: the file is empty; expected a recording, as --record writes")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,25 @@ SHOWN = {"temperature": None, "k": None, "policy": "auto", "drafter": "model", "
 SHOWN |= {"kv": "off", "kernels": None, "quant": "none", "seed": None}
 
 
-def read_lane(path: Path, sequence: int) -> Recording:
-    """Read a recording that can be replayed. UserError if it is cut off, too long, or contradicts itself."""
+@dataclass(frozen=True)
+class Lane:
+    """A recording as the page shows it."""
+
+    prompt: list[int]
+    plain: bool
+    data: dict[str, Any]
+
+
+def read_lane(path: Path, sequence: int) -> Lane:
+    """Read a recording that can be replayed. UserError if it is cut off, too long, lacks a field, or is wrong."""
     recording = read_recording(path)
+    if recording.footer is None:
+        raise UserError(f"{path}: the recording was cut off: it has no footer; record the run again")
     try:
-        if recording.footer is None:
-            raise UserError(f"{path}: the recording was cut off: it has no footer; record the run again")
         if not 0 <= sequence < len(recording.header["sequences"]):
             raise UserError(f"--sequence {sequence}: {path} has {len(recording.header['sequences'])}, from 0 on")
-        tokens = len(prompt_of(recording, sequence)["tokens"]) + len(recording.tokens(sequence))
+        prompt = prompt_of(recording, sequence)["tokens"]
+        tokens = len(prompt) + len(recording.tokens(sequence))
         if tokens > LIMIT:
             raise UserError(f"{path}: {tokens:,} tokens; a lane has at most {LIMIT:,}, prompt included")
         if not recording.of_sequence(sequence):
@@ -46,13 +57,15 @@ def read_lane(path: Path, sequence: int) -> Recording:
                 f"{path}: sequence {sequence} has no step to replay; record a run with --max-tokens 1 or more"
             )
         wrong = next(contradictions(recording), None)
+        data = lane_data(recording, sequence)
+        json.dumps(data, allow_nan=False)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{path}: a field is missing or of another type ({error!r}); expected what --record writes"
         ) from None
     if wrong:
         raise UserError(f"{path} contradicts itself: {wrong} (python -m common.recording FILE lists everything)")
-    return recording
+    return Lane(prompt, recording.header["draft"] is None, data)
 
 
 def prompt_of(recording: Recording, sequence: int) -> Line:
@@ -149,12 +162,12 @@ def step_data(step: Line, before: Line | None, clock: float, strings: Strings) -
 def story_data(paths: list[Path], sequence: int, title: str, words: str) -> dict[str, Any]:
     """Return one story: one lane, or two of the same prompt, with plain decoding first."""
     lanes = [read_lane(path, sequence) for path in paths]
-    if len(lanes) == 2 and len({tuple(prompt_of(lane, sequence)["tokens"]) for lane in lanes}) == 2:
+    if lanes[0].prompt != lanes[-1].prompt:
         raise UserError(
             f"{paths[0]} and {paths[1]} have different prompts; two lanes need the same prompt and tokenizer"
         )
-    lanes.sort(key=lambda lane: lane.header["draft"] is not None)  # stable
-    return {"title": title, "words": words, "lanes": [lane_data(lane, sequence) for lane in lanes]}
+    lanes.sort(key=lambda lane: not lane.plain)  # stable
+    return {"title": title, "words": words, "lanes": [lane.data for lane in lanes]}
 
 
 def page(stories: list[dict[str, Any]], title: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_recordings_that_are_cut_off(tmp_path: Path) -> None:
     lines = read(WIN[1])
     assert "it has no footer" in refused(tmp_path, write(tmp_path / "run.jsonl", lines[:-1]))
     (tmp_path / "run.jsonl").write_text(WIN[1].read_text()[:5000])
-    assert "run.jsonl, line 3: expected a header" in refused(tmp_path, tmp_path / "run.jsonl")
+    assert "run.jsonl: the recording was cut off in line 3" in refused(tmp_path, tmp_path / "run.jsonl")
     assert "no step to replay" in refused(tmp_path, write(tmp_path / "run.jsonl", [lines[0], lines[-1]]))
 
 
@@ -71,6 +72,9 @@ def test_what_follows_another_schema(tmp_path: Path) -> None:
     header, *rest = read(WIN[1])
     of_old = write(tmp_path / "run.jsonl", [{**header, "schema_version": 1}, *rest])
     assert "schema_version is 1, and 2 is read here" in refused(tmp_path, of_old)
+    del header["schema_version"]
+    assert "schema_version is None" in refused(tmp_path, write(tmp_path / "run.jsonl", [header, *rest]))
+    header["schema_version"] = 2
     del rest[3]["end_ms"]
     assert "a field is missing or of another type (KeyError('end_ms'))" in refused(
         tmp_path, write(tmp_path / "run.jsonl", [header, *rest])
@@ -81,6 +85,32 @@ def test_what_follows_another_schema(tmp_path: Path) -> None:
     )
     assert "line 1: expected a header" in refused(tmp_path, replay.STORIES / "stories.json")
     assert "cannot be read as text" in refused(tmp_path, tmp_path / "none.jsonl")
+
+
+def spoiled(line: Any) -> Iterator[Any]:
+    """Yield the line without one of its fields, and with a list in its place, for every field at any depth."""
+    for key, value in line.items() if isinstance(line, dict) else enumerate(line[:1]):
+        if isinstance(line, dict):
+            yield {name: each for name, each in line.items() if name != key}
+            yield {**line, key: []}
+        if isinstance(value, dict | list):
+            for inner in spoiled(value):
+                yield {**line, key: inner} if isinstance(line, dict) else [inner, *line[1:]]
+
+
+def test_a_missing_field_is_no_traceback(tmp_path: Path) -> None:
+    """The page is written if it does not need the field."""
+    whole = read(longer(WIN[1], 1, tmp_path / "run.jsonl"))
+    broken = [[*whole[:at], line, *whole[at + 1 :]] for at in range(3) for line in spoiled(whole[at])]
+    refusals = []
+    for lines in (whole, *broken):
+        try:
+            replay.story_data([write(tmp_path / "run.jsonl", lines)], 0, "", "")
+            refusals.append(False)
+        except UserError:
+            refusals.append(True)
+    assert not refusals[0]
+    assert len(broken) / 3 < sum(refusals) < len(broken)
 
 
 def test_lanes_of_different_prompts(tmp_path: Path) -> None:
