@@ -44,22 +44,26 @@ def test_rejection_is_the_rule_of_verify() -> None:
 OPINION = [0.5, 0.3, 0.2]  # entropy 1.0297, so exp(-entropy) is 0.3571
 
 
-@pytest.mark.about("engine/policies.py, ConfThreshold.good")
+THRESHOLD = pytest.mark.about("engine/policies.py, ConfThreshold.good")
+AGREE = pytest.mark.about("engine/policies.py, TopkAgree.good")
+TYPICAL = pytest.mark.about("engine/policies.py, Typical.good")
+
+
 @pytest.mark.parametrize(
     ("policy", "good"),
     [
-        (phase3.ConfThreshold(0.2), [0, 1, 2]),
-        (phase3.ConfThreshold(0.25), [0, 1]),
-        (phase3.ConfThreshold(0.5), [0]),
-        (phase3.ConfThreshold(0.51), []),
-        (phase3.TopkAgree(1), [0]),
-        (phase3.TopkAgree(2), [0, 1]),
-        (phase3.TopkAgree(7), [0, 1, 2]),
-        (phase3.Typical(0.19, 1.0), [0, 1, 2]),  # epsilon is the upper bound
-        (phase3.Typical(1.0, 0.55), [0, 1, 2]),  # from 0.1964 on
-        (phase3.Typical(1.0, 0.6), [0, 1]),  # from 0.2143 on
-        (phase3.Typical(1.0, 0.9), [0]),  # from 0.3214 on
-        (phase3.Typical(0.25, 0.9), [0, 1]),
+        pytest.param(phase3.ConfThreshold(0.2), [0, 1, 2], marks=THRESHOLD),
+        pytest.param(phase3.ConfThreshold(0.25), [0, 1], marks=THRESHOLD),
+        pytest.param(phase3.ConfThreshold(0.5), [0], marks=THRESHOLD),
+        pytest.param(phase3.ConfThreshold(0.51), [], marks=THRESHOLD),
+        pytest.param(phase3.TopkAgree(1), [0], marks=AGREE),
+        pytest.param(phase3.TopkAgree(2), [0, 1], marks=AGREE),
+        pytest.param(phase3.TopkAgree(7), [0, 1, 2], marks=AGREE),
+        pytest.param(phase3.Typical(0.19, 1.0), [0, 1, 2], marks=TYPICAL),  # epsilon is the upper bound
+        pytest.param(phase3.Typical(1.0, 0.55), [0, 1, 2], marks=TYPICAL),  # from 0.1964 on
+        pytest.param(phase3.Typical(1.0, 0.6), [0, 1], marks=TYPICAL),  # from 0.2143 on
+        pytest.param(phase3.Typical(1.0, 0.9), [0], marks=TYPICAL),  # from 0.3214 on
+        pytest.param(phase3.Typical(0.25, 0.9), [0, 1], marks=TYPICAL),
     ],
 )
 def test_which_tokens_are_good_enough(policy: Any, good: list[int]) -> None:
