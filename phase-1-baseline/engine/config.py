@@ -67,7 +67,7 @@ class ModelConfig:
     tied: bool = False  # the output matrix is the embedding
 
     def window_of(self, layer: int) -> int | None:
-        """How far back a layer sees, itself included; None: to the start."""
+        """Return how many positions a layer sees, the query's own included; None: all."""
         return self.windows[layer % len(self.windows)]
 
     @staticmethod
@@ -91,7 +91,7 @@ class ModelConfig:
 
 
 def _check_heads(config: ModelConfig) -> None:
-    """Sizes that are good each by itself and do not go together."""
+    """Raise UserError for sizes that are valid one by one and do not fit each other."""
     if config.heads % config.kv_heads:
         raise UserError(
             f"num_attention_heads of config.json is {config.heads}; it should be a multiple of num_key_value_heads, "
@@ -114,7 +114,7 @@ def _refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
 
 
 def _family(config: Mapping[str, Any]) -> str:
-    """By `architectures`; by `model_type` where it names none, or the bare decoder (`GPT2Model`)."""
+    """Return the family of `architectures`; of `model_type` if there is none, or the bare decoder (`GPT2Model`)."""
     names = config.get("architectures") or []
     if not isinstance(names, list):
         raise UserError(f"config.json: architectures should be a list of names, got {shown(names)}")
@@ -128,7 +128,7 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _llama_like(family: str, config: Mapping[str, Any]) -> ModelConfig:
-    """Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped heads, gated SiLU."""
+    """Read Llama, Mistral, Qwen2 or Qwen3: RMSNorm, rotary positions, grouped heads, gated SiLU."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
     attention_bias, mlp_bias = (bool(config.get(key)) and family in of for key, of in LLAMA_BIASES.items())
     return ModelConfig(
@@ -223,7 +223,7 @@ def _activation(name: str) -> Literal["silu", "gelu_tanh", "gelu", "relu"]:
 
 
 def _windows(family: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The window of each layer, None where it sees everything. UserError where `layer_types` says something else.
+    """Return the window of each layer, None if it sees everything. UserError for other `layer_types`.
 
     `layer_types` names every layer; transformers takes a Mistral that has it for a Ministral. Without it all layers of
     a Mistral slide, and those of a Qwen from `max_window_layers` on, if `use_sliding_window` is true.

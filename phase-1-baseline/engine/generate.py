@@ -23,7 +23,7 @@ Watch = Callable[[list[Sequence], Tensor], None]
 
 @dataclass(frozen=True)
 class Stats:
-    """What one completion took. Times are wall time in milliseconds, from the start of decoding."""
+    """Counts and times of one completion: wall time in milliseconds, from the start of decoding."""
 
     prompt_tokens: int
     new_tokens: int
@@ -58,7 +58,7 @@ def stats_of(sequence: Sequence) -> Stats:
 
 
 def decode_step(model: Transformer, sequences: list[Sequence], sampler: Sampler) -> Tensor:
-    """Give every unfinished sequence its next token; the logits [R, V] that the tokens were chosen by."""
+    """Give every unfinished sequence its next token; return the logits [R, V] that the tokens were chosen from."""
     logits = next_logits(model, [sequence.prompt + sequence.tokens for sequence in sequences])
     tokens = choose(
         logits,
@@ -123,7 +123,7 @@ def generate(
 def stream(
     model: Transformer, prompt: list[int], params: SamplingParams, ending: Ending | None = None, sample: int = 0
 ) -> Iterator[int]:
-    """The tokens of one completion, each as soon as it is known."""
+    """Yield the tokens of one completion, each as soon as it is chosen."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
     for _ in decode(model, [sequence]):
         yield sequence.tokens[-1]

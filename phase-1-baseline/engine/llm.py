@@ -25,7 +25,7 @@ from .sequence import Sequence
 
 
 class LLM:
-    """Loads what the options name. UserError where that cannot be had."""
+    """Loads the models that the options name. UserError if one cannot be loaded."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -59,7 +59,7 @@ class LLM:
         ]
 
     def _check_memory(self, firsts: list[Sequence]) -> None:
-        """All completions share one forward; better to say now that it is too large than to be killed midway."""
+        """Raise UserError if the forward that all completions share does not fit in memory."""
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
         rows = len(firsts) * self.options.n * self.options.beams
         length = min(max(each.length + each.params.max_new_tokens for each in firsts), config.context)
@@ -91,7 +91,7 @@ class LLM:
             yield
 
     def _search(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        """Search prompt by prompt; no token is certain before its search ends."""
         for sequence in sequences:
             best = beam_search(
                 self.loaded.model,

@@ -32,7 +32,7 @@ class Drafter(Protocol):
     """Proposes tokens; what was accepted is told to it afterwards."""
 
     def propose(self, sequences: list[Sequence], k: int) -> Draft:
-        """k tokens for every sequence."""
+        """Draft k tokens for every sequence."""
         ...
 
     def observe(self, accepted: list[int]) -> None:
@@ -65,4 +65,4 @@ class ModelDrafter:
         return Draft(torch.tensor(drafted, dtype=torch.long), None if greedy else torch.stack(used, dim=1))
 
     def observe(self, accepted: list[int]) -> None:
-        """Nothing is kept between steps, so there is nothing to roll back."""
+        """Do nothing: no state is kept between steps, so none is rolled back."""

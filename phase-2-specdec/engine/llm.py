@@ -34,7 +34,7 @@ from .verify import random_source
 
 
 class LLM:
-    """Loads what the options name. UserError where that cannot be had."""
+    """Loads the models that the options name. UserError if one cannot be loaded."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -78,7 +78,7 @@ class LLM:
         ]
 
     def _check_memory(self, firsts: list[Sequence]) -> None:
-        """All completions share one forward; better to say now that it is too large than to be killed midway."""
+        """Raise UserError if the forward that all completions share does not fit in memory."""
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
         rows = len(firsts) * self.options.n * self.options.beams
         length = min(max(each.length + each.params.max_new_tokens for each in firsts), config.context)
@@ -91,7 +91,7 @@ class LLM:
             )
 
     def header(self) -> dict[str, object]:
-        """What a recording says of the run: the models, the settings, the machine."""
+        """Return the header of a recording: the models, the settings, the machine."""
         weight, models = self.loaded.model.embedding.weight, [each for each in (self.loaded, self.draft) if each]
         trained = [each.checkpoint for each in models if not isinstance(each.model, FakeModel)]
         hashes = {checkpoint.name: checkpoint.content_hash() for checkpoint in trained}
@@ -139,7 +139,7 @@ class LLM:
             yield step
 
     def _search(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        """Search prompt by prompt; no token is certain before its search ends."""
         for sequence in sequences:
             best = beam_search(
                 self.loaded.model,

@@ -56,7 +56,7 @@ class Step:
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
-    """How many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
+    """Return how many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
 
     The token limit leaves room for the token that follows the draft, so one less than what remains is useful.
     """
@@ -71,7 +71,7 @@ def block_width(sequence: Sequence, k: int, context: int) -> int:
 
 @torch.inference_mode()
 def target_logits(model: Transformer, texts: list[list[int]], drafts: list[list[int]]) -> Tensor:
-    """Logits after each text and after each of its draft tokens, [R, K+1, V], by one forward, right-padded.
+    """Compute the logits after each text and each of its draft tokens, [R, K+1, V], in one right-padded forward.
 
     K is the longest draft; shorter rows repeat their last position.
     """

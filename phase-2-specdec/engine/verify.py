@@ -28,7 +28,7 @@ class RandomSource(Sampler, Protocol):
     """The random decisions of verification. Tests replace it to walk every possible outcome."""
 
     def decide(self, probability: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """True with the given probability [R, K], each at its own position (int64 [R, K]); keys int64 [R, 2]."""
+        """Draw True with the given probability [R, K], each at its own position (int64 [R, K]); keys int64 [R, 2]."""
         ...
 
 
@@ -47,7 +47,7 @@ class KeyedSource(KeyedSampler):
     """
 
     def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """Gumbel-max for plain sampling; for drafts and residuals one uniform and the inverse distribution function."""
+        """Draw by Gumbel-max for plain sampling; for drafts and residuals by a uniform and the inverse distribution."""
         if purpose == Purpose.SAMPLE:
             return super().draw(probs, keys, positions, purpose)
         uniform = philox.uniforms(keys[:, 0], keys[:, 1], positions, purpose, 1).double()  # [R, 1]

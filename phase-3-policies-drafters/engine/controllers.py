@@ -46,7 +46,7 @@ class KController(ABC):
         return False
 
     def observe(self, step: StepStats) -> None:  # noqa: B027
-        """Called after every step; by default nothing is learnt from it."""
+        """Learn from a finished step; by default nothing."""
 
 
 @dataclass(frozen=True)

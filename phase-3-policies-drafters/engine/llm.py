@@ -41,7 +41,7 @@ from .verify import RandomSource, random_source
 
 
 class LLM:
-    """Loads what the options name. UserError where that cannot be had."""
+    """Loads the models that the options name. UserError if one cannot be loaded."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -91,7 +91,7 @@ class LLM:
         ]
 
     def _check_memory(self, firsts: list[Sequence]) -> None:
-        """All completions share one forward; better to say now that it is too large than to be killed midway."""
+        """Raise UserError if the forward that all completions share does not fit in memory."""
         config, weight = self.loaded.config, self.loaded.model.embedding.weight
         rows = len(firsts) * self.options.n * self.options.beams
         length = min(max(each.length + each.params.max_new_tokens for each in firsts), config.context)
@@ -105,7 +105,7 @@ class LLM:
 
     @property
     def speculative(self) -> bool:
-        """Whether anything drafts: a model, or a drafter that needs none."""
+        """Return whether anything drafts: a model, or a drafter that needs none."""
         return self.options.draft != "none" and (self.draft is not None or self.options.drafter != "model")
 
     @property
@@ -115,7 +115,7 @@ class LLM:
         return self.draft.checkpoint.name if self.draft else self.options.drafter
 
     def header(self) -> dict[str, object]:
-        """What a recording says of the run: the models, the settings, the machine."""
+        """Return the header of a recording: the models, the settings, the machine."""
         weight, models = self.loaded.model.embedding.weight, [each for each in (self.loaded, self.draft) if each]
         trained = [each.checkpoint for each in models if not isinstance(each.model, FakeModel)]
         hashes = {checkpoint.name: checkpoint.content_hash() for checkpoint in trained}
@@ -171,11 +171,11 @@ class LLM:
         return StaticTreeDrafter(drafter, shape, source, policy.draft_noise, policy.draws_children)
 
     def tree_acceptance(self) -> list[list[float]]:
-        """By depth and rank: as measured for the model's own drafters, else a typical one."""
+        """Return the acceptance by depth and rank: as measured for the model's own drafters, else a typical one."""
         return measured_acceptance(self.loaded.checkpoint.folder, self.options.drafter)
 
     def _search(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        """Search prompt by prompt; no token is certain before its search ends."""
         for sequence in sequences:
             best = beam_search(
                 self.loaded.model,

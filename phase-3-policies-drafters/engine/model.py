@@ -31,23 +31,23 @@ class Linear(nn.Linear):
     """A matrix whose weights come from a checkpoint: memory is reserved for it and not filled."""
 
     def reset_parameters(self) -> None:
-        """Random weights would cost time and touch memory for nothing."""
+        """Leave the memory unwritten; random weights would cost time."""
 
 
 class Embedding(nn.Embedding):
     """As Linear, a table that a checkpoint fills."""
 
     def reset_parameters(self) -> None:
-        """No random weights."""
+        """Leave the memory unwritten."""
 
 
 def at_wanted(table: Tensor, wanted: Wanted) -> Tensor:
-    """The rows [B, W, 1, head_dim] of a table [T, 1, head_dim] that all rows share, or of one [B, T, 1, head_dim]."""
+    """Select [B, W, 1, head_dim] from a table [T, 1, head_dim] that all rows share, or from one [B, T, 1, head_dim]."""
     return table[wanted[1]] if table.ndim == 3 else table[wanted]
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm; torch takes the statistics in float32 in every dtype."""
+    """Make an RMSNorm (Zhang and Sennrich 2019) or a LayerNorm; torch's statistics are float32 in every dtype."""
     if config.norm == "rms":
         return nn.RMSNorm(config.width, eps=config.norm_eps)
     return nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, positions))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """The normed output of the last layer, [B, T, D]; `logits` of it are the model's.
+        """Return the normalised output of the last layer, [B, T, D], which `logits` reads.
 
         `wanted` (int64 [B, W]) names the positions in 0 .. T-1 whose output will be read: the result is then
         [B, W, D]. Every layer but the last needs all positions, because later layers read keys and values made from
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
+        """Return `hidden`, and what a learned drafter reads: the outputs of the layers in `taps`.
 
         The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
         replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
@@ -214,20 +214,20 @@ class Transformer(nn.Module):
         return logits
 
     def rotation(self, length: int, like: Tensor) -> Rotation:
-        """The tables for positions 0 .. T-1, from a store that grows when a longer sequence comes."""
+        """Return the tables for positions 0 .. T-1, from a store that grows with the longest sequence."""
         if self._tables is None or len(self._tables[0]) < length or self._tables[0].dtype != like.dtype:
             longest = max(256, 1 << (length - 1).bit_length())
             self._tables = self.rotation_at(torch.arange(longest, device=like.device), like)
         return self._tables[0][:length], self._tables[1][:length]
 
     def rotation_at(self, positions: Tensor, like: Tensor) -> Rotation:
-        """The tables that `rotate` wants for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
+        """Return the tables of `rotate` for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
         inverse, scale = frequencies(self.config.rope, self.config.head_dim)
         angles = positions.float()[..., None, None] * inverse.to(positions.device)
         return rotation_tables(angles, scale, like.dtype)
 
     def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
-        """[T, T]: 0 where query (row) may see key (column), -inf where not: the future, and what left the window."""
+        """Return the mask [T, T]: 0 if the query (row) sees the key (column), -inf after it and before the window."""
         blocked = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
         mask = blocked.triu(1)
         if window is not None:

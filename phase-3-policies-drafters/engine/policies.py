@@ -64,7 +64,7 @@ class AcceptancePolicy(Protocol):
 
     @property
     def draft_noise(self) -> Purpose:
-        """The purpose of the random numbers that a drafter draws its tokens with."""
+        """Return the purpose of the random numbers that a drafter draws its tokens with."""
         ...
 
     @property
@@ -138,7 +138,7 @@ class Lossy:
     draws_children = False
 
     def good(self, opinion: Tensor) -> Tensor:
-        """bool [..., V]: which tokens are accepted under opinions [..., V]."""
+        """Return bool [..., V]: which tokens are accepted under target probabilities [..., V]."""
         raise NotImplementedError
 
     def verify(self, draft: Draft, target: TargetProbs, rows: DraftRows) -> Verdict:

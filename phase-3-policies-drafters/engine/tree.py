@@ -38,7 +38,7 @@ class Tree:
 
     @cached_property
     def depths(self) -> list[int]:
-        """The depth of every node; 1 for a child of the root."""
+        """Return the depth of every node; 1 for a child of the root."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)

@@ -14,10 +14,10 @@ from .shapes import padded_length
 
 
 def of_similar_length(lengths: list[int], forward: int = 64) -> list[list[int]]:
-    """Row numbers in groups whose padding is at most a quarter of their real size, plus `forward` tokens.
+    """Group row numbers; a group's padding is at most a quarter of its real tokens, plus `forward` tokens.
 
     A padded position costs as much as a real one, and without a cache a forward is bound by arithmetic: long and short
-    rows had better not share one. But a forward of its own has a fixed cost as well, about that of 64 tokens on a CPU.
+    rows should not share one. But a forward of its own has a fixed cost as well, about that of 64 tokens on a CPU.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):

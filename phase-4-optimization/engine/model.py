@@ -21,7 +21,7 @@ Masks = dict[int | None, Tensor]  # by a layer's window: [T, T] or [B, T, T], 0 
 
 
 def times(x: Tensor, other: Tensor) -> Tensor:
-    """x * other, in x's memory where no gradient is asked for and it has no gaps.
+    """Return x * other, in x's memory if no gradient is needed and x is contiguous.
 
     A forward reads every weight once, which drives all else out of the caches: what was just written is still there,
     and fresh memory is not.
@@ -30,12 +30,12 @@ def times(x: Tensor, other: Tensor) -> Tensor:
 
 
 def plus(x: Tensor, other: Tensor) -> Tensor:
-    """x + other, likewise."""
+    """Return x + other, in x's memory as `times`."""
     return x + other if torch.is_grad_enabled() else x.add_(other)
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), in place if no gradient is needed."""
+    """Return x * sigmoid(x), in place if no gradient is needed."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -51,7 +51,7 @@ class Linear(nn.Linear):
     """A matrix whose weights come from a checkpoint: memory is reserved for it and not filled."""
 
     def reset_parameters(self) -> None:
-        """Random weights would cost time and touch memory for nothing."""
+        """Leave the memory unwritten; random weights would cost time."""
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
@@ -61,7 +61,7 @@ class Linear(nn.Linear):
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Of the matrix, and of what belongs to it in other formats."""
+        """Return the bytes of the matrix, and of its scales in other formats."""
         return self.weight.nbytes, 0
 
 
@@ -69,11 +69,11 @@ class Embedding(nn.Embedding):
     """As Linear, a table that a checkpoint fills."""
 
     def reset_parameters(self) -> None:
-        """No random weights."""
+        """Leave the memory unwritten."""
 
 
 def at_wanted(table: Tensor, wanted: Wanted) -> Tensor:
-    """The rows [B, W, 1, head_dim] of a table [T, 1, head_dim] that all rows share, or of one [B, T, 1, head_dim]."""
+    """Select [B, W, 1, head_dim] from a table [T, 1, head_dim] that all rows share, or from one [B, T, 1, head_dim]."""
     return table[wanted[1]] if table.ndim == 3 else table[wanted]
 
 
@@ -91,7 +91,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm or LayerNorm, over the whole width."""
+    """Make an RMSNorm or a LayerNorm over the whole width."""
     kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.width, config.norm_eps)
 
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
 
 def halves(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both halves of what a layer makes of x: one product, or one for each where that is faster.
+    """Return both halves of a layer's output for x: in one product, or in two if that is faster.
 
     In float32 a CPU spends nearly all of it on arithmetic: two products cost what one costs, and each leaves its half
     in memory without gaps, which the next operation reads faster.
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, positions))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """The normed output of the last layer, [B, T, D]; `logits` of it are the model's.
+        """Return the normalised output of the last layer, [B, T, D], which `logits` reads.
 
         `wanted` (int64 [B, W]) names the positions in 0 .. T-1 whose output will be read: the result is then
         [B, W, D]. Every layer but the last needs all positions, because later layers read keys and values made from
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
+        """Return `hidden`, and what a learned drafter reads: the outputs of the layers in `taps`.
 
         The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
         replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
@@ -272,20 +272,20 @@ class Transformer(nn.Module):
         return logits
 
     def rotation(self, length: int, like: Tensor) -> Rotation:
-        """The tables for positions 0 .. T-1, from a store that grows when a longer sequence comes."""
+        """Return the tables for positions 0 .. T-1, from a store that grows with the longest sequence."""
         if self._tables is None or len(self._tables[0]) < length or self._tables[0].dtype != like.dtype:
             longest = max(256, 1 << (length - 1).bit_length())
             self._tables = self.rotation_at(torch.arange(longest, device=like.device), like)
         return self._tables[0][:length], self._tables[1][:length]
 
     def rotation_at(self, positions: Tensor, like: Tensor) -> Rotation:
-        """The tables that `rotate` wants for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
+        """Return the tables of `rotate` for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
         inverse, scale = frequencies(self.config.rope, self.config.head_dim)
         angles = positions.float()[..., None, None] * inverse.to(positions.device)
         return rotation_tables(angles, scale, like.dtype)
 
     def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
-        """[T, T]: 0 where query (row) may see key (column), -inf where not: the future, and what left the window."""
+        """Return the mask [T, T]: 0 if the query (row) sees the key (column), -inf after it and before the window."""
         blocked = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
         mask = blocked.triu(1)
         if window is not None:

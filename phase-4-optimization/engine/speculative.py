@@ -34,7 +34,7 @@ from .verify import RandomSource, random_source
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
-    """How many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
+    """Return how many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
 
     The token limit leaves room for the token that follows the draft, so one less than what remains is useful.
     """
@@ -55,7 +55,7 @@ def accept(
     sequences: list[Sequence],
     source: RandomSource,
 ) -> list[Path]:
-    """For each sequence the accepted draft tokens and the token that follows them; without a draft, the next token."""
+    """Return each sequence's accepted draft tokens and the token that follows; without a draft, the next token."""
     params, keys = [sequence.params for sequence in sequences], [sequence.key for sequence in sequences]
     lengths = [sequence.length for sequence in sequences]
     logits, prompts = output.logits, [sequence.prompt for sequence in sequences]

@@ -91,7 +91,7 @@ class Step:
 
 
 def outputs_before(output: list[int], tree: Tree) -> list[list[int]]:
-    """The output that plain decoding would have had at each column: without the tree, then up to each of its nodes."""
+    """Return plain decoding's output at each column: without the tree, then up to each of its nodes."""
     return [output, *(output + tree.line(node) for node in range(len(tree.tokens)))]
 
 

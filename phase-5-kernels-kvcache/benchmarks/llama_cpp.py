@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -234,12 +233,3 @@ def repacks(file: Path, vocab: int) -> bool:
     folder, env = Path(__file__).resolve().parents[1], {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True)
     return done.returncode == 0
-
-
-def compare_logits(peer: LlamaCpp, ours: Tensor, tokens: list[int]) -> float:
-    """Return the largest difference of the peer's logits from ours [T, V], relative to the largest logit."""
-    peer.cut(0)
-    peer.decode(tokens, every=True)
-    theirs = torch.from_numpy(peer.logits(len(tokens)))
-    peer.cut(0)
-    return float((theirs - ours).abs().max() / ours.abs().max())

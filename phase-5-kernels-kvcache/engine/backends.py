@@ -58,7 +58,7 @@ class Backends:
 
     @property
     def multi_step(self) -> MultiStep | None:
-        """What makes several steps in one call; None where the target's steps do not run in C++."""
+        """Return what makes several steps in one call; None if the target's steps do not run in C++."""
         if not self.fast:
             return None
         from .multi_step import multi_step

@@ -52,10 +52,10 @@ class KController(ABC):
         return False
 
     def observe(self, step: StepStats) -> None:  # noqa: B027
-        """Called after every step; by default nothing is learnt from it."""
+        """Learn from a finished step; by default nothing."""
 
     def observe_plain(self, steps: int) -> None:  # noqa: B027
-        """Called instead after so many steps without a draft that one call made."""
+        """Learn from so many steps without a draft that one call made."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .verify import RandomSource
 
 @dataclass(frozen=True)
 class Stats:
-    """What one completion took. Times are wall time in milliseconds, from the start of decoding."""
+    """Counts and times of one completion: wall time in milliseconds, from the start of decoding."""
 
     prompt_tokens: int
     new_tokens: int
@@ -89,7 +89,7 @@ def generate(
 def stream(
     model: Transformer, prompt: list[int], params: SamplingParams, ending: Ending | None = None, sample: int = 0
 ) -> Iterator[int]:
-    """The tokens of one completion, each as soon as it is known."""
+    """Yield the tokens of one completion, each as soon as it is chosen."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
     runner = make_runner(model, KVOptions(), 1, len(prompt) + params.max_new_tokens)
     for _ in decode(runner, None, [sequence]):

@@ -26,7 +26,7 @@ FEW = 16  # tokens of a step: what starting an operation costs counts, not what 
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), in place if no gradient is needed."""
+    """Return x * sigmoid(x), in place if no gradient is needed."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
     """A matrix whose weights come from a checkpoint: memory is reserved for it and not filled."""
 
     def reset_parameters(self) -> None:
-        """Random weights would cost time and touch memory for nothing."""
+        """Leave the memory unwritten; random weights would cost time."""
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """x [..., in] -> [..., out], or some of the outputs alone: [..., stop - start]."""
@@ -52,7 +52,7 @@ class Linear(nn.Linear):
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Of the matrix, and of what belongs to it in other formats."""
+        """Return the bytes of the matrix, and of its scales in other formats."""
         return self.weight.nbytes, 0
 
 
@@ -60,11 +60,11 @@ class Embedding(nn.Embedding):
     """As Linear, a table that a checkpoint fills."""
 
     def reset_parameters(self) -> None:
-        """No random weights."""
+        """Leave the memory unwritten."""
 
 
 def at_wanted(table: Tensor, wanted: Wanted) -> Tensor:
-    """The rows [B, W, 1, head_dim] of a table [T, 1, head_dim] that all rows share, or of one [B, T, 1, head_dim]."""
+    """Select [B, W, 1, head_dim] from a table [T, 1, head_dim] that all rows share, or from one [B, T, 1, head_dim]."""
     return table[wanted[1]] if table.ndim == 3 else table[wanted]
 
 
@@ -77,12 +77,12 @@ class RMSNorm(nn.RMSNorm):
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum; x is not read again, and the sum may take its memory."""
+        """Return the norm of x + residual, and that sum; x is not read again, and the sum may take its memory."""
         return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm or LayerNorm, over the whole width."""
+    """Make an RMSNorm or a LayerNorm over the whole width."""
     kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.width, config.norm_eps)
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def project(self, x: Tensor, rotation: Rotation | None, wanted: Wanted | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T or W, H, d], keys and values [B, T, kv_heads, d], turned to their positions."""
+        """Return queries [B, T or W, H, d], keys and values [B, T, kv_heads, d], with RoPE applied."""
         config, (B, T, _), linear, rope = self.config, x.shape, self.kernels.linear, self.kernels.rope
         heads, kv, d = config.heads, config.kv_heads, config.head_dim
         if wanted is None:
@@ -129,7 +129,7 @@ class Attention(nn.Module):
 
 
 def halves(kernels: Kernels, linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both halves of what a layer makes of x: one product, or one for each where that is faster.
+    """Return both halves of a layer's output for x: in one product, or in two if that is faster.
 
     In float32 a CPU spends nearly all of it on arithmetic: two products cost what one costs, and each leaves its half
     in memory without gaps, which the next operation reads faster. The halves of a few tokens are small anyway.
@@ -190,11 +190,11 @@ class Block(nn.Module):
         return self.after(x, backend.attend(self.attention.number, query, key, value, late), wanted)
 
     def before(self, x: Tensor, rotation: Rotation | None, wanted: Wanted | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention asks and is asked."""
+        """Return the queries, keys and values of a layer."""
         return self.attention.project(self.attention_norm(x), rotation, wanted)
 
     def after(self, x: Tensor, mixed: Tensor, wanted: Wanted | None) -> Tensor:
-        """Of what attention mixed, [B, T or W, H, d], to the layer's output."""
+        """Return the layer's output for attention's, [B, T or W, H, d]."""
         found, x = self.attention.finish(mixed), x if wanted is None else x[wanted]
         if isinstance(self.ffn_norm, RMSNorm):
             normed, x = self.ffn_norm.of_sum(found, x)
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, positions))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """The normed output of the last layer, [B, T, D]; `logits` of it are the model's.
+        """Return the normalised output of the last layer, [B, T, D], which `logits` reads.
 
         `wanted` (int64 [B, W]) names the positions in 0 .. T-1 whose output will be read: the result is then
         [B, W, D]. Every layer but the last needs all positions, because later layers read keys and values made from
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         cached: dict[int | None, CachedAttention] | None = None,
         draft: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden`, and what a learned drafter reads of the layers on the way: the outputs of those in `taps`.
+        """Return `hidden`, and what a learned drafter reads: the outputs of the layers in `taps`.
 
         The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
         replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
@@ -292,7 +292,7 @@ class Transformer(nn.Module):
         return self.kernels.linear(self.head, hidden)
 
     def rotation_of(self, positions: Tensor | range, like: Tensor, end: int | None = None) -> Rotation:
-        """cos and signed sin [T, 1, head_dim] at positions [T], or [B, T, 1, head_dim] at positions [B, T].
+        """Return cos and signed sin [T, 1, head_dim] at positions [T], or [B, T, 1, head_dim] at positions [B, T].
 
         They are parts of tables, which grow with `end`, above all positions; without it the host waits for a tensor.
         """
@@ -306,13 +306,13 @@ class Transformer(nn.Module):
         return cos[positions], sin[positions]
 
     def rotation_at(self, positions: Tensor, like: Tensor) -> Rotation:
-        """The tables that `rotate` wants for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
+        """Return the tables of `rotate` for positions [T] or [B, T], each [..., 1, head_dim]; computed in float32."""
         inverse, scale = frequencies(self.config.rope, self.config.head_dim)
         angles = positions.float()[..., None, None] * inverse.to(positions.device)
         return rotation_tables(angles, scale, like.dtype)
 
     def mask(self, length: int, like: Tensor, window: int | None) -> Tensor:
-        """[T, T]: 0 where query (row) may see key (column), -inf where not: the future, and what left the window."""
+        """Return the mask [T, T]: 0 if the query (row) sees the key (column), -inf after it and before the window."""
         blocked = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
         mask = blocked.triu(1)
         if window is not None:

@@ -49,7 +49,7 @@ class ModelRunner(Protocol):
     computed: list[int]  # positions of each sequence that the last forward computed
 
     def plain(self, length: int) -> int:
-        """Positions that a forward without a draft computes for a sequence of this length."""
+        """Count the positions that a forward without a draft computes for a sequence of this length."""
         ...
 
     def forward(
@@ -71,7 +71,7 @@ class ModelRunner(Protocol):
         ...
 
     def release(self, owner: Hashable) -> None:
-        """The sequence is finished."""
+        """Free what is kept of a finished sequence."""
         ...
 
 
@@ -102,10 +102,10 @@ class UncachedRunner:
         return target_forward(self.model, token_ids, drafts, states_from, taps)
 
     def commit(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
-        """Nothing is kept."""
+        """Do nothing: no state is kept."""
 
     def release(self, owner: Hashable) -> None:
-        """Nothing was kept."""
+        """Do nothing: no state is kept."""
 
 
 class CachedRunner:

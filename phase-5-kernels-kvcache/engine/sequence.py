@@ -32,7 +32,7 @@ class Ending:
 
 @dataclass
 class Progress:
-    """When tokens came, in seconds since decoding began, and what was computed for them."""
+    """Times of the tokens, in seconds since decoding began, and counts of steps and forwards."""
 
     began: float = field(default_factory=time.perf_counter)  # on that clock
     first: float = 0.0
@@ -41,7 +41,7 @@ class Progress:
     forwards: int = 0
 
     def mark(self, forwards: int = 1) -> None:
-        """A step has just given one or more tokens, at the price of some target forwards."""
+        """Record a step that gave one or more tokens and took so many target forwards."""
         self.last = time.perf_counter() - self.began
         self.first = self.first or self.last
         self.steps += 1
@@ -49,7 +49,7 @@ class Progress:
 
 
 class Sequence:
-    """Prompt and output of one request, and all else that is known of it. `tokens` is the output, an EOS included."""
+    """Prompt, output and state of one request. `tokens` is the output, an EOS included."""
 
     controller: KController  # of how many tokens to draft, from the start of decoding on
 
@@ -97,7 +97,7 @@ class Sequence:
         return self.finish_reason is None
 
     def refuse(self, why: str) -> None:
-        """What it has stays, and no more comes."""
+        """End the sequence; its tokens stay."""
         self.refusal = why
         self._finish("refused")
 

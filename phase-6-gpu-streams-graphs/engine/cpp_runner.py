@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .kernels.cpp import CppModel
 from .kernels.cpp.model import Cache
-from .kv_cache import KVOptions, OutOfBlocks
+from .kv_cache import OutOfBlocks
 from .kv_cache.manager import CacheManager
 from .model import Transformer
-from .runner import NO_DRAFT, CachedRunner, Work, make_manager
+from .runner import NO_DRAFT, CachedRunner, Work
 from .sampling import KeyedSampler
 from .sequence import Sequence
 from .verify import GreedySource, RandomSource
@@ -119,8 +119,3 @@ def states_of(hidden: Tensor | None, tapped: Tensor | None) -> Tensor:
     """Return the states [n, F] that draft heads read: hidden states, and the outputs of tapped layers beside them."""
     assert hidden is not None
     return hidden if tapped is None else torch.cat((hidden, tapped), -1)
-
-
-def make_cpp_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> CppRunner:
-    """Make a runner, with a cache of its own. UserError if the kernels do not take such a cache."""
-    return CppRunner(model, fast, make_manager(model, options, rows, tokens, torch.float32))

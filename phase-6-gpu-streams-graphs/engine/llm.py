@@ -57,7 +57,7 @@ from .verify import RandomSource
 
 
 class LLM:
-    """Loads what the options name. UserError where that cannot be had."""
+    """Loads the models that the options name. UserError if one cannot be loaded."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -95,7 +95,7 @@ class LLM:
                     pack_matrices(module)
 
     def _backends(self) -> Backends:
-        """Who computes, chosen before a weight is read: matrices that C++ will pack are loaded as files have them."""
+        """Choose the backends before a weight is read: matrices that C++ will pack are loaded as stored."""
         if is_fake(self.options.model):
             return Backends(self.options, torch.device("cpu"), torch.float32)
         return Backends(self.options, resolve_device(self.options.device), self._resolve(self.options.model).dtype)
@@ -150,7 +150,7 @@ class LLM:
         ]
 
     def _warm_up(self) -> None:
-        """A few tokens behind prompts of several lengths, so that all is compiled before anything is timed."""
+        """Decode a few tokens after prompts of several lengths, so that all is compiled before anything is timed."""
         params = dataclasses.replace(self.params, max_new_tokens=16, stop=(), ignore_eos=True)
         for length in (33, 8, 1):  # torch makes a graph of its own for what is 1
             for _ in self.run([Sequence([0] * length, params, self.loaded.ending)]):
@@ -158,7 +158,7 @@ class LLM:
 
     @property
     def speculative(self) -> bool:
-        """Whether anything drafts: a model, or a drafter that needs none."""
+        """Return whether anything drafts: a model, or a drafter that needs none."""
         return self.options.draft != "none" and (self.draft is not None or self.options.drafter != "model")
 
     @property
@@ -168,7 +168,7 @@ class LLM:
         return self.draft.checkpoint.name if self.draft else self.options.drafter
 
     def header(self) -> dict[str, object]:
-        """What a recording says of the run: the models, the settings, the machine."""
+        """Return the header of a recording: the models, the settings, the machine."""
         weight, models = self.loaded.model.embedding.weight, [each for each in (self.loaded, self.draft) if each]
         trained = [each.checkpoint for each in models if not isinstance(each.model, FakeModel)]
         hashes = {checkpoint.name: checkpoint.content_hash() for checkpoint in trained}
@@ -246,7 +246,7 @@ class LLM:
         return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter
 
     def remembered(self) -> dict[str, object]:
-        """What the target's cache was, and what it took; or why there was none."""
+        """Describe the target's cache and its bytes, or why there was none."""
         if not isinstance(self.runner, CachedRunner):
             reasons = {"--kv off": self.options.kv == "off", "beam search computes whole texts": self.options.beams > 1}
             why = next((why for why, holds in reasons.items() if holds), "the model has nothing to remember")
@@ -287,11 +287,11 @@ class LLM:
         return StaticTreeDrafter(drafter, shape, source, self.policy.draft_noise, self.policy.draws_children)
 
     def tree_acceptance(self) -> list[list[float]]:
-        """By depth and rank: as measured for the model's own drafters, else a typical one."""
+        """Return the acceptance by depth and rank: as measured for the model's own drafters, else a typical one."""
         return measured_acceptance(self.loaded.checkpoint.folder, self.options.drafter)
 
     def _search(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Beam search, one prompt after the other: no token is certain before its search ends."""
+        """Search prompt by prompt; no token is certain before its search ends."""
         loaded, options = self.loaded, self.options
         for sequence in sequences:
             best = beam_search(

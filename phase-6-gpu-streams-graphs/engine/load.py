@@ -116,7 +116,7 @@ def load(
     as_stored: bool = False,
     group: Group | None = None,
 ) -> LoadedModel:
-    """An embedded model's name, a folder or a hub id, in the wanted dtype on the wanted device.
+    """Load an embedded model's name, a folder or a hub id, in the given dtype on the given device.
 
     With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
     `as_stored` keeps matrices output-major, as files have them, for kernels that pack them; some then are views of the
@@ -288,7 +288,7 @@ def _assign(
 
 
 def is_whole(place: Place, tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a layer's matrix can be read where the file holds it: it is no part of a fused one, and not cast."""
+    """Return whether a layer's matrix can be read from the mapped file: it is no part of a fused one, and not cast."""
     inside = place.name.startswith("layers.") and place.rows == slice(None)
     return inside and tensor.ndim == 2 and tensor.dtype == dtype and tensor.is_contiguous()
 

@@ -155,7 +155,7 @@ class Profiler:
 
     @property
     def coverage(self) -> float:
-        """The share of the steps' time inside RANGES."""
+        """Return the share of the steps' time inside RANGES."""
         return sum(map(self.total, RANGES)) / self.total("ms") if self.steps else 0.0
 
     def _recorder(self) -> profile:

@@ -42,7 +42,7 @@ from .verify import GreedySource, RandomSource, random_source
 
 
 def block_width(sequence: Sequence, k: int, context: int) -> int:
-    """How many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
+    """Return how many tokens to draft: at most k, none past the token limit, and none past a jump of the window.
 
     The token limit leaves room for the token that follows the draft, so one less than what remains is useful.
     """

@@ -72,7 +72,7 @@ class Backends:
 
     @property
     def multi_step(self) -> MultiStep | None:
-        """What makes several steps in one call: C++, or graphs. None if steps are made one by one."""
+        """Return what makes several steps in one call: C++, or graphs. None if steps are made one by one."""
         if self.graphs is not None:
             return self.graphs
         if not self.fast or self.group is not None:  # the ranks of a group are told of every step

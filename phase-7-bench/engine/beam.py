@@ -2,7 +2,7 @@
 
 A hypothesis' score is the sum of its log-probabilities, divided by length ** length_penalty when the hypothesis ends
 (as in transformers; Wu et al. 2016 use another normaliser). The search stops when no running hypothesis, scored at its
-present length, beats the worst ending that was kept. With `early_stopping` it stops as soon as `beams` of them ended.
+present length, beats the worst ending that was kept.
 
     beam_search(loaded.model, prompt, SamplingParams(max_new_tokens=32), loaded.ending, beams=4)
 """
@@ -49,7 +49,6 @@ def beam_search(
     ending: Ending,
     beams: int,
     length_penalty: float = 1.0,
-    early_stopping: bool = False,
 ) -> Hypothesis:
     """Return the best of at most `beams` endings. Of `params`, only max_new_tokens and ignore_eos are used."""
     eos = () if params.ignore_eos else ending.eos_ids
@@ -65,6 +64,6 @@ def beam_search(
         ended = sorted(ended, key=lambda h: -h.score)[:beams]
         running = [c for c, done in zip(candidates, over, strict=True) if not done][:beams]
         full = len(ended) == beams
-        if full and (early_stopping or not running or running[0].score / steps**length_penalty <= ended[-1].score):
+        if full and running and running[0].score / steps**length_penalty <= ended[-1].score:
             break
     return Hypothesis(ended[0].tokens, ended[0].score, forwards=steps)

@@ -43,7 +43,7 @@ class HostClock:
         return time.perf_counter()
 
     def settle(self) -> None:
-        """The host's moments have passed."""
+        """Do nothing: the host's times are known at once."""
 
     def ms(self, began: float, ended: float) -> float:
         return (ended - began) * 1e3

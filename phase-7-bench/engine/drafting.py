@@ -69,14 +69,14 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        """At most widths[r] tokens (of a tree: levels) for sequence r."""
+        """Draft at most widths[r] tokens (of a tree: levels) for sequence r."""
 
     def states_from(self, sequence: Sequence) -> int:
-        """From which position of the sequence on it wants the target's states; asked only where taps is not None."""
+        """Return the first position whose target states the drafter needs; asked only if taps is not None."""
         raise NotImplementedError
 
     def observe(self, outcome: Outcome) -> None:  # noqa: B027
-        """Called after every step."""
+        """Learn from a finished step."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Brancher(Drafter):
 
     @abstractmethod
     def ready(self, sequence: Sequence) -> bool:
-        """Whether it knows enough of the sequence to guess."""
+        """Return whether enough of the sequence was seen to draft."""
 
     @abstractmethod
     def expand(self, frontiers: list[Frontier]) -> list[Tensor]:

@@ -97,7 +97,7 @@ def generate(
 def stream(
     model: Transformer, prompt: list[int], params: SamplingParams, ending: Ending | None = None, sample: int = 0
 ) -> Iterator[int]:
-    """The tokens of one completion, each as soon as it is known."""
+    """Yield the tokens of one completion, each as soon as it is chosen."""
     sequence = Sequence(prompt, params, ending or Ending(), sample)
     runner = make_runner(model, KVOptions(), 1, len(prompt) + params.max_new_tokens)
     for _ in decode(runner, None, [sequence]):

@@ -82,7 +82,7 @@ class CudaDevice:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def adopt(self, models: list[Transformer], caches: list[KVCache]) -> None:
-        """They are on the GPU."""
+        """Do nothing: the arrays are on the GPU."""
 
     def copy_in(self, to: Tensor, host: Tensor) -> None:
         to.copy_(host.pin_memory(), non_blocking=True)  # torch reuses pinned memory only after the copy

@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes of the matrix, and of its scales: none."""
+        """Return the bytes of the matrix, which has no scales."""
         return self.blocks.nbytes, 0
 
 

@@ -41,7 +41,7 @@ class Format:
 
     @property
     def levels(self) -> tuple[int, int]:
-        """The lowest and the highest level."""
+        """Return the lowest and the highest level."""
         return (-127, 127) if self.name == "int8" else (0, 15)
 
     @property
@@ -50,7 +50,7 @@ class Format:
 
     @property
     def signed(self) -> bool:
-        """Whether scales may be negative, so that the largest weight of a group is level -8."""
+        """Return whether scales may be negative, so that the largest weight of a group is level -8."""
         return self.name == "int4" and not self.asymmetric
 
     def grouped(self, weight: Tensor, where: str = "a matrix") -> Tensor:
@@ -219,7 +219,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The equivalent matrix of a Linear: float32 [out, in], with `factor` and in the order of the inputs."""
+        """Return the equivalent matrix of a Linear: float32 [out, in], with `factor` and in the order of the inputs."""
         matrix = self.matrix(torch.float32)
         matrix = matrix if self.factor is None else matrix * self.factor.float()
         return matrix if self.order is None else matrix[:, self.order.argsort()]
@@ -237,7 +237,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes of the values, and of scales, zeros, factor and order together."""
+        """Return the bytes of the values, scales, zeros, factor and order together."""
         parts = (self.scales, self.zeros, self.factor, self.order)
         others = [tensor.nbytes for tensor in parts if tensor is not None]
         return self.values.nbytes, sum(others)

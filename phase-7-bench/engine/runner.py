@@ -49,7 +49,7 @@ class ModelRunner(Protocol):
     computed: list[int]  # positions of each sequence that the last forward computed
 
     def plain(self, length: int) -> int:
-        """Positions that a forward without a draft computes for a sequence of this length."""
+        """Count the positions that a forward without a draft computes for a sequence of this length."""
         ...
 
     def forward(
@@ -75,7 +75,7 @@ class ModelRunner(Protocol):
         ...
 
     def release(self, owner: Hashable) -> None:
-        """The sequence is finished."""
+        """Free what is kept of a finished sequence."""
         ...
 
 

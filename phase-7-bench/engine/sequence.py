@@ -47,7 +47,7 @@ class Progress:
     blocks: int = 0  # the most that it held of a paged cache
 
     def mark(self, forwards: int = 1) -> None:
-        """A step has just given one or more tokens, at the price of some target forwards."""
+        """Record a step that gave one or more tokens and took so many target forwards."""
         self.last = time.perf_counter() - self.began
         self.first = self.first or self.last
         self.steps += 1
@@ -55,7 +55,7 @@ class Progress:
 
 
 class Sequence:
-    """Prompt and output of one request, and all else that is known of it. `tokens` is the output, an EOS included."""
+    """Prompt, output and state of one request. `tokens` is the output, an EOS included."""
 
     controller: KController  # of how many tokens to draft, from the start of decoding on
     policy: AcceptancePolicy  # which of them are accepted
@@ -113,16 +113,16 @@ class Sequence:
         return self.finish_reason is None
 
     def refuse(self, why: str) -> None:
-        """What it has stays, and no more comes."""
+        """End the sequence; its tokens stay."""
         self.refusal = why
         self._finish("refused")
 
     def abort(self) -> None:
-        """Nobody wants more of it."""
+        """End a sequence that nobody waits for."""
         self._finish("aborted")
 
     def fail(self, error: Exception) -> None:
-        """An error in one of its steps ends it."""
+        """End the sequence with the error of one of its steps."""
         self.error, self.refusal = error, str(error)
         self.finish_reason = "error"
 

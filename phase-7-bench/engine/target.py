@@ -21,7 +21,7 @@ def target_forward(
     states_from: list[int] | None = None,
     taps: tuple[int, ...] = (),
 ) -> TargetOutput:
-    """One forward over all rows, right-padded; shorter rows repeat their last position.
+    """Run one forward over all rows, right-padded; shorter rows repeat their last position.
 
     states_from[r]: the first position of row r whose states are wanted, besides the draft's; None without states.
     Without drafts and states, rows of similar length share a forward.
@@ -65,7 +65,7 @@ def target_forward(
 
 
 def tree_layout(model: Transformer, lengths: list[int], drafts: list[Tree], longest: int) -> tuple[Tensor, Masks]:
-    """Positions [R, T] and masks [R, T, T] of rows with trees at their ends: a node sees the row and its ancestors."""
+    """Return positions [R, T] and masks [R, T, T] of rows that end in trees: a node sees the row and its ancestors."""
     weight = model.embedding.weight
     within = torch.arange(longest, device=weight.device).clamp(max=model.config.context - 1)  # padding may lie past it
     positions = within.repeat(len(drafts), 1)

@@ -42,7 +42,7 @@ class UncachedRunner:
         return 1  # all are computed, in every step alike
 
     def commit(self, owner: Hashable, nodes: list[int], tokens: list[int]) -> None:
-        """Nothing is kept."""
+        """Do nothing: no state is kept."""
 
     def release(self, owner: Hashable) -> None:
-        """Nothing was kept."""
+        """Do nothing: no state is kept."""

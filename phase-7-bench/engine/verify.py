@@ -28,14 +28,14 @@ class RandomSource(Sampler, Protocol):
     """The random decisions of verification. Tests replace it to walk every possible outcome."""
 
     def decide(self, probability: Tensor, keys: Tensor, positions: Tensor, trial: int = 0) -> Tensor:
-        """True with the given probability [R, K], each at its own position (int64 [R, K]); keys int64 [R, 2].
+        """Draw True with the given probability [R, K], each at its own position (int64 [R, K]); keys int64 [R, 2].
 
         In a tree several tokens are tried at one position; `trial` numbers them.
         """
         ...
 
     def draw_several(self, probs: Tensor, count: int, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """`count` different tokens per row of probs [R, V], drawn without replacement, in order; int64 [R, count]."""
+        """Draw `count` different tokens per row of probs [R, V], without replacement, in order; int64 [R, count]."""
         ...
 
 
@@ -56,7 +56,7 @@ class KeyedSource(KeyedSampler):
     """
 
     def draw(self, probs: Tensor, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """Gumbel-max for plain sampling; for drafts and residuals one uniform and the inverse distribution function."""
+        """Draw by Gumbel-max for plain sampling; for drafts and residuals by a uniform and the inverse distribution."""
         if purpose == Purpose.SAMPLE:
             return super().draw(probs, keys, positions, purpose)
         uniform = philox.uniforms(keys[:, 0], keys[:, 1], positions, purpose, 1).double()  # [R, 1]
@@ -65,7 +65,7 @@ class KeyedSource(KeyedSampler):
         return tokens.clamp(max=probs.shape[-1] - 1)
 
     def draw_several(self, probs: Tensor, count: int, keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """The largest of log p plus Gumbel noise are a draw without replacement, in order (Kool et al. 2019)."""
+        """Take the largest of log p plus Gumbel noise: a draw without replacement, in order (Kool et al. 2019)."""
         noise = philox.gumbel(keys[:, 0], keys[:, 1], positions, purpose, probs.shape[-1])
         return ranked(probs.log() + noise, count)
 

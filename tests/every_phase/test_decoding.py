@@ -235,20 +235,6 @@ def test_beam_search_equals_transformers(engine: ModuleType, loaded: Any, length
     assert len(lengths) > 1 or length_penalty != 1.0
 
 
-@pytest.mark.modules("beam.py")
-def test_beam_search_with_early_stopping_equals_transformers(engine: ModuleType, loaded: Any) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(loaded.checkpoint.folder, dtype=torch.float32).eval()
-    eos = list(range(0, 320, 8))
-    for prompt in PROMPTS:
-        expected = reference.generate(
-            torch.tensor([prompt]), num_beams=4, do_sample=False, max_new_tokens=16, early_stopping=True,
-            eos_token_id=eos, pad_token_id=0,
-        )[0, len(prompt) :].tolist()  # fmt: skip
-        params = engine.SamplingParams(max_new_tokens=16)
-        best = engine.beam_search(loaded.model, prompt, params, engine.Ending(tuple(eos)), 4, early_stopping=True)
-        assert best.tokens == expected
-
-
 def test_only_rows_of_similar_length_share_a_forward(engine: ModuleType) -> None:
     group = importlib.import_module(engine.next_logits.__module__).of_similar_length
     assert group([10, 10, 10]) == [[0, 1, 2]]

@@ -19,7 +19,7 @@ from common.philox import Purpose
 from common.prompts import load_prompts
 from phase5.config import ModelConfig
 from phase5.controllers import FixedController
-from phase5.cpp_runner import CppRunner, make_cpp_runner
+from phase5.cpp_runner import CppRunner
 from phase5.drafters import DynamicTreeDrafter, NgramDrafter, StaticTreeDrafter
 from phase5.drafters.eagle import EagleHead, EagleShape
 from phase5.drafters.eagle_fast import FastEagleDrafter
@@ -36,6 +36,7 @@ from phase5.sampling import SamplingParams
 from phase5.sequence import Ending, Sequence
 from phase5.speculative import decode
 from phase5.verify import KeyedSource
+from tests.support.cpp import make_cpp_runner
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 

@@ -17,7 +17,7 @@ import phase5
 from common.philox import Purpose
 from phase5 import load
 from phase5.controllers import FixedController
-from phase5.cpp_runner import CppRunner, make_cpp_runner
+from phase5.cpp_runner import CppRunner
 from phase5.drafters.model_fast import FastModelDrafter
 from phase5.kernels import cpp
 from phase5.kernels.cpp import library
@@ -30,6 +30,7 @@ from phase5.sampling import SamplingParams, probabilities
 from phase5.sequence import Ending, Sequence
 from phase5.speculative import decode
 from phase5.verify import GreedySource, KeyedSource, RandomSource
+from tests.support.cpp import make_cpp_runner
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 

@@ -17,10 +17,10 @@ import phase1
 import phase5
 from common.checkpoint import MODELS
 from common.errors import UserError
-from phase5.cpp_runner import make_cpp_runner
 from phase5.kernels import TORCH, cpp, registry
 from phase5.kv_cache import KVOptions
 from phase5.runner import NO_DRAFT, ModelRunner, make_runner
+from tests.support.cpp import make_cpp_runner
 
 CPU = torch.device("cpu")
 FULL, SLIDING = "full_attention", "sliding_attention"

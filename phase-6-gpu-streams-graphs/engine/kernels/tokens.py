@@ -51,7 +51,7 @@ class SamplingMetadata:
 
     @property
     def greedy(self) -> bool:
-        """True if every sequence takes its likeliest token."""
+        """Return whether every sequence takes its likeliest token."""
         return all(mine.greedy for mine in self.params)
 
     def each(self, rows: int) -> list[SamplingParams]:

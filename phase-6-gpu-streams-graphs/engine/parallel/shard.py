@@ -92,7 +92,7 @@ class Shard:
 
     @property
     def vocab(self) -> int:
-        """Rows of the embedding and of the output matrix in each rank; the last one may have fewer."""
+        """Return the rows of the embedding and of the output matrix in each rank; the last one may have fewer."""
         return -(-self.whole.vocab_size // self.ranks)
 
     def _range(self, size: int) -> slice:

@@ -49,7 +49,7 @@ class ChainBuilder:
         return True
 
     def take(self, row: int, tokens: list[int], probs: Tensor | None) -> None:
-        """The whole chain of a row, drawn elsewhere, from probs [n, V]; None at temperature 0."""
+        """Take over a row's whole chain, which was drawn elsewhere from probs [n, V]; None at temperature 0."""
         self.tokens[row] = tokens
         self.probs[row] = [] if probs is None else list(probs)
 

@@ -103,7 +103,7 @@ class Lookahead:
         return self.confirmed + inputs + GUESSES <= self.cache.capacity
 
     def begin(self, inputs: Tensor, end: int) -> Tensor:
-        """The feature [1, D] that is predicted behind the sequence's new inputs [n, D], which end at a position."""
+        """Predict the feature [1, D] after the sequence's new inputs [n, D], which end at a position."""
         self.cache.truncate(0, self.confirmed)
         places = range(self.confirmed, self.confirmed + len(inputs))
         last = torch.tensor([[len(inputs) - 1]], device=self.device)
@@ -197,7 +197,7 @@ class EagleDrafter(StateDrafter, Brancher):
         return layer.begin(self.inputs(sequence, new), sequence.length - 1)
 
     def _layer(self, sequence: Sequence) -> tuple[Lookahead, int]:
-        """The layer over this sequence, and how many of the sequence's last positions it is still to be fed."""
+        """Return the layer over this sequence, and how many of the last positions it has yet to read."""
         end, layer = sequence.length - 1, self._layers.get(sequence)
         new = self.head.shape.reach if layer is None else end - layer.end
         if layer is None or not self.cached or new > self.head.shape.reach or not layer.has_room(new):
@@ -211,13 +211,13 @@ class EagleDrafter(StateDrafter, Brancher):
         return Lookahead(self.head, self.target, capacity)
 
     def inputs(self, sequence: Sequence, last: int) -> Tensor:
-        """What the layer is fed for the last so many positions whose next token is known, [n, D]."""
+        """Return the layer's inputs for the last so many positions whose next token is known, [n, D]."""
         tokens, features = self._read(sequence, last)
         embedded = self.target.embedding(torch.tensor(tokens, device=features.device))
         return self.head.inputs(embedded, features)
 
     def _read(self, sequence: Sequence, last: int) -> tuple[list[int], Tensor]:
-        """For the last so many positions whose next token is known: that token, and the feature it was drawn from."""
+        """Return the next token of the last so many positions that have one, and the feature it was drawn from."""
         states = self.memory.get(sequence, last)
         assert states is not None, "the first step of a sequence has nothing to draft from"
         following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]  # drawn from those states

@@ -198,7 +198,7 @@ class Group:
             self.leave()
 
     def leave(self) -> None:
-        """Part from the other ranks, which do the same."""
+        """Leave the group; the other ranks do the same."""
         self._finish_sends()
         self.closed = True
         self.lifeline.close()
