@@ -1,4 +1,4 @@
-"""The drafter of phase 2: a smaller model with the same vocabulary, one forward per draft token."""
+"""A drafter that is a smaller model with the same vocabulary, one forward per draft token."""
 
 from __future__ import annotations
 

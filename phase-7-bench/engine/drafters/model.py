@@ -1,4 +1,4 @@
-"""The drafter of phase 2: a smaller model with the same vocabulary, one forward per draft token.
+"""A drafter that is a smaller model with the same vocabulary, one forward per draft token.
 
 Its runner may keep a KV cache. The runner compares every text with what its cache holds: rejected tokens are dropped,
 and after a fully accepted draft the last draft token is computed with the next step.
