@@ -42,7 +42,7 @@ class KeyedSource(KeyedSampler):
     | accept or reject a draft token                 | ACCEPT   | the first        |
     | the token in place of a rejected one           | RESIDUAL | the first        |
 
-    The key's position is the token's own, counted from the start of the prompt. A draft token behind a rejected one
+    The key's position is the token's own, counted from the start of the prompt. A draft token after a rejected one
     decides nothing: the next step draws at its position again, with the same key.
     """
 

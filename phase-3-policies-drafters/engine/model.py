@@ -167,9 +167,9 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """Return `hidden`, and what a learned drafter reads: the outputs of the layers in `taps`.
+        """Return `hidden`, and the outputs of the layers in `taps`, which learned drafters read.
 
-        The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
+        The tapped outputs are concatenated, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
         replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
         position.
         """

@@ -82,7 +82,7 @@ class Acceptance:
         self.tried, self.passed = list[float](), list[float]()
 
     def observe(self, depth: int, accepted: int) -> None:
-        """Count a draft; the first rejected token counts as tried, those behind it do not."""
+        """Count a draft; the first rejected token counts as tried, those after it do not."""
         for at in range(len(self.tried)):
             self.tried[at] *= self.decay
             self.passed[at] *= self.decay

@@ -248,11 +248,11 @@ class Transformer(nn.Module):
         cached: dict[int | None, CachedAttention] | None = None,
         draft: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return `hidden`, and what a learned drafter reads: the outputs of the layers in `taps`.
+        """Return `hidden`, and the outputs of the layers in `taps`, which learned drafters read.
 
-        The tapped outputs stand side by side, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
+        The tapped outputs are concatenated, [B, T or W, len(taps) * D]; None without taps. `masks` (each [B, T, T])
         replace the causal ones, and positions may differ by row ([B, T]): a tree of guesses has several tokens for one
-        position. A range is for all rows. With `cached` (by window) the tokens stand behind what a cache holds. A token
+        position. A range is for all rows. With `cached` (by window) the tokens follow those of a cache. A token
         -1 - j is token j of the row's `draft` (int64 [B, K]).
         """
         T = tokens.shape[1]

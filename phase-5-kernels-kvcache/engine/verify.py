@@ -50,7 +50,7 @@ class KeyedSource(KeyedSampler):
     | accept or reject a draft token                 | ACCEPT   | that of its number among its siblings |
     | the token in place of a rejected one           | RESIDUAL | the first                             |
 
-    The key's position is the token's own, counted from the start of the prompt. A draft token behind a rejected one
+    The key's position is the token's own, counted from the start of the prompt. A draft token after a rejected one
     decides nothing: the next step draws at its position again, with the same key. Nodes of one level share their
     numbers, for the walk comes to one of them. The policy `coupled` drafts with SAMPLE, the target's own noise.
     """

@@ -94,7 +94,7 @@ class AsyncLLMEngine:
         return item
 
     def close(self) -> None:
-        """End all requests, and the thread. Whoever still reads gets an error."""
+        """End all requests and the thread; readers get an error."""
         with self._lock:
             if not self._closed:
                 self._closed = True

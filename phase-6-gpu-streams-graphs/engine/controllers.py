@@ -162,7 +162,7 @@ class CostController(KController):
     drafts: int = 0  # of this sequence
     drafted: bool = False  # whether its last step did
     holds: int = 1  # steps for which the last answer holds
-    declined: int = 0  # steps for which it still does, if it was that nobody drafts
+    declined: int = 0  # of them, those that are left, if the answer was to draft nothing
 
     def next_k(self) -> int:
         return choose([self], [self.bounds.high])[0]

@@ -1,6 +1,6 @@
 """The rotary positions that config.json describes, and the context that follows from their scaling.
 
-The values stand in `rope_parameters`, or in `rope_theta` and `rope_scaling`, depending on the version of transformers
+The values are in `rope_parameters`, or in `rope_theta` and `rope_scaling`, depending on the version of transformers
 that wrote the file. rope.py computes frequencies from them.
 
     rope, context = read_rope(keys), read_context(keys)

@@ -84,10 +84,10 @@ class EagleHead(nn.Module):
 
 
 class Lookahead:
-    """The layer over one sequence and a tree of guesses behind it, which grows; a chain is a tree.
+    """The layer over one sequence and the growing tree of draft tokens after it; a chain is a tree.
 
-    Keys and values of the sequence's inputs stay in a cache of the layer's own; those of guesses go when the next draft
-    begins.
+    Keys and values of the sequence's inputs stay in a cache of the layer's own; those of draft tokens go when the next
+    draft begins.
     """
 
     def __init__(self, head: EagleHead, target: Transformer, capacity: int) -> None:
@@ -133,7 +133,7 @@ class Lookahead:
         return added
 
     def _predict(self, inputs: Tensor, places: Tensor | range, paths: Paths | None, wanted: Tensor | None) -> Tensor:
-        """[n, D] behind inputs [n, D] at these places, or behind those wanted alone; they stay in the cache."""
+        """Predict [n, D] after inputs [n, D] at these places, or after those wanted alone; they stay in the cache."""
         rotation, reach = None, self.head.shape.reach
         metadata = attention_metadata(self.cache, [0], [len(inputs)], self.upload, windows={reach}, paths=[paths])
         if self.head.config.positions == "rope":

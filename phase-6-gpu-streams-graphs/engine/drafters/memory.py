@@ -51,14 +51,14 @@ class StateMemory:
 
 @dataclass
 class Kept:
-    """Of one sequence: put together only when somebody reads it, for most steps nobody does."""
+    """The states of one sequence, concatenated only when they are read: after most steps they are not."""
 
-    end: int = 0  # position behind the last
+    end: int = 0  # position after the last
     parts: list[Tensor] = field(default_factory=list)
     count: int = 0  # states in the parts
 
     def last(self, count: int) -> Tensor:
-        """[n, F], n at most `count`."""
+        """Return the last states [n, F], n at most `count`."""
         first, found = len(self.parts), 0
         while first > 0 and found < count:
             first -= 1

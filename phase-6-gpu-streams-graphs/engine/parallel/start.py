@@ -177,7 +177,7 @@ def _lead(
         for sock in arrivals(listening, place.ranks - 1, children):
             theirs = read_line(sock)
             if theirs.get("rank") not in range(1, place.ranks):
-                sock.close()  # nobody of ours
+                sock.close()  # not one of our ranks
                 continue
             sock.settimeout(None)
             rank = int(theirs["rank"])
