@@ -1,7 +1,9 @@
-"""Reads what OpenAI-compatible servers send: events of a stream, bodies, errors. Whatever is broken is a ServerError.
+"""Reads what OpenAI-compatible servers send: events of a stream, bodies, errors.
 
-for data in events(response):
-    for text, reason, index in parts(parsed(data, url), url): ...
+Raises ServerError for what is broken.
+
+    for data in events(response):
+        for text, reason, index in parts(parsed(data, url), url): ...
 """
 
 from __future__ import annotations

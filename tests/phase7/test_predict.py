@@ -122,6 +122,21 @@ def test_the_readme_says_how_good_the_predictions_were() -> None:
     assert all(sentence in readme for sentence in said), said
 
 
+def test_the_drift_is_that_of_the_measured_cells() -> None:
+    """Estimated again from the committed rows, 90% of the cells are inside their intervals."""
+    rows = read_rows(ROOT / "phase-7-bench" / "results")
+    measured = [line for line in predict.compared(rows) if "synthetic" not in line["variant"]]
+    cells = [{"temperature": t, "dtype": dtype} for t in (0.0, 1.0) for dtype in ("float32", "bfloat16")]
+    lines = []
+    for cell in cells:
+        found = predict.estimates([row for row in rows if row.cell == cell], cell)
+        for line in (line for line in measured if cell.items() <= line.items()):
+            low, high = (found[line["variant"]][f"predicted_{end}"] for end in ("low", "high"))
+            lines.append({**line, "inside": low <= line["measured"] <= high})
+    assert len(lines) == len(measured) == 60
+    assert predict.verdict(lines)["inside"] >= 0.9
+
+
 def test_a_cell_is_surveyed_on_the_other_half_before_it_is_measured(llama_folder: Path) -> None:
     settings = {"model": str(llama_folder), "temperature": 0.0, "dtype": "float32"}
     task = cell.Task(grid.Cell(settings, {"plain": {"draft": "none"}, "k=2": {"drafter": "ngram", "k": 2}}), {}, "test")
