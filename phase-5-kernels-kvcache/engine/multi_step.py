@@ -81,7 +81,7 @@ def multi_step(
     if room < 1:
         return []
     call = call._replace(steps=min(call.steps, room))
-    works, made, states = _execute(runner, drafter, sequences, call, isinstance(policy, SampleMatch))
+    works, made, states = _execute(runner, drafter, sequences, call, [isinstance(policy, SampleMatch)] * len(sequences))
     return _commit(runner, drafter, sequences, asked, works, made, states, began)
 
 
@@ -130,7 +130,7 @@ def steps_ahead(controller: KController) -> int:
 
 
 def _execute(
-    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, own: bool
+    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, own: list[bool]
 ) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
     counts, steps, given = call

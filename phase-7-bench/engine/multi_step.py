@@ -151,8 +151,8 @@ def _execute(
                 raise
             steps = 1
     made, states = runner.fast.decode(
-        batch, fast, counts, steps, own=isinstance(rule_of(policy), SampleMatch),
-        synthetic=policy.acceptance if isinstance(policy, Synthetic) else -1,
+        batch, fast, counts, steps, own=[isinstance(rule_of(policy), SampleMatch)] * len(batch),
+        synthetic=[policy.acceptance if isinstance(policy, Synthetic) else -1] * len(batch),
         taps=None if drafter is None else drafter.taps,
         ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,

@@ -132,7 +132,7 @@ def decode(
 ) -> None:
     memory = torch.empty(4096)
     batch = [fast.sequence(cache, 0, [1], SamplingParams())]
-    library().decode(fast._engine, batch, None, [0], 1, False, [], memory.data_ptr() * states, room, list(taps), ms)
+    library().decode(fast._engine, batch, None, [0], 1, [False], [], memory.data_ptr() * states, room, list(taps), ms)
 
 
 def test_a_view_describes_a_cache_that_can_be(fast: cpp.CppModel) -> None:
@@ -215,7 +215,7 @@ def test_batches_that_cannot_be_are_refused(fast: cpp.CppModel) -> None:
         return [of.sequence(at, row, [1], params) for row in rows]
 
     def drafter(of: cpp.CppModel, rows: Sequence[int] = (0, 1), at: Any = None) -> Any:
-        return library().ModelDrafter(of._engine, batch(of, rows, at), int(Purpose.DRAFT))
+        return library().ModelDrafter(of._engine, batch(of, rows, at), [int(Purpose.DRAFT)] * len(rows))
 
     def given(*tokens: list[int]) -> Any:
         return library().GivenDrafter(fast._engine, list(tokens))
@@ -232,6 +232,8 @@ def test_batches_that_cannot_be_are_refused(fast: cpp.CppModel) -> None:
         ("absurd", lambda: run(None, [0, 0], 2**21)),
         ("below 0 or absurd", lambda: run(drafter(other), [2, -1])),
         ("below 0 or absurd", lambda: run(drafter(other), [2**21, 1])),
+        ("sequences and rules differ", lambda: fast.decode(batch(fast, at=cache), None, [0, 0], 1, own=[True])),
+        ("sequences and purposes differ", lambda: run(library().ModelDrafter(other._engine, batch(other), [1]))),
         ("other sequences", lambda: run(drafter(other, [0]))),
         ("different vocabularies", lambda: run(drafter(foreign))),
         ("a cache of its own", lambda: run(drafter(other, at=cache))),
@@ -450,7 +452,7 @@ def fuzz(calls: int = CALLS) -> None:
     def drafter(rows: list[int], new: list[int]) -> Any:
         of, its = any_of([(draft, its_caches), (draft, its_caches), (target, caches)])
         batch = [sequence(of, any_of(its), row_of) for row_of in rows]
-        asked = int(any_of(list(Purpose)))
+        asked = [int(any_of(list(Purpose))) for _ in rows] if chosen.random() < 0.9 else [0]
         if (kind := chosen.randint(0, 4)) == 0:
             return None
         if kind == 1:
@@ -486,8 +488,9 @@ def fuzz(calls: int = CALLS) -> None:
         if chosen.random() < 0.1:
             counts = numbers()
         return library().decode(
-            target._engine, batch, fast, counts, min(small(), 8), any_of([True, False]), numbers(2), any_of([at, 0]),
-            any_of([spare.numel(), spare.numel(), 64, 0]), taps, any_of([0.0, 0.0, 1.0, -1.0]),
+            target._engine, batch, fast, counts, min(small(), 8), [any_of([True, False]) for _ in rows],
+            numbers(2), any_of([at, 0]), any_of([spare.numel(), spare.numel(), 64, 0]), taps,
+            any_of([0.0, 0.0, 1.0, -1.0]),
         )  # fmt: skip
 
     def proposed() -> Any:

@@ -51,7 +51,7 @@ def test_a_chain_and_a_tree(family: str, taps: tuple[int, ...], make_checkpoint:
             expected = slow.begin(inputs, 0)
             torch.testing.assert_close(layer.begin(cache, 0, inputs), expected, rtol=1e-4, atol=1e-4)
             sequence = layer.sequence(cache, 0, tokens, params, 1, 30)
-            (drawn,), (probs,) = layer.propose(layer.drafter([sequence], [states], Purpose.DRAFT), [5])
+            (drawn,), (probs,) = layer.propose(layer.drafter([sequence], [states], [Purpose.DRAFT]), [5])
             cache.keep(0, list(range(count)))
 
         feature = expected
@@ -127,10 +127,10 @@ def test_what_cannot_be_is_named(make_checkpoint: Callable[..., Path]) -> None:
         layer.sequence(layer.new_cache(1, 8), 0, [], SamplingParams())
     sequence = layer.sequence(layer.new_cache(1, 8), 0, [1], SamplingParams())
     with pytest.raises(ValueError, match="tokens and features differ in number"):
-        layer.propose(layer.drafter([sequence], [torch.zeros(2, target.config.width)], Purpose.DRAFT), [2])
+        layer.propose(layer.drafter([sequence], [torch.zeros(2, target.config.width)], [Purpose.DRAFT]), [2])
     with pytest.raises(ValueError, match="sequences and states differ in number"):
-        layer.drafter([sequence, sequence], [features], Purpose.DRAFT)
+        layer.drafter([sequence, sequence], [features], [Purpose.DRAFT] * 2)
     states = torch.zeros(4, target.config.width)
     for width, reduce in ((8, None), (target.config.width, layer._head)):
         with pytest.raises(ValueError, match="reduces states has another shape"):
-            library().EagleDrafter(layer._engine, [sequence], 1, reduce, width, states.data_ptr(), [4])
+            library().EagleDrafter(layer._engine, [sequence], [1], reduce, width, states.data_ptr(), [4])

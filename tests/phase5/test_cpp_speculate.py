@@ -122,8 +122,8 @@ def call(
     new = [text[cache.lengths[0] :] for cache in caches]
     mine = pair.target.sequence(caches[0], 0, new[0], params, 2, len(text))
     its = pair.drafter.sequence(caches[1], 0, new[1], params, 2, len(text))
-    drafter = library().ModelDrafter(pair.drafter._engine, [its], int(policy.draft_noise))
-    made, _ = pair.target.decode([mine], drafter, [count], steps, own=isinstance(policy, SampleMatch))
+    drafter = library().ModelDrafter(pair.drafter._engine, [its], [int(policy.draft_noise)])
+    made, _ = pair.target.decode([mine], drafter, [count], steps, own=[isinstance(policy, SampleMatch)])
     assert len(made) == steps
     done = [Made(step.drafts[0], step.accepted[0], step.next[0], step.computed[0]) for step in made]
     gained = sum(each.accepted + 1 for each in done)
@@ -218,6 +218,23 @@ def chances(small: Pair, verdict: Callable[[Any], list[int]], policy: str = "rej
 
 def as_said(step: Any) -> list[int]:
     return [*step.draft[: step.accepted], step.next]
+
+
+def test_each_sequence_of_a_call_has_its_own_rule(pair: Pair) -> None:
+    """Of one text, each with another rule or purpose: the steps are those of calls of their own."""
+    params = SamplingParams(temperature=1.0, seed=3)
+    policies: list[AcceptancePolicy] = [Rejection(), SampleMatch(Purpose.SAMPLE), SampleMatch(Purpose.DRAFT)]
+    target, draft = (model.new_cache(3, 120) for model in (pair.target, pair.drafter))
+    mine = [pair.target.sequence(target, row, PROMPT, params, 2) for row in range(3)]
+    its = [pair.drafter.sequence(draft, row, PROMPT, params, 2) for row in range(3)]
+    drafter = library().ModelDrafter(pair.drafter._engine, its, [int(policy.draft_noise) for policy in policies])
+    made, _ = pair.target.decode(mine, drafter, [3] * 3, 6, own=[isinstance(each, SampleMatch) for each in policies])
+    together = [
+        [Made(step.drafts[row], step.accepted[row], step.next[row], step.computed[row]) for step in made]
+        for row in range(3)
+    ]
+    assert together == [several_steps(pair, params, policy, 3, [6]) for policy in policies]
+    assert together[0] != together[1] != together[2] != together[0]
 
 
 @pytest.mark.parametrize(

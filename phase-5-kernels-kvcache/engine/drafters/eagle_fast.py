@@ -105,7 +105,7 @@ class FastEagleDrafter(EagleDrafter):
             batch.append(self.fast.sequence(layer.cache, 0, tokens, sequence.params, sequence.key[1], sequence.length))
             states.append(read.float())
             self._started.append((layer, len(read), sequence.length - 1))
-        return self.fast.drafter(batch, states, self.noise)
+        return self.fast.drafter(batch, states, [self.noise] * len(batch))
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record the steps after `start`: gained[s][r] are the tokens of sequence r in step s."""

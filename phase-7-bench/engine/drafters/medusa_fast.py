@@ -60,7 +60,7 @@ class FastMedusaDrafter(MedusaDrafter):
             library().Sequence(nowhere, [last_token(each)], sampling_of(each.params), each.key[1], each.length)
             for each in sequences
         ]
-        return self.fast.drafter(batch, torch.cat([self._state(each) for each in sequences]), self.noise)
+        return self.fast.drafter(batch, torch.cat([self._state(each) for each in sequences]), [self.noise] * len(batch))
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record nothing: the heads keep no state."""

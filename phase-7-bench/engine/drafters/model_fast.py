@@ -44,7 +44,7 @@ class FastModelDrafter(ModelDrafter):
         if len(asked) < len(sequences):
             started = iter(batch)
             batch = [next(started) if count else idle() for count in counts]
-        return library().ModelDrafter(runner.fast._engine, batch, int(self.noise))
+        return library().ModelDrafter(runner.fast._engine, batch, [int(self.noise)] * len(batch))
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record the steps after `start`: gained[s][r] are the tokens of sequence r in step s."""

@@ -3,7 +3,7 @@
 layer = CppEagle(head, target, CppModel(target, "bfloat16"))
 cache = layer.new_cache(rows=1, tokens=300)
 sequence = layer.sequence(cache, 0, tokens, params, position=length)
-drawn, probs = layer.propose(layer.drafter([sequence], [states], Purpose.DRAFT), [4])
+drawn, probs = layer.propose(layer.drafter([sequence], [states], [Purpose.DRAFT]), [4])
 cache.keep(0, list(range(len(tokens))))
 """
 
@@ -95,16 +95,18 @@ class CppEagle(CppModel):
         assert found is not None
         return found
 
-    def drafter(self, batch: list[Any], states: list[Tensor], noise: Purpose) -> Any:
+    def drafter(self, batch: list[Any], states: list[Tensor], noise: list[Purpose]) -> Any:
         """Return a drafter of the library over sequences of this layer, made with `sequence`.
 
         states[r]: those of the target [n, F] from which sequence r's n new tokens were drawn; of a sequence that is not
-        to draft, none. A sequence's row keeps its inputs: of every proposal, those of the new tokens.
+        to draft, none. noise[r]: of its random numbers. A sequence's row keeps its inputs: of every proposal, those of
+        the new tokens.
         """
         width = self.config.width * (1 + len(self._taps))
         read = torch.cat(states).float().contiguous()
         counts = [len(each) for each in states]
-        return library().EagleDrafter(self._engine, batch, int(noise), self._reduce, width, read.data_ptr(), counts)
+        purposes = [int(each) for each in noise]
+        return library().EagleDrafter(self._engine, batch, purposes, self._reduce, width, read.data_ptr(), counts)
 
     def read(self, states: Tensor) -> Tensor:
         """Reduce the target's states [n, F] to features [n, D]."""

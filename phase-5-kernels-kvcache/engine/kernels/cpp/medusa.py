@@ -60,10 +60,13 @@ class CppMedusa:
             self._packed["blocks"], self._packed["mix"], head[0],
         )  # fmt: skip
 
-    def drafter(self, batch: list[Any], states: Tensor, noise: Purpose) -> Any:
-        """Return a drafter of the library over R sequences of the target, from the last state [R, F] of each."""
+    def drafter(self, batch: list[Any], states: Tensor, noise: list[Purpose]) -> Any:
+        """Return a drafter of the library over R sequences of the target, from the last state [R, F] of each.
+
+        noise[r]: of the random numbers of sequence r.
+        """
         states = states.detach().float().contiguous()
-        return library().MedusaDrafter(self._medusa, batch, int(noise), states.data_ptr())
+        return library().MedusaDrafter(self._medusa, batch, [int(each) for each in noise], states.data_ptr())
 
     def logits(self, states: Tensor, tokens: list[int]) -> Tensor:
         """Return the logits [R, H, V] of all heads, from R states [R, F] and the token that was drawn from each."""

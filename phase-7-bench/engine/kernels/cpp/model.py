@@ -143,7 +143,7 @@ class CppModel(PackedModel):
         `cache.keep` the accepted ones. UserError for penalties, which depend on the whole sequence.
         """
         sequence = self.sequence(cache, row, new_tokens, params, sample, position)
-        tokens, probs = self.propose(library().ModelDrafter(self._engine, [sequence], int(noise)), [max(0, count)])
+        tokens, probs = self.propose(library().ModelDrafter(self._engine, [sequence], [int(noise)]), [max(0, count)])
         return tokens[0], probs[0]
 
     def generate_plain(
@@ -173,8 +173,8 @@ class CppModel(PackedModel):
         counts: list[int],
         steps: int,
         *,
-        own: bool = False,
-        synthetic: float = -1,
+        own: Sequence[bool] = (),
+        synthetic: Sequence[float] = (),
         ends: Sequence[int] = (),
         taps: tuple[int, ...] | None = None,
         new: int = 0,
@@ -183,12 +183,12 @@ class CppModel(PackedModel):
         """Make up to `steps` steps of R sequences in one call; return those that were made.
 
         batch: of `sequence`. drafter: a drafter of the library over the same sequences, or None; it drafts counts[r]
-        tokens after sequence r. own: a draft token is accepted if this model draws the same token, with the noise of
-        plain sampling; otherwise the rule is rejection (Leviathan et al. 2023). synthetic: from 0 on, every
-        draft token is accepted with this probability instead; the work is the same. The call returns after the step in
-        which a sequence gains one of `ends`, or which uses up budget_ms (0: no limit), or during which `hurry` was
-        called. Afterwards the row of a sequence has keys and values of its new tokens and of all that it gained but the
-        last token.
+        tokens after sequence r. own[r]: a draft token is accepted if this model draws the same token, with the noise of
+        plain sampling; otherwise, and by default, the rule is rejection (Leviathan et al. 2023). synthetic[r]: from 0
+        on, every draft token is accepted with this probability instead; the work is the same. The call returns after
+        the step in which a sequence gains one of `ends`, or which uses up budget_ms (0: no limit), or during which
+        `hurry` was called. Afterwards the row of a sequence has keys and values of its new tokens and of all that it
+        gained but the last token.
 
         taps: return hidden states as well, with the outputs of these layers beside them, [n, F], step by step and
         sequence by sequence: of the new tokens (in the first step `new` in all) and of the accepted draft tokens.
@@ -200,7 +200,8 @@ class CppModel(PackedModel):
             room = states.numel()
         try:
             made = library().decode(
-                self._engine, batch, drafter, counts, steps, own, synthetic, list(ends),
+                self._engine, batch, drafter, counts, steps, list(own) or [False] * len(batch),
+                list(synthetic) or [-1.0] * len(batch), list(ends),
                 0 if states is None else states.data_ptr(), room, list(taps or ()), budget_ms,
             )  # fmt: skip
         except OverflowError:

@@ -60,9 +60,9 @@ Forward forward(Engine& target, const Batch& batch, const std::vector<Drafted>& 
 }
 
 // Accept the drafts. Target rows of rejection become probabilities, but for the last, which plain decoding chooses from.
-void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<const float*>& rows, bool own, std::vector<Result>& results) {
+void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<const float*>& rows, const std::vector<bool>& own, std::vector<Result>& results) {
     const int vocab = target.model.vocab;
-    auto by_choice = [&](size_t r) { return own || batch[r].how.temperature == 0; };
+    auto by_choice = [&](size_t r) { return own[r] || batch[r].how.temperature == 0; };
     std::vector<std::pair<float*, const Sampling*>> converted;
     for (size_t r = 0; r < batch.size(); ++r)
         for (size_t i = 0; !by_choice(r) && i < drafts[r].tokens.size(); ++i)
@@ -112,6 +112,7 @@ int copy_states(const Request& request, int first, int count, int width, float* 
 void check(Engine& target, const Batch& batch, Drafter* drafter, const Plan& plan) {
     need(!batch.empty(), "there are no sequences");
     need(plan.counts.size() == batch.size(), "sequences and counts differ in number");
+    need(plan.own.size() == batch.size(), "sequences and rules differ in number");
     need(plan.budget_ms >= 0, "the time of a call is below 0 or not a number");
     need(plan.steps >= 1 && plan.steps <= 1 << 20, "there is at least one step, and no absurd number of them");
     for (int count : plan.counts) need(count >= 0 && count <= 1 << 20, "a number of draft tokens is below 0 or absurd");

@@ -188,9 +188,9 @@ PYBIND11_MODULE(lab_cpp, module) {
             return tokens;
         });
     py::class_<ModelDrafter, Drafter>(module, "ModelDrafter", py::module_local())
-        .def(py::init<Engine&, Batch, uint32_t>(), py::keep_alive<1, 2>());
+        .def(py::init<Engine&, Batch, std::vector<uint32_t>>(), py::keep_alive<1, 2>());
     py::class_<EagleDrafter, Drafter>(module, "EagleDrafter", py::module_local())
-        .def(py::init([](Engine& layer, Batch batch, uint32_t purpose, std::shared_ptr<Packed> reduce, int width, uintptr_t states, const std::vector<int>& counts) {
+        .def(py::init([](Engine& layer, Batch batch, std::vector<uint32_t> purposes, std::shared_ptr<Packed> reduce, int width, uintptr_t states, const std::vector<int>& counts) {
             std::vector<std::vector<float>> read;
             const float* from = pointer<float>(states);
             need(width > 0 && (from != nullptr || counts.empty()), "the states have no memory");
@@ -199,7 +199,7 @@ PYBIND11_MODULE(lab_cpp, module) {
                 read.emplace_back(from, from + size_t(count) * size_t(width));
                 from += size_t(count) * size_t(width);
             }
-            return std::make_unique<EagleDrafter>(layer, std::move(batch), purpose, std::move(reduce), width, std::move(read));
+            return std::make_unique<EagleDrafter>(layer, std::move(batch), std::move(purposes), std::move(reduce), width, std::move(read));
         }), py::keep_alive<1, 2>());
     py::class_<Medusa, std::shared_ptr<Medusa>>(module, "Medusa", py::module_local())
         .def(py::init([](Engine& target, int heads, int states, std::shared_ptr<Packed> reduce, std::shared_ptr<Packed> token, uintptr_t norm,
@@ -216,20 +216,22 @@ PYBIND11_MODULE(lab_cpp, module) {
             medusa.logits(pointer<float>(states), tokens, medusa.heads, pointer<float>(out));
         });
     py::class_<MedusaDrafter, Drafter>(module, "MedusaDrafter", py::module_local())
-        .def(py::init([](std::shared_ptr<Medusa> medusa, Batch batch, uint32_t purpose, uintptr_t states) {
+        .def(py::init([](std::shared_ptr<Medusa> medusa, Batch batch, std::vector<uint32_t> purposes, uintptr_t states) {
             need(medusa != nullptr && states != 0, "heads or states are missing");
             const size_t size = batch.size() * size_t(medusa->states);
-            return std::make_unique<MedusaDrafter>(medusa, std::move(batch), purpose, floats(states, size));
+            return std::make_unique<MedusaDrafter>(medusa, std::move(batch), std::move(purposes), floats(states, size));
         }), py::keep_alive<1, 2>());
     py::class_<GivenDrafter, Drafter>(module, "GivenDrafter", py::module_local())
         .def(py::init<Engine&, std::vector<std::vector<int>>>(), py::keep_alive<1, 2>());
 
-    module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, bool own, double synthetic, std::vector<int> ends,
+    module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, std::vector<bool> own,
+                            std::vector<double> synthetic, std::vector<int> ends,
                             uintptr_t states, size_t room, std::vector<int> taps, double budget_ms) {
         std::vector<Decoded> made;
         {
             py::gil_scoped_release release;
-            made = decode(target, std::move(batch), drafter, {std::move(counts), steps, budget_ms, own, synthetic, std::move(ends)}, {pointer<float>(states), room, std::move(taps)});
+            made = decode(target, std::move(batch), drafter, {std::move(counts), steps, budget_ms, std::move(own), std::move(synthetic), std::move(ends)},
+                          {pointer<float>(states), room, std::move(taps)});
         }
         py::list found;
         for (const Decoded& step : made)  // the fields of `Decoded` in model.py

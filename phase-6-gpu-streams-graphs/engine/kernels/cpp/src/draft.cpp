@@ -61,11 +61,12 @@ void Engine::join(const std::vector<int>& tokens, const float* features, float* 
 }
 
 std::vector<Drafted> Engine::draft(
-    const Batch& batch, const std::vector<int>& counts, uint32_t purpose, float* probs,
+    const Batch& batch, const std::vector<int>& counts, const std::vector<uint32_t>& purposes, float* probs,
     const std::vector<std::vector<float>>* features
 ) {
     const std::lock_guard<std::recursive_mutex> hold(mutex);
     need(counts.size() == batch.size(), "sequences and counts differ in number");
+    need(purposes.size() == batch.size(), "sequences and purposes differ in number");
     need(features == nullptr || features->size() == batch.size(), "sequences and features differ in number");
     Batch growing = batch;
     std::vector<Drafted> drafts(batch.size());
@@ -99,10 +100,11 @@ std::vector<Drafted> Engine::draft(
         }
         step(request);
         each(int(active.size()), [&](int item, float* spare) {
-            const Sequence& sequence = batch[size_t(active[size_t(item)])];
+            const size_t r = size_t(active[size_t(item)]);
+            const Sequence& sequence = batch[r];
             float* row = probs + size_t(item) * vocab;
-            Drafted& mine = drafts[size_t(active[size_t(item)])];
-            mine.tokens.push_back(draw(row, sequence, sequence.position + i, purpose, spare));
+            Drafted& mine = drafts[r];
+            mine.tokens.push_back(draw(row, sequence, sequence.position + i, purposes[r], spare));
             if (sequence.how.temperature > 0) mine.probs.push_back(row);
         });
         for (int r : active) growing[size_t(r)].append({drafts[size_t(r)].tokens.back()}, 0);

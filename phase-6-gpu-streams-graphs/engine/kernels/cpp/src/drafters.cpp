@@ -27,7 +27,7 @@ const void* ModelDrafter::keys() const {
 
 std::vector<Drafted> ModelDrafter::propose(const std::vector<int>& counts, float* probs) {
     counts_ = counts;
-    return model_.draft(batch_, counts, purpose_, memory(probs, counts));
+    return model_.draft(batch_, counts, purposes_, memory(probs, counts));
 }
 
 // The row holds the new tokens and the draft but its last token.
@@ -39,9 +39,9 @@ void ModelDrafter::observe(const std::vector<Outcome>& outcomes) {
 }
 
 EagleDrafter::EagleDrafter(
-    Engine& layer, Batch batch, uint32_t purpose, std::shared_ptr<Packed> reduce, int states, std::vector<std::vector<float>> read
+    Engine& layer, Batch batch, std::vector<uint32_t> purposes, std::shared_ptr<Packed> reduce, int states, std::vector<std::vector<float>> read
 )
-    : ModelDrafter(layer, std::move(batch), purpose), reduce_(std::move(reduce)), states_(states) {
+    : ModelDrafter(layer, std::move(batch), std::move(purposes)), reduce_(std::move(reduce)), states_(states) {
     const int width = model_.model.width;
     need(read.size() == batch_.size(), "sequences and states differ in number");
     need(states_ >= width && (reduce_ == nullptr || (reduce_->matrix.inputs == states_ && reduce_->shape.outputs == width)),
@@ -62,7 +62,7 @@ std::vector<float> EagleDrafter::features(const float* states, int count) {
 
 std::vector<Drafted> EagleDrafter::propose(const std::vector<int>& counts, float* probs) {
     counts_ = counts;
-    return model_.draft(batch_, counts, purpose_, memory(probs, counts), &features_);
+    return model_.draft(batch_, counts, purposes_, memory(probs, counts), &features_);
 }
 
 // The row keeps the sequence's inputs. Those of the draft were the layer's own predictions.
@@ -125,9 +125,10 @@ void Medusa::logits(const float* states_of, const std::vector<int>& tokens, int 
     target.product(head->matrix, target.model.vocab, mixed.data(), rows * count, out);
 }
 
-MedusaDrafter::MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, uint32_t purpose, std::vector<float> read)
-    : medusa_(std::move(medusa)), batch_(std::move(batch)), purpose_(purpose), states_(std::move(read)) {
+MedusaDrafter::MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, std::vector<uint32_t> purposes, std::vector<float> read)
+    : medusa_(std::move(medusa)), batch_(std::move(batch)), purposes_(std::move(purposes)), states_(std::move(read)) {
     need(medusa_ != nullptr && states_.size() == batch_.size() * size_t(medusa_->states), "each sequence has one state");
+    need(purposes_.size() == batch_.size(), "sequences and purposes differ in number");
     for (const Sequence& sequence : batch_) need(!sequence.new_tokens.empty(), "the token after the state is missing");
 }
 
@@ -158,7 +159,7 @@ std::vector<Drafted> MedusaDrafter::propose(const std::vector<int>& counts, floa
         Drafted& mine = drafts[size_t(r)];
         const Sequence& sequence = batch_[size_t(r)];
         for (const float* row : mine.probs)
-            mine.tokens.push_back(target.draw(const_cast<float*>(row), sequence, sequence.position + int(mine.tokens.size()), purpose_, spare));
+            mine.tokens.push_back(target.draw(const_cast<float*>(row), sequence, sequence.position + int(mine.tokens.size()), purposes_[size_t(r)], spare));
         if (sequence.how.temperature == 0) mine.probs.clear();
     });
     return drafts;

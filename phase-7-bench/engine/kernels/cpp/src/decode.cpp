@@ -62,7 +62,7 @@ Forward forward(Engine& target, const Batch& batch, const std::vector<Drafted>& 
 // Accept the drafts. Target rows of rejection become probabilities, but for the last, which plain decoding chooses from.
 void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& drafts, const std::vector<const float*>& rows, const Plan& plan, std::vector<Result>& results) {
     const int vocab = target.model.vocab;
-    auto by_choice = [&](size_t r) { return plan.own || batch[r].how.temperature == 0; };
+    auto by_choice = [&](size_t r) { return plan.own[r] || batch[r].how.temperature == 0; };
     std::vector<std::pair<float*, const Sampling*>> converted;
     for (size_t r = 0; r < batch.size(); ++r)
         for (size_t i = 0; !by_choice(r) && i < drafts[r].tokens.size(); ++i)
@@ -76,12 +76,13 @@ void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& draf
         const std::vector<int>& draft = drafts[r].tokens;
         Result& result = results[r];
         const int count = int(draft.size());
+        const double synthetic = plan.synthetic[r];
         auto chosen = [&](int i) { return target.choose_plain(rows[r] + size_t(i) * size_t(vocab), sequence, sequence.position + i, spare); };
         const uint32_t sample = uint32_t(sequence.sample), position = uint32_t(sequence.position);
         auto chance = [&](int i) { return uniform(sequence.how.seed, sample, position + uint32_t(i), ACCEPT, 0); };
         if (by_choice(r)) {
             while (result.next = chosen(result.accepted), result.accepted < count &&
-                   (plan.synthetic < 0 ? result.next == draft[size_t(result.accepted)] : chance(result.accepted) < plan.synthetic))
+                   (synthetic < 0 ? result.next == draft[size_t(result.accepted)] : chance(result.accepted) < synthetic))
                 result.accepted += 1;
             return;
         }
@@ -91,7 +92,7 @@ void accept(Engine& target, const Batch& batch, const std::vector<Drafted>& draf
             const float* draft_row = certain ? nullptr : drafts[r].probs[size_t(i)];
             const int token = draft[size_t(i)];
             const float ratio = acceptance(target_row, draft_row, token);
-            if (chance(i) < (plan.synthetic < 0 ? ratio : plan.synthetic)) continue;
+            if (chance(i) < (synthetic < 0 ? ratio : synthetic)) continue;
             std::vector<float> residual(static_cast<size_t>(vocab));
             result.next = draw_residual(
                 *target.isa, target_row, draft_row, token, vocab, sequence.how.seed, sample, position + uint32_t(i), false, residual.data()
@@ -115,6 +116,7 @@ int copy_states(const Request& request, int first, int count, int width, float* 
 void check(Engine& target, const Batch& batch, Drafter* drafter, const Plan& plan) {
     need(!batch.empty(), "there are no sequences");
     need(plan.counts.size() == batch.size(), "sequences and counts differ in number");
+    need(plan.own.size() == batch.size() && plan.synthetic.size() == batch.size(), "sequences and rules differ in number");
     need(plan.budget_ms >= 0, "the time of a call is below 0 or not a number");
     need(plan.steps >= 1 && plan.steps <= 1 << 20, "there is at least one step, and no absurd number of them");
     for (int count : plan.counts) need(count >= 0 && count <= 1 << 20, "a number of draft tokens is below 0 or absurd");

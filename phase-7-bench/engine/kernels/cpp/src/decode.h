@@ -9,8 +9,10 @@ struct Plan {
     std::vector<int> counts;  // draft tokens after each sequence; 0: plain decoding
     int steps = 1;            // at most so many
     double budget_ms = 0;     // return after the step that uses it up, or once the target is hurried; 0: without limit
-    bool own = false;         // accept while the target samples the same token (policies.py, SampleMatch); else rejection
-    double synthetic = -1;    // from 0 on: accept every draft token with this probability, whatever it is (synthetic.py)
+    // Per sequence: accept while the target samples the same token (policies.py, SampleMatch); otherwise rejection.
+    std::vector<bool> own;
+    // Per sequence: from 0 on, accept every draft token with this probability, whatever it is (synthetic.py).
+    std::vector<double> synthetic;
     std::vector<int> ends;    // return after the step in which a sequence gains one of these tokens
 };
 

@@ -33,7 +33,8 @@ private:
 
 class ModelDrafter : public Drafter {
 public:
-    ModelDrafter(Engine& model, Batch batch, uint32_t purpose) : model_(model), batch_(std::move(batch)), purpose_(purpose) {}
+    ModelDrafter(Engine& model, Batch batch, std::vector<uint32_t> purposes)
+        : model_(model), batch_(std::move(batch)), purposes_(std::move(purposes)) {}
     std::vector<Drafted> propose(const std::vector<int>& counts, float* probs) override;
     void observe(const std::vector<Outcome>& outcomes) override;
     Engine& engine() override { return model_; }
@@ -43,7 +44,7 @@ public:
 protected:
     Engine& model_;
     Batch batch_;
-    uint32_t purpose_;
+    std::vector<uint32_t> purposes_;  // per sequence: of the random numbers that its tokens are drawn with
     std::vector<int> counts_;  // of the last proposal
 };
 
@@ -51,7 +52,7 @@ protected:
 // by a matrix, or their first `width` numbers without one.
 class EagleDrafter : public ModelDrafter {
 public:
-    EagleDrafter(Engine& layer, Batch batch, uint32_t purpose, std::shared_ptr<Packed> reduce, int states, std::vector<std::vector<float>> read);
+    EagleDrafter(Engine& layer, Batch batch, std::vector<uint32_t> purposes, std::shared_ptr<Packed> reduce, int states, std::vector<std::vector<float>> read);
     std::vector<Drafted> propose(const std::vector<int>& counts, float* probs) override;
     void observe(const std::vector<Outcome>& outcomes) override;
 
@@ -80,7 +81,7 @@ struct Medusa {
 class MedusaDrafter : public Drafter {
 public:
     // read: the last state of each sequence; its new tokens are the one after it.
-    MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, uint32_t purpose, std::vector<float> read);
+    MedusaDrafter(std::shared_ptr<const Medusa> medusa, Batch batch, std::vector<uint32_t> purposes, std::vector<float> read);
     std::vector<Drafted> propose(const std::vector<int>& counts, float* probs) override;
     void observe(const std::vector<Outcome>& outcomes) override;
     Engine& engine() override { return medusa_->target; }
@@ -89,7 +90,7 @@ public:
 private:
     std::shared_ptr<const Medusa> medusa_;
     Batch batch_;
-    uint32_t purpose_;
+    std::vector<uint32_t> purposes_;
     std::vector<float> states_;  // [R, states]
     std::vector<float> logits_;
 };
