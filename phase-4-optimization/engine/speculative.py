@@ -80,7 +80,7 @@ def accept(
         for row, tree in enumerate(trees):
             part = slice(row, row + 1), slice(len(tree.tokens) + 1)
             of_row = TargetProbs(target.probs[part], target.opinion[part])
-            paths.append(policy.accept_tree(tree, of_row, rows.only(row)))
+            paths.append(policy.accept_tree(tree, of_row, rows.only(slice(row, row + 1))))
         return paths
     draft = dataclasses.replace(draft, tokens=draft.tokens.to(logits.device))
     verdict = policy.verify(draft, target, rows)

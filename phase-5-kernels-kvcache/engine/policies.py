@@ -53,9 +53,8 @@ class DraftRows(NamedTuple):
     positions: Tensor  # int64 [R], of the first draft token
     source: RandomSource
 
-    def only(self, row: int) -> DraftRows:
-        """Return a single row."""
-        at = slice(row, row + 1)
+    def only(self, at: slice | Tensor) -> DraftRows:
+        """Return these rows."""
         return DraftRows(self.widths[at], self.keys[at], self.positions[at], self.source)
 
 

@@ -147,8 +147,8 @@ def accept(
 
 
 def accept_row(policy: AcceptancePolicy, row: int, tree: Tree, target: TargetProbs, rows: DraftRows) -> Path:
-    part = slice(row, row + 1), slice(len(tree.tokens) + 1)
-    return policy.accept_tree(tree, TargetProbs(target.probs[part], target.opinion[part]), rows.only(row))
+    at, nodes = slice(row, row + 1), slice(len(tree.tokens) + 1)
+    return policy.accept_tree(tree, TargetProbs(target.probs[at, nodes], target.opinion[at, nodes]), rows.only(at))
 
 
 def read_if_finite(logits: Tensor, *decisions: Tensor) -> list[list[int]]:

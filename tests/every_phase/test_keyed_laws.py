@@ -177,7 +177,7 @@ def test_trees_of_two_children(phase: Phase, branching: Any, policy: str) -> Non
     for row, children in enumerate(drawn.tolist()):
         tree = engine.Tree(children, [-1, -1], probs if rule.draws_children else None)
         said = torch.stack((target, *law_after[children]))[None]
-        path = rule.accept_tree(tree, engine.TargetProbs(said, said), all_rows.only(row))
+        path = rule.accept_tree(tree, engine.TargetProbs(said, said), all_rows.only(slice(row, row + 1)))
         if path.nodes:
             second.append((children[path.nodes[0]], path.next_token))
         first.append(children[path.nodes[0]] if path.nodes else path.next_token)
