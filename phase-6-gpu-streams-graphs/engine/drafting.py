@@ -5,19 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from common.philox import Purpose
-
 from .sequence import Sequence
 from .tree import Tree
-
-if TYPE_CHECKING:
-    from .policies import AcceptancePolicy
-    from .verify import RandomSource
 
 Stop = Callable[[int, Tensor], bool]
 """Asked before a token is drawn, with the row's number and its draft distribution [V]: does this draft end here?"""
@@ -59,13 +52,6 @@ class Drafter(ABC):
 
     taps: tuple[int, ...] | None = None
     """What it reads of the target: None for nothing, () for the output, and the outputs of these layers besides."""
-
-    source: RandomSource
-    noise: Purpose  # of the random numbers that draft tokens are drawn with
-
-    def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
-        """Draw the next drafts with this source, and with the noise that the policy asks for."""
-        self.source, self.noise = source, policy.draft_noise
 
     @abstractmethod
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:

@@ -236,7 +236,6 @@ class LLM:
             self.loaded.model,
             draft,
             source,
-            self.policy.draft_noise,
             self.heads,
             self.backends.heads,
             draft_in_cpp=self.draft is not None and self.backends.drafts_in_cpp(self.draft.model),
@@ -284,7 +283,7 @@ class LLM:
         if self.options.tree == "dynamic":
             return DynamicTreeDrafter(drafter, self.options.tree_nodes)
         shape = best_shape(self.tree_acceptance()[: self.options.k], self.options.tree_nodes)
-        return StaticTreeDrafter(drafter, shape, source, self.policy.draft_noise, self.policy.draws_children)
+        return StaticTreeDrafter(drafter, shape, source)
 
     def tree_acceptance(self) -> list[list[float]]:
         """Return the acceptance by depth and rank: as measured for the model's own drafters, else a typical one."""

@@ -22,7 +22,7 @@ from .drafters import NgramDrafter
 from .drafting import Draft, Drafter, Outcome
 from .kernels.cpp import library
 from .kernels.cpp.model import Decoded
-from .policies import AcceptancePolicy, Rejection, SampleMatch
+from .policies import Rejection, SampleMatch
 from .profiler import CURRENT, stage
 from .runner import NO_DRAFT, ModelRunner, Work
 from .sequence import Sequence
@@ -67,15 +67,14 @@ def multi_step(
     drafter: Drafter | None,
     sequences: list[Sequence],
     asked: list[int],
-    policy: AcceptancePolicy,
     source: RandomSource,
     most: int,
 ) -> list[Step]:
-    """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or policy cannot."""
+    """Make at most so many steps with drafts of asked[r] tokens; none where runner, drafter or a policy cannot."""
     began = time.perf_counter()
     if not isinstance(runner, CppRunner) or not drawable(sequences, source):
         return []
-    call = _plan(drafter, sequences, asked, policy, most)
+    call = _plan(drafter, sequences, asked, most)
     if call is None:
         return []
     rows, context = zip(sequences, call.counts, strict=True), runner.model.config.context
@@ -84,19 +83,20 @@ def multi_step(
         return []
     call = call._replace(steps=min(call.steps, room))
     stage("verify")
-    works, made, states = _execute(runner, drafter, sequences, call, policy)
+    works, made, states = _execute(runner, drafter, sequences, call)
     return _commit(runner, drafter, sequences, asked, works, made, states, began)
 
 
-def _plan(
-    drafter: Drafter | None, sequences: list[Sequence], asked: list[int], policy: AcceptancePolicy, most: int
-) -> Call | None:
+def _plan(drafter: Drafter | None, sequences: list[Sequence], asked: list[int], most: int) -> Call | None:
     """Choose the steps of the next call; None if there is to be no call."""
     if drafter is not None and drafter.taps is not None and not all(_up_to_date(drafter, each) for each in sequences):
         return None
     if drafter is None or not any(asked):
         return Call(asked, min(most, _steps(sequences, asked, drafter)))
-    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(rule_of(policy), SampleMatch | Rejection):
+    rules = [rule_of(sequence.policy) for sequence in sequences]
+    if not isinstance(drafter, CppDrafter | NgramDrafter) or not all(
+        isinstance(r, SampleMatch | Rejection) for r in rules
+    ):
         return None
     if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
         return None  # a profile tells the parts of a step apart
@@ -133,10 +133,10 @@ def steps_ahead(controller: KController) -> int:
 
 
 def _execute(
-    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, policy: AcceptancePolicy
+    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call
 ) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
-    counts, steps, given = call
+    (counts, steps, given), policies = call, [sequence.policy for sequence in sequences]
     fast = None
     while True:
         try:
@@ -151,8 +151,8 @@ def _execute(
                 raise
             steps = 1
     made, states = runner.fast.decode(
-        batch, fast, counts, steps, own=[isinstance(rule_of(policy), SampleMatch)] * len(batch),
-        synthetic=[policy.acceptance if isinstance(policy, Synthetic) else -1] * len(batch),
+        batch, fast, counts, steps, own=[isinstance(rule_of(policy), SampleMatch) for policy in policies],
+        synthetic=[policy.acceptance if isinstance(policy, Synthetic) else -1 for policy in policies],
         taps=None if drafter is None else drafter.taps,
         ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,

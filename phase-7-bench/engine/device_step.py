@@ -43,6 +43,7 @@ class Lanes(NamedTuple):
     lengths: Tensor  # int32 [R, 1]: tokens of the sequence
     ends: Tensor  # int32 [R, 1]: no step begins past this length, and no draft goes past it
     live: Tensor  # int32 [R, 1]: 1, or 0 for a lane without a sequence
+    rules: Tensor  # int32 [R, 1]: which of the bucket's policies is its own
     tokens: Tensor  # int32 [R, 2]: the last two of the sequence
     target: Tensor  # int32 [R, 1 + pages]: the row in the target's cache, and its block table
     draft: Tensor  # int32 [R, 1 + pages], in the draft's
@@ -55,6 +56,7 @@ class Lanes(NamedTuple):
         fields = [
             (torch.float64, 4),
             (torch.int64, 2),
+            one,
             one,
             one,
             one,
@@ -95,7 +97,7 @@ class Bucket:
     rows: int
     k: int
     greedy: bool  # every lane at temperature 0
-    policy: AcceptancePolicy | None  # of sampled drafts; None: the longest prefix of the target's choices
+    policies: tuple[AcceptancePolicy, ...] = ()  # of sampled drafts; none: the longest prefix of the target's choices
 
 
 class DeviceStep:
@@ -159,7 +161,7 @@ class DeviceStep:
         drafted, probs = torch.empty(R, K, dtype=torch.long, device=device), None
         if self.draft is None:
             return drafted, None
-        model, policy = self.draft.model, self.bucket.policy
+        model = self.draft.model
         if not self.bucket.greedy:
             probs = torch.empty(R, K, model.config.vocab_size, device=device)
         at, where = self._begin(self.lanes.draft, lengths - 2), self.lanes.draft
@@ -172,10 +174,10 @@ class DeviceStep:
             if probs is None:
                 model.kernels.sample(logits, rows, out=drafted[:, j])
             else:
-                assert policy is not None
                 model.kernels.probabilities(logits, rows, out=probs[:, j])
-                keyed = *rows.keyed, self.source, policy.draft_noise
-                model.kernels.draw(probs[:, j], *keyed, first=j, out=drafted[:, j])
+                for rule, policy in enumerate(self.bucket.policies):
+                    drawn = model.kernels.draw(probs[:, j], *rows.keyed, self.source, policy.draft_noise, first=j)
+                    drafted[:, j] = self._of_rule(rule, drawn, drafted[:, j])
         return drafted, probs
 
     def _accept(
@@ -187,14 +189,18 @@ class DeviceStep:
             return torch.zeros_like(widths), kernels.sample(logits[:, 0], rows)
         if self.bucket.greedy:
             return kernels.verify_greedy(drafted, logits, widths)
-        assert self.bucket.policy is not None
-        target = kernels.probabilities(logits.flatten(0, 1), rows).view(*logits.shape)
-        verdict = self.bucket.policy.verify(
-            Draft(drafted, probs, [K] * len(drafted)),
-            TargetProbs(target, target),
-            DraftRows(widths, *rows.keyed, self.source),
-        )
-        return verdict.accepted, verdict.next_tokens
+        probs_of = kernels.probabilities(logits.flatten(0, 1), rows).view(*logits.shape)
+        draft, target = Draft(drafted, probs, [K] * len(drafted)), TargetProbs(probs_of, probs_of)
+        accepted = following = widths
+        for rule, policy in enumerate(self.bucket.policies):
+            verdict = policy.verify(draft, target, DraftRows(widths, *rows.keyed, self.source))
+            accepted = self._of_rule(rule, verdict.accepted, accepted)
+            following = self._of_rule(rule, verdict.next_tokens, following)
+        return accepted, following
+
+    def _of_rule(self, rule: int, mine: Tensor, others: Tensor) -> Tensor:
+        """Return `mine` in lanes of this rule or a later one, and `others` in those before: [R]."""
+        return mine if rule == 0 else torch.where(self.lanes.rules[:, 0] >= rule, mine, others)
 
 
 def forward(

@@ -25,14 +25,14 @@ from .drafting import Draft, Drafter, Outcome
 from .graphs import Device, Graph, GraphStats
 from .kernels.key_ranges import FEW
 from .kv_cache import KVCache, PagedCache
-from .policies import AcceptancePolicy, Rejection, SampleMatch
+from .policies import Rejection, SampleMatch
 from .profiler import stage
 from .runner import NO_DRAFT, ModelRunner
 from .sampling import not_finite
 from .sequence import Sequence
 from .steps import Path, Step, StepTimes, step_stats
 from .tree import Tree
-from .verify import KeyedSource, RandomSource
+from .verify import RandomSource
 
 AT_ONCE = 16  # steps of a call; their text is shown when it returns
 NOTHING = Draft.nothing(0)  # a graph keeps no distributions
@@ -52,13 +52,12 @@ class GraphSteps:
         drafter: Drafter | None,
         sequences: list[Sequence],
         asked: list[int],
-        policy: AcceptancePolicy,
         source: RandomSource,
         most: int,
     ) -> list[Step]:
         """Make at most so many steps; none where one must be made eagerly, and the stats say why."""
         began = time.perf_counter()
-        reason = why_eager(runner, drafter, sequences, policy, source, any(asked))
+        reason = why_eager(runner, drafter, sequences, any(asked))
         if reason is None:
             runners = [cast(DeviceRunner, runner)]
             if isinstance(drafter, DeviceModelDrafter):
@@ -68,7 +67,8 @@ class GraphSteps:
             steps = reserve(runners if K else runners[:1], sequences, K, most)
             if steps:
                 rows = rows_of_bucket(len(sequences), len(runners[0].manager.cache.lengths))
-                step, graph = self._graph(runners, Bucket(rows, K, greedy, None if greedy or not K else policy))
+                policies = () if greedy or not K else tuple(sorted({each.policy for each in sequences}, key=repr))
+                step, graph = self._graph(runners, Bucket(rows, K, greedy, policies))
                 self.device.copy_in(step.memory, loaded(step, sequences))
                 self.stats.uploads += 1
                 made = self._run(step, graph, sequences, asked, steps, began)
@@ -124,8 +124,6 @@ def why_eager(
     runner: ModelRunner,
     drafter: Drafter | None,
     sequences: list[Sequence],
-    policy: AcceptancePolicy,
-    source: RandomSource,
     drafts: bool,
 ) -> str | None:
     """Return why the next step of these sequences must be made eagerly; None if it need not."""
@@ -141,8 +139,8 @@ def why_eager(
         return None
     if not isinstance(drafter, DeviceModelDrafter):
         return "the drafter drafts on the host"
-    if isinstance(source, KeyedSource) and not isinstance(policy, Rejection | SampleMatch):
-        return f"the policy {type(policy).__name__} reads the host"
+    if others := [each.policy for each in sequences if not isinstance(each.policy, Rejection | SampleMatch)]:
+        return f"the policy {type(others[0]).__name__} reads the host"
     widths = {each.controller.k for each in sequences if isinstance(each.controller, FixedController)}
     if len(widths) != 1 or not all(isinstance(each.controller, FixedController) for each in sequences):
         return "controllers decide on the host"
@@ -189,6 +187,8 @@ def loaded(step: DeviceStep, sequences: list[Sequence]) -> Tensor:
         lanes.filters[r] = torch.tensor(sequence.params.filters, dtype=torch.float64)
         lanes.keys[r] = torch.tensor(sequence.key)
         lanes.lengths[r], lanes.live[r] = sequence.length, 1
+        if step.bucket.policies:
+            lanes.rules[r] = step.bucket.policies.index(sequence.policy)
         lanes.ends[r] = limit(sequence, step.target)
         lanes.tokens[r] = torch.tensor((sequence.prompt + sequence.tokens)[-2:])
         for runner, where in ((step.target, lanes.target), (step.draft, lanes.draft)):

@@ -32,7 +32,7 @@ from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
 from .profiler import stage
 from .runner import DRAFT_ROOM, CachedRunner
 from .sampling import SamplingParams
-from .scheduler import BUDGET, Scheduler, groups
+from .scheduler import BUDGET, Scheduler
 from .sequence import FinishReason, Sequence
 from .speculative import advance
 from .steps import Step, StepStats
@@ -236,8 +236,7 @@ class LLMEngine:
         for sequence, tokens in chunks:
             self._prefill(sequence, tokens)
         most = 1 if self.scheduler.changes else SEVERAL
-        for group in groups(ready, drafted=self.drafter is not None):
-            yield from self._decode([each for each in group if each.finish_reason is None], most)
+        yield from self._decode([each for each in ready if each.finish_reason is None], most)
 
     def _asks_prices(self, sequence: Sequence) -> bool:
         return self.drafter is not None and isinstance(sequence.controller, CostController)
@@ -273,16 +272,14 @@ class LLMEngine:
         sequence.unscored = len(found) < len(prompt) - 1
 
     def _decode(self, group: list[Sequence], most: int) -> Iterator[Step]:
-        """Make steps of sequences with one policy. If that fails, each is tried alone: only those that fail end."""
+        """Make steps of these sequences. If that fails, each is tried alone: only those that fail end."""
         if not group:
             return
-        policy, source = group[0].policy, random_source(sequence.params for sequence in group)
+        source = random_source(sequence.params for sequence in group)
         before = [len(sequence.tokens) for sequence in group]
         several = None if any(each.top is not None for each in group) else self.several
         try:
-            if self.drafter is not None:
-                self.drafter.use(policy, source)
-            for step in advance(self.target, self.drafter, group, policy, source, several, most):
+            for step in advance(self.target, self.drafter, group, source, several, most):
                 for row, (sequence, stats) in enumerate(zip(step.sequences, step.stats, strict=True)):
                     sequence.progress.mark()
                     self.llm.keep(sequence, stats)

@@ -31,9 +31,7 @@ from common.errors import UserError
 
 from .drafters.model_fast import FastModelDrafter
 from .drafting import Draft, Drafter, Outcome, Stop
-from .policies import AcceptancePolicy
 from .sequence import Sequence
-from .verify import RandomSource
 
 if TYPE_CHECKING:
     from .options import Options
@@ -67,9 +65,6 @@ class OverlapDrafter(Drafter):
         self.kept: dict[Sequence, Ahead] = {}
         self.thread = ThreadPoolExecutor(1, "draft")
         self.work: Future[None] | None = None
-
-    def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
-        self.inner.use(policy, source)
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         found = [self._found(sequence, width) for sequence, width in zip(sequences, widths, strict=True)]

@@ -21,7 +21,6 @@ from .controllers import CostController
 from .drafting import Drafter
 from .kv_cache import PAGE, OutOfBlocks
 from .kv_cache.manager import common_prefix
-from .policies import AcceptancePolicy
 from .runner import CachedRunner, ModelRunner
 from .sequence import Sequence
 
@@ -192,19 +191,3 @@ class Scheduler:
             return sequence.reach
         remaining = sequence.params.max_new_tokens - len(sequence.tokens)
         return max(0, min(sequence.reach, remaining - 1, self.context - length))
-
-
-def groups(sequences: list[Sequence], drafted: bool) -> list[list[Sequence]]:
-    """Group sequences by the policy that accepts their drafts; every group is one forward.
-
-    At temperature 0 all lossless policies are the same, so greedy sequences join another group.
-    """
-    if not drafted:
-        return [sequences]
-    found = dict[AcceptancePolicy, list[Sequence]]()
-    for sequence in sorted(sequences, key=lambda each: each.params.greedy and each.policy.lossless):
-        policy = sequence.policy
-        if sequence.params.greedy and policy.lossless:
-            policy = next((other for other in found if other.lossless), policy)
-        found.setdefault(policy, []).append(sequence)
-    return list(found.values())

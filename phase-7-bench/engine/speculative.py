@@ -112,13 +112,14 @@ def propose_and_verify(
 
 
 def accept(
-    kernels: Kernels, policy: AcceptancePolicy, made: Verified, sequences: list[Sequence], rows: SamplingMetadata
+    kernels: Kernels, made: Verified, sequences: list[Sequence], rows: SamplingMetadata
 ) -> tuple[list[Path], list[Tree]]:
-    """Return the accepted path of each sequence, and its draft; one read tells the host.
+    """Return the path that each sequence's policy accepts, and its draft; one read tells the host.
 
     Without a draft, the next token of each sequence is chosen.
     """
-    draft, trees = made.draft, made.trees
+    draft, trees, policies = made.draft, made.trees, [sequence.policy for sequence in sequences]
+    lossless = all(policy.lossless for policy in policies)
     logits, (R, width, _) = made.output.logits, made.output.logits.shape
     if made.plain:
         (tokens,) = read_if_finite(logits, kernels.sample(logits[:, 0], rows))
@@ -131,22 +132,37 @@ def accept(
             texts += [(sequence.prompt, output) for output in before + before[-1:] * (width - len(before))]
         rows = dataclasses.replace(rows, texts=texts)
     certain = draft.probs is None and isinstance(rows.source, GreedySource) and rows.greedy
-    if certain and policy.lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
+    if certain and lossless and draft.trees is None:  # all lossless policies: the longest prefix of argmax
         scores = rows.penalised(flat).view(*logits.shape)
         accepted, following = kernels.verify_greedy(draft.tokens, scores, made.widths.tensor)
     else:
         probs = kernels.probabilities(flat, rows).view(*logits.shape)
-        target = TargetProbs(probs, probs if policy.lossless else opinions(logits, probs, sequences))
+        target = TargetProbs(probs, probs if lossless else opinions(logits, probs, sequences))
         draft_rows = DraftRows(made.widths.tensor, *rows.keyed, rows.source)
         if draft.trees is not None:
             check_finite(logits)
-            return [accept_row(policy, row, tree, target, draft_rows) for row, tree in enumerate(trees)], trees
-        verdict = policy.verify(draft, target, draft_rows)
-        accepted, following = verdict.accepted, verdict.next_tokens
+            each = enumerate(zip(policies, trees, strict=True))
+            return [accept_row(policy, row, tree, target, draft_rows) for row, (policy, tree) in each], trees
+        accepted, following = verify_each(policies, draft, target, draft_rows)
     counts, tokens, drafted = read_if_finite(logits, accepted, following, draft.tokens)
     K = draft.tokens.shape[1]
     paths = [Path(list(range(count)), token) for count, token in zip(counts, tokens, strict=True)]
     return paths, [Tree.chain(drafted[r * K : r * K + draft.widths[r]]) for r in range(R)]
+
+
+def verify_each(
+    policies: list[AcceptancePolicy], draft: Draft, target: TargetProbs, rows: DraftRows
+) -> tuple[Tensor, Tensor]:
+    """Return how many tokens of chain r policies[r] accepts, and what follows: int64 [R] each."""
+    accepted, following = rows.widths.new_empty(2, len(policies))
+    for policy in (different := dict.fromkeys(policies)):
+        mine = [row for row, of_row in enumerate(policies) if of_row == policy]
+        at = slice(None) if len(different) == 1 else torch.tensor(mine, device=accepted.device)
+        probs, widths = None if draft.probs is None else draft.probs[at], [draft.widths[row] for row in mine]
+        part = TargetProbs(target.probs[at], target.opinion[at])
+        verdict = policy.verify(Draft(draft.tokens[at], probs, widths), part, rows.only(at))
+        accepted[at], following[at] = verdict.accepted, verdict.next_tokens
+    return accepted, following
 
 
 def accept_row(policy: AcceptancePolicy, row: int, tree: Tree, target: TargetProbs, rows: DraftRows) -> Path:
@@ -181,7 +197,6 @@ def decode_step(
     drafter: Drafter | None,
     sequences: list[Sequence],
     asked: list[int],
-    policy: AcceptancePolicy,
     source: RandomSource,
 ) -> Step:
     """Draft asked[r] tokens for sequence r, verify and accept, for all sequences at once; each may end."""
@@ -194,7 +209,7 @@ def decode_step(
         made = propose_and_verify(runner, drafter, sequences, asked)
     stage("sample" if made.plain else "accept")
     with met(drafter):
-        paths, trees = accept(runner.model.kernels, policy, made, sequences, rows)
+        paths, trees = accept(runner.model.kernels, made, sequences, rows)
 
     starts, lengths = [len(sequence.tokens) for sequence in sequences], [sequence.length for sequence in sequences]
     accepted = [[tree.tokens[node] for node in path.nodes] for tree, path in zip(trees, paths, strict=True)]
@@ -223,9 +238,7 @@ def decode_step(
     return Step(sequences, starts, made.draft, trees, made.output, paths, stats)
 
 
-MultiStep = Callable[
-    [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource, int], list[Step]
-]
+MultiStep = Callable[[ModelRunner, Drafter | None, list[Sequence], list[int], RandomSource, int], list[Step]]
 """Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot.
 
 The last argument bounds the number of steps.
@@ -236,15 +249,14 @@ def advance(
     runner: ModelRunner,
     drafter: Drafter | None,
     sequences: list[Sequence],
-    policy: AcceptancePolicy,
     source: RandomSource,
     multi_step: MultiStep | None = None,
     most: int = 16,
 ) -> list[Step]:
     """Make a step of these sequences, or several with one plan: `multi_step` is asked first."""
     asked = [0] * len(sequences) if drafter is None else plan(drafter, sequences, runner.model.config.context)
-    made = [] if multi_step is None else multi_step(runner, drafter, sequences, asked, policy, source, most)
-    return made or [decode_step(runner, drafter, sequences, asked, policy, source)]
+    made = [] if multi_step is None else multi_step(runner, drafter, sequences, asked, source, most)
+    return made or [decode_step(runner, drafter, sequences, asked, source)]
 
 
 def decode(
@@ -265,6 +277,6 @@ def decode(
     source = source or random_source(sequence.params for sequence in sequences)
     make = controller or (lambda: FixedController(4))
     for sequence in sequences:
-        sequence.controller = make()
+        sequence.controller, sequence.policy = make(), policy
     while active := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        yield from advance(runner, drafter, active, policy, source, multi_step)
+        yield from advance(runner, drafter, active, source, multi_step)

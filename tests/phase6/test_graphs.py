@@ -173,8 +173,8 @@ def test_torch_is_not_captured() -> None:
 def test_buckets_fit_the_cache() -> None:
     cache = PagedCache(CacheShape(1, 1, 4), 3, 6, torch.float32, torch.float32, CPU, 2)
     assert [rows_of_bucket(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
-    check_bucket(cache, Bucket(3, 31, True, None))
+    check_bucket(cache, Bucket(3, 31, True))
     with pytest.raises(UserError, match="a bucket of 4 rows is larger than the cache, which has 3"):
-        check_bucket(cache, Bucket(4, 1, True, None))
+        check_bucket(cache, Bucket(4, 1, True))
     with pytest.raises(UserError, match="a step of 32 draft tokens is larger than 31, the most"):
-        check_bucket(cache, Bucket(1, 32, True, None))
+        check_bucket(cache, Bucket(1, 32, True))

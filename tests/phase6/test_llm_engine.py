@@ -127,13 +127,37 @@ def test_requests_run_in_the_order_of_their_arrival(pair: Callable[..., Pair]) -
     assert times[2] > sequences[0].progress.began + sequences[0].progress.first  # it did not start with the first one
 
 
-def test_rows_of_several_policies_share_an_engine(pair: Callable[..., Pair]) -> None:
-    made = pair("torch", "model")
-    engine = made.engine(rows=5)
-    requests = [asked(temperature=t, policy=p) for t in (0.0, 1.0) for p in ("coupled", "rejection", "longest_prefix")]
-    numbers = [add(engine, request) for request in requests]
-    found = drain(engine)
-    assert [found[number, 0] for number in numbers] == [made.alone(request) for request in requests]
+@pytest.mark.parametrize("how", ["model", "ngram", "medusa", "eagle", "tree"])
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+def test_rows_of_all_policies_share_one_forward(
+    kernels: str, how: str, pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pair(kernels, how)
+    policies = ["coupled", "rejection", "longest_prefix", "conf_threshold"]
+    for count in (3, 4):  # without a lossy policy, and with one
+        requests = [asked(temperature=t, policy=policy, tokens=20) for t in (1.0, 0.0) for policy in policies[:count]]
+        engine, calls = made.engine(rows=8), list[int]()
+
+        def counted(compute: Any, calls: list[int] = calls) -> Any:
+            def of_rows(rows: Any, *rest: Any, **more: Any) -> Any:
+                calls.append(len(rows))
+                return compute(rows, *rest, **more)
+
+            return of_rows
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.target, "forward", counted(engine.target.forward))
+            if kernels == "cpp":
+                patch.setattr(engine.target.fast, "decode", counted(engine.target.fast.decode))
+            numbers = [add(engine, request) for request in requests]
+            sequences = [engine.requests[number][0] for number in numbers]
+            while engine.busy:
+                before = len(calls)
+                engine.step()
+                assert len(calls) <= before + 1
+        assert calls.count(len(requests)) > 1
+        for request, sequence in zip(requests, sequences, strict=True):
+            assert sequence.tokens == made.alone(request).tokens
 
 
 def test_a_request_with_a_seed_is_coupled_and_one_without_draws_its_own(pair: Callable[..., Pair]) -> None:

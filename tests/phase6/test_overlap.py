@@ -56,8 +56,7 @@ def test_a_draft_for_another_text_is_not_used(make: Callable[..., Any]) -> None:
     engine = phase6.LLMEngine(llm, 1, 64)
     drafter, (sequence,) = engine.drafter, llm.sequences(PROMPTS[:1])
     assert isinstance(drafter, OverlapDrafter)
-    drafter.use(llm.policy, phase6.GreedySource())
-    sequence.tokens = [5, 6]
+    sequence.policy, sequence.tokens = llm.policy, [5, 6]
     draft = drafter.propose([sequence], [2])
     with met(drafter), drafter.ahead([sequence], draft):
         pass
@@ -80,8 +79,7 @@ def test_when_the_target_waits(
     llm = make(parallel_streams=True, sync_mode=sync)
     drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
     assert isinstance(drafter, OverlapDrafter)
-    drafter.use(llm.policy, phase6.GreedySource())
-    sequence.tokens = [5, 6]
+    sequence.policy, sequence.tokens = llm.policy, [5, 6]
     draft, slow, inner = drafter.propose([sequence], [2]), Event(), drafter.inner.propose
 
     def propose(*arguments: Any) -> Draft:
@@ -114,8 +112,7 @@ def test_after_an_error_nobody_drafts_any_more(sync: str, make: Callable[..., An
     llm = make(parallel_streams=True, sync_mode=sync)
     drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
     assert isinstance(drafter, OverlapDrafter)
-    drafter.use(llm.policy, phase6.GreedySource())
-    sequence.tokens = [5, 6]
+    sequence.policy, sequence.tokens = llm.policy, [5, 6]
     draft = drafter.propose([sequence], [2])
     with pytest.raises(ZeroDivisionError), met(drafter), drafter.ahead([sequence], draft):
         raise ZeroDivisionError

@@ -148,7 +148,7 @@ class Steps:
         self.device: Any = graphs.device
         self.device.adopt([runner.model for runner in runners], [runner.manager.cache for runner in runners])
         k, greedy = llm.options.k if llm.speculative else 0, llm.params.greedy
-        bucket = Bucket(rows, k, greedy, None if greedy or not k else llm.policy)
+        bucket = Bucket(rows, k, greedy, () if greedy or not k else (llm.policy,))
         self.step = graph_steps.DeviceStep(runners[0], runners[1] if k else None, bucket, self.device)
         self.caches = [store for runner in runners for store in runner.manager.cache.stores]
         self.runners = runners

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from common.philox import Purpose
-
 from ..device_runner import DeviceRunner
 from ..drafting import Drafter
 from ..model import Transformer
@@ -48,7 +46,6 @@ def make_drafter(
     target: Transformer,
     draft: ModelRunner | None,
     source: RandomSource,
-    noise: Purpose,
     heads: Heads | None = None,
     fast: CppEagle | CppMedusa | None = None,
     draft_in_cpp: bool = False,
@@ -60,30 +57,28 @@ def make_drafter(
     if options.drafter == "ngram":
         return NgramDrafter(options.ngram_min, options.ngram_max)
     if options.drafter == "extrapolate":
-        return ExtrapolateDrafter(target, source, noise, options.alpha)
+        return ExtrapolateDrafter(target, source, options.alpha)
     if fast is not None and heads is not None:
-        return in_cpp(heads, fast, target, source, noise)
+        return in_cpp(heads, fast, target, source)
     if isinstance(heads, MedusaHeads):
-        return MedusaDrafter(target, heads, source, noise)
+        return MedusaDrafter(target, heads, source)
     if isinstance(heads, EagleHead):
-        return EagleDrafter(target, heads, source, noise, cached=options.kv != "off")
+        return EagleDrafter(target, heads, source, cached=options.kv != "off")
     assert draft is not None, "the drafter `model` needs a draft model"
     if draft_in_cpp:
         from .model_fast import FastModelDrafter
 
-        return FastModelDrafter(draft, source, noise)
+        return FastModelDrafter(draft, source)
     if isinstance(draft, DeviceRunner):
-        return DeviceModelDrafter(draft, source, noise)
-    return ModelDrafter(draft, source, noise)
+        return DeviceModelDrafter(draft, source)
+    return ModelDrafter(draft, source)
 
 
-def in_cpp(
-    heads: Heads, fast: CppEagle | CppMedusa, target: Transformer, source: RandomSource, noise: Purpose
-) -> Drafter:
+def in_cpp(heads: Heads, fast: CppEagle | CppMedusa, target: Transformer, source: RandomSource) -> Drafter:
     """Make the drafter of heads that run in C++."""
     from .eagle_fast import FastEagleDrafter
     from .medusa_fast import FastMedusaDrafter
 
     if isinstance(heads, MedusaHeads):
-        return FastMedusaDrafter(cast("CppMedusa", fast), target, heads, source, noise)
-    return FastEagleDrafter(cast("CppEagle", fast), target, heads, source, noise)
+        return FastMedusaDrafter(cast("CppMedusa", fast), target, heads, source)
+    return FastEagleDrafter(cast("CppEagle", fast), target, heads, source)

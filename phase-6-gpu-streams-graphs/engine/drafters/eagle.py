@@ -19,8 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.philox import Purpose
-
 from ..attention import AttentionBackend, CachedAttention
 from ..config import ModelConfig
 from ..drafting import Brancher, Draft, Frontier, Stop
@@ -150,22 +148,15 @@ class EagleDrafter(StateDrafter, Brancher):
 
     deepest = 64
 
-    def __init__(
-        self,
-        target: Transformer,
-        head: EagleHead,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
-        cached: bool = True,
-    ) -> None:
-        super().__init__(target, source, noise, head.taps, keep=head.shape.reach)
+    def __init__(self, target: Transformer, head: EagleHead, source: RandomSource, cached: bool = True) -> None:
+        super().__init__(target, source, head.taps, keep=head.shape.reach)
         self.head, self.cached = head, cached
         self._layers: WeakKeyDictionary[Sequence, Lookahead] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
         widths = [width if self.ready(each) else 0 for each, width in zip(sequences, widths, strict=True)]
-        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, stop)
         while rows := chains.open():
             trees = [Tree.chain(chains.tokens[row]) for row in rows]
             ends = [Frontier(sequences[r], tree, [len(tree.tokens) - 1]) for r, tree in zip(rows, trees, strict=True)]

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from common.philox import Purpose
-
 from ..cpp_runner import drawable
 from ..drafting import Draft, Stop
 from ..kernels.cpp.model import idle
@@ -64,10 +62,8 @@ class FastLookahead(Lookahead):
 class FastEagleDrafter(EagleDrafter):
     """An EagleDrafter in C++; its drafts differ by rounding only."""
 
-    def __init__(
-        self, fast: CppEagle, target: Transformer, head: EagleHead, source: RandomSource, noise: Purpose = Purpose.DRAFT
-    ) -> None:
-        super().__init__(target, head, source, noise)
+    def __init__(self, fast: CppEagle, target: Transformer, head: EagleHead, source: RandomSource) -> None:
+        super().__init__(target, head, source)
         self.fast = fast
 
     @torch.inference_mode()
@@ -76,7 +72,7 @@ class FastEagleDrafter(EagleDrafter):
         if stop is not None or not drawable(sequences, self.source):
             return super().propose(sequences, widths, stop)
         counts = [width if self.ready(each) else 0 for each, width in zip(sequences, widths, strict=True)]
-        chains = ChainBuilder(sequences, counts, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, counts, self.source, stop)
         if rows := chains.open():
             asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
             tokens, probs = self.fast.propose(self.start(asked, counts, 1), counts)
@@ -105,7 +101,7 @@ class FastEagleDrafter(EagleDrafter):
             batch.append(self.fast.sequence(layer.cache, 0, tokens, sequence.params, sequence.key[1], sequence.length))
             states.append(read.float())
             self._started.append((layer, len(read), sequence.length - 1))
-        return self.fast.drafter(batch, states, [self.noise] * len(batch))
+        return self.fast.drafter(batch, states, [each.policy.draft_noise for each in sequences])
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record the steps after `start`: gained[s][r] are the tokens of sequence r in step s."""

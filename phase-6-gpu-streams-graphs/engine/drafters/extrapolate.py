@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from common.philox import Purpose
-
 from ..drafting import Draft, Stop
 from ..model import Transformer
 from ..sequence import Sequence
@@ -21,16 +19,14 @@ from .memory import StateDrafter
 class ExtrapolateDrafter(StateDrafter):
     """Reads the j-th draft token from h + j alpha (h - h_previous)."""
 
-    def __init__(
-        self, target: Transformer, source: RandomSource, noise: Purpose = Purpose.DRAFT, alpha: float = 1.0
-    ) -> None:
-        super().__init__(target, source, noise, taps=(), keep=2)
+    def __init__(self, target: Transformer, source: RandomSource, alpha: float = 1.0) -> None:
+        super().__init__(target, source, taps=(), keep=2)
         self.alpha = alpha
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first states."""
-        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, stop)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             states = self.memory.get(sequence)
             if states is None or len(states) < 2:

@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.philox import Purpose
-
 from ..drafting import Brancher, Draft, Frontier, Stop
 from ..model import Transformer
 from ..sequence import Sequence
@@ -70,17 +68,15 @@ class MedusaHeads(nn.Module):
 class MedusaDrafter(StateDrafter, Brancher):
     """Drafts with Medusa heads, at most one token per head."""
 
-    def __init__(
-        self, target: Transformer, heads: MedusaHeads, source: RandomSource, noise: Purpose = Purpose.DRAFT
-    ) -> None:
-        super().__init__(target, source, noise, heads.taps, keep=2)  # teacher forcing reads the one before the last
+    def __init__(self, target: Transformer, heads: MedusaHeads, source: RandomSource) -> None:
+        super().__init__(target, source, heads.taps, keep=2)  # teacher forcing reads the one before the last
         self.heads = heads
         self.deepest = heads.shape.heads
         self._logits: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()  # [H, V], of the current draft
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft chains. The first step of a sequence drafts nothing: its forward gives the first state."""
-        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, stop)
         if rows := [row for row in chains.open() if self.ready(sequences[row])]:
             for row, of_row in zip(rows, self.level_logits([sequences[row] for row in rows]), strict=True):
                 for of_level in of_row[: widths[row]]:

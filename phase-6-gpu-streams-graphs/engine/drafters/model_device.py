@@ -12,7 +12,6 @@ from typing import cast
 import torch
 
 from common.device import synchronize
-from common.philox import Purpose
 
 from ..context import window_start
 from ..device_runner import DeviceRunner
@@ -34,8 +33,8 @@ class DeviceModelDrafter(ModelDrafter):
 
     runner: DeviceRunner
 
-    def __init__(self, runner: DeviceRunner, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
-        super().__init__(runner, source, noise)
+    def __init__(self, runner: DeviceRunner, source: RandomSource) -> None:
+        super().__init__(runner, source)
         self._drafted: dict[Sequence, tuple[Work, int]] = {}  # by the last draft: what it computed, how many tokens
 
     def able(self, target: ModelRunner, sequences: list[Sequence], widths: list[int]) -> bool:
@@ -83,6 +82,8 @@ class DeviceModelDrafter(ModelDrafter):
         limits = list(inputs.metadata.ranges)
         windows = upload.put([UNLIMITED if window is None else window for window in limits], len(limits))
         at = upload.put_longs(opened, R)
+        noises = [sequence.policy.draft_noise for sequence in mine]
+        purposes = upload.put_longs(noises, R)
 
         model, device = runner.model, upload.device
         tokens, probs = torch.empty(R, K, dtype=torch.long, device=device), None
@@ -98,7 +99,9 @@ class DeviceModelDrafter(ModelDrafter):
                 model.kernels.sample(logits, rows, out=tokens[:, j])
             else:
                 model.kernels.probabilities(logits, rows, out=probs[:, j])
-                model.kernels.draw(probs[:, j], *rows.keyed, self.source, self.noise, first=j, out=tokens[:, j])
+                for number, noise in enumerate(sorted(set(noises))):
+                    drawn = model.kernels.draw(probs[:, j], *rows.keyed, self.source, noise, first=j)
+                    tokens[:, j] = torch.where(purposes.tensor == noise, drawn, tokens[:, j]) if number else drawn
         if len(sequences) > R:  # rows without a draft: what they hold is never read
             tokens = tokens.new_zeros(len(sequences), K).index_copy_(0, at.tensor, tokens)
             if probs is not None:

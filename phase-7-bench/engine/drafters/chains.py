@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from common.philox import Purpose
-
 from ..drafting import Draft, Stop
 from ..sampling import probabilities
 from ..sequence import Sequence
@@ -17,11 +15,8 @@ from ..verify import RandomSource
 class ChainBuilder:
     """Draws draft tokens row by row, with each sequence's sampling parameters, and keeps their distributions."""
 
-    def __init__(
-        self, sequences: list[Sequence], widths: list[int], source: RandomSource, noise: Purpose, stop: Stop | None
-    ) -> None:
-        self.sequences, self.widths = sequences, widths
-        self.source, self.noise, self.stop = source, noise, stop
+    def __init__(self, sequences: list[Sequence], widths: list[int], source: RandomSource, stop: Stop | None) -> None:
+        self.sequences, self.widths, self.source, self.stop = sequences, widths, source, stop
         self.tokens: list[list[int]] = [[] for _ in sequences]
         self.probs: list[list[Tensor]] = [[] for _ in sequences]
 
@@ -41,9 +36,12 @@ class ChainBuilder:
         if self.stop is not None and self.stop(row, asked[0]):
             self.widths = [len(self.tokens[row]) if r == row else width for r, width in enumerate(self.widths)]
             return False
-        position = sequence.length + len(self.tokens[row])
-        key, at = (torch.tensor([each], device=probs.device) for each in (sequence.key, position))
-        token = self.source.draw(probs, key, at, self.noise)
+        if sequence.params.greedy:
+            token = probs.argmax(-1)
+        else:
+            position = sequence.length + len(self.tokens[row])
+            key, at = (torch.tensor([each], device=probs.device) for each in (sequence.key, position))
+            token = self.source.draw(probs, key, at, sequence.policy.draft_noise)
         self.tokens[row].append(int(token))
         self.probs[row].append(probs[0])
         return True

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from common.philox import Purpose
-
 from ..cpp_runner import drawable
 from ..drafting import Draft, Stop
 from ..kernels.cpp import library
@@ -29,15 +27,8 @@ if TYPE_CHECKING:
 class FastMedusaDrafter(MedusaDrafter):
     """A MedusaDrafter in C++; its drafts differ by rounding only."""
 
-    def __init__(
-        self,
-        fast: CppMedusa,
-        target: Transformer,
-        heads: MedusaHeads,
-        source: RandomSource,
-        noise: Purpose = Purpose.DRAFT,
-    ) -> None:
-        super().__init__(target, heads, source, noise)
+    def __init__(self, fast: CppMedusa, target: Transformer, heads: MedusaHeads, source: RandomSource) -> None:
+        super().__init__(target, heads, source)
         self.fast = fast
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
@@ -45,7 +36,7 @@ class FastMedusaDrafter(MedusaDrafter):
         if stop is not None or not drawable(sequences, self.source):
             return super().propose(sequences, widths, stop)
         counts = [min(width, self.deepest) if self.ready(s) else 0 for s, width in zip(sequences, widths, strict=True)]
-        chains = ChainBuilder(sequences, counts, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, counts, self.source, stop)
         if rows := chains.open():
             asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
             tokens, probs = self.fast.beside.propose(self.start(asked, counts, 1), counts)
@@ -60,7 +51,8 @@ class FastMedusaDrafter(MedusaDrafter):
             library().Sequence(nowhere, [last_token(each)], sampling_of(each.params), each.key[1], each.length)
             for each in sequences
         ]
-        return self.fast.drafter(batch, torch.cat([self._state(each) for each in sequences]), [self.noise] * len(batch))
+        states = torch.cat([self._state(each) for each in sequences])
+        return self.fast.drafter(batch, states, [each.policy.draft_noise for each in sequences])
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record nothing: the heads keep no state."""

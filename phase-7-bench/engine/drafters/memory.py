@@ -8,8 +8,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from common.philox import Purpose
-
 from ..drafting import Drafter, Outcome
 from ..model import Transformer
 from ..sequence import Sequence
@@ -70,10 +68,8 @@ class Kept:
 class StateDrafter(Drafter):
     """A drafter that reads the target's states, and remembers the last `keep` of every sequence."""
 
-    def __init__(
-        self, target: Transformer, source: RandomSource, noise: Purpose, taps: tuple[int, ...], keep: int
-    ) -> None:
-        self.target, self.source, self.noise, self.taps = target, source, noise, taps
+    def __init__(self, target: Transformer, source: RandomSource, taps: tuple[int, ...], keep: int) -> None:
+        self.target, self.source, self.taps = target, source, taps
         self.memory = StateMemory(keep)
 
     def states_from(self, sequence: Sequence) -> int:

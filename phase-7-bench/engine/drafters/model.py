@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from common.philox import Purpose
-
 from ..drafting import Brancher, Draft, Frontier, Outcome, Stop
 from ..runner import ModelRunner
 from ..sequence import Sequence
@@ -18,15 +16,15 @@ from .chains import ChainBuilder
 
 
 class ModelDrafter(Brancher):
-    """Draws with the target's sampling parameters; `noise` is the purpose of its random numbers."""
+    """Draws with the target's sampling parameters, and the noise that each sequence's policy asks for."""
 
     deepest = 64
 
-    def __init__(self, runner: ModelRunner, source: RandomSource, noise: Purpose = Purpose.DRAFT) -> None:
-        self.runner, self.source, self.noise = runner, source, noise
+    def __init__(self, runner: ModelRunner, source: RandomSource) -> None:
+        self.runner, self.source = runner, source
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        return self.extend(ChainBuilder(sequences, widths, self.source, self.noise, stop))
+        return self.extend(ChainBuilder(sequences, widths, self.source, stop))
 
     def extend(self, chains: ChainBuilder) -> Draft:
         """Draw the tokens that the chains still lack, a forward for each."""

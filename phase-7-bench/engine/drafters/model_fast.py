@@ -21,7 +21,7 @@ class FastModelDrafter(ModelDrafter):
     """The same tokens; chains that the controller may end early are drawn token by token."""
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
-        chains = ChainBuilder(sequences, widths, self.source, self.noise, stop)
+        chains = ChainBuilder(sequences, widths, self.source, stop)
         context = self.runner.model.config.context
         fits = all(each.length + width <= context for each, width in zip(sequences, widths, strict=True))
         if stop is None and fits and drawable(sequences, self.source):
@@ -44,7 +44,8 @@ class FastModelDrafter(ModelDrafter):
         if len(asked) < len(sequences):
             started = iter(batch)
             batch = [next(started) if count else idle() for count in counts]
-        return library().ModelDrafter(runner.fast._engine, batch, [int(self.noise)] * len(batch))
+        purposes = [int(each.policy.draft_noise) for each in sequences]
+        return library().ModelDrafter(runner.fast._engine, batch, purposes)
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record the steps after `start`: gained[s][r] are the tokens of sequence r in step s."""

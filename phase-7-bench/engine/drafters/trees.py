@@ -16,10 +16,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from common.philox import Purpose
-
 from ..drafting import Brancher, Draft, Drafter, Frontier, Outcome, Stop
-from ..policies import AcceptancePolicy
 from ..sampling import SamplingParams, probabilities, ranked
 from ..sequence import Sequence
 from ..tree import Tree
@@ -37,10 +34,6 @@ class TreeDrafter(Drafter):
 
     def __init__(self, drafter: Brancher) -> None:
         self.drafter, self.taps = drafter, drafter.taps
-
-    def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
-        super().use(policy, source)
-        self.drafter.use(policy, source)
 
     def propose(self, sequences: list[Sequence], widths: list[int], stop: Stop | None = None) -> Draft:
         """Draft a tree of at most widths[r] levels for sequence r. `stop` is not called: the shape ends the tree."""
@@ -80,17 +73,12 @@ class TreeDrafter(Drafter):
 class StaticTreeDrafter(TreeDrafter):
     """Drafts trees of one shape. `shape[i]` is the parent of node i, -1 the root: parents first, siblings by rank."""
 
-    def __init__(self, drafter: Brancher, shape: list[int], source: RandomSource, noise: Purpose, drawn: bool) -> None:
+    def __init__(self, drafter: Brancher, shape: list[int], source: RandomSource) -> None:
         super().__init__(drafter)
-        self.shape, self.source, self.noise = Tree([0] * len(shape), shape), source, noise
-        self.drawn = drawn
-
-    def use(self, policy: AcceptancePolicy, source: RandomSource) -> None:
-        super().use(policy, source)
-        self.drawn = policy.draws_children
+        self.shape, self.source = Tree([0] * len(shape), shape), source
 
     def grow(self, sequence: Sequence, levels: int) -> Growth:
-        drawn = self.drawn and not sequence.params.greedy
+        drawn = sequence.policy.draws_children and not sequence.params.greedy
         tokens: list[int] = []
         parents: list[int] = []
         rows: dict[int, Tensor] = {}  # node -> the distribution of its children
@@ -119,7 +107,7 @@ class StaticTreeDrafter(TreeDrafter):
         if not drawn:
             return ranked(probs[None], count)[0].tolist()
         key, position = (torch.tensor([each], device=probs.device) for each in (sequence.key, sequence.length + depth))
-        return self.source.draw_several(probs[None], count, key, position, self.noise)[0].tolist()
+        return self.source.draw_several(probs[None], count, key, position, sequence.policy.draft_noise)[0].tolist()
 
 
 class DynamicTreeDrafter(TreeDrafter):
