@@ -67,8 +67,8 @@ class GraphSteps:
             steps = reserve(runners if K else runners[:1], sequences, K, most)
             if steps:
                 rows = rows_of_bucket(len(sequences), len(runners[0].manager.cache.lengths))
-                policies = () if greedy or not K else tuple(sorted({each.policy for each in sequences}, key=repr))
-                step, graph = self._graph(runners, Bucket(rows, K, greedy, policies))
+                policies = {each.policy for each in sequences if K and not each.params.greedy}
+                step, graph = self._graph(runners, Bucket(rows, K, greedy, tuple(sorted(policies, key=repr))))
                 self.device.copy_in(step.memory, loaded(step, sequences))
                 self.stats.uploads += 1
                 made = self._run(step, graph, sequences, asked, steps, began)
@@ -187,7 +187,7 @@ def loaded(step: DeviceStep, sequences: list[Sequence]) -> Tensor:
         lanes.filters[r] = torch.tensor(sequence.params.filters, dtype=torch.float64)
         lanes.keys[r] = torch.tensor(sequence.key)
         lanes.lengths[r], lanes.live[r] = sequence.length, 1
-        if step.bucket.policies:
+        if sequence.policy in step.bucket.policies:  # a greedy one is the same by any rule
             lanes.rules[r] = step.bucket.policies.index(sequence.policy)
         lanes.ends[r] = limit(sequence, step.target)
         lanes.tokens[r] = torch.tensor((sequence.prompt + sequence.tokens)[-2:])

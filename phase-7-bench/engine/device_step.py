@@ -176,8 +176,10 @@ class DeviceStep:
             else:
                 model.kernels.probabilities(logits, rows, out=probs[:, j])
                 for rule, policy in enumerate(self.bucket.policies):
-                    drawn = model.kernels.draw(probs[:, j], *rows.keyed, self.source, policy.draft_noise, first=j)
-                    drafted[:, j] = self._of_rule(rule, drawn, drafted[:, j])
+                    keyed, out = (*rows.keyed, self.source, policy.draft_noise), None if rule else drafted[:, j]
+                    drawn = model.kernels.draw(probs[:, j], *keyed, first=j, out=out)
+                    if rule:
+                        drafted[:, j] = self._of_rule(rule, drawn, drafted[:, j])
         return drafted, probs
 
     def _accept(

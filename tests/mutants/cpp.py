@@ -47,7 +47,7 @@ DECODE = mutants(
     ("const float* target_row = rows[r] + size_t(i) * size_t(vocab);", "const float* target_row = rows[r];"),
     ("position + uint32_t(i), ACCEPT, 0)", "position, ACCEPT, 0)"),
     ("result.next == draft[size_t(result.accepted)])", "result.next == draft[0])"),
-    ("own || batch[r].how.temperature == 0;", "own;", "at temperature 0 both rules accept the argmax alone"),
+    ("own[r] || batch[r].how.temperature == 0;", "own[r];", "at temperature 0 both rules accept the argmax alone"),
     ("return !target.hurried && (spent", "return (spent"),
     ("batch[r].append(outcome.tokens, result.accepted);", "batch[r].append(outcome.tokens, 0);"),
     ("request.hidden + size_t(first + i) * D", "request.hidden + size_t(i) * D"),
@@ -61,7 +61,7 @@ DRAFT = mutants(
     ("position += int(tokens.size());", "position += cached;"),
     ("if (counts[size_t(r)] > i) active", "if (counts[size_t(r)] >= i) active"),
     ("while (before[at] != active[from]) ++at;", "at = from;"),
-    ("sequence.position + i, purpose, spare)", "sequence.position, purpose, spare)"),
+    ("sequence.position + i, purposes[r], spare)", "sequence.position, purposes[r], spare)"),
     ("uint32_t(position), purpose);", "uint32_t(position), DRAFT);", "drafts are drawn for SAMPLE or DRAFT alone"),
 )  # fmt: skip
 
@@ -69,9 +69,9 @@ DRAFTERS = mutants(
     f"{SOURCES}/drafters.cpp",
     LOOPS,
     ("std::min(accepted, counts_[r] - 1)", "accepted"),
-    ("return model_.draft(batch_, counts, purpose_, memory(probs, counts));", "return model_.draft(batch_, counts, DRAFT, memory(probs, counts));"),
+    ("return model_.draft(batch_, counts, purposes_, memory(probs, counts));", "return model_.draft(batch_, counts, std::vector<uint32_t>(batch_.size(), DRAFT), memory(probs, counts));"),
     ("outcome.states + size_t(outcome.state_count - gained) * size_t(states_), gained);", "outcome.states, gained - 1);"),
-    ("sequence.position + int(mine.tokens.size()), purpose_", "sequence.position, purpose_"),
+    ("sequence.position + int(mine.tokens.size()), purposes_", "sequence.position, purposes_"),
     ("size_t(outcomes[r].state_count - 1) * size, size", "0, size"),
     ("y[i] += change[i] / (1 + std::exp(-change[i]));", "y[i] += change[i];"),
 )  # fmt: skip

@@ -68,15 +68,12 @@ SCHEDULER = mutants(
     ("for each in (*self.running, sequence) if runner in self._runners(each)]", "for each in (*self.running, sequence)]"),
     ("self._length(each) + max(1, self._ahead(each, self._length(each))) for", "self._length(each) + 1 for"),
     ("return shared - (other.length - self.target.missing(other, other.length)) >= BLOCK", "return False"),
-    ("policy = next((other for other in found if other.lossless), policy)", "policy = next(iter(found), policy)"),
-    ("found.setdefault(policy, []).append(sequence)", "found.setdefault(sequences[0].policy, []).append(sequence)"),
 )  # fmt: skip
 
 SERVING = (
     *mutants(
         f"{ENGINE}/llm_engine.py",
         SERVED,
-        ("            self.drafter.use(policy, source)\n", "            pass\n"),
         ("            if len(group) == 1:\n                self._fail(group[0], error)\n            else:", "            if True:\n                for sequence in group:\n                    self._fail(sequence, error)\n            else:"),
         ("llm.loaded.ending, sample) for sample in range(n)]", "llm.loaded.ending, 0) for sample in range(n)]"),
         ("            if sequence.finish_reason is not None and sequence in self.scheduler.running:\n                self.scheduler.remove(sequence)", "            pass"),
@@ -93,6 +90,49 @@ SERVING = (
         ("            work.row.states = []\n", "", "the next step wants no states before its own"),
         ("row = self.manager.begin(owner, window, most=first)", "row = self.manager.begin(owner, window)"),
         ("row.states += self._prefill", "row.states = self._prefill"),
+    ),
+)  # fmt: skip
+
+OF_EACH = ("tests/phase6/test_llm_engine.py", "-k", "policies")
+POLICIES = (
+    *mutants(
+        f"{ENGINE}/speculative.py",
+        OF_EACH,
+        ("mine = [row for row, of_row in enumerate(policies) if of_row == policy]", "mine = list(range(len(policies)))"),
+        ("rows.only(at))\n        accepted[at]", "rows.only(slice(len(mine))))\n        accepted[at]"),
+        ("lossless = all(policy.lossless for", "lossless = any(policy.lossless for"),
+        ("row, (policy, tree) in each], trees", "row, (_, tree) in each for policy in policies[:1]], trees"),
+    ),
+    *mutants(
+        f"{ENGINE}/multi_step.py",
+        OF_EACH,
+        ("own=[isinstance(rule_of(policy), SampleMatch) for policy in policies]", "own=[isinstance(rule_of(policies[0]), SampleMatch)] * len(policies)"),
+    ),
+    *mutants(
+        f"{ENGINE}/drafters/chains.py",
+        OF_EACH,
+        ("at, sequence.policy.draft_noise)", "at, self.sequences[0].policy.draft_noise)"),
+    ),
+    *mutants(
+        f"{ENGINE}/drafters/trees.py",
+        OF_EACH,
+        ("drawn = sequence.policy.draws_children and not sequence.params.greedy", "drawn = not sequence.params.greedy"),
+        ("position, sequence.policy.draft_noise)", "position, type(sequence.policy.draft_noise)(1))"),
+    ),
+    *mutants(
+        f"{ENGINE}/drafters/model_fast.py",
+        OF_EACH,
+        ("for each in sequences]\n        return library().ModelDrafter", "for each in sequences[:1]] * len(sequences)\n        return library().ModelDrafter"),
+    ),
+    *mutants(
+        f"{ENGINE}/drafters/eagle_fast.py",
+        OF_EACH,
+        ("[each.policy.draft_noise for each in sequences])", "[each.policy.draft_noise for each in sequences[:1]] * len(sequences))"),
+    ),
+    *mutants(
+        f"{ENGINE}/drafters/medusa_fast.py",
+        OF_EACH,
+        ("[each.policy.draft_noise for each in sequences])", "[each.policy.draft_noise for each in sequences[:1]] * len(sequences))"),
     ),
 )  # fmt: skip
 
@@ -147,4 +187,4 @@ OWNING = (
     ),
 )  # fmt: skip
 
-MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *SCORING, *OWNING]
+MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *POLICIES, *SCORING, *OWNING]

@@ -108,6 +108,12 @@ def test_forty_prompts_that_come_and_go(how: str, folder: str) -> None:
     assert done.stdout == "proved\n", done.stderr
 
 
+@pytest.mark.usefixtures("emulator")
+def test_sequences_of_several_policies_share_a_graph(folder: str) -> None:
+    done = proof(folder, json.dumps({"kv": "paged", "k": 2, "max_tokens": 24}), "mixed")
+    assert done.stdout == "proved\n", done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
 @pytest.mark.usefixtures("emulator")

@@ -128,6 +128,26 @@ def prove_many(llm: Any, folder: str, options: dict[str, Any]) -> None:
     assert set(stats.eager_steps) == {"a prompt"}, stats
 
 
+MIXED = [("coupled", 0.7), ("rejection", 0.7), ("longest_prefix", 0.7), ("rejection", 0.0)]
+
+
+def prove_mixed(llm: Any, folder: str, options: dict[str, Any]) -> None:
+    """Sequences of several policies share a graph, or an eager step: each gets its tokens of phase 5."""
+    alone = [make(phase5, folder, {**options, "policy": name, "temperature": t}) for name, t in MIXED]
+    wanted = [decisions(each, PROMPTS[:1])[0][0] for each in alone]
+    assert wanted[0] != wanted[1] != wanted[2] != wanted[0], "the policies would be the same"
+    for used in (llm, make(phase6, folder, {**options, "cuda_graph": "off"})):
+        engine = phase6.LLMEngine(used, len(MIXED), 64)
+        how = [(name, dataclasses.replace(used.params, temperature=t)) for name, t in MIXED]
+        numbers = [engine.add_request(PROMPTS[0], params, policy=name) for name, params in how]
+        sequences = [engine.requests[number][0] for number in numbers]
+        while engine.busy:
+            engine.step()
+        assert [sequence.tokens for sequence in sequences] == wanted, "tokens differ"
+    assert max(len(bucket.policies) for bucket in llm.backends.graphs.made) == 3
+    assert set(llm.backends.graphs.stats.eager_steps) == {"a prompt"}
+
+
 class Steps:
     """A step of its own over prompts that are prefilled, to look at its lanes and at its memory."""
 
@@ -225,6 +245,8 @@ def prove(folder: str, options: dict[str, Any], part: str, mutant: str | None) -
         prove_tokens(llm, folder, options)
     if part == "many":
         prove_many(llm, folder, options)
+    if part == "mixed":
+        prove_mixed(llm, folder, options)
     if part in ("arguments", "all"):
         prove_arguments(llm)
     if part in ("shrinking", "all"):

@@ -100,8 +100,10 @@ class DeviceModelDrafter(ModelDrafter):
             else:
                 model.kernels.probabilities(logits, rows, out=probs[:, j])
                 for number, noise in enumerate(sorted(set(noises))):
-                    drawn = model.kernels.draw(probs[:, j], *rows.keyed, self.source, noise, first=j)
-                    tokens[:, j] = torch.where(purposes.tensor == noise, drawn, tokens[:, j]) if number else drawn
+                    of_noise = *rows.keyed, self.source, noise
+                    drawn = model.kernels.draw(probs[:, j], *of_noise, first=j, out=None if number else tokens[:, j])
+                    if number:
+                        tokens[:, j] = torch.where(purposes.tensor == noise, drawn, tokens[:, j])
         if len(sequences) > R:  # rows without a draft: what they hold is never read
             tokens = tokens.new_zeros(len(sequences), K).index_copy_(0, at.tensor, tokens)
             if probs is not None:
