@@ -28,7 +28,7 @@ from .generate import Stats, stats_of
 from .kernels import registry
 from .kv_cache import PAGE, PagedCache, StaticCache
 from .logprobs import TokenLogprob, of_tokens
-from .policies import LOSSLESS, AcceptancePolicy, PolicyName, make_policy
+from .policies import LOSSLESS, AcceptancePolicy, PolicyName
 from .profiler import stage
 from .runner import DRAFT_ROOM, CachedRunner
 from .sampling import SamplingParams
@@ -168,7 +168,7 @@ class LLMEngine:
         if options.lossless and name not in LOSSLESS:
             raise UserError(f"--lossless refuses the policy {name}; lossless are {', '.join(LOSSLESS)}")
         if name not in self.policies:
-            made = make_policy(name, options.tau, options.agree_k, options.epsilon, options.delta)
+            made = options.acceptance_policy(name)
             registry.use(made, self.llm.backends.kernels)
             self.policies[name] = made
         return self.policies[name]

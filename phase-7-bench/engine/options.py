@@ -281,8 +281,9 @@ class Options(BaseSettings):
             max_new_tokens=self.max_tokens,
         )
 
-    def acceptance_policy(self) -> AcceptancePolicy:
-        policy = make_policy(self.policy_name, self.tau, self.agree_k, self.epsilon, self.delta)
+    def acceptance_policy(self, name: PolicyName | None = None) -> AcceptancePolicy:
+        """Make the policy of this name, by default the one of the options."""
+        policy = make_policy(name or self.policy_name, self.tau, self.agree_k, self.epsilon, self.delta)
         return policy if self.synthetic_acceptance is None else Synthetic(policy, self.synthetic_acceptance)
 
     @property

@@ -19,14 +19,18 @@ SEED, K = 5, 3
 PROMPT = "class Stack:"
 
 
-def steps(folder: Path, kernels: Any, acceptance: float | None, **more: Any) -> tuple[list[int], list[Any]]:
+def make(folder: Path, kernels: Any, acceptance: float | None, **more: Any) -> Any:
     if kernels == "cpp" and WHY_NOT_CPP is not None:
         pytest.skip(f"no C++ backend here: {WHY_NOT_CPP}")
     options = phase6.Options(
         model=str(folder), draft=str(folder), kernels=kernels, k=K, max_tokens=24, seed=SEED, dtype="float32",
         device="cpu", threads=1, synthetic_acceptance=acceptance, **more,
     )  # fmt: skip
-    llm = phase6.LLM(options)
+    return phase6.LLM(options)
+
+
+def steps(folder: Path, kernels: Any, acceptance: float | None, **more: Any) -> tuple[list[int], list[Any]]:
+    llm = make(folder, kernels, acceptance, **more)
     (sequence,) = llm.sequences([PROMPT])
     for _ in llm.run([sequence]):
         pass
@@ -51,6 +55,18 @@ def test_chance_alone_accepts(small_folder: Path, kernels: str, temperature: flo
     assert drafted
     assert [step.accepted for step in drafted] == [expected(step.length, step.depth, acceptance) for step in drafted]
     assert len(tokens) == 24
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+def test_chance_accepts_for_requests_with_policies_of_their_own(small_folder: Path, kernels: str) -> None:
+    engine = phase6.LLMEngine(make(small_folder, kernels, 0.6, temperature=1.0), rows=3)
+    numbers = [engine.add_request(PROMPT, policy=policy) for policy in (None, "coupled", "rejection")]
+    sequences = [engine.requests[number][0] for number in numbers]
+    while engine.busy:
+        engine.step()
+    for sequence in sequences:
+        drafted = [step for step in sequence.steps[:-1] if step.depth]
+        assert [step.accepted for step in drafted] == [expected(step.length, step.depth, 0.6) for step in drafted]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
