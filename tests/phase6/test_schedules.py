@@ -18,7 +18,7 @@ from phase6.kv_cache import PAGE, PagedCache
 from tests.support.served import CONTEXT, DRAFTERS, Pair, Request, Result, add, take
 
 PREFIXES = [(), tuple(range(40, 57)), tuple(range(40, 80)), tuple(range(60, 110))]
-POLICIES = ("coupled", "rejection", "longest_prefix")
+POLICIES = ("coupled", "rejection", "longest_prefix", "typical")
 
 
 class Event(NamedTuple):

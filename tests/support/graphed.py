@@ -132,18 +132,23 @@ MIXED = [("coupled", 0.7), ("rejection", 0.7), ("longest_prefix", 0.7), ("reject
 
 
 def prove_mixed(llm: Any, folder: str, options: dict[str, Any]) -> None:
-    """Sequences of several policies share a graph, or an eager step: each gets its tokens of phase 5."""
+    """Sequences of several policies share a graph, or an eager step: each decides what it does alone in phase 5."""
     alone = [make(phase5, folder, {**options, "policy": name, "temperature": t}) for name, t in MIXED]
-    wanted = [decisions(each, PROMPTS[:1])[0][0] for each in alone]
-    assert wanted[0] != wanted[1] != wanted[2] != wanted[0], "the policies would be the same"
+    wanted = [decisions(each, PROMPTS[:1])[0] for each in alone]
+    assert wanted[0] != wanted[1] != wanted[2] != wanted[0], "the policies decide the same"
     for used in (llm, make(phase6, folder, {**options, "cuda_graph": "off"})):
         engine = phase6.LLMEngine(used, len(MIXED), 64)
-        how = [(name, dataclasses.replace(used.params, temperature=t)) for name, t in MIXED]
-        numbers = [engine.add_request(PROMPTS[0], params, policy=name) for name, params in how]
+        numbers = [
+            engine.add_request(PROMPTS[0], dataclasses.replace(used.params, temperature=t), policy=name)
+            for name, t in MIXED
+        ]
         sequences = [engine.requests[number][0] for number in numbers]
+        found: dict[Any, list[Decision]] = {sequence: [] for sequence in sequences}
         while engine.busy:
-            engine.step()
-        assert [sequence.tokens for sequence in sequences] == wanted, "tokens differ"
+            for step in engine.advance():
+                for sequence, tree, path in zip(step.sequences, step.trees, step.paths, strict=True):
+                    found[sequence].append((tree.tokens, len(path.nodes), path.next_token))
+        assert [(sequence.tokens, found[sequence]) for sequence in sequences] == wanted, "decisions differ"
     assert max(len(bucket.policies) for bucket in llm.backends.graphs.made) == 3
     assert set(llm.backends.graphs.stats.eager_steps) == {"a prompt"}
 
