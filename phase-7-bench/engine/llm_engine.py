@@ -28,6 +28,7 @@ from .generate import Stats, stats_of
 from .kernels import registry
 from .kv_cache import PAGE, PagedCache, StaticCache
 from .logprobs import TokenLogprob, of_tokens
+from .options import MOST_ROWS
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName
 from .profiler import stage
 from .runner import DRAFT_ROOM, CachedRunner
@@ -66,9 +67,13 @@ class LLMEngine:
     def __init__(self, llm: LLM, rows: int = 0, tokens: int = 0, multi_step: bool = True, budget: int = BUDGET) -> None:
         """rows: sequences of one step, by default `--batch-size`. tokens: of the longest, by default the context.
 
-        budget: tokens of one step, prompts included. UserError if the caches do not fit in memory.
+        budget: tokens of one step, prompts included. UserError for numbers out of range, and if the caches do not fit
+        in memory.
         """
         self.llm, self.rows = llm, rows or llm.options.batch_size
+        if not 1 <= self.rows <= MOST_ROWS or tokens < 0 or budget < 1:
+            wrong = f"got {self.rows}, {tokens} and {budget}"
+            raise UserError(f"rows must be from 1 to {MOST_ROWS}, tokens at least 0, the budget at least 1; {wrong}")
         tokens = tokens or llm.loaded.config.context
         models = [llm.loaded.model, *([llm.draft.model] if llm.draft and llm.speculative else [])]
         free = available_memory(models[0].embedding.weight.device)

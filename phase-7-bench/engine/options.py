@@ -27,6 +27,7 @@ QuantName = Literal["none", "int8", "int4"]
 
 
 APPEND = "SPECDEC_ENABLE_KV_APPEND"
+MOST_ROWS = 2**16  # sequences of one step
 BRANCHING = ("model", "medusa", "eagle")
 
 
@@ -102,7 +103,9 @@ class Options(BaseSettings):
     quant_head: bool = Field(default=False, description="quantise the output matrix too")
     compile: bool = Field(default=False, description="torch.compile the models")
     kernels: Asked = Field(default="auto", description="who computes; auto: what is fastest and checked for the device")
-    batch_size: int = Field(default=16, ge=1, description="sequences that are decoded at once; others wait")
+    batch_size: int = Field(
+        default=16, ge=1, le=MOST_ROWS, description="sequences that are decoded at once; others wait"
+    )
     cuda_graph: Mode = Field(
         default="auto", description="capture steps and replay them; auto: on a GPU, where it can be"
     )

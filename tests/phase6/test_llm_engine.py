@@ -334,9 +334,13 @@ def test_a_closed_engine_takes_nothing(pair: Callable[..., Pair]) -> None:
         engine.step()
 
 
-def test_the_batch_size_is_at_least_one() -> None:
-    with pytest.raises(ValueError, match="greater than or equal to 1"):
-        phase6.Options(batch_size=0)
+def test_numbers_of_an_engine_out_of_range_are_refused(pair: Callable[..., Pair]) -> None:
+    for wrong in (0, -1, 10**9):
+        with pytest.raises(ValueError, match="than or equal to"):
+            phase6.Options(batch_size=wrong)
+    for more in ({"rows": -1}, {"rows": 10**9}, {"tokens": -1}, {"budget": 0}):
+        with pytest.raises(UserError, match="rows must be from 1 to 65536, tokens at least 0, the budget at least 1"):
+            phase6.LLMEngine(pair("torch", "plain").llm, **more)
 
 
 def test_blocks_that_another_run_holds_are_an_error_and_not_a_wait(pair: Callable[..., Pair]) -> None:

@@ -22,7 +22,9 @@ def test_ten_thousand_requests_leave_memory_and_steps_as_they_were(pair: Callabl
     times, used, sent = list[float](), list[float](), 0
     while sent < 10_000 or engine.busy:
         while sent < 10_000 and len(engine.scheduler.waiting) < 8:
-            engine.add_request([5 + sent % 7, 20 + sent % 200, *range(30, 30 + sent % 30)], params, k=2, seeded=sent % 2 == 0)
+            engine.add_request(
+                [5 + sent % 7, 20 + sent % 200, *range(30, 30 + sent % 30)], params, k=2, seeded=sent % 2 == 0
+            )
             sent += 1
         began = time.thread_time()
         engine.step()
