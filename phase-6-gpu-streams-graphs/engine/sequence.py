@@ -58,7 +58,7 @@ class Sequence:
     """Prompt, output and state of one request. `tokens` is the output, an EOS included."""
 
     controller: KController  # of how many tokens to draft, from the start of decoding on
-    policy: AcceptancePolicy  # which of them are accepted
+    policy: AcceptancePolicy  # which of them are accepted, and with what noise they are drawn
     reach = 0  # at most so many draft tokens, or nodes of a tree, follow it in one step
     branches = False  # its drafts are trees
     number = 0  # of its request

@@ -48,6 +48,7 @@ DECODE = mutants(
     ("position + uint32_t(i), ACCEPT, 0)", "position, ACCEPT, 0)"),
     ("result.next == draft[size_t(result.accepted)])", "result.next == draft[0])"),
     ("own[r] || batch[r].how.temperature == 0;", "own[r];", "at temperature 0 both rules accept the argmax alone"),
+    ("return own[r] ||", "return own[0] ||"),
     ("return !target.hurried && (spent", "return (spent"),
     ("batch[r].append(outcome.tokens, result.accepted);", "batch[r].append(outcome.tokens, 0);"),
     ("request.hidden + size_t(first + i) * D", "request.hidden + size_t(i) * D"),
@@ -62,6 +63,7 @@ DRAFT = mutants(
     ("if (counts[size_t(r)] > i) active", "if (counts[size_t(r)] >= i) active"),
     ("while (before[at] != active[from]) ++at;", "at = from;"),
     ("sequence.position + i, purposes[r], spare)", "sequence.position, purposes[r], spare)"),
+    ("purposes[r], spare)", "purposes[0], spare)"),
     ("uint32_t(position), purpose);", "uint32_t(position), DRAFT);", "drafts are drawn for SAMPLE or DRAFT alone"),
 )  # fmt: skip
 
@@ -72,9 +74,26 @@ DRAFTERS = mutants(
     ("return model_.draft(batch_, counts, purposes_, memory(probs, counts));", "return model_.draft(batch_, counts, std::vector<uint32_t>(batch_.size(), DRAFT), memory(probs, counts));"),
     ("outcome.states + size_t(outcome.state_count - gained) * size_t(states_), gained);", "outcome.states, gained - 1);"),
     ("sequence.position + int(mine.tokens.size()), purposes_", "sequence.position, purposes_"),
+    ("purposes_[size_t(r)], spare", "purposes_[0], spare"),
     ("size_t(outcomes[r].state_count - 1) * size, size", "0, size"),
     ("y[i] += change[i] / (1 + std::exp(-change[i]));", "y[i] += change[i];"),
 )  # fmt: skip
+
+BATCH = ("tests/phase5/test_cpp_batch.py",)
+PYTHON = "phase-5-kernels-kvcache/engine/drafters"
+NOISE = (
+    *mutants(
+        f"{PYTHON}/model_fast.py",
+        ("tests/phase5/test_cpp_speculate.py", *BATCH),
+        ("[int(self.noise)] * len(batch)", "[1] * len(batch)"),
+    ),
+    *mutants(
+        f"{PYTHON}/eagle_fast.py",
+        ("tests/phase5/test_cpp_eagle.py", *BATCH),
+        ("[self.noise] * len(batch)", "[Purpose.DRAFT] * len(batch)"),
+    ),
+    *mutants(f"{PYTHON}/medusa_fast.py", BATCH, ("[self.noise] * len(batch)", "[Purpose.DRAFT] * len(batch)")),
+)
 
 PLACES = mutants(
     f"{SOURCES}/engine.cpp",
@@ -88,4 +107,4 @@ PLACES = mutants(
     ("int64_t(row.pages.size()) * cache.slots", "int64_t(row.pages.size() + 1) * cache.slots"),
 )  # fmt: skip
 
-MUTANTS = [*SAMPLING, *DECODE, *DRAFT, *DRAFTERS, *PLACES]
+MUTANTS = [*SAMPLING, *DECODE, *DRAFT, *DRAFTERS, *NOISE, *PLACES]

@@ -96,7 +96,7 @@ def test_a_chain_is_drawn_from_the_heads(make_checkpoint: Callable[..., Path]) -
     fast, states, params = cpp.CppMedusa(heads, target, model), torch.randn(2, target.config.width), WAYS
     cache = model.new_cache(2, 8)
     batch = [model.sequence(cache, row, [7 + row], mine, 1, 30) for row, mine in enumerate(params)]
-    tokens, probs = model.propose(fast.drafter(batch, states, [Purpose.DRAFT] * 2), [3, 2])
+    tokens, probs = model.propose(fast.drafter(batch, states, [Purpose.SAMPLE, Purpose.DRAFT]), [3, 2])
     logits = fast.logits(states, [7, 8])
     assert tokens[0] == logits[0].argmax(-1).tolist()
     torch.testing.assert_close(probs[0], logits[0])
