@@ -60,7 +60,7 @@ SCHEDULER = mutants(
     ("left if chunks else max(left, BLOCK)", "left"),
     ("return max(0, min(sequence.reach, remaining - 1, self.context - length))", "return sequence.reach"),
     ("                self._begin_rows(sequence)  # after a jump of the window\n", ""),
-    ("                left -= count\n", ""),
+    ("                    left -= count\n", ""),
     ("self._reserve(sequence, None if last else count)", "self._reserve(sequence, count)"),
     ("len(self.running) < self.rows and self._enter", "len(self.running) <= self.rows and self._enter"),
     ("        sequence.progress.preemptions += 1\n", ""),

@@ -252,9 +252,20 @@ def test_the_least_recently_used_block_is_evicted() -> None:
     assert [blocks.find([at], 1)[0] for at in (1, 2)] == [[taken[1]], [taken[2]]]
 
 
-def manager_of(pages: int) -> CacheManager:
-    cache = PagedCache(CacheShape(1, 1, 1), 2, pages, torch.float32, torch.float32, torch.device("cpu"))
-    return CacheManager(cache, 2)
+def test_a_name_stays_with_the_block_that_had_it_first() -> None:
+    blocks = BlockManager(2)
+    first, second = blocks.take(), blocks.take()
+    for block in (first, second):
+        blocks.set_name(block, block_name(b"", [1]))
+    assert blocks.find([1], 1)[0] == [first]
+    blocks.release(second)
+    assert blocks.take() == second
+    assert blocks.find([1], 1)[0] == [first]
+
+
+def manager_of(pages: int, rows: int = 2) -> CacheManager:
+    cache = PagedCache(CacheShape(1, 1, 1), rows, pages, torch.float32, torch.float32, torch.device("cpu"))
+    return CacheManager(cache, rows)
 
 
 def compute(manager: CacheManager, owner: str, window: list[int]) -> int:
@@ -275,6 +286,16 @@ def test_blocks_that_fill_token_by_token_are_found() -> None:
         compute(manager, "first", text[:end])
     manager.release("first")
     assert compute(manager, "second", text) == 2 * PAGE
+
+
+def test_of_a_shared_block_only_those_that_write_need_a_copy() -> None:
+    manager, text = manager_of(6, 3), list(range(1, 9))
+    compute(manager, "first", text)
+    for owner in ("second", "third"):
+        manager.begin(owner, text)  # a fork, without the last token
+    assert max(manager.cache.blocks.users) == 3
+    writing = ({"second": 8}, {"second": 8, "third": 8}, {"first": 9, "second": 8, "third": 8})
+    assert [manager.lacking_blocks(lengths) for lengths in writing] == [1, 2, 2]
 
 
 def test_blocks_after_a_jump_have_names_of_their_own() -> None:

@@ -115,6 +115,25 @@ def test_a_request_without_drafts_runs_beside_one_with_drafts(pair: Callable[...
     assert found[numbers[1], 0] == made.alone(asked(TEXT[::-1]))
 
 
+def test_the_oldest_prompt_gains_a_block_beside_any_number_that_decode(pair: Callable[..., Pair]) -> None:
+    """Even if those that decode use up the budget: so the bound on waiting holds."""
+    engine = pair("torch", "model").engine(rows=4, budget=8)
+    numbers = [add(engine, asked(prompt, tokens=6)) for prompt in (TEXT[::-1], (5,), (6,), (7,))]
+    oldest, *others = (engine.requests[number][0] for number in numbers)
+    assert engine.scheduler.schedule() == ([(oldest, 16)], others)
+    engine.close()
+
+
+def test_no_block_is_reserved_for_drafts_that_would_pass_the_end(pair: Callable[..., Pair]) -> None:
+    """Prompt and output fill three blocks each, so six are enough for two requests."""
+    made = pair("torch", "model")
+    engine = made.engine(rows=2, pages=6)
+    numbers = [add(engine, asked(prompt, tokens=15)) for prompt in (TEXT, TEXT[::-1])]
+    sequences = [engine.requests[number][0] for number in numbers]
+    drain(engine)
+    assert [(each.progress.preemptions, each.progress.blocks) for each in sequences] == [(0, 3)] * 2
+
+
 def test_requests_run_in_the_order_of_their_arrival(pair: Callable[..., Pair]) -> None:
     """A short request behind a long one that does not fit waits for it: nobody is overtaken."""
     made = pair("torch", "plain")
