@@ -357,7 +357,8 @@ def test_numbers_of_an_engine_out_of_range_are_refused(pair: Callable[..., Pair]
     for wrong in (0, -1, 10**9):
         with pytest.raises(ValueError, match="than or equal to"):
             phase6.Options(batch_size=wrong)
-    for more in ({"rows": -1}, {"rows": 10**9}, {"tokens": -1}, {"budget": 0}):
+    refused: list[dict[str, Any]] = [{"rows": -1}, {"rows": 10**9}, {"tokens": -1}, {"budget": 0}]
+    for more in refused:
         with pytest.raises(UserError, match="rows must be from 1 to 65536, tokens at least 0, the budget at least 1"):
             phase6.LLMEngine(pair("torch", "plain").llm, **more)
 

@@ -128,7 +128,7 @@ def prove_many(llm: Any, folder: str, options: dict[str, Any]) -> None:
     assert set(stats.eager_steps) == {"a prompt"}, stats
 
 
-MIXED = [("coupled", 0.7), ("rejection", 0.7), ("longest_prefix", 0.7), ("rejection", 0.0)]
+MIXED: list[tuple[Any, float]] = [("coupled", 0.7), ("rejection", 0.7), ("longest_prefix", 0.7), ("rejection", 0.0)]
 
 
 def prove_mixed(llm: Any, folder: str, options: dict[str, Any]) -> None:
