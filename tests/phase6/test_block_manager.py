@@ -293,6 +293,7 @@ def test_of_a_shared_block_only_those_that_write_need_a_copy() -> None:
     compute(manager, "first", text)
     for owner in ("second", "third"):
         manager.begin(owner, text)  # a fork, without the last token
+    assert isinstance(manager.cache, PagedCache)
     assert max(manager.cache.blocks.users) == 3
     writing = ({"second": 8}, {"second": 8, "third": 8}, {"first": 9, "second": 8, "third": 8})
     assert [manager.lacking_blocks(lengths) for lengths in writing] == [1, 2, 2]

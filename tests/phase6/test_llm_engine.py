@@ -124,11 +124,18 @@ def test_the_oldest_prompt_gains_a_block_beside_any_number_that_decode(pair: Cal
     engine.close()
 
 
+def test_prompts_of_one_step_share_its_budget(pair: Callable[..., Pair]) -> None:
+    engine = pair("torch", "plain").engine(rows=2, budget=20)
+    first, _ = (engine.requests[add(engine, asked(prompt))][0] for prompt in (TEXT, TEXT[::-1]))
+    assert engine.scheduler.schedule() == ([(first, 20)], [])
+    engine.close()
+
+
 def test_no_block_is_reserved_for_drafts_that_would_pass_the_end(pair: Callable[..., Pair]) -> None:
     """Prompt and output fill three blocks each, so six are enough for two requests."""
     made = pair("torch", "model")
     engine = made.engine(rows=2, pages=6)
-    numbers = [add(engine, asked(prompt, tokens=15)) for prompt in (TEXT, TEXT[::-1])]
+    numbers = [add(engine, asked(prompt, tokens=15)._replace(k=15)) for prompt in (TEXT, TEXT[::-1])]
     sequences = [engine.requests[number][0] for number in numbers]
     drain(engine)
     assert [(each.progress.preemptions, each.progress.blocks) for each in sequences] == [(0, 3)] * 2
@@ -152,7 +159,7 @@ def test_rows_of_all_policies_share_one_forward(
     kernels: str, how: str, pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = pair(kernels, how)
-    policies = ["coupled", "rejection", "longest_prefix", "conf_threshold"]
+    policies = ["coupled", "rejection", "longest_prefix", "typical"]
     for count in (3, 4):  # without a lossy policy, and with one
         requests = [asked(temperature=t, policy=policy, tokens=20) for t in (1.0, 0.0) for policy in policies[:count]]
         engine, calls = made.engine(rows=8), list[int]()
