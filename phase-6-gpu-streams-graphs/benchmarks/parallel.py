@@ -1,7 +1,9 @@
 """One process against two that share the model: time per token, and how much of it is communication.
 
-The predicted communication is the number of messages of a step times the latency of one message of this machine, which
-two processes measure alone, with nothing to compute in between.
+The predicted communication is the number of messages of a step times the latency of a message, by kind and size. The
+latency is measured right after each run: two processes exchange as many numbers with nothing to compute, as often as in
+a step. A message takes from when the last process has come to it, so that a wait for the other process's computation
+is no communication.
 """
 
 from __future__ import annotations
@@ -10,24 +12,23 @@ import dataclasses
 import time
 from typing import Any
 
-import torch
-
 import engine
 from common.benchmark import Outcome
 from common.harness import Variant
 from common.prompts import Prompt
 from engine.cost import bubble
 from engine.parallel.messages import Ping
+from engine.parallel.traffic import ping, seconds_of, trace
 
-from .runs import Format, Lab, forget
+from .runs import Format, Lab, forget, mean
 
 PARALLEL = {
     "parallel": "time per token of `rows` greedy requests: one process, or two that share the model",
-    "exchanges": "messages between the processes in a step",
-    "communication_ms": "time of a step in which process 0 waits for messages, those that it waits for included",
-    "predicted_ms": "messages of a step x the latency of one of about their size, measured alone",
-    "bubble": "share of a step in which a process waits for the other one's micro-batch, by the formula",
-    "waiting": "share of a step in which process 0 waits for messages",
+    "messages": "messages between the processes in a step, process 0's plan included",
+    "communication_ms": "time of a step's messages, each from when the last process has come to it",
+    "predicted_ms": "messages of a step x the latency of one, by kind and size, measured with nothing to compute",
+    "waiting": "share of a step in which process 0 waits for numbers, or for the other process that computes them",
+    "bubble": "the same by the formula, for equal micro-batches and messages that take no time",
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "gather": {"tensor_parallel": 2},
@@ -35,7 +36,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "layers": {"pipeline_parallel": 2, "micro_batches": 1},
     "layers, 2 micro-batches": {"pipeline_parallel": 2, "micro_batches": 2},
 }
-PINGS = 200
+ROUNDS, PINGS = 10, 10  # so many times so many exchanges measure the latency of one size
 
 
 def measure_parallel(lab: Lab) -> None:
@@ -56,21 +57,24 @@ def decode(lab: Lab, name: Format, rows: int, options: dict[str, Any]) -> Varian
         params = dataclasses.replace(llm.params, max_new_tokens=lab.options.max_tokens // 3, ignore_eos=True)
         sequences = [engine.Sequence([7 + at, 8, 9], params, llm.loaded.ending) for at in range(rows)]
         forget(llm)
-        group = llm.group
-        before = dataclasses.replace(group.traffic) if group else None
+        group, waited = llm.group, 0.0
+        if group is not None:
+            trace(group, True)
+            waited = -group.traffic.seconds
         began = time.perf_counter()
         steps = [step for step in llm.run(sequences, multi_step=False) if step is not None]
         seconds = time.perf_counter() - began
         outputs = [token for sequence in sequences for token in sequence.tokens]
         figures = dict[str, Any]()
-        if group is not None and before is not None:
-            exchanges = group.traffic.exchanges - before.exchanges
-            floats = (group.traffic.floats - before.floats) // exchanges
-            waited = group.traffic.seconds - before.seconds
+        if group is not None:
+            waited += group.traffic.seconds
+            found = seconds_of(trace(group, False))
+            messages = sum(map(len, found.values()))
+            alone = latencies(group, list(found), (seconds - waited) / messages)
             figures = {
-                "exchanges": exchanges / len(steps),
-                "communication_ms": waited / len(steps) * 1e3,
-                "predicted_ms": exchanges / len(steps) * latency_ms(group, floats),
+                "messages": messages / len(steps),
+                "communication_ms": sum(map(sum, found.values())) / len(steps) * 1e3,
+                "predicted_ms": sum(len(found[kind]) * alone[kind] for kind in found) / len(steps) * 1e3,
                 "waiting": waited / seconds,
             }
             if "micro_batches" in options:
@@ -80,12 +84,12 @@ def decode(lab: Lab, name: Format, rows: int, options: dict[str, Any]) -> Varian
     return run
 
 
-def latency_ms(group: Any, floats: int) -> float:
-    """Return the mean time of an exchange of so many numbers while nothing is computed."""
-    mine, gathered = torch.zeros(floats), torch.zeros(group.ranks, floats)
-    group.tell(Ping(floats, PINGS))
-    group.gather(mine, gathered)  # the other process is ready
-    began = time.perf_counter()
-    for _ in range(PINGS - 1):
-        group.gather(mine, gathered)
-    return (time.perf_counter() - began) / (PINGS - 1) * 1e3
+def latencies(group: Any, kinds: list[tuple[str, int]], pause: float) -> dict[tuple[str, int], float]:
+    """Return the mean seconds of a message of each kind and size. The processes are busy for `pause` before each."""
+    trace(group, True)
+    for _ in range(ROUNDS):
+        for kind, floats in kinds:
+            if kind != "plan":
+                group.tell(what := Ping(kind == "all", floats, PINGS, pause))
+                ping(group, what)
+    return {kind: mean(seconds) for kind, seconds in seconds_of(trace(group, False)).items()}

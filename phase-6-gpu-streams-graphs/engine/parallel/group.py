@@ -14,10 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from types import FrameType
-from typing import Never, Protocol, cast
+from typing import Any, Never, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +26,7 @@ from common.errors import UserError
 
 from .lifeline import Lifeline
 from .shard import Mode, Shard
+from .traffic import Traffic
 
 FRAME = 4096  # bytes of a message that are sent at once; a longer one has a second part
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,15 +46,6 @@ class Link(Protocol):
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> Work: ...
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
-
-
-@dataclass
-class Traffic:
-    """What was exchanged since the start: numbers only, without rank 0's messages."""
-
-    exchanges: int = 0
-    floats: int = 0  # that this rank received
-    seconds: float = 0.0  # until all had come
 
 
 class Group:
@@ -80,13 +71,28 @@ class Group:
     def tell(self, message: object) -> None:
         """Send a message of rank 0 to all others. It returns before they have read it."""
         self._finish_sends()
+        began = time.perf_counter()
         for frame in framed(message):
             for other in self.others:
                 self._send_soon(frame, other)
+        self.traffic.note("plan", 0, began)
 
     def hear(self) -> object:
         """Return the next message of rank 0."""
-        return self._receive_message(0)
+        began = time.perf_counter()
+        message = self._receive_message(0)
+        self.traffic.note("plan", 0, began)
+        return message
+
+    def report(self, message: object) -> None:
+        """Send a message to rank 0, which waits for it."""
+        for frame in framed(message):
+            self._send_soon(frame, 0)
+
+    def reports(self) -> Iterator[tuple[int, Any]]:
+        """Rank 0: yield every other rank with its message."""
+        for other in self.others:
+            yield other, self._receive_message(other)
 
     def _receive_message(self, source: int) -> object:
         first = torch.empty(FRAME, dtype=torch.uint8)
@@ -103,11 +109,10 @@ class Group:
     def agree(self, error: str | None) -> None:
         """Wait for all ranks. UserError on every rank if one of them has an error, with the first one's."""
         if self.rank:
-            for frame in framed(error):
-                self.send(frame, 0)
+            self.report(error)
             found = self.hear()
         else:
-            errors = {0: error} | {other: cast("str | None", self._receive_message(other)) for other in self.others}
+            errors: dict[int, str | None] = {0: error} | dict(self.reports())
             found = next((f"rank {rank}: {text}" for rank, text in errors.items() if text is not None), None)
             found = error if error is not None else found
             self.tell(found)
@@ -134,7 +139,7 @@ class Group:
         """Fill gathered [ranks, n] with the n numbers of each rank."""
         began = time.perf_counter()
         self.link.allgather([list(gathered)], [mine]).wait()
-        self._count(mine.numel() * len(self.others), began)
+        self._count("all", mine.numel(), began)
 
     def sum(self, numbers: Tensor) -> None:
         """Add up the numbers of all ranks, in place."""
@@ -146,19 +151,21 @@ class Group:
 
     def send(self, tensor: Tensor, target: int) -> None:
         """Send a tensor. It returns before the other rank has read it."""
+        began = time.perf_counter()
         self._send_soon(tensor, target)
+        self.traffic.note(f"{self.rank} to {target}", tensor.numel(), began)
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         """Fill a tensor with what a rank sends."""
         began = time.perf_counter()
         self._receive(tensor, source)
-        self._count(tensor.numel(), began)
+        self._count(f"{source} to {self.rank}", tensor.numel(), began)
         return tensor
 
-    def _count(self, floats: int, began: float) -> None:
+    def _count(self, kind: str, floats: int, began: float) -> None:
         self.traffic.exchanges += 1
-        self.traffic.floats += floats
         self.traffic.seconds += time.perf_counter() - began
+        self.traffic.note(kind, floats, began)
 
     def _receive(self, tensor: Tensor, source: int) -> None:
         try:

@@ -25,9 +25,10 @@ from ..model import Transformer
 from ..runner import make_manager
 from .group import Group
 from .lead import load_part
-from .messages import Load, MakeCache, Move, Ping, Step
+from .messages import Load, MakeCache, Move, Ping, Step, Trace
 from .split_model import SplitModel, set_rows
 from .start import Place, check, follow, join
+from .traffic import ping, trace
 
 if TYPE_CHECKING:
     from ..options import Options
@@ -64,9 +65,9 @@ def serve(group: Group, options: Options) -> None:
                 set_rows(cache, message.rows)
                 split.follow(cache, message)
             elif isinstance(message, Ping):
-                mine, gathered = torch.zeros(message.floats), torch.zeros(group.ranks, message.floats)
-                for _ in range(message.times):
-                    group.gather(mine, gathered)
+                ping(group, message)
+            elif isinstance(message, Trace):
+                trace(group, message.on)
             else:
                 raise ValueError(f"an unknown message: {type(message).__name__}")
 

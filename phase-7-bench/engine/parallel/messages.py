@@ -43,11 +43,20 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """Begin to note every message, or end and report them."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
 class Ping:
     """Exchange so many numbers so many times, with nothing to compute: the bench measures the latency."""
 
+    gather: bool  # all ranks; otherwise from rank 0 to the last one, and back
     floats: int
     times: int
+    pause: float  # seconds for which a rank is busy before each, as it is within a step
 
 
 @dataclass(frozen=True)
