@@ -131,11 +131,10 @@ def load(
     scheme = scheme_of(checkpoint)
     if is_quantized(checkpoint) and format is not None:
         raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
-    if is_quantized(checkpoint) and group is not None and (scheme is None or group.mode == "reduce"):
-        instead = "take the model it came from, with --quant" if scheme is None else "use --tensor-mode gather"
-        raise UserError(f"{name} is quantised, and its groups of weights are not split: {instead}")
+    if is_quantized(checkpoint) and group is not None and group.mode == "reduce":
+        raise UserError(f"{name} is quantised, and its groups of weights are not split: use --tensor-mode gather")
     if is_quantized(checkpoint) and scheme is None:
-        model = load_quantized(checkpoint, config, dtype, device)
+        model = load_quantized(checkpoint, config, dtype, device, group)
     else:
         model = load_transformer(checkpoint, config, dtype, device, format, quant_head, scheme, as_stored, group)
     return LoadedModel(model, tokenizer, checkpoint)

@@ -9,10 +9,11 @@ python generate.py --model runs/int4 --prompt "from pathlib import"
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,11 @@ from common.files import shown
 
 from .config import ModelConfig
 from .model import Transformer
+from .parallel.shard import Shard
 from .quantize import GROUPS, Format, QuantLinear, linear_names, replace
+
+if TYPE_CHECKING:
+    from .parallel.group import Group
 
 KEY = "quantization_config"
 METHOD = "llm-inference-lab"  # `quant_method` of this format; other tools have other layouts
@@ -59,24 +64,28 @@ def save_quantized(
 
 
 def load_quantized(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group | None = None
 ) -> Transformer:
-    """Load a quantised checkpoint. UserError names a tensor that is missing, unknown or corrupt."""
+    """Load a quantised checkpoint; a group's process loads its part.
+
+    UserError names a tensor that is missing, unknown or corrupt.
+    """
     about = checkpoint.config[KEY]
     format = read_format(checkpoint.name, about)
     meta = torch.device("meta")  # names and shapes only: wrong sizes in config.json must not allocate memory
     with meta:
         model = Transformer(config)
-    for name in linear_names(model, about.get("head", False)):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        format.grouped(linear.weight[:1], f"{checkpoint.name}: {name}")
-        shape = linear.out_features, linear.in_features
-        replace(model, name, QuantLinear(shape, format, linear.bias is not None, about.get("factor", False), meta))
-    expected = model.state_dict()
+    _make_room(checkpoint.name, model, format, about)
+    expected, packed, shard = model.state_dict(), packed_names(model), None
     if config.tied:
         expected.pop("head.weight", None)
-    packed = packed_names(model)
+    if group is not None:
+        tied = config.tied and not about.get("head", False)  # a quantised output matrix is stored besides the embedding
+        shard = Shard.of(group.mode, group.rank, group.ranks, dataclasses.replace(config, tied=tied))
+        with meta:
+            model = shard.cut(Transformer(shard.local))
+        _make_room(checkpoint.name, model, format, about)
+        group.shards[model] = shard
     for name, stored in checkpoint.tensors():
         place = expected.pop(name, None)
         if place is None:
@@ -86,17 +95,33 @@ def load_quantized(
                 f"{checkpoint.name}: tensor {name} has shape {list(stored.shape)}, config.json asks for "
                 f"{list(place.shape)}"
             )
+        mine = (name, stored) if shard is None else shard.part_of_fused(name, stored)
+        if mine is None:
+            continue  # another rank has it
+        local, part = mine
         if name in packed:
-            _check_packed(checkpoint.name, name, stored, place.dtype, format)
+            _check_packed(checkpoint.name, name, part, place.dtype, format)
         elif stored.dtype not in STORED:
             raise UserError(f"{checkpoint.name}: tensor {name} holds {stored.dtype}; expected one of {STORED}")
-        tensor = stored.to(device=device, dtype=place.dtype if name in packed else dtype, copy=True)
-        replace(model, name, tensor if name in packed else nn.Parameter(tensor, requires_grad=False))
+        tensor = part.to(device=device, dtype=place.dtype if name in packed else dtype, copy=True)
+        replace(model, local, tensor if name in packed else nn.Parameter(tensor, requires_grad=False))
     if expected:
         raise UserError(f"{checkpoint.name}: tensor {sorted(expected)[0]} is missing; quantise the model again")
-    if config.tied and not isinstance(model.head, QuantLinear):
+    if model.config.tied and not isinstance(model.head, QuantLinear):
         model.head.weight = model.embedding.weight
+    if shard is not None:
+        shard.complete(model, {}, dtype, device)
     return model.eval()
+
+
+def _make_room(name: str, model: Transformer, format: Format, about: dict[str, Any]) -> None:
+    """Put an empty QuantLinear in place of every quantised matrix."""
+    for each in linear_names(model, about.get("head", False)):
+        linear = model.get_submodule(each)
+        assert isinstance(linear, nn.Linear)
+        format.grouped(linear.weight[:1], f"{name}: {each}")
+        shape, factor = (linear.out_features, linear.in_features), about.get("factor", False)
+        replace(model, each, QuantLinear(shape, format, linear.bias is not None, factor, torch.device("meta")))
 
 
 def packed_names(model: Transformer) -> set[str]:

@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import phase4
 import phase6
+from phase4.quantize import Format, quantize_model
+from phase4.quantize_calibrated import Method, quantize_calibrated
+from phase4.quantize_files import save_quantized
 from tests.support.quantised import CASES, quantise
 from tests.support.ranks import end, logits_of, same_bits, split
 from tests.support.served import WHY_NOT_CPP
@@ -134,6 +138,39 @@ def test_files_of_other_tools_are_split(
     shutil.copytree(folder_of("llama"), meant)
     quantise(CASES[name], meant, folder)
     one, several = both("llama", mode, model=str(folder))
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
+    assert theirs == tokens
+    assert same_bits(logits, their_logits)
+
+
+@pytest.mark.parametrize("mode", ["gather", "layers4"])
+@pytest.mark.parametrize(
+    ("family", "format", "method", "head"),
+    [
+        ("llama", Format("int8"), "rtn", True),
+        ("llama", Format("int4", 32, asymmetric=True), "awq", False),
+        ("gpt2", Format("int8"), "gptq", True),
+    ],
+    ids=["int8 and head", "int4, awq", "tied, int8, gptq and head"],
+)
+def test_files_of_quantize_py_are_split(
+    folder_of: Callable[[str], Path],
+    both: Callable[..., tuple[Any, Any]],
+    tmp_path: Path,
+    family: str,
+    format: Format,
+    method: Method,
+    head: bool,
+    mode: str,
+) -> None:
+    """Fused matrices are cut part by part; scales of activations and a quantised output matrix go with them."""
+    source = phase4.load(str(folder_of(family)), torch.float32, torch.device("cpu"))
+    if method == "rtn":
+        quantize_model(source.model, format, head)
+    else:
+        quantize_calibrated(source.model, format, method, torch.arange(64).view(2, 32), head)
+    save_quantized(tmp_path / "saved", source.checkpoint, source.model, format, torch.float32, {})
+    one, several = both(family, mode, model=str(tmp_path / "saved"))
     (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, params()) for llm in (one, several))
     assert theirs == tokens
     assert same_bits(logits, their_logits)

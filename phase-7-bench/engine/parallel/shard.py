@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from common.errors import UserError
 
 from ..config import ModelConfig
 from ..model import Block, Embedding, Linear, Transformer
-from ..weights import Place
+from ..weights import split
 
 Mode = Literal["gather", "reduce", "layers"]
 WHOLE = slice(None)
@@ -128,16 +128,23 @@ class Shard:
         """Return the local name and this rank's rows of one of our tensors, or None if it has no part of it."""
         if self.mode == "layers":
             return self._of_layers(name, tensor)
-        if name in ("embedding.weight", "head.weight"):
+        if name.endswith((".order", ".factor")):  # of the input features of a quantised matrix
+            return name, tensor
+        if name == "embedding.weight" or name.startswith("head."):
             return name, tensor[self._vocabulary()]
         if (found := _LAYER.match(name)) is None:
             return name, tensor
         return name, self._rows(found[2], tensor)
 
+    def part_of_fused(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """As `part`, for one of our tensors that may hold several matrices, such as query, key and value."""
+        if self.mode == "layers" or name.endswith(".factor"):
+            return self.part(name, tensor)
+        parts = [self.part(*single) for single in split({name: tensor}, self.whole).items()]
+        return name, torch.cat([part[1] for part in parts if part is not None])
+
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         module, _, kind = name.rpartition(".")
-        if kind == "order":  # of the input features of a quantised matrix, whose outputs are split
-            return tensor
         if module in ("attention.query", "ffn.gate", "ffn.up"):
             return tensor[self._range(len(tensor))]
         if module in ("attention.key", "attention.value"):
@@ -166,13 +173,11 @@ class Shard:
             return (f"layers.{number}.{found[2]}", tensor) if 0 <= number < self.local.layers else None
         if name == "embedding.weight" and self.rank:
             return ("head.weight", tensor) if self.last and self.whole.tied else None
-        if name == "head.weight":
+        if name.startswith("head."):
             return (name, tensor) if self.last and not self.whole.tied else None
         return name, tensor
 
-    def complete(
-        self, model: Transformer, expected: dict[str, Place], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def complete(self, model: Transformer, expected: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         """Give an embedding that another rank has this model's dtype and device, which others read from it."""
         if not len(model.embedding.weight):
             weight = torch.empty(0, self.local.width, dtype=dtype, device=device)
