@@ -8,6 +8,8 @@ from tests.support.mutants import mutants
 ENGINE = "phase-6-gpu-streams-graphs/engine"
 SHARDS = ("tests/phase6/test_shard.py", "tests/phase6/test_split_model.py")
 STEPS = ("tests/phase6/test_split_model.py",)
+FILES = ("tests/phase6/test_split_model.py", "-k", "quantize_py or other_tools")
+TIMES = ("tests/phase6/test_traffic.py",)
 GRID = ("tests/phase6/test_split_model.py", "-k", "float32 or family or partial")
 
 SHARD = mutants(
@@ -25,6 +27,33 @@ SHARD = mutants(
     ('return ("head.weight", tensor) if self.last and self.whole.tied else None', "return None"),
     ("        return self._range(self.whole.ffn_width) if", "        return WHOLE if"),
     ("if config.kv_heads % ranks and ranks % config.kv_heads:", "if config.kv_heads % ranks:"),
+)  # fmt: skip
+
+STORED = (
+    *mutants(
+        f"{ENGINE}/parallel/shard.py",
+        FILES,
+        ('if name.endswith((".order", ".factor")):', 'if name.endswith(".order"):'),
+        ('if self.mode == "layers" or name.endswith(".factor"):', 'if self.mode == "layers":'),
+        ("        return name, torch.cat([part[1] for part in parts if part is not None])", "        return self.part(name, tensor)"),
+        ('name == "embedding.weight" or name.startswith("head.")', 'name in ("embedding.weight", "head.weight")'),
+        ('if name.startswith("head."):', 'if name == "head.weight":'),
+    ),
+    *mutants(
+        f"{ENGINE}/quantize_files.py",
+        FILES,
+        ('tied = config.tied and not about.get("head", False)', "tied = config.tied"),
+        ("        shard.complete(model, {}, dtype, device)\n", "        pass\n"),
+    ),
+)  # fmt: skip
+
+TRAFFIC = mutants(
+    f"{ENGINE}/parallel/traffic.py",
+    TIMES,
+    ("max(view.began for view in views)", "min(view.began for view in views)"),
+    ("max(view.ended for view in views)", "min(view.ended for view in views)"),
+    ("group.traffic.passages or [], [] if on else None", "group.traffic.passages or [], group.traffic.passages or []"),
+    ("    for _ in range(what.times):\n        busy(what.pause)\n", "    for _ in range(what.times):\n"),
 )  # fmt: skip
 
 EXCHANGED = (
@@ -77,4 +106,4 @@ BARRIERS = mutants(
     ("float* x = block.x + (block.exchange == nullptr ? 0 : model.split.rank * columns);", "float* x = block.x;"),
 )  # fmt: skip
 
-MUTANTS = [*SHARD, *EXCHANGED, *BARRIERS]
+MUTANTS = [*SHARD, *STORED, *TRAFFIC, *EXCHANGED, *BARRIERS]
