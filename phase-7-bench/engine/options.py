@@ -248,6 +248,12 @@ class Options(BaseSettings):
             raise ValueError(
                 "--tensor-parallel does not go with --pipeline-parallel: split the layers, or each of them"
             )
+        if self.tensor_mode != "gather" and self.tensor_parallel == 1:
+            raise ValueError(f"--tensor-mode {self.tensor_mode} is for --tensor-parallel 2 or more")
+        if self.micro_batches and self.pipeline_parallel == 1:
+            raise ValueError("--micro-batches is for --pipeline-parallel 2 or more")
+        if self.draft_parallel and self.tensor_parallel == self.pipeline_parallel == 1:
+            raise ValueError("--draft-parallel is for --tensor-parallel or --pipeline-parallel 2 or more")
         if self.tensor_parallel > 1 or self.pipeline_parallel > 1:
             option = "--tensor-parallel" if self.tensor_parallel > 1 else "--pipeline-parallel"
             if self.drafter not in ("model", "ngram"):
@@ -258,9 +264,10 @@ class Options(BaseSettings):
             for name in ("amp", "compile"):
                 if getattr(self, name):
                     raise ValueError(f"--{name} applies to torch's operations, and {option} splits the C++ kernels")
-            if self.beams > 1 or self.kv in ("off", "dynamic"):
-                without = "--beams" if self.beams > 1 else f"--kv {self.kv}"
-                raise ValueError(f"{option} does not go with {without}: every process keeps a cache of its part")
+            if self.beams > 1:
+                raise ValueError(f"{option} does not go with --beams: torch computes whole texts on a whole model")
+            if self.kv in ("off", "dynamic"):
+                raise ValueError(f"{option} does not go with --kv {self.kv}: every process keeps a cache of its part")
         return self
 
     def weight_format(self, quant: QuantName) -> WeightFormat | None:

@@ -228,10 +228,21 @@ def test_sizes_that_do_not_fit_are_refused_before_a_process_starts(
     ("how", "reason"),
     [
         ({"tensor_parallel": 2, "pipeline_parallel": 2}, "does not go with --pipeline-parallel"),
-        ({"tensor_parallel": 2, "drafter": "eagle"}, "use model or ngram"),
+        (
+            {"tensor_parallel": 2, "drafter": "eagle"},
+            "eagle reads hidden states .* --tensor-parallel .* use model or ngram",
+        ),
+        (
+            {"pipeline_parallel": 2, "drafter": "medusa"},
+            "medusa reads hidden .* --pipeline-parallel .* use model or ngram",
+        ),
+        ({"tensor_parallel": 2, "drafter": "extrapolate"}, "use model or ngram"),
         ({"pipeline_parallel": 2, "compile": True}, "--compile applies to torch"),
         ({"pipeline_parallel": 2, "kv": "dynamic"}, "every process keeps a cache"),
-        ({"tensor_parallel": 2, "beams": 2}, "does not go with --beams"),
+        ({"tensor_mode": "reduce", "pipeline_parallel": 2}, "--tensor-mode reduce is for --tensor-parallel"),
+        ({"micro_batches": 2, "tensor_parallel": 2}, "--micro-batches is for --pipeline-parallel"),
+        ({"draft_parallel": True}, "--draft-parallel is for --tensor-parallel or"),
+        ({"tensor_parallel": 2, "beams": 2}, "does not go with --beams: torch computes whole texts"),
     ],
 )
 def test_options_that_do_not_go_together(folder: Path, how: dict[str, Any], reason: str) -> None:
