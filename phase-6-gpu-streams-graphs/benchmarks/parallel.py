@@ -18,7 +18,7 @@ from common.harness import Variant
 from common.prompts import Prompt
 from engine.cost import bubble
 from engine.parallel.messages import Ping
-from engine.parallel.traffic import ping, seconds_of, trace
+from engine.parallel.traffic import busy, ping, seconds_of, trace
 
 from .runs import Format, Lab, forget, mean
 
@@ -90,6 +90,7 @@ def latencies(group: Any, kinds: list[tuple[str, int]], pause: float) -> dict[tu
     for _ in range(ROUNDS):
         for kind, floats in kinds:
             if kind != "plan":
+                busy(pause)
                 group.tell(what := Ping(kind == "all", floats, PINGS, pause))
                 ping(group, what)
     return {kind: mean(seconds) for kind, seconds in seconds_of(trace(group, False)).items()}
