@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,8 @@ import phase6
 from phase6.parallel import worker
 from phase6.parallel.messages import Ping
 from phase6.parallel.traffic import Passage, ping, seconds_of, trace
-from tests.support.ranks import groups
+from tests.support.ranks import end, groups, logits_of, split
+from tests.support.served import WHY_NOT_CPP
 
 
 def test_a_wait_for_computation_is_no_communication() -> None:
@@ -43,3 +48,34 @@ def test_pings_are_traced_on_every_rank(gather: bool) -> None:
     first.close()
     other.join(60)
     assert not other.is_alive()
+
+
+@pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"tensor_parallel": 2}, {"all": 4 * 3 + 2}),
+        ({"tensor_parallel": 2, "tensor_mode": "reduce"}, {"all": 2 * 3 + 2}),
+        ({"pipeline_parallel": 3}, {"0 to 1": 2, "1 to 2": 2, "2 to 0": 2}),
+        ({"pipeline_parallel": 3, "micro_batches": 1}, {"0 to 1": 1, "1 to 2": 1, "2 to 0": 1}),
+    ],
+    ids=str,
+)
+def test_messages_of_a_step(
+    make_checkpoint: Callable[..., Path], how: dict[str, Any], expected: dict[str, int]
+) -> None:
+    """4 exchanges per layer and 2 besides with gather, 2 and 2 with reduce; one per rank and micro-batch of layers."""
+    folder = make_checkpoint("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    chosen: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1, "draft": "none", **how}
+    llm, threads = split(phase6.Options(model=str(folder), **chosen))
+    params = phase6.SamplingParams(max_new_tokens=5, ignore_eos=True)
+    logits_of(llm, [[5, 6], [7, 8]], params)  # makes the cache
+    trace(llm.group, True)
+    _, logits = logits_of(llm, [[5, 6], [7, 8]], params)
+    seen = trace(llm.group, False)
+    counts = Counter[str]()
+    for (kind, _), seconds in seconds_of(seen).items():
+        counts[kind] += len(seconds)
+    counts["plan"] -= 1  # that of the trace's end
+    assert counts == {kind: count * len(logits) for kind, count in ({"plan": 1} | expected).items()}
+    end(llm, threads)
