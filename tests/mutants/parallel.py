@@ -25,6 +25,8 @@ SHARD = mutants(
     ("number = int(found[1]) - self.rank * self.local.layers", "number = int(found[1])"),
     ("whole.window_of(rank * count + layer)", "whole.window_of(layer)"),
     ('return ("head.weight", tensor) if self.last and self.whole.tied else None', "return None"),
+    ('if self.mode == "layers" or name.endswith(".factor"):', 'if self.mode == "layers":'),
+    ('if name.startswith("head."):', 'if name == "head.weight":'),
     ("        return self._range(self.whole.ffn_width) if", "        return WHOLE if"),
     ("if config.kv_heads % ranks and ranks % config.kv_heads:", "if config.kv_heads % ranks:"),
 )  # fmt: skip
@@ -34,10 +36,8 @@ STORED = (
         f"{ENGINE}/parallel/shard.py",
         FILES,
         ('if name.endswith((".order", ".factor")):', 'if name.endswith(".order"):'),
-        ('if self.mode == "layers" or name.endswith(".factor"):', 'if self.mode == "layers":'),
         ("        return name, torch.cat([part[1] for part in parts if part is not None])", "        return self.part(name, tensor)"),
         ('name == "embedding.weight" or name.startswith("head.")', 'name in ("embedding.weight", "head.weight")'),
-        ('if name.startswith("head."):', 'if name == "head.weight":'),
     ),
     *mutants(
         f"{ENGINE}/quantize_files.py",

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP)
 
 GENERATE = ROOT / "phase-6-gpu-streams-graphs" / "generate.py"
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-LONG = ("--n", "64", "--temperature", "1", "--batch-size", "1")  # one sample after the other: some end early
+LONG = ("--n", "2000", "--temperature", "1", "--batch-size", "1")  # one sample after the other; each ends early
 PROMPTS = [[5, 6, 7, *range(20, 60)], [9, 8], list(range(100, 119))]
 
 

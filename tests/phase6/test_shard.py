@@ -104,6 +104,21 @@ def test_layers_get_their_windows_and_numbers() -> None:
     assert last.part("layers.2.ffn.up.weight", word) is None
     assert last.part("embedding.weight", word) == ("head.weight", word)  # tied
     assert first.part("head.weight", word) is None
+    first, last = (Shard.of("layers", rank, 4, config()) for rank in (0, 3))
+    for name in ("head.weight", "head.values"):  # of a quantised output matrix
+        assert first.part(name, word) is None
+        assert last.part(name, word) == (name, word)
+
+
+def test_factors_of_activations_are_never_cut() -> None:
+    """A fused matrix may have fewer outputs than inputs."""
+    whole, factor = config(heads=2, kv_heads=2), torch.arange(48)
+    name = "layers.1.attention.qkv.factor"
+    for mode in ("gather", "layers"):
+        part = Shard.of(mode, 0, 2, whole).part_of_fused(name, factor)
+        assert part is not None
+        assert part[0] == name
+        assert torch.equal(part[1], factor)
 
 
 @pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))

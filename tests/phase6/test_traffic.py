@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import phase6
-from phase6.parallel import worker
+from phase6.parallel import traffic, worker
 from phase6.parallel.messages import Ping
 from phase6.parallel.traffic import Passage, ping, seconds_of, trace
 from tests.support.ranks import end, groups, logits_of, split
@@ -29,7 +29,9 @@ def test_a_wait_for_computation_is_no_communication() -> None:
 
 
 @pytest.mark.parametrize("gather", [True, False])
-def test_pings_are_traced_on_every_rank(gather: bool) -> None:
+def test_pings_are_traced_on_every_rank(gather: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr(traffic, "busy", pauses.append)
     first, second = groups("gather", 2)
     other = threading.Thread(target=worker.serve, args=(second, phase6.Options(device="cpu")), daemon=True)
     other.start()
@@ -42,12 +44,18 @@ def test_pings_are_traced_on_every_rank(gather: bool) -> None:
         kinds = [("all", 5)] if gather else [("0 to 1", 5), ("1 to 0", 5)]
         assert {kind: len(seconds) for kind, seconds in found.items()} == {("plan", 0): 2} | dict.fromkeys(kinds, 3)
         assert all(0 <= each < time.perf_counter() - began for seconds in found.values() for each in seconds)
-    assert time.perf_counter() - began > 2 * 3 * 0.001  # a pause before each
+    assert pauses == [0.001] * (2 * 3 * (2 if gather else 3))  # each rank, and the last one before it answers
     assert first.traffic.passages is None
     assert second.traffic.passages is None
     first.close()
     other.join(60)
     assert not other.is_alive()
+
+
+def test_busy_takes_its_time() -> None:
+    began = time.perf_counter()
+    traffic.busy(0.02)
+    assert time.perf_counter() - began >= 0.02
 
 
 @pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))
