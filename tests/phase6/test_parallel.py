@@ -122,11 +122,11 @@ class Victims:
             stderr=subprocess.PIPE,
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
         )
-        children = list[psutil.Process]()
-        while not children and self.program.poll() is None:
-            children = psutil.Process(self.program.pid).children()
+        ranks = list[psutil.Process]()
+        while not ranks and self.program.poll() is None:
+            ranks = [child for child in psutil.Process(self.program.pid).children() if is_rank(child)]
             time.sleep(0.02)
-        (self.child,) = children
+        (self.child,) = ranks
 
     def wait_for_text(self) -> None:
         assert self.program.stdout is not None
@@ -145,6 +145,14 @@ class Victims:
             seconds, last = seconds + min(now - last, 0.2), now  # a machine that was suspended does not count
         _, errors = self.program.communicate()
         return seconds, errors.decode()
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Return True for a rank that the program has started; a compiler's or a linker's process lives for a moment."""
+    try:
+        return any("parallel.worker import main" in argument for argument in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def alive(process: psutil.Process) -> bool:
