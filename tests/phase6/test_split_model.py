@@ -99,6 +99,7 @@ def both(folder_of: Callable[[str], Path]) -> Iterator[Callable[..., tuple[Any, 
             options["draft"] = folder
         llm, threads = split(phase6.Options(**options, **MODES[mode]))
         started.append((llm, threads))
+        options.pop("draft_parallel", None)
         return phase6.LLM(phase6.Options(**options)), llm
 
     yield get
