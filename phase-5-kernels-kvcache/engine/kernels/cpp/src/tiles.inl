@@ -3,47 +3,55 @@
 namespace lab::SIMD_NAME {
 
 constexpr int PANEL_REGISTERS = PANEL / LANES;
-constexpr int AHEAD = 2048;        // bytes of each stream that are prefetched
 constexpr int CHUNK = 128;         // inputs of a panel in the L1 cache, for all tokens: 16 KB of float32, 4 of int8
 
 constexpr bool is_levels(Kind kind) { return kind == Kind::i8 || kind == Kind::i4; }
 
 // The tokens, panels and registers of a panel of one tile: enough sums to hide the latency of an addition, and no more
-// than fit in registers. STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk, all
-// in one tile if `alone`, else TOKENS in each.
+// than fit in registers. ahead: bytes of each stream of weights that are prefetched.
+// STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk. Up to `direct` tokens read it
+// as it is, in groups of at most `group`; more read it in groups of at most TOKENS, converted to float32 once.
 template <bool INTS>
 struct Tiling;
 #if defined(__AVX512F__)
 template <>
 struct Tiling<false> {
     static constexpr int TOKENS = 8, STREAMED = 8;
-    static constexpr int alone(Kind) { return 8; }
+    static constexpr int group(Kind) { return 8; }
+    static constexpr int direct(Kind) { return 16; }
     static constexpr int panels(int m) { return m == 1 ? 8 : m <= 3 ? 4 : m <= 6 ? 2 : 1; }
     static constexpr int registers(int) { return 2; }
+    static constexpr int ahead(int m) { return m == 1 ? 2048 : 8192; }
 };
 template <>
 struct Tiling<true> {
     static constexpr int TOKENS = 6, STREAMED = 6;
-    static constexpr int alone(Kind) { return 6; }
+    static constexpr int group(Kind) { return TOKENS; }
+    static constexpr int direct(Kind) { return MAX_BLOCK; }
     static constexpr int panels(int m) { return m == 1 ? 4 : 2; }
     static constexpr int registers(int) { return 2; }
+    static constexpr int ahead(int m) { return m == 1 ? 2048 : 8192; }
 };
 #else
 template <>
 struct Tiling<false> {
     // Three tokens times whole rows of a chunk: a tile of two registers and six tokens reads as much from the L1 cache, but
-    // its six streams of activations miss more often. Two tiles repay the conversion of a chunk for some formats only.
+    // its six streams of activations miss more often. The conversion of a chunk is repaid by more than 16 tokens.
     static constexpr int TOKENS = 3, STREAMED = 3;
-    static constexpr int alone(Kind kind) { return kind == Kind::f32 ? 3 : kind == Kind::bf16 ? 5 : 6; }
+    static constexpr int group(Kind kind) { return kind == Kind::bf16 ? 5 : 4; }
+    static constexpr int direct(Kind kind) { return kind == Kind::f32 ? 8 : 16; }
     static constexpr int panels(int m) { return m == 1 ? 8 / PANEL_REGISTERS : 1; }
     static constexpr int registers(int m) { return m == 1 ? PANEL_REGISTERS : m <= 3 ? 4 : 2; }
+    static constexpr int ahead(int) { return 2048; }
 };
 template <>
 struct Tiling<true> {
     static constexpr int TOKENS = 5, STREAMED = 3;
-    static constexpr int alone(Kind) { return 5; }
+    static constexpr int group(Kind) { return TOKENS; }
+    static constexpr int direct(Kind) { return MAX_BLOCK; }
     static constexpr int panels(int m) { return m == 1 ? 2 : 1; }
     static constexpr int registers(int m) { return m <= 2 ? 4 : 2; }
+    static constexpr int ahead(int) { return 2048; }
 };
 #endif
 

@@ -6,9 +6,24 @@
 //
 // A few tokens: their sums stay in registers while whole panels stream through. More tokens: a panel is taken in
 // chunks that fit in the L1 cache. All tokens use a chunk before the next one, which is prefetched meanwhile. For many
-// tokens a chunk of 16-bit weights is converted to float32 once.
+// tokens a chunk of 16-bit weights is converted to float32 once (see Tiling).
 
 namespace lab::SIMD_NAME {
+
+// The second numbers of pairs of bfloat16. IN_PLACE: the mask is an operand in memory. Beside twelve sums no register is
+// left for it; compilers would take one, and keep a sum in memory.
+template <bool IN_PLACE>
+LAB_INLINE Floats second_halves(Ints pairs) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (IN_PLACE) {
+        static const Ints MASK = Ints{} + int32_t(0xffff0000);
+        Floats second;
+        asm("vandps %2, %1, %0" : "=x"(second) : "x"(pairs), "m"(MASK));
+        return second;
+    }
+#endif
+    return (Floats)(pairs & int32_t(0xffff0000));
+}
 
 // Floating weights. WIDE: activations are float32; otherwise they are bfloat16, as the weights.
 template <Kind KIND, bool WIDE, int M, int P, int R, bool CONVERTED>
@@ -36,7 +51,7 @@ struct Tile {
                         p, acc,
                         [&](int r) __attribute__((always_inline)) {
                             const Ints pairs = load_as<Ints>(at + r * Loop::LANE_ROW);
-                            return i == 0 ? (Floats)(pairs << 16) : (Floats)(pairs & int32_t(0xffff0000));
+                            return i == 0 ? (Floats)(pairs << 16) : second_halves<M * R == 12>(pairs);
                         },
                         [&](int m) __attribute__((always_inline)) { return all(((const float*)row[m])[2 * k + i]); }
                     );
@@ -105,7 +120,7 @@ template <Kind KIND, bool WIDE, int M, int P>
 static void stream(
     const Matrix& w, const Acts& x, int begin, int end, float* out, size_t stride, int limit, bool add
 ) {
-    constexpr int R = Tiling<is_levels(KIND)>::registers(M);
+    constexpr int R = Tiling<is_levels(KIND)>::registers(M), AHEAD = Tiling<is_levels(KIND)>::ahead(M);
     const int apart = (end - begin) / P;
     for (int panel = begin; panel < begin + apart; ++panel) {
         alignas(64) float sums[P * M * PANEL] = {};
@@ -159,8 +174,9 @@ static void multiply_chunks(
     using Tiles = Tiling<is_levels(KIND)>;
     constexpr bool HALF = WIDE && (KIND == Kind::bf16 || KIND == Kind::f16);
     constexpr int INPUTS = KIND == Kind::i4 ? 4 * CHUNK : CHUNK;  // a multiple of a group
-    constexpr int ALONE = Tiles::alone(KIND), PASSES = PANEL_REGISTERS / Tiles::registers(Tiles::TOKENS);
-    const int groups = count <= ALONE ? 1 : (count + Tiles::TOKENS - 1) / Tiles::TOKENS;
+    constexpr int GROUP = Tiles::group(KIND), PASSES = PANEL_REGISTERS / Tiles::registers(Tiles::TOKENS);
+    const bool direct = count <= Tiles::direct(KIND);
+    const int most = direct ? GROUP : Tiles::TOKENS, groups = (count + most - 1) / most;
     alignas(64) float sums[MAX_BLOCK * PANEL];
     alignas(64) float converted[HALF ? INPUTS * PANEL : 1];
     for (int panel = begin; panel < end; ++panel) {
@@ -170,7 +186,7 @@ static void multiply_chunks(
             const int to = from + INPUTS < w.padded ? from + INPUTS : w.padded;
             const int bytes = (to - from) / together(KIND) * row_bytes(KIND);
             Span s{w, x, 0, panel, 0, 0, from, to, sums, count, nullptr, nullptr, bytes};
-            const bool many = groups > 1 && !is_levels(KIND) && WIDE;
+            const bool many = !direct && WIDE;
             if (many) {
                 s.next = weights + bytes;
                 s.step = bytes / (groups * PASSES * ((to - from + 3) / 4)) + 1;
@@ -188,7 +204,7 @@ static void multiply_chunks(
                         continue;
                     }
                 }
-                add_group<KIND, WIDE, false, (ALONE > Tiles::TOKENS ? ALONE : Tiles::TOKENS)>(m, s);
+                add_group<KIND, WIDE, false, (GROUP > Tiles::TOKENS ? GROUP : Tiles::TOKENS)>(m, s);
             }
             weights += bytes;
         }
