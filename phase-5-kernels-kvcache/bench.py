@@ -2,9 +2,10 @@
 
 Sections (`--only`). Plain decoding against itself (`null`). With torch: kinds of cache against phase 4 and
 transformers, drafters, one more token after sequences of many lengths, the cost of m verified tokens, and the
-perplexity of a cache in fewer bits. With steps in C++ (`fast`): plain and speculative decoding in every number format,
-on a small and a large model. Only on request: kernels against the limits of the machine, rung by rung (`--ladder`), and
-against other engines (`--peers`). A GPU has its own ladder, peers and `kernels`.
+perplexity of a cache in fewer bits. With steps in C++: plain and speculative decoding in every number format, on a
+small and a large model (`fast`), and of several prompts at a time (`rows`). Only on request: kernels against the limits
+of the machine, rung by rung (`--ladder`), and against other engines (`--peers`). A GPU has its own ladder, peers and
+`kernels`.
 
     python bench.py --quick
     python bench.py --output results --only speed
@@ -25,6 +26,7 @@ from benchmarks.lengths import LENGTHS, measure_lengths
 from benchmarks.machines import MACHINES, measure_kernels, measure_ladder, measure_peers
 from benchmarks.pictures import draw
 from benchmarks.quality import QUALITY, measure_quality
+from benchmarks.rows import ROWS, measure_rows
 from benchmarks.runs import FIGURES, Lab, Measure, Options, Section
 from benchmarks.speed import SPEED, measure_cache, measure_null, measure_speed, null_verdicts
 from benchmarks.verification import VERIFICATION, measure_verification
@@ -42,6 +44,7 @@ SECTIONS: dict[Section, Measure] = {
     "verification": measure_verification,
     "quality": measure_quality,
     "fast": measure_fast,
+    "rows": measure_rows,
     "ladder": measure_ladder,
     "peers": measure_peers,
     "kernels": measure_kernels,
@@ -57,6 +60,8 @@ TITLES = {  # section, or a part of one -> title of its table
     "fast_k": "C++ steps: draft lengths on the calibrate half",
     "fast": "C++ steps",
     "fast_drafters": "Other drafters, C++ steps",
+    "rows": "Plain decoding, some prompts at a time",
+    "rows_cost": "Speculation with several rows",
     "loop": "Plain decoding inside one C++ call",
     "cold_start": "From the start of the process to the first token",
     "ladder": "CPU ladder",
@@ -89,7 +94,7 @@ def main(arguments: list[str]) -> int:
         options.temperatures = options.temperatures[-1:]
     if options.threads:
         torch.set_num_threads(options.threads)
-    definitions = FIGURES | MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST
+    definitions = FIGURES | MACHINES | SPEED | LENGTHS | VERIFICATION | QUALITY | FAST | ROWS
     with open_results(
         options, definitions, device, options.dtype, model_hashes(options.model, options.draft)
     ) as results:

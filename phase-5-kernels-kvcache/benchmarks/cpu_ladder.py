@@ -7,7 +7,7 @@ is measured with every run. The logits of a rung are compared with the torch mod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from common.prompts import Prompt
 from engine import SamplingParams, load
 from engine.kernels import cpp
 from engine.kernels.cpp import CppModel, default_threads, library
-from engine.kernels.cpp.weights import Weights
+from engine.kernels.cpp.weights import KINDS, Weights
 from engine.model import Transformer
 from ladder.cpp import RUNGS, Kind, Rung
 
-from .batch import measure_batch
+from .batch import FORMATS, measure_batch
+from .fast import LARGE, large_model
 from .runs import Lab
 
 LADDER = {
@@ -49,14 +50,14 @@ Steps = Callable[
 class Models:
     """Inputs of the rungs, created on first use."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab, self.threads = lab, lab.options.threads or default_threads()
+    def __init__(self, lab: Lab, model: str) -> None:
+        self.lab, self.name, self.threads = lab, model, lab.options.threads or default_threads()
         self.target = cache(self._target)
         self.machine = cache(lambda: CppModel(self.target(), "float32", self.threads))
         self.text = cache(self._text)
 
     def _target(self) -> Transformer:
-        model = load(self.lab.options.model, torch.float32, torch.device("cpu")).model
+        model = load(self.name, torch.float32, torch.device("cpu")).model
         assert isinstance(model, Transformer)
         return model
 
@@ -110,7 +111,7 @@ class Models:
 def measure_cpu_ladder(lab: Lab) -> None:
     if lab.refused("ladder", cpp.why_not(lab.device)):
         return
-    models = Models(lab)
+    models = Models(lab, lab.options.model)
     cell: dict[str, Any] = {
         "model": lab.options.model, "threads": models.threads, "instruction_set": lab.instruction_set
     }  # fmt: skip
@@ -131,14 +132,23 @@ def measure_cpu_ladder(lab: Lab) -> None:
         lab.count("machine", cell, f"read {name}", None, partial(read, size))
     lab.count("machine", cell, "float32 arithmetic", None, lambda: peak(models.machine()))
 
-    def limits(size: int) -> tuple[float, float]:
-        arithmetic = peak(models.machine())
+    rows_of(lab, cell, models)
+    if not lab.options.quick:
+        with large_model(lab) as folder:
+            rows_of(lab, {**cell, "model": LARGE}, Models(lab, str(folder)), ["bfloat16"])
+
+
+def rows_of(lab: Lab, cell: dict[str, Any], models: Models, formats: Sequence[Weights] = FORMATS) -> None:
+    """Measure a model's steps for several rows against the limits of the machine."""
+
+    def limits(name: Weights, size: int) -> tuple[float, float]:
+        arithmetic = peak(models.machine(), name if name.startswith("int") else "float32")
         return read_speed(models.machine(), size) * 1e9, arithmetic.figures["gflop"] * 1e9 / arithmetic.seconds
 
     def model(weights: Weights) -> CppModel:
         return CppModel(models.target(), weights, models.threads)
 
-    measure_batch(lab, cell, model, limits, lambda: models.weights)
+    measure_batch(lab, cell, model, limits, lambda: models.weights, formats)
 
 
 def timed(models: Models, make: Callable[[], tuple[Steps, int]]) -> Variant:
@@ -172,12 +182,12 @@ def reading(model: CppModel, size: int) -> Outcome:
     return Outcome(1, {"gb": size / 1e9}, seconds=size / 1e9 / read_speed(model, size))
 
 
-def peak(model: CppModel) -> Outcome:
-    """Time float32 products with cached weights, the limit of arithmetic; the best of twenty."""
+def peak(model: CppModel, weights: Weights = "float32") -> Outcome:
+    """Time products with cached weights of a format, the limit of arithmetic; the best of twenty."""
     rows, outputs, inputs = 8 * 64, 64 * model.threads, 128
     shape = library().Shape(
-        kind=0, outputs=outputs, inputs=inputs, wide=True, pair=False, scale_group=0, zeros=False, factor=False,
-        bias=False,
+        kind=KINDS[weights], outputs=outputs, inputs=inputs, wide=not weights.startswith("int"), pair=False,
+        scale_group=64 if weights == "int4" else 0, zeros=False, factor=False, bias=False,
     )  # fmt: skip
     packed = library().Packed(library().Arena(shape.bytes), shape)
     x, y = torch.ones(rows, inputs), torch.empty(rows, outputs)

@@ -24,7 +24,9 @@ from common.prompts import Prompt
 from engine.kernels import cpp
 from engine.options import DrafterName
 
-Section = Literal["null", "cache", "speed", "lengths", "verification", "quality", "fast", "ladder", "peers", "kernels"]
+Section = Literal[
+    "null", "cache", "speed", "lengths", "verification", "quality", "fast", "rows", "ladder", "peers", "kernels"
+]
 FIGURES = {
     "speedup": "the baseline's seconds per token / this variant's, in pairs of the same prompt and round",
     "tokens_per_forward": "new tokens / target forwards",
