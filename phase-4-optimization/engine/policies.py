@@ -80,6 +80,7 @@ class AcceptancePolicy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Rejection:
     """Accept with probability min(1, target / draft); on rejection draw from the residual."""
 

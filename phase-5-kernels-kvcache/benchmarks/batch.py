@@ -1,8 +1,9 @@
 """One step for several sequences: rows that share a read of the weights (part of `--ladder`).
 
 The baseline of a format is one row. A step for R rows is bound by the larger of two times: that of reading the weights
-once, and that of R tokens of arithmetic. Both are measured in the same run, each by the same threads; the arithmetic is
-that of the format's own products, from cached memory. Verification of a draft of four computes five tokens of a row.
+once, and that of R tokens of arithmetic. Both are measured in the same run, each by the same threads; arithmetic is
+products from cached memory, of integers for weights of 8 and 4 bits and of float32 otherwise. Verifying a draft of four
+computes five tokens of a row.
 
     python bench.py --ladder --output results
 """

@@ -25,7 +25,7 @@ from .runs import Lab
 ROWS = {
     "rows": "plain decoding of eight prompts, some at a time; the baseline is one at a time",
     "rows_cost": "speculation with `cost`, over plain decoding of as many rows; both with C++ steps",
-    "outside_us": "time per token outside of the steps: the loop, the scheduling of steps and the text",
+    "outside_us": "time per token outside of the steps: the loop, the planning of steps and the text",
 }
 PLAIN, COST = (1, 2, 4, 8), (2, 4, 8)  # `fast` has one row
 GROUP = max(PLAIN)

@@ -81,6 +81,7 @@ class AcceptancePolicy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Rejection:
     """Accept with probability min(1, target / draft); on rejection draw from the residual."""
 

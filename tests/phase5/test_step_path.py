@@ -64,16 +64,17 @@ def test_hops_from_generate_to_cpp(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"draft": "none"}, {"temperature": 1.0}], ids=str)
 def test_code_that_a_step_touches(options: dict[str, Any]) -> None:
-    """Steps from the 7th on, among them calls into C++ that make several."""
-    llm = phase5.LLM(phase5.Options(max_tokens=128, kernels="cpp", **options))
+    """Steps from the 7th on, until the next call into C++: a fast machine makes more than twelve steps in one."""
+    llm = phase5.LLM(phase5.Options(max_tokens=512, kernels="cpp", **options))
     loop = llm.run(llm.sequences(["from pathlib import"]))
     for _ in range(6):
         next(loop)
     watch = Watch()
     sys.setprofile(watch)
     try:
-        for _ in range(12):
-            next(loop)
+        for number, _ in enumerate(loop):
+            if number >= 12 and watch.paths:
+                break
     finally:
         sys.setprofile(None)
     assert watch.paths, "no call into C++ among these steps"

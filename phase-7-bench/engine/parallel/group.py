@@ -163,7 +163,6 @@ class Group:
         return tensor
 
     def _count(self, kind: str, floats: int, began: float) -> None:
-        self.traffic.exchanges += 1
         self.traffic.seconds += time.perf_counter() - began
         self.traffic.note(kind, floats, began)
 

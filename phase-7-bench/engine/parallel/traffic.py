@@ -1,7 +1,7 @@
 """Counts and times the messages between ranks, and measures how long one takes alone.
 
-A message takes from when the last rank has come to it until the last rank has its numbers: the time for which one rank
-waits while another one computes is no communication. The ranks of a trace are processes of one machine, with one clock.
+A message takes from when the last rank reaches it until the last rank has its numbers: waiting for another rank's
+computation is not communication. The ranks of a trace are processes of one machine, with one clock.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ class Passage(NamedTuple):
 
 @dataclass
 class Traffic:
-    """What was exchanged since the start: numbers only, without rank 0's plans."""
+    """How long this rank waited for numbers since the start, without rank 0's plans; and a trace, if one is on."""
 
-    exchanges: int = 0
-    seconds: float = 0.0  # until all had come
+    seconds: float = 0.0
     passages: list[Passage] | None = None  # of a trace, plans included
 
     def note(self, kind: str, floats: int, began: float) -> None:
@@ -43,10 +42,13 @@ class Traffic:
 
 def trace(group: Group, on: bool) -> list[list[Passage]]:
     """Begin or end a trace. At its end rank 0 has what every rank saw; the other ranks, which hear of it, have []."""
+    seen, group.traffic.passages = group.traffic.passages or [], None
     if group.rank == 0:
         group.tell(Trace(on))
-    seen, group.traffic.passages = group.traffic.passages or [], [] if on else None
+    elif seen:
+        seen.pop()  # the message that ends the trace
     if on:
+        group.traffic.passages = []
         return []
     if group.rank:
         group.report(seen)

@@ -9,8 +9,9 @@ constexpr bool is_levels(Kind kind) { return kind == Kind::i8 || kind == Kind::i
 
 // The tokens, panels and registers of a panel of one tile: enough sums to hide the latency of an addition, and no more
 // than fit in registers. ahead: bytes of each stream of weights that are prefetched.
-// STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk. Up to `direct` tokens read it
-// as it is, in groups of at most `group`; more read it in groups of at most TOKENS, converted to float32 once.
+// STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk. Up to `direct` tokens use it
+// as stored, in groups of at most `group`. More use it in groups of at most TOKENS, and 16-bit weights are converted to
+// float32 first. Integers are never converted.
 template <bool INTS>
 struct Tiling;
 #if defined(__AVX512F__)

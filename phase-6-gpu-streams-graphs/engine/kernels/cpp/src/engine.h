@@ -89,10 +89,9 @@ public:
     int choose_plain(const float* logits, const Sequence& sequence, int position, float* spare);
     // Draw a token from logits [vocab], which become the probabilities that it was drawn from; at temperature 0 they stay.
     int draw(float* logits, const Sequence& sequence, int position, uint32_t purpose, float* spare);
-    // Draft counts[r] tokens after sequence r, with random numbers of purposes[r], a step for every token. Writes
-    // distributions to probs [sum of counts,
-    // vocab], all of the first position first; at temperature 0 logits. `features`: of a layer that continues features,
-    // those of each sequence's uncached tokens [n, width].
+    // Draft counts[r] tokens after sequence r, a step for every token, with random numbers of purposes[r]. Writes
+    // distributions to probs [sum of counts, vocab], all of the first position first; at temperature 0 logits.
+    // `features`: of a layer that continues features, those of each sequence's uncached tokens [n, width].
     std::vector<Drafted> draft(
         const Batch& batch, const std::vector<int>& counts, const std::vector<uint32_t>& purposes, float* probs,
         const std::vector<std::vector<float>>* features = nullptr
