@@ -70,7 +70,8 @@ def decode(lab: Lab, name: Format, rows: int, options: dict[str, Any]) -> Varian
             waited += group.traffic.seconds
             found = seconds_of(trace(group, False))
             messages = sum(map(len, found.values()))
-            alone = latencies(group, list(found), (seconds - waited) / messages)
+            turns = options.get("micro_batches") == 1
+            alone = latencies(group, list(found), (seconds - waited) / messages, turns)
             figures = {
                 "messages": messages / len(steps),
                 "communication_ms": sum(map(sum, found.values())) / len(steps) * 1e3,
@@ -84,13 +85,16 @@ def decode(lab: Lab, name: Format, rows: int, options: dict[str, Any]) -> Varian
     return run
 
 
-def latencies(group: Any, kinds: list[tuple[str, int]], pause: float) -> dict[tuple[str, int], float]:
-    """Return the mean seconds of a message of each kind and size. The processes are busy for `pause` before each."""
+def latencies(group: Any, kinds: list[tuple[str, int]], pause: float, turns: bool) -> dict[tuple[str, int], float]:
+    """Return the mean seconds of a message of each kind and size. The processes are busy for `pause` before each.
+
+    turns: one process is busy at a time.
+    """
     trace(group, True)
     for _ in range(ROUNDS):
         for kind, floats in kinds:
             if kind != "plan":
                 busy(pause)
-                group.tell(what := Ping(kind == "all", floats, PINGS, pause))
+                group.tell(what := Ping(kind == "all", floats, PINGS, pause, turns))
                 ping(group, what)
     return {kind: mean(seconds) for kind, seconds in seconds_of(trace(group, False)).items()}

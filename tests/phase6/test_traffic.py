@@ -28,8 +28,8 @@ def test_a_wait_for_computation_is_no_communication() -> None:
     assert seconds_of(seen) == {("all", 8): [0.5, 1.0], ("0 to 1", 4): [0.5]}
 
 
-@pytest.mark.parametrize("gather", [True, False])
-def test_pings_are_traced_on_every_rank(gather: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gather", "turns"), [(True, False), (False, False), (False, True)])
+def test_pings_are_traced_on_every_rank(gather: bool, turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = list[float]()
     monkeypatch.setattr(traffic, "busy", pauses.append)
     first, second = groups("gather", 2)
@@ -38,13 +38,14 @@ def test_pings_are_traced_on_every_rank(gather: bool, monkeypatch: pytest.Monkey
     began = time.perf_counter()
     for _ in range(2):  # a trace begins anew
         trace(first, True)
-        first.tell(what := Ping(gather, 5, 3, 0.001))
+        first.tell(what := Ping(gather, 5, 3, 0.001, turns))
         ping(first, what)
         found = seconds_of(trace(first, False))
         kinds = [("all", 5)] if gather else [("0 to 1", 5), ("1 to 0", 5)]
         assert {kind: len(seconds) for kind, seconds in found.items()} == {("plan", 0): 1} | dict.fromkeys(kinds, 3)
         assert all(0 <= each < time.perf_counter() - began for seconds in found.values() for each in seconds)
-    assert pauses == [0.001] * (2 * 3 * (2 if gather else 3))  # each rank, and the last one before it answers
+    each = 2 if gather or turns else 3  # both ranks, and the last one before it answers; in turns only then
+    assert pauses == [0.001] * (2 * 3 * each)
     assert first.traffic.passages is None
     assert second.traffic.passages is None
     first.close()

@@ -57,6 +57,7 @@ class Ping:
     floats: int
     times: int
     pause: float  # seconds for which a rank is busy before each, as it is within a step
+    turns: bool = False  # one rank is busy at a time, as where each has layers of one micro-batch
 
 
 @dataclass(frozen=True)
