@@ -113,6 +113,8 @@ class Prices:
         for run in ROUNDS * runs:
             until = time.monotonic() + SECONDS / ROUNDS / len(runs)
             for at, step in enumerate(run):
+                if len(step.stats) < rows:  # the texts end, one before the other
+                    break
                 measured.observe(step.stats)
                 if at > 0 and time.monotonic() > until:
                     break

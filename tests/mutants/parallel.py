@@ -52,8 +52,10 @@ TRAFFIC = mutants(
     TIMES,
     ("max(view.began for view in views)", "min(view.began for view in views)"),
     ("max(view.ended for view in views)", "min(view.ended for view in views)"),
-    ("group.traffic.passages or [], [] if on else None", "group.traffic.passages or [], group.traffic.passages or []"),
-    ("    for _ in range(what.times):\n        busy(what.pause)\n", "    for _ in range(what.times):\n"),
+    ("group.traffic.passages or [], None", "group.traffic.passages or [], group.traffic.passages"),
+    ("        seen.pop()  # the message that ends the trace\n", "        pass\n"),
+    ("if not what.turns or group.rank == 0:", "if group.rank == 0:"),
+    ("if not what.turns or group.rank == 0:", "if not what.turns:"),
 )  # fmt: skip
 
 EXCHANGED = (
