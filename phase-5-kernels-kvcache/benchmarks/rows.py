@@ -1,4 +1,4 @@
-"""Several prompts at a time, end to end: what plain decoding gains, and what speculation gains beside it.
+"""Several prompts at a time, end to end: what plain decoding gains, and what speculation adds.
 
 Unlike the steps alone (batch.py), a time includes the prompts, the loop in Python and prompts that end before others.
 
