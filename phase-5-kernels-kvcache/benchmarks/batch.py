@@ -95,7 +95,8 @@ def timed(
 
 def draw_batch(lab: Lab, file: Path) -> None:
     """Draw the gain of rows over one row, by format, of the bench's model and the newest instruction set."""
-    lines = [line for line in lab.table("batch") if "tokens_per_s" in line and "tokens" not in line["variant"]]
+    lines = [line for line in lab.table("batch") if "tokens_per_s" in line]
+    lines = [line for line in lines if "tokens" not in line["variant"] and "again" not in line["variant"]]
     lines = [line for line in lines if line["model"] == lines[0]["model"]]
     lines = [line for line in lines if line["instruction_set"] == lines[-1]["instruction_set"]]
     formats = list(dict.fromkeys(line["format"] for line in lines))
