@@ -59,13 +59,9 @@ mutants: $(STAMP)  ## change the engine in many small ways, one at a time, and s
 	@$(LINK_PHASES)
 	PYTHONPATH=.:$(VENV)/phases $(BIN)/python -m tests.support.mutation $(ONLY)
 
-# Their dependencies would not fit beside ours, so they have an environment of their own.
-interop: $(STAMP)  ## run programs that others wrote against the server: transformers serve, lm-eval, GuideLLM, AIPerf, LiteLLM
-	test -x $(VENV)/interop/bin/python || $(BIN)/python -m venv $(VENV)/interop
-	$(VENV)/interop/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
-	    "transformers>=5,<6" torch accelerate fastapi uvicorn "lm-eval[api]" guidellm aiperf litellm
+interop: $(STAMP)  ## programs that others wrote, in environments of their own, against the server, the sweep and the results
 	@$(LINK_PHASES)
-	INTEROP_BIN=$(VENV)/interop/bin PYTHONPATH=.:$(VENV)/phases $(BIN)/pytest -p no:cacheprovider tests/phase7/test_interop.py
+	PYTHONPATH=.:$(VENV)/phases $(BIN)/python -m tests.support.interop
 
 sanitize: $(STAMP)  ## the C++ kernels under the compiler's sanitizers: addresses, undefined behaviour, threads
 	cd phase-5-kernels-kvcache && PYTHONPATH=.:.. ../$(BIN)/python -m checks.sanitize

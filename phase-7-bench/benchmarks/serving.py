@@ -4,7 +4,7 @@ Server and clients are separate processes; the local engine runs in the process 
 requests, and ours must give the same tokens.
 
     python -m benchmarks.serving --output results      # in the folder of this phase
-    python -m benchmarks.serving --only peers          # transformers serve, in the environment of `make interop`
+    python -m benchmarks.serving --only peers          # transformers serve, in an environment that `make interop` makes
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def ours(lab: Bench) -> Iterator[str]:
 @contextmanager
 def transformers_serve(folder: str) -> Iterator[str]:
     port = free_port()
-    python = Path(os.environ.get("INTEROP_BIN", ROOT / ".venv" / "interop" / "bin")).absolute() / "python"
+    python = Path(os.environ.get("INTEROP", ROOT / ".venv" / "interop")).absolute() / "transformers" / "bin" / "python"
     if not python.exists():
-        raise UserError(f"{python} does not exist: `make interop` makes this environment; or name its INTEROP_BIN")
+        raise UserError(f"{python} does not exist: `make interop` makes this environment; INTEROP names its folder")
     script = "from transformers.cli.transformers import main; main()"
     command = [str(python), "-c", script, "serve", folder, "--port", str(port), "--dtype", "float32"]
     command += ["--device", "cpu"]

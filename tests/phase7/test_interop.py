@@ -1,6 +1,6 @@
-"""Programs that nobody here wrote, from an environment of their own: `make interop` makes it, and runs this file.
+"""Programs that nobody here wrote, each from an environment of its own: `make interop` makes them, and runs this file.
 
-transformers serve, lm-eval, GuideLLM, AIPerf and LiteLLM. What is not installed there is skipped, with the reason.
+transformers serve, lm-eval, GuideLLM, AIPerf, LiteLLM and Ray. What is not installed is skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ import torch
 import phase7
 from common.checkpoint import open_checkpoint
 from common.perplexity import token_nll
-from common.phases import ROOT
+from common.phases import ROOT, phases
 from common.prompts import load_prompts
+from common.results import read_rows
+from tests.support import interop
 from tests.support.beside import beside
+from tests.support.interop import python
 from tests.support.serving import Served, in_thread
 
 pytestmark = pytest.mark.slow
-BIN = Path(os.environ.get("INTEROP_BIN", ROOT / ".venv" / "interop" / "bin")).absolute()
 MODEL = "stdlib-10m"
 FOLDER = open_checkpoint(MODEL).folder
 
 
-def installed(name: str) -> str:
-    program = BIN / name
-    if not program.exists():
-        pytest.skip(f"{program} is not installed; `make interop` does that")
-    return str(program)
+def script(name: str, program: str) -> str:
+    return str(python(name).with_name(program))
 
 
 def run(command: list[str], folder: Path, **variables: str) -> str:
@@ -55,11 +54,11 @@ def served() -> Iterator[Served]:
 
 @contextmanager
 def transformers_serve() -> Iterator[str]:
-    installed("fastapi")
+    executable = str(python("transformers"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    script = "from transformers.cli.transformers import main; main()"
-    command = [str(BIN / "python"), "-c", script, "serve", str(FOLDER), "--port", str(port), "--device", "cpu"]
+    start = "from transformers.cli.transformers import main; main()"
+    command = [executable, "-c", start, "serve", str(FOLDER), "--port", str(port), "--device", "cpu"]
     process = subprocess.Popen([*command, "--dtype", "float32"], env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         yield f"http://127.0.0.1:{port}"
@@ -82,7 +81,7 @@ def test_the_same_greedy_text_as_transformers_serve(served: Served) -> None:
 
 def test_lm_eval_finds_our_bits_per_byte(served: Served, tmp_path: Path) -> None:
     """Its local-completions asks for log-probabilities of the prompt, with one token before the text."""
-    program = installed("lm_eval")
+    program = script("lm-eval", "lm_eval")
     texts = [prompt.text for prompt in load_prompts("code", "test")[:4]]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "local.yaml").write_text(
@@ -118,7 +117,7 @@ metric_list: [{{metric: bits_per_byte}}]
 
 
 def test_guidellm(served: Served, tmp_path: Path) -> None:
-    command = [installed("guidellm"), "run", "--disable-console"]
+    command = [script("guidellm", "guidellm"), "run", "--disable-console"]
     command += ["--backend", f"kind=openai_http,target={served.url},model={MODEL},request_format=/v1/completions"]
     command += ["--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=16"]
     command += ["--tokenizer", f"kind=huggingface_auto,model={FOLDER}"]
@@ -141,7 +140,16 @@ def hub(folder: Path) -> str:
 
 
 def test_aiperf(served: Served, tmp_path: Path) -> None:
-    command = [installed("aiperf"), "profile", "--model", MODEL, "--url", served.url, "--endpoint-type", "completions"]
+    command = [
+        script("aiperf", "aiperf"),
+        "profile",
+        "--model",
+        MODEL,
+        "--url",
+        served.url,
+        "--endpoint-type",
+        "completions",
+    ]
     command += ["--streaming", "--concurrency", "4", "--request-count", "16", "--tokenizer", hub(tmp_path)]
     run([*command, "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--ui", "none"], tmp_path,
         HF_HOME=str(tmp_path))  # fmt: skip
@@ -150,7 +158,7 @@ def test_aiperf(served: Served, tmp_path: Path) -> None:
 
 
 def test_litellm(served: Served, tmp_path: Path) -> None:
-    script = f"""
+    told = f"""
 import litellm
 how = dict(model="text-completion-openai/{MODEL}", api_base="{served.url}/v1", api_key="none", max_tokens=8)
 how["temperature"] = 0
@@ -161,6 +169,27 @@ assert text == whole.choices[0].text, (text, whole)
 assert whole.usage.completion_tokens == 8
 print(text)
 """
-    assert installed("litellm")
-    said = run([str(BIN / "python"), "-c", script], tmp_path)
+    said = run([str(python("litellm")), "-c", told], tmp_path)
     assert served.post(prompt="import os", max_tokens=8, temperature=0)["choices"][0]["text"] in said
+
+
+def test_ray_runs_the_cells_of_a_sweep(tmp_path: Path) -> None:
+    """On a cluster of this machine that the sweep starts. A cell that cannot run costs itself alone."""
+    command = [str(python("ray")), "-m", "instruments.sweep", "--model", MODEL, "--ray", "local", "--no-plots"]
+    command += ["--grid", "drafter=ngram", "k=2,4", "dtype=float32,bfloat16", "--prompts", "2", "--rounds", "1"]
+    command += ["--max-tokens", "8", "--threads", "1", "--device", "cpu", "--output", str(tmp_path / "sweep")]
+    folder = phases()[-1].folder
+    run(command, folder, PYTHONPATH=os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT))))
+    rows = read_rows(tmp_path / "sweep")
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.cell["dtype"] for row in rows if row.kind == "run"} == {"float32", "bfloat16"}
+
+
+def test_a_program_that_cannot_be_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interop, "FOLDER", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    line = interop.install(interop.Program("foreign", ("no-such-program==1",)))
+    assert line.startswith("foreign: pip cannot install no-such-program==1: ERROR: ")
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        python("foreign")
+    assert str(skipped.value) == line

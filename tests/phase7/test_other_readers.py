@@ -1,14 +1,9 @@
-"""Files in the formats of vLLM and llama.cpp are read by those projects' own scripts, from checkouts of theirs.
-
-LAB_VLLM=/path/to/vllm LAB_LLAMA_CPP=/path/to/llama.cpp pytest tests/phase7/test_other_readers.py
-"""
+"""Files in the formats of vLLM and llama.cpp are read by those projects' own scripts, which `make interop` brings."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,7 @@ import pytest
 from common.environment import environment
 from common.results import Row
 from tests.support.beside import beside
+from tests.support.interop import python
 
 formats = beside(7, "instruments.formats")
 loads = beside(7, "instruments.loads")
@@ -58,11 +54,9 @@ def llama_file(file: Path, commit: str, faster: float = 1.0) -> Path:
     return file
 
 
-def script(variable: str, path: str) -> Path:
-    folder = os.environ.get(variable)
-    if folder is None:
-        pytest.skip(f"{variable} names no checkout with {path}")
-    return Path(folder) / path
+def command(name: str, script: str) -> list[str]:
+    found = python(name)
+    return [str(found), str(found.parents[1] / script)]
 
 
 def test_every_key_that_they_need_is_there(tmp_path: Path) -> None:
@@ -73,23 +67,25 @@ def test_every_key_that_they_need_is_there(tmp_path: Path) -> None:
     assert formats.vllm_document(rows(), line, "m").keys() >= VLLM_KEYS
 
 
+@pytest.mark.slow
 def test_llama_cpp_compares_two_files(tmp_path: Path) -> None:
-    reader = script("LAB_LLAMA_CPP", "scripts/compare-llama-bench.py")
+    reader = command("llama.cpp", "compare-llama-bench.py")
     files = [llama_file(tmp_path / "a.json", "a" * 40), llama_file(tmp_path / "b.json", "b" * 40, 1.5)]
-    command = [sys.executable, str(reader), "--tool", "llama-bench", "-b", "a" * 8, "-c", "b" * 8]
-    command += [word for file in files for word in ("-i", str(file))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    reader += ["--tool", "llama-bench", "-b", "a" * 8, "-c", "b" * 8]
+    reader += [word for file in files for word in ("-i", str(file))]
+    done = subprocess.run(reader, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "10.00" in done.stdout
     assert "1.50" in done.stdout
 
 
+@pytest.mark.slow
 def test_vllm_makes_a_table(tmp_path: Path) -> None:
-    reader = script("LAB_VLLM", ".buildkite/performance-benchmarks/scripts/convert-results-json-to-markdown.py")
+    reader = command("vllm", "convert-results-json-to-markdown.py")
     (line,) = loads.summary(rows())
     (tmp_path / "serving_lab.json").write_text(json.dumps(formats.vllm_document(rows(), line, "m")), encoding="utf-8")
     commands = {"server_command": "lab serve", "client_command": "lab latency --request-rate 2", "gpu_type": "none"}
     (tmp_path / "serving_lab.commands").write_text(json.dumps(commands), encoding="utf-8")
-    subprocess.run([sys.executable, str(reader), "-r", str(tmp_path)], capture_output=True, text=True, check=True)
+    subprocess.run([*reader, "-r", str(tmp_path)], capture_output=True, text=True, check=True)
     (read,) = json.loads((tmp_path / "benchmark_results.json").read_text(encoding="utf-8"))
     assert read["# of req."] == 10
     assert read["Median TTFT (ms)"] == pytest.approx(104.5)
