@@ -36,7 +36,7 @@ import pytest
 import torch
 
 from common.lab.stubs import NOT_WRITTEN
-from common.phases import Phase, phases
+from common.phases import ROOT, Phase, phases
 
 LONGEST = 400  # characters of a shown value
 
@@ -228,9 +228,13 @@ def main(request: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # decided as the engine is imported, before any conftest.py
-    shipped = phases(Path.cwd())
-    folder = Path(request["folder"])
+    here, folder = Path.cwd(), Path(request["folder"])
+    shipped = phases(here)
     found = [dataclasses.replace(p, folder=folder) if p.number == request["phase"] else p for p in shipped]
+
+    def with_folder(root: Path = ROOT) -> list[Phase]:
+        return found if root in (ROOT, here) else phases(root)
+
     phase = next(p for p in found if p.number == request["phase"])
     engine = folder / "engine"
     reporter = Reporter(phase, request["order"], request["limit"], out)
@@ -238,7 +242,7 @@ def main(request: dict[str, Any]) -> int:
     hypothesis.settings.register_profile("lab check", deadline=None, database=None, phases=phases_of_search)
     status = 0
     sys.meta_path.insert(0, FolderFinder(phase.package, engine))
-    with tempfile.TemporaryDirectory() as scratch, mock.patch("common.phases.phases", return_value=found):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch("common.phases.phases", with_folder):
         Path(scratch, phase.package).symlink_to(engine)  # for the processes that tests start
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scratch, os.environ.get("PYTHONPATH")]))
         if error := import_all(phase.package, engine):
