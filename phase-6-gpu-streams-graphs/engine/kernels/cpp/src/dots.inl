@@ -26,9 +26,9 @@ LAB_INLINE Floats second_halves(Ints pairs) {
 }
 
 // Floating weights. WIDE: activations are float32; otherwise they are bfloat16, as the weights.
-template <Kind KIND, bool WIDE, int M, int P, int R, bool CONVERTED>
+template <Kind KIND, bool WIDE, int M, int P, int R, From FROM>
 struct Tile {
-    using Loop = Rows<KIND, M, P, R, CONVERTED>;
+    using Loop = Rows<KIND, M, P, R, FROM>;
 
     // acc += `rows` rows of the panels at `base`, times the activations at `row`.
     LAB_INLINE void add(
@@ -73,13 +73,13 @@ struct Tile {
     LAB_INLINE void run(const Span& s) {
         Floats acc[M][P * R];
         LAB_EACH(p, P) LAB_EACH(m, M) LAB_EACH(r, R) acc[m][p * R + r] = load(sum(s, p, m) + r * LANES);
-        if constexpr (is_levels(KIND)) Levels<KIND, WIDE, M, P, R>::add(s, acc);
+        if constexpr (is_levels(KIND)) Levels<KIND, WIDE, M, P, R, FROM>::add(s, acc);
         else {
             constexpr int STEP = together(KIND);
             const uint8_t* base[P];
             const uint8_t* row[M];
             LAB_EACH(p, P) {
-                base[p] = CONVERTED && s.weights != nullptr ? s.weights : s.w.row(s.panel + p * s.apart, s.begin / STEP);
+                base[p] = FROM == From::converted && s.weights != nullptr ? s.weights : s.w.row(s.panel + p * s.apart, s.begin / STEP);
                 base[p] += s.first * Loop::LANE_ROW;
             }
             LAB_EACH(m, M) row[m] = s.x.data + (s.token + m) * s.x.stride + size_t(s.begin) * (WIDE ? 4 : 2);
@@ -120,12 +120,12 @@ template <Kind KIND, bool WIDE, int M, int P>
 static void stream(
     const Matrix& w, const Acts& x, int begin, int end, float* out, size_t stride, int limit, bool add
 ) {
-    constexpr int R = Tiling<is_levels(KIND)>::registers(M), AHEAD = Tiling<is_levels(KIND)>::ahead(M);
+    constexpr int R = Tiling<is_levels(KIND)>::registers(M);
     const int apart = (end - begin) / P;
     for (int panel = begin; panel < begin + apart; ++panel) {
         alignas(64) float sums[P * M * PANEL] = {};
         for (int first = 0; first < PANEL_REGISTERS; first += R)
-            Tile<KIND, WIDE, M, P, R, false>::run({w, x, 0, panel, apart, first, 0, w.padded, sums, M, nullptr, nullptr, AHEAD});
+            Tile<KIND, WIDE, M, P, R, From::panels>::run({w, x, 0, panel, apart, first, 0, w.padded, sums, M, nullptr, nullptr, 0});
         LAB_EACH(p, P) finish(w, panel + p * apart, sums + p * M * PANEL, M, out, stride, limit, add);
     }
     if constexpr (P > 1) stream<KIND, WIDE, M, P / 2>(w, x, begin + apart * P, end, out, stride, limit, add);
@@ -140,15 +140,15 @@ static void stream_tokens(
 }
 
 // All registers of a chunk for a group of m tokens.
-template <Kind KIND, bool WIDE, bool CONVERTED, int M>
+template <Kind KIND, bool WIDE, From FROM, int M>
 static void add_group(int m, Span& s) {
     if (m == M) {
         constexpr int R = Tiling<is_levels(KIND)>::registers(M);
         for (s.first = 0; s.first < PANEL_REGISTERS; s.first += R) {
-            Tile<KIND, WIDE, M, 1, R, CONVERTED>::run(s);
-            if (CONVERTED) s.next += s.step * ((s.end - s.begin) / 4);
+            Tile<KIND, WIDE, M, 1, R, FROM>::run(s);
+            if (FROM == From::converted) s.next += s.step * ((s.end - s.begin) / 4);
         }
-    } else if constexpr (M > 1) add_group<KIND, WIDE, CONVERTED, M - 1>(m, s);
+    } else if constexpr (M > 1) add_group<KIND, WIDE, FROM, M - 1>(m, s);
 }
 
 // Rows of 16-bit weights -> float32 [inputs, PANEL].
@@ -200,11 +200,11 @@ static void multiply_chunks(
                 const int m = count * (g + 1) / groups - s.token;
                 if constexpr (!is_levels(KIND) && WIDE) {
                     if (many) {
-                        add_group<Kind::f32, true, true, Tiles::TOKENS>(m, s);
+                        add_group<Kind::f32, true, From::converted, Tiles::TOKENS>(m, s);
                         continue;
                     }
                 }
-                add_group<KIND, WIDE, false, (GROUP > Tiles::TOKENS ? GROUP : Tiles::TOKENS)>(m, s);
+                add_group<KIND, WIDE, From::chunk, (GROUP > Tiles::TOKENS ? GROUP : Tiles::TOKENS)>(m, s);
             }
             weights += bytes;
         }

@@ -29,9 +29,9 @@ LAB_INLINE Ints dot4(Ints acc, Ints weights, int32_t four) {
 #endif
 }
 
-template <Kind KIND, bool WIDE, int M, int P, int R>
+template <Kind KIND, bool WIDE, int M, int P, int R, From FROM>
 struct Levels {
-    using Loop = Rows<KIND, M, P, R, false>;
+    using Loop = Rows<KIND, M, P, R, FROM>;
     static constexpr int N = P * R, STEP = together(KIND);
 
     // WIDE: levels are converted to float32, and activations are float32.

@@ -8,7 +8,8 @@ constexpr int CHUNK = 128;         // inputs of a panel in the L1 cache, for all
 constexpr bool is_levels(Kind kind) { return kind == Kind::i8 || kind == Kind::i4; }
 
 // The tokens, panels and registers of a panel of one tile: enough sums to hide the latency of an addition, and no more
-// than fit in registers. ahead: bytes of each stream of weights that are prefetched.
+// than fit in registers. ahead: how many bytes ahead each stream of weights is prefetched; 0: the hardware does it better,
+// as measured for each kind, with weights in the caches and in memory.
 // STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk. Up to `direct` tokens use it
 // as stored, in groups of at most `group`. More use it in groups of at most TOKENS, and 16-bit weights are converted to
 // float32 first. Integers are never converted.
@@ -22,7 +23,7 @@ struct Tiling<false> {
     static constexpr int direct(Kind) { return 16; }
     static constexpr int panels(int m) { return m == 1 ? 8 : m <= 3 ? 4 : m <= 6 ? 2 : 1; }
     static constexpr int registers(int) { return 2; }
-    static constexpr int ahead(int m) { return m == 1 ? 2048 : 8192; }
+    static constexpr int ahead(Kind kind, int m) { return m > 1 ? 8192 : kind == Kind::f32 ? 2048 : 4096; }
 };
 template <>
 struct Tiling<true> {
@@ -31,7 +32,7 @@ struct Tiling<true> {
     static constexpr int direct(Kind) { return MAX_BLOCK; }
     static constexpr int panels(int m) { return m == 1 ? 4 : 2; }
     static constexpr int registers(int) { return 2; }
-    static constexpr int ahead(int m) { return m == 1 ? 2048 : 8192; }
+    static constexpr int ahead(Kind, int) { return 0; }
 };
 #else
 template <>
@@ -43,7 +44,7 @@ struct Tiling<false> {
     static constexpr int direct(Kind kind) { return kind == Kind::f32 ? 8 : 16; }
     static constexpr int panels(int m) { return m == 1 ? 8 / PANEL_REGISTERS : 1; }
     static constexpr int registers(int m) { return m == 1 ? PANEL_REGISTERS : m <= 3 ? 4 : 2; }
-    static constexpr int ahead(int) { return 2048; }
+    static constexpr int ahead(Kind, int) { return 0; }
 };
 template <>
 struct Tiling<true> {
@@ -52,7 +53,7 @@ struct Tiling<true> {
     static constexpr int direct(Kind) { return MAX_BLOCK; }
     static constexpr int panels(int m) { return m == 1 ? 2 : 1; }
     static constexpr int registers(int m) { return m <= 2 ? 4 : 2; }
-    static constexpr int ahead(int) { return 2048; }
+    static constexpr int ahead(Kind, int) { return 0; }
 };
 #endif
 
@@ -68,32 +69,39 @@ struct Span {
     int sum_tokens;
     const uint8_t* weights;      // a converted chunk; null: the matrix's own
     const uint8_t* next;         // prefetched while a converted chunk is used
-    int step;                    // bytes of it in each iteration
+    int step;                    // bytes of it in each iteration; of another chunk: how many bytes ahead it is prefetched
 };
 
-// The loops over the rows of a tile's weights. CONVERTED: a chunk as float32, in the L1 cache.
-template <Kind KIND, int M, int P, int R, bool CONVERTED>
+// What a tile reads: whole panels, a chunk of one, or such a chunk as float32, in the L1 cache.
+enum class From { panels, chunk, converted };
+
+// The loops over the rows of a tile's weights.
+template <Kind KIND, int M, int P, int R, From FROM>
 struct Rows {
     static constexpr int BYTES = row_bytes(KIND), LANE_ROW = BYTES / PANEL_REGISTERS;
+    static constexpr int AHEAD = Tiling<is_levels(KIND)>::ahead(KIND, M);
 
     // Rows begin .. end - 1 of all P panels, a few of one panel after the other: several whole cache lines in sequence
-    // trigger the hardware prefetchers. The lines `step` bytes ahead are also prefetched, into the L2 cache: only few
-    // misses of the L1 cache can be under way.
+    // trigger the hardware prefetchers. Lines ahead are also prefetched into the L2 cache: only few misses of the L1
+    // cache can be under way.
     template <class Row>
     LAB_INLINE void each(
         int begin, int end, const uint8_t* const (&base)[P], int step, Row row, const uint8_t* next = nullptr
     ) {
-        constexpr int UNROLL = CONVERTED ? 4 : 256 / BYTES, LINES = R * LANE_ROW > 64 ? R * LANE_ROW / 64 : 1;
+        constexpr int UNROLL = FROM == From::converted ? 4 : 256 / BYTES, LINES = R * LANE_ROW > 64 ? R * LANE_ROW / 64 : 1;
         int k = begin;
         for (; k + UNROLL <= end; k += UNROLL) {
-            if constexpr (CONVERTED) {
+            if constexpr (FROM == From::converted) {
                 LAB_EACH(line, 4) __builtin_prefetch(next + 64 * line, 0, 3);
                 next += step;
             }
             LAB_EACH(p, P) {
                 const uint8_t* at = base[p] + size_t(k) * BYTES;
                 LAB_EACH(u, UNROLL) {
-                    if constexpr (!CONVERTED) LAB_EACH(line, LINES) __builtin_prefetch(at + u * BYTES + step + 64 * line, 0, 2);
+                    if constexpr (FROM == From::chunk || (FROM == From::panels && AHEAD > 0)) {
+                        const uint8_t* ahead = at + u * BYTES + (FROM == From::chunk ? step : AHEAD);
+                        LAB_EACH(line, LINES) __builtin_prefetch(ahead + 64 * line, 0, 2);
+                    }
                     row(p, k + u, at + u * BYTES);
                 }
             }
