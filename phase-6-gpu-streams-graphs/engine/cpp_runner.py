@@ -81,13 +81,24 @@ class CppRunner(CachedRunner):
         )
         return [states_of(done.hidden, done.tapped)] if wants_states else []
 
-    def begin(self, sequences: list[Sequence], more: list[int]) -> tuple[list[Work], list[Any]]:
+    def begin(
+        self,
+        sequences: list[Sequence],
+        more: list[int],
+        states_from: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[list[Work], list[Any]]:
         """Return the rows of the sequences, and the sequences as C++ takes them.
 
         The rows have room for more[r] tokens after the new ones of sequence r. UserError if the cache has none.
+        states_from, taps: as in target_forward, for what is prefilled here.
         """
+        wanted = states_from or list[int | None]([None]) * len(sequences)
         try:
-            works = [self._begin(each, each.prompt + each.tokens, NO_DRAFT, None, ()) for each in sequences]
+            works = [
+                self._begin(each, each.prompt + each.tokens, NO_DRAFT, first, taps)
+                for each, first in zip(sequences, wanted, strict=True)
+            ]
             for work, count in zip(works, more, strict=True):
                 self.cache.make_room(work.row.number, len(work.new) + count)
         except OutOfBlocks as error:
@@ -106,6 +117,7 @@ class CppRunner(CachedRunner):
         """Record what a call has appended to the rows: the new tokens, and gained[r]."""
         for work, tokens in zip(works, gained, strict=True):
             self.manager.appended(work.row, work.new + tokens)
+            work.row.states = []
         self.manager.positions += rejected
 
 

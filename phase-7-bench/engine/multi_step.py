@@ -45,6 +45,10 @@ class CppDrafter(Protocol):
 
     deepest: int
 
+    def ready(self, sequence: Sequence) -> bool:
+        """Return whether enough of the sequence was seen to draft."""
+        ...
+
     def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
         """Return a drafter of the library for steps of counts[r] tokens. UserError if there is no room for them."""
         ...
@@ -89,8 +93,6 @@ def multi_step(
 
 def _plan(drafter: Drafter | None, sequences: list[Sequence], asked: list[int], most: int) -> Call | None:
     """Choose the steps of the next call; None if there is to be no call."""
-    if drafter is not None and drafter.taps is not None and not all(_up_to_date(drafter, each) for each in sequences):
-        return None
     if drafter is None or not any(asked):
         return Call(asked, min(most, _steps(sequences, asked, drafter)))
     rules = [rule_of(sequence.policy) for sequence in sequences]
@@ -103,13 +105,11 @@ def _plan(drafter: Drafter | None, sequences: list[Sequence], asked: list[int], 
     if isinstance(drafter, NgramDrafter):
         draft = drafter.propose(sequences, asked)
         return Call(draft.widths, 1, draft.tokens.tolist())
-    counts = [min(count, cast(CppDrafter, drafter).deepest) for count in asked]
+    fast = cast(CppDrafter, drafter)
+    counts = [min(count, fast.deepest) for count in asked]
+    if drafter.taps is not None:
+        counts = [count if fast.ready(each) else 0 for each, count in zip(sequences, counts, strict=True)]
     return Call(counts, min(most, _steps(sequences, counts, drafter)))
-
-
-def _up_to_date(drafter: Drafter, sequence: Sequence) -> bool:
-    """Return True if the drafter has the states of all positions but the last."""
-    return bool(sequence.tokens) and drafter.states_from(sequence) == sequence.length - 1
 
 
 def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None) -> int:
@@ -137,10 +137,13 @@ def _execute(
 ) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
     (counts, steps, given), policies = call, [sequence.policy for sequence in sequences]
-    fast = None
+    fast, taps = None, None if drafter is None else drafter.taps
+    states_from = None if drafter is None or taps is None else [drafter.states_from(each) for each in sequences]
     while True:
         try:
-            works, batch = runner.begin(sequences, [steps * (count + 1) - 1 for count in counts])
+            works, batch = runner.begin(
+                sequences, [steps * (count + 1) - 1 for count in counts], states_from, taps or ()
+            )
             if given is not None:
                 fast = library().GivenDrafter(runner.fast._engine, given)
             elif any(counts):
@@ -153,8 +156,7 @@ def _execute(
     made, states = runner.fast.decode(
         batch, fast, counts, steps, own=[isinstance(rule_of(policy), SampleMatch) for policy in policies],
         synthetic=[policy.acceptance if isinstance(policy, Synthetic) else -1 for policy in policies],
-        taps=None if drafter is None else drafter.taps,
-        ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
+        taps=taps, ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
     )  # fmt: skip
     gained = [
@@ -187,7 +189,8 @@ def _commit(
     last = time.perf_counter()
     before, steps, active = (last - began - inside) / len(made), list[Step](), list(range(len(sequences)))
     new, prefilled, at = [len(work.new) for work in works], [work.prefilled for work in works], 0
-    total, places = [0] * len(sequences), [list[int]() for _ in sequences]  # accepted tokens; rows of `states`
+    skip = [work.skip for work in works]  # states of the first step that the drafter has
+    total, places = [0] * len(sequences), [list[range]() for _ in sequences]  # accepted tokens; rows of `states`
     for step in made:
         active = [row for row in active if sequences[row].finish_reason is None]
         if not active:
@@ -196,7 +199,7 @@ def _commit(
         if states is not None:
             for row, count in enumerate(accepted):
                 total[row] += count
-                places[row] += range(at, at + new[row] + count)
+                places[row].append(range(at + skip[row], at + new[row] + count))
                 at += new[row] + count
         done = Step([sequences[row] for row in active], [], NOTHING, [], None, [], [])
         for row in active:
@@ -217,20 +220,29 @@ def _commit(
         if drafter is not None and any(asked):
             observe([each.controller for each in done.sequences], done.stats, alone=len(active) == len(sequences))
         steps.append(done)
-        new, prefilled = [1] * len(new), [0] * len(new)
+        new, prefilled, skip = [1] * len(new), [0] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
             warm = all(len(work.new) + work.prefilled == 1 for work in works)
             outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
             took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
             observe_plain([each.controller for each in sequences], len(steps), took)
-        drafter.observe(Outcome(sequences, total, None if states is None else states_of_rows(states[:at], places)))
+        prefill = [work.states for work in works]
+        read = None if states is None else states_of_rows(states[:at], places, prefill)
+        drafter.observe(Outcome(sequences, total, read))
     return steps
 
 
-def states_of_rows(states: Tensor, places: list[list[int]]) -> list[Tensor]:
-    """Return the states of each sequence, at its places; one state a step and sequence is a view."""
-    R, n = len(places), len(states)
-    if all(mine == list(range(row, n, R)) for row, mine in enumerate(places)):
-        return list(states.view(-1, R, states.shape[1]).unbind(1))
-    return [states[torch.tensor(mine)] for mine in places]
+def states_of_rows(states: Tensor, places: list[list[range]], prefilled: list[list[Tensor]]) -> list[Tensor]:
+    """Return the states of each sequence: those of its prefill, then those at its places, step by step.
+
+    Those of one sequence alone are a view, and so is one state of each sequence a step.
+    """
+    R = len(places)
+    if R == 1:
+        read = [states[places[0][0].start :]]
+    elif len(states) == R * len(places[0]):
+        read = list(states.view(-1, R, states.shape[1]).unbind(1))
+    else:
+        read = [states[[place for step in of_row for place in step]] for of_row in places]
+    return [torch.cat((*first, mine)) if first else mine for first, mine in zip(prefilled, read, strict=True)]

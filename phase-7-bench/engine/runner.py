@@ -211,12 +211,13 @@ class CachedRunner:
             end = len(window) - 1 if most is None else min(before + most, len(window) - 1)
             while len(row.held) < end:
                 held = len(row.held)
-                work = Work(row, window[held : min(held + self.chunk, end)], NO_DRAFT, first)
+                work = Work(row, window[held : min(held + self.chunk, end)], NO_DRAFT, max(0, first - held))
                 row.states += self._prefill(work, first < held + len(work.new), taps)
                 self.manager.appended(row, work.new)
             synchronize(self.model.embedding.weight.device)
             self.prefill_ms += (time.perf_counter() - began) * 1e3
-        return Work(row, window[len(row.held) :], draft, first, row.states, len(row.held) - before)
+        held = len(row.held)
+        return Work(row, window[held:], draft, max(0, first - held), row.states, held - before)
 
     def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
         """Run a chunk of a prompt through the model; return the states [n, F] that are wanted, if any."""
@@ -261,17 +262,13 @@ class Work:
     row: CacheEntry
     new: list[int]  # its tokens that the cache's row lacks
     draft: Tree
-    first: int  # position in the window from which on states are wanted; its length for none
+    skip: int  # positions, from the first new one on, whose states are not wanted
     states: list[Tensor] = field(default_factory=list)  # those that a prefill gave
     prefilled: int = 0  # positions
 
     @cached_property
     def count(self) -> int:
         return len(self.new) + len(self.draft.tokens)
-
-    @property
-    def skip(self) -> int:
-        return max(0, self.first - len(self.row.held))
 
     @cached_property
     def positions(self) -> list[int]:

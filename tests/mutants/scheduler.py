@@ -132,7 +132,7 @@ POLICIES = (
     *mutants(
         f"{ENGINE}/drafters/medusa_fast.py",
         OF_EACH,
-        ("[each.policy.draft_noise for each in sequences])", "[each.policy.draft_noise for each in sequences[:1]] * len(sequences))"),
+        ("[each.policy.draft_noise for each in sequences]", "[sequences[0].policy.draft_noise] * len(sequences)"),
     ),
 )  # fmt: skip
 

@@ -199,6 +199,38 @@ def test_a_ragged_batch_is_its_sequences(drafter: str, policy: str, kind: Kind, 
             assert each.tokens == plain.tokens
 
 
+@pytest.mark.parametrize("noise", [Purpose.DRAFT, Purpose.SAMPLE])
+@pytest.mark.parametrize("drafter", ["model", "eagle", "medusa"])
+def test_drafts_are_drawn_with_the_noise_of_the_policy(
+    drafter: str, noise: Purpose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another noise would leave the output as it is, and have `coupled` accept less."""
+    of, source = party("rope"), KeyedSource()
+    drafting = drafter_of(of, drafter, noise, KVOptions(), 2)
+    assert drafting is not None
+    propose, drawn = drafting.propose, 0
+
+    def checked(sequences: list[Sequence], widths: list[int], stop: Any = None) -> Any:
+        nonlocal drawn
+        draft = propose(sequences, widths, stop)
+        assert draft.probs is not None
+        for row, sequence in enumerate(sequences):
+            for column in range(draft.widths[row]):
+                key, position = torch.tensor([sequence.key]), torch.tensor([sequence.length + column])
+                (token,) = source.draw(draft.probs[row, column][None], key, position, noise).tolist()
+                assert token == draft.tokens[row, column]
+                drawn += 1
+        return draft
+
+    monkeypatch.setattr(drafting, "propose", checked)
+    params = [SamplingParams(temperature=1.0, seed=seed, max_new_tokens=24) for seed in (1, 2)]
+    sequences = [Sequence([2, 7, seed], mine, Ending()) for seed, mine in enumerate(params)]
+    runner = make_cpp_runner(of.model, of.target, KVOptions(), 2, CONTEXT)
+    for _ in decode(runner, drafting, sequences, Rejection(), lambda: FixedController(3), source):
+        pass
+    assert drawn > 30
+
+
 def test_several_steps_of_a_batch_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above would compare single steps with single steps."""
     calls = list[tuple[int, int, int]]()

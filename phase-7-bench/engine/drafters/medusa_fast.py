@@ -51,8 +51,13 @@ class FastMedusaDrafter(MedusaDrafter):
             library().Sequence(nowhere, [last_token(each)], sampling_of(each.params), each.key[1], each.length)
             for each in sequences
         ]
-        states = torch.cat([self._state(each) for each in sequences])
-        return self.fast.drafter(batch, states, [each.policy.draft_noise for each in sequences])
+        noises = [each.policy.draft_noise for each in sequences]
+        return self.fast.drafter(batch, self._states(sequences, counts), noises)
+
+    def _states(self, sequences: list[Sequence], counts: list[int]) -> Tensor:
+        """Return the states [R, F] to draft from; zeros for a sequence without a draft, which may have none yet."""
+        nothing = torch.zeros(1, self.target.config.width * (1 + len(self.heads.taps)))
+        return torch.cat([self._state(each) if n else nothing for each, n in zip(sequences, counts, strict=True)])
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
         """Record nothing: the heads keep no state."""
