@@ -209,6 +209,47 @@ def test_a_batch_takes_one_draft_forward_per_level_and_each_row_gets_its_own_tre
         torch.testing.assert_close((mine.probs, dict(mine.chosen_from)), (single.probs, dict(single.chosen_from)))
 
 
+def test_a_greedy_sequence_among_sampled_ones_gets_the_likeliest_children(pair: tuple[Any, Any]) -> None:
+    """The policy draws children, but at temperature 0 they are chosen, and certain."""
+    drafter = drafters(pair, phase3.Rejection(), phase3.KeyedSource())["static"]
+    assert drafter.drawn
+    prompt = pair[0].tokenizer.encode("import os\n\ndef ")
+    ways = [phase3.SamplingParams(temperature=1.0, seed=3), phase3.SamplingParams(temperature=0.0)]
+    sequences = [phase3.Sequence(prompt, params, pair[0].ending) for params in ways]
+    sampled, greedy = drafter.propose(sequences, [3, 3]).trees
+    assert sampled.probs is not None
+    assert greedy.probs is None
+    for node, (token, parent) in enumerate(zip(greedy.tokens, greedy.parents, strict=True)):
+        assert token == greedy.chosen_from[parent].topk(greedy.children(parent).index(node) + 1).indices[-1]
+
+
+class Flat(phase3.drafting.Brancher):
+    """A drafter that expects the same whatever precedes: token 0, a little less token 1, and so on."""
+
+    taps, deepest = None, 8
+
+    def propose(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    def ready(self, sequence: Any) -> bool:
+        return True
+
+    def expand(self, frontiers: list[Any]) -> list[torch.Tensor]:
+        return [-torch.arange(16.0).repeat(len(each.nodes), 1) / 8 for each in frontiers]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_penalties_count_the_draft_tokens_above_a_node(dynamic: bool) -> None:
+    params = phase3.SamplingParams(temperature=0.0, presence_penalty=2.0)
+    sequence = phase3.Sequence([9], params, phase3.Ending())
+    chain, source = list(range(-1, 3)), phase3.GreedySource()
+    static = phase3.StaticTreeDrafter(Flat(), chain, source, phase3.Rejection().draft_noise, False)
+    (tree,) = (phase3.DynamicTreeDrafter(Flat(), 40) if dynamic else static).propose([sequence], [4]).trees or []
+    lines = [tree.line(node) for node in range(len(tree.tokens))]
+    assert [0, 1, 2, 3] in lines  # each token once, for what was drafted above is penalised
+    assert [0, 0] not in lines
+
+
 def test_a_tree_of_some_nodes_and_what_lies_above_them() -> None:
     branches, numbers = BUSHY.branches([4, 0])
     assert (branches.tokens, branches.parents) == ([5, 6, 9], [-1, -1, 1])
