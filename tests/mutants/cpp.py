@@ -49,11 +49,16 @@ DECODE = mutants(
     ("result.next == draft[size_t(result.accepted)])", "result.next == draft[0])"),
     ("own[r] || batch[r].how.temperature == 0;", "own[r];", "at temperature 0 both rules accept the argmax alone"),
     ("return own[r] ||", "return own[0] ||"),
-    ("return !target.hurried && (spent", "return (spent"),
     ("batch[r].append(outcome.tokens, result.accepted);", "batch[r].append(outcome.tokens, 0);"),
     ("request.hidden + size_t(first + i) * D", "request.hidden + size_t(i) * D"),
     ("request.tapped + size_t(first + i) * (size - D)", "request.tapped + size_t(i) * (size - D)"),
 )  # fmt: skip
+
+CALLS = mutants(
+    f"{SOURCES}/decode.cpp",
+    ("tests/phase5/test_multi_step.py", "-k", "call"),
+    ("return !target.hurried && (spent", "return (spent"),
+)
 
 DRAFT = mutants(
     f"{SOURCES}/draft.cpp",
@@ -107,4 +112,4 @@ PLACES = mutants(
     ("int64_t(row.pages.size()) * cache.slots", "int64_t(row.pages.size() + 1) * cache.slots"),
 )  # fmt: skip
 
-MUTANTS = [*SAMPLING, *DECODE, *DRAFT, *DRAFTERS, *NOISE, *PLACES]
+MUTANTS = [*SAMPLING, *DECODE, *CALLS, *DRAFT, *DRAFTERS, *NOISE, *PLACES]
