@@ -20,6 +20,7 @@ from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.model import Transformer
 from phase5.sampling import KeyedSampler, SamplingParams, choose
 from phase5.verify import GreedySource, KeyedSource, verify
+from tests.support.cpp import draft_chain
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -291,7 +292,7 @@ def test_a_chain_is_that_of_single_steps(
     _, fast = models
     prompt, K = [5, 9, 200, 31], 6
     cache = fast.new_cache(1, 64)
-    drawn, probs = fast.draft_chain(cache, 0, prompt, K, params, sample=2, position=40, noise=noise)
+    drawn, probs = draft_chain(fast, cache, 0, prompt, K, params, sample=2, position=40, noise=noise)
     single = fast.new_cache(1, 64)
     text, source = list(prompt), GreedySource() if params.greedy else KeyedSource()
     new = list(prompt)
@@ -360,7 +361,7 @@ def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppMod
     with pytest.raises(UserError, match="penalties need the whole sequence"):
         fast.generate_plain(fast.new_cache(1, 8), 0, [1], 2, SamplingParams(presence_penalty=1))
     with pytest.raises(ValueError, match="at least one token of the sequence must not be cached"):
-        fast.draft_chain(fast.new_cache(1, 8), 0, [], 2, SamplingParams())
+        fast.generate_plain(fast.new_cache(1, 8), 0, [], 2, SamplingParams())
     with pytest.raises(ValueError, match="no room"):
         fast.generate_plain(fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())
 

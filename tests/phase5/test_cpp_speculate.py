@@ -30,7 +30,7 @@ from phase5.sampling import SamplingParams, probabilities
 from phase5.sequence import Ending, Sequence
 from phase5.speculative import decode
 from phase5.verify import GreedySource, KeyedSource, RandomSource
-from tests.support.cpp import make_cpp_runner
+from tests.support.cpp import draft_chain, make_cpp_runner
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -153,8 +153,8 @@ def one_by_one(pair: Pair, params: SamplingParams, policy: AcceptancePolicy, cou
     text = list(PROMPT)
     for _ in range(steps):
         new = [text[cache.lengths[0] :] for cache in caches]
-        drawn, draft_probs = pair.drafter.draft_chain(
-            caches[1], 0, new[1], count, params, sample=2, position=len(text), noise=policy.draft_noise
+        drawn, draft_probs = draft_chain(
+            pair.drafter, caches[1], 0, new[1], count, params, sample=2, position=len(text), noise=policy.draft_noise
         )
         wanted = range(len(new[0]) - 1, len(new[0]) + count)
         logits = pair.target.step(caches[0], [new[0] + drawn], wanted=wanted).logits
@@ -262,7 +262,7 @@ def test_a_draft_of_another_width_keeps_the_targets_law(small: Pair, own: int) -
     fit_vocabulary(near, 16)
     padded = small._replace(near=near, drafter=cpp.CppModel(near, "float32", 1))
     cache = padded.drafter.new_cache(1, 16)
-    tokens, probs = padded.drafter.draft_chain(cache, 0, [1, 15, 3], 8, SamplingParams(temperature=1.0))
+    tokens, probs = draft_chain(padded.drafter, cache, 0, [1, 15, 3], 8, SamplingParams(temperature=1.0))
     assert max(tokens) < min(own, 16)
     assert not probs[:, own:].any()
     torch.testing.assert_close(probs[0], near(torch.tensor([[1, 15, 3]]))[0, -1].softmax(-1), rtol=1e-4, atol=1e-6)

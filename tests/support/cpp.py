@@ -1,15 +1,39 @@
-"""A C++ runner with a cache of its own, for tests that make one without an LLM."""
+"""C++ runners and chains of drafts without an LLM."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from common.philox import Purpose
 from phase5.cpp_runner import CppRunner
-from phase5.kernels.cpp import CppModel
+from phase5.kernels.cpp import CppModel, library
+from phase5.kernels.cpp.model import Cache
 from phase5.kv_cache import KVOptions
 from phase5.model import Transformer
 from phase5.runner import make_manager
+from phase5.sampling import SamplingParams
 
 
 def make_cpp_runner(model: Transformer, fast: CppModel, options: KVOptions, rows: int, tokens: int) -> CppRunner:
     return CppRunner(model, fast, make_manager(model, options, rows, tokens, torch.float32))
+
+
+def draft_chain(
+    fast: CppModel,
+    cache: Cache,
+    row: int,
+    new_tokens: Sequence[int],
+    count: int,
+    params: SamplingParams,
+    *,
+    sample: int = 0,
+    position: int | None = None,
+    noise: Purpose = Purpose.DRAFT,
+) -> tuple[list[int], Tensor]:
+    """Draw `count` tokens, each after the one before, in one call; return them and their distributions [count, V]."""
+    sequence = fast.sequence(cache, row, new_tokens, params, sample, position)
+    tokens, probs = fast.propose(library().ModelDrafter(fast._engine, [sequence], [int(noise)]), [max(0, count)])
+    return tokens[0], probs[0]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.philox import Purpose
 
 from ...kv_cache import CacheShape, PagedCache, RingCache, StaticCache
 from ...rope import frequencies
@@ -123,29 +122,6 @@ class CppModel(PackedModel):
         )  # fmt: skip
         return Stepped(out_hidden, out_logits, out_tapped)
 
-    def draft_chain(
-        self,
-        cache: Cache,
-        row: int,
-        new_tokens: Sequence[int],
-        count: int,
-        params: SamplingParams,
-        *,
-        sample: int = 0,
-        position: int | None = None,
-        noise: Purpose = Purpose.DRAFT,
-    ) -> tuple[list[int], Tensor]:
-        """Draw `count` tokens, each after the one before, in one call; return them and their distributions [count, V].
-
-        new_tokens: tokens of the sequence that are not cached yet, at least one. position: that of the first drawn
-        token, for its random number; by default the one after the new tokens. Tokens are drawn as drafters/chains.py
-        draws them. Afterwards the row has keys and values of the new tokens and of all drawn tokens but the last:
-        `cache.keep` the accepted ones. UserError for penalties, which depend on the whole sequence.
-        """
-        sequence = self.sequence(cache, row, new_tokens, params, sample, position)
-        tokens, probs = self.propose(library().ModelDrafter(self._engine, [sequence], [int(noise)]), [max(0, count)])
-        return tokens[0], probs[0]
-
     def generate_plain(
         self,
         cache: Cache,
@@ -160,8 +136,8 @@ class CppModel(PackedModel):
     ) -> list[int]:
         """Decode plainly in one call, up to `count` tokens, or until one of `ends`, which is then the last token.
 
-        Arguments as for draft_chain; the noise is that of plain sampling. Afterwards the row has keys and values of
-        new_tokens and of all generated tokens but the last: `cache.keep` them.
+        The other arguments are those of `sequence`; the noise is that of plain sampling. Afterwards the row has keys
+        and values of new_tokens and of all generated tokens but the last: `cache.keep` them.
         """
         sequence = self.sequence(cache, row, new_tokens, params, sample, position)
         return [step.next[0] for step in self.decode([sequence], None, [0], count, ends=ends)[0]]
@@ -240,7 +216,12 @@ class CppModel(PackedModel):
         sample: int = 0,
         position: int | None = None,
     ) -> Any:
-        """Describe a sequence whose row lacks new_tokens, at least one. Arguments as for draft_chain."""
+        """Describe a sequence for `decode` and its drafters.
+
+        new_tokens: tokens of the sequence that are not cached yet, at least one. position: that of the first drawn
+        token, for its random number; by default the one after the new tokens. UserError for penalties, which depend on
+        the whole sequence.
+        """
         if params.penalised:
             raise UserError("penalties need the whole sequence: the C++ kernels draw without them; use --kernels torch")
         if not new_tokens:
