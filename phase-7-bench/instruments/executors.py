@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,11 +102,22 @@ def local(tasks: Sequence[Task], timeout: float, command: Sequence[str] = COMMAN
         yield task.cell, None
 
 
+def check_address(address: str) -> None:
+    """UserError if nothing listens at HOST:PORT, where Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--ray {address}: the cluster cannot be reached ({error})") from None
+
+
 def on_ray(tasks: Sequence[Task], timeout: float, address: str, accelerators: int) -> Iterator[Event]:
     """Run the cells on a Ray cluster; every worker has one cell at a time, with all of its variants.
 
     accelerators: that one worker takes. UserError without the package, and for a cluster that cannot be reached.
     """
+    check_address(address)
     try:
         import ray
     except ImportError:

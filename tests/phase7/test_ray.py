@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,18 @@ def test_cells_run_on_a_local_cluster(llama_folder: Path) -> None:
     assert bad
 
 
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_not_there_is_one_line(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        executors.check_address(address)
+    for gone in (address, f"{scheme}127.0.0.1:70000"):
+        with pytest.raises(UserError, match="the cluster cannot be reached"):
+            list(executors.on_ray([], 10.0, gone, 0))
+
+
 @pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_one_line() -> None:
+def test_without_a_cluster_auto_finds_none() -> None:
     pytest.importorskip("ray", reason="needs the package ray: pip install 'ray>=2.40'")
     with pytest.raises(UserError, match="the cluster cannot be reached"):
-        list(executors.on_ray([], 10.0, "127.0.0.1:9", 0))
+        list(executors.on_ray([], 10.0, "auto", 0))
