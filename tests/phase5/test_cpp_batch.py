@@ -213,9 +213,9 @@ def test_drafts_are_drawn_with_the_noise_of_the_policy(
     def checked(sequences: list[Sequence], widths: list[int], stop: Any = None) -> Any:
         nonlocal drawn
         draft = propose(sequences, widths, stop)
-        assert draft.probs is not None
         for row, sequence in enumerate(sequences):
             for column in range(draft.widths[row]):
+                assert draft.probs is not None
                 key, position = torch.tensor([sequence.key]), torch.tensor([sequence.length + column])
                 (token,) = source.draw(draft.probs[row, column][None], key, position, noise).tolist()
                 assert token == draft.tokens[row, column]

@@ -325,9 +325,9 @@ def test_near_the_context(pair: Pair, k: int, monkeypatch: pytest.MonkeyPatch) -
 
     begin = CppRunner.begin
 
-    def within(self: CppRunner, sequences: list[Sequence], more: list[int]) -> Any:
+    def within(self: CppRunner, sequences: list[Sequence], more: list[int], *states: Any) -> Any:
         assert all(each.length + count <= context for each, count in zip(sequences, more, strict=True))
-        return begin(self, sequences, more)
+        return begin(self, sequences, more, *states)
 
     monkeypatch.setattr(cpp.CppModel, "decode", noting)
     monkeypatch.setattr(CppRunner, "begin", within)

@@ -206,14 +206,22 @@ def test_steps_of_one_call_are_shown_one_by_one(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("counts", [[[1, 1], [1, 1]], [[2, 1], [1, 2]], [[1], [3]], [[3, 1, 2], [1, 1, 1]]])
 def test_states_of_a_call_belong_to_their_sequences(counts: list[list[int]]) -> None:
-    """They are written step by step, and in a step sequence by sequence."""
-    states, places, at = torch.arange(2 * sum(map(sum, counts))).view(-1, 2), [list[int]() for _ in counts[0]], 0
+    """They are written step by step, and in a step sequence by sequence; those of a prefill come first."""
+    states, places, at = torch.arange(2 * sum(map(sum, counts))).view(-1, 2), [list[range]() for _ in counts[0]], 0
     for of_step in counts:
         for row, count in enumerate(of_step):
-            places[row] += range(at, at + count)
+            places[row].append(range(at, at + count))
             at += count
-    found = states_of_rows(states, places)
-    assert [of_row[:, 0].tolist() for of_row in found] == [[2 * place for place in mine] for mine in places]
+    expected = [[2 * place for step in mine for place in step] for mine in places]
+    nothing: list[list[torch.Tensor]] = [[] for _ in places]
+    found = states_of_rows(states, places, nothing)
+    assert [of_row[:, 0].tolist() for of_row in found] == expected
+    first = [[torch.tensor([[-2, -1]])], *nothing[1:]]
+    assert states_of_rows(states, places, first)[0][:, 0].tolist() == [-2, *expected[0]]
+    if max(counts[0]) > 1:  # the drafter has the state of the first new position
+        row = counts[0].index(max(counts[0]))
+        places[row][0] = places[row][0][1:]
+        assert states_of_rows(states, places, nothing)[row][:, 0].tolist() == expected[row][1:]
 
 
 def never(*arguments: Any, **more: Any) -> None:
