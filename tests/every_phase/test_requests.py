@@ -184,10 +184,10 @@ def test_a_stream_gives_text_before_its_end(engine: ModuleType) -> None:
     llm = make(engine)
     mine = engine.SamplingParams(max_new_tokens=400, ignore_eos=True)
     stream = llm.stream(TEXTS[0], mine)
-    first = [next(stream) for _ in range(3)]
+    first = "".join(next(stream) for _ in range(3))  # a piece of a fast model may have many tokens
     stream.close()
-    whole = llm.generate(TEXTS[:1], engine.SamplingParams(max_new_tokens=24, ignore_eos=True))[0].text
-    assert whole.startswith("".join(first))
+    start = llm.generate(TEXTS[:1], engine.SamplingParams(max_new_tokens=24, ignore_eos=True))[0].text
+    assert start.startswith(first) or first.startswith(start)
 
 
 @pytest.fixture
