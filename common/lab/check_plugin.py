@@ -233,6 +233,7 @@ def main(request: dict[str, Any]) -> int:
     found = [dataclasses.replace(p, folder=folder) if p.number == request["phase"] else p for p in shipped]
 
     def with_folder(root: Path = ROOT) -> list[Phase]:
+        """As common.phases.phases, with the checked folder in place of the shipped one."""
         return found if root in (ROOT, here) else phases(root)
 
     phase = next(p for p in found if p.number == request["phase"])

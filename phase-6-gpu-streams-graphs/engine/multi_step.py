@@ -106,10 +106,10 @@ def _plan(drafter: Drafter | None, sequences: list[Sequence], asked: list[int], 
         draft = drafter.propose(sequences, asked)
         return Call(draft.widths, 1, draft.tokens.tolist())
     fast = cast(CppDrafter, drafter)
-    counts = [min(count, fast.deepest) for count in asked]
-    if drafter.taps is not None:
-        counts = [count if fast.ready(each) else 0 for each, count in zip(sequences, counts, strict=True)]
-    return Call(counts, min(most, _steps(sequences, counts, drafter)))
+    counts, steps = [min(count, fast.deepest) for count in asked], AT_ONCE
+    if drafter.taps is not None and not all(ready := [fast.ready(each) for each in sequences]):
+        counts, steps = [count if able else 0 for count, able in zip(counts, ready, strict=True)], 1  # gives the states
+    return Call(counts, min(most, steps, _steps(sequences, counts, drafter)))
 
 
 def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None) -> int:
@@ -189,7 +189,7 @@ def _commit(
     last = time.perf_counter()
     before, steps, active = (last - began - inside) / len(made), list[Step](), list(range(len(sequences)))
     new, prefilled, at = [len(work.new) for work in works], [work.prefilled for work in works], 0
-    skip = [work.skip for work in works]  # states of the first step that the drafter has
+    skip = [work.skip for work in works]  # states of the first step that the drafter does not need
     total, places = [0] * len(sequences), [list[range]() for _ in sequences]  # accepted tokens; rows of `states`
     for step in made:
         active = [row for row in active if sequences[row].finish_reason is None]
@@ -234,14 +234,15 @@ def _commit(
 
 
 def states_of_rows(states: Tensor, places: list[list[range]], prefilled: list[list[Tensor]]) -> list[Tensor]:
-    """Return the states of each sequence: those of its prefill, then those at its places, step by step.
+    """Return the states of each sequence: those of its prefill, then those at its places.
 
-    Those of one sequence alone are a view, and so is one state of each sequence a step.
+    places[r][s]: the rows of `states` that step s gave for sequence r. Those of one sequence alone are a view, and so
+    is one state of each sequence a step.
     """
     R = len(places)
     if R == 1:
         read = [states[places[0][0].start :]]
-    elif len(states) == R * len(places[0]):
+    elif len(states) == R * len(places[0]):  # every step gives a sequence one state at least
         read = list(states.view(-1, R, states.shape[1]).unbind(1))
     else:
         read = [states[[place for step in of_row for place in step]] for of_row in places]

@@ -91,9 +91,12 @@ class CppRunner(CachedRunner):
         """Return the rows of the sequences, and the sequences as C++ takes them.
 
         The rows have room for more[r] tokens after the new ones of sequence r. UserError if the cache has none.
-        states_from, taps: as in target_forward, for what is prefilled here.
+        states_from, taps: as in target_forward. States of what is prefilled here are in Work.states, and Work.skip
+        counts the new positions whose states are not wanted.
         """
-        wanted = states_from or list[int | None]([None]) * len(sequences)
+        wanted: list[int | None] = [None] * len(sequences)
+        if states_from is not None:
+            wanted[:] = states_from
         try:
             works = [
                 self._begin(each, each.prompt + each.tokens, NO_DRAFT, first, taps)

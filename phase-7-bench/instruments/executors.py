@@ -105,10 +105,10 @@ def local(tasks: Sequence[Task], timeout: float, command: Sequence[str] = COMMAN
 def check_address(address: str) -> None:
     """UserError if nothing listens at HOST:PORT, where Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
+    if port.isdecimal():
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except (OSError, OverflowError) as error:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError, UnicodeError) as error:
             raise UserError(f"--ray {address}: the cluster cannot be reached ({error})") from None
 
 

@@ -56,8 +56,15 @@ DECODE = mutants(
 
 CALLS = mutants(
     f"{SOURCES}/decode.cpp",
-    ("tests/phase5/test_multi_step.py", "-k", "call"),
+    ("tests/phase5/test_multi_step.py", "-k", "hurried or used_up"),
     ("return !target.hurried && (spent", "return (spent"),
+)
+
+STATES = mutants(
+    "phase-5-kernels-kvcache/engine/multi_step.py",
+    ("tests/phase5/test_multi_step.py", "-k", "outside_of_a_call or states"),
+    ("zip(counts, ready, strict=True)], 1  #", "zip(counts, ready, strict=True)], AT_ONCE  #"),
+    ("read = [states[places[0][0].start :]]", "read = [states]"),
 )
 
 DRAFT = mutants(
@@ -112,4 +119,4 @@ PLACES = mutants(
     ("int64_t(row.pages.size()) * cache.slots", "int64_t(row.pages.size() + 1) * cache.slots"),
 )  # fmt: skip
 
-MUTANTS = [*SAMPLING, *DECODE, *CALLS, *DRAFT, *DRAFTERS, *NOISE, *PLACES]
+MUTANTS = [*SAMPLING, *DECODE, *CALLS, *STATES, *DRAFT, *DRAFTERS, *NOISE, *PLACES]

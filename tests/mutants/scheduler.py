@@ -91,6 +91,13 @@ SERVING = (
         ("row = self.manager.begin(owner, window, most=first)", "row = self.manager.begin(owner, window)"),
         ("row.states += self._prefill", "row.states = self._prefill"),
     ),
+    *mutants(f"{ENGINE}/cpp_runner.py", HEADS, ("            work.row.states = []\n", "")),
+    *mutants(
+        f"{ENGINE}/multi_step.py",
+        HEADS,
+        ("range(at + skip[row], ", "range(at, "),
+        ("prefill = [work.states for work in works]", "prefill = [[] for work in works]"),
+    ),
 )  # fmt: skip
 
 OF_EACH = ("tests/phase6/test_llm_engine.py", "-k", "policies")

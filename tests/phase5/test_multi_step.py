@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -204,7 +204,7 @@ def test_steps_of_one_call_are_shown_one_by_one(capsys: pytest.CaptureFixture[st
     assert shown[0] == shown[1]
 
 
-@pytest.mark.parametrize("counts", [[[1, 1], [1, 1]], [[2, 1], [1, 2]], [[1], [3]], [[3, 1, 2], [1, 1, 1]]])
+@pytest.mark.parametrize("counts", [[[1, 1], [1, 1]], [[2, 1], [1, 2]], [[1], [3]], [[3], [1]], [[3, 1, 2], [1, 1, 1]]])
 def test_states_of_a_call_belong_to_their_sequences(counts: list[list[int]]) -> None:
     """They are written step by step, and in a step sequence by sequence; those of a prefill come first."""
     states, places, at = torch.arange(2 * sum(map(sum, counts))).view(-1, 2), [list[range]() for _ in counts[0]], 0
@@ -321,9 +321,11 @@ def test_declined_steps_in_one_call_keep_what_a_drafter_reads(
     assert run(False) == together
 
 
-@pytest.mark.parametrize("drafting", [{"draft": "none"}, {"k": 2}, {"k": 2, "drafter": "ngram"}])
+@pytest.mark.parametrize(
+    "drafting", [{"draft": "none"}, *({"k": 2, "drafter": name} for name in ("model", "ngram", "eagle", "medusa"))]
+)
 def test_no_step_is_made_outside_of_a_call(drafting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor the last, for which nothing is drafted: alone it takes several times as long, and would set a price."""
+    """Nor the first, nor the last, for which nothing is drafted: alone it takes several times as long."""
     alone, single = list[int](), phase5.speculative.decode_step
 
     def noting(*arguments: Any) -> Any:
@@ -336,6 +338,20 @@ def test_no_step_is_made_outside_of_a_call(drafting: dict[str, Any], monkeypatch
     for _ in llm.run([sequence]):
         pass
     assert not alone
+
+
+@pytest.mark.parametrize("name", ["eagle", "medusa"])
+def test_a_new_drafter_waits_one_step_for_the_states(name: Literal["eagle", "medusa"]) -> None:
+    """A run that goes on with an interrupted text makes one plain step, and then drafts."""
+    llm = phase5.LLM(phase5.Options(max_tokens=60, dtype="float32", kernels="cpp", k=2, drafter=name))
+    (sequence,) = llm.sequences(["import os\n"], dataclasses.replace(llm.params, ignore_eos=True))
+    run: Any = llm.run([sequence])
+    for _ in range(2):
+        next(run)
+    run.close()
+    assert sequence.finish_reason is None
+    proposed = [step.stats[0].proposed for step in llm.run([sequence]) if step is not None]
+    assert (proposed[0], proposed[1]) == (0, 2)
 
 
 def test_time_outside_of_a_short_call_does_not_make_plain_steps_dear(monkeypatch: pytest.MonkeyPatch) -> None:

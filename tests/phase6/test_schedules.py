@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import phase5
 from phase6.kv_cache import PAGE, PagedCache
-from tests.support.served import CONTEXT, DRAFTERS, Pair, Request, Result, add, take
+from tests.support.served import CONTEXT, DRAFTERS, Pair, Request, Result, add, asked, take
 
 PREFIXES = [(), tuple(range(40, 57)), tuple(range(40, 80)), tuple(range(60, 110))]
 POLICIES = ("coupled", "rejection", "longest_prefix", "typical")
@@ -157,6 +158,30 @@ def test_every_request_gets_what_it_gets_alone(pair: Callable[..., Pair], how: s
 def test_every_request_gets_what_it_gets_alone_in_torch(pair: Callable[..., Pair], how: str) -> None:
     few = settings(FEW, max_examples=6)
     given(schedules())(few(lambda schedule: check(pair("torch", how), schedule)))()
+
+
+@pytest.mark.parametrize("preempted_after", [1, 2])
+@pytest.mark.parametrize("how", ["medusa", "eagle"])
+def test_a_preempted_sequence_has_every_state_once(pair: Callable[..., Pair], how: str, preempted_after: int) -> None:
+    """Its blocks are still known when it is resumed, and then the drafter lacks the state of one position alone."""
+    made, kept = pair("cpp", how), list[torch.Tensor]()
+    for preempted in (False, True):
+        engine = made.engine()
+        sequence = engine.requests[add(engine, asked(tokens=30, temperature=1.0, k=1))][0]
+        while len(sequence.tokens) < preempted_after:
+            engine.step()
+        if preempted:
+            assert sequence.finish_reason is None
+            engine.scheduler.preempt(sequence)
+        while engine.busy:
+            engine.step()
+        assert len(sequence.tokens) == 30
+        states = engine.drafter.memory.get(sequence)
+        assert states is not None
+        kept.append(states)
+        engine.close()
+    torch.testing.assert_close(*kept)
+    assert len(kept[0]) == (2 if how == "medusa" else 62)
 
 
 @pytest.mark.slow

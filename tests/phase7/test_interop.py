@@ -140,16 +140,8 @@ def hub(folder: Path) -> str:
 
 
 def test_aiperf(served: Served, tmp_path: Path) -> None:
-    command = [
-        script("aiperf", "aiperf"),
-        "profile",
-        "--model",
-        MODEL,
-        "--url",
-        served.url,
-        "--endpoint-type",
-        "completions",
-    ]
+    command = [script("aiperf", "aiperf"), "profile"]
+    command += ["--model", MODEL, "--url", served.url, "--endpoint-type", "completions"]
     command += ["--streaming", "--concurrency", "4", "--request-count", "16", "--tokenizer", hub(tmp_path)]
     run([*command, "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--ui", "none"], tmp_path,
         HF_HOME=str(tmp_path))  # fmt: skip
@@ -158,7 +150,7 @@ def test_aiperf(served: Served, tmp_path: Path) -> None:
 
 
 def test_litellm(served: Served, tmp_path: Path) -> None:
-    told = f"""
+    code = f"""
 import litellm
 how = dict(model="text-completion-openai/{MODEL}", api_base="{served.url}/v1", api_key="none", max_tokens=8)
 how["temperature"] = 0
@@ -169,12 +161,12 @@ assert text == whole.choices[0].text, (text, whole)
 assert whole.usage.completion_tokens == 8
 print(text)
 """
-    said = run([str(python("litellm")), "-c", told], tmp_path)
+    said = run([str(python("litellm")), "-c", code], tmp_path)
     assert served.post(prompt="import os", max_tokens=8, temperature=0)["choices"][0]["text"] in said
 
 
 def test_ray_runs_the_cells_of_a_sweep(tmp_path: Path) -> None:
-    """On a cluster of this machine that the sweep starts. A cell that cannot run costs itself alone."""
+    """On a cluster of this machine that the sweep starts."""
     command = [str(python("ray")), "-m", "instruments.sweep", "--model", MODEL, "--ray", "local", "--no-plots"]
     command += ["--grid", "drafter=ngram", "k=2,4", "dtype=float32,bfloat16", "--prompts", "2", "--rounds", "1"]
     command += ["--max-tokens", "8", "--threads", "1", "--device", "cpu", "--output", str(tmp_path / "sweep")]

@@ -38,7 +38,7 @@ def test_a_cluster_that_is_not_there_is_one_line(scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
         executors.check_address(address)
-    for gone in (address, f"{scheme}127.0.0.1:70000"):
+    for gone in (address, f"{scheme}127.0.0.1:70000", f"{scheme}a..b:1"):
         with pytest.raises(UserError, match="the cluster cannot be reached"):
             list(executors.on_ray([], 10.0, gone, 0))
 

@@ -74,17 +74,17 @@ def install(program: Program) -> str:
     what = ", ".join((*program.packages, *filter(None, [program.archive])))
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return f"{program.name}: {what}"
-    venv.create(folder, with_pip=True, clear=True, symlinks=True)
-    inside = folder / PACKAGES.relative_to(sys.prefix)
-    (inside / "shared.pth").write_text(f"{PACKAGES}\n", "utf-8")
-    # No other torch than ours, which would be one for CUDA.
-    (folder / "constraints.txt").write_text(f"torch=={version('torch').partition('+')[0]}\n", "utf-8")
     try:
+        venv.create(folder, with_pip=True, clear=True, symlinks=True)
+        inside = folder / PACKAGES.relative_to(sys.prefix)
+        (inside / "shared.pth").write_text(f"{PACKAGES}\n", "utf-8")
+        # pip must keep our torch: another would be the build for CUDA.
+        (folder / "constraints.txt").write_text(f"torch=={version('torch').partition('+')[0]}\n", "utf-8")
         _pip(folder, "install", "-c", str(folder / "constraints.txt"), *program.packages)
         if program.archive:
             _extract(folder, program)
     except subprocess.CalledProcessError as error:
-        lines = [line.strip() for line in error.stderr.splitlines() if line.lower().startswith("error")]
+        lines = [line.strip() for line in (error.stderr or "").splitlines() if line.lower().startswith("error")]
         reason = f"pip cannot install {what}: {(lines or [f'status {error.returncode}'])[-1][:300]}"
         (folder / "failed").write_text(reason, "utf-8")
         return f"{program.name}: {reason}"
@@ -105,6 +105,8 @@ def _extract(folder: Path, program: Program) -> None:
                     source = opened.extractfile(member)
                     assert source is not None
                     (folder / PurePosixPath(member.name).name).write_bytes(source.read())
+    if missing := [script for script in program.scripts if not (folder / PurePosixPath(script).name).exists()]:
+        raise subprocess.CalledProcessError(1, "extract", stderr=f"error: {archive.name} has no {missing[0]}")
 
 
 def _pip(folder: Path, *arguments: str, **variables: str) -> None:

@@ -8,8 +8,8 @@ constexpr int CHUNK = 128;         // inputs of a panel in the L1 cache, for all
 constexpr bool is_levels(Kind kind) { return kind == Kind::i8 || kind == Kind::i4; }
 
 // The tokens, panels and registers of a panel of one tile: enough sums to hide the latency of an addition, and no more
-// than fit in registers. ahead: how many bytes ahead each stream of weights is prefetched; 0: the hardware does it better,
-// as measured for each kind, with weights in the caches and in memory.
+// than fit in registers. ahead: how many bytes ahead each stream of weights is prefetched; 0: not at all, because the
+// hardware's own prefetchers are faster (measured with AVX2 and AVX-512, weights in the caches and in memory).
 // STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk. Up to `direct` tokens use it
 // as stored, in groups of at most `group`. More use it in groups of at most TOKENS, and 16-bit weights are converted to
 // float32 first. Integers are never converted.
@@ -69,7 +69,7 @@ struct Span {
     int sum_tokens;
     const uint8_t* weights;      // a converted chunk; null: the matrix's own
     const uint8_t* next;         // prefetched while a converted chunk is used
-    int step;                    // bytes of it in each iteration; of another chunk: how many bytes ahead it is prefetched
+    int step;                    // converted: bytes of `next` that an iteration prefetches; chunk: how many bytes ahead
 };
 
 // What a tile reads: whole panels, a chunk of one, or such a chunk as float32, in the L1 cache.
@@ -82,8 +82,8 @@ struct Rows {
     static constexpr int AHEAD = Tiling<is_levels(KIND)>::ahead(KIND, M);
 
     // Rows begin .. end - 1 of all P panels, a few of one panel after the other: several whole cache lines in sequence
-    // trigger the hardware prefetchers. Lines ahead are also prefetched into the L2 cache: only few misses of the L1
-    // cache can be under way.
+    // trigger the hardware prefetchers. A chunk's successor, and panels where Tiling::ahead is above 0, are also
+    // prefetched into the L2 cache: only few misses of the L1 cache can be under way.
     template <class Row>
     LAB_INLINE void each(
         int begin, int end, const uint8_t* const (&base)[P], int step, Row row, const uint8_t* next = nullptr
