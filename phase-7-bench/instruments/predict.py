@@ -36,7 +36,7 @@ from .grid import OWN, PLAIN
 SURVIVAL, COST, PREDICTION = "survival", "cost", "prediction"
 COST_PROMPTS, COST_ROUNDS = 20, 5
 Z = 1.645  # of a 90% interval
-DRIFT = 0.05  # standard deviation of the log of a ratio between two measurements, fitted to the rows of two machines
+DRIFT = 0.05  # standard deviation of the log of a ratio between two measurements, as seen on two machines
 PREDICTIONS = {
     SURVIVAL: "steps and tokens of each variant on the other half of the prompts; no clock",
     COST: "loops with synthetic acceptance in turns with plain decoding, for the mean time of a step",
