@@ -119,6 +119,7 @@ class CppRunner(CachedRunner):
         """Record what a call has appended to the rows: the new tokens, and gained[r]."""
         for work, tokens in zip(works, gained, strict=True):
             self.manager.appended(work.row, work.new + tokens)
+            work.row.states = []
         self.manager.positions += rejected
 
 

@@ -155,6 +155,7 @@ class CachedRunner:
         self.computed = [work.prefilled + work.count for work in works]
         for work in works:
             self.manager.appended(work.row, work.new, len(work.draft.tokens))
+            work.row.states = []
         return TargetOutput(logits, states)
 
     def _verify(
@@ -177,19 +178,18 @@ class CachedRunner:
         window = text[start:]
         row = self.manager.begin(owner, window, borrow=states_from is None)
         first = len(window) if states_from is None else min(max(states_from - start, 0), len(window) - 1)
-        states: list[Tensor] = []
         before = len(row.held)
         if len(window) - len(row.held) > self.max_inline:
             began = time.perf_counter()
             while len(row.held) < len(window) - 1:
                 held = len(row.held)
                 work = Work(row, window[held : min(held + self.chunk, len(window) - 1)], NO_DRAFT, max(0, first - held))
-                states += self._prefill(work, first < held + len(work.new), taps)
+                row.states += self._prefill(work, first < held + len(work.new), taps)
                 self.manager.appended(row, work.new)
             synchronize(self.model.embedding.weight.device)
             self.prefill_ms += (time.perf_counter() - began) * 1e3
         held = len(row.held)
-        return Work(row, window[held:], draft, max(0, first - held), states, held - before)
+        return Work(row, window[held:], draft, max(0, first - held), row.states, held - before)
 
     def _prefill(self, work: Work, wants_states: bool, taps: tuple[int, ...]) -> list[Tensor]:
         """Run a chunk of a prompt through the model; return the states [n, F] that are wanted, if any."""

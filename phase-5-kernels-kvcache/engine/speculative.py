@@ -275,5 +275,5 @@ def decode_calls(
             yield made or [decode_step(runner, drafter, active, asked, policy, source)]
         except OutOfBlocks as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
-            if drafter is not None and drafter.taps is None:  # a drafter that reads states keeps none of the others'
+            if drafter is not None and drafter.taps is None:  # what reads states holds nothing to free
                 drafter.observe(Outcome([refused], [0], None))

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from phase5.cli import main
 from phase5.drafters import make_drafter
 from phase5.drafters.eagle import EagleDrafter, Lookahead
 from phase5.kernels import cpp, registry
-from phase5.kv_cache import Kind, KVOptions, storage
+from phase5.kv_cache import Kind, KVOptions, OutOfBlocks, storage
 from phase5.runner import NO_DRAFT, CachedRunner, UncachedRunner, make_runner
 
 CPU = torch.device("cpu")
@@ -204,6 +204,31 @@ def test_a_request_that_finds_no_page_is_refused_and_the_others_go_on(how: str, 
     for each, other in zip(done, whole, strict=True):
         assert other.tokens[: len(each.tokens)] == each.tokens
         assert each is refused[0] or (each.tokens, each.text) == (other.tokens, other.text)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+def test_the_states_of_a_prefill_survive_a_step_that_finds_no_page(kernels: Literal["torch", "cpp"]) -> None:
+    """Drafters read them: the next step returns them, although it computes none of the prompt again."""
+    if kernels == "cpp" and (reason := cpp.why_not()):
+        pytest.skip(reason)
+    made = llm(draft="none", kernels=kernels, **SMALL)
+    first, second = list(range(40)), list(range(50, 90))  # three pages each
+
+    def runner(pages: int) -> CachedRunner:
+        return made.backends.runner(
+            made.loaded.model, made.backends.manager(made.loaded.model, KVOptions("paged", pages=pages), 2, 64)
+        )
+
+    whole, short = runner(8), runner(5)
+    expected = whole.forward(["first"], [first], states_from=[0])
+    with pytest.raises(OutOfBlocks):
+        short.forward(["first", "second"], [first, second], states_from=[0, 0])
+    short.release("second")
+    output = short.forward(["first"], [first], states_from=[0])
+    assert short.computed == [1]
+    assert expected.states is not None
+    assert output.states is not None
+    assert torch.equal(output.states[0], expected.states[0])
 
 
 def test_the_command_line_tells_of_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:

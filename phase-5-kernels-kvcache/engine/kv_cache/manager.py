@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from .protocol import KVCache
 
 
@@ -19,6 +21,7 @@ class CacheEntry:
 
     number: int
     held: list[int] = field(default_factory=list)  # token ids of the entries that the row holds
+    states: list[Tensor] = field(default_factory=list)  # hidden states of a prefill that the next step returns
     text: list[int] = field(default_factory=list)  # those that the last forward pass appended, before its draft
 
 
