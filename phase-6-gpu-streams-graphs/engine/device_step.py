@@ -21,6 +21,7 @@ from common.errors import UserError
 
 from .attention import CachedAttention
 from .device_runner import DeviceRunner
+from .drafters.model_device import draw_next
 from .drafting import Draft
 from .graphs import Device
 from .kernels.key_ranges import FEW, KeyRanges
@@ -52,17 +53,7 @@ class Lanes(NamedTuple):
     def of(cls, R: int, target: KVCache, draft: KVCache | None) -> tuple[int, list[tuple[torch.dtype, int]]]:
         """Return the bytes that R lanes need, and dtype and width of each field."""
         wide = [1 + (cache.width if isinstance(cache, PagedCache) else 0) for cache in (target, draft)]
-        one = (torch.int32, 1)
-        fields = [
-            (torch.float64, 4),
-            (torch.int64, 2),
-            one,
-            one,
-            one,
-            one,
-            (torch.int32, 2),
-            *((torch.int32, w) for w in wide),
-        ]
+        fields = [(torch.float64, 4), (torch.int64, 2), *((torch.int32, width) for width in (1, 1, 1, 1, 2, *wide))]
         return R * sum(dtype.itemsize * width for dtype, width in fields), fields
 
     @classmethod
@@ -164,6 +155,7 @@ class DeviceStep:
         model = self.draft.model
         if not self.bucket.greedy:
             probs = torch.empty(R, K, model.config.vocab_size, device=device)
+        noises = [policy.draft_noise for policy in self.bucket.policies]
         at, where = self._begin(self.lanes.draft, lengths - 2), self.lanes.draft
         counts = torch.where(widths > 0, 2, 0)
         for j in range(K):
@@ -171,15 +163,7 @@ class DeviceStep:
                 counts, tokens = (widths > j).int(), torch.full((R, 1), -j, dtype=torch.int32, device=device)
             hidden, at = forward(self.draft, at, where, tokens, counts, drafted)
             logits = model.logits(hidden[:, -1])
-            if probs is None:
-                model.kernels.sample(logits, rows, out=drafted[:, j])
-            else:
-                model.kernels.probabilities(logits, rows, out=probs[:, j])
-                for rule, policy in enumerate(self.bucket.policies):
-                    keyed, out = (*rows.keyed, self.source, policy.draft_noise), None if rule else drafted[:, j]
-                    drawn = model.kernels.draw(probs[:, j], *keyed, first=j, out=out)
-                    if rule:
-                        drafted[:, j] = self._of_rule(rule, drawn, drafted[:, j])
+            draw_next(model.kernels, logits, rows, noises, self.lanes.rules[:, 0], j, drafted, probs)
         return drafted, probs
 
     def _accept(

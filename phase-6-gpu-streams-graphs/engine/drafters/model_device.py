@@ -10,14 +10,17 @@ import time
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from common.device import synchronize
+from common.philox import Purpose
 
 from ..context import window_start
 from ..device_runner import DeviceRunner
 from ..drafting import Draft, Outcome
 from ..inputs import following, sampling_metadata
-from ..kernels.tokens import UNLIMITED
+from ..kernels import Kernels
+from ..kernels.tokens import UNLIMITED, SamplingMetadata
 from ..kv_cache import SPARE, DynamicCache, RingCache
 from ..profiler import stage
 from ..runner import ModelRunner, Work
@@ -82,8 +85,9 @@ class DeviceModelDrafter(ModelDrafter):
         limits = list(inputs.metadata.ranges)
         windows = upload.put([UNLIMITED if window is None else window for window in limits], len(limits))
         at = upload.put_longs(opened, R)
-        noises = [sequence.policy.draft_noise for sequence in mine]
-        purposes = upload.put_longs(noises, R)
+        of_rows = [sequence.policy.draft_noise for sequence in mine]
+        noises = sorted(set(of_rows))
+        of_row = upload.put_longs(map(noises.index, of_rows), R)
 
         model, device = runner.model, upload.device
         tokens, probs = torch.empty(R, K, dtype=torch.long, device=device), None
@@ -94,16 +98,7 @@ class DeviceModelDrafter(ModelDrafter):
                 known = [int(j < width) for width in counts]
                 inputs = following(model.kernels, inputs, j, more.tensor[j - 1], known, windows.tensor)
             hidden = inputs.read_from(runner.run(inputs, draft=tokens)[0])[:, 0]
-            logits = model.logits(hidden)
-            if probs is None:
-                model.kernels.sample(logits, rows, out=tokens[:, j])
-            else:
-                model.kernels.probabilities(logits, rows, out=probs[:, j])
-                for number, noise in enumerate(sorted(set(noises))):
-                    of_noise = *rows.keyed, self.source, noise
-                    drawn = model.kernels.draw(probs[:, j], *of_noise, first=j, out=None if number else tokens[:, j])
-                    if number:
-                        tokens[:, j] = torch.where(purposes.tensor == noise, drawn, tokens[:, j])
+            draw_next(model.kernels, model.logits(hidden), rows, noises, of_row.tensor, j, tokens, probs)
         if len(sequences) > R:  # rows without a draft: what they hold is never read
             tokens = tokens.new_zeros(len(sequences), K).index_copy_(0, at.tensor, tokens)
             if probs is not None:
@@ -119,3 +114,28 @@ class DeviceModelDrafter(ModelDrafter):
                 kept = sequence.tokens[first : first + min(accepted, width - 1)]
                 self.runner.manager.appended(work.row, work.new + kept)
         super().observe(outcome)
+
+
+def draw_next(
+    kernels: Kernels,
+    logits: Tensor,
+    rows: SamplingMetadata,
+    noises: list[Purpose],
+    of_row: Tensor,
+    j: int,
+    tokens: Tensor,
+    probs: Tensor | None,
+) -> None:
+    """Draw token j of R drafts from logits [R, V] into tokens int64 [R, K], and its distribution into probs [R, K, V].
+
+    probs: None if every row is greedy. Row r has the noise noises[of_row[r]]; every noise draws for all rows.
+    """
+    out = tokens[:, j]
+    if probs is None:
+        kernels.sample(logits, rows, out=out)
+        return
+    kernels.probabilities(logits, rows, out=probs[:, j])
+    for number, noise in enumerate(noises):
+        drawn = kernels.draw(probs[:, j], *rows.keyed, rows.source, noise, first=j, out=None if number else out)
+        if number:
+            out.copy_(torch.where(of_row == number, drawn, out))
