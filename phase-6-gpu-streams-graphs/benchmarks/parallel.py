@@ -16,10 +16,10 @@ import engine
 from common.benchmark import Outcome
 from common.harness import Variant
 from common.prompts import Prompt
-from engine.cost import bubble
 from engine.parallel.messages import Ping
 from engine.parallel.traffic import busy, ping, seconds_of, trace
 
+from .cards import bubble
 from .runs import Format, Lab, forget, mean
 
 PARALLEL = {

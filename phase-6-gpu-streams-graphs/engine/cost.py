@@ -1,11 +1,9 @@
-"""The computed cost of a forward: floating-point operations, bytes of weights read, and messages between cards.
+"""The computed cost of a forward: floating-point operations, and bytes of weights read.
 
-from engine.cost import NVLINK, forward_flops, tensor_parallel_ms, weight_bytes
+from engine.cost import forward_flops, weight_bytes
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from .config import ModelConfig
 
@@ -47,45 +45,3 @@ def weight_bytes(config: ModelConfig, bytes_per_weight: float) -> int:
 def ranking_bytes(config: ModelConfig, beams: int) -> int:
     """Return the bytes for ranking every token of every beam: three scores (float32) and a count (int64) each."""
     return beams * config.vocab_size * (3 * 4 + 8)
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What connects cards. A message of n bytes takes latency_ms + n / bytes_per_ms."""
-
-    latency_ms: float  # of an all-reduce of a few kilobytes, everything included
-    bytes_per_ms: float  # of one card, in one direction
-
-
-NVLINK = Wire(0.010, 250e6)
-PCIE = Wire(0.025, 25e6)  # PCIe 4.0 x16
-ETHERNET = Wire(0.060, 3e6)  # 25 Gb/s
-
-
-def all_reduce_ms(wire: Wire, size: float, ranks: int) -> float:
-    """Return the time of an all-reduce of so many bytes in a ring: each card sends 2 (ranks - 1) / ranks of them."""
-    return 0.0 if ranks == 1 else wire.latency_ms + 2 * (ranks - 1) / ranks * size / wire.bytes_per_ms
-
-
-def tensor_parallel_ms(
-    config: ModelConfig, single_ms: float, read_ms: float, ranks: int, wire: Wire, rows: int = 1, itemsize: int = 2
-) -> float:
-    """Predict the time of a step of `rows` tokens with each layer split over so many cards.
-
-    single_ms: measured on one card; read_ms of it is the read of the weights, which the cards share. The rest stays:
-    launches, norms, attention of few tokens. Every layer has two all-reduces (Shoeybi et al. 2019).
-    """
-    messages = 2 * config.layers
-    return single_ms - read_ms + read_ms / ranks + messages * all_reduce_ms(wire, rows * config.width * itemsize, ranks)
-
-
-def pipeline_parallel_ms(
-    config: ModelConfig, single_ms: float, ranks: int, wire: Wire, rows: int = 1, itemsize: int = 2
-) -> float:
-    """Predict the time of a step with the layers split over so many cards: they work one after the other."""
-    return single_ms + (ranks - 1) * (wire.latency_ms + rows * config.width * itemsize / wire.bytes_per_ms)
-
-
-def bubble(ranks: int, micro_batches: int) -> float:
-    """Return the share of a step in which a rank waits, with equal micro-batches (Huang et al. 2019, GPipe)."""
-    return (ranks - 1) / (micro_batches + ranks - 1)
