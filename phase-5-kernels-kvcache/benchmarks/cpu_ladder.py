@@ -102,7 +102,7 @@ class Models:
 
         def decode(tokens: int) -> float:
             began = time.perf_counter()
-            fast.generate_plain(kept, 0, [first], tokens, SamplingParams())
+            fast.decode([fast.sequence(kept, 0, [first], SamplingParams())], None, [0], tokens)
             return time.perf_counter() - began
 
         return decode, fast.weight_bytes

@@ -146,7 +146,7 @@ def loop(loaded: Any, weights: Weights, threads: int) -> Variant:
             fast().step(kept, [tokens[:-1]], logits=False)
             kept.keep(0, list(range(len(tokens) - 1)))
         began = time.perf_counter()
-        fast().generate_plain(kept, 0, tokens[-1:], LOOP_TOKENS, SamplingParams(max_new_tokens=LOOP_TOKENS))
+        fast().decode([fast().sequence(kept, 0, tokens[-1:], SamplingParams())], None, [0], LOOP_TOKENS)
         return Outcome(LOOP_TOKENS, seconds=time.perf_counter() - began)
 
     return run

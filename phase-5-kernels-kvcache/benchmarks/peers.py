@@ -104,7 +104,7 @@ class Peers:
         def forwards(width: int, count: int) -> float:
             began = time.perf_counter()
             if width == 1:
-                fast.generate_plain(kept, 0, list(first), count, SamplingParams())
+                fast.decode([fast.sequence(kept, 0, first, SamplingParams())], None, [0], count)
             else:
                 for _ in range(count):
                     fast.step(kept, [first * width], wanted=range(width))

@@ -123,7 +123,7 @@ class Size:
 
         def decode(steps: int) -> float:
             began = time.perf_counter()
-            fast.generate_plain(kept, 0, [7], steps, SamplingParams())
+            fast.decode([fast.sequence(kept, 0, [7], SamplingParams())], None, [0], steps)
             return time.perf_counter() - began
 
         return Timed(logits, prefill, decode, fast.weight_bytes / 1e9, f"{self.threads} threads")

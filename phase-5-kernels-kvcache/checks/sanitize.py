@@ -9,6 +9,7 @@ not instrumented, and would cause false reports.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,11 @@ from pathlib import Path
 from common.errors import UserError
 from common.options import run_main
 from engine.kernels.build import execute
-from engine.kernels.cpp.library import EXACT, OWN_FLAGS, QUIET, SOURCE, SOURCES, find_compiler, is_x86
+from engine.kernels.cpp.library import EXACT, OWN_FLAGS, QUIET, SOURCE, SOURCES, find_compiler
 
 SELFTEST = Path(__file__).resolve().with_name("selftest.cpp")
 SANITIZERS = ("address", "undefined", "thread")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 # -O1 takes 20 times as long to compile, most of it for the tiles of the products.
 FLAGS = ["-O0", "-g1", "-std=c++17", "-pthread", "-fno-omit-frame-pointer", *EXACT, *QUIET]
 
@@ -32,7 +34,7 @@ def run(sanitizer: str, folder: Path) -> str:
     if compiler is None:
         raise UserError("the sanitizers need a C++ compiler (g++ or clang++)")
     names = [name for name in SOURCES if name != "bindings"]
-    names += ["processor", "isa_portable", *(["isa_avx2", "isa_avx512", "isa_avx512_dot"] if is_x86() else [])]
+    names += ["processor", "isa_portable", *(["isa_avx2", "isa_avx512", "isa_avx512_dot"] if X86 else [])]
     sources = [SELFTEST, *(SOURCE / f"{name}.cpp" for name in names)]
     flags = [*FLAGS, f"-I{SOURCE}", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
 

@@ -34,7 +34,7 @@ from .verify import RandomSource
 AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
 AHEAD = 16  # steps with drafts of one call
 MOST = 128  # tokens of a sequence in one call
-BUDGET_MS = 25.0  # a call makes no further step after so long, or once it is hurried: its text is shown at its end
+BUDGET_MS = 25.0  # a call makes no further step after so long: its text is shown at its end
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
 
 

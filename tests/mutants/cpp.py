@@ -56,7 +56,14 @@ DECODE = mutants(
 
 CALLS = mutants(
     f"{SOURCES}/decode.cpp",
-    ("tests/phase5/test_multi_step.py", "-k", "hurried or used_up"),
+    ("tests/phase5/test_multi_step.py", "-k", "used_up"),
+    ("return spent < plan.budget_ms || plan", "return plan"),
+    ("spent < plan.budget_ms || plan.budget_ms == 0", "true"),
+)
+
+HURRIED = mutants(
+    "phase-6-gpu-streams-graphs/engine/kernels/cpp/src/decode.cpp",
+    ("tests/phase6/test_async_engine.py", "-k", "new_work"),
     ("return !target.hurried && (spent", "return (spent"),
 )
 
@@ -119,4 +126,4 @@ PLACES = mutants(
     ("int64_t(row.pages.size()) * cache.slots", "int64_t(row.pages.size() + 1) * cache.slots"),
 )  # fmt: skip
 
-MUTANTS = [*SAMPLING, *DECODE, *CALLS, *STATES, *DRAFT, *DRAFTERS, *NOISE, *PLACES]
+MUTANTS = [*SAMPLING, *DECODE, *CALLS, *HURRIED, *STATES, *DRAFT, *DRAFTERS, *NOISE, *PLACES]

@@ -16,11 +16,10 @@ from common.errors import UserError
 from common.philox import Purpose, uniforms
 from phase5 import load, sampling
 from phase5.kernels import cpp
-from phase5.kernels.cpp.ops import probabilities as fast_probabilities
 from phase5.model import Transformer
 from phase5.sampling import KeyedSampler, SamplingParams, choose
 from phase5.verify import GreedySource, KeyedSource, verify
-from tests.support.cpp import draft_chain
+from tests.support.cpp import cpp_probabilities, draft_chain, generate_plain
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
@@ -61,7 +60,7 @@ def test_the_same_distribution_and_the_same_token(
             pytest.skip(f"this processor lacks {isa}")
         monkeypatch.setenv("SPECDEC_CPU_ISA", isa)
     logits = logits_of(40, vocab)
-    torch.testing.assert_close(fast_probabilities(logits, params), probabilities(logits, params), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(cpp_probabilities(logits, params), probabilities(logits, params), rtol=2e-6, atol=1e-7)
     keys, positions, texts = [(params.seed, at) for at in range(40)], [3 * at + 1 for at in range(40)], [[1, 2]] * 40
     arguments: Any = logits, [params] * 40, KeyedSampler(), keys, positions, texts, texts
     assert cpp.sample(*arguments) == choose(*arguments)
@@ -87,7 +86,7 @@ def test_the_same_tokens_are_kept_where_logits_are_equal(vocab: int) -> None:
             top_p=choose.choice([1.0, 0.93, 0.61, 0.37, 1e-9]),
             min_p=choose.choice([0.0, 0.013, 0.3]),
         )
-        kept = fast_probabilities(logits, params) > 0
+        kept = cpp_probabilities(logits, params) > 0
         assert torch.equal(kept, probabilities(logits, params) > 0), params
 
 
@@ -95,7 +94,7 @@ def test_the_same_tokens_are_kept_where_logits_are_equal(vocab: int) -> None:
 def test_what_is_impossible_has_probability_zero() -> None:
     logits = torch.tensor([[0.0, -1.0, -200.0, -5000.0, -80.0, -float("inf")] + [-300.0] * 30])
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, min_p=1e-30)):
-        found, expected = fast_probabilities(logits, params), probabilities(logits, params)
+        found, expected = cpp_probabilities(logits, params), probabilities(logits, params)
         assert torch.equal(found > 0, expected > 0)
         assert found[0, 2:4].tolist() == [0, 0]
 
@@ -108,7 +107,7 @@ def test_tokens_exactly_at_the_edge_of_a_filter() -> None:
         (SamplingParams(temperature=1.0, top_p=0.5), 2),
         (SamplingParams(temperature=1.0, min_p=1.0), 4),
     ):
-        for found in (fast_probabilities(equal, params), probabilities(equal, params)):
+        for found in (cpp_probabilities(equal, params), probabilities(equal, params)):
             assert found[0].tolist() == [1 / count] * count + [0] * (4 - count)
 
 
@@ -323,7 +322,7 @@ def test_a_whole_generation_is_that_of_single_steps(
 ) -> None:
     _, fast = models
     prompt = [5, 9, 200, 31]
-    made = fast.generate_plain(fast.new_cache(1, 64), 0, prompt, 40, params, sample=1)
+    made = generate_plain(fast, fast.new_cache(1, 64), 0, prompt, 40, params, sample=1)
     single = fast.new_cache(1, 64)
     new, text = list(prompt), list(prompt)
     for token in made:
@@ -334,7 +333,7 @@ def test_a_whole_generation_is_that_of_single_steps(
         assert token == expected
         text.append(token)
         new = [token]
-    ended = fast.generate_plain(fast.new_cache(1, 64), 0, prompt, 40, params, sample=1, ends=[made[7]])
+    ended = generate_plain(fast, fast.new_cache(1, 64), 0, prompt, 40, params, sample=1, ends=[made[7]])
     assert ended == made[: made.index(made[7]) + 1]
 
 
@@ -345,7 +344,7 @@ def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
     assert isinstance(model, Transformer)
     params = SamplingParams(temperature=0.9, seed=8)
     fast = cpp.CppModel(model, "bfloat16", threads)
-    made = fast.generate_plain(fast.new_cache(1, 80), 0, [5, 6, 7], 60, params)
+    made = generate_plain(fast, fast.new_cache(1, 80), 0, [5, 6, 7], 60, params)
     cache, new, text = fast.new_cache(1, 80), [5, 6, 7], [5, 6, 7]
     for token in made:
         logits = fast.step(cache, [new]).logits
@@ -359,11 +358,11 @@ def test_a_large_vocabulary_is_shared_out(threads: int) -> None:
 def test_what_the_loops_in_cpp_do_not_take(models: tuple[Transformer, cpp.CppModel]) -> None:
     _, fast = models
     with pytest.raises(UserError, match="penalties need the whole sequence"):
-        fast.generate_plain(fast.new_cache(1, 8), 0, [1], 2, SamplingParams(presence_penalty=1))
+        generate_plain(fast, fast.new_cache(1, 8), 0, [1], 2, SamplingParams(presence_penalty=1))
     with pytest.raises(ValueError, match="at least one token of the sequence must not be cached"):
-        fast.generate_plain(fast.new_cache(1, 8), 0, [], 2, SamplingParams())
+        generate_plain(fast, fast.new_cache(1, 8), 0, [], 2, SamplingParams())
     with pytest.raises(ValueError, match="no room"):
-        fast.generate_plain(fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())
+        generate_plain(fast, fast.new_cache(1, 8), 0, [1, 2], 8, SamplingParams())
 
 
 def keys_of(rows: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -178,19 +178,6 @@ def test_a_call_returns_when_its_time_is_used_up(how: str, monkeypatch: pytest.M
     assert (short[1], long[1] > 1) == (1, True)
 
 
-def test_a_hurried_call_returns_after_one_step() -> None:
-    """Whoever has new work for the model says so, and no token changes."""
-    made = llm(model="stdlib-1m", **DRAFTING["plain"])
-    fast, params = made.backends.fast[made.loaded.model], phase5.SamplingParams(temperature=1.0)
-    cache, tokens = fast.new_cache(1, 40), made.encoder.encode(texts(1))[0][:8]
-    whole = fast.generate_plain(cache, 0, tokens, 12, params)
-    assert len(whole) == 12
-    fast.hurry(True)
-    assert fast.generate_plain(cache, 0, tokens, 12, params) == whole[:1]
-    fast.hurry(False)
-    assert fast.generate_plain(cache, 0, tokens, 12, params) == whole
-
-
 def test_steps_of_one_call_are_shown_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     """The sequence is then some steps ahead of the step that is shown."""
     made = llm(**DRAFTING["model"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from engine.kernels import build
-from engine.kernels.cpp.library import find_compiler, has_isa, is_x86
+from engine.kernels.cpp.library import find_compiler, has_isa
 from engine.model import Transformer
 from engine.rope import frequencies
 
@@ -35,7 +35,7 @@ class Kind:
     isa: str | None = None  # what the processor must have
 
     def why_not(self) -> str | None:
-        if self.isa is not None and (not is_x86() or not has_isa(self.isa)):
+        if self.isa is not None and not has_isa(self.isa):
             return f"this processor lacks {self.isa}"
         return None
 

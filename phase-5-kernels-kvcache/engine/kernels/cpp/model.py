@@ -122,26 +122,6 @@ class CppModel(PackedModel):
         )  # fmt: skip
         return Stepped(out_hidden, out_logits, out_tapped)
 
-    def generate_plain(
-        self,
-        cache: Cache,
-        row: int,
-        new_tokens: Sequence[int],
-        count: int,
-        params: SamplingParams,
-        *,
-        ends: Sequence[int] = (),
-        sample: int = 0,
-        position: int | None = None,
-    ) -> list[int]:
-        """Decode plainly in one call, up to `count` tokens, or until one of `ends`, which is then the last token.
-
-        The other arguments are those of `sequence`; the noise is that of plain sampling. Afterwards the row has keys
-        and values of new_tokens and of all generated tokens but the last: `cache.keep` them.
-        """
-        sequence = self.sequence(cache, row, new_tokens, params, sample, position)
-        return [step.next[0] for step in self.decode([sequence], None, [0], count, ends=ends)[0]]
-
     def decode(
         self,
         batch: list[Any],
@@ -160,9 +140,8 @@ class CppModel(PackedModel):
         batch: of `sequence`. drafter: a drafter of the library over the same sequences, or None; it drafts counts[r]
         tokens after sequence r. own[r]: a draft token is accepted if this model draws the same token, with the noise of
         plain sampling; otherwise, and by default, the rule is rejection (Leviathan et al. 2023). The call returns after
-        the step in which a sequence gains one of `ends`, or which uses up budget_ms (0: no limit), or during which
-        `hurry` was called. Afterwards the row of a sequence has keys and values of its new tokens and of all that it
-        gained but the last token.
+        the step in which a sequence gains one of `ends`, or which uses up budget_ms (0: no limit). Afterwards the row
+        of a sequence has keys and values of its new tokens and of all that it gained but the last token.
 
         taps: return hidden states as well, with the outputs of these layers beside them, [n, F], step by step and
         sequence by sequence: of the new tokens (in the first step `new` in all) and of the accepted draft tokens.
@@ -180,10 +159,6 @@ class CppModel(PackedModel):
         except OverflowError:
             raise not_finite(torch.float32) from None
         return [Decoded(*step) for step in made], states
-
-    def hurry(self, on: bool) -> None:
-        """Let `decode` return after one step, until this is turned off. Any thread may call it, also during a call."""
-        self._engine.hurried = on
 
     def propose(self, drafter: Any, counts: list[int]) -> tuple[list[list[int]], list[Tensor]]:
         """Draft counts[r] tokens after sequence r; return them and their distributions [counts[r], V] (greedy: logits).

@@ -29,14 +29,6 @@ def sampling_of(params: SamplingParams, seed: int | None = None) -> Any:
     return library().Sampling(temperature, top_k, params.top_p, params.min_p, seed & MASK)
 
 
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return the distribution that is sampled from logits [R, V], without penalties."""
-    check_finite(logits)
-    probs = logits.detach().float().contiguous().clone()
-    library().probabilities(chosen_isa(), probs.data_ptr(), *probs.shape, sampling_of(params))
-    return probs
-
-
 def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],

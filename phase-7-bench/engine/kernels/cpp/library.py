@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -39,10 +38,6 @@ OWN_FLAGS = {
     "isa_avx512_dot.cpp": [*WIDE, "-mavx512vnni", "-mavx512bf16"],
 }
 CPU_SECONDS = 52  # to compile one instruction set and the shared library
-
-
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def find_compiler() -> str | None:

@@ -122,26 +122,6 @@ class CppModel(PackedModel):
         )  # fmt: skip
         return Stepped(out_hidden, out_logits, out_tapped)
 
-    def generate_plain(
-        self,
-        cache: Cache,
-        row: int,
-        new_tokens: Sequence[int],
-        count: int,
-        params: SamplingParams,
-        *,
-        ends: Sequence[int] = (),
-        sample: int = 0,
-        position: int | None = None,
-    ) -> list[int]:
-        """Decode plainly in one call, up to `count` tokens, or until one of `ends`, which is then the last token.
-
-        The other arguments are those of `sequence`; the noise is that of plain sampling. Afterwards the row has keys
-        and values of new_tokens and of all generated tokens but the last: `cache.keep` them.
-        """
-        sequence = self.sequence(cache, row, new_tokens, params, sample, position)
-        return [step.next[0] for step in self.decode([sequence], None, [0], count, ends=ends)[0]]
-
     def decode(
         self,
         batch: list[Any],

@@ -135,7 +135,6 @@ PYBIND11_MODULE(lab_cpp, module) {
         .def_property_readonly("isa", [](const Engine& e) { return std::string(e.isa->name); })
         .def_property_readonly("narrow_bf16", [](const Engine& e) { return e.isa->narrow_bf16; })
         .def_property_readonly("threads", &Engine::threads)
-        .def_property("hurried", [](const Engine& e) { return e.hurried.load(); }, [](Engine& e, bool on) { e.hurried = on; })
         .def("set_matrix", &Engine::set_matrix)
         .def("set_window", &Engine::set_window)
         .def("set_vector", [](Engine& e, int layer, const std::string& which, uintptr_t values, size_t count) {

@@ -8,7 +8,7 @@ namespace lab {
 struct Plan {
     std::vector<int> counts;  // draft tokens after each sequence; 0: plain decoding
     int steps = 1;            // at most so many
-    double budget_ms = 0;     // return after the step that uses it up, or once the target is hurried; 0: without limit
+    double budget_ms = 0;     // return after the step that uses it up; 0: without limit
     std::vector<bool> own;    // per sequence: accept while the target samples the same token (policies.py, SampleMatch);
                               // otherwise rejection
     std::vector<int> ends;    // return after the step in which a sequence gains one of these tokens

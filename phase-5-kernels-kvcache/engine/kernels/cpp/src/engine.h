@@ -109,7 +109,6 @@ public:
     Model model;
     const Isa* isa;
     std::recursive_mutex mutex;  // one caller at a time: the bindings release Python's lock
-    std::atomic<bool> hurried{false};  // set by any thread while there is new work: decode returns after its present step
     int threads() const { return pool_->size(); }
 
 private:
