@@ -78,8 +78,8 @@ class Backends:
             return reason
         if isinstance(reason := self.report["why_not"].get("cpp"), str):  # one reason for all ops: the build failed
             return reason
-        for name, unwanted in (("compile", False), ("amp", False)):
-            if getattr(options, name) != unwanted:
+        for name in ("compile", "amp"):
+            if getattr(options, name):
                 return f"--{name} applies to torch's operations"
         if options.beams > 1:
             return "beam search computes whole sequences"

@@ -214,7 +214,7 @@ def test_the_states_of_a_prefill_survive_a_step_that_finds_no_page(kernels: Lite
     made = llm(draft="none", kernels=kernels, **SMALL)
     first, second = list(range(40)), list(range(50, 90))  # three pages each
 
-    def runner(pages: int) -> CachedRunner:
+    def runner(pages: int) -> Any:
         return made.backends.runner(
             made.loaded.model, made.backends.manager(made.loaded.model, KVOptions("paged", pages=pages), 2, 64)
         )

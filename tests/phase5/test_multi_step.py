@@ -269,7 +269,7 @@ def test_a_sampled_text_without_a_draft_beside_a_greedy_one() -> None:
     greedy, sampled = phase5.SamplingParams(), phase5.SamplingParams(temperature=1.0)
     sequences = [phase5.Sequence([1], params, phase5.Ending()) for params in (greedy, sampled)]
     chains = ChainBuilder(sequences, [2, 0], phase5.KeyedSource(), Purpose.DRAFT, None)
-    chains.take(0, [5, 6], None)
+    chains.take([0], [[5, 6]], [torch.empty(2, 9)])
     draft = chains.draft()
     assert (draft.tokens.tolist(), draft.probs, draft.widths) == ([[5, 6], [0, 0]], None, [2, 0])
 

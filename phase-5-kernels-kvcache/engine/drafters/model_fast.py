@@ -30,8 +30,7 @@ class FastModelDrafter(ModelDrafter):
             runner = cast("CppRunner", self.runner)
             tokens, probs = runner.fast.propose(self.start(asked, counts, 1), counts)
             runner.appended(self._works, [of_row[:-1] for of_row in tokens], 0)
-            for row, drawn, of_row in zip(rows, tokens, probs, strict=True):
-                chains.take(row, drawn, None if sequences[row].params.greedy else of_row)
+            chains.take(rows, tokens, probs)
         return self.extend(chains)
 
     def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:

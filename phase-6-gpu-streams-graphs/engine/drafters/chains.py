@@ -46,10 +46,11 @@ class ChainBuilder:
         self.probs[row].append(probs[0])
         return True
 
-    def take(self, row: int, tokens: list[int], probs: Tensor | None) -> None:
-        """Take over a row's whole chain, which was drawn elsewhere from probs [n, V]; None at temperature 0."""
-        self.tokens[row] = tokens
-        self.probs[row] = [] if probs is None else list(probs)
+    def take(self, rows: list[int], tokens: list[list[int]], probs: list[Tensor]) -> None:
+        """Take over whole chains of these rows, drawn elsewhere from probs [n, V] each; greedy rows keep none."""
+        for row, drawn, of_row in zip(rows, tokens, probs, strict=True):
+            self.tokens[row] = drawn
+            self.probs[row] = [] if self.sequences[row].params.greedy else list(of_row)
 
     def draft(self) -> Draft:
         """Stack all rows; shorter ones are padded with token 0, whose probability is never read."""

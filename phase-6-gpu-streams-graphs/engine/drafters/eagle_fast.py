@@ -77,8 +77,7 @@ class FastEagleDrafter(EagleDrafter):
             asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
             tokens, probs = self.fast.propose(self.start(asked, counts, 1), counts)
             self.finish(counts, [[[]] * len(rows)])
-            for row, drawn, of_row in zip(rows, tokens, probs, strict=True):
-                chains.take(row, drawn, None if sequences[row].params.greedy else of_row)
+            chains.take(rows, tokens, probs)
         return chains.draft()
 
     def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
@@ -95,9 +94,7 @@ class FastEagleDrafter(EagleDrafter):
             if not new:  # asked again for the same sequence: feed its last input once more
                 layer.confirmed -= 1
             layer.cache.truncate(0, layer.confirmed)
-            read = self.memory.get(sequence, max(new, 1))
-            assert read is not None, "the first step of a sequence has nothing to draft from"
-            tokens = (sequence.prompt + sequence.tokens)[sequence.length - len(read) :]  # drawn from those states
+            tokens, read = self._read(sequence, max(new, 1))
             batch.append(self.fast.sequence(layer.cache, 0, tokens, sequence.params, sequence.key[1], sequence.length))
             states.append(read.float())
             self._started.append((layer, len(read), sequence.length - 1))
@@ -118,7 +115,5 @@ class FastEagleDrafter(EagleDrafter):
         return self.fast.logits(features)
 
     def inputs(self, sequence: Sequence, last: int) -> Tensor:
-        states = self.memory.get(sequence, last)
-        assert states is not None, "the first step of a sequence has nothing to draft from"
-        tokens = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]
+        tokens, states = self._read(sequence, last)
         return self.fast.inputs(tokens, self.fast.read(states))

@@ -203,13 +203,12 @@ class EagleDrafter(StateDrafter, Brancher):
 
     def inputs(self, sequence: Sequence, last: int) -> Tensor:
         """Return the layer's inputs for the last so many positions whose next token is known, [n, D]."""
-        tokens, features = self._read(sequence, last)
-        embedded = self.target.embedding(torch.tensor(tokens, device=features.device))
-        return self.head.inputs(embedded, features)
+        tokens, states = self._read(sequence, last)
+        embedded = self.target.embedding(torch.tensor(tokens, device=states.device))
+        return self.head.inputs(embedded, self.head.read(states))
 
     def _read(self, sequence: Sequence, last: int) -> tuple[list[int], Tensor]:
-        """Return the next token of the last so many positions that have one, and the feature it was drawn from."""
+        """Return the next token of the last so many positions that have one, and the states they were drawn from."""
         states = self.memory.get(sequence, last)
         assert states is not None, "the first step of a sequence has nothing to draft from"
-        following = (sequence.prompt + sequence.tokens)[sequence.length - len(states) :]  # drawn from those states
-        return following, self.head.read(states)
+        return (sequence.prompt + sequence.tokens)[sequence.length - len(states) :], states

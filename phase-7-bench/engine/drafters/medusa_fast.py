@@ -39,9 +39,7 @@ class FastMedusaDrafter(MedusaDrafter):
         chains = ChainBuilder(sequences, counts, self.source, stop)
         if rows := chains.open():
             asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
-            tokens, probs = self.fast.beside.propose(self.start(asked, counts, 1), counts)
-            for row, drawn, of_row in zip(rows, tokens, probs, strict=True):
-                chains.take(row, drawn, None if sequences[row].params.greedy else of_row)
+            chains.take(rows, *self.fast.beside.propose(self.start(asked, counts, 1), counts))
         return chains.draft()
 
     def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
