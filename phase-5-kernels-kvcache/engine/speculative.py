@@ -232,7 +232,7 @@ def refuse(runner: ModelRunner, sequences: list[Sequence], error: OutOfBlocks) -
 MultiStep = Callable[
     [ModelRunner, Drafter | None, list[Sequence], list[int], AcceptancePolicy, RandomSource], list[Step]
 ]
-"""Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot."""
+"""Makes several steps of the sequences in one call, with drafts of so many tokens; returns none if it cannot."""
 
 
 def decode(
@@ -275,5 +275,5 @@ def decode_calls(
             yield made or [decode_step(runner, drafter, active, asked, policy, source)]
         except OutOfBlocks as error:  # of the target's cache or the draft's
             refused = refuse(runner, sequences, error)
-            if drafter is not None and drafter.taps is None:  # what reads states holds nothing to free
+            if drafter is not None and drafter.taps is None:  # only a draft model has a cache to free
                 drafter.observe(Outcome([refused], [0], None))

@@ -114,7 +114,7 @@ def _plan(drafter: Drafter | None, sequences: list[Sequence], asked: list[int], 
 
 def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None) -> int:
     """Return how many steps to make at once."""
-    if not all(sequence.tokens for sequence in sequences):  # somebody waits for a first token
+    if not all(sequence.tokens for sequence in sequences):  # a sequence waits for its first token
         return 1
     steps = AHEAD if any(counts) else AT_ONCE
     for sequence, count in zip(sequences, counts, strict=True):

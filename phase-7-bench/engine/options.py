@@ -102,7 +102,7 @@ class Options(BaseSettings):
     quant_asymmetric: bool = Field(default=False, description="of int4: a zero point per group as well")
     quant_head: bool = Field(default=False, description="quantise the output matrix too")
     compile: bool = Field(default=False, description="torch.compile the models")
-    kernels: Asked = Field(default="auto", description="who computes; auto: what is fastest and checked for the device")
+    kernels: Asked = Field(default="auto", description="backend of the ops; auto: the fastest checked for the device")
     batch_size: int = Field(
         default=16, ge=1, le=MOST_ROWS, description="sequences that are decoded at once; others wait"
     )
@@ -114,8 +114,8 @@ class Options(BaseSettings):
         default="event", description="of --parallel-streams: wait for the draft when it is needed, or after the forward"
     )
     deterministic: bool = Field(default=False, description="equal tokens in every run, batch and number of threads")
-    kv: Kind = Field(default="paged", description="how keys and values are remembered; off: not at all")
-    kv_dtype: Format = Field(default="auto", description="in which format; auto: that of the weights")
+    kv: Kind = Field(default="paged", description="where keys and values are kept; off: all are computed again")
+    kv_dtype: Format = Field(default="auto", description="number format of the cache; auto: that of the weights")
     kv_slots: int = Field(default=0, ge=0, description="of static: tokens per text; 0: as many as the request can need")
     kv_pages: int = Field(default=0, ge=0, description="of paged: pages of 16 tokens; 0: up to half of the free memory")
     tensor_parallel: int = Field(default=1, ge=1, description="processes that share each layer")

@@ -239,7 +239,7 @@ def decode_step(
 
 
 MultiStep = Callable[[ModelRunner, Drafter | None, list[Sequence], list[int], RandomSource, int], list[Step]]
-"""Makes several steps of the sequences, with drafts of so many tokens, in one call; none where it cannot.
+"""Makes several steps of the sequences in one call, with drafts of so many tokens; returns none if it cannot.
 
 The last argument bounds the number of steps.
 """

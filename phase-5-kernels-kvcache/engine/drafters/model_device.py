@@ -50,7 +50,7 @@ class DeviceModelDrafter(ModelDrafter):
             window_start(s.length, context) == window_start(s.length + max(width - 1, 0), context)
             for s, width in zip(sequences, widths, strict=True)
         )
-        hosts = any(s.params.penalised or s.controller.ends_early for s in sequences)  # it has to see the tokens
+        hosts = any(s.params.penalised or s.controller.ends_early for s in sequences)  # the host has to see the tokens
         return sources and fits and all(stays) and not hosts
 
     def propose_and_verify(self, target: ModelRunner, sequences: list[Sequence], widths: list[int]) -> Verified:

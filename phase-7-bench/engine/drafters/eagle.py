@@ -84,8 +84,8 @@ class EagleHead(nn.Module):
 class Lookahead:
     """The layer over one sequence and the growing tree of draft tokens after it; a chain is a tree.
 
-    Keys and values of the sequence's inputs stay in a cache of the layer's own; those of draft tokens go when the next
-    draft begins.
+    Keys and values of the sequence's inputs stay in a cache of the layer's own; those of draft tokens are dropped when
+    the next draft begins.
     """
 
     def __init__(self, head: EagleHead, target: Transformer, capacity: int) -> None:
@@ -107,8 +107,8 @@ class Lookahead:
         last = torch.tensor([[len(inputs) - 1]], device=self.device)
         self.predicted = self._predict(inputs, places, None, last)
         self.confirmed, self.end = self.confirmed + len(inputs), end
-        self.rows = {-1: -1}  # node of the tree -> which of the guesses in the cache is its; -1: the sequence's last
-        self.lines: list[list[int]] = []  # of every guess in the cache: those of its ancestors, and itself
+        self.rows = {-1: -1}  # node of the tree -> index of its cached guess; -1: the sequence's last input
+        self.lines: list[list[int]] = []  # for every cached guess: the indices of its ancestors, and its own
         return self.predicted
 
     def extend(self, tree: Tree, nodes: list[int]) -> Tensor:

@@ -64,7 +64,7 @@ def int4_format(width: int) -> Format:
 
 
 def quantised(module: nn.Module, format: Format | None) -> nn.Module:
-    """Return a copy whose matrices are in this format; the module itself where there is none, or they are already."""
+    """Return a copy whose matrices are in this format; the module itself without a format, or if it is quantised."""
     if format is None or isinstance(module, QuantLinear):
         return module
     if isinstance(module, nn.Linear):

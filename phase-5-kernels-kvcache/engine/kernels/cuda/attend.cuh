@@ -175,7 +175,7 @@ __device__ __forceinline__ Tile tile_of(const Attention& call, int number, int r
 
 __device__ __forceinline__ SlotMapping slots_of(const Attention& call) {
     return SlotMapping{at_address<const int>(call.rows), at_address<const int>(call.tables), call.width, call.shift,
-                  unsigned(call.wrap), call.s_page, call.s_head, call.s_slot};
+                       unsigned(call.wrap), call.s_page, call.s_head, call.s_slot};
 }
 
 // The token at a position as a query sees it: the position itself, or in a tree the entry of the query's path.

@@ -15,7 +15,7 @@ void rope(int format, int64_t x, int64_t cos, int64_t sin, int64_t out, int R, i
 void rope_append(int format, int stored, int64_t query, int64_t key, int64_t value, int64_t cos, int64_t sin, int64_t out,
                  int64_t keys, int64_t values, int64_t key_scales, int64_t value_scales, int64_t rows, int64_t starts,
                  int64_t counts, int64_t tables, int width, int shift, int64_t wrap, const std::vector<int64_t>& strides, int R,
-                 int T, int H, int HK, int D, bool turn, int64_t stream);
+                 int T, int H, int HK, int D, bool rotate, int64_t stream);
 
 // A matrix as quantize.py stores it; bits: 16 or 32 in x's format, 8, 4. The address of a missing tensor is 0.
 struct Matrix {

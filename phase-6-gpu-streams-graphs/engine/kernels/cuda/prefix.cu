@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32) pick(const Best* found, int parts, int V, 
     if (threadIdx.x == 0) out[blockIdx.x] = best.index < V ? best.index : 0;
 }
 
-// draft [R, K], choices [R, K + 1]; `following` may be null.
+// draft [R, K], choices [R, K + 1].
 __global__ void __launch_bounds__(32)
 count(const int64_t* draft, const int64_t* choices, const int64_t* widths, int64_t* accepted, int64_t* following, int K) {
     int64_t r = blockIdx.x;
@@ -56,7 +56,7 @@ count(const int64_t* draft, const int64_t* choices, const int64_t* widths, int64
     first_rejected = min(first_rejected, K);
     if (threadIdx.x != 0) return;
     accepted[r] = first_rejected;
-    if (following) following[r] = choices[r * (K + 1) + first_rejected];
+    following[r] = choices[r * (K + 1) + first_rejected];
 }
 
 }  // namespace

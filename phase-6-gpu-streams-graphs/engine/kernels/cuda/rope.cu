@@ -24,7 +24,7 @@ template <class T> __device__ __forceinline__ float rotated(const T* x, const T*
 }
 
 // Heads are numbered: H of queries, then HK of keys, then HK of values. `out` [R, T, H, D] receives the queries.
-template <class T, class Stored, bool TURN>
+template <class T, class Stored, bool ROTATE>
 __global__ void __launch_bounds__(WARPS * 32)
 append(Strided<T> query, Strided<T> key, Strided<T> value, const T* cos, const T* sin, int64_t t_row, int64_t t_token,
        T* out, Stored* keys, Stored* values, bf16* key_scales, bf16* value_scales, SlotMapping slots, const int* starts,
@@ -46,7 +46,7 @@ append(Strided<T> query, Strided<T> key, Strided<T> value, const T* cos, const T
         put([&](int i) { return to_float(x[i]); }, values, value_scales, at, D);
     } else {
         const T* x = key.at(r, t, of);
-        put([&](int i) { return TURN ? rotated(x, c, s, i, D) : to_float(x[i]); }, keys, key_scales, at, D);
+        put([&](int i) { return ROTATE ? rotated(x, c, s, i, D) : to_float(x[i]); }, keys, key_scales, at, D);
     }
 }
 
@@ -66,9 +66,9 @@ void rope(int format, int64_t x, int64_t cos, int64_t sin, int64_t out, int R, i
 void rope_append(int format, int stored, int64_t query, int64_t key, int64_t value, int64_t cos, int64_t sin, int64_t out,
                  int64_t keys, int64_t values, int64_t key_scales, int64_t value_scales, int64_t rows, int64_t starts,
                  int64_t counts, int64_t tables, int width, int shift, int64_t wrap, const std::vector<int64_t>& strides, int R,
-                 int T_, int H, int HK, int D, bool turn, int64_t stream) {
+                 int T_, int H, int HK, int D, bool rotate, int64_t stream) {
     SlotMapping slots{at_address<const int>(rows), at_address<const int>(tables), width, shift, unsigned(wrap),
-                  strides[11], strides[12], strides[13]};
+                      strides[11], strides[12], strides[13]};
     with_float(format, [&](auto zero) {
         using T = decltype(zero);
         Strided<T> q{at_address<const T>(query), strides[0], strides[1], strides[2]};
@@ -76,7 +76,7 @@ void rope_append(int format, int stored, int64_t query, int64_t key, int64_t val
         Strided<T> v{at_address<const T>(value), strides[6], strides[7], strides[8]};
         with_stored(stored, [&](auto other) {
             using S = decltype(other);
-            auto kernel = turn ? append<T, S, true> : append<T, S, false>;
+            auto kernel = rotate ? append<T, S, true> : append<T, S, false>;
             launch(kernel, dim3(blocks_of(H + 2 * HK, WARPS), T_, R), WARPS * 32, 0, stream, q, k, v,
                    at_address<const T>(cos), at_address<const T>(sin), strides[9], strides[10], at_address<T>(out),
                    at_address<S>(keys), at_address<S>(values), at_address<bf16>(key_scales), at_address<bf16>(value_scales),

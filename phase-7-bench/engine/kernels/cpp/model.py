@@ -250,7 +250,7 @@ class CppModel(PackedModel):
 
 
 def idle() -> Any:
-    """Return the place of a sequence for which a drafter of the library is not to draft."""
+    """Return a placeholder, in a batch, for a sequence after which a drafter of the library drafts nothing."""
     return library().Sequence(library().Row(None, [], 0), [], library().Sampling(0.0, 0, 1.0, 0.0, 0), 0, 0)
 
 

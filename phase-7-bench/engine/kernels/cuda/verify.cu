@@ -1,4 +1,5 @@
-// draw: a token from each distribution. verify_sample: the acceptance rule of ../../verify.py, one block per row, with keyed uniforms.
+// draw: a token from each distribution. verify_sample: the acceptance rule of ../../verify.py. One block per row, keyed
+// random numbers.
 //
 // All threads visit the draft tokens up to the first rejected one. The next token is then sampled: from the target by
 // Gumbel-max if all were accepted, else from the residual by one uniform and the inverse distribution function in
@@ -157,5 +158,6 @@ void verify_sample(int64_t tokens, int64_t draft, int64_t target, int64_t widths
                    int64_t accepted, int64_t following, int64_t ratios, int R, int K, int64_t V, bool certain, int64_t stream) {
     launch(verify, dim3(R), THREADS, 0, stream, at_address<const int64_t>(tokens), at_address<const float>(draft),
            at_address<const float>(target), at_address<const int64_t>(widths), at_address<const Key>(keys),
-           at_address<const int64_t>(positions), at_address<int64_t>(accepted), at_address<int64_t>(following), at_address<float>(ratios), K, V, certain);
+           at_address<const int64_t>(positions), at_address<int64_t>(accepted), at_address<int64_t>(following),
+           at_address<float>(ratios), K, V, certain);
 }

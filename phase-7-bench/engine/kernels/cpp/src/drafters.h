@@ -8,8 +8,10 @@ namespace lab {
 // The outcome of a step for one sequence.
 struct Outcome {
     std::vector<int> tokens;  // the accepted draft tokens, and the token after them
-    const float* states;      // [.., states] the target's, for drafters that read them; the last is of the last accepted
-    int state_count;          // token, or of the token before the draft
+    // The target's states, for drafters that read them: up to that of the last accepted token, or of the token before the
+    // draft if none was accepted.
+    const float* states;
+    int state_count;
 };
 
 class Drafter {
