@@ -102,8 +102,8 @@ def check_slots(options: KVOptions, lengths: list[int], tree: bool) -> None:
 
 
 def cached_bytes(config: ModelConfig, options: KVOptions, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Return the bytes of the cache, of a chunk of a prompt and of a step. Of pages, those of one sequence suffice."""
-    waits = options.kind == "paged" and not options.pages  # the others, if there are too few: see `fitted`
+    """Return the bytes of the cache, of a chunk of a prompt and of a step. Pages for one sequence suffice."""
+    waits = options.kind == "paged" and not options.pages  # other sequences wait for pages: see `fitted`
     cache = needed_bytes(options, cache_shape(config), 1 if waits else rows, length + DRAFT_ROOM, dtype, config.window)
     chunk = forward_bytes(config, 1, length, dtype.itemsize) * min(CHUNK, length) // length
     return cache + chunk + forward_bytes(config, rows, 1, dtype.itemsize)

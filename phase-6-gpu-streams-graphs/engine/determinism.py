@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .llm import LLM
 
 EXACT = ("coupled", "longest_prefix")  # policies whose tokens do not depend on what was drafted
-FEW = 64  # tokens of a forward that kernels compute for a GPU; torch multiplies more of them
 
 
 def why_not_reproducible(llm: LLM) -> str | None:

@@ -170,7 +170,7 @@ def rows_of_bucket(sequences: int, most: int) -> int:
 def reserve(runners: list[DeviceRunner], sequences: list[Sequence], K: int, most: int) -> int:
     """Return for how many steps of K draft tokens the caches have room, and reserve it; 0 for none."""
     left = max(limit(sequence, runners[0]) + 1 - sequence.length for sequence in sequences)
-    waits = not all(sequence.tokens for sequence in sequences)  # somebody waits for a first token
+    waits = not all(sequence.tokens for sequence in sequences)  # a sequence waits for its first token
     for steps in (1 if waits else min(most, AT_ONCE, left), 1):
         ends = [min(each.length + steps * (K + 1), limit(each, runners[0])) for each in sequences]
         if all(r.manager.reserve(each, end) for r in runners for each, end in zip(sequences, ends, strict=True)):
@@ -187,7 +187,7 @@ def loaded(step: DeviceStep, sequences: list[Sequence]) -> Tensor:
         lanes.filters[r] = torch.tensor(sequence.params.filters, dtype=torch.float64)
         lanes.keys[r] = torch.tensor(sequence.key)
         lanes.lengths[r], lanes.live[r] = sequence.length, 1
-        if sequence.policy in step.bucket.policies:  # a greedy one is the same by any rule
+        if sequence.policy in step.bucket.policies:  # a greedy sequence accepts the same tokens by every policy
             lanes.rules[r] = step.bucket.policies.index(sequence.policy)
         lanes.ends[r] = limit(sequence, step.target)
         lanes.tokens[r] = torch.tensor((sequence.prompt + sequence.tokens)[-2:])

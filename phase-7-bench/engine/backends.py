@@ -16,13 +16,13 @@ from torch import nn
 
 from common.errors import UserError
 
-from .determinism import FEW
 from .device_runner import DeviceRunner
 from .drafters import EagleHead, MedusaHeads
 from .fake import FakeModel
 from .graph_steps import GraphSteps
 from .graphs import make_device
 from .kernels import TORCH, Kernels, registry
+from .kernels.cuda import MOST_TOKENS
 from .kv_cache import KVOptions
 from .kv_cache.manager import CacheManager
 from .model import Transformer
@@ -135,7 +135,7 @@ class Backends:
         assert isinstance(model, Transformer)
         weights = FORMATS[model.embedding.weight.dtype]
         threads = self.options.threads or None
-        if self.options.parallel_streams:  # the draft, packed after the target, has one of them
+        if self.options.parallel_streams:  # the draft model, packed after the target, gets one
             threads = 1 if self.fast else max(1, checked_threads(threads) - 1)
         if self.group is not None and threads is None:
             threads = max(1, default_threads() // self.group.local)
@@ -202,5 +202,5 @@ class Backends:
             return CachedRunner(model, manager, self.upload)
         runner = DeviceRunner(model, manager, self.upload)
         if self.options.deterministic:
-            runner.chunk = FEW
+            runner.chunk = MOST_TOKENS  # torch multiplies longer sequences
         return runner

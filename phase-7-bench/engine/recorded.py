@@ -125,8 +125,6 @@ class RecordedDevice:
             self.recording.memory.append(flat)
         return flat.as_strided(like.shape, like.stride())
 
-    # Work
-
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         """Execute a step, operation by operation."""
         with self.watched(), torch.inference_mode(), Operations(self):
