@@ -22,7 +22,7 @@ Rotation = tuple[Tensor, Tensor]  # cos and signed sin, each [T, 1, head_dim] or
 Wanted = tuple[Tensor, Tensor]  # row numbers [B, 1] and positions [B, W]: x[wanted] is [B, W, D]
 Masks = dict[int | None, Tensor]  # by a layer's window: [T, T] or [B, T, T], 0 where a query may look, -inf where not
 
-FEW = 16  # tokens of a step: what starting an operation costs counts, not what it computes
+FEW = 16  # tokens: with fewer, an operation takes longer to start than to compute
 
 
 def silu(x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from common.philox import Purpose
 from ...drafters.medusa import MedusaHeads
 from ...model import Transformer
 from ...quantize import Format, QuantLinear
+from ..arguments import address
 from .library import library
-from .model import CppModel, address
+from .model import CppModel
 from .weights import pack, plan, quantised
 
 

@@ -20,6 +20,7 @@ from common.errors import UserError
 from ...kv_cache import CacheShape, PagedCache, RingCache, StaticCache
 from ...rope import frequencies
 from ...sampling import SamplingParams, not_finite
+from ..arguments import address
 from .library import library
 from .ops import sampling_of
 from .packed import PackedModel
@@ -260,10 +261,6 @@ def positions_of(held: int, parents: Sequence[int]) -> list[int]:
     for parent in parents:
         found.append(held if parent < 0 else found[parent] + 1)
     return found
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def flat(of_rows: Sequence[Sequence[int]]) -> list[int]:

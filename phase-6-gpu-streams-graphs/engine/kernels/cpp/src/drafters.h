@@ -1,4 +1,4 @@
-// Who drafts within a call: a draft model, EAGLE's layer, Medusa's heads, or the caller, who gives the tokens.
+// What drafts within a call: a draft model, EAGLE's layer, Medusa's heads, or the caller, which gives the tokens.
 #pragma once
 
 #include "engine.h"
