@@ -298,7 +298,7 @@ class Options(BaseSettings):
 
     @property
     def policy_name(self) -> PolicyName:
-        """Return the policy that `auto` selects."""
+        """Return the name of the policy, with `auto` resolved."""
         if self.policy != "auto":
             return self.policy
         if self.temperature == 0:

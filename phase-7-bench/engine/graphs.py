@@ -1,8 +1,8 @@
 """CUDA graphs: a step's launches, captured once and then replayed by one call.
 
-A device executes a step at once, or captures it. `CudaDevice` is a GPU; `RecordedDevice` (recorded.py) records the
-launches of the CUDA emulator, so that all of this is tested without one. A graph holds addresses and numbers: whatever
-changes from step to step must be in device memory.
+A device captures steps. `CudaDevice` is a GPU; `RecordedDevice` (recorded.py) records the launches of the CUDA
+emulator, so that all of this is tested without a GPU. A graph holds addresses and numbers: whatever changes from step
+to step must be in device memory.
 
     python generate.py --device cuda --cuda-graph on --prompt "from pathlib import"
 """
@@ -39,7 +39,7 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """Executes and captures steps. A step takes nothing, and returns a tensor."""
+    """Captures steps. A step takes nothing, and returns a tensor."""
 
     def empty(self, nbytes: int) -> Tensor:
         """Allocate memory whose address never changes: uint8 [nbytes]."""
@@ -54,8 +54,6 @@ class Device(Protocol):
     def copy_out(self, tensor: Tensor) -> Callable[[], list[int]]:
         """Begin a copy to the host; the function returned waits for its numbers."""
         ...
-
-    def run(self, step: Callable[[], Tensor]) -> Tensor: ...
 
     def capture(self, step: Callable[[], Tensor]) -> Graph: ...
 
@@ -98,10 +96,6 @@ class CudaDevice:
             return found
 
         return numbers
-
-    @torch.inference_mode()
-    def run(self, step: Callable[[], Tensor]) -> Tensor:
-        return step()
 
     @torch.inference_mode()
     def capture(self, step: Callable[[], Tensor]) -> CudaGraph:

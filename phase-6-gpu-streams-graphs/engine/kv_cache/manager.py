@@ -90,7 +90,7 @@ class CacheManager:
     def lacking_blocks(self, lengths: Mapping[Any, int]) -> int:
         """Return how many blocks of a paged cache these rows lack together to grow to these lengths.
 
-        Of the rows that write to a shared block, each needs a copy, but for the last one if nobody else holds it.
+        Each row that writes to a shared block needs a copy of it, except the last one if no other row holds the block.
         """
         cache, lacking, writers = self.cache, 0, Counter[int]()
         if not isinstance(cache, PagedCache):
