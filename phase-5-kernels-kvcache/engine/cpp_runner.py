@@ -106,8 +106,9 @@ class CppRunner(CachedRunner):
                 self.cache.make_room(work.row.number, len(work.new) + count)
         except OutOfBlocks as error:
             error.owner = self.manager.owner(error.row)
-            for row in self.manager.rows.values():  # fewer steps may do: what the others took is free again
-                self.cache.truncate(row.number, self.cache.length(row.number))
+            for each in sequences:  # fewer steps may do: what the others took is free again
+                if (row := self.manager.rows.get(each)) is not None:
+                    self.cache.truncate(row.number, self.cache.length(row.number))
             raise
         parts = zip(sequences, works, strict=True)
         return works, [
