@@ -24,6 +24,12 @@ MUTANTS = [
         ("| ~live", ""),
     ),
     *mutants(
+        f"{PHASE}/drafters/model_device.py",
+        GRAPHS,
+        ("out.copy_(torch.where(of_row == number, drawn, out))", "out.copy_(drawn)"),
+        ("noise, first=j, out=", "noise, first=0, out="),
+    ),
+    *mutants(
         f"{PHASE}/graph_steps.py",
         GRAPHS,
         ("((step.target, 1), (step.draft, 2))", "((step.target, 0), (step.draft, 2))"),
