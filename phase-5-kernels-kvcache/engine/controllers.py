@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 SETTLED = 16  # steps for which an answer of CostController holds once it has seen a text
+FIRST = 4  # steps for which the first answers hold
 LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
 ALWAYS = 64  # steps for which the answer holds that no draft can pay
 
@@ -205,7 +206,7 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         unmeasured = not cost_model.draft.recent
         return [min(limit, controllers[0].first_k) if unmeasured else 0 for limit in limits], 1
     if not any(limits):  # a lookup found nothing; another interrupts plain decoding
-        return none, min(max(SETTLED, 2 * controllers[0].holds), ALWAYS)
+        return none, min(max(SETTLED, 4 * controllers[0].holds), ALWAYS)
     if cost_model.age > STALE:
         return none, SETTLED
     chances = cost_model.chances(min(bounds.high, max(limits)))
@@ -219,29 +220,33 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         may_pay |= (rows + sum(widths)) / took > plain
         if rate > most:
             best, most = widths, rate
+    if most <= plain and cost_model.age:  # the machine may have become slower since the last plain step
+        return none, SETTLED
     gained = LOOK * cost_model.time(none)  # by a plain step, for tests and losses
     if most > plain:
         if (debt := -cost_model.balance - ALLOWANCE * cost_model.time(none)) > 0:
             return none, max(SETTLED, min(math.ceil(debt / gained), ALWAYS))
-        return best, SETTLED if all(controller.drafts > 1 for controller in controllers) else 1
+        return best, SETTLED if all(controller.drafts > 1 for controller in controllers) else FIRST
     if not may_pay:
         return none, ALWAYS
     loss = cost_model.time(best) * (1 - most / plain)
     if cost_model.credit >= loss:
         cost_model.credit, cost_model.looking = loss, True
         return best, LOOKS
-    return none, max(SETTLED, math.ceil((loss - cost_model.credit) / gained))
+    return none, max(ALWAYS, math.ceil((loss - cost_model.credit) / gained))
 
 
-def observe(controllers: Sequence[KController], stats: Sequence[StepStats], alone: bool = True) -> None:
+def observe(
+    controllers: Sequence[KController], stats: Sequence[StepStats], alone: bool = True, spared_ms: float = 0.0
+) -> None:
     """Tell each row's controller its part of a step, and the cost model the whole of it, once.
 
-    alone: no rows but these were computed, so the times are theirs.
+    alone: no rows but these were computed, so the times are theirs. spared_ms: see CostModel.observe.
     """
     leader = controllers[0]
     if alone and isinstance(leader, CostController):
         steady = all(isinstance(each, CostController) and each.drafted for each in controllers)
-        leader.cost_model.observe(stats, steady)
+        leader.cost_model.observe(stats, steady, spared_ms)
     for controller, of_row in zip(controllers, stats, strict=True):
         controller.observe(of_row)
 

@@ -26,7 +26,7 @@ from .policies import Rejection, SampleMatch
 from .profiler import CURRENT, stage
 from .runner import NO_DRAFT, ModelRunner, Work
 from .sequence import Sequence
-from .speculative import append
+from .speculative import append, block_width
 from .steps import Path, Step, StepTimes, step_stats
 from .synthetic import Synthetic, rule_of
 from .tree import Tree
@@ -34,6 +34,7 @@ from .verify import RandomSource
 
 AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
 AHEAD = 16  # steps with drafts of one call
+WARM = 12  # plain steps of a call whose time counts: the first of them finds the weights evicted
 MOST = 128  # tokens of a sequence in one call
 BUDGET_MS = 25.0  # a call makes no further step after so long, or once it is hurried: its text is shown at its end
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
@@ -49,8 +50,11 @@ class CppDrafter(Protocol):
         """Return whether enough of the sequence was seen to draft."""
         ...
 
-    def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
-        """Return a drafter of the library for steps of counts[r] tokens. UserError if there is no room for them."""
+    def start(self, sequences: list[Sequence], counts: list[int], limits: list[int]) -> Any:
+        """Return a drafter of the library for drafts of counts[r] tokens; sequence r gains at most limits[r] tokens.
+
+        UserError if there is no room for them.
+        """
         ...
 
     def finish(self, counts: list[int], gained: list[list[list[int]]]) -> None:
@@ -62,7 +66,7 @@ class Call(NamedTuple):
     """What one call is to do for R sequences."""
 
     counts: list[int]  # draft tokens after each
-    steps: int
+    steps: int  # at most
     given: list[list[int]] | None = None  # the draft tokens, if Python found them; None: C++ drafts
 
 
@@ -81,13 +85,15 @@ def multi_step(
     call = _plan(drafter, sequences, asked, most)
     if call is None:
         return []
-    rows, context = zip(sequences, call.counts, strict=True), runner.model.config.context
-    room = min((context + 1 - sequence.length) // (count + 1) for sequence, count in rows)  # steps before a jump
-    if room < 1:
+    context = runner.model.config.context
+    if any(sequence.length > context for sequence in sequences):
         return []
-    call = call._replace(steps=min(call.steps, room))
+    rows = list(zip(sequences, call.counts, strict=True))
+    limits = [block_width(each, max(MOST - 1, count), context) + 1 for each, count in rows]  # to the end, or a jump
+    if any(limit <= count for limit, count in zip(limits, call.counts, strict=True)):
+        return []
     stage("verify")
-    works, made, states = _execute(runner, drafter, sequences, call)
+    works, made, states = _execute(runner, drafter, sequences, call, limits)
     return _commit(runner, drafter, sequences, asked, works, made, states, began)
 
 
@@ -117,11 +123,8 @@ def _steps(sequences: list[Sequence], counts: list[int], drafter: Drafter | None
     if not all(sequence.tokens for sequence in sequences):  # a sequence waits for its first token
         return 1
     steps = AHEAD if any(counts) else AT_ONCE
-    for sequence, count in zip(sequences, counts, strict=True):
-        remaining = sequence.params.max_new_tokens - len(sequence.tokens)
-        steps = min(steps, remaining // (count + 1), MOST // (count + 1))
-        if drafter is not None:
-            steps = min(steps, steps_ahead(sequence.controller))
+    if drafter is not None:
+        steps = min(steps, *(steps_ahead(sequence.controller) for sequence in sequences))
     return max(steps, 1)
 
 
@@ -133,28 +136,28 @@ def steps_ahead(controller: KController) -> int:
 
 
 def _execute(
-    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call
+    runner: CppRunner, drafter: Drafter | None, sequences: list[Sequence], call: Call, limits: list[int]
 ) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
     (counts, steps, given), policies = call, [sequence.policy for sequence in sequences]
+    limits = [min(limit, steps * (count + 1)) for limit, count in zip(limits, counts, strict=True)]
     fast, taps = None, None if drafter is None else drafter.taps
     states_from = None if drafter is None or taps is None else [drafter.states_from(each) for each in sequences]
     while True:
         try:
-            works, batch = runner.begin(
-                sequences, [steps * (count + 1) - 1 for count in counts], states_from, taps or ()
-            )
+            works, batch = runner.begin(sequences, [limit - 1 for limit in limits], states_from, taps or ())
             if given is not None:
                 fast = library().GivenDrafter(runner.fast._engine, given)
             elif any(counts):
-                fast = cast(CppDrafter, drafter).start(sequences, counts, steps)
+                fast = cast(CppDrafter, drafter).start(sequences, counts, limits)
             break
         except UserError:  # no room for so many
             if steps == 1:
                 raise
-            steps = 1
+            steps, limits = 1, [count + 1 for count in counts]
     made, states = runner.fast.decode(
-        batch, fast, counts, steps, own=[isinstance(rule_of(policy), SampleMatch) for policy in policies],
+        batch, fast, counts, steps, limits=limits,
+        own=[isinstance(rule_of(policy), SampleMatch) for policy in policies],
         synthetic=[policy.acceptance if isinstance(policy, Synthetic) else -1 for policy in policies],
         taps=taps, ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
@@ -185,6 +188,7 @@ def _commit(
 
     Time outside of the kernels counts as well: every step has an equal share of that before, and its own.
     """
+    context = runner.model.config.context
     inside = sum(step.draft_ms + step.verify_ms + step.accept_ms for step in made) / 1e3
     last = time.perf_counter()
     before, steps, active = (last - began - inside) / len(made), list[Step](), list(range(len(sequences)))
@@ -201,9 +205,10 @@ def _commit(
                 total[row] += count
                 places[row].append(range(at + skip[row], at + new[row] + count))
                 at += new[row] + count
-        done = Step([sequences[row] for row in active], [], NOTHING, [], None, [], [])
+        done, asked_here = Step([sequences[row] for row in active], [], NOTHING, [], None, [], []), list[int]()
         for row in active:
             sequence, draft, count = sequences[row], drafts[row], accepted[row]
+            asked_here.append(block_width(sequence, asked[row], context))
             done.starts.append(len(sequence.tokens))
             done.trees.append(Tree.chain(draft) if draft else NO_DRAFT)
             done.paths.append(Path(list(range(count)), following[row]))
@@ -216,14 +221,16 @@ def _commit(
         for at_row, row in enumerate(active):
             start, tree, path = done.starts[at_row], done.trees[at_row], done.paths[at_row]
             computed = step.computed[row] + prefilled[row]
-            done.stats.append(step_stats(sequences[row], asked[row], start, tree, path, computed, 1, times))
+            done.stats.append(step_stats(sequences[row], asked_here[at_row], start, tree, path, computed, 1, times))
         if drafter is not None and any(asked):
-            observe([each.controller for each in done.sequences], done.stats, alone=len(active) == len(sequences))
+            known = any(drafts) and len(active) == len(sequences)
+            spared = 0.0 if isinstance(drafter, NgramDrafter) else before * 1e3 * (1 - len(made) / AHEAD)
+            observe([each.controller for each in done.sequences], done.stats, known, spared)
         steps.append(done)
         new, prefilled, skip = [1] * len(new), [0] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
-            warm = all(len(work.new) + work.prefilled == 1 for work in works)
+            warm = len(made) >= WARM and all(len(work.new) + work.prefilled == 1 for work in works)
             outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
             took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
             observe_plain([each.controller for each in sequences], len(steps), took)

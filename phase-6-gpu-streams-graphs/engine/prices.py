@@ -26,7 +26,7 @@ import torch
 from common.environment import cpu_name
 
 from .controllers import FixedController
-from .cost_model import CostModel
+from .cost_model import START, CostModel
 from .kv_cache import KVOptions
 from .runner import ModelRunner
 from .sampling import SamplingParams
@@ -56,16 +56,21 @@ SETTINGS = (
 
 @dataclass
 class Measured:
-    """The times for a number of rows, and when and how long they were measured; all in seconds on time.monotonic."""
+    """The times for a number of rows, after how much decoding they were measured, how long that took, in seconds."""
 
     times: Times
     at: float
     took: float
 
-    def holds(self, plain: float, rows: int) -> bool:
-        """Return True unless plain steps have changed; measuring again may take 1% of the time."""
-        as_measured = 1 / DRIFT < plain / self.times["plain"][rows] < DRIFT
-        return as_measured or time.monotonic() - self.at < 100 * self.took
+    def holds(self, cost_model: CostModel, rows: int) -> bool:
+        """Return True unless plain steps have changed; measuring again may take 1% of the time of decoding."""
+        as_measured = 1 / DRIFT < cost_model.plain.at(rows) / self.times["plain"][rows] < DRIFT
+        return as_measured or decoded(cost_model) - self.at < 100 * self.took
+
+
+def decoded(cost_model: CostModel) -> float:
+    """Return the seconds of all steps that a cost model observed."""
+    return cost_model.spent * START / 1e3
 
 
 class Prices:
@@ -79,15 +84,15 @@ class Prices:
         """Add the times of one row, and of the largest power of two of rows up to `rows`."""
         for count in sorted({1, 1 << rows.bit_length() - 1}):
             earlier = self.measured.get(count)
-            if earlier is not None and earlier.holds(cost_model.plain.at(count), count):
+            if earlier is not None and earlier.holds(cost_model, count):
                 continue
-            key, began = self.key(params, count), -math.inf
+            key, began = self.key(params, count), time.monotonic()
             times = None if earlier else kept(key)
             if times is None:
-                began = time.monotonic()
                 times = {name: table.usual() for name, table in self.measure(params, count).tables.items()}
                 keep(key, times)
-            self.measured[count] = Measured(times, began, time.monotonic() - began)
+            took = max(SECONDS, time.monotonic() - began)  # at least: those of a file were measured as well
+            self.measured[count] = Measured(times, decoded(cost_model), took)
             for name, table in cost_model.tables.items():
                 for size, value in times[name].items():
                     table.recent.pop(size, None)

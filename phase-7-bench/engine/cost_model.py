@@ -30,6 +30,7 @@ START = 64  # assumed overhead of a forward pass without a cache, in positions
 STALE = 128  # steps after which a plain step is measured again
 LOOK = 0.01  # share of the time that may be lost by drafting as a test
 ALLOWANCE = 16  # plain steps that drafts may lose to plain decoding
+STALL = 2.0  # times the expected time: a longer step was interrupted, and counts as so long
 PRIOR, PRIOR_WEIGHT = 0.8, 0.7  # acceptance before any observation, and its weight in observations
 LEAN = 4.0  # weight of position i - 1 in the estimate of position i, in observations
 
@@ -57,6 +58,11 @@ class Table:
         for size in sorted(self.recent, reverse=True):
             found[size] = least = min(least, usual(self.recent[size]))
         return dict(reversed(found.items()))
+
+    def mean(self, size: int) -> float:
+        """Return the mean time of this size, interruptions left out; of a size that was not measured, `at`."""
+        limit, recent = STALL * self.at(size), self.recent.get(size)
+        return sum(min(time, limit) for time in recent) / len(recent) if recent else self.at(size)
 
     def at(self, size: int) -> float:
         """Return the time of this size; the table must not be empty."""
@@ -114,6 +120,7 @@ class CostModel:
     credit: float = 0.0  # time that may be lost by a draft that is a test
     looking: bool = False  # whether the present draft is one
     balance: float = 0.0  # time that drafts lost to plain decoding, below 0; gains make up for losses before them
+    spent: float = 0.0  # time of all steps that were observed
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -141,10 +148,11 @@ class CostModel:
             found.append(chance)
         return found
 
-    def observe(self, stats: Sequence[StepStats], steady: bool = True) -> None:
+    def observe(self, stats: Sequence[StepStats], steady: bool = True, spared_ms: float = 0.0) -> None:
         """Record a step of all rows; times of a step with a prefill are skipped.
 
         steady: the step before drafted as well. Otherwise the drafter has also read the tokens in between.
+        spared_ms: of the step's time, what a call of as many steps as possible would not have cost it.
         """
         rows, step = len(stats), stats[0]
         load, drafted, deepest, prefilled = START - rows, 0, 0, False
@@ -155,6 +163,7 @@ class CostModel:
             load += each.plain
             prefilled |= each.computed > each.proposed + each.plain
         if prefilled:
+            self.credit -= (step.draft_ms + step.accept_ms) / load if self.looking else 0.0
             return
         took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
         if not deepest:
@@ -162,13 +171,14 @@ class CostModel:
             return
         self._forgive(took)
         self.age += 1
-        if self.plain.recent:
-            loss = took - self.plain.at(rows) * sum(each.emitted for each in stats) / rows
-            self.credit -= loss if self.looking else 0.0
-            self.balance = min(0.0, self.balance - loss)
+        if self.known:
+            gain = self.plain.mean(rows) * sum(each.emitted for each in stats) / rows
+            least = min(took, STALL * self.time([each.depth for each in stats]))
+            self.credit += gain - took if self.looking else 0.0
+            self.balance = min(0.0, self.balance + gain - least)
         self.nodes.update((each.depth, each.proposed) for each in stats if each.proposed > each.depth)
         self.verify.observe(rows + drafted, step.verify_ms / load)
-        self.accept.observe(rows, step.accept_ms / load)
+        self.accept.observe(rows, (step.accept_ms - spared_ms) / load)
         if steady or not self.draft.recent:
             drafting = sum(each.depth for each in stats) / deepest
             self.draft.observe(max(1, round(drafting)), step.draft_ms / deepest / load)
@@ -180,5 +190,6 @@ class CostModel:
         self.age = 0
 
     def _forgive(self, took: float) -> None:
+        self.spent += took
         self.credit += LOOK * took
         self.balance = min(0.0, self.balance + LOOK * took)

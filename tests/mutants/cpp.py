@@ -56,9 +56,11 @@ DECODE = mutants(
 
 CALLS = mutants(
     f"{SOURCES}/decode.cpp",
-    ("tests/phase5/test_multi_step.py", "-k", "used_up"),
+    ("tests/phase5/test_multi_step.py", "-k", "used_up or pass_the_end"),
     ("return spent < plan.budget_ms || plan", "return plan"),
     ("spent < plan.budget_ms || plan.budget_ms == 0", "true"),
+    ("left[r] -= result.accepted + 1;", "left[r] -= result.accepted;"),
+    ("ended |= left[r] <= plan.counts[r];", "ended |= left[r] < plan.counts[r];"),
 )
 
 HURRIED = mutants(

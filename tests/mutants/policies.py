@@ -135,4 +135,51 @@ CALIBRATED = mutants(
     ("tried[depth][rank] += 1", "tried[depth][rank] += child == node"),
 )  # fmt: skip
 
-MUTANTS = [*POLICIES, *CHAINS, *MAKERS, *TREES, *TREE, *LEVELS, *HEADS, *SHAPES, *CALIBRATED]
+CACHED = "phase-5-kernels-kvcache/engine"
+COSTS = mutants(
+    f"{CACHED}/cost_model.py",
+    ("tests/phase5/test_cost_model.py",),
+    ("least = min(took, STALL * self.time([each.depth for each in stats]))", "least = took"),
+    ("self.credit -= (step.draft_ms + step.accept_ms) / load if self.looking else 0.0", "pass"),
+    ("self.credit += gain - took if self.looking else 0.0", "self.credit += gain - took"),
+    ("self.balance = min(0.0, self.balance + gain - least)", "self.balance = self.balance + gain - least"),
+    ("self.balance = min(0.0, self.balance + LOOK * took)", "pass"),
+)  # fmt: skip
+
+CHOICE = mutants(
+    f"{CACHED}/controllers.py",
+    ("tests/phase5/test_cost_model.py",),
+    ("if most <= plain and cost_model.age:", "if False:"),
+    ("if cost_model.age > STALE:", "if False:"),
+    ("max(ALWAYS, math.ceil((loss - cost_model.credit) / gained))", "ALWAYS"),
+)  # fmt: skip
+
+PRICES = mutants(
+    f"{CACHED}/prices.py",
+    ("tests/phase5/test_prices.py", "-k", "after_a_change"),
+    ("decoded(cost_model) - self.at < 100 * self.took", "decoded(cost_model) < 100 * self.took"),
+    ("took = max(SECONDS, time.monotonic() - began)", "took = time.monotonic() - began"),
+)  # fmt: skip
+
+SHORT_CALLS = mutants(
+    f"{CACHED}/multi_step.py",
+    ("tests/phase5/test_multi_step.py", "-k", "time_outside_of"),
+    ("before * 1e3 * (1 - len(made) / AHEAD)", "0.0"),
+    ("warm = len(made) >= WARM and all", "warm = all"),
+)  # fmt: skip
+
+MUTANTS = [
+    *POLICIES,
+    *CHAINS,
+    *MAKERS,
+    *TREES,
+    *TREE,
+    *LEVELS,
+    *HEADS,
+    *SHAPES,
+    *CALIBRATED,
+    *COSTS,
+    *CHOICE,
+    *PRICES,
+    *SHORT_CALLS,
+]

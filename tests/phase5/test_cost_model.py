@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from phase5 import Bounds, CostController, Ending, SamplingParams, Sequence, StepStats
-from phase5.controllers import ALWAYS, LOOKS, SETTLED, choose, observe
+from phase5.controllers import ALWAYS, FIRST, LOOKS, SETTLED, choose, observe
 from phase5.cost_model import ALLOWANCE, LOOK, STALE, START, Acceptance, CostModel, Table
 from phase5.drafters import NgramDrafter
 from phase5.multi_step import AT_ONCE, steps_ahead
@@ -226,6 +226,41 @@ def test_drafts_that_lose_time_are_given_up_whatever_was_expected(gain: float) -
         assert ALLOWANCE * 4.0 < lost < (ALLOWANCE + 2) * 4.0 + 1.1 * LOOK * 4.0 * steps
 
 
+def test_an_interrupted_step_says_nothing_about_drafts() -> None:
+    """Other programs stop a step as often with a draft as without one."""
+    model = priced(*CHEAP)
+    (mine,) = rows_of(model, [0.8])
+    for at in range(200):
+        k = mine.next_k()
+        assert k > 0 or model.age > STALE or not mine.drafted
+        stall = 100.0 if at % 10 == 0 else 0.0
+        time = 2.0 + 0.05 * (1 + k) + stall if k else 2.0
+        observe([mine], [step(k, time * START, 0.1 * START, accepted=min(k, 3), accept=0.1 * START)])
+    assert model.balance > -ALLOWANCE * 2.0
+    assert model.spent > 20 * 100.0
+
+
+def test_a_test_with_a_prefill_is_paid_for() -> None:
+    """The draft model reads the prompt only because of the test."""
+    model = priced(*ARITHMETIC)
+    model.looking, model.credit = True, 2.0
+    observe(rows_of(model, [0.5]), [step(2, 90.0 * START, 3.0 * START, accept=1.0 * START, computed=50)])
+    assert model.credit == pytest.approx(2.0 - 2 * 3.0 - 1.0)
+    model.looking = False
+    observe(rows_of(model, [0.5]), [step(2, 90.0 * START, 3.0 * START, accept=1.0 * START, computed=50)])
+    assert model.credit == pytest.approx(2.0 - 2 * 3.0 - 1.0)
+
+
+def test_before_drafts_are_given_up_plain_steps_are_measured() -> None:
+    """They were measured long ago, and the machine may have become slower since."""
+    (mine,) = rows_of(priced(*ARITHMETIC), [0.0])
+    mine.cost_model.age = 20
+    assert (mine.next_k(), mine.holds) == (0, SETTLED)
+    mine.cost_model.age = 0
+    assert mine.next_k() == 0
+    assert mine.holds >= ALWAYS
+
+
 # Looking again.
 
 
@@ -291,7 +326,7 @@ def test_for_how_many_steps_an_answer_holds() -> None:
     model = priced(*CHEAP)
     new, old = CostController(Bounds(1, 8), model), CostController(Bounds(1, 8), model, drafts=2)
     assert choose([new, old], [8, 8])[0] > 0
-    assert steps_ahead(new) == steps_ahead(old) == 1  # the new text may be another
+    assert steps_ahead(new) == steps_ahead(old) == FIRST  # the new text may be another
     choose([old], [8])
     assert steps_ahead(old) == SETTLED
     choose([old], [0])  # nothing was found to draft: plain steps cost less if several are made at once

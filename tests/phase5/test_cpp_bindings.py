@@ -133,7 +133,9 @@ def decode(
 ) -> None:
     memory = torch.empty(4096)
     batch = [fast.sequence(cache, 0, [1], SamplingParams())]
-    library().decode(fast._engine, batch, None, [0], 1, [False], [], memory.data_ptr() * states, room, list(taps), ms)
+    library().decode(
+        fast._engine, batch, None, [0], 1, [1], [False], [], memory.data_ptr() * states, room, list(taps), ms
+    )
 
 
 def test_a_view_describes_a_cache_that_can_be(fast: cpp.CppModel) -> None:
@@ -234,6 +236,8 @@ def test_batches_that_cannot_be_are_refused(fast: cpp.CppModel) -> None:
         ("below 0 or absurd", lambda: run(drafter(other), [2, -1])),
         ("below 0 or absurd", lambda: run(drafter(other), [2**21, 1])),
         ("sequences and rules differ", lambda: fast.decode(batch(fast, at=cache), None, [0, 0], 1, own=[True])),
+        ("sequences and limits differ", lambda: fast.decode(batch(fast, at=cache), None, [0, 0], 1, limits=[1])),
+        ("limit is below", lambda: fast.decode(batch(fast, at=cache), drafter(other), [2, 1], 1, limits=[2, 2])),
         ("sequences and purposes differ", lambda: run(library().ModelDrafter(other._engine, batch(other), [1]))),
         ("other sequences", lambda: run(drafter(other, [0]))),
         ("different vocabularies", lambda: run(drafter(foreign))),

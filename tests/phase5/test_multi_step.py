@@ -15,12 +15,13 @@ import phase5
 from common.errors import UserError
 from common.philox import Purpose
 from common.prompts import load_prompts
+from phase5.controllers import ALWAYS, LOOKS
 from phase5.cost_model import START
 from phase5.cpp_runner import CppRunner
 from phase5.drafters.chains import ChainBuilder
 from phase5.generate import stats_of
 from phase5.kernels import cpp, registry
-from phase5.multi_step import states_of_rows
+from phase5.multi_step import WARM, states_of_rows
 from phase5.show import Show
 
 pytestmark = [
@@ -341,21 +342,71 @@ def test_a_new_drafter_waits_one_step_for_the_states(name: Literal["eagle", "med
     assert (proposed[0], proposed[1]) == (0, 2)
 
 
-def test_time_outside_of_a_short_call_does_not_make_plain_steps_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_outside_of_a_call_does_not_make_plain_steps_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as if the call had made as many steps as it may; a call of few steps teaches nothing."""
     outside, decode = 0.1, cpp.CppModel.decode
 
     def slow(self: cpp.CppModel, *arguments: Any, **more: Any) -> Any:
         time.sleep(outside)
         return decode(self, *arguments, **more)
 
-    llm = phase5.LLM(phase5.Options(max_tokens=3, controller="cost", drafter="ngram", dtype="float32", kernels="cpp"))
+    llm = phase5.LLM(phase5.Options(controller="cost", drafter="ngram", dtype="float32", kernels="cpp"))
     monkeypatch.setattr(llm.prices, "provide", lambda *arguments: None)
     monkeypatch.setattr(cpp.CppModel, "decode", slow)
-    (sequence,) = llm.sequences(["a b c d"], dataclasses.replace(llm.params, ignore_eos=True))
-    for _ in llm.run([sequence]):
-        pass
-    assert llm.cost_model.plain.recent[1]
-    assert max(llm.cost_model.plain.recent[1]) * START < outside * 1e3 / 4
+    monkeypatch.setattr("phase5.controllers._choose", lambda controllers, limits: ([0], ALWAYS))
+    plain = llm.cost_model.plain.recent
+    for new, known in ((WARM, 0), (WARM + 1, 1)):  # the first token is a call of its own
+        params = dataclasses.replace(llm.params, max_new_tokens=new, ignore_eos=True)
+        (sequence,) = llm.sequences(["a b c d"], params)
+        for _ in llm.run([sequence]):
+            pass
+        assert len(plain.get(1, [])) == known
+    assert max(plain[1]) * START < outside * 1e3 / 4
+
+
+def test_time_outside_of_a_short_call_does_not_make_drafts_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the call had made as many steps as it may."""
+    outside, decode = 0.1, cpp.CppModel.decode
+
+    def slow(self: cpp.CppModel, *arguments: Any, **more: Any) -> Any:
+        time.sleep(outside)
+        return decode(self, *arguments, **more)
+
+    llm = phase5.LLM(phase5.Options(controller="cost", dtype="float32", kernels="cpp"))
+    monkeypatch.setattr(llm.prices, "provide", lambda *arguments: None)
+    monkeypatch.setattr("phase5.controllers._choose", lambda controllers, limits: ([min(limits[0], 2)], LOOKS))
+    (sequence,) = llm.sequences(["import os\n"], dataclasses.replace(llm.params, max_new_tokens=20, ignore_eos=True))
+    run = llm.run([sequence])
+    next(run)
+    monkeypatch.setattr(cpp.CppModel, "decode", slow)
+    llm.cost_model.accept.recent.clear()
+    slept = [step.stats[0].accept_ms for step in run if step is not None]
+    assert max(slept) > outside * 1e3 / 3  # the statistics hold what it took
+    assert max(llm.cost_model.accept.recent[1]) * START < outside * 1e3 / 4
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_call_goes_on_until_a_step_could_pass_the_end(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call ends where a step could give more tokens than wanted, not where all drafts could have."""
+    calls, decode = list[tuple[int, int, int]](), cpp.CppModel.decode
+
+    def noting(self: cpp.CppModel, batch: Any, drafter: Any, counts: Any, steps: Any, **more: Any) -> Any:
+        made = decode(self, batch, drafter, counts, steps, **more)
+        gained = [sum(step.accepted[row] + 1 for step in made[0]) for row in range(len(batch))]
+        left = min(limit - mine - count for limit, mine, count in zip(more["limits"], gained, counts, strict=True))
+        calls.append((len(made[0]), steps, left))
+        return made
+
+    monkeypatch.setattr(cpp.CppModel, "decode", noting)
+    monkeypatch.setattr("phase5.multi_step.BUDGET_MS", 0.0)
+    llm = phase5.LLM(phase5.Options(kernels="cpp", dtype="float32", temperature=1.0, max_tokens=40, k=3))
+    texts = ["import os\n", "def f(x):\n", "class A:\n"][:rows]
+    drafted = [each.tokens for each in llm.generate(texts, dataclasses.replace(llm.params, ignore_eos=True))]
+    assert all(made == steps or left <= 0 for made, steps, left in calls)  # nothing else ended a call
+    assert all(left + 3 >= 0 for _, _, left in calls)  # never beyond the limit
+    assert all(len(tokens) == 40 for tokens in drafted)
+    if rows == 1:
+        assert max(made for made, _, _ in calls) > 39 // 4
 
 
 def test_past_the_context_the_window_is_prefilled_again(make_checkpoint: Any) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 import phase5
 from common.prompts import load_prompts
-from phase5.cost_model import CostModel
-from phase5.prices import DAY, Measured, Prices
+from phase5.cost_model import START, CostModel
+from phase5.prices import DAY, SECONDS, Measured, Prices
 
 pytestmark = pytest.mark.no_exercise  # part draft is given
 TIMES = {
@@ -120,16 +120,18 @@ def test_after_a_change_of_plain_steps_it_measures_again_but_not_always(kept: Pa
     provided(made)
     for _ in range(9):
         made.cost_model.plain.observe(1, 4.0)
-    assert provided(made) == TIMES  # those of the file were measured in another run: it measures
+    provided(made)
+    assert measured == [1]  # nothing was decoded yet
+    made.cost_model.spent = 101 * SECONDS * 1e3 / START
+    assert provided(made) == TIMES
     assert measured == [1, 1]
-    made.prices.measured[1] = Measured(TIMES, time.monotonic() - 10, took=0.2)
-    for _ in range(9):
-        made.cost_model.plain.observe(1, 4.0)
-    provided(made)
-    assert measured == [1, 1]  # 10 s after 0.2 s of measuring
-    made.prices.measured[1] = Measured(TIMES, time.monotonic() - 30, took=0.2)
-    provided(made)
-    assert measured == [1, 1, 1]
+    for decoded, times in ((10.0, 2), (30.0, 3)):  # seconds of decoding after 0.2 s of measuring
+        made.prices.measured[1] = Measured(TIMES, at=15.0, took=0.2)
+        made.cost_model.spent = (15.0 + decoded) * 1e3 / START
+        for _ in range(9):
+            made.cost_model.plain.observe(1, 4.0)
+        provided(made)
+        assert measured == [1] * times
 
 
 @pytest.mark.parametrize("options", [{"draft": "none"}, {"controller": "fixed"}])

@@ -79,13 +79,13 @@ class FastEagleDrafter(EagleDrafter):
         chains = ChainBuilder(sequences, counts, self.source, self.noise, stop)
         if rows := chains.open():
             asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
-            tokens, probs = self.fast.propose(self.start(asked, counts, 1), counts)
+            tokens, probs = self.fast.propose(self.start(asked, counts, [n + 1 for n in counts]), counts)
             self.finish(counts, [[[]] * len(rows)])
             chains.take(rows, tokens, probs)
         return chains.draft()
 
-    def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
-        """Return a drafter of the library for steps of counts[r] tokens."""
+    def start(self, sequences: list[Sequence], counts: list[int], limits: list[int]) -> Any:
+        """Return a drafter of the library for drafts of counts[r] tokens."""
         batch, states, self._started = list[Any](), list[Tensor](), list[tuple[FastLookahead, int, int] | None]()
         for sequence, count in zip(sequences, counts, strict=True):
             if not count:

@@ -28,18 +28,21 @@ class FastModelDrafter(ModelDrafter):
             rows = chains.open()
             asked, counts = [sequences[row] for row in rows], [widths[row] for row in rows]
             runner = cast("CppRunner", self.runner)
-            tokens, probs = runner.fast.propose(self.start(asked, counts, 1), counts)
+            tokens, probs = runner.fast.propose(self.start(asked, counts, [n + 1 for n in counts]), counts)
             runner.appended(self._works, [of_row[:-1] for of_row in tokens], 0)
             chains.take(rows, tokens, probs)
         return self.extend(chains)
 
-    def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
-        """Return a drafter of the library for steps of counts[r] tokens. UserError if the cache has no room."""
+    def start(self, sequences: list[Sequence], counts: list[int], limits: list[int]) -> Any:
+        """Return a drafter of the library for drafts of counts[r] tokens; sequence r gains at most limits[r] tokens.
+
+        UserError if the cache has no room for so many.
+        """
         runner = cast("CppRunner", self.runner)
         drafting = [row for row, count in enumerate(counts) if count]
         asked = [sequences[row] for row in drafting]
         self._works: list[Work]
-        self._works, batch = runner.begin(asked, [steps * (counts[row] + 1) - 1 for row in drafting])
+        self._works, batch = runner.begin(asked, [limits[row] - 1 for row in drafting])
         if len(asked) < len(sequences):
             started = iter(batch)
             batch = [next(started) if count else idle() for count in counts]

@@ -39,11 +39,11 @@ class FastMedusaDrafter(MedusaDrafter):
         chains = ChainBuilder(sequences, counts, self.source, stop)
         if rows := chains.open():
             asked, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
-            chains.take(rows, *self.fast.beside.propose(self.start(asked, counts, 1), counts))
+            chains.take(rows, *self.fast.beside.propose(self.start(asked, counts, [n + 1 for n in counts]), counts))
         return chains.draft()
 
-    def start(self, sequences: list[Sequence], counts: list[int], steps: int) -> Any:
-        """Return a drafter of the library for steps of counts[r] tokens, at most one per head."""
+    def start(self, sequences: list[Sequence], counts: list[int], limits: list[int]) -> Any:
+        """Return a drafter of the library for drafts of counts[r] tokens, at most one per head."""
         nowhere = library().Row(None, [], 0)  # heads have no cache
         batch = [
             library().Sequence(nowhere, [last_token(each)], sampling_of(each.params), each.key[1], each.length)

@@ -130,6 +130,7 @@ class CppModel(PackedModel):
         counts: list[int],
         steps: int,
         *,
+        limits: Sequence[int] = (),
         own: Sequence[bool] = (),
         synthetic: Sequence[float] = (),
         ends: Sequence[int] = (),
@@ -147,17 +148,21 @@ class CppModel(PackedModel):
         `hurry` was called. Afterwards the row of a sequence has keys and values of its new tokens and of all that it
         gained but the last token.
 
+        limits: the call returns before a step in which some sequence r could gain its token number limits[r] + 1; by
+        default never.
+
         taps: return hidden states as well, with the outputs of these layers beside them, [n, F], step by step and
         sequence by sequence: of the new tokens (in the first step `new` in all) and of the accepted draft tokens.
         """
+        limits = list(limits) or [steps * (count + 1) for count in counts]
         states, room = None, 0
         if taps is not None:
             width = self.config.width * (1 + len(taps))
-            states = torch.empty(new + steps * (len(batch) + sum(counts)), width)
+            states = torch.empty(new + sum(limits), width)
             room = states.numel()
         try:
             made = library().decode(
-                self._engine, batch, drafter, counts, steps, list(own) or [False] * len(batch),
+                self._engine, batch, drafter, counts, steps, limits, list(own) or [False] * len(batch),
                 list(synthetic) or [-1.0] * len(batch), list(ends),
                 0 if states is None else states.data_ptr(), room, list(taps or ()), budget_ms,
             )  # fmt: skip

@@ -117,9 +117,11 @@ void check(Engine& target, const Batch& batch, Drafter* drafter, const Plan& pla
     need(!batch.empty(), "there are no sequences");
     need(plan.counts.size() == batch.size(), "sequences and counts differ in number");
     need(plan.own.size() == batch.size() && plan.synthetic.size() == batch.size(), "sequences and rules differ in number");
+    need(plan.limits.size() == batch.size(), "sequences and limits differ in number");
     need(plan.budget_ms >= 0, "the time of a call is below 0 or not a number");
     need(plan.steps >= 1 && plan.steps <= 1 << 20, "there is at least one step, and no absurd number of them");
     for (int count : plan.counts) need(count >= 0 && count <= 1 << 20, "a number of draft tokens is below 0 or absurd");
+    for (size_t r = 0; r < batch.size(); ++r) need(plan.limits[r] > plan.counts[r], "a limit is below what a step may give");
     if (drafter == nullptr) {
         need(std::accumulate(plan.counts.begin(), plan.counts.end(), 0) == 0, "nobody drafts");
         return;
@@ -143,7 +145,8 @@ std::vector<Decoded> decode(Engine& target, Batch batch, Drafter* drafter, const
     float* to = states.to;
     std::vector<float> memory[3];
     std::vector<Decoded> steps;
-    bool ended = false;
+    std::vector<int> left = plan.limits;
+    bool ended = false;  // a sequence has ended, or has no room for another step
     double spent = 0;
     auto time_left = [&] { return !target.hurried && (spent < plan.budget_ms || plan.budget_ms == 0); };
     while (!ended && int(steps.size()) < plan.steps && (steps.empty() || time_left())) {
@@ -170,6 +173,8 @@ std::vector<Decoded> decode(Engine& target, Batch batch, Drafter* drafter, const
                 to += size_t(count) * size;
             }
             for (int token : outcome.tokens) ended |= std::find(plan.ends.begin(), plan.ends.end(), token) != plan.ends.end();
+            left[r] -= result.accepted + 1;
+            ended |= left[r] <= plan.counts[r];
             batch[r].append(outcome.tokens, result.accepted);
             outcomes.push_back(std::move(outcome));
         }

@@ -8,6 +8,7 @@ namespace lab {
 struct Plan {
     std::vector<int> counts;  // draft tokens after each sequence; 0: plain decoding
     int steps = 1;            // at most so many
+    std::vector<int> limits;  // of the tokens that each sequence gains; a step that could give more is not made
     double budget_ms = 0;     // return after the step that uses it up, or once the target is hurried; 0: without limit
     // Per sequence: accept while the target samples the same token (policies.py, SampleMatch); otherwise rejection.
     std::vector<bool> own;

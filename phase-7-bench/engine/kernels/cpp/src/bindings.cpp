@@ -224,13 +224,13 @@ PYBIND11_MODULE(lab_cpp, module) {
     py::class_<GivenDrafter, Drafter>(module, "GivenDrafter", py::module_local())
         .def(py::init<Engine&, std::vector<std::vector<int>>>(), py::keep_alive<1, 2>());
 
-    module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, std::vector<bool> own,
+    module.def("decode", [](Engine& target, Batch batch, Drafter* drafter, std::vector<int> counts, int steps, std::vector<int> limits, std::vector<bool> own,
                             std::vector<double> synthetic, std::vector<int> ends,
                             uintptr_t states, size_t room, std::vector<int> taps, double budget_ms) {
         std::vector<Decoded> made;
         {
             py::gil_scoped_release release;
-            made = decode(target, std::move(batch), drafter, {std::move(counts), steps, budget_ms, std::move(own), std::move(synthetic), std::move(ends)},
+            made = decode(target, std::move(batch), drafter, {std::move(counts), steps, std::move(limits), budget_ms, std::move(own), std::move(synthetic), std::move(ends)},
                           {pointer<float>(states), room, std::move(taps)});
         }
         py::list found;
