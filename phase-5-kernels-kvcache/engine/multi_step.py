@@ -33,7 +33,7 @@ from .verify import RandomSource
 
 AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
 AHEAD = 16  # steps with drafts of one call
-WARM = 12  # plain steps of a call whose time counts: the first of them finds the weights evicted
+WARM, WARM_MS = 12, 6.0  # plain steps or time of a call that counts: its first step finds the weights evicted
 MOST = 128  # tokens of a sequence in one call
 BUDGET_MS = 25.0  # a call makes no further step after so long: its text is shown at its end
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
@@ -231,7 +231,8 @@ def _commit(
         new, prefilled, skip = [1] * len(new), [0] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
-            warm = len(made) >= WARM and all(len(work.new) + work.prefilled == 1 for work in works)
+            warm = len(made) >= WARM or inside * 1e3 >= WARM_MS
+            warm &= all(len(work.new) + work.prefilled == 1 for work in works)
             outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
             took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
             observe_plain([each.controller for each in sequences], len(steps), took)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 SETTLED = 16  # steps for which an answer of CostController holds once it has seen a text
 FIRST = 4  # steps for which the first answers hold
+MARGIN = (
+    1.05  # expected gain from which drafts are made: their usual times leave out more of the delays than plain ones
+)
 LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
 ALWAYS = 64  # steps for which the answer holds that no draft can pay
 
@@ -138,7 +141,7 @@ class ConfidenceController(KController):
 
 @dataclass
 class CostController(KController):
-    """Chooses the K with the most expected tokens per second; 0 where no K beats plain decoding.
+    """Chooses the K with the most expected tokens per second; 0 where no K beats plain decoding by MARGIN.
 
     Rows of a batch share a step, so one K is chosen for all of them (Leviathan et al. 2023, section 3.5, for one row):
 
@@ -150,9 +153,9 @@ class CostController(KController):
     earlier texts. Times are measured (cost_model.py).
 
     While no K pays, a draft is made now and then as a test, unless it would lose if all of it were accepted. Tests may
-    cost 1% of the time. Expectations can be wrong, because times are noisy and texts differ. So no draft is made while
-    the drafts so far, by their measured times and tokens, have lost more than ALLOWANCE plain steps; a loss is forgiven
-    at 1% of the time.
+    cost 0.5% of the time. Expectations can be wrong, because times are noisy and texts differ. So no draft is made
+    while the drafts so far, by their measured times and tokens, have lost more than ALLOWANCE plain steps; a loss is
+    forgiven at 0.5% of the time.
     """
 
     bounds: Bounds
@@ -220,16 +223,17 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         may_pay |= (rows + sum(widths)) / took > plain
         if rate > most:
             best, most = widths, rate
-    if most <= plain and cost_model.age:  # the machine may have become slower since the last plain step
+    enough = plain * MARGIN
+    if most <= enough and cost_model.age:  # the machine may have become slower since the last plain step
         return none, SETTLED
     gained = LOOK * cost_model.time(none)  # by a plain step, for tests and losses
-    if most > plain:
+    if most > enough:
         if (debt := -cost_model.balance - ALLOWANCE * cost_model.time(none)) > 0:
             return none, max(SETTLED, min(math.ceil(debt / gained), ALWAYS))
         return best, SETTLED if all(controller.drafts > 1 for controller in controllers) else FIRST
     if not may_pay:
         return none, ALWAYS
-    loss = cost_model.time(best) * (1 - most / plain)
+    loss = cost_model.time(best) * max(1 - most / plain, 1 - 1 / MARGIN)
     if cost_model.credit >= loss:
         cost_model.credit, cost_model.looking = loss, True
         return best, LOOKS
@@ -254,8 +258,10 @@ def observe(
 def observe_plain(controllers: Sequence[KController], steps: int, took: float | None) -> None:
     """Tell the controllers of so many steps without drafts in one call; took: milliseconds of a step, None: unknown."""
     leader = controllers[0]
-    if took is not None and isinstance(leader, CostController):
-        leader.cost_model.observe_plain(len(controllers), took / START, steps)
+    if isinstance(leader, CostController):
+        if took is not None:
+            leader.cost_model.observe_plain(len(controllers), took / START, steps)
+        leader.cost_model.age = 0
     for controller in controllers:
         controller.observe_plain(steps)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 START = 64  # assumed overhead of a forward pass without a cache, in positions
 STALE = 128  # steps after which a plain step is measured again
-LOOK = 0.01  # share of the time that may be lost by drafting as a test
+LOOK = 0.005  # share of the time that may be lost by drafting as a test
 ALLOWANCE = 16  # plain steps that drafts may lose to plain decoding
 STALL = 2.0  # times the expected time: a longer step was interrupted, and counts as so long
 PRIOR, PRIOR_WEIGHT = 0.8, 0.7  # acceptance before any observation, and its weight in observations
@@ -163,7 +163,7 @@ class CostModel:
             load += each.plain
             prefilled |= each.computed > each.proposed + each.plain
         if prefilled:
-            self.credit -= (step.draft_ms + step.accept_ms) / load if self.looking else 0.0
+            self.credit -= step.draft_ms / load if self.looking else 0.0
             return
         took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
         if not deepest:

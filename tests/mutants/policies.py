@@ -140,7 +140,7 @@ COSTS = mutants(
     f"{CACHED}/cost_model.py",
     ("tests/phase5/test_cost_model.py",),
     ("least = min(took, STALL * self.time([each.depth for each in stats]))", "least = took"),
-    ("self.credit -= (step.draft_ms + step.accept_ms) / load if self.looking else 0.0", "pass"),
+    ("self.credit -= step.draft_ms / load if self.looking else 0.0", "pass"),
     ("self.credit += gain - took if self.looking else 0.0", "self.credit += gain - took"),
     ("self.balance = min(0.0, self.balance + gain - least)", "self.balance = self.balance + gain - least"),
     ("self.balance = min(0.0, self.balance + LOOK * took)", "pass"),
@@ -149,7 +149,7 @@ COSTS = mutants(
 CHOICE = mutants(
     f"{CACHED}/controllers.py",
     ("tests/phase5/test_cost_model.py",),
-    ("if most <= plain and cost_model.age:", "if False:"),
+    ("if most <= enough and cost_model.age:", "if False:"),
     ("if cost_model.age > STALE:", "if False:"),
     ("max(ALWAYS, math.ceil((loss - cost_model.credit) / gained))", "ALWAYS"),
 )  # fmt: skip
