@@ -15,10 +15,10 @@ from common.errors import UserError
 
 from .config import ModelConfig
 from .cost import forward_bytes, ranking_bytes
-from .kv_cache import PAGE, KVOptions, needed_bytes
+from .kv_cache import PAGE, KVOptions, PagedCache, StaticCache, needed_bytes
 from .kv_cache.manager import CacheManager
 from .load import LoadedModel
-from .runner import CHUNK, DRAFT_ROOM, cache_shape
+from .runner import CHUNK, DRAFT_ROOM, CachedRunner, ModelRunner, cache_shape
 from .sequence import Sequence
 
 SEQUENCE = 4096  # bytes of a waiting sequence, without its tokens
@@ -84,6 +84,24 @@ def fitted(
             f"{free / 2**30:.1f} GiB are free: give a smaller --batch-size, --kv-slots or --kv-pages, or --kv paged"
         )
     return options
+
+
+def check_caches(sequence: Sequence, target: ModelRunner) -> None:
+    """Raise UserError if the caches of the target and of the sequence's draft model can never hold it."""
+    length = min(len(sequence.prompt) + sequence.params.max_new_tokens, target.model.config.context)
+    length += sequence.reach if sequence.branches else 0
+    for runner in (target, sequence.draft):
+        if not isinstance(runner, CachedRunner):
+            continue
+        cache = runner.manager.cache
+        if isinstance(cache, PagedCache):
+            if cache.pages(length) > len(cache.blocks.users):
+                raise UserError(
+                    f"out of pages: there are {len(cache.blocks.users)} of {PAGE} tokens, and {cache.pages(length)} "
+                    "are needed (prompt and new tokens): give more --kv-pages, or a smaller --max-tokens"
+                )
+        elif isinstance(cache, StaticCache) and length > cache.capacity:
+            raise UserError(f"the KV cache holds {cache.capacity} tokens per text, and {length} are needed")
 
 
 def check_slots(options: KVOptions, lengths: list[int], tree: bool) -> None:

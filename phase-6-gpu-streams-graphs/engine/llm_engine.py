@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, get_args
@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, get_args
 from common.device import available_memory
 from common.errors import UserError
 
-from .capacity import fitted
+from .capacity import check_caches, fitted
 from .controllers import ControllerName, CostController, FixedController, KController
 from .generate import Stats, stats_of
 from .kernels import registry
-from .kv_cache import PAGE, PagedCache, StaticCache
 from .logprobs import TokenLogprob, of_tokens
-from .options import MOST_ROWS
+from .options import MOST_ROWS, DrafterName
 from .policies import LOSSLESS, AcceptancePolicy, PolicyName
 from .profiler import stage
 from .runner import DRAFT_ROOM, CachedRunner
@@ -64,30 +63,40 @@ class Output:
 class LLMEngine:
     """Runs the models of an LLM over requests that come and go."""
 
-    def __init__(self, llm: LLM, rows: int = 0, tokens: int = 0, multi_step: bool = True, budget: int = BUDGET) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        rows: int = 0,
+        tokens: int = 0,
+        multi_step: bool = True,
+        budget: int = BUDGET,
+        others: Iterable[LLM] = (),
+    ) -> None:
         """rows: sequences of one step, by default `--batch-size`. tokens: of the longest, by default the context.
 
-        budget: tokens of one step, prompts included. UserError for numbers out of range, and if the caches do not fit
-        in memory.
+        budget: tokens of one step, prompts included. others: LLMs with further drafters (drafter_choice.py).
+        UserError for numbers out of range, and if the caches do not fit in memory.
         """
         self.llm, self.rows = llm, rows or llm.options.batch_size
         if not 1 <= self.rows <= MOST_ROWS or tokens < 0 or budget < 1:
             wrong = f"got {self.rows}, {tokens} and {budget}"
             raise UserError(f"rows must be from 1 to {MOST_ROWS}, tokens at least 0, the budget at least 1; {wrong}")
         tokens = tokens or llm.loaded.config.context
-        models = [llm.loaded.model, *([llm.draft.model] if llm.draft and llm.speculative else [])]
+        self.drafting = {each.options.drafter: each for each in (llm, *others) if each.speculative}
+        models = [llm.loaded.model, *(each.draft.model for each in self.drafting.values() if each.draft)]
         free = available_memory(models[0].embedding.weight.device)
         free += sum(manager.cache.nbytes() for manager in llm.caches.values() if manager.idle)
         shapes = [(model.config, llm.backends.computed(model)) for model in models]
         kv = fitted(llm.options.kv_options(), shapes, self.rows, tokens, free)
-        self.target, *others = (llm.make_runner(model, self.rows, tokens, kv) for model in models)
-        self.draft = others[0] if others else None
-        self.drafter = llm.new_drafter(self.draft, KeyedSource()) if llm.speculative else None
-        self.scheduler = Scheduler(self.target, self.draft, self.drafter, self.rows, budget)
+        self.target, *drafts = (llm.make_runner(model, self.rows, tokens, kv) for model in models)
+        self.draft = drafts[0] if drafts else None
+        self.drafters = {name: each.new_drafter(self.draft, KeyedSource()) for name, each in self.drafting.items()}
+        self.scheduler = Scheduler(self.target, self.draft, self.rows, budget)
         self.several = llm.backends.multi_step if multi_step else None
         self.policies: dict[PolicyName, AcceptancePolicy] = {}
         self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
-        self.numbers, self.closed, self.priced = count(), False, False
+        self.numbers, self.closed = count(), False
+        self.priced, self.unpriced = set[DrafterName](), dict[DrafterName, SamplingParams]()  # whose costs are needed
         self.ended: list[Sequence] = []  # without a step: aborted, or by an error
 
     @property
@@ -102,6 +111,7 @@ class LLMEngine:
         *,
         n: int = 1,
         seeded: bool = True,
+        drafter: DrafterName | None = None,
         policy: PolicyName | None = None,
         controller: ControllerName | None = None,
         k: int | None = None,
@@ -110,12 +120,12 @@ class LLMEngine:
     ) -> int:
         """Queue n samples of a prompt, a text or token ids; return the number of the request.
 
-        params, policy, controller, k: by default those of the options; k = 0 drafts nothing. A static tree keeps the
-        shape for the options' K. seeded: False if the request did not ask for a seed, so that one is drawn. Without a
-        policy, sampled tokens are accepted by `coupled` if the request has a seed, and by `rejection`, which accepts
-        more, if not. logprobs, prompt_logprobs: report those of the output and the prompt, each with so many likeliest
-        tokens; every call makes a single step then. UserError for a request that cannot be served; the others are not
-        concerned.
+        params, drafter, policy, controller, k: by default those of the options; k = 0 drafts nothing. A static tree
+        keeps the shape for the options' K. seeded: False if the request did not ask for a seed, so that one is drawn.
+        Without a policy, sampled tokens are accepted by `coupled` if the request has a seed, and by `rejection`, which
+        accepts more, if not. logprobs, prompt_logprobs: report those of the output and the prompt, each with so many
+        likeliest tokens; every call makes a single step then. UserError for a request that cannot be served; the others
+        are not concerned.
         """
         llm, options = self.llm, self.llm.options
         tokens = llm.encoder.encode([prompt])[0] if isinstance(prompt, str) else list(prompt)
@@ -133,6 +143,8 @@ class LLMEngine:
         for what, name, known in (("policy", policy, PolicyName), ("controller", controller, ControllerName)):
             if name is not None and name not in get_args(known):
                 raise UserError(f"there is no {what} {name}; give one of {', '.join(get_args(known))}")
+        if drafter not in (None, *self.drafting):
+            raise UserError(f"the drafter {drafter} is not loaded; loaded: {', '.join(self.drafting) or 'none'}")
         params = params or llm.params
         if not seeded:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
@@ -140,32 +152,40 @@ class LLMEngine:
             policy = "longest_prefix" if params.greedy else "coupled" if seeded else "rejection"
         rule = self._policy(policy) if policy else llm.policy
         changed = {"controller": controller or options.controller, **({"k": k} if k else {})}
-        chosen = options.model_copy(update=changed)
+        chosen, drafting = options.model_copy(update=changed), self.drafting[drafter] if drafter else llm
         sequences = [Sequence(tokens, params, llm.loaded.ending, sample) for sample in range(n)]
         number = next(self.numbers)
         for sequence in sequences:
             sequence.number, sequence.top, sequence.prompt_top = number, logprobs, prompt_logprobs
             sequence.unscored = prompt_logprobs is not None and len(tokens) > 1
-            self.add(sequence, rule, FixedController(0) if k == 0 else chosen.make_controller(llm.cost_model))
+            own = FixedController(0) if k == 0 else chosen.make_controller(drafting.cost_model)
+            self.add(sequence, rule, own, drafting)
         self.requests[number] = sequences
         return number
 
     def add(
-        self, sequence: Sequence, policy: AcceptancePolicy | None = None, controller: KController | None = None
+        self,
+        sequence: Sequence,
+        policy: AcceptancePolicy | None = None,
+        controller: KController | None = None,
+        drafting: LLM | None = None,
     ) -> None:
-        """Queue a sequence. UserError if the cache can never hold it."""
+        """Queue a sequence; drafting: one of `others` that drafts for it. UserError if the cache can never hold it."""
         if self.closed:
             raise UserError("the engine is closed")
-        options = self.llm.options
-        sequence.policy = policy or self.llm.policy
-        sequence.controller = controller or options.make_controller(self.llm.cost_model)
-        if self.drafter is not None and not (
-            isinstance(sequence.controller, FixedController) and not sequence.controller.k
-        ):
+        drafting = drafting or self.llm
+        options, name = drafting.options, drafting.options.drafter
+        sequence.policy = policy or drafting.policy
+        sequence.controller = controller = controller or options.make_controller(drafting.cost_model)
+        sequence.drafter = self.drafters.get(name)
+        most = controller.k if isinstance(controller, FixedController) else options.max_k
+        if sequence.drafter is not None and most:
             sequence.branches = options.tree != "off"
-            most = sequence.controller.k if isinstance(sequence.controller, FixedController) else options.max_k
             sequence.reach = options.tree_nodes if sequence.branches else most
-        self._check_fits(sequence)
+            sequence.draft = self.draft if drafting.draft else None
+            if isinstance(controller, CostController) and name not in self.priced:
+                self.unpriced.setdefault(name, sequence.params)
+        check_caches(sequence, self.target)
         self.scheduler.add(sequence)
 
     def _policy(self, name: PolicyName) -> AcceptancePolicy:
@@ -177,23 +197,6 @@ class LLMEngine:
             registry.use(made, self.llm.backends.kernels)
             self.policies[name] = made
         return self.policies[name]
-
-    def _check_fits(self, sequence: Sequence) -> None:
-        length = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.llm.loaded.config.context)
-        length += sequence.reach if sequence.branches else 0
-        for runner in (self.target, self.draft):
-            if not isinstance(runner, CachedRunner):
-                continue
-            cache = runner.manager.cache
-            if isinstance(cache, PagedCache):
-                if cache.pages(length) > len(cache.blocks.users):
-                    raise UserError(
-                        f"out of pages: there are {len(cache.blocks.users)} of {PAGE} tokens, and "
-                        f"{cache.pages(length)} are needed (prompt and new tokens): give more --kv-pages, or a smaller "
-                        "--max-tokens"
-                    )
-            elif isinstance(cache, StaticCache) and length > cache.capacity:
-                raise UserError(f"the KV cache holds {cache.capacity} tokens per text, and {length} are needed")
 
     def abort(self, number: int) -> bool:
         """End a request whose output nobody wants any more. False if there is none: it has ended, or never was."""
@@ -234,31 +237,31 @@ class LLMEngine:
 
     def advance(self) -> Iterator[Step]:
         """Compute parts of prompts, then make steps of all sequences that can decode; yield these."""
-        if not self.priced and any(self._asks_prices(sequence) for sequence in self.scheduler.waiting):
-            self.priced = True
-            self.llm.prices.provide(self.llm.cost_model, self.scheduler.waiting[0].params, self.rows)
+        while self.unpriced:
+            name, params = self.unpriced.popitem()
+            self.priced.add(name)
+            self.drafting[name].prices.provide(self.drafting[name].cost_model, params, self.rows)
         chunks, ready = self.scheduler.schedule()
         for sequence, tokens in chunks:
             self._prefill(sequence, tokens)
         most = 1 if self.scheduler.changes else SEVERAL
-        yield from self._decode([each for each in ready if each.finish_reason is None], most)
-
-    def _asks_prices(self, sequence: Sequence) -> bool:
-        return self.drafter is not None and isinstance(sequence.controller, CostController)
+        ready = [each for each in ready if each.finish_reason is None]
+        for drafter in dict.fromkeys(each.drafter for each in ready):  # each has a step of its own
+            yield from self._decode([each for each in ready if each.drafter is drafter], most)
 
     def _prefill(self, sequence: Sequence, most: int) -> None:
         stage("prefill")
         text, first = sequence.prompt + sequence.tokens, None
         taps: tuple[int, ...] = ()
-        if self.drafter is not None and self.drafter.taps is not None:
-            first, taps = self.drafter.states_from(sequence), self.drafter.taps
+        if sequence.drafter is not None and sequence.drafter.taps is not None:
+            first, taps = sequence.drafter.states_from(sequence), sequence.drafter.taps
         try:
             if sequence.unscored:
                 self._score(sequence, most, first, taps)
             elif isinstance(self.target, CachedRunner):
                 self.target.prefill(sequence, text, most, first, taps)
-            if isinstance(self.draft, CachedRunner) and sequence.reach:
-                self.draft.prefill(sequence, text, most)
+            if isinstance(sequence.draft, CachedRunner):
+                sequence.draft.prefill(sequence, text, most)
         except Exception as error:
             self._fail(sequence, error)
         stage("schedule")
@@ -278,13 +281,11 @@ class LLMEngine:
 
     def _decode(self, group: list[Sequence], most: int) -> Iterator[Step]:
         """Make steps of these sequences. If that fails, each is tried alone: only those that fail end."""
-        if not group:
-            return
         source = random_source(sequence.params for sequence in group)
         before = [len(sequence.tokens) for sequence in group]
         several = None if any(each.top is not None for each in group) else self.several
         try:
-            for step in advance(self.target, self.drafter, group, source, several, most):
+            for step in advance(self.target, group[0].drafter, group, source, several, most):
                 for row, (sequence, stats) in enumerate(zip(step.sequences, step.stats, strict=True)):
                     sequence.progress.mark()
                     self.llm.keep(sequence, stats)
@@ -295,8 +296,8 @@ class LLMEngine:
             if len(group) == 1:
                 self._fail(group[0], error)
             else:
-                for sequence in group:
-                    yield from self._decode([sequence] if sequence.finish_reason is None else [], 1)
+                for sequence in [each for each in group if each.finish_reason is None]:
+                    yield from self._decode([sequence], 1)
         for sequence, tokens in zip(group, before, strict=True):
             if len(sequence.tokens) > tokens:
                 sequence.progress.chunks.append((sequence.progress.last, len(sequence.tokens) - tokens))

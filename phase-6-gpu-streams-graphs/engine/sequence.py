@@ -17,8 +17,10 @@ from .sampling import SamplingParams
 
 if TYPE_CHECKING:
     from .controllers import KController
+    from .drafting import Drafter
     from .logprobs import TokenLogprob
     from .policies import AcceptancePolicy
+    from .runner import ModelRunner
     from .steps import StepStats
 
 FinishReason = Literal["length", "eos", "stop", "refused", "aborted", "error"]
@@ -59,6 +61,8 @@ class Sequence:
 
     controller: KController  # of how many tokens to draft, from the start of decoding on
     policy: AcceptancePolicy  # which of them are accepted, and with what noise they are drawn
+    drafter: Drafter | None = None  # proposes them, in an LLMEngine
+    draft: ModelRunner | None = None  # of the draft model, if that drafts for this sequence
     reach = 0  # at most so many draft tokens, or nodes of a tree, follow it in one step
     branches = False  # its drafts are trees
     number = 0  # of its request

@@ -14,6 +14,7 @@ from .controllers import (
     KController,
     make_controller,
 )
+from .drafter_choice import with_drafter
 from .drafters import DynamicTreeDrafter, ExtrapolateDrafter, ModelDrafter, NgramDrafter, NgramIndex, StaticTreeDrafter
 from .drafting import Brancher, Draft, Drafter, Outcome
 from .fake import FakeModel
@@ -122,4 +123,5 @@ __all__ = [
     "verify",
     "visible",
     "window_start",
+    "with_drafter",
 ]

@@ -82,7 +82,7 @@ class GraphSteps:
 
     def _graph(self, runners: list[DeviceRunner], bucket: Bucket) -> tuple[DeviceStep, Graph]:
         caches = [runner.manager.cache for runner in runners]
-        if caches != self.caches:  # the graphs hold addresses of others
+        if caches != self.caches[: len(caches)]:  # the graphs hold addresses of others
             self.made, self.caches = {}, caches
             for runner in runners:  # tables that grow would move
                 if runner.model.config.positions == "rope":

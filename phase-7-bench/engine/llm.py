@@ -69,7 +69,15 @@ class LLM:
         self.encoder = TokenizerCache(self.loaded.tokenizer)
         self.amp = computing(options.amp, self.loaded.model.embedding.weight.device)
         self.policy = options.acceptance_policy()
-        name, kind = resolve_draft(options.draft, self.loaded), options.drafter
+        self.runner: ModelRunner | None = None  # of the target, in the last run
+        self.caches: dict[Transformer, CacheManager] = {}  # of each model
+        self.compiler = Compiler() if options.compile else None
+        self.load_drafter(self.loaded.model)
+
+    def load_drafter(self, *loaded: Transformer) -> None:
+        """Load what drafts, and prepare it together with models that are loaded. UserError if that cannot be."""
+        options, kind = self.options, self.options.drafter
+        name = resolve_draft(options.draft, self.loaded)
         self.draft = self._load(name, options.draft_quant, options.draft_parallel) if name and kind == "model" else None
         self.heads: Heads | None = None
         if (kind == "medusa" or kind == "eagle") and options.draft != "none":
@@ -77,20 +85,17 @@ class LLM:
         if self.draft:
             check_pair(self.loaded, self.draft)
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
-        self.runner: ModelRunner | None = None  # of the target, in the last run
-        self.caches: dict[Transformer, CacheManager] = {}  # of each model
         self.cost_model, self.prices = CostModel(), Prices(self)  # by which `--controller cost` goes
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
         self.overlap = overlap_of(options, [self.backends.in_cpp(model) for model in models])
         check_deterministic(self)
-        self.compiler = Compiler() if options.compile else None
         if self.compiler:
-            self.compiler.compile(self.loaded.model, *drafting)
+            self.compiler.compile(*loaded, *drafting)
             self.compiler.warm_up(self._warm_up)
         elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
-            for module in (self.loaded.model, *drafting):
+            for module in (*loaded, *drafting):
                 if not self.backends.in_cpp(module):
                     pack_matrices(module)
 
@@ -224,22 +229,15 @@ class LLM:
 
     def keep(self, sequence: Sequence, stats: StepStats) -> None:
         """Keep the figures of a step of a sequence that something drafts for."""
-        if not self.speculative:
+        if sequence.drafter is None:
             return
         if self.options.metrics_detailed:
             stats = dataclasses.replace(stats, rss_mib=memory(self.loaded.model.embedding.weight.device)["rss"])
         sequence.steps.append(stats)
 
     def new_drafter(self, draft: ModelRunner | None, source: RandomSource) -> Drafter:
-        drafter = make_drafter(
-            self.options,
-            self.loaded.model,
-            draft,
-            source,
-            self.heads,
-            self.backends.heads,
-            draft_in_cpp=self.draft is not None and self.backends.drafts_in_cpp(self.draft.model),
-        )
+        heads, in_cpp = self.heads, self.draft is not None and self.backends.drafts_in_cpp(self.draft.model)
+        drafter = make_drafter(self.options, self.loaded.model, draft, source, heads, self.backends.heads, in_cpp)
         if self.overlap is not None:
             return OverlapDrafter(drafter, self.overlap, self.options.sync_mode)
         return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter

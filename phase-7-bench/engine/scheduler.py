@@ -18,7 +18,6 @@ from collections import deque
 
 from .context import window_start
 from .controllers import CostController
-from .drafting import Drafter
 from .kv_cache import PAGE, OutOfBlocks
 from .kv_cache.manager import common_prefix
 from .runner import CachedRunner, ModelRunner
@@ -31,11 +30,9 @@ BUDGET = 256  # tokens of a step: those that decode, and prompts in chunks
 class Scheduler:
     """Sequences that wait and that run, both by arrival; all that run are older than all that wait."""
 
-    def __init__(
-        self, target: ModelRunner, draft: ModelRunner | None, drafter: Drafter | None, rows: int, budget: int = BUDGET
-    ) -> None:
+    def __init__(self, target: ModelRunner, draft: ModelRunner | None, rows: int, budget: int = BUDGET) -> None:
         """rows: sequences that may run at once. `draft` is the runner of the draft model, if there is one."""
-        self.target, self.draft, self.drafter = target, draft, drafter
+        self.target, self.draft = target, draft
         self.rows, self.budget, self.context = rows, budget, target.model.config.context
         self.inline = target.max_inline if isinstance(target, CachedRunner) else 1
         # Those that keep a cache of a sequence: without drafts, and with them.
@@ -118,9 +115,11 @@ class Scheduler:
 
     def _begin_rows(self, sequence: Sequence) -> None:
         """Give the sequence rows, or cut them back to what it sees now, with what the caches know of it."""
-        reads = self.drafter is not None and self.drafter.taps is not None
+        drafter = sequence.drafter
         for runner in self._runners(sequence):
-            first = self.drafter.states_from(sequence) if self.drafter and reads and runner is self.target else None
+            first = None
+            if drafter is not None and drafter.taps is not None and runner is self.target:
+                first = drafter.states_from(sequence)
             if sequence.unscored and runner is self.target:
                 first = 0  # known blocks have no logits
             runner.admit(sequence, sequence.prompt + sequence.tokens, first)
@@ -167,7 +166,7 @@ class Scheduler:
 
     def _runners(self, sequence: Sequence) -> list[CachedRunner]:
         """Return those that keep a cache of the sequence."""
-        return self.drafted if sequence.reach else self.plain
+        return self.plain if sequence.draft is None else self.drafted
 
     def _missing(self, sequence: Sequence) -> int:
         """Return how many tokens the rows lack, the last one included.
@@ -176,8 +175,8 @@ class Scheduler:
         """
         length = sequence.length
         missing = self.target.missing(sequence, length)
-        if self.draft is not None and sequence.reach and not isinstance(sequence.controller, CostController):
-            missing = max(missing, self.draft.missing(sequence, length))
+        if sequence.draft is not None and not isinstance(sequence.controller, CostController):
+            missing = max(missing, sequence.draft.missing(sequence, length))
         return missing
 
     def _length(self, sequence: Sequence) -> int:

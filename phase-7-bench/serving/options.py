@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from engine import Options
+from engine.options import DrafterName
 
 # Options of generate.py that a request brings along, or that print.
 OF_A_REQUEST = (
@@ -25,6 +26,9 @@ class ServeOptions(Options):
     api_key: str = Field(default="", description="that every request must bring, as a bearer token; empty: none")
     served_name: str = Field(default="", description="of the model in requests; empty: that of the checkpoint")
     chat_template: Path | None = Field(default=None, description="Jinja file; absent: that of the checkpoint, if any")
+    more_drafters: list[DrafterName] = Field(
+        default=[], description="further drafters, for requests that name one; repeatable; ngram is always loaded"
+    )
     max_queue: int = Field(default=256, ge=0, description="samples that wait for a row; more are refused (429)")
     max_body: int = Field(default=8 * 2**20, ge=1024, description="bytes of a request")
     max_new_tokens: int = Field(default=0, ge=0, description="of a request; 0: what the context leaves")
@@ -39,4 +43,12 @@ class ServeOptions(Options):
             raise ValueError(f"{flag} is not an option of the server: {where}")
         if self.kv == "off":
             raise ValueError("--kv off computes every text anew at every step, and is not served")
+        if self.draft == "none" and self.more_drafters:
+            raise ValueError("--draft none drafts nothing: leave it out, or leave out --more-drafters")
         return self
+
+    @property
+    def other_drafters(self) -> list[DrafterName]:
+        """List what is loaded besides `--drafter`, for requests that name it."""
+        names: list[DrafterName] = [] if self.draft == "none" else [*self.more_drafters, "ngram"]
+        return [name for name in dict.fromkeys(names) if name != self.drafter]

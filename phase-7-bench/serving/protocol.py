@@ -53,7 +53,9 @@ class Sampling(Model):
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, Finite] | None = Field(None, max_length=0, description="not supported")
     # Speculation of this request. Without these fields it is that of the server.
-    drafter: Literal["none"] | DrafterName | None = Field(None, description="none, or the drafter of the server")
+    drafter: Literal["none"] | DrafterName | None = Field(
+        None, description="none, or one that is loaded: see /v1/models"
+    )
     k: int | None = Field(None, ge=0, le=64, description="draft tokens per target forward; 0: none")
     policy: PolicyName | None = Field(None, description="accepts draft tokens")
     controller: ControllerName | None = Field(None, description="how many tokens to draft")
@@ -234,6 +236,7 @@ class ModelCard(Model):
     created: int
     owned_by: str
     max_model_len: int
+    drafters: list[str]  # that a request can name
 
 
 class ModelList(Model):

@@ -101,6 +101,8 @@ def run(arguments: list[str]) -> int:
         if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
             say(f"note: every machine that reaches {options.host} can use this server; --api-key KEY asks for a key")
         drafts = f", drafts by {service.llm.draft_name}" if service.llm.speculative else ""
+        if others := [name for name in service.drafters if name in service.options.other_drafters]:
+            drafts += f" (requests can choose {', '.join(others)})"
         say(f"serving {service.model}{drafts} on http://{options.host}:{port} (Ctrl-C ends)")
         gc.collect()
         gc.freeze()  # models and modules stay: to look through them stops everything for 0.2 s, again and again

@@ -205,7 +205,7 @@ async def model(service: Service, request: Request) -> Response:
 
 def card(service: Service) -> dict[str, Any]:
     made = {"id": service.model, "object": "model", "created": service.began, "owned_by": "llm-inference-lab"}
-    return {**made, "max_model_len": service.context}
+    return {**made, "max_model_len": service.context, "drafters": service.drafters}
 
 
 async def tokenize(service: Service, request: Request) -> Response:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from common.errors import UserError
-from engine import LLM, AsyncLLMEngine, LLMEngine, Output, SamplingParams
+from engine import LLM, AsyncLLMEngine, LLMEngine, Output, SamplingParams, with_drafter
 from engine.async_engine import Refused
 from engine.policies import LOSSLESS
 
@@ -52,7 +52,9 @@ class Service:
         self.context, self.vocab_size = self.llm.loaded.config.context, self.llm.loaded.config.vocab_size
         self.longest_token = max(len(piece) for piece in self.tokenizer.pieces.values())
         self.template: ChatTemplate | None = load_template(checkpoint.folder, options.chat_template)
-        engine = LLMEngine(self.llm)
+        others = [with_drafter(self.llm, name) for name in options.other_drafters]
+        engine = LLMEngine(self.llm, others=others)
+        self.drafters = list(engine.drafters)  # that a request can name
         self.metrics = Metrics(engine, self.model)
         self.engine = AsyncLLMEngine(engine, self.metrics.observe)
         self.samples, self.closing = 0, False  # samples that wait or run
@@ -89,6 +91,7 @@ class Service:
             {
                 "n": n,
                 "seeded": request.seed is not None,
+                "drafter": None if request.drafter == "none" else request.drafter,
                 "policy": request.policy,
                 "controller": request.controller,
                 "k": 0 if request.drafter == "none" else request.k,
@@ -208,18 +211,19 @@ class Service:
     def _drafts(self, request: Sampling) -> int | None:
         """Return the longest draft of the request; None if nothing drafts. ApiError if this server cannot draft so."""
         options = self.llm.options
-        mine = options.drafter if self.llm.speculative else "none"
-        if request.drafter not in (None, "none", mine):
-            raise ApiError(400, f"drafter: {request.drafter} is not loaded on this server; none, or {mine}", "drafter")
-        if mine == "none" and (request.k or request.controller):
+        loaded = ", ".join(["none", *self.drafters])
+        if request.drafter not in (None, "none", *self.drafters):
+            raise ApiError(400, f"drafter: {request.drafter} is not loaded on this server; loaded: {loaded}", "drafter")
+        drafts = self.llm.speculative if request.drafter is None else request.drafter != "none"
+        if not drafts and request.drafter is None and (request.k or request.controller):
             param = "k" if request.k else "controller"
-            raise ApiError(400, f"{param}: nothing drafts on this server", param)
+            raise ApiError(400, f"{param}: nothing drafts here unless the request names a drafter: {loaded}", param)
         policy = request.policy or options.policy
         if request.lossless and policy not in ("auto", *LOSSLESS):
             raise ApiError(
                 400, f"lossless: the policy {policy} is lossy; lossless are {', '.join(LOSSLESS)}", "lossless"
             )
-        if mine == "none" or request.drafter == "none" or request.k == 0:
+        if not drafts or request.k == 0:
             return None
         fixed = (request.controller or options.controller) == "fixed"
         return request.k or options.k if fixed else options.max_k

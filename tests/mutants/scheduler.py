@@ -77,7 +77,11 @@ SERVING = (
         ("            if len(group) == 1:\n                self._fail(group[0], error)\n            else:", "            if True:\n                for sequence in group:\n                    self._fail(sequence, error)\n            else:"),
         ("llm.loaded.ending, sample) for sample in range(n)]", "llm.loaded.ending, 0) for sample in range(n)]"),
         ("            if sequence.finish_reason is not None and sequence in self.scheduler.running:\n                self.scheduler.remove(sequence)", "            pass"),
-        ("        length += sequence.reach if sequence.branches else 0\n", "        length += 16\n"),
+    ),
+    *mutants(
+        f"{ENGINE}/capacity.py",
+        SERVED,
+        ("    length += sequence.reach if sequence.branches else 0\n", "    length += 16\n"),
     ),
     *mutants(
         f"{ENGINE}/runner.py",
@@ -176,6 +180,35 @@ SCORING = (
     ),
 )  # fmt: skip
 
+CHOOSING = ("tests/phase6/test_drafter_choice.py",)
+DRAFTERS = (
+    *mutants(
+        f"{ENGINE}/llm_engine.py",
+        CHOOSING,
+        ("advance(self.target, group[0].drafter, group,", "advance(self.target, next(iter(self.drafters.values())), group,"),
+        ("        for drafter in dict.fromkeys(each.drafter for each in ready):  # each has a step of its own\n            yield from self._decode([each for each in ready if each.drafter is drafter], most)", "        if ready:\n            yield from self._decode(ready, most)"),
+        ("            sequence.draft = self.draft if drafting.draft else None", "            sequence.draft = self.draft"),
+        ("make_controller(drafting.cost_model)\n            self", "make_controller(llm.cost_model)\n            self"),
+        ("            self.priced.add(name)\n", ""),
+    ),
+    *mutants(
+        f"{ENGINE}/drafter_choice.py",
+        CHOOSING,
+        ("    other.backends = copy.copy(llm.backends)\n", ""),
+        ("llm.options.tree if name in BRANCHING else \"off\"", "llm.options.tree"),
+    ),
+    *mutants(
+        f"{ENGINE}/scheduler.py",
+        CHOOSING,
+        ("return self.plain if sequence.draft is None else self.drafted", "return self.drafted"),
+    ),
+    *mutants(
+        f"{ENGINE}/graph_steps.py",
+        ("tests/phase6/test_graphs.py", "-k", "another_drafter"),
+        ("if caches != self.caches[: len(caches)]:", "if caches != self.caches:"),
+    ),
+)  # fmt: skip
+
 OWNING = (
     *mutants(
         f"{ENGINE}/async_engine.py",
@@ -194,4 +227,4 @@ OWNING = (
     ),
 )  # fmt: skip
 
-MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *POLICIES, *SCORING, *OWNING]
+MUTANTS = [*BLOCK_MANAGER, *PAGES, *SCHEDULER, *SERVING, *POLICIES, *SCORING, *DRAFTERS, *OWNING]

@@ -114,6 +114,12 @@ def test_sequences_of_several_policies_share_a_graph(folder: str) -> None:
     assert done.stdout == "proved\n", done.stderr
 
 
+@pytest.mark.usefixtures("emulator")
+def test_another_drafter_beside_the_draft_model_keeps_its_graphs(folder: str) -> None:
+    done = proof(folder, json.dumps({"kv": "paged", "k": 2, "max_tokens": 24}), "drafters")
+    assert done.stdout == "proved\n", done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
 @pytest.mark.usefixtures("emulator")

@@ -376,7 +376,7 @@ def test_blocks_that_another_run_holds_are_an_error_and_not_a_wait(pair: Callabl
     engine = made.engine(rows=2, pages=4)
     add(engine, asked(tokens=20))
     engine.step()
-    other = Scheduler(engine.target, None, None, 1)
+    other = Scheduler(engine.target, None, 1)
     sequence = phase6.Sequence(list(TEXT[::-1]), phase6.SamplingParams(), phase6.Ending())
     sequence.controller = phase6.FixedController(0)
     other.add(sequence)

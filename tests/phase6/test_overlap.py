@@ -54,7 +54,7 @@ def test_no_token_and_no_draft_changes(how: dict[str, Any], kv: str, sync: str, 
 def test_a_draft_for_another_text_is_not_used(make: Callable[..., Any]) -> None:
     llm = make(parallel_streams=True)
     engine = phase6.LLMEngine(llm, 1, 64)
-    drafter, (sequence,) = engine.drafter, llm.sequences(PROMPTS[:1])
+    drafter, (sequence,) = engine.drafters["model"], llm.sequences(PROMPTS[:1])
     assert isinstance(drafter, OverlapDrafter)
     sequence.policy, sequence.tokens = llm.policy, [5, 6]
     draft = drafter.propose([sequence], [2])
@@ -77,7 +77,7 @@ def test_when_the_target_waits(
 ) -> None:
     """A draft that takes long holds up the accept rule with `barrier`, and what changes the texts with both."""
     llm = make(parallel_streams=True, sync_mode=sync)
-    drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
+    drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafters["model"], llm.sequences(PROMPTS[:1])
     assert isinstance(drafter, OverlapDrafter)
     sequence.policy, sequence.tokens = llm.policy, [5, 6]
     draft, slow, inner = drafter.propose([sequence], [2]), Event(), drafter.inner.propose
@@ -110,7 +110,7 @@ def test_when_the_target_waits(
 @pytest.mark.parametrize("sync", ["event", "barrier"])
 def test_after_an_error_nobody_drafts_any_more(sync: str, make: Callable[..., Any]) -> None:
     llm = make(parallel_streams=True, sync_mode=sync)
-    drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafter, llm.sequences(PROMPTS[:1])
+    drafter, (sequence,) = phase6.LLMEngine(llm, 1, 64).drafters["model"], llm.sequences(PROMPTS[:1])
     assert isinstance(drafter, OverlapDrafter)
     sequence.policy, sequence.tokens = llm.policy, [5, 6]
     draft = drafter.propose([sequence], [2])

@@ -176,7 +176,7 @@ def test_a_preempted_sequence_has_every_state_once(pair: Callable[..., Pair], ho
         while engine.busy:
             engine.step()
         assert len(sequence.tokens) == 30
-        states = engine.drafter.memory.get(sequence)
+        states = sequence.drafter.memory.get(sequence)
         assert states is not None
         kept.append(states)
         engine.close()

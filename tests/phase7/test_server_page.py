@@ -29,6 +29,8 @@ def test_tokens_arrive_with_their_colours(drafting: Served) -> None:
     with Browser(CHROMIUM) as page:
         page.open(drafting.url)
         page.until("document.getElementById('model').textContent === 'stdlib-10m'")
+        drafters = "[...document.getElementById('drafter').options].map(each => each.value)"
+        assert page.run(drafters) == ["", "none", "model", "ngram"]
         for name, text in {"prompt": "class Stack:", "tokens": "120", "seed": "2", "temperature": "0.5"}.items():
             page.run(value(name, text))
         page.run("document.getElementById('go').click()")

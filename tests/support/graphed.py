@@ -153,6 +153,23 @@ def prove_mixed(llm: Any, folder: str, options: dict[str, Any]) -> None:
     assert set(llm.backends.graphs.stats.eager_steps) == {"a prompt"}
 
 
+def prove_drafters(llm: Any, folder: str, options: dict[str, Any]) -> None:
+    """Beside drafts on the device, a text that is looked up: it ends with a plain step, which keeps the graphs."""
+    (wanted,) = decisions(make(phase5, folder, options), PROMPTS[:1])
+    engine = phase6.LLMEngine(llm, 2, 64, others=[phase6.with_drafter(llm, "ngram")])
+    numbers = [
+        engine.add_request(PROMPTS[0], dataclasses.replace(llm.params, max_new_tokens=n), drafter=name)
+        for n, name in ((llm.params.max_new_tokens, "model"), (4, "ngram"))
+    ]
+    sequences = [engine.requests[number][0] for number in numbers]
+    while engine.busy:
+        engine.step()
+    assert [each.tokens for each in sequences] == [wanted[0], wanted[0][:4]], "tokens differ"
+    stats = llm.backends.graphs.stats
+    assert set(stats.eager_steps) == {"a prompt", "the drafter drafts on the host"}, stats
+    assert stats.captures == 2, stats
+
+
 class Steps:
     """A step of its own over prompts that are prefilled, to look at its lanes and at its memory."""
 
@@ -252,6 +269,8 @@ def prove(folder: str, options: dict[str, Any], part: str, mutant: str | None) -
         prove_many(llm, folder, options)
     if part == "mixed":
         prove_mixed(llm, folder, options)
+    if part == "drafters":
+        prove_drafters(llm, folder, options)
     if part in ("arguments", "all"):
         prove_arguments(llm)
     if part in ("shrinking", "all"):

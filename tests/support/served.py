@@ -47,11 +47,12 @@ class Result(NamedTuple):
 class Pair:
     """An LLM of phase 6, and one of phase 5 with the same models, which decodes single requests."""
 
-    def __init__(self, folder: Path, kernels: str, how: str, kv: str = "paged") -> None:
+    def __init__(self, folder: Path, kernels: str, how: str, kv: str = "paged", **more: Any) -> None:
         chosen = {"model": str(folder), "dtype": "float32", "device": "cpu", "kernels": kernels, "threads": 1}
         chosen |= DRAFTERS[how]
         if "draft_quant" in chosen:
             chosen["draft"] = str(folder)
+        chosen |= more
         made = list[Any]()
         for engine in (phase5, phase6):
             with pytest.MonkeyPatch.context() as patch:
