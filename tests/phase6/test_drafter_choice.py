@@ -17,7 +17,7 @@ from phase6.cost_model import CostModel
 from tests.support.served import CONTEXT, TEXT, WHY_NOT_CPP, Pair, Request, Result, asked, drain, take
 from tests.support.small import small_heads
 
-NAMES = ("model", "ngram", "medusa", "eagle")
+NAMES: tuple[Any, ...] = ("model", "ngram", "medusa", "eagle")
 REPEATED = (*TEXT[:9], *TEXT[:9], *TEXT[:9], 17)  # a prompt in which a lookup finds something
 KERNELS = [pytest.param("cpp", marks=pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))), "torch"]
 
@@ -42,7 +42,7 @@ def mixed(small_folder: Path, make_checkpoint: Callable[..., Path]) -> Callable[
 
     @cache
     def get(kernels: str, tree: str = "off") -> Mixed:
-        more = {"tree": tree, "tree_nodes": 6}
+        more: dict[str, Any] = {"tree": tree, "tree_nodes": 6}
         alone = {"model": Pair(small_folder, kernels, "model", draft_quant="none", draft=draft, **more)}
         for name in NAMES[1:]:
             alone[name] = Pair(small_folder, kernels, name, **(more if name != "ngram" else {}))
@@ -127,6 +127,8 @@ def test_each_drafter_has_costs_of_its_own(mixed: Callable[..., Mixed], monkeypa
     engine = made.engine()
     request = asked(REPEATED, controller="cost", tokens=20)
     sequences = [add(engine, request, name) for name in ("model", "ngram", None, "ngram")]
+    drain(engine)
+    add(engine, request, "ngram")
     drain(engine)
     own = {name: engine.drafting[name].cost_model for name in NAMES}
     assert dict(measured) == {name: own[name] for name in ("model", "ngram")}

@@ -154,17 +154,16 @@ def prove_mixed(llm: Any, folder: str, options: dict[str, Any]) -> None:
 
 
 def prove_drafters(llm: Any, folder: str, options: dict[str, Any]) -> None:
-    """Beside drafts on the device, a text that is looked up: it ends with a plain step, which keeps the graphs."""
+    """Between drafts on the device, a text that is looked up: it ends with a plain step, which keeps the graphs."""
     (wanted,) = decisions(make(phase5, folder, options), PROMPTS[:1])
     engine = phase6.LLMEngine(llm, 2, 64, others=[phase6.with_drafter(llm, "ngram")])
-    numbers = [
-        engine.add_request(PROMPTS[0], dataclasses.replace(llm.params, max_new_tokens=n), drafter=name)
-        for n, name in ((llm.params.max_new_tokens, "model"), (4, "ngram"))
-    ]
-    sequences = [engine.requests[number][0] for number in numbers]
-    while engine.busy:
-        engine.step()
-    assert [each.tokens for each in sequences] == [wanted[0], wanted[0][:4]], "tokens differ"
+    asked: list[tuple[Any, int]] = [("model", llm.params.max_new_tokens), ("ngram", 4), ("model", 8)]
+    for name, length in asked:
+        number = engine.add_request(PROMPTS[0], dataclasses.replace(llm.params, max_new_tokens=length), drafter=name)
+        (sequence,) = engine.requests[number]
+        while engine.busy:
+            engine.step()
+        assert sequence.tokens == wanted[0][:length], "tokens differ"
     stats = llm.backends.graphs.stats
     assert set(stats.eager_steps) == {"a prompt", "the drafter drafts on the host"}, stats
     assert stats.captures == 2, stats
