@@ -133,10 +133,10 @@ def test_prompts_of_one_step_share_its_budget(pair: Callable[..., Pair]) -> None
 
 
 def test_no_block_is_reserved_for_drafts_that_would_pass_the_end(pair: Callable[..., Pair]) -> None:
-    """Prompt and output fill three blocks each, so six are enough for two requests."""
+    """Prompt and output fill three blocks each, so six are enough for two requests. Two steps or more: K is 8."""
     made = pair("torch", "model")
     engine = made.engine(rows=2, pages=6)
-    numbers = [add(engine, asked(prompt, tokens=15)._replace(k=15)) for prompt in (TEXT, TEXT[::-1])]
+    numbers = [add(engine, asked(prompt, tokens=15, k=8)) for prompt in (TEXT, TEXT[::-1])]
     sequences = [engine.requests[number][0] for number in numbers]
     drain(engine)
     assert [(each.progress.preemptions, each.progress.blocks) for each in sequences] == [(0, 3)] * 2
@@ -185,6 +185,37 @@ def test_rows_of_all_policies_share_one_forward(
         assert calls.count(len(requests)) > 1
         for request, sequence in zip(requests, sequences, strict=True):
             assert sequence.tokens == made.alone(request).tokens
+
+
+class Flat(phase6.Brancher):
+    """A drafter that expects every token alike, so that the noise alone decides which are drawn."""
+
+    taps, deepest = None, 8
+
+    def propose(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    def ready(self, sequence: Any) -> bool:
+        return True
+
+    def expand(self, frontiers: list[Any]) -> list[torch.Tensor]:
+        return [torch.zeros(len(each.nodes), 64) for each in frontiers]
+
+
+def test_trees_of_one_draft_have_the_noise_of_their_policies() -> None:
+    """`coupled` takes the noise with which the target will draw, `rejection` that of drafts; each node has its own."""
+    source, shape = phase6.KeyedSource(), [-1, -1, 0, 0]
+    sequences = list[Any]()
+    for policy in ("coupled", "rejection"):
+        sequences.append(phase6.Sequence([5, 6], phase6.SamplingParams(temperature=1.0, seed=3), phase6.Ending()))
+        sequences[-1].policy = phase6.make_policy(policy)
+    trees = phase6.StaticTreeDrafter(Flat(), shape, source).propose(sequences, [2, 2]).trees
+    for tree, noise in zip(trees or [], (Purpose.SAMPLE, Purpose.DRAFT), strict=True):
+        drawn = list[int]()
+        for position in (2, 3):
+            key, at = torch.tensor([sequences[0].key]), torch.tensor([position])
+            drawn += source.draw_several(torch.full((1, 64), 1 / 64), 2, key, at, noise)[0].tolist()
+        assert (tree.tokens, tree.parents) == (drawn, shape)
 
 
 def test_a_request_with_a_seed_is_coupled_and_one_without_draws_its_own(pair: Callable[..., Pair]) -> None:
