@@ -103,12 +103,15 @@ class Backends:
             return f"the C++ step writes into a static, ring or paged cache, and --kv is {options.kv}"
         return None
 
-    def take(self, models: Iterable[nn.Module], others: Iterable[object]) -> None:
+    def take(self, models: Iterable[nn.Module], others: Iterable[object], beside: Transformer | None = None) -> None:
         """Give these models the chosen kernels, and pack those that can run in C++; `others` call ops as well.
 
-        The first model is the target; its draft heads may be among the others.
+        The first model is the target; its draft heads may be among the others. beside: the model whose embedding and
+        output matrix the heads read, by default the target.
         """
         models, others = list(models), list(others)
+        if beside is not None and beside is not models[0]:
+            models.append(beside)
         for each in (*models, *others):
             registry.use(each, self.kernels)
         if self.whole_steps:
@@ -116,14 +119,14 @@ class Backends:
                 if model not in self.fast:
                     self._pack(model)
         for each in others:
-            self._pack_heads(each, models[0])
+            self._pack_heads(each, beside or models[0])
 
     def _pack(self, model: nn.Module) -> None:
         """Pack a model for C++, or report why not. UserError if C++ was asked for by name."""
         from .kernels.cpp import CppModel
         from .kernels.cpp.library import checked_threads, default_threads
         from .kernels.cpp.weights import why_not_model
-        from .parallel.split_model import split_model
+        from .parallel.split_model import Ends, split_model
 
         reason = why_not_model(model)
         if reason is not None:
@@ -142,8 +145,10 @@ class Backends:
             threads = max(1, default_threads() // self.group.local)
         if self.group is not None and self.splits(model):
             self.fast[model] = split_model(self.group, self.group.shards[model], self.options, model, weights, threads)
-        else:
+        elif len(model.layers):
             self.fast[model] = CppModel(model, weights, threads, release=True)
+        else:
+            self.fast[model] = Ends(model, weights, threads)
         self.report["isa"], self.report["threads"] = self.fast[model].isa, self.fast[model].threads
 
     def _pack_heads(self, heads: object, target: nn.Module) -> None:

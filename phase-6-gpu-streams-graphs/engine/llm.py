@@ -42,7 +42,7 @@ from .options import Options, QuantName
 from .overlap import OverlapDrafter, overlap_of
 from .packing import pack_matrices
 from .pair import check_pair, fit_vocabulary, load_fake, resolve_draft
-from .parallel.lead import lead, load_parts
+from .parallel.lead import lead, load_ends, load_parts
 from .precision import Precision, computing, resolve_precision
 from .prices import Prices
 from .profiler import stage
@@ -79,16 +79,19 @@ class LLM:
         options, kind = self.options, self.options.drafter
         name = resolve_draft(options.draft, self.loaded)
         self.draft = self._load(name, options.draft_quant, options.draft_parallel) if name and kind == "model" else None
+        self.beside = self.loaded  # whose embedding and output matrix are read by drafters that read hidden states
+        if self.group is not None and kind not in ("model", "ngram") and options.draft != "none":
+            self.beside = self._load(options.model, options.quant, ends=True)
         self.heads: Heads | None = None
         if (kind == "medusa" or kind == "eagle") and options.draft != "none":
-            self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
+            self.heads = load_heads(find_heads(options.heads, self.beside, kind), self.beside, kind)
         if self.draft:
             check_pair(self.loaded, self.draft)
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
         self.cost_model, self.prices = CostModel(), Prices(self)  # by which `--controller cost` goes
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
-        self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
+        self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])], self.beside.model)
         self.overlap = overlap_of(options, [self.backends.in_cpp(model) for model in models])
         check_deterministic(self)
         if self.compiler:
@@ -116,7 +119,7 @@ class LLM:
                 )
         return self.precision[name]
 
-    def _load(self, name: str, quant: QuantName, split: bool = True) -> LoadedModel:
+    def _load(self, name: str, quant: QuantName, split: bool = True, ends: bool = False) -> LoadedModel:
         if is_fake(name):
             if quant != "none":
                 raise UserError(f"the fake model has no matrices to quantise; leave out {quant} for it")
@@ -125,7 +128,8 @@ class LLM:
         format = options.weight_format(quant)
         as_stored = not self.backends.multiplies_in_torch or self.backends.whole_steps
         with torch_threads(options.threads):
-            return load_parts(group, name, self._resolve(name).dtype, device, format, options.quant_head, as_stored)
+            how = name, self._resolve(name).dtype, device, format, options.quant_head
+            return load_ends(*how) if ends else load_parts(group, *how, as_stored)
 
     def sequences(
         self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None
@@ -237,7 +241,7 @@ class LLM:
 
     def new_drafter(self, draft: ModelRunner | None, source: RandomSource) -> Drafter:
         heads, in_cpp = self.heads, self.draft is not None and self.backends.drafts_in_cpp(self.draft.model)
-        drafter = make_drafter(self.options, self.loaded.model, draft, source, heads, self.backends.heads, in_cpp)
+        drafter = make_drafter(self.options, self.beside.model, draft, source, heads, self.backends.heads, in_cpp)
         if self.overlap is not None:
             return OverlapDrafter(drafter, self.overlap, self.options.sync_mode)
         return self._tree_drafter(cast(Brancher, drafter), source) if self.options.tree != "off" else drafter

@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,9 +28,6 @@ from .config import ModelConfig
 from .model import Transformer
 from .parallel.shard import Shard
 from .quantize import GROUPS, Format, QuantLinear, linear_names, replace
-
-if TYPE_CHECKING:
-    from .parallel.group import Group
 
 KEY = "quantization_config"
 METHOD = "llm-inference-lab"  # `quant_method` of this format; other tools have other layouts
@@ -64,9 +62,13 @@ def save_quantized(
 
 
 def load_quantized(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    part_of: Callable[[ModelConfig], Shard] | None = None,
 ) -> Transformer:
-    """Load a quantised checkpoint; a group's process loads its part.
+    """Load a quantised checkpoint, or a part of it.
 
     UserError names a tensor that is missing, unknown or corrupt.
     """
@@ -79,13 +81,12 @@ def load_quantized(
     expected, packed, shard = model.state_dict(), packed_names(model), None
     if config.tied:
         expected.pop("head.weight", None)
-    if group is not None:
+    if part_of is not None:
         tied = config.tied and not about.get("head", False)  # a quantised output matrix is stored besides the embedding
-        shard = Shard.of(group.mode, group.rank, group.ranks, dataclasses.replace(config, tied=tied))
+        shard = part_of(dataclasses.replace(config, tied=tied))
         with meta:
             model = shard.cut(Transformer(shard.local))
         _make_room(checkpoint.name, model, format, about)
-        group.shards[model] = shard
     for name, stored in checkpoint.tensors():
         place = expected.pop(name, None)
         if place is None:

@@ -10,9 +10,8 @@ import dataclasses
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,6 @@ from .quantize_others import PARTS, format_of, quantised, repacked, scheme_of, s
 from .quantize_schemes import Scheme
 from .sequence import Ending
 from .weights import Place, fill, places, reserve
-
-if TYPE_CHECKING:
-    from .parallel.group import Group
 
 # The stored name of each of our tensors, by family. A value with several names: one stored matrix holds them in a row.
 _LLAMA = {
@@ -114,13 +110,13 @@ def load(
     quant_head: bool = False,
     *,
     as_stored: bool = False,
-    group: Group | None = None,
+    part: Callable[[ModelConfig], Shard] | None = None,
 ) -> LoadedModel:
     """Load an embedded model's name, a folder or a hub id, in the given dtype on the given device.
 
     With `format`, its matrices are rounded to nearest as they come, the output matrix too if `quant_head`.
     `as_stored` keeps matrices output-major, as files have them, for kernels that pack them; some then are views of the
-    file. torch's products on a CPU want them laid out by `weights.reserve`. A group's process loads its part.
+    file. torch's products on a CPU want them laid out by `weights.reserve`. `part` returns the part to load of a model.
     """
     checkpoint = open_checkpoint(name, ModelConfig.from_hf)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config, checkpoint.generation_config)
@@ -131,25 +127,26 @@ def load(
     scheme = scheme_of(checkpoint)
     if is_quantized(checkpoint) and format is not None:
         raise UserError(f"{name} is quantised already; leave out --quant, or quantise the model it came from")
-    if is_quantized(checkpoint) and group is not None and group.mode == "reduce":
+    if is_quantized(checkpoint) and part is not None and part(config).mode == "reduce":
         raise UserError(f"{name} is quantised, and its groups of weights are not split: use --tensor-mode gather")
     if is_quantized(checkpoint) and scheme is None:
-        model = load_quantized(checkpoint, config, dtype, device, group)
+        model = load_quantized(checkpoint, config, dtype, device, part)
     else:
-        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, scheme, as_stored, group)
+        model = load_transformer(checkpoint, config, dtype, device, format, quant_head, scheme, as_stored, part)
     return LoadedModel(model, tokenizer, checkpoint)
 
 
 def load_transformer(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device, format: Format | None = None,
-    quant_head: bool = False, scheme: Scheme | None = None, as_stored: bool = False, group: Group | None = None,
+    quant_head: bool = False, scheme: Scheme | None = None, as_stored: bool = False,
+    part: Callable[[ModelConfig], Shard] | None = None,
 ) -> Transformer:  # fmt: skip
     """Load the checkpoint's weights into a model. UserError names tensors that are missing, unknown or misshapen.
 
     With `scheme`, the file holds matrices quantised by another tool.
     """
     config = whole_config = with_stored_head(checkpoint, config)
-    shard = None if group is None else Shard.of(group.mode, group.rank, group.ranks, config)
+    shard = None if part is None else part(config)
     config = shard.local if shard else config
     with torch.device("meta"):  # names and shapes only; wrong sizes in config.json allocate no memory
         model = shard.cut(Transformer(config)) if shard else Transformer(config)
@@ -172,7 +169,7 @@ def load_transformer(
         parts = list(_translate(stored_name, stored, config))
         if not parts:
             unknown.append(stored_name)
-        parts = [mine for part in parts if (mine := shard.part(*part))] if shard else parts
+        parts = [mine for each in parts if (mine := shard.part(*each))] if shard else parts
         for name, tensor in parts:
             matrix = whole.get(f"{name.removesuffix('.order')}.values")
             if name.endswith(".order") and matrix is not None:  # the parts of a fused matrix share one order
@@ -207,8 +204,7 @@ def load_transformer(
     if config.tied:
         model.head.weight = model.embedding.weight
         expected.pop("head.weight", None)
-    if group is not None and shard is not None:
-        group.shards[model] = shard
+    if shard is not None:
         shard.complete(model, expected, dtype, device)
     if expected or unknown:
         raise UserError(_complaint(checkpoint, config, sorted(expected), unknown))

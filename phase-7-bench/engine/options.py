@@ -254,13 +254,10 @@ class Options(BaseSettings):
             raise ValueError("--micro-batches is for --pipeline-parallel 2 or more")
         if self.draft_parallel and self.tensor_parallel == self.pipeline_parallel == 1:
             raise ValueError("--draft-parallel is for --tensor-parallel or --pipeline-parallel 2 or more")
+        if self.draft_parallel and self.drafter != "model":
+            raise ValueError(f"--draft-parallel splits a draft model, and --drafter {self.drafter} has none")
         if self.tensor_parallel > 1 or self.pipeline_parallel > 1:
             option = "--tensor-parallel" if self.tensor_parallel > 1 else "--pipeline-parallel"
-            if self.drafter not in ("model", "ngram"):
-                raise ValueError(
-                    f"--drafter {self.drafter} reads hidden states and the output matrix, which {option} splits: "
-                    "use model or ngram"
-                )
             for name in ("amp", "compile"):
                 if getattr(self, name):
                     raise ValueError(f"--{name} applies to torch's operations, and {option} splits the C++ kernels")

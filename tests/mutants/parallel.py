@@ -65,6 +65,7 @@ EXCHANGED = (
         ("        numbers.copy_(gathered[0])\n        for other in gathered[1:]:", "        for other in gathered[1:]:"),
         ("numbers.view(torch.int32) if how == 2 else numbers", "numbers", "a sum of one number and zeros, but for the sign of a zero"),
         ("body[:room].ljust(room, b\"\\0\")", "body[:room].rjust(room, b\"\\0\")"),
+        ("        self._finish_sends(AHEAD)\n", ""),
         ("        self.freed.append(cache)\n", "        pass\n", "the ranks keep memory that nobody uses"),
     ),
     *mutants(
@@ -73,7 +74,12 @@ EXCHANGED = (
         ("            self.group.tell(Move(self.number, source, target))\n", ""),
         ("cache.lengths[row.number] = row.length", "cache.lengths[row.number] = max(cache.lengths[row.number], row.length)"),
         ("            cache.tables[row.number] = row.table\n", "            cache.tables[row.number] = cache.tables[row.number] or row.table\n"),
-        ("last = self.config.layers - 1", "last = 0"),
+        ("last, width = self.config.layers - 1", "last, width = 0"),
+        ("ordered = [blocks[by_rank.index(tap)] for tap in part.taps]", "ordered = blocks"),
+        ("key=lambda tap: tap // self.config.layers)", "key=lambda tap: tap)"),
+        ("hidden=step.hidden)\n\n    def follow", "hidden=False)\n\n    def follow"),
+        ("wanted, taps = part.wanted if part.asks else []", "wanted, taps = part.wanted if part.logits else []"),
+        ("states[part.wanted, :-width] if taps", "states[: len(part.wanted), :-width] if taps"),
         ("by_outputs = shard.mode == \"gather\"", "by_outputs = True"),
     ),
     *mutants(

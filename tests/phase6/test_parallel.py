@@ -95,8 +95,9 @@ def test_fifty_prompts(split: dict[str, Any], how: dict[str, Any]) -> None:
     chosen: dict[str, Any] = {"model": "stdlib-10m", "dtype": "float32", "device": "cpu", "threads": 1, **how}
     texts = [prompt.text for prompt in load_prompts("code", "test")[:50]]
     params = phase6.SamplingParams(max_new_tokens=16, ignore_eos=True)
-    for draft in ("none", "auto"):
-        one, several = (phase6.LLM(phase6.Options(**chosen, draft=draft, **more)) for more in ({}, split))
+    for draft, drafter in (("none", "model"), ("auto", "model"), ("auto", "eagle"), ("auto", "medusa")):
+        chosen |= {"draft": draft, "drafter": drafter}
+        one, several = (phase6.LLM(phase6.Options(**chosen, **more)) for more in ({}, split))
         encoded = one.encoder.encode(texts)
         for batch in (encoded[:10], *([each] for each in encoded[10:])) if draft == "none" else [encoded]:
             (tokens, logits), (theirs, their_logits) = (logits_of(llm, list(batch), params) for llm in (one, several))
@@ -236,15 +237,7 @@ def test_sizes_that_do_not_fit_are_refused_before_a_process_starts(
     ("how", "reason"),
     [
         ({"tensor_parallel": 2, "pipeline_parallel": 2}, "does not go with --pipeline-parallel"),
-        (
-            {"tensor_parallel": 2, "drafter": "eagle"},
-            "eagle reads hidden states .* --tensor-parallel .* use model or ngram",
-        ),
-        (
-            {"pipeline_parallel": 2, "drafter": "medusa"},
-            "medusa reads hidden .* --pipeline-parallel .* use model or ngram",
-        ),
-        ({"tensor_parallel": 2, "drafter": "extrapolate"}, "use model or ngram"),
+        ({"tensor_parallel": 2, "drafter": "eagle", "draft_parallel": True}, "splits a draft model, .* eagle has none"),
         ({"pipeline_parallel": 2, "compile": True}, "--compile applies to torch"),
         ({"pipeline_parallel": 2, "kv": "dynamic"}, "every process keeps a cache"),
         ({"tensor_mode": "reduce", "pipeline_parallel": 2}, "--tensor-mode reduce is for --tensor-parallel"),

@@ -127,12 +127,13 @@ def test_factors_of_activations_are_never_cut() -> None:
 def test_a_rank_holds_about_half_of_the_weights(mode: Mode, dtype: torch.dtype) -> None:
     """Packed matrices, and what torch still has: at most 0.6 of one process's on each of two ranks."""
     model = load("stdlib-10m", dtype, CPU, as_stored=True).model
+    whole = model.config
     weights: Weights = "float32" if dtype == torch.float32 else "bfloat16"
     one = CppModel(model, weights, 1, release=True).weight_bytes + left(model)
     for group in groups(mode, 2):
-        part = load("stdlib-10m", dtype, CPU, as_stored=True, group=group).model
+        part = load("stdlib-10m", dtype, CPU, as_stored=True, part=group.shard).model
         kind = LayersModel if mode == "layers" else TensorModel
-        packed = kind(group, group.shards[part], part, weights, 1, release=True)
+        packed = kind(group, group.shard(whole), part, weights, 1, release=True)
         assert packed.weight_bytes + left(part) <= 0.6 * one
 
 
@@ -145,8 +146,8 @@ def test_the_parts_make_the_whole(mode: Mode, llama_folder: Path) -> None:
     """Loaded part by part, the matrices are those of the whole checkpoint."""
     whole = split(dict(load(str(llama_folder), torch.float32, CPU).model.named_parameters()), config_of(llama_folder))
     for group in groups(mode, 2):
-        model = load(str(llama_folder), torch.float32, CPU, group=group).model
-        shard = group.shards[model]
+        shard = group.shard(config_of(llama_folder))
+        model = load(str(llama_folder), torch.float32, CPU, part=group.shard).model
         expected = dict(mine for name, tensor in whole.items() if (mine := shard.part(name, tensor)) is not None)
         for name, tensor in split(dict(model.named_parameters()), model.config).items():
             if tensor.numel():
@@ -164,4 +165,4 @@ def test_groups_of_weights_are_not_cut(make_checkpoint: Callable[..., Path], tmp
     quantise(CASES["gptq"], meant, tmp_path / "quantised")
     group = next(iter(groups("reduce", 2)))
     with pytest.raises(UserError, match="its groups of weights are not split: use --tensor-mode gather"):
-        load(str(tmp_path / "quantised"), torch.float32, CPU, as_stored=True, group=group)
+        load(str(tmp_path / "quantised"), torch.float32, CPU, as_stored=True, part=group.shard)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from torch import Tensor
 
 import phase4
 import phase6
+from common.prompts import load_prompts
 from phase4.quantize import Format, quantize_model
 from phase4.quantize_calibrated import Method, quantize_calibrated
 from phase4.quantize_files import save_quantized
+from phase6.drafters.heads import build_heads, save_heads
 from tests.support.quantised import CASES, quantise
-from tests.support.ranks import end, logits_of, same_bits, split
+from tests.support.ranks import end, groups, logits_of, same_bits, split
 from tests.support.served import WHY_NOT_CPP
+from tests.support.small import randomise
 
 pytestmark = pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))
 
@@ -43,6 +48,10 @@ MODES: dict[str, dict[str, Any]] = {
     "reduce": {"tensor_parallel": 2, "tensor_mode": "reduce"},
     "layers": {"pipeline_parallel": 2},
     "layers4": {"pipeline_parallel": 4, "micro_batches": 2},
+}
+HEADS: dict[str, dict[str, Any]] = {  # with layers of every rank, in an order of their own
+    "eagle": {"ffn_width": 64, "reach": 32, "taps": (3, 0, 2)},
+    "medusa": {"heads": 3, "read_token": True, "taps": (2, 1)},
 }
 EXACT = ["gather", "gather4", "layers", "layers4"]
 FORMATS: dict[str, dict[str, Any]] = {
@@ -77,6 +86,19 @@ def folder_of(make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
         if family not in made:
             made[family] = make_checkpoint(family, **SHAPES[family])
         return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def heads_of(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`heads_of("llama", "eagle")`: a folder with random heads for the model of that family."""
+
+    def get(family: str, kind: Any) -> Path:
+        target = phase6.load(str(folder_of(family)), torch.float32, torch.device("cpu"))
+        folder = tmp_path_factory.mktemp("heads")
+        save_heads(folder, randomise(build_heads(kind, HEADS[kind], target.config), seed=2), target)
+        return folder
 
     return get
 
@@ -214,6 +236,75 @@ def test_speculative_decoding_has_the_same_tokens_and_steps(
     assert theirs == tokens
     assert same_bits(logits, their_logits)
     assert len(logits) < 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "family", "how"),
+    [
+        ("gather", "eagle", "llama", {}),
+        ("gather", "medusa", "gpt2", {"quant": "int8", "draft_quant": "int8"}),
+        ("gather", "extrapolate", "llama", {"stop": ["no such text"]}),
+        ("gather4", "medusa", "llama", {"tree": "static", "tree_nodes": 6}),
+        ("layers", "eagle", "gpt2", {"dtype": "bfloat16"}),
+        ("layers", "medusa", "llama", {"quant": "int8", "quant_head": True}),
+        ("layers", "extrapolate", "opt", {}),
+        ("layers4", "eagle", "llama", {"tree": "dynamic", "tree_nodes": 6}),
+        ("layers4", "medusa", "qwen2", {"frequency_penalty": 0.3}),
+    ],
+)
+def test_drafters_that_read_hidden_states_draft_the_same(
+    both: Callable[..., tuple[Any, Any]],
+    heads_of: Callable[[str, str], Path],
+    mode: str,
+    kind: str,
+    family: str,
+    how: dict[str, Any],
+) -> None:
+    """Rank 0 gets the states of the last layer and of those that the heads name, in their order, on whatever rank.
+
+    The logits are of draft tokens too, so equal bits are equal drafts.
+    """
+    heads = {"heads": str(heads_of(family, kind))} if kind in HEADS else {}
+    one, several = both(family, mode, draft="auto", drafter=kind, policy="coupled", **heads, **how)
+    sampled = dataclasses.replace(one.params, max_new_tokens=8, ignore_eos=True, temperature=1.0, seed=3)
+    (tokens, logits), (theirs, their_logits) = (logits_of(llm, PROMPTS, sampled) for llm in (one, several))
+    assert theirs == tokens
+    assert same_bits(logits, their_logits)
+    assert logits[1].shape[1] > 1  # something was drafted
+
+
+@pytest.mark.parametrize("mode", ["gather", "reduce", "layers"])
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_drafts_of_trained_heads_are_accepted(mode: str, kind: str) -> None:
+    """States of accepted tokens, of prompts in chunks and of known prompts reach the heads of a split model."""
+    chosen: dict[str, Any] = {"model": "stdlib-10m", "dtype": "float32", "device": "cpu", "threads": 1, "drafter": kind}
+    one, (several, threads) = phase6.LLM(phase6.Options(**chosen)), split(phase6.Options(**chosen, **MODES[mode]))
+    texts = [prompt.text for prompt in load_prompts("code", "test")[:2]]
+    for _ in range(2):
+        found = [logits_of(llm, one.encoder.encode(texts), params()) for llm in (one, several)]
+        (tokens, logits), (theirs, their_logits) = found
+        assert theirs == tokens
+        assert len(their_logits) < 8
+        if mode == "reduce":
+            assert largest_error(logits, their_logits) < TOLERANCE
+        else:
+            assert same_bits(logits, their_logits)
+    end(several, threads)
+
+
+def test_numbers_that_were_taken_are_freed() -> None:
+    """A rank that sends states or logits in every step keeps those of few steps."""
+    first, second = groups("layers", 2)
+    sent = list[weakref.ref[Tensor]]()
+    for _ in range(200):
+        tensor = torch.zeros(4)
+        sent.append(weakref.ref(tensor))
+        second.send(tensor, 0)
+        first.receive(torch.empty(4), 1)
+        first.tell("the next step")
+        second.hear()
+    del tensor
+    assert sum(each() is not None for each in sent) < 100
 
 
 @pytest.mark.parametrize("mode", ["gather", "layers"])

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
+from ..config import ModelConfig
 from .lifeline import Lifeline
 from .shard import Mode, Shard
 from .traffic import Traffic
 
 FRAME = 4096  # bytes of a message that are sent at once; a longer one has a second part
+AHEAD = 64  # numbers that another rank than 0 may have sent before the first of them is taken
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -64,12 +66,16 @@ class Group:
         self._under_way: list[tuple[Work, Tensor]] = []
         self.closed = False
 
+    def shard(self, config: ModelConfig) -> Shard:
+        """Return this rank's part of a model."""
+        return Shard.of(self.mode, self.rank, self.ranks, config)
+
     def freed_later(self, cache: int) -> None:
         """Note that rank 0 has freed a cache; the others are told with the next one that is made."""
         self.freed.append(cache)
 
     def tell(self, message: object) -> None:
-        """Send a message of rank 0 to all others. It returns before they have read it."""
+        """Send a message of rank 0 to all others, which have read the one before. It returns before they read this."""
         self._finish_sends()
         began = time.perf_counter()
         for frame in framed(message):
@@ -81,6 +87,7 @@ class Group:
         """Return the next message of rank 0."""
         began = time.perf_counter()
         message = self._receive_message(0)
+        self._finish_sends(AHEAD)
         self.traffic.note("plan", 0, began)
         return message
 
@@ -178,14 +185,15 @@ class Group:
         except RuntimeError as error:
             self.lost(error)
 
-    def _finish_sends(self) -> None:
-        """Wait until what was sent before has been taken, so that rank 0 is at most one message ahead."""
+    def _finish_sends(self, ahead: int = 0) -> None:
+        """Wait until all but the last `ahead` of what was sent has been taken, and free it."""
+        done = self._under_way[: max(0, len(self._under_way) - ahead)]
         try:
-            for work, _ in self._under_way:
+            for work, _ in done:
                 work.wait()
         except RuntimeError as error:
             self.lost(error)
-        self._under_way.clear()
+        del self._under_way[: len(done)]
 
     def lost(self, error: BaseException) -> Never:
         """End this process: a rank is gone, or this one cannot go on within a step of all."""

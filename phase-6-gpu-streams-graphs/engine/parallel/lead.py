@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from weakref import finalize
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from common.errors import UserError
 
 from ..backends import Backends
+from ..config import ModelConfig
 from ..load import LoadedModel, load
 from ..options import Options
 from ..quantize import Format
 from .group import Group, uninterrupted
 from .messages import Load
+from .shard import Shard
 from .start import start, wanted
 
 
@@ -51,11 +54,23 @@ def load_parts(
         return load_part(group, what, device)
 
 
+def load_ends(
+    name: str, dtype: torch.dtype, device: torch.device, format: Format | None, quant_head: bool
+) -> LoadedModel:
+    """Load a model without its layers, whose configuration is the whole model's. Arguments as for `load`."""
+    loaded = load(name, dtype, device, format, quant_head, as_stored=True, part=Shard.ends)
+    whole = ModelConfig.from_hf(loaded.checkpoint.config)
+    loaded.model.config = dataclasses.replace(loaded.config, layers=whole.layers)
+    return loaded
+
+
 def load_part(group: Group, what: Load, device: torch.device) -> LoadedModel:
     """Load this rank's part of a model. UserError, on every rank, if one of them cannot."""
     error: str | None = None
     try:
-        return load(what.name, what.dtype, device, what.format, what.quant_head, as_stored=True, group=group)
+        loaded = load(what.name, what.dtype, device, what.format, what.quant_head, as_stored=True, part=group.shard)
+        group.shards[loaded.model] = group.shard(ModelConfig.from_hf(loaded.checkpoint.config))
+        return loaded
     except Exception as failure:
         error = str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
         raise

@@ -1,15 +1,17 @@
 """A model in C++ whose steps are divided between ranks.
 
 Tensor parallel: all ranks make the same step with their own matrices, and exchange numbers within it. Layer parallel:
-the hidden states of the step's tokens go from rank to rank, and the logits back to rank 0. Rank 0 calls `step` as that
-of any CppModel; the others make the same step in `follow`.
+the hidden states of the step's tokens go from rank to rank, and what rank 0 wants of them back to rank 0. Rank 0 calls
+`step` as that of any CppModel; the others make the same step in `follow`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, finalize
 
@@ -50,7 +52,7 @@ class SplitModel(CppModel, ABC):
         self.group, self.shard = group, shard
         self.numbers = WeakKeyDictionary[Cache, int]()
         super().__init__(model, *arguments, **options)
-        head = model.head  # no drafter reads a part of it
+        head = model.head  # drafters read `Ends`, and no part of it
         if isinstance(head, Linear) and head.weight is not model.embedding.weight:
             head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)
 
@@ -68,9 +70,9 @@ class SplitModel(CppModel, ABC):
         hidden: bool = False,
         inputs: Tensor | None = None,
     ) -> Stepped:
-        """As CppModel.step, on all ranks. ValueError for outputs that only a whole model gives."""
-        if taps or hidden or inputs is not None or positions is not None:
-            raise ValueError("a split model gives logits alone")
+        """As CppModel.step, on all ranks. ValueError for inputs that are no tokens in their places."""
+        if inputs is not None or positions is not None:
+            raise ValueError("a split model takes tokens, each at the position after its parent's")
         if wanted is None:
             ends = [sum(len(of_row) for of_row in tokens[: at + 1]) for at in range(len(tokens))]
             wanted = [end - 1 for end in ends]
@@ -81,7 +83,9 @@ class SplitModel(CppModel, ABC):
             [list(of_row) for of_row in tokens],
             None if parents is None else [list(of_row) for of_row in parents],
             list(wanted),
+            taps,
             logits,
+            hidden,
         )
         with uninterrupted():
             return self.lead(cache, step)
@@ -110,10 +114,11 @@ class TensorModel(SplitModel):
 
     def lead(self, cache: Cache, step: Step) -> Stepped:
         self.group.tell(step)
-        return self._own(cache, step, wanted=step.wanted, logits=step.logits)
+        return self._own(cache, step, wanted=step.wanted, taps=step.taps, logits=step.logits, hidden=step.hidden)
 
     def follow(self, cache: Cache, step: Step) -> None:
-        self._own(cache, step, wanted=step.wanted, logits=step.logits)
+        """Compute this rank's part; hidden states are whole on every rank, and rank 0 has read its own."""
+        self._own(cache, step, wanted=step.wanted if step.logits else [], logits=step.logits)
 
 
 class LayersModel(SplitModel):
@@ -128,35 +133,73 @@ class LayersModel(SplitModel):
     def lead(self, cache: Cache, step: Step) -> Stepped:
         self.group.tell(step)
         parts = micro_batches(step, self.micro_batches)
-        for part in parts:
-            self.group.send(self._states(cache, part, None), 1)
-        if not step.logits:
-            return Stepped(None, None, None)
-        vocab, last = self.config.vocab_size, self.group.ranks - 1
-        found = [self.group.receive(torch.empty(len(part.wanted), vocab), last) for part in parts if part.wanted]
-        return Stepped(None, torch.cat(found), None)
+        mine = [self._pass_on(cache, part, None) for part in parts]
+        found = [self._result(part, tapped) for part, tapped in zip(parts, mine, strict=True)]
+        hidden, logits, tapped = (
+            [each for each in of_kind if each is not None] for of_kind in zip(*found, strict=True)
+        )
+        return Stepped(*(torch.cat(of_kind) if of_kind else None for of_kind in (hidden, logits, tapped)))
 
     def follow(self, cache: Cache, step: Step) -> None:
         before = self.group.rank - 1
         for part in micro_batches(step, self.micro_batches):
             count = sum(len(of_row) for of_row in part.tokens)
             inputs = self.group.receive(torch.empty(count, self.config.width), before)
-            if not self.shard.last:
-                self.group.send(self._states(cache, part, inputs), self.group.rank + 1)
-                continue
-            wanted = part.wanted if step.logits else []
-            done = self._own(cache, part, wanted=wanted, logits=step.logits, inputs=inputs)
-            if step.logits and part.wanted:
-                assert done.logits is not None
-                self.group.send(done.logits, 0)
+            outputs = self._end(cache, part, inputs) if self.shard.last else (self._pass_on(cache, part, inputs),)
+            for output in outputs:
+                if output is not None and len(output):
+                    self.group.send(output, 0)
 
-    def _states(self, cache: Cache, part: Step, inputs: Tensor | None) -> Tensor:
-        """Return the output of this rank's last layer for all tokens, [T, D]."""
-        every = range(sum(len(of_row) for of_row in part.tokens))
-        last = self.config.layers - 1
-        states = self._own(cache, part, wanted=every, taps=(last,), logits=False, inputs=inputs).tapped
+    def _pass_on(self, cache: Cache, part: Step, inputs: Tensor | None) -> Tensor | None:
+        """Send the output of this rank's last layer to the next rank; return what this rank tapped for rank 0."""
+        every, taps = range(sum(len(of_row) for of_row in part.tokens)), self._taps(part, self.group.rank)
+        last, width = self.config.layers - 1, self.config.width
+        states = self._own(cache, part, wanted=every, taps=(*taps, last), logits=False, inputs=inputs).tapped
         assert states is not None
-        return states
+        self.group.send(states[:, -width:].contiguous(), self.group.rank + 1)
+        return states[part.wanted, :-width] if taps else None
+
+    def _end(self, cache: Cache, part: Step, inputs: Tensor) -> Stepped:
+        """Compute the last rank's layers, and the outputs that rank 0 wants."""
+        wanted, taps = part.wanted if part.asks else [], self._taps(part, self.group.rank)
+        return self._own(
+            cache, part, wanted=wanted, taps=taps, logits=part.logits, hidden=part.hidden, inputs=inputs
+        )  # fmt: skip
+
+    def _result(self, part: Step, tapped: Tensor | None) -> Stepped:
+        """Receive on rank 0 the outputs of a micro-batch. tapped: those of rank 0's own layers."""
+        W, D, last = len(part.wanted), self.config.width, self.group.ranks - 1
+
+        def received(asked: bool, columns: int, rank: int) -> Tensor | None:
+            empty = torch.empty(W, columns) if asked else None
+            return self.group.receive(empty, rank) if empty is not None and W else empty
+
+        of_ranks = [self._taps(part, rank) for rank in range(last + 1)]
+        found = [tapped, *(received(bool(of_ranks[rank]), D * len(of_ranks[rank]), rank) for rank in range(1, last))]
+        hidden = received(part.hidden, D, last)
+        logits = received(part.logits, self.config.vocab_size, last)
+        found.append(received(bool(of_ranks[last]), D * len(of_ranks[last]), last))
+        blocks = [block for each in found if each is not None for block in each.split(D, 1)]
+        by_rank = sorted(part.taps, key=lambda tap: tap // self.config.layers)  # in the order in which they came
+        ordered = [blocks[by_rank.index(tap)] for tap in part.taps]
+        return Stepped(hidden, logits, torch.cat(ordered, 1) if ordered else None)
+
+    def _taps(self, part: Step, rank: int) -> tuple[int, ...]:
+        """Return the tapped layers that a rank has, by its own numbers."""
+        layers = self.config.layers
+        return tuple(tap % layers for tap in part.taps if tap // layers == rank)
+
+
+class Ends(CppModel):
+    """Embedding and output matrix of a split model, whole on rank 0, where draft heads read them. It makes no steps."""
+
+    def __init__(self, model: Transformer, weights: Weights, threads: int | None) -> None:
+        config = dataclasses.replace(model.config, layers=0)
+        positions = getattr(model, "positions", None)
+        parts = SimpleNamespace(
+            config=config, embedding=model.embedding, positions=positions, layers=[], norm=model.norm, head=model.head
+        )
+        self._prepare(parts, weights, threads, None, None, release=False)
 
 
 def micro_batches(step: Step, most: int) -> list[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,14 @@ class Step:
     tokens: list[list[int]]
     parents: list[list[int]] | None
     wanted: list[int]
+    taps: tuple[int, ...]  # layers of the whole model
     logits: bool
+    hidden: bool
+
+    @property
+    def asks(self) -> bool:
+        """Return whether anything of the wanted tokens is to come back."""
+        return self.logits or self.hidden or bool(self.taps)
 
     def of_rows(self, first: int, last: int) -> Step:
         """Return the part of some neighbouring rows."""
@@ -86,4 +94,5 @@ class Step:
         start, stop = sum(counts[:first]), sum(counts[:last])
         parents = None if self.parents is None else self.parents[first:last]
         wanted = [token - start for token in self.wanted if start <= token < stop]
-        return Step(self.cache, self.rows[first:last], self.tokens[first:last], parents, wanted, self.logits)
+        rows, tokens = self.rows[first:last], self.tokens[first:last]
+        return dataclasses.replace(self, rows=rows, tokens=tokens, parents=parents, wanted=wanted)

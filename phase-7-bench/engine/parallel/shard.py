@@ -86,6 +86,11 @@ class Shard:
             )
         return Shard(mode, rank, ranks, whole, local)
 
+    @staticmethod
+    def ends(whole: ModelConfig) -> Shard:
+        """Return what lies before and after the layers: the embedding, the last norm, the output matrix."""
+        return Shard("layers", 0, 1, whole, dataclasses.replace(whole, layers=0))
+
     @property
     def last(self) -> bool:
         return self.rank == self.ranks - 1

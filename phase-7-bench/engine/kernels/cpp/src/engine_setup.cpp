@@ -16,8 +16,9 @@ bool fits(const Matrix& w, int inputs, int outputs) { return w.data != nullptr &
 
 const Model& Engine::checked(const Model& m) {
     constexpr int MOST = 1 << 24;
-    for (int number : {m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.ffn, m.vocab})
+    for (int number : {m.width, m.heads, m.kv_heads, m.head_dim, m.ffn, m.vocab})
         need(number > 0 && number <= MOST, "a size of the model is below 1 or absurd");
+    need(m.layers >= 0, "the number of layers is below 0");  // 0: an embedding and an output matrix, for draft heads
     need(m.heads % m.kv_heads == 0, "the heads cannot share the key-value heads evenly");
     need(int64_t(m.heads) * m.head_dim <= MOST && int64_t(m.layers) <= MOST / 64, "a size of the model is absurd");
     need(m.position_offset >= 0, "the position offset is at least 0");
@@ -139,7 +140,7 @@ void Engine::finish() {
     }
     acts_floats_ = MAX_BLOCK * acts / 4 + 64;
     const size_t rows = MAX_BLOCK;
-    const Layer& first = layers_.front();
+    const Layer first = layers_.empty() ? Layer{} : layers_.front();
     block_.x = memory(rows * size_t(model.width));
     block_.qkv = memory(rows * size_t(first.qkv.outputs));
     block_.my_mixed = block_.mixed = memory(rows * size_t(model.mixed()));
