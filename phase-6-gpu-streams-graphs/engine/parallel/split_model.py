@@ -153,41 +153,41 @@ class LayersModel(SplitModel):
     def _pass_on(self, cache: Cache, part: Step, inputs: Tensor | None) -> Tensor | None:
         """Send the output of this rank's last layer to the next rank; return what this rank tapped for rank 0."""
         every, taps = range(sum(len(of_row) for of_row in part.tokens)), self._taps(part, self.group.rank)
-        last, width = self.config.layers - 1, self.config.width
-        states = self._own(cache, part, wanted=every, taps=(*taps, last), logits=False, inputs=inputs).tapped
+        layers, width = self.config.layers, self.config.width
+        local = (*(tap % layers for tap in taps), layers - 1)
+        states = self._own(cache, part, wanted=every, taps=local, logits=False, inputs=inputs).tapped
         assert states is not None
         self.group.send(states[:, -width:].contiguous(), self.group.rank + 1)
         return states[part.wanted, :-width] if taps else None
 
     def _end(self, cache: Cache, part: Step, inputs: Tensor) -> Stepped:
         """Compute the last rank's layers, and the outputs that rank 0 wants."""
-        wanted, taps = part.wanted if part.asks else [], self._taps(part, self.group.rank)
-        return self._own(
-            cache, part, wanted=wanted, taps=taps, logits=part.logits, hidden=part.hidden, inputs=inputs
-        )  # fmt: skip
+        asked: dict[str, Any] = {"logits": part.logits, "hidden": part.hidden, "inputs": inputs}
+        taps = tuple(tap % self.config.layers for tap in self._taps(part, self.group.rank))
+        return self._own(cache, part, wanted=part.wanted if part.asks else [], taps=taps, **asked)
 
     def _result(self, part: Step, tapped: Tensor | None) -> Stepped:
-        """Receive on rank 0 the outputs of a micro-batch. tapped: those of rank 0's own layers."""
+        """Receive the outputs of a micro-batch on rank 0, which has tapped its own layers."""
         W, D, last = len(part.wanted), self.config.width, self.group.ranks - 1
 
-        def received(asked: bool, columns: int, rank: int) -> Tensor | None:
-            empty = torch.empty(W, columns) if asked else None
-            return self.group.receive(empty, rank) if empty is not None and W else empty
+        def received(columns: int, rank: int) -> Tensor | None:
+            if not columns:
+                return None
+            return self.group.receive(torch.empty(W, columns), rank) if W else torch.empty(W, columns)
 
         of_ranks = [self._taps(part, rank) for rank in range(last + 1)]
-        found = [tapped, *(received(bool(of_ranks[rank]), D * len(of_ranks[rank]), rank) for rank in range(1, last))]
-        hidden = received(part.hidden, D, last)
-        logits = received(part.logits, self.config.vocab_size, last)
-        found.append(received(bool(of_ranks[last]), D * len(of_ranks[last]), last))
-        blocks = [block for each in found if each is not None for block in each.split(D, 1)]
-        by_rank = sorted(part.taps, key=lambda tap: tap // self.config.layers)  # in the order in which they came
-        ordered = [blocks[by_rank.index(tap)] for tap in part.taps]
-        return Stepped(hidden, logits, torch.cat(ordered, 1) if ordered else None)
+        found = [tapped, *(received(D * len(of_ranks[rank]), rank) for rank in range(1, last))]
+        hidden = received(D * part.hidden, last)
+        logits = received(self.config.vocab_size * part.logits, last)
+        found.append(received(D * len(of_ranks[last]), last))
+        blocks = dict[int, Tensor]()  # of each tapped layer
+        for taps, states in zip(of_ranks, found, strict=True):
+            blocks |= {} if states is None else dict(zip(taps, states.split(D, 1), strict=True))
+        return Stepped(hidden, logits, torch.cat([blocks[tap] for tap in part.taps], 1) if blocks else None)
 
-    def _taps(self, part: Step, rank: int) -> tuple[int, ...]:
-        """Return the tapped layers that a rank has, by its own numbers."""
-        layers = self.config.layers
-        return tuple(tap % layers for tap in part.taps if tap // layers == rank)
+    def _taps(self, part: Step, rank: int) -> list[int]:
+        """Return those of the tapped layers that a rank has."""
+        return [tap for tap in part.taps if tap // self.config.layers == rank]
 
 
 class Ends(CppModel):
