@@ -76,6 +76,18 @@ def test_a_known_prompt_in_small_chunks_beside_others(pair: Callable[..., Pair],
     )
 
 
+@pytest.mark.parametrize(("length", "budget"), [(2, 32), (5, 32), (33, 30)])
+def test_the_last_tokens_of_a_prompt_are_scored(pair: Callable[..., Pair], length: int, budget: int) -> None:
+    """So few tokens, of a short prompt or left by a chunk, would else be computed with the first step."""
+    prompt = TEXT[:length]
+    outputs = scored(pair("torch", "plain").engine(budget=budget), asked(prompt, tokens=3), prompt_logprobs=TOP)
+    text = [*prompt, *(token for output in outputs for token in output.tokens)]
+    check(
+        [*outputs[0].prompt_logprobs, *(each for output in outputs for each in output.logprobs)],
+        expected(pair, text),
+    )
+
+
 def test_a_preempted_prompt_is_scored_once(pair: Callable[..., Pair]) -> None:
     """It loses its blocks after a chunk, which is then computed again."""
     made = pair("torch", "plain")
