@@ -10,6 +10,7 @@ import torch
 
 import phase6
 from common.errors import UserError
+from phase6.drafters.eagle import EagleDrafter
 from tests.support.served import TEXT, WHY_NOT_CPP, Pair, add, asked
 
 KERNELS = [pytest.param("cpp", marks=pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))), "torch"]
@@ -86,6 +87,34 @@ def test_the_last_tokens_of_a_prompt_are_scored(pair: Callable[..., Pair], lengt
         [*outputs[0].prompt_logprobs, *(each for output in outputs for each in output.logprobs)],
         expected(pair, text),
     )
+
+
+def test_states_of_a_scored_prompt_reach_the_drafter(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EAGLE drafts the same after a prompt with log-probabilities as after one without."""
+    made, drafts = pair("torch", "eagle"), list[list[list[int]]]()
+    propose = EagleDrafter.propose
+
+    def recorded(self: EagleDrafter, *arguments: Any) -> Any:
+        draft = propose(self, *arguments)
+        drafts[-1] += draft.tokens.tolist()
+        return draft
+
+    monkeypatch.setattr(EagleDrafter, "propose", recorded)
+    for how in ({}, {"prompt_logprobs": TOP}):
+        drafts.append([])
+        scored(made.engine(), asked(tokens=6), **how)
+    assert drafts[0] == drafts[1] != []
+
+
+def test_a_chunk_leaves_the_last_token_to_the_first_step(pair: Callable[..., Pair]) -> None:
+    engine, text = pair("torch", "plain").engine(), list(TEXT[:5])
+    engine.target.admit("a text", text, 0)
+    start, logits = engine.target.score("a text", text, most=9)
+    assert (start, len(logits)) == (0, 4)
+    engine.target.release("a text")
+    engine.close()
 
 
 def test_a_preempted_prompt_is_scored_once(pair: Callable[..., Pair]) -> None:
