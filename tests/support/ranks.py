@@ -9,7 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import defaultdict
-from typing import Any, Never
+from contextlib import suppress
+from typing import Any, Never, cast
 
 import pytest
 import torch
@@ -29,18 +30,23 @@ class Done:
 class Arriving:
     """A receive that is under way."""
 
-    def __init__(self, source: queue.Queue[Tensor], to: Tensor) -> None:
-        self.source, self.to = source, to
+    def __init__(self, source: queue.Queue[Tensor], to: Tensor, failed: threading.Event) -> None:
+        self.source, self.to, self.failed = source, to, failed
 
     def wait(self) -> None:
-        self.to.copy_(self.source.get(timeout=600))
+        for _ in range(600):
+            with suppress(queue.Empty):
+                self.to.copy_(self.source.get(timeout=1))
+                return
+            assert not self.failed.is_set(), "another rank has failed"
+        raise TimeoutError("another rank sends nothing")
 
 
 class Link:
-    """The part of a process group that ranks use; `wires` belong to all ranks."""
+    """The part of a process group that ranks use; `wires` belong to all ranks, and so does `failed`."""
 
-    def __init__(self, rank: int, wires: dict[tuple[int, int], queue.Queue[Tensor]]) -> None:
-        self.rank, self.wires = rank, wires
+    def __init__(self, rank: int, wires: dict[tuple[int, int], queue.Queue[Tensor]], failed: threading.Event) -> None:
+        self.rank, self.wires, self.failed = rank, wires, failed
 
     def send(self, tensors: list[Tensor], target: int, tag: int) -> Done:
         self.wires[self.rank, target].put(tensors[0].clone())
@@ -57,7 +63,7 @@ class Link:
         return Done()
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> Arriving:
-        return Arriving(self.wires[source, self.rank], tensors[0])
+        return Arriving(self.wires[source, self.rank], tensors[0], self.failed)
 
 
 class Lifeline:
@@ -79,7 +85,8 @@ def groups(mode: Mode, ranks: int) -> list[Group]:
     for source in range(ranks):
         for target in range(ranks):
             wires[source, target]  # made now: threads only read the map
-    links: list[Any] = [Link(rank, wires) for rank in range(ranks)]
+    failed = threading.Event()
+    links: list[Any] = [Link(rank, wires, failed) for rank in range(ranks)]
     ends: list[Any] = [Lifeline() for _ in range(ranks)]
     return [Group(mode, rank, ranks, ranks, links[rank], ends[rank]) for rank in range(ranks)]
 
@@ -91,7 +98,7 @@ def split(options: Any) -> tuple[Any, list[threading.Thread]]:
     def begin(options: Any) -> Group:
         start.check(options)
         for group in made[1:]:
-            threads.append(threading.Thread(target=worker.serve, args=(group, options), daemon=True))
+            threads.append(threading.Thread(target=follow, args=(group, options), daemon=True))
             threads[-1].start()
         return made[0]
 
@@ -99,6 +106,15 @@ def split(options: Any) -> tuple[Any, list[threading.Thread]]:
         patch.setattr("phase6.parallel.lead.start", begin)
         llm = phase6.LLM(options)
     return llm, threads
+
+
+def follow(group: Group, options: Any) -> None:
+    """Serve rank 0. If that fails, whoever waits for this rank fails too."""
+    try:
+        worker.serve(group, options)
+    except BaseException:
+        cast(Link, group.link).failed.set()
+        raise
 
 
 def end(llm: Any, threads: list[threading.Thread]) -> None:
