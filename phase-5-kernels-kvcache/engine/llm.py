@@ -199,6 +199,7 @@ class LLM:
         if self.speculative and self.options.controller == "cost":
             self.prices.provide(self.cost_model, sequences[0].params, len(sequences))
         source = random_source(sequence.params for sequence in sequences)
+        self.runner = None  # its cache is freed before a larger one is allocated
         runner = self.runner = self.make_runner(self.loaded.model, sequences)
         draft = self.make_runner(self.draft.model, sequences) if self.draft and self.speculative else None
         drafter = self.new_drafter(draft, source) if self.speculative else None

@@ -213,6 +213,7 @@ class LLM:
                 yield [step]
             return
         longest = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in sequences)
+        self.runner = None  # its cache is freed before a larger one is allocated
         engine = LLMEngine(self, min(self.options.batch_size, len(sequences)), longest, multi_step)
         self.runner = engine.target
         try:

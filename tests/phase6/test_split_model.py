@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import shutil
 import weakref
@@ -21,6 +22,7 @@ from phase4.quantize import Format, quantize_model
 from phase4.quantize_calibrated import Method, quantize_calibrated
 from phase4.quantize_files import save_quantized
 from phase6.drafters.heads import build_heads, save_heads
+from phase6.kv_cache import PagedCache
 from tests.support.quantised import CASES, quantise
 from tests.support.ranks import end, groups, logits_of, same_bits, split
 from tests.support.served import WHY_NOT_CPP
@@ -324,6 +326,26 @@ def test_a_second_run_takes_a_larger_cache(both: Callable[..., tuple[Any, Any]])
     one, several = both("llama", "gather")
     for count in (1, 3, 1):
         assert logits_of(several, PROMPTS[:count], params())[0] == logits_of(one, PROMPTS[:count], params())[0]
+
+
+def test_caches_that_rank_0_has_freed_are_freed_on_every_rank(
+    both: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, make = weakref.WeakSet[Any](), PagedCache.__init__
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        alive.add(self)
+
+    _, several = both("llama", "gather")
+    monkeypatch.setattr(PagedCache, "__init__", counted)
+    made = 0
+    for count in (1, 2, 3):  # each needs a larger cache than the one before
+        logits_of(several, PROMPTS[:count], params())
+        gc.collect()
+        assert len(alive) == 2  # one on each rank
+        made += alive.pop() is not None
+    assert made == 3
 
 
 def largest_error(logits: list[Tensor], theirs: list[Tensor]) -> float:
