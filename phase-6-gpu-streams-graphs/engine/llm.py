@@ -76,8 +76,7 @@ class LLM:
 
     def load_drafter(self, *loaded: Transformer) -> None:
         """Load what drafts, and prepare it together with models that are loaded. UserError if that cannot be."""
-        options, kind = self.options, self.options.drafter
-        name = resolve_draft(options.draft, self.loaded)
+        options, kind, name = self.options, self.options.drafter, resolve_draft(self.options.draft, self.loaded)
         self.draft = self._load(name, options.draft_quant, options.draft_parallel) if name and kind == "model" else None
         self.beside = self.loaded  # whose embedding and output matrix are read by drafters that read hidden states
         if self.group is not None and kind not in ("model", "ngram") and options.draft != "none":

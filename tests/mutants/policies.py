@@ -165,7 +165,7 @@ SHORT_CALLS = mutants(
     f"{CACHED}/multi_step.py",
     ("tests/phase5/test_multi_step.py", "-k", "time_outside_of"),
     ("before * 1e3 * (1 - len(made) / AHEAD)", "0.0"),
-    ("warm = len(made) >= WARM and all", "warm = all"),
+    ("warm = len(made) >= WARM or inside * 1e3 >= WARM_MS", "warm = True"),
 )  # fmt: skip
 
 MUTANTS = [
