@@ -15,7 +15,7 @@ import phase5
 from common.errors import UserError
 from common.philox import Purpose
 from common.prompts import load_prompts
-from phase5.controllers import ALWAYS, LOOKS
+from phase5.controllers import ALWAYS, LOOKS, Bounds, CostController, observe_plain
 from phase5.cost_model import START
 from phase5.cpp_runner import CppRunner
 from phase5.drafters.chains import ChainBuilder
@@ -354,6 +354,7 @@ def test_time_outside_of_a_call_does_not_make_plain_steps_dear(monkeypatch: pyte
     monkeypatch.setattr(llm.prices, "provide", lambda *arguments: None)
     monkeypatch.setattr(cpp.CppModel, "decode", slow)
     monkeypatch.setattr("phase5.controllers._choose", lambda controllers, limits: ([0], ALWAYS))
+    monkeypatch.setattr("phase5.multi_step.WARM_MS", math.inf)
     plain = llm.cost_model.plain.recent
     for new, known in ((WARM, 0), (WARM + 1, 1)):  # the first token is a call of its own
         params = dataclasses.replace(llm.params, max_new_tokens=new, ignore_eos=True)
@@ -362,6 +363,21 @@ def test_time_outside_of_a_call_does_not_make_plain_steps_dear(monkeypatch: pyte
             pass
         assert len(plain.get(1, [])) == known
     assert max(plain[1]) * START < outside * 1e3 / 4
+    monkeypatch.setattr("phase5.multi_step.WARM_MS", 0.0)  # a large model's calls have few steps
+    llm.cost_model.age = 1
+    plain.clear()
+    (sequence,) = llm.sequences(["a b c d"], dataclasses.replace(llm.params, max_new_tokens=3, ignore_eos=True))
+    for _ in llm.run([sequence]):
+        pass
+    assert (len(plain[1]), llm.cost_model.age) == (1, 0)
+
+
+def test_plain_steps_whose_time_is_unknown_are_recent_all_the_same() -> None:
+    """Otherwise a controller would ask for a plain step again and again."""
+    (mine,) = [CostController(Bounds(1, 8))]
+    mine.cost_model.age = 5
+    observe_plain([mine], 3, None)
+    assert (mine.cost_model.age, mine.cost_model.plain.recent) == (0, {})
 
 
 def test_time_outside_of_a_short_call_does_not_make_drafts_dear(monkeypatch: pytest.MonkeyPatch) -> None:
