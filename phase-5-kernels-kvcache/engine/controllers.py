@@ -35,11 +35,9 @@ if TYPE_CHECKING:
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 SETTLED = 16  # steps for which an answer of CostController holds once it has seen a text
 FIRST = 4  # steps for which the first answers hold
-MARGIN = (
-    1.05  # expected gain from which drafts are made: their usual times leave out more of the delays than plain ones
-)
+MARGIN = 1.05  # expected gain from which drafts are made: lower quartiles of a step's parts leave out its delays
 LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
-ALWAYS = 64  # steps for which the answer holds that no draft can pay
+ALWAYS = 64  # steps for which the answer holds that no draft can pay; plain steps between tests at least
 
 
 class KController(ABC):
@@ -209,7 +207,7 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
         unmeasured = not cost_model.draft.recent
         return [min(limit, controllers[0].first_k) if unmeasured else 0 for limit in limits], 1
     if not any(limits):  # a lookup found nothing; another interrupts plain decoding
-        return none, min(max(SETTLED, 4 * controllers[0].holds), ALWAYS)
+        return none, 2 * SETTLED
     if cost_model.age > STALE:
         return none, SETTLED
     chances = cost_model.chances(min(bounds.high, max(limits)))
@@ -245,7 +243,7 @@ def observe(
 ) -> None:
     """Tell each row's controller its part of a step, and the cost model the whole of it, once.
 
-    alone: no rows but these were computed, so the times are theirs. spared_ms: see CostModel.observe.
+    alone: the times are those of these rows and of their drafts. spared_ms: see CostModel.observe.
     """
     leader = controllers[0]
     if alone and isinstance(leader, CostController):
@@ -255,12 +253,15 @@ def observe(
         controller.observe(of_row)
 
 
-def observe_plain(controllers: Sequence[KController], steps: int, took: float | None) -> None:
-    """Tell the controllers of so many steps without drafts in one call; took: milliseconds of a step, None: unknown."""
+def observe_plain(controllers: Sequence[KController], steps: int, took: float | None, warm: bool = True) -> None:
+    """Tell the controllers of so many steps without drafts in one call.
+
+    took: milliseconds of a step, None if a prompt was computed as well. warm: see CostModel.observe_plain.
+    """
     leader = controllers[0]
     if isinstance(leader, CostController):
         if took is not None:
-            leader.cost_model.observe_plain(len(controllers), took / START, steps)
+            leader.cost_model.observe_plain(len(controllers), took / START, steps, warm)
         leader.cost_model.age = 0
     for controller in controllers:
         controller.observe_plain(steps)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from .steps import StepStats
 
 START = 64  # assumed overhead of a forward pass without a cache, in positions
-STALE = 128  # steps after which a plain step is measured again
+STALE = 128  # steps with drafts after which plain steps are made again
 LOOK = 0.005  # share of the time that may be lost by drafting as a test
 ALLOWANCE = 16  # plain steps that drafts may lose to plain decoding
-STALL = 2.0  # times the expected time: a longer step was interrupted, and counts as so long
+STALL = 2.0  # a step longer than this multiple of its expected time was interrupted, and is capped at it
 PRIOR, PRIOR_WEIGHT = 0.8, 0.7  # acceptance before any observation, and its weight in observations
 LEAN = 4.0  # weight of position i - 1 in the estimate of position i, in observations
 
@@ -60,7 +60,7 @@ class Table:
         return dict(reversed(found.items()))
 
     def mean(self, size: int) -> float:
-        """Return the mean time of this size, interruptions left out; of a size that was not measured, `at`."""
+        """Return the mean time of this size, each capped at STALL times `at`; `at` if it was not measured."""
         limit, recent = STALL * self.at(size), self.recent.get(size)
         return sum(min(time, limit) for time in recent) / len(recent) if recent else self.at(size)
 
@@ -116,7 +116,7 @@ class CostModel:
     accept: Table = field(default_factory=Table)
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(0.98))
     nodes: dict[int, int] = field(default_factory=dict)  # of a tree with so many levels
-    age: int = 0  # steps since the last plain one
+    age: int = 0  # steps with drafts since the last plain one
     credit: float = 0.0  # time that may be lost by a draft that is a test
     looking: bool = False  # whether the present draft is one
     balance: float = 0.0  # time that drafts lost to plain decoding, below 0; gains make up for losses before them
@@ -165,7 +165,7 @@ class CostModel:
         if prefilled:
             self.credit -= step.draft_ms / load if self.looking else 0.0
             return
-        took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
+        took = (step.draft_ms + step.verify_ms + step.accept_ms - spared_ms) / load
         if not deepest:
             self.observe_plain(rows, took)
             return
@@ -174,7 +174,7 @@ class CostModel:
         if self.known:
             gain = self.plain.mean(rows) * sum(each.emitted for each in stats) / rows
             least = min(took, STALL * self.time([each.depth for each in stats]))
-            self.credit += gain - took if self.looking else 0.0
+            self.credit += gain - least if self.looking else 0.0
             self.balance = min(0.0, self.balance + gain - least)
         self.nodes.update((each.depth, each.proposed) for each in stats if each.proposed > each.depth)
         self.verify.observe(rows + drafted, step.verify_ms / load)
@@ -183,9 +183,13 @@ class CostModel:
             drafting = sum(each.depth for each in stats) / deepest
             self.draft.observe(max(1, round(drafting)), step.draft_ms / deepest / load)
 
-    def observe_plain(self, rows: int, took: float, steps: int = 1) -> None:
-        """Record so many steps without drafts. One entry for all: those of a long call would replace all others."""
-        self.plain.observe(rows, took)
+    def observe_plain(self, rows: int, took: float, steps: int = 1, warm: bool = True) -> None:
+        """Record so many steps without drafts. One entry for all: those of a long call would replace all others.
+
+        warm: False for a call of so few steps that they cost more than those of others; they only pass the time.
+        """
+        if warm:
+            self.plain.observe(rows, took)
         self._forgive(took * steps)
         self.age = 0
 

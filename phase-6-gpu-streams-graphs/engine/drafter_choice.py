@@ -28,7 +28,7 @@ def with_drafter(llm: LLM, name: DrafterName) -> LLM:
     changed = {"drafter": name, "tree": tree, "parallel_streams": False, "sync_mode": "event"}
     other.options = llm.options.model_copy(update=changed)
     if llm.group is not None and name not in ("model", "ngram"):
-        raise UserError(f"the drafter {name} reads states of the target, which several processes share")
+        raise UserError(f"the drafter {name} beside others would load the output matrix of a split model once more")
     other.backends = copy.copy(llm.backends)
     other.backends.heads = None
     other.load_drafter()

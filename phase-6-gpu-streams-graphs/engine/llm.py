@@ -75,7 +75,7 @@ class LLM:
         self.load_drafter(self.loaded.model)
 
     def load_drafter(self, *loaded: Transformer) -> None:
-        """Load what drafts, and prepare it together with models that are loaded. UserError if that cannot be."""
+        """Load the drafter's models; `loaded` are to be compiled or packed with them. UserError if that cannot be."""
         options, kind, name = self.options, self.options.drafter, resolve_draft(self.options.draft, self.loaded)
         self.draft = self._load(name, options.draft_quant, options.draft_parallel) if name and kind == "model" else None
         self.beside = self.loaded  # whose embedding and output matrix are read by drafters that read hidden states

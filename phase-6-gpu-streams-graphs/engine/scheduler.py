@@ -35,7 +35,7 @@ class Scheduler:
         self.target, self.draft = target, draft
         self.rows, self.budget, self.context = rows, budget, target.model.config.context
         self.inline = target.max_inline if isinstance(target, CachedRunner) else 1
-        # Those that keep a cache of a sequence: without drafts, and with them.
+        # Those that keep a cache of a sequence: without a draft model, and with one.
         self.plain = [target] if isinstance(target, CachedRunner) else []
         self.drafted = [*self.plain, draft] if isinstance(draft, CachedRunner) else self.plain
         self.waiting: deque[Sequence] = deque()

@@ -74,7 +74,7 @@ class LLMEngine:
     ) -> None:
         """rows: sequences of one step, by default `--batch-size`. tokens: of the longest, by default the context.
 
-        budget: tokens of one step, prompts included. others: LLMs with further drafters (drafter_choice.py).
+        budget: tokens of one step, prompts included. others: LLMs with other drafters (drafter_choice.py).
         UserError for numbers out of range, and if the caches do not fit in memory.
         """
         self.llm, self.rows = llm, rows or llm.options.batch_size

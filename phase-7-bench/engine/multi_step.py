@@ -140,6 +140,7 @@ def _execute(
 ) -> tuple[list[Work], list[Decoded], Tensor | None]:
     """Call C++. Returns the rows, the steps, and the target's states if the drafter reads them."""
     (counts, steps, given), policies = call, [sequence.policy for sequence in sequences]
+    steps = min(steps, *(limit - count for limit, count in zip(limits, counts, strict=True)))  # each gives one token
     limits = [min(limit, steps * (count + 1)) for limit, count in zip(limits, counts, strict=True)]
     fast, taps = None, None if drafter is None else drafter.taps
     states_from = None if drafter is None or taps is None else [drafter.states_from(each) for each in sequences]
@@ -223,18 +224,18 @@ def _commit(
             computed = step.computed[row] + prefilled[row]
             done.stats.append(step_stats(sequences[row], asked_here[at_row], start, tree, path, computed, 1, times))
         if drafter is not None and any(asked):
-            known = any(drafts) and len(active) == len(sequences)
+            alone = any(drafts) and len(active) == len(sequences)
             spared = 0.0 if isinstance(drafter, NgramDrafter) else before * 1e3 * (1 - len(made) / AHEAD)
-            observe([each.controller for each in done.sequences], done.stats, known, spared)
+            observe([each.controller for each in done.sequences], done.stats, alone, spared)
         steps.append(done)
         new, prefilled, skip = [1] * len(new), [0] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
-            warm = len(made) >= WARM or inside * 1e3 >= WARM_MS
-            warm &= all(len(work.new) + work.prefilled == 1 for work in works)
+            warm = len(steps) == len(made) and (len(made) >= WARM or inside * 1e3 >= WARM_MS)
             outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
-            took = (inside / len(made) + outside) * 1e3 if warm and len(steps) == len(made) else None
-            observe_plain([each.controller for each in sequences], len(steps), took)
+            took = (inside / len(made) + outside) * 1e3
+            decoded = all(len(work.new) + work.prefilled == 1 for work in works)  # and computed no prompt
+            observe_plain([each.controller for each in sequences], len(steps), took if decoded else None, warm)
         prefill = [work.states for work in works]
         read = None if states is None else states_of_rows(states[:at], places, prefill)
         drafter.observe(Outcome(sequences, total, read))

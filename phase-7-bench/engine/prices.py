@@ -56,11 +56,11 @@ SETTINGS = (
 
 @dataclass
 class Measured:
-    """The times for a number of rows, after how much decoding they were measured, how long that took, in seconds."""
+    """The times for a number of rows."""
 
     times: Times
-    at: float
-    took: float
+    at: float  # seconds that had been decoded before the measurement
+    took: float  # seconds of the measurement; SECONDS at least, for times that were read from the file
 
     def holds(self, cost_model: CostModel, rows: int) -> bool:
         """Return True unless plain steps have changed; measuring again may take 1% of the time of decoding."""
@@ -69,7 +69,7 @@ class Measured:
 
 
 def decoded(cost_model: CostModel) -> float:
-    """Return the seconds of all steps that a cost model observed."""
+    """Return the seconds of all steps that a cost model observed; without a cache, what one token would take in each."""
     return cost_model.spent * START / 1e3
 
 
@@ -91,7 +91,7 @@ class Prices:
             if times is None:
                 times = {name: table.usual() for name, table in self.measure(params, count).tables.items()}
                 keep(key, times)
-            took = max(SECONDS, time.monotonic() - began)  # at least: those of a file were measured as well
+            took = max(SECONDS, time.monotonic() - began)
             self.measured[count] = Measured(times, decoded(cost_model), took)
             for name, table in cost_model.tables.items():
                 for size, value in times[name].items():

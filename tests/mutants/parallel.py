@@ -65,7 +65,7 @@ EXCHANGED = (
         ("        numbers.copy_(gathered[0])\n        for other in gathered[1:]:", "        for other in gathered[1:]:"),
         ("numbers.view(torch.int32) if how == 2 else numbers", "numbers", "a sum of one number and zeros, but for the sign of a zero"),
         ("body[:room].ljust(room, b\"\\0\")", "body[:room].rjust(room, b\"\\0\")"),
-        ("        self._finish_sends(AHEAD)\n", ""),
+        ("        self._finish_sends(UNTAKEN)\n", ""),
         ("        self.freed.append(cache)\n", "        pass\n"),
     ),
     *mutants(

@@ -141,7 +141,7 @@ COSTS = mutants(
     ("tests/phase5/test_cost_model.py",),
     ("least = min(took, STALL * self.time([each.depth for each in stats]))", "least = took"),
     ("self.credit -= step.draft_ms / load if self.looking else 0.0", "pass"),
-    ("self.credit += gain - took if self.looking else 0.0", "self.credit += gain - took"),
+    ("self.credit += gain - least if self.looking else 0.0", "self.credit += gain - least"),
     ("self.balance = min(0.0, self.balance + gain - least)", "self.balance = self.balance + gain - least"),
     ("self.balance = min(0.0, self.balance + LOOK * took)", "pass"),
 )  # fmt: skip
@@ -165,7 +165,7 @@ SHORT_CALLS = mutants(
     f"{CACHED}/multi_step.py",
     ("tests/phase5/test_multi_step.py", "-k", "time_outside_of"),
     ("before * 1e3 * (1 - len(made) / AHEAD)", "0.0"),
-    ("warm = len(made) >= WARM or inside * 1e3 >= WARM_MS", "warm = True"),
+    ("(len(made) >= WARM or inside * 1e3 >= WARM_MS)", "True"),
 )  # fmt: skip
 
 MUTANTS = [

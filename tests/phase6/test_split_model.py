@@ -331,21 +331,19 @@ def test_a_second_run_takes_a_larger_cache(both: Callable[..., tuple[Any, Any]])
 def test_caches_that_rank_0_has_freed_are_freed_on_every_rank(
     both: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive, make = weakref.WeakSet[Any](), PagedCache.__init__
+    alive, made, make = weakref.WeakSet[Any](), list[int](), PagedCache.__init__
 
     def counted(self: Any, *arguments: Any, **options: Any) -> None:
         make(self, *arguments, **options)
         alive.add(self)
+        made.append(1)
 
     _, several = both("llama", "gather")
     monkeypatch.setattr(PagedCache, "__init__", counted)
-    made = 0
     for count in (1, 2, 3):  # each needs a larger cache than the one before
         logits_of(several, PROMPTS[:count], params())
         gc.collect()
-        assert len(alive) == 2  # one on each rank
-        made += alive.pop() is not None
-    assert made == 3
+        assert (len(alive), len(made)) == (2, 2 * count)  # one on each rank
 
 
 def largest_error(logits: list[Tensor], theirs: list[Tensor]) -> float:

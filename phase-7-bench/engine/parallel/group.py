@@ -30,7 +30,7 @@ from .shard import Mode, Shard
 from .traffic import Traffic
 
 FRAME = 4096  # bytes of a message that are sent at once; a longer one has a second part
-AHEAD = 64  # numbers that another rank than 0 may have sent before the first of them is taken
+UNTAKEN = 64  # messages that another rank than 0 may have sent before the first of them is taken
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -75,7 +75,7 @@ class Group:
         self.freed.append(cache)
 
     def tell(self, message: object) -> None:
-        """Send a message of rank 0 to all others, which have read the one before. It returns before they read this."""
+        """Send a message of rank 0 to all others, after the one before was taken. It returns before they read this."""
         self._finish_sends()
         began = time.perf_counter()
         for frame in framed(message):
@@ -87,7 +87,7 @@ class Group:
         """Return the next message of rank 0."""
         began = time.perf_counter()
         message = self._receive_message(0)
-        self._finish_sends(AHEAD)
+        self._finish_sends(UNTAKEN)
         self.traffic.note("plan", 0, began)
         return message
 

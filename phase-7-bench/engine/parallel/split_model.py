@@ -70,7 +70,7 @@ class SplitModel(CppModel, ABC):
         hidden: bool = False,
         inputs: Tensor | None = None,
     ) -> Stepped:
-        """As CppModel.step, on all ranks. ValueError for inputs that are no tokens in their places."""
+        """As CppModel.step, on all ranks. ValueError for `inputs` and `positions`."""
         if inputs is not None or positions is not None:
             raise ValueError("a split model takes tokens, each at the position after its parent's")
         if wanted is None:
