@@ -69,7 +69,7 @@ class Measured:
 
 
 def decoded(cost_model: CostModel) -> float:
-    """Return the seconds of all steps that a cost model observed; without a cache, what one token would take in each."""
+    """Return the seconds of all steps that a cost model observed; without a cache, of one token in each."""
     return cost_model.spent * START / 1e3
 
 

@@ -28,7 +28,7 @@ class ServeOptions(Options):
     chat_template: Path | None = Field(default=None, description="Jinja file; absent: that of the checkpoint, if any")
     more_drafters: list[DrafterName] = Field(
         default=[],
-        description="further drafters for requests that name one; repeatable; ngram is there unless --draft none",
+        description="more drafters, for requests that name one; repeatable; ngram is there unless --draft none",
     )
     max_queue: int = Field(default=256, ge=0, description="samples that wait for a row; more are refused (429)")
     max_body: int = Field(default=8 * 2**20, ge=1024, description="bytes of a request")
