@@ -251,6 +251,31 @@ def test_a_test_with_a_prefill_is_paid_for() -> None:
     assert model.credit == pytest.approx(2.0 - 2 * 3.0)
 
 
+def test_gains_make_up_for_losses_before_them_alone() -> None:
+    """And a draft that is no test has no part in what tests may cost."""
+    model = priced(*ARITHMETIC)  # a plain step takes 3, one with two draft tokens 5 + 1.2 + 0.1
+    took = 5.0 + 2 * 0.6 + 0.1
+
+    def draft(accepted: int) -> None:
+        observe(rows_of(model, [0.5]), [step(2, 5.0 * START, 0.6 * START, accepted, accept=0.1 * START)])
+
+    draft(2)
+    assert model.balance == 0.0
+    draft(0)
+    assert model.balance == pytest.approx(LOOK * took + 3.0 - took, abs=0.1)
+    assert model.credit == pytest.approx(2 * LOOK * took)
+    model.looking = True
+    draft(0)
+    assert model.credit == pytest.approx(3 * LOOK * took + 3.0 - took)
+
+
+def test_a_test_that_cannot_be_paid_for_waits() -> None:
+    (mine,) = rows_of(priced(*ARITHMETIC), [0.0])
+    mine.cost_model.credit = -10.0
+    assert mine.next_k() == 0
+    assert mine.holds > 10.0 / (LOOK * 3.0) > ALWAYS
+
+
 def test_before_drafts_are_given_up_plain_steps_are_measured() -> None:
     """They were measured long ago, and the machine may have become slower since."""
     (mine,) = rows_of(priced(*ARITHMETIC), [0.0])

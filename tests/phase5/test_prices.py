@@ -122,6 +122,7 @@ def test_after_a_change_of_plain_steps_it_measures_again_but_not_always(kept: Pa
         made.cost_model.plain.observe(1, 4.0)
     provided(made)
     assert measured == [1]  # nothing was decoded yet
+    assert made.prices.measured[1].took >= SECONDS  # those of the file were measured as well
     made.cost_model.spent = 101 * SECONDS * 1e3 / START
     assert provided(made) == TIMES
     assert measured == [1, 1]
