@@ -36,7 +36,7 @@ def test_a_free_wire_leaves_what_the_cards_do_not_share(cards: ModuleType) -> No
 
 
 def test_messages_and_bytes_are_counted(cards: ModuleType) -> None:
-    """Two all-reduces in each layer, of which a ring of 4 sends 3 / 2 of the bytes; a pipeline of 4 has 3 hops."""
+    """Each layer has two all-reduces; a ring of 4 sends 3 / 2 of their bytes. A pipeline of 4 has 3 hops."""
     latency, speed = cards.Wire(1.0, float("inf")), cards.Wire(0.0, 4096 * 2)
     computed = cards.SINGLE - cards.READ + cards.READ / 4
     assert cards.tensor_parallel_ms(latency, 4) == pytest.approx(computed + 64)

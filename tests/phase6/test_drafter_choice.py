@@ -37,7 +37,7 @@ class Mixed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def mixed(small_folder: Path, make_checkpoint: Callable[..., Path]) -> Callable[..., Mixed]:
-    """`mixed("cpp")`: the drafters of NAMES, of which `model` is the default; a tree for those that can branch."""
+    """`mixed("cpp")`: the drafters of NAMES, `model` by default; a tree for those that can branch."""
     draft = str(make_checkpoint("llama", max_position_embeddings=CONTEXT, num_hidden_layers=1))
 
     @cache
