@@ -2,7 +2,8 @@
 
 The baseline of a format is one row. A step for R rows is bound by the larger of two times: that of reading the weights
 once, and that of R tokens of arithmetic. Both are measured in the same run, each by the same threads; arithmetic is
-products from cached memory, of integers for weights of 8 and 4 bits and of float32 otherwise. Verifying a draft of four
+products from cached memory, of numbers in the format that the kernels give the activations: integers for weights of 8
+and 4 bits, bfloat16 for such weights where the processor multiplies them, float32 otherwise. Verifying a draft of four
 computes five tokens of a row.
 
     python bench.py --ladder --output results
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from .runs import Lab
 
 BATCH = {
     "batch": "greedy tokens of several sequences, the steps alone, 12 tokens in the cache; the baseline is one row",
-    "of_roofline": "the larger of the times for reading the weights and for the products / measured time; with "
-    "weights of 8 and 4 bits, products are of integers",
+    "of_roofline": "the larger of the times for reading the weights and for the products / measured time; products are "
+    "of integers for int8 and int4, of bfloat16 for bfloat16 if the instruction set has them, else of float32",
 }
 FORMATS: tuple[Weights, ...] = ("float32", "float16", "bfloat16", "int8", "int4")
 ROWS, TOKENS = (1, 2, 4, 8, 16), 5
@@ -48,10 +49,10 @@ def measure_batch(
 ) -> None:
     """Time every format at every number of rows.
 
-    model: makes the model of a format. limits: measures the machine. weights: counts those of a step.
+    model: makes the model of a format, once. limits: measures the machine. weights: counts those of a step.
     """
     for name in formats:
-        fast, bound = cache(partial(model, name)), partial(roofline, partial(limits, name), weights)
+        fast, bound = partial(model, name), partial(roofline, partial(limits, name), weights)
         runs = {"1 row" if rows == 1 else f"{rows} rows": timed(fast, rows, bound) for rows in ROWS}
         runs[f"1 row, {TOKENS} tokens"] = timed(fast, 1, bound, TOKENS)
         lab.compare("batch", {**cell, "format": name}, runs)

@@ -142,9 +142,10 @@ def rows_of(lab: Lab, cell: dict[str, Any], models: Models, formats: Sequence[We
     """Measure a model's steps for several rows against the limits of the machine."""
 
     def limits(name: Weights, size: int) -> tuple[float, float]:
-        arithmetic = peak(models.machine(), name if name.startswith("int") else "float32")
+        arithmetic = peak(models.machine(), name if model(name).activations != "float32" else "float32")
         return read_speed(models.machine(), size) * 1e9, arithmetic.figures["gflop"] * 1e9 / arithmetic.seconds
 
+    @cache
     def model(weights: Weights) -> CppModel:
         return CppModel(models.target(), weights, models.threads)
 
@@ -183,12 +184,14 @@ def reading(model: CppModel, size: int) -> Outcome:
 
 
 def peak(model: CppModel, weights: Weights = "float32") -> Outcome:
-    """Time products with cached weights of a format, the limit of arithmetic; the best of twenty."""
-    ints = weights.startswith("int")
-    # Activations of integers are rounded once for all outputs, so many outputs hide that time.
-    rows, outputs, inputs = 8 * 64, (512 if ints else 64) * model.threads, 128
+    """Time products with cached weights of a format, the limit of arithmetic; the best of twenty.
+
+    Activations are rounded, but for float32. This is done once for all outputs, so many outputs hide its time.
+    """
+    rounded = weights != "float32"
+    rows, outputs, inputs = 8 * 64, (512 if rounded else 64) * model.threads, 128
     shape = library().Shape(
-        kind=KINDS[weights], outputs=outputs, inputs=inputs, wide=not ints, pair=False,
+        kind=KINDS[weights], outputs=outputs, inputs=inputs, wide=not rounded, pair=False,
         scale_group=64 if weights == "int4" else 0, zeros=False, factor=False, bias=False,
     )  # fmt: skip
     packed = library().Packed(library().Arena(shape.bytes), shape)

@@ -40,8 +40,8 @@ class Plan:
     format: Weights
     pair: bool  # gate and up in one matrix
 
-    def shape(self, exact: bool | None) -> Any:
-        """Return the shape for C++. `exact`: activations stay float32; None: with weights of 16 or 32 bits."""
+    def shape(self, exact: bool) -> Any:
+        """Return the shape for C++. `exact`: activations stay float32."""
         quantised = self.module if isinstance(self.module, QuantLinear) else None
         group = 0
         if self.format == "int4":
@@ -50,7 +50,7 @@ class Plan:
             kind=KINDS[self.format],
             outputs=self.module.out_features,
             inputs=self.module.in_features,
-            wide=self.format == "bfloat16" if exact is None else exact,
+            wide=exact,
             pair=self.pair,
             scale_group=group,
             zeros=quantised is not None and quantised.zeros is not None,
@@ -119,7 +119,7 @@ def plans(model: Any, weights: Weights, head: Weights) -> Iterator[Plan]:
         yield plan(-1, "head", model.head, head)
 
 
-def pack(plan: Plan, arena: Any, exact: bool | None, threads: int) -> Any:
+def pack(plan: Plan, arena: Any, exact: bool, threads: int) -> Any:
     """Pack a matrix into panels in the arena's memory, with `threads` threads."""
     packed = library().Packed(arena, plan.shape(exact))
     module = plan.module
