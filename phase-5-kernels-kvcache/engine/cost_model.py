@@ -149,10 +149,11 @@ class CostModel:
         return found
 
     def observe(self, stats: Sequence[StepStats], steady: bool = True, spared_ms: float = 0.0) -> None:
-        """Record a step of all rows; times of a step with a prefill are skipped.
+        """Record a step of all rows. Of a step with a prefill only the time for drafting counts.
 
         steady: the step before drafted as well. Otherwise the drafter has also read the tokens in between.
-        spared_ms: of the step's time, what a call of as many steps as possible would not have cost it.
+        spared_ms: of the step's time, what a call of as many steps as possible would not have cost it; a loss all the
+        same, but no part of the price of a step.
         """
         rows, step = len(stats), stats[0]
         load, drafted, deepest, prefilled = START - rows, 0, 0, False
@@ -162,26 +163,27 @@ class CostModel:
                 drafted, deepest = drafted + each.proposed, max(deepest, each.depth)
             load += each.plain
             prefilled |= each.computed > each.proposed + each.plain
+        took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
+        if deepest and self.known:
+            plain, drafting = self.plain.mean(rows), step.draft_ms / load
+            most = STALL * self.time([each.depth for each in stats]) + (0.0 if steady else drafting) + spared_ms / load
+            cost = plain + drafting if prefilled else min(took, most)  # the target's prefill is not the draft's cost
+            gain = plain * sum(each.emitted for each in stats) / rows - cost
+            self.credit += gain if self.looking else 0.0
+            self.balance += gain
         if prefilled:
-            self.credit -= step.draft_ms / load if self.looking else 0.0
             return
-        took = (step.draft_ms + step.verify_ms + step.accept_ms - spared_ms) / load
         if not deepest:
             self.observe_plain(rows, took)
             return
         self._forgive(took)
         self.age += 1
-        if self.known:
-            gain = self.plain.mean(rows) * sum(each.emitted for each in stats) / rows
-            least = min(took, STALL * self.time([each.depth for each in stats]))
-            self.credit += gain - least if self.looking else 0.0
-            self.balance = min(0.0, self.balance + gain - least)
         self.nodes.update((each.depth, each.proposed) for each in stats if each.proposed > each.depth)
         self.verify.observe(rows + drafted, step.verify_ms / load)
         self.accept.observe(rows, (step.accept_ms - spared_ms) / load)
         if steady or not self.draft.recent:
-            drafting = sum(each.depth for each in stats) / deepest
-            self.draft.observe(max(1, round(drafting)), step.draft_ms / deepest / load)
+            drafting_rows = sum(each.depth for each in stats) / deepest
+            self.draft.observe(max(1, round(drafting_rows)), step.draft_ms / deepest / load)
 
     def observe_plain(self, rows: int, took: float, steps: int = 1, warm: bool = True) -> None:
         """Record so many steps without drafts. One entry for all: those of a long call would replace all others.

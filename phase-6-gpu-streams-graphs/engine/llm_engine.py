@@ -260,8 +260,8 @@ class LLMEngine:
                 self._score(sequence, most, first, taps)
             elif isinstance(self.target, CachedRunner):
                 self.target.prefill(sequence, text, most, first, taps)
-            if isinstance(sequence.draft, CachedRunner):
-                sequence.draft.prefill(sequence, text, most)
+            if isinstance(sequence.draft, CachedRunner) and not isinstance(sequence.controller, CostController):
+                sequence.draft.prefill(sequence, text, most)  # `cost` has the prompt read only if it drafts
         except Exception as error:
             self._fail(sequence, error)
         stage("schedule")

@@ -139,11 +139,15 @@ CACHED = "phase-5-kernels-kvcache/engine"
 COSTS = mutants(
     f"{CACHED}/cost_model.py",
     ("tests/phase5/test_cost_model.py",),
-    ("least = min(took, STALL * self.time([each.depth for each in stats]))", "least = took"),
-    ("self.credit -= step.draft_ms / load if self.looking else 0.0", "pass"),
-    ("self.credit += gain - least if self.looking else 0.0", "self.credit += gain - least"),
-    ("self.balance = min(0.0, self.balance + gain - least)", "self.balance = self.balance + gain - least"),
+    ("else min(took, most)", "else took"),
+    ("plain + drafting if prefilled else min(took, most)", "plain if prefilled else min(took, most)"),
+    ("plain + drafting if prefilled else min(took, most)", "took if prefilled else min(took, most)"),
+    ("+ (0.0 if steady else drafting)", ""),
+    ("+ (0.0 if steady else drafting)", "+ drafting"),
+    ("self.credit += gain if self.looking else 0.0", "self.credit += gain"),
+    ("self.balance += gain", "pass"),
     ("self.balance = min(0.0, self.balance + LOOK * took)", "pass"),
+    ("self.balance = min(0.0, self.balance + LOOK * took)", "self.balance += LOOK * took"),
 )  # fmt: skip
 
 CHOICE = mutants(

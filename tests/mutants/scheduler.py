@@ -75,6 +75,7 @@ SERVING = (
         f"{ENGINE}/llm_engine.py",
         SERVED,
         ("            if len(group) == 1:\n                self._fail(group[0], error)\n            else:", "            if True:\n                for sequence in group:\n                    self._fail(sequence, error)\n            else:"),
+        (" and not isinstance(sequence.controller, CostController):", ":"),
         ("llm.loaded.ending, sample) for sample in range(n)]", "llm.loaded.ending, 0) for sample in range(n)]"),
         ("            if sequence.finish_reason is not None and sequence in self.scheduler.running:\n                self.scheduler.remove(sequence)", "            pass"),
     ),

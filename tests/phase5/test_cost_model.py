@@ -11,7 +11,7 @@ import pytest
 
 from phase5 import Bounds, CostController, Ending, SamplingParams, Sequence, StepStats
 from phase5.controllers import ALWAYS, FIRST, LOOKS, MARGIN, SETTLED, choose, observe
-from phase5.cost_model import ALLOWANCE, LOOK, STALE, START, Acceptance, CostModel, Table
+from phase5.cost_model import ALLOWANCE, LOOK, STALE, STALL, START, Acceptance, CostModel, Table
 from phase5.drafters import NgramDrafter
 from phase5.multi_step import AT_ONCE, steps_ahead
 from phase5.speculative import plan
@@ -240,15 +240,26 @@ def test_an_interrupted_step_says_nothing_about_drafts() -> None:
     assert model.spent > 20 * 100.0
 
 
-def test_a_test_with_a_prefill_is_paid_for() -> None:
-    """The draft model reads the prompt only because of the test."""
-    model = priced(*ARITHMETIC)
+def test_reading_the_prompt_is_a_cost_of_drafts() -> None:
+    """The draft model reads the prompt only because there is a draft; the target reads it anyway."""
+    model = priced(*ARITHMETIC)  # a plain step takes 3; the drafter takes 2 * 3
+    first = step(2, 90.0 * START, 3.0 * START, accepted=1, accept=1.0 * START, computed=50)
+    observe(rows_of(model, [0.5]), [first])
+    assert (model.balance, model.credit) == (pytest.approx(2 * 3.0 - (3.0 + 2 * 3.0)), 0.0)
     model.looking, model.credit = True, 2.0
-    observe(rows_of(model, [0.5]), [step(2, 90.0 * START, 3.0 * START, accept=1.0 * START, computed=50)])
-    assert model.credit == pytest.approx(2.0 - 2 * 3.0)
-    model.looking = False
-    observe(rows_of(model, [0.5]), [step(2, 90.0 * START, 3.0 * START, accept=1.0 * START, computed=50)])
-    assert model.credit == pytest.approx(2.0 - 2 * 3.0)
+    observe(rows_of(model, [0.5]), [first])
+    assert (model.balance, model.credit) == (pytest.approx(2 * -3.0), pytest.approx(2.0 - 3.0))
+
+
+def test_a_drafter_that_reads_what_it_missed_is_not_interrupted() -> None:
+    """After plain steps, drafting may take many times the usual time, and all of it counts."""
+    model = priced(*ARITHMETIC)  # 5 + 2 * 0.6 + 0.1 with two draft tokens
+    usual, missed = 5.0 + 2 * 0.6 + 0.1, 40.0
+    for drafted, most in ((False, missed + usual), (True, STALL * usual)):
+        model.balance, mine = 0.0, rows_of(model, [0.5])
+        mine[0].drafted = drafted
+        observe(mine, [step(2, 5.0 * START, (0.6 + missed / 2) * START, accept=0.1 * START)])
+        assert model.balance == pytest.approx(3.0 - most, abs=0.5)
 
 
 def test_gains_make_up_for_losses_before_them_alone() -> None:

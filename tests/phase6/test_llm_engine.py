@@ -236,7 +236,7 @@ def test_a_request_with_a_seed_is_coupled_and_one_without_draws_its_own(pair: Ca
 def test_cost_declines_in_a_batch_and_the_tokens_stay(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a draft takes far longer than a plain step, nothing is drafted, and the steps say so."""
+    """Where a draft takes far longer than a plain step, nothing is drafted, not even is the prompt read for it."""
     made = pair("cpp", "model")
 
     def provide(cost_model: CostModel, *_: object) -> None:
@@ -255,6 +255,7 @@ def test_cost_declines_in_a_batch_and_the_tokens_stay(
         alone = made.alone(request._replace(prompt=tuple(sequence.prompt), controller="fixed"))
         assert found[number, 0].tokens == alone.tokens
         assert {step.k for step in sequence.steps} == {0}
+    assert engine.draft.prefill_ms == 0 < engine.target.prefill_ms
 
 
 def test_the_stats_of_a_request(pair: Callable[..., Pair]) -> None:

@@ -199,7 +199,7 @@ class Ends(CppModel):
         parts = SimpleNamespace(
             config=config, embedding=model.embedding, positions=positions, layers=[], norm=model.norm, head=model.head
         )
-        self._prepare(parts, weights, threads, None, None, release=False)
+        self._prepare(parts, weights, threads, None, False, release=False)
 
 
 def micro_batches(step: Step, most: int) -> list[Step]:
