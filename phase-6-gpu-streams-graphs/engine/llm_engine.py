@@ -24,6 +24,7 @@ from common.errors import UserError
 
 from .capacity import check_caches, fitted
 from .controllers import ControllerName, CostController, FixedController, KController
+from .drafter_choice import by_drafter
 from .generate import Stats, stats_of
 from .kernels import registry
 from .logprobs import TokenLogprob, of_tokens
@@ -75,14 +76,14 @@ class LLMEngine:
         """rows: sequences of one step, by default `--batch-size`. tokens: of the longest, by default the context.
 
         budget: tokens of one step, prompts included. others: LLMs with other drafters (drafter_choice.py).
-        UserError for numbers out of range, and if the caches do not fit in memory.
+        UserError for numbers out of range, two LLMs with one drafter, and caches that do not fit in memory.
         """
         self.llm, self.rows = llm, rows or llm.options.batch_size
         if not 1 <= self.rows <= MOST_ROWS or tokens < 0 or budget < 1:
             wrong = f"got {self.rows}, {tokens} and {budget}"
             raise UserError(f"rows must be from 1 to {MOST_ROWS}, tokens at least 0, the budget at least 1; {wrong}")
         tokens = tokens or llm.loaded.config.context
-        self.drafting = {each.options.drafter: each for each in (llm, *others) if each.speculative}
+        self.drafting = by_drafter([llm, *others])
         models = [llm.loaded.model, *(each.draft.model for each in self.drafting.values() if each.draft)]
         free = available_memory(models[0].embedding.weight.device)
         free += sum(manager.cache.nbytes() for manager in llm.caches.values() if manager.idle)

@@ -8,6 +8,7 @@ engine.add_request("class Stack:", drafter="eagle")
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -16,6 +17,18 @@ from .options import BRANCHING, DrafterName
 
 if TYPE_CHECKING:
     from .llm import LLM
+
+
+def by_drafter(llms: Iterable[LLM]) -> dict[DrafterName, LLM]:
+    """Map each drafter's name to its LLM, but for LLMs that draft nothing. UserError if two have the same drafter."""
+    found: dict[DrafterName, LLM] = {}
+    for each in llms:
+        if each.speculative:
+            name = each.options.drafter
+            if name in found:
+                raise UserError(f"two LLMs have the drafter {name}, and requests choose by that name: leave one out")
+            found[name] = each
+    return found
 
 
 def with_drafter(llm: LLM, name: DrafterName) -> LLM:

@@ -46,6 +46,9 @@ class ServeOptions(Options):
             raise ValueError("--kv off computes every text anew at every step, and is not served")
         if self.draft == "none" and self.more_drafters:
             raise ValueError("--draft none drafts nothing: leave it out, or leave out --more-drafters")
+        for name in self.more_drafters:
+            if [self.drafter, *self.more_drafters].count(name) > 1:
+                raise ValueError(f"--more-drafters {name}: this drafter is named twice, here or by --drafter")
         return self
 
     @property

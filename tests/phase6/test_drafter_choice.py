@@ -148,6 +148,18 @@ def test_a_drafter_that_is_not_loaded_is_refused(mixed: Callable[..., Mixed]) ->
     assert not engine.busy
 
 
+def test_two_llms_with_one_drafter_are_refused(mixed: Callable[..., Mixed]) -> None:
+    """A request could name one of them alone. An LLM that drafts nothing has no name to clash."""
+    llm = mixed("torch").llm
+    lookups = [phase6.with_drafter(llm, "ngram") for _ in range(2)]
+    for others, name in ((lookups, "ngram"), ([phase6.with_drafter(llm, "model")], "model")):
+        with pytest.raises(UserError, match=f"two LLMs have the drafter {name}, and requests choose by that name"):
+            phase6.LLMEngine(llm, 1, CONTEXT, others=others)
+    plain = phase6.with_drafter(llm, "ngram")
+    plain.options = plain.options.model_copy(update={"draft": "none"})
+    assert list(phase6.LLMEngine(llm, 1, CONTEXT, others=[plain, lookups[0]]).drafters) == ["model", "ngram"]
+
+
 def test_a_drafter_that_cannot_be_loaded_is_an_error(small_folder: Path) -> None:
     llm = phase6.LLM(phase6.Options(model=str(small_folder), drafter="ngram", device="cpu", kernels="torch"))
     with pytest.raises(UserError, match="there is no draft model for the drafter model: name one with --draft"):

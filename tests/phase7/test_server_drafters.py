@@ -101,5 +101,9 @@ def test_further_drafters_that_cannot_be_are_an_error_at_the_start() -> None:
     with pytest.raises(ValueError, match="--draft none drafts nothing: leave it out, or leave out --more-drafters"):
         options(draft="none", more_drafters=["eagle"])
     assert options(draft="none").other_drafters == []
+    for twice in ({"drafter": "eagle", "more_drafters": ["eagle"]}, {"more_drafters": ["eagle", "medusa", "eagle"]}):
+        with pytest.raises(ValueError, match="--more-drafters eagle: this drafter is named twice"):
+            options(**twice)
+    assert options(more_drafters=["ngram", "eagle"]).other_drafters == ["ngram", "eagle"]
     with pytest.raises(UserError, match="there is no draft model for the drafter model: name one with --draft"):
         service(options(model="stdlib-1m", drafter="ngram", more_drafters=["model"], device="cpu", threads=1))
