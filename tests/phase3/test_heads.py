@@ -369,7 +369,7 @@ def test_wrong_heads_are_refused(trained: Any, make_checkpoint: Callable[..., Pa
     target, kind = trained.target, trained.options.kind
     other: Any = "eagle" if kind == "medusa" else "medusa"
     save_heads(tmp_path, trained.heads, target)
-    with pytest.raises(UserError, match=f"--drafter {other} needs {other} heads"):
+    with pytest.raises(UserError, match=f"the drafter {other} needs {other} heads"):
         load_heads(tmp_path, target, other)
     with pytest.raises(UserError, match="comes with no"):
         find_heads("auto", target, kind)

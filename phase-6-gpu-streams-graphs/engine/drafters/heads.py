@@ -89,7 +89,7 @@ def load_heads(folder: Path, target: LoadedModel, kind: HeadsKind) -> Heads:
         )
     about = read_json(folder / "heads.json")
     if about.get("kind") != kind:
-        raise UserError(f"{folder} holds {about.get('kind')} heads, and --drafter {kind} needs {kind} heads")
+        raise UserError(f"{folder} holds {about.get('kind')} heads, and the drafter {kind} needs {kind} heads")
     if about.get("target_hash") != target.checkpoint.content_hash():
         raise UserError(
             f"{folder} holds heads for another target ({about.get('target')}, {about.get('target_hash')}) than "
