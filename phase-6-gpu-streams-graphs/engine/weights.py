@@ -90,9 +90,11 @@ def give_back_freed() -> None:
 
 
 def lay_out(module: nn.Module) -> None:
-    """Give all matrices of a module's linear layers the layout of `reserve`."""
+    """Give all matrices of a module's linear layers the layout of `reserve`; those that have it are not copied."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             weight = linear.weight
-            linear.weight = nn.Parameter(reserve(tuple(weight.shape), weight.dtype, weight.device), requires_grad=False)
-            fill(linear.weight, weight)
+            place = reserve(tuple(weight.shape), weight.dtype, weight.device)
+            if place.stride() != weight.stride():
+                linear.weight = nn.Parameter(place, requires_grad=False)
+                fill(linear.weight, weight)

@@ -25,7 +25,7 @@ from phase4.compile import Compiler
 from phase4.packing import PackedLinear, can_pack
 from phase4.shapes import padded_length
 from phase4.target import target_forward
-from phase4.weights import fused_matrices, places, reserve, split
+from phase4.weights import fused_matrices, lay_out, places, reserve, split
 from tests.support import forked
 from tests.support.beside import beside
 
@@ -68,6 +68,20 @@ def test_states_are_those_of_phase_3(pair: tuple[Any, Any]) -> None:
     ]
     torch.testing.assert_close(logits[0][0], logits[1][0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(logits[0][1, 0], logits[1][1, 0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_are_laid_out_once(dtype: torch.dtype) -> None:
+    """The layout keeps the numbers; a matrix that has it already stays where it is."""
+    layers = [torch.nn.Linear(6, 4, dtype=dtype), torch.nn.Linear(4, 6, dtype=dtype)]
+    before, module = [layer.weight.detach().clone() for layer in layers], torch.nn.Sequential(*layers)
+    lay_out(module)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert layer.weight.stride() == reserve(tuple(weight.shape), dtype, CPU).stride()
+    places = [layer.weight.data_ptr() for layer in layers]
+    lay_out(module)
+    assert [layer.weight.data_ptr() for layer in layers] == places
 
 
 def test_single_matrices_are_found_in_the_fused_ones(pair: tuple[Any, Any]) -> None:
