@@ -21,6 +21,7 @@ VERSIONS = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+UNLIMITED = 2**62  # version 1 writes a number near 2^63
 
 
 def _read(file: Path) -> str:
@@ -48,12 +49,15 @@ def _groups() -> Iterator[tuple[Path, str]]:
 
 def _left(folder: Path, controller: str) -> int | None:
     """Return the bytes that a cgroup leaves; None without a limit."""
-    limit, used, droppable = VERSIONS[controller]
-    texts = _read(folder / limit).strip(), _read(folder / used).strip()
-    if not all(text.isdecimal() for text in texts):  # no such file, or `max`
+    names = VERSIONS[controller]
+    limit = _read(folder / names[0]).strip()
+    if not limit.isdecimal() or int(limit) >= UNLIMITED:  # no such file, `max`, or what version 1 says instead
+        return None
+    used, droppable = _read(folder / names[1]).strip(), names[2]
+    if not used.isdecimal():
         return None
     found = re.search(rf"^{droppable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-    return int(texts[0]) - int(texts[1]) + (int(found[1]) if found else 0)
+    return int(limit) - int(used) + (int(found[1]) if found else 0)
 
 
 def room() -> int | None:

@@ -18,6 +18,7 @@ from .cost import forward_bytes, ranking_bytes
 from .kv_cache import PAGE, KVOptions, PagedCache, StaticCache, needed_bytes
 from .kv_cache.manager import CacheManager
 from .load import LoadedModel
+from .model import Transformer
 from .runner import CHUNK, DRAFT_ROOM, CachedRunner, ModelRunner, cache_shape
 from .sequence import Sequence
 
@@ -60,20 +61,28 @@ def check_capacity(
 
 
 def fitted(
-    options: KVOptions, shapes: list[tuple[ModelConfig, torch.dtype]], rows: int, tokens: int, free: int
+    options: KVOptions,
+    models: dict[Transformer, torch.dtype],
+    caches: dict[Transformer, CacheManager],
+    rows: int,
+    tokens: int,
 ) -> KVOptions:
-    """Return the options for caches of so many rows and tokens that fit in `free` bytes; UserError if they do not.
+    """Return the options for caches of so many rows and tokens that fit in memory; UserError if they do not.
 
-    shapes: the models, and the dtypes that their attention reads. Pages suffice for all rows at full length, if these
-    take at most POOL of the memory; otherwise there are as many as that holds, and sequences wait or are preempted.
+    models: with the dtypes that their attention reads. caches: those that are allocated already. If they suffice, the
+    system is not asked for its free memory, which takes as long as a few steps of a small model. Pages suffice for all
+    rows at full length, if these take at most POOL of the memory; otherwise there are as many as that holds, and
+    sequences wait or are preempted.
     """
 
     def needed(of: KVOptions) -> int:
-        each = ((config, dtype, min(tokens, config.context) + DRAFT_ROOM) for config, dtype in shapes)
+        each = ((m.config, dtype, min(tokens, m.config.context) + DRAFT_ROOM) for m, dtype in models.items())
         return sum(needed_bytes(of, cache_shape(c), rows, length, dtype, c.window) for c, dtype, length in each)
 
-    if options.kind in ("off", "dynamic"):
+    if options.kind in ("off", "dynamic") or all(m in caches and caches[m].fits(rows, tokens) for m in models):
         return options
+    free = available_memory(next(iter(models)).embedding.weight.device)
+    free += sum(manager.cache.nbytes() for manager in caches.values() if manager.idle)
     if options.kind == "paged" and not options.pages and needed(options) > POOL * free:
         options = dataclasses.replace(
             options, pages=max(1, int(POOL * free / needed(KVOptions("paged", options.format, 0, 1))))

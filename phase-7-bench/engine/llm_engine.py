@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, get_args
 
-from common.device import available_memory
 from common.errors import UserError
 
 from .capacity import check_caches, fitted
@@ -85,10 +84,8 @@ class LLMEngine:
         tokens = tokens or llm.loaded.config.context
         self.drafting = by_drafter([llm, *others])
         models = [llm.loaded.model, *(each.draft.model for each in self.drafting.values() if each.draft)]
-        free = available_memory(models[0].embedding.weight.device)
-        free += sum(manager.cache.nbytes() for manager in llm.caches.values() if manager.idle)
-        shapes = [(model.config, llm.backends.computed(model)) for model in models]
-        kv = fitted(llm.options.kv_options(), shapes, self.rows, tokens, free)
+        reads = {model: llm.backends.computed(model) for model in models}
+        kv = fitted(llm.options.kv_options(), reads, llm.caches, self.rows, tokens)
         self.target, *drafts = (llm.make_runner(model, self.rows, tokens, kv) for model in models)
         self.draft = drafts[0] if drafts else None
         self.drafters = {name: each.new_drafter(self.draft, KeyedSource()) for name, each in self.drafting.items()}

@@ -60,6 +60,22 @@ def test_version_1_and_a_path_that_only_the_host_has(put: Put) -> None:
     assert limits.room() == 220
 
 
+def test_of_a_group_without_a_limit_nothing_else_is_read(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file takes microseconds, and every run asks."""
+    unlimited = {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "100"}
+    put("4:memory:/a\n0::/", {**unlimited, "memory.max": "max", "memory.current": "5"})
+    names, read = list[str](), limits._read
+
+    def noted(file: Path) -> str:
+        names.append(file.name)
+        return read(file)
+
+    monkeypatch.setattr(limits, "_read", noted)
+    assert limits.room() is None
+    wanted = ["membership", "memory.limit_in_bytes", "memory.limit_in_bytes", "memory.max"]
+    assert names == wanted  # of /a, which does not exist, and of the group around it
+
+
 def test_nothing_is_left_past_a_limit(put: Put) -> None:
     put("0::/", {"memory.max": "100", "memory.current": "140"})
     assert limits.room() == 0

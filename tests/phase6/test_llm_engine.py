@@ -459,7 +459,7 @@ def huge(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, **options: 
     assert llm.draft is not None
     for loaded in (llm.loaded, llm.draft):
         monkeypatch.setattr(loaded.model, "config", dataclasses.replace(loaded.config, context=131_072))
-    monkeypatch.setattr("phase6.llm_engine.available_memory", lambda device: 64 * 2**20)
+    monkeypatch.setattr("phase6.capacity.available_memory", lambda device: 64 * 2**20)
     return llm
 
 
@@ -488,6 +488,29 @@ def test_caches_that_do_not_fit_in_memory_are_refused(
         UserError, match=r"KV caches for 16 sequences of up to 131072 tokens need \d+\.\d GiB, and 0\.1"
     ):
         phase6.LLMEngine(llm)
+
+
+def test_an_engine_with_the_caches_of_an_earlier_one_asks_for_no_memory(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read the free memory takes as long as several steps. It is read where a cache is to be allocated."""
+    llm, times = pair("torch", "model").llm, list[int]()
+
+    def available(device: torch.device) -> int:
+        times.append(1)
+        return 2**30
+
+    monkeypatch.setattr("phase6.capacity.available_memory", available)
+    monkeypatch.setattr(llm, "caches", {})
+    for rows, tokens, expected in ((2, 40, 1), (2, 40, 1), (1, 10, 1), (2, CONTEXT, 2), (3, 40, 3), (2, 9, 3)):
+        engine = phase6.LLMEngine(llm, rows, tokens)
+        number = add(engine, asked(tokens=1))
+        assert len(drain(engine)[number, 0].tokens) == 1
+        engine.close()
+        assert len(times) == expected, (rows, tokens)
+    del llm.caches[llm.draft.model]
+    phase6.LLMEngine(llm, 3, 40).close()
+    assert len(times) == 4
 
 
 def test_a_row_that_is_too_short_for_a_request_refuses_it(small_folder: Any) -> None:

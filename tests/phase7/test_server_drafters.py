@@ -108,5 +108,7 @@ def test_further_drafters_that_cannot_be_are_an_error_at_the_start() -> None:
     with pytest.raises(UserError, match="there is no draft model for the drafter model: name one with --draft"):
         service(options(model="stdlib-1m", drafter="ngram", more_drafters=["model"], device="cpu", threads=1))
     heads: Json = {"model": "stdlib-10m", "heads": "stdlib-10m-eagle", "device": "cpu", "threads": 1}
-    with pytest.raises(UserError, match="stdlib-10m-eagle holds eagle heads, and the drafter medusa needs medusa heads"):
+    with pytest.raises(
+        UserError, match="stdlib-10m-eagle holds eagle heads, and the drafter medusa needs medusa heads"
+    ):
         service(options(**heads, more_drafters=["eagle", "medusa"]))
