@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from common.lab.cli import COMMANDS
 from common.options import parse_options
 from common.phases import ROOT, Phase, phases
+from common.results import read_manifest
 
 READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(phase.folder / "README.md" for phase in phases())]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -71,6 +73,27 @@ def test_links_lead_somewhere(file: Path) -> None:
         assert target.exists(), f"{name_of(file)}: {link} is not there"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name_of(file)}: {link} has no such heading"
+
+
+@pytest.mark.parametrize("phase", phases(), ids=lambda phase: f"phase{phase.number}")
+def test_the_committed_rows_are_measured_by_a_command_of_the_readme(phase: Phase) -> None:
+    """What the bench was given is printed, and a command that resumes gives all of it: with less it is refused."""
+    text = " ".join((phase.folder / "README.md").read_text(encoding="utf-8").split())
+    found = re.findall(r"python (bench\.py[^`#]*?)(?=`| python | lab )", text)
+    printed = [set(given(each.split())) for each in found]
+    last = read_manifest(phase.folder / "results")["invocations"][-1]["environment"]["argv"]
+    wanted = {each for each in given(last) if each != ("--resume", "")}
+    assert any(wanted <= each for each in printed), f"no command gives {wanted}"
+    for each in printed:
+        assert ("--resume", "") not in each or wanted <= each, f"it resumes without {wanted - each}"
+
+
+def given(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options of a bench's command, each with its value, but for those that may change from run to run."""
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        value = "" if after.startswith("--") else after
+        if word.startswith("--") and word not in ("--output", "--only"):
+            yield word, value
 
 
 def test_anchors_are_those_of_github() -> None:
