@@ -68,6 +68,7 @@ class GraphSteps:
             if steps:
                 rows = rows_of_bucket(len(sequences), len(runners[0].manager.cache.lengths))
                 policies = {each.policy for each in sequences if K and not each.params.greedy}
+                reads = self.device.reads
                 step, graph = self._graph(runners, Bucket(rows, K, greedy, tuple(sorted(policies, key=repr))))
                 self.device.copy_in(step.memory, loaded(step, sequences))
                 self.stats.uploads += 1
@@ -75,6 +76,7 @@ class GraphSteps:
                 settle(step, sequences)
                 if drafter is not None:
                     drafter.observe(Outcome(sequences, [0] * len(sequences), None))
+                self.stats.host_reads += self.device.reads - reads
                 return made
             reason = "the cache has no room"
         self.stats.eager_steps[reason] += 1
@@ -116,7 +118,6 @@ class GraphSteps:
             stopped = any(each.finish_reason or not of.emitted for each, of in zip(sequences, results, strict=True))
             ended = ended or launched == steps or stopped
         self.stats.replays += launched
-        self.stats.host_reads += launched
         return made
 
 

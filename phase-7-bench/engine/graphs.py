@@ -41,6 +41,8 @@ class Graph(Protocol):
 class Device(Protocol):
     """Captures steps. A step takes nothing, and returns a tensor."""
 
+    reads: int  # copies to the host so far
+
     def empty(self, nbytes: int) -> Tensor:
         """Allocate memory whose address never changes: uint8 [nbytes]."""
         ...
@@ -75,6 +77,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
         self.side = torch.cuda.Stream(device)  # of captures; they cannot run on the default stream
+        self.reads = 0
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -86,6 +89,7 @@ class CudaDevice:
         to.copy_(host.pin_memory(), non_blocking=True)  # torch reuses pinned memory only after the copy
 
     def copy_out(self, tensor: Tensor) -> Callable[[], list[int]]:
+        self.reads += 1
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
@@ -116,7 +120,7 @@ class GraphStats:
 
     captures: int = 0
     replays: int = 0
-    host_reads: int = 0  # copies from the device in replayed steps
+    host_reads: int = 0  # copies to the host in calls that replay, as the device counts them
     uploads: int = 0  # copies to the device: one a call, of several steps
     eager_steps: Counter[str] = field(default_factory=Counter)  # by the reason
 

@@ -57,6 +57,7 @@ MUTANTS: list[tuple[str, str, dict[str, Any], str]] = [  # what is wrong, the pa
     ("lanes that are not live", "shrinking", {}, "Segmentation fault"),
     ("the draft's cache not advanced", "tokens", SPECULATIVE, "decisions differ"),
     ("state in the graph's memory", "tokens", {}, "decisions differ"),
+    ("a second copy to the host", "tokens", {}, "copies to the host in"),
     ("another block table", "tokens", {}, "decisions differ"),
 ]
 
