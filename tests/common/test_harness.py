@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -91,8 +92,11 @@ def test_a_budget_too_short_for_a_round_says_how_long_one_takes() -> None:
             time.sleep(0.2)
             return Outcome()
 
-        with pytest.raises(UserError, match=r"--budget 0.1: one round of s  takes about 2 s"):
+        with pytest.raises(UserError, match=r"--budget 0.1: one round of s  takes about \d+ s") as refused:
             bench(results, budget=0.1).compare("s", {}, {"a": slow}, PROMPTS)
+        said = re.search(r"about (\d+) s", str(refused.value))
+        assert said is not None
+        assert 2 <= int(said[1]) < 20  # 1.2 s, rounded up, and more beside other work
 
 
 def test_a_default_budget_allows_one_round_at_least_and_a_share_of_it_is_no_wish() -> None:

@@ -48,7 +48,7 @@ def _make(clone: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str
     }
     path = f"{clone / 'bin'}:{os.environ['PATH']}"
     run = subprocess.run(
-        ["make", *arguments], cwd=clone, env=clean | {"PATH": path}, capture_output=True, text=True, timeout=60
+        ["make", *arguments], cwd=clone, env=clean | {"PATH": path}, capture_output=True, text=True, timeout=300
     )
     return run, log.read_text().splitlines() if log.exists() else []
 

@@ -67,7 +67,7 @@ def run_on_a_thing(tmp_path: Path, program: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stderr == ""
     return done.stdout

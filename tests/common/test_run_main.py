@@ -57,7 +57,7 @@ def test_a_signal_is_an_interrupt_with_its_own_status(number: int, status: int) 
     assert process.stdout is not None
     assert process.stdout.readline() == "began\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (status, "kept\n", "")
 
 
@@ -67,7 +67,7 @@ def test_nohup_still_holds_off_a_hangup() -> None:
     assert process.stdout.readline() == "began\n"
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)  # the first one did nothing
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 143
 
 
@@ -75,7 +75,7 @@ def test_nohup_still_holds_off_a_hangup() -> None:
 def test_a_full_disk_ends_in_one_line() -> None:
     with open("/dev/full", "w") as full:
         process = start(WRITES, stdout=full)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.startswith("error: the output cannot be written to its end: No space left")
     assert err.count("\n") == 1  # nothing more as Python ends
@@ -83,7 +83,7 @@ def test_a_full_disk_ends_in_one_line() -> None:
 
 def test_a_closed_stdout_ends_in_one_line() -> None:
     process = start(WRITES, "sh", "-c", 'exec "$@" >&-', "sh")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.startswith("error: stdout is closed")
     assert err.count("\n") == 1
@@ -92,5 +92,5 @@ def test_a_closed_stdout_ends_in_one_line() -> None:
 def test_messages_stay_off_stdout_where_stderr_is_closed() -> None:
     program = WRITES.replace('print("text")', 'import sys; print("text"); print("message", file=sys.stderr)')
     process = start(program, "sh", "-c", 'exec "$@" 2>&-', "sh", stdout=subprocess.PIPE)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert (process.returncode, out) == (0, "text\n")

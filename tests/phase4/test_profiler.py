@@ -25,6 +25,7 @@ from phase4.trace import Operator, read_trace
 
 CPU = torch.device("cpu")
 FAKE = ["--model", "fake", "--prompt", "x y z x y", "--max-tokens", "24"]
+TRIES = 5  # of a few milliseconds each: a busy machine may interrupt one of them at a wrong moment
 WRITTEN = {"memory.json", "operators.csv", "operators.txt", "steps.json", "trace.json"}
 
 
@@ -60,14 +61,16 @@ def decode(profiler: Profiler, draft: str = "none", max_tokens: int = 40) -> lis
 def test_a_run_is_written_and_its_ranges_leave_no_gap(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[object], ranges: set[str]
 ) -> None:
-    status, out, err = run(capsys, *arguments, "--profile", tmp_path, "--profile-steps", 3, "--json")
-    assert status == 0
-    folder = tmp_path / "run-1"
-    assert str(folder) in err
-    assert {file.name for file in folder.iterdir()} == WRITTEN
-
-    document = steps_of(folder)
-    assert document["coverage"] >= 0.9  # of very short steps, on a busy machine
+    for number in range(1, 1 + TRIES):
+        status, out, err = run(capsys, *arguments, "--profile", tmp_path, "--profile-steps", 3, "--json")
+        assert status == 0
+        folder = tmp_path / f"run-{number}"
+        assert str(folder) in err
+        assert {file.name for file in folder.iterdir()} == WRITTEN
+        document = steps_of(folder)
+        if document["coverage"] >= 0.9:  # of very short steps
+            break
+    assert document["coverage"] >= 0.9
     assert ranges <= {name for name, ms in document["ranges_ms"].items() if ms > 0}
     assert sum(document["ranges_ms"][name] for name in RANGES) >= 0.9 * document["wall_ms"]
     steps = document["steps"]
@@ -85,9 +88,8 @@ def test_a_run_is_written_and_its_ranges_leave_no_gap(
 
 
 def test_the_trace_and_the_clock_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Three attempts, because an interruption of a step of half a millisecond may be in one of them only."""
     tries = []
-    for number in (1, 2, 3):
+    for number in range(1, 1 + TRIES):
         status, _, _ = run(capsys, "--draft", "fake:0.7", "--profile", tmp_path, "--profile-steps", 3)
         assert status == 0
         folder = tmp_path / f"run-{number}"
@@ -104,10 +106,9 @@ def test_the_trace_and_the_clock_agree(capsys: pytest.CaptureFixture[str], tmp_p
 
 def test_the_steps_are_the_wall_time_of_decoding(tmp_path: Path) -> None:
     """A clock outside agrees: a range missing from the steps would show here."""
-    llm = phase4.LLM(phase4.Options(model="fake", draft="none", max_tokens=40, device="cpu"))
-    shares = []
-    for number in range(5):  # another process may run between two steps
-        with Profiler(tmp_path / str(number), CPU, traced=0) as profile:
+    llm, shares = phase4.LLM(phase4.Options(model="fake", draft="none", max_tokens=40, device="cpu")), list[float]()
+    for _ in range(TRIES):
+        with Profiler(tmp_path, CPU, traced=0) as profile:
             sequences = llm.sequences(["a b c"])
             began = time.perf_counter()
             for _ in profile.watch(llm.run(sequences)):
@@ -130,11 +131,11 @@ def test_what_the_caller_does_between_steps_is_not_decoding(tmp_path: Path) -> N
 
     with Profiler(tmp_path, CPU, traced=0) as profile:
         for _ in profile.watch(loop()):
-            time.sleep(0.05)
+            time.sleep(0.3)
     assert profile.total("verify") >= 60
-    assert profile.around["output"] >= 150
-    assert profile.total("ms") < 150 + profile.total("verify")
-    assert profile.total("sample") < 50
+    assert profile.around["output"] >= 900
+    assert profile.total("ms") < 900 + profile.total("verify")
+    assert profile.total("sample") < 300
 
 
 def test_the_text_is_the_same_and_json_stays_one_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -264,14 +265,21 @@ def test_beams_have_no_steps_to_profile(capsys: pytest.CaptureFixture[str], tmp_
     assert "--profile" in err
 
 
+def wait_for_samples(timeline: MemoryTimeline, count: int) -> None:
+    end = time.monotonic() + 60
+    while len(timeline.samples) < count:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_memory_is_seen_to_rise(tmp_path: Path) -> None:
     timeline = MemoryTimeline(CPU, lambda: "load", pause=0.002)
     timeline.start()
-    time.sleep(0.05)
+    wait_for_samples(timeline, 1)
     # new pages: torch may reuse memory freed by an earlier test
     taken = mmap.mmap(-1, 64 * 2**20)
     taken.write(b"1" * len(taken))
-    time.sleep(0.05)
+    wait_for_samples(timeline, len(timeline.samples) + 2)  # the first may have begun before
     timeline.end()
     taken.close()
     sizes = [sample["rss"] for sample in timeline.samples]
@@ -284,12 +292,17 @@ def test_a_long_timeline_is_thinned_and_keeps_its_ends(monkeypatch: pytest.Monke
     monkeypatch.setattr(memory_timeline, "KEPT", 8)
     timeline = MemoryTimeline(CPU, lambda: "", pause=0.0005)
     timeline.start()
-    time.sleep(0.3)
+    wait_for_samples(timeline, 1)
+    (first,) = timeline.samples[:1]
+    end = time.monotonic() + 60
+    while timeline.pause < 4 * 0.0005:  # thinned twice
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    last = (time.perf_counter() - timeline._began) * 1e3
     timeline.end()
     assert len(timeline.samples) <= 8
-    assert timeline.pause > 0.0005
-    assert timeline.samples[0]["ms"] < 100
-    assert timeline.samples[-1]["ms"] >= 300
+    assert timeline.samples[0] == first
+    assert timeline.samples[-1]["ms"] >= last
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, id_: int | None = None) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def test_a_killed_build_leaves_nothing_that_is_loaded(source: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_two_processes_build_once(source: Path, compiler: Path, tmp_path: Path) -> None:
     both = [child(source, compiler, tmp_path / "cache") for _ in range(2)]
-    paths = [process.communicate(timeout=120)[0] for process in both]
+    paths = [process.communicate(timeout=300)[0] for process in both]
     assert paths[0] == paths[1] != ""
     assert calls(compiler) == 2
 

@@ -96,7 +96,7 @@ def test_when_the_target_waits(
         verified = other.submit(verify)
         if waits:
             with pytest.raises(TimeoutError):
-                verified.result(0.2)
+                verified.result(1)
         else:
             verified.result(60)
         slow.set()

@@ -60,21 +60,32 @@ class Stalled:
             yield targets.Chunk(2, "bc")
 
 
+class Together(Stalled):
+    """Answers no request before so many have come."""
+
+    def __init__(self, requests: int) -> None:
+        super().__init__()
+        self.all = threading.Barrier(requests, timeout=60)
+
+    def stream(self, ask: Any) -> Iterator[Any]:
+        self.all.wait()
+        yield targets.Chunk(3, "abc")
+
+
 def test_latency_counts_from_the_scheduled_arrival() -> None:
     """Five requests arrive at once: each waits for those before it, though the server needs 0.1 s for any of them."""
     asks = [(PROMPT, targets.Ask("text", 3, 0.0, at)) for at in range(5)]
     served = latency.load(Stalled(), asks, [0.0] * 5, lambda _: None)
     first = sorted(each.figures()["ttft_ms"] for each in served)
-    assert np.diff(first) == pytest.approx([100] * 4, abs=60)
-    assert first[-1] > 450
+    assert min(first[0], *np.diff(first)) >= 100  # and more on a machine that has other work
     assert [each.tokens for each in served] == [3] * 5
     assert served[0].figures()["tokens_per_chunk"] == 1.5
 
 
 def test_the_next_request_does_not_wait_for_the_last() -> None:
     asks = [(PROMPT, targets.Ask("text", 3, 0.0, at)) for at in range(4)]
-    served = latency.load(Stalled(), asks, [0.0, 0.01, 0.02, 0.03], lambda _: None)
-    assert all(each.sent - each.scheduled < 0.08 for each in served)
+    served = latency.load(Together(4), asks, [0.0, 0.01, 0.02, 0.03], lambda _: None)
+    assert [(each.error, each.tokens) for each in served] == [(None, 3)] * 4
 
 
 @pytest.mark.about("instruments/latency.py, Served.figures")
@@ -135,6 +146,7 @@ class Server(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     asked: ClassVar[list[dict[str, Any]]] = []
+    over: ClassVar[threading.Event] = threading.Event()  # until then a slow answer does not go on
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -159,7 +171,7 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(b": comment\n\n" + event(choices=[{"text": "a"}]))
         self.wfile.flush()
         if how == "slow":
-            time.sleep(3)
+            self.over.wait(60)
         if how == "broken":
             self.wfile.write(b"data: {not json\n\n")
         if how == "odd":
@@ -177,11 +189,12 @@ def url() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
+    Server.over.set()
     server.shutdown()
 
 
-def ask_url(url: str, *prompts: str) -> list[Any]:
-    with closing(targets.UrlTarget(url, None, 1.0)) as target:
+def ask_url(url: str, *prompts: str, timeout: float = 60.0) -> list[Any]:
+    with closing(targets.UrlTarget(url, None, timeout)) as target:
         assert target.name == "small"
         asks = [(PROMPT, targets.Ask(prompt, 3, 0.5, 4)) for prompt in prompts]
         found: list[Any] = latency.load(target, asks, [0.0] * len(asks), lambda _: None)
@@ -206,11 +219,11 @@ def test_a_server_is_asked_for_a_stream_with_its_usage(url: str) -> None:
         ("reports", "out of memory"),
         ("cut", "ended without [DONE]"),
         ("busy", "(503): no room"),
-        ("slow", "nothing came for 1 s"),
+        ("slow", "nothing came for 2 s"),
     ],
 )
 def test_a_bad_answer_is_a_row_with_its_reason_and_the_others_are_served(url: str, how: str, words: str) -> None:
-    good, bad = ask_url(url, "good", how)
+    good, bad = ask_url(url, "good", how, timeout=2.0 if how == "slow" else 60.0)
     assert good.error is None
     rows = latency.rows_of([good, bad], {"rate": 1.0, "arrivals": "even"})
     assert [row.status for row in rows] == ["ok", "failed"]

@@ -67,7 +67,7 @@ def test_a_slow_reader_holds_nobody_up(server: Served) -> None:
         eventually(lambda: bool(server.engine.scheduler.running))
         assert server.post(**{**LONG, "temperature": 0, "max_tokens": 64})["choices"] == wanted
         eventually(lambda: not server.engine.busy)
-        raw.settimeout(10)
+        raw.settimeout(60)
         received = b""
         while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
             part = raw.recv(2**16)
@@ -84,7 +84,7 @@ def test_half_open_connections(server: Served) -> None:
                 raw.sendall(sent)
         began = time.monotonic()
         assert server.post(prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20  # seconds, even on a machine that has other work
     eventually(server.rests)
 
 

@@ -132,9 +132,11 @@ def started(url: str, program: Program) -> list[Callable[[], object]]:
 
 def reachable(url: str) -> bool:
     try:
-        httpx.get(f"{url}/health")
+        httpx.get(f"{url}/health", timeout=60)
     except httpx.ConnectError:
         return False
+    except httpx.TransportError:  # it took the connection, and ends
+        return True
     return True
 
 

@@ -67,19 +67,27 @@ def options(output: Path, *lines: str, **more: Any) -> Any:
 def test_a_cell_that_ends_badly_is_a_row_and_the_others_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = sweep.sweep(options(tmp_path, "k=1,2", "seed=0,1,2,3,4,5,6", cell_timeout=3))
+    status = sweep.sweep(options(tmp_path, "k=1,2", "seed=0,1,2,3,5,6"))
     found = {row.cell["seed"]: (row.status, row.reason or "") for row in read_rows(tmp_path) if row.status != "ok"}
-    assert set(found) == {1, 2, 3, 4, 6}
+    assert set(found) == {1, 2, 3, 6}
     assert "SIGKILL" in found[6][1]  # in the middle of a line
     assert found[1][0] == "failed"
     assert "SIGKILL" in found[1][1]
     assert found[2] == ("failed", "its process ended with status 1: the model is too large")
     assert found[3] == ("refused", "no such draft")
-    assert found[4] == ("failed", "ran longer than --cell-timeout 3 s")
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (document["cells"], document["measured"], document["success_rate"]) == (7, 2, 2 / 7)
+    assert (document["cells"], document["measured"], document["success_rate"]) == (6, 2, 2 / 6)
     assert status == 1
     assert {path.name for path in tmp_path.iterdir()} >= {"results.jsonl", "MANIFEST.json", "tables.csv"}
+
+
+@pytest.mark.usefixtures("stubbed")
+def test_a_cell_that_does_not_end_is_stopped_and_the_next_one_begins(tmp_path: Path) -> None:
+    """Both would sleep, so a machine that has other work changes nothing."""
+    assert sweep.sweep(options(tmp_path, "k=1,2", "seed=4", "max_tokens=8,9", cell_timeout=0.5)) == 1
+    assert [(row.status, row.reason) for row in read_rows(tmp_path)] == 2 * [
+        ("failed", "ran longer than --cell-timeout 0.5 s")
+    ]
 
 
 @pytest.mark.usefixtures("stubbed")

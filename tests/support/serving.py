@@ -94,7 +94,7 @@ def in_thread(**chosen: Any) -> Iterator[Served]:
         finally:
             service.close()
             server.should_exit = True
-            thread.join(timeout=30)
+            thread.join(timeout=120)
             assert not thread.is_alive()
 
 
@@ -127,7 +127,7 @@ class Program:
     def end(self) -> int:
         """Wait for the end; return the exit status."""
         eventually(lambda: self.process.poll() is not None, 60)
-        self._reader.join(timeout=10)
+        self._reader.join(timeout=60)
         return self.process.wait()
 
     def __enter__(self) -> Program:
@@ -139,7 +139,7 @@ class Program:
         self.end()
 
 
-def eventually(met: Callable[[], bool], seconds: float = 20) -> None:
+def eventually(met: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until a condition holds; fail if it does not."""
     end = time.monotonic() + seconds
     while not met():

@@ -308,8 +308,8 @@ def test_make_diff_names_the_phase() -> None:
     make = shutil.which("make")
     assert make
     run = [make, "-n", "diff"]
-    named = subprocess.run([*run, "N=2"], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
+    named = subprocess.run([*run, "N=2"], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300)
     assert named.stdout.splitlines()[-1] == ".venv/bin/lab diff 2"
-    unnamed = subprocess.run(run, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
+    unnamed = subprocess.run(run, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300)
     assert unnamed.returncode == 2
     assert "name a phase: make diff N=2" in unnamed.stderr
