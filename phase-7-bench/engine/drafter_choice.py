@@ -40,8 +40,6 @@ def with_drafter(llm: LLM, name: DrafterName) -> LLM:
     tree = llm.options.tree if name in BRANCHING else "off"
     changed = {"drafter": name, "tree": tree, "parallel_streams": False, "sync_mode": "event"}
     other.options = llm.options.model_copy(update=changed)
-    if llm.group is not None and name not in ("model", "ngram"):
-        raise UserError(f"the drafter {name} beside others would load the output matrix of a split model once more")
     other.backends = copy.copy(llm.backends)
     other.backends.heads = None
     other.load_drafter()

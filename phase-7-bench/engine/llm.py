@@ -128,7 +128,7 @@ class LLM:
         as_stored = not self.backends.multiplies_in_torch or self.backends.whole_steps
         with torch_threads(options.threads):
             how = name, self._resolve(name).dtype, device, format, options.quant_head
-            return load_ends(*how) if ends else load_parts(group, *how, as_stored)
+            return load_ends(group, *how) if ends and group else load_parts(group, *how, as_stored)
 
     def sequences(
         self, texts: list[str], params: SamplingParams | list[SamplingParams] | None = None

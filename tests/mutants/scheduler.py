@@ -199,6 +199,12 @@ DRAFTERS = (
         ("llm.options.tree if name in BRANCHING else \"off\"", "llm.options.tree"),
     ),
     *mutants(
+        f"{ENGINE}/parallel/lead.py",
+        CHOOSING,
+        ("    if group.ends is None:\n", "    if True:\n"),
+        ("layers=whole.layers)\n        group.ends", "layers=1)\n        group.ends"),
+    ),
+    *mutants(
         f"{ENGINE}/scheduler.py",
         CHOOSING,
         ("return self.plain if sequence.draft is None else self.drafted", "return self.drafted"),

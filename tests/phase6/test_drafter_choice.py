@@ -1,23 +1,36 @@
-"""Requests of one engine that choose different drafters: each gets what it gets alone with that drafter in phase 5."""
+"""Requests of one engine that choose different drafters: each gets what it gets alone with that drafter.
+
+Alone is phase 5; for a model that several ranks share, it is one process with one drafter.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
 import phase6
 from common.errors import UserError
 from phase6.cost_model import CostModel
+from phase6.drafters.heads import build_heads, save_heads
+from phase6.options import BRANCHING
+from tests.support.ranks import end, same_bits, split
 from tests.support.served import CONTEXT, TEXT, WHY_NOT_CPP, Pair, Request, Result, asked, drain, take
-from tests.support.small import small_heads
+from tests.support.small import randomise, small_heads
 
 NAMES: tuple[Any, ...] = ("model", "ngram", "medusa", "eagle")
+HEADS: dict[Any, dict[str, Any]] = {  # they read layers of both ranks
+    "medusa": {"heads": 3, "taps": (2, 1)},
+    "eagle": {"ffn_width": 64, "reach": 32, "taps": (3, 0)},
+}
 REPEATED = (*TEXT[:9], *TEXT[:9], *TEXT[:9], 17)  # a prompt in which a lookup finds something
 KERNELS = [pytest.param("cpp", marks=pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))), "torch"]
 
@@ -63,14 +76,14 @@ def add(engine: Any, request: Request, drafter: str | None) -> Any:
     return engine.requests[number][0]
 
 
-def many() -> list[tuple[str, Request]]:
+def many(names: tuple[Any, ...] = NAMES) -> list[tuple[Any, Request]]:
     """Every drafter with every kind of request, so that neighbours differ in their drafters."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "policy": "coupled", "seed": 3},
         {"temperature": 1.0, "policy": "rejection", "seed": 4, "k": 2},
     ]
-    return [(name, asked(REPEATED, tokens=24, **kind)) for kind, name in itertools.product(kinds, NAMES)]
+    return [(name, asked(REPEATED, tokens=24, **kind)) for kind, name in itertools.product(kinds, names)]
 
 
 @pytest.mark.parametrize("tree", ["off", "static"])
@@ -110,6 +123,64 @@ def test_they_come_and_go_with_few_blocks(mixed: Callable[..., Mixed], kernels: 
     assert sum(sequence.progress.preemptions for sequence in sequences) > 0
     for runner in (engine.target, engine.draft):
         assert not any(runner.manager.cache.blocks.users)
+
+
+@pytest.mark.skipif(WHY_NOT_CPP is not None, reason=str(WHY_NOT_CPP))
+@pytest.mark.parametrize(
+    ("ranks", "tree"),
+    [
+        ({"tensor_parallel": 2}, "off"),
+        ({"tensor_parallel": 2, "draft_parallel": True}, "static"),
+        ({"pipeline_parallel": 2}, "static"),
+    ],
+    ids=["gather", "gather, and the draft model", "layers"],
+)
+def test_on_a_split_model_each_has_the_bits_of_one_process_and_one_drafter(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, ranks: dict[str, Any], tree: str
+) -> None:
+    """Logits of draft tokens are compared too, so equal bits are equal drafts. Rank 0 loads the model's ends once."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    folder = str(make_checkpoint("llama", hidden_size=64, max_position_embeddings=CONTEXT, **sizes))
+    whole = phase6.load(folder, torch.float32, torch.device("cpu"))
+    for kind, shape in HEADS.items():
+        save_heads(tmp_path / kind, randomise(build_heads(kind, shape, whole.config), seed=2), whole)
+    names: tuple[Any, ...] = (*NAMES, "extrapolate")
+    chosen: dict[str, Any] = {"model": folder, "draft": folder, "dtype": "float32", "device": "cpu", "threads": 1}
+    chosen |= {"tree_nodes": 6}
+
+    def options(name: Any, **more: Any) -> Any:
+        """Return those of one drafter; the draft model and heads are int8."""
+        branching: dict[str, Any] = {"draft_quant": "int8", "tree": tree} if name in BRANCHING else {}
+        return phase6.Options(**chosen, drafter=name, **branching, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phase6.llm.find_heads", lambda option, target, kind: tmp_path / kind)
+        llm, threads = split(options("model", **ranks))
+        others = [phase6.with_drafter(llm, name) for name in names[1:]]
+        alone = {name: phase6.LLM(options(name)) for name in names}
+    assert len({id(other.beside) for other in others if other.options.drafter != "ngram"}) == 1
+    assert len(llm.backends.fast) == 3  # the target, the draft model, the ends
+    requests = many(names)
+    found = bits(phase6.LLMEngine(llm, rows=8, tokens=CONTEXT, budget=32, others=others), requests)
+    for (name, request), (tokens, logits) in zip(requests, found, strict=True):
+        single = phase6.LLMEngine(alone[name], rows=1, tokens=CONTEXT, multi_step=False)
+        ((expected, its_logits),) = bits(single, [(name, request)])
+        assert tokens == expected
+        assert same_bits(logits, its_logits)
+        assert max(map(len, logits)) > 1  # something was drafted
+    end(llm, threads)
+
+
+def bits(engine: Any, requests: list[tuple[Any, Request]]) -> list[tuple[list[int], list[Tensor]]]:
+    """Return of each request the tokens, and the logits of every step: after its text, and after each draft token."""
+    sequences, logits = [add(engine, request, name) for name, request in requests], defaultdict[Any, list[Tensor]](list)
+    with engine.llm.computing():
+        while engine.busy:
+            for step in engine.advance():
+                for row, (sequence, tree) in enumerate(zip(step.sequences, step.trees, strict=True)):
+                    logits[sequence].append(step.output.logits[row, : len(tree.tokens) + 1].clone())
+            assert not engine.ended, [sequence.error for sequence in engine.ended]
+    return [(sequence.tokens, logits[sequence]) for sequence in sequences]
 
 
 def test_each_drafter_has_costs_of_its_own(mixed: Callable[..., Mixed], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,13 +55,18 @@ def load_parts(
 
 
 def load_ends(
-    name: str, dtype: torch.dtype, device: torch.device, format: Format | None, quant_head: bool
+    group: Group, name: str, dtype: torch.dtype, device: torch.device, format: Format | None, quant_head: bool
 ) -> LoadedModel:
-    """Load a model without its layers, whose configuration is the whole model's. Arguments as for `load`."""
-    loaded = load(name, dtype, device, format, quant_head, as_stored=True, part=Shard.ends)
-    whole = ModelConfig.from_hf(loaded.checkpoint.config)
-    loaded.model.config = dataclasses.replace(loaded.config, layers=whole.layers)
-    return loaded
+    """Load the target without its layers, with the whole model's configuration, once for all drafters of the group.
+
+    Arguments as for `load`.
+    """
+    if group.ends is None:
+        loaded = load(name, dtype, device, format, quant_head, as_stored=True, part=Shard.ends)
+        whole = ModelConfig.from_hf(loaded.checkpoint.config)
+        loaded.model.config = dataclasses.replace(loaded.config, layers=whole.layers)
+        group.ends = loaded
+    return group.ends
 
 
 def load_part(group: Group, what: Load, device: torch.device) -> LoadedModel:

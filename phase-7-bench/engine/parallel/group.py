@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from types import FrameType
-from typing import Any, Never, Protocol
+from typing import TYPE_CHECKING, Any, Never, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,9 @@ from ..config import ModelConfig
 from .lifeline import Lifeline
 from .shard import Mode, Shard
 from .traffic import Traffic
+
+if TYPE_CHECKING:
+    from ..load import LoadedModel
 
 FRAME = 4096  # bytes of a message that are sent at once; a longer one has a second part
 UNTAKEN = 64  # messages that another rank than 0 may have sent before the first of them is taken
@@ -62,6 +65,7 @@ class Group:
         self.shards = WeakKeyDictionary[nn.Module, Shard]()  # of the models that are split
         self.caches = count()  # numbers of their caches
         self.freed: list[int] = []  # caches that rank 0 needs no more
+        self.ends: LoadedModel | None = None  # the target's embedding and output matrix, whole on rank 0 for drafters
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._under_way: list[tuple[Work, Tensor]] = []
         self.closed = False
