@@ -50,7 +50,7 @@ DRIFT = 1.3  # change of plain steps after which all is measured again
 DAY = 24 * 3600
 SETTINGS = (
     *("drafter", "quant", "draft_quant", "quant_group", "quant_asymmetric", "quant_head", "amp", "compile", "kv"),
-    *("kv_dtype", "policy", "tree", "tree_nodes"),
+    *("kv_dtype", "policy", "tree", "tree_nodes", "tensor_mode", "micro_batches", "draft_parallel"),
 )
 
 

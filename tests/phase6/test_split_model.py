@@ -123,7 +123,8 @@ def both(folder_of: Callable[[str], Path]) -> Iterator[Callable[..., tuple[Any, 
             options["draft"] = folder
         llm, threads = split(phase6.Options(**options, **MODES[mode]))
         started.append((llm, threads))
-        options.pop("draft_parallel", None)
+        for name in ("draft_parallel", "micro_batches"):
+            options.pop(name, None)
         return phase6.LLM(phase6.Options(**options)), llm
 
     yield get
@@ -319,6 +320,18 @@ def test_samples_share_their_prompt_on_every_rank(
     texts = ["def read(path):\n    return", "class Stack:"]
     for _ in range(2):  # the second time the prompts are known
         assert [each.tokens for each in several.generate(texts)] == [each.tokens for each in one.generate(texts)]
+
+
+def test_times_are_kept_for_each_way_of_splitting(both: Callable[..., tuple[Any, Any]]) -> None:
+    """`--controller cost` does not take the times of one process, or of another split, for its own."""
+    ways: list[tuple[str, dict[str, Any]]] = [(mode, {"draft": "itself"}) for mode in MODES]
+    ways += [
+        ("layers", {"draft": "itself", "micro_batches": 1}),
+        ("gather", {"draft": "itself", "draft_parallel": True}),
+    ]
+    made = [both("llama", mode, **more) for mode, more in ways]
+    keys = {llm.prices.key(params(), 1) for llm in (made[0][0], *(several for _, several in made))}
+    assert len(keys) == 1 + len(ways)
 
 
 def test_a_second_run_takes_a_larger_cache(both: Callable[..., tuple[Any, Any]]) -> None:
