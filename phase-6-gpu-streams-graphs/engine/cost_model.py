@@ -152,8 +152,8 @@ class CostModel:
         """Record a step of all rows. Of a step with a prefill only the time for drafting counts.
 
         steady: the step before drafted as well. Otherwise the drafter has also read the tokens in between.
-        spared_ms: of the step's time, what a call of as many steps as possible would not have cost it; a loss all the
-        same, but no part of the price of a step.
+        spared_ms: of the step's time, what a call of as many steps as possible would not have cost it. It is no part of
+        the price of a step, but it was spent.
         """
         rows, step = len(stats), stats[0]
         load, drafted, deepest, prefilled = START - rows, 0, 0, False
@@ -166,7 +166,7 @@ class CostModel:
         took = (step.draft_ms + step.verify_ms + step.accept_ms) / load
         if deepest and self.known:
             plain, drafting = self.plain.mean(rows), step.draft_ms / load
-            most = STALL * self.time([each.depth for each in stats]) + (0.0 if steady else drafting) + spared_ms / load
+            most = STALL * self.time([each.depth for each in stats]) + (0.0 if steady else drafting)
             cost = plain + drafting if prefilled else min(took, most)  # the target's prefill is not the draft's cost
             gain = plain * sum(each.emitted for each in stats) / rows - cost
             self.credit += gain if self.looking else 0.0
