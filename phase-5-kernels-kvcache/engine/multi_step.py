@@ -146,7 +146,7 @@ def _execute(
     counts, steps, given = call
     steps = min(steps, *(limit - count for limit, count in zip(limits, counts, strict=True)))  # each gives one token
     limits = [min(limit, steps * (count + 1)) for limit, count in zip(limits, counts, strict=True)]
-    fast, taps = None, None if drafter is None else drafter.taps
+    fast, started_ms, taps = None, 0.0, None if drafter is None else drafter.taps
     states_from = None if drafter is None or taps is None else [drafter.states_from(each) for each in sequences]
     while True:
         try:
@@ -154,7 +154,9 @@ def _execute(
             if given is not None:
                 fast = library().GivenDrafter(runner.fast._engine, given)
             elif any(counts):
+                at = time.perf_counter()
                 fast = cast(CppDrafter, drafter).start(sequences, counts, limits)
+                started_ms = (time.perf_counter() - at) * 1e3
             break
         except UserError:  # no room for so many
             if steps == 1:
@@ -164,6 +166,7 @@ def _execute(
         batch, fast, counts, steps, limits=limits, own=own, taps=taps,
         ends=sequences[0].eos_ids, new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
     )  # fmt: skip
+    made[0] = made[0]._replace(draft_ms=made[0].draft_ms + started_ms)  # a draft model has read the prompt
     gained = [
         [[*draft[:count], token] for draft, count, token in zip(step.drafts, step.accepted, step.next, strict=True)]
         for step in made

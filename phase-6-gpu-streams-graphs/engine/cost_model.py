@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 START = 64  # assumed overhead of a forward pass without a cache, in positions
 STALE = 128  # steps with drafts after which plain steps are made again
 LOOK = 0.005  # share of the time that may be lost by drafting as a test
-ALLOWANCE = 16  # plain steps that drafts may lose to plain decoding
+ALLOWANCE = 64  # plain steps that drafts may lose to plain decoding
 STALL = 2.0  # a step longer than this multiple of its expected time was interrupted, and is capped at it
-PRIOR, PRIOR_WEIGHT = 0.8, 0.7  # acceptance before any observation, and its weight in observations
+PRIOR, PRIOR_WEIGHT = 0.8, 4.0  # acceptance before any observation, and its weight in observations
 LEAN = 4.0  # weight of position i - 1 in the estimate of position i, in observations
 
 
@@ -167,7 +167,9 @@ class CostModel:
         if deepest and self.known:
             plain, drafting = self.plain.mean(rows), step.draft_ms / load
             most = STALL * self.time([each.depth for each in stats]) + (0.0 if steady else drafting)
-            cost = plain + drafting if prefilled else min(took, most)  # the target's prefill is not the draft's cost
+            cost = min(took, most)
+            if prefilled:  # the target's prefill is not the draft's cost
+                cost = drafting + self.verify.at(rows + drafted) + self.accept.at(rows)
             gain = plain * sum(each.emitted for each in stats) / rows - cost
             self.credit += gain if self.looking else 0.0
             self.balance += gain

@@ -36,7 +36,7 @@ ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 SETTLED = 16  # steps for which an answer of CostController holds once it has seen a text
 FIRST = 4  # steps for which the first answers hold
 MARGIN = 1.05  # expected gain from which drafts are made: lower quartiles of a step's parts leave out its delays
-LOOKS = 2  # steps of a test: in the first, the drafter reads what it missed
+LOOKS = 4  # steps of a test: in the first, the drafter reads what it missed
 ALWAYS = 64  # steps for which the answer holds that no draft can pay; plain steps between tests at least
 
 

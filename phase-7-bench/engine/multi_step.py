@@ -142,7 +142,7 @@ def _execute(
     (counts, steps, given), policies = call, [sequence.policy for sequence in sequences]
     steps = min(steps, *(limit - count for limit, count in zip(limits, counts, strict=True)))  # each gives one token
     limits = [min(limit, steps * (count + 1)) for limit, count in zip(limits, counts, strict=True)]
-    fast, taps = None, None if drafter is None else drafter.taps
+    fast, started_ms, taps = None, 0.0, None if drafter is None else drafter.taps
     states_from = None if drafter is None or taps is None else [drafter.states_from(each) for each in sequences]
     while True:
         try:
@@ -150,7 +150,9 @@ def _execute(
             if given is not None:
                 fast = library().GivenDrafter(runner.fast._engine, given)
             elif any(counts):
+                at = time.perf_counter()
                 fast = cast(CppDrafter, drafter).start(sequences, counts, limits)
+                started_ms = (time.perf_counter() - at) * 1e3
             break
         except UserError:  # no room for so many
             if steps == 1:
@@ -163,6 +165,7 @@ def _execute(
         taps=taps, ends=sorted({end for sequence in sequences for end in sequence.eos_ids}),
         new=sum(len(work.new) for work in works), budget_ms=BUDGET_MS,
     )  # fmt: skip
+    made[0] = made[0]._replace(draft_ms=made[0].draft_ms + started_ms)  # a draft model has read the prompt
     gained = [
         [[*draft[:count], token] for draft, count, token in zip(step.drafts, step.accepted, step.next, strict=True)]
         for step in made

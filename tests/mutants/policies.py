@@ -139,9 +139,9 @@ CACHED = "phase-5-kernels-kvcache/engine"
 COSTS = mutants(
     f"{CACHED}/cost_model.py",
     ("tests/phase5/test_cost_model.py",),
-    ("else min(took, most)", "else took"),
-    ("plain + drafting if prefilled else min(took, most)", "plain if prefilled else min(took, most)"),
-    ("plain + drafting if prefilled else min(took, most)", "took if prefilled else min(took, most)"),
+    ("cost = min(took, most)", "cost = took"),
+    ("cost = drafting + self.verify.at(rows + drafted)", "cost = self.verify.at(rows + drafted)"),
+    ("if prefilled:  # the target's", "if False:  # the target's"),
     ("+ (0.0 if steady else drafting)", ""),
     ("+ (0.0 if steady else drafting)", "+ drafting"),
     ("self.credit += gain if self.looking else 0.0", "self.credit += gain"),

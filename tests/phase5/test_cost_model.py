@@ -242,13 +242,14 @@ def test_an_interrupted_step_says_nothing_about_drafts() -> None:
 
 def test_reading_the_prompt_is_a_cost_of_drafts() -> None:
     """The draft model reads the prompt only because there is a draft; the target reads it anyway."""
-    model = priced(*ARITHMETIC)  # a plain step takes 3; the drafter takes 2 * 3
+    model = priced(*ARITHMETIC)  # a plain step takes 3, a forward over three tokens 5; the drafter takes 2 * 3
     first = step(2, 90.0 * START, 3.0 * START, accepted=1, accept=1.0 * START, computed=50)
     observe(rows_of(model, [0.5]), [first])
-    assert (model.balance, model.credit) == (pytest.approx(2 * 3.0 - (3.0 + 2 * 3.0)), 0.0)
+    gain = 2 * 3.0 - (5.0 + 2 * 3.0 + 0.1)
+    assert (model.balance, model.credit) == (pytest.approx(gain), 0.0)
     model.looking, model.credit = True, 2.0
     observe(rows_of(model, [0.5]), [first])
-    assert (model.balance, model.credit) == (pytest.approx(2 * -3.0), pytest.approx(2.0 - 3.0))
+    assert (model.balance, model.credit) == (pytest.approx(2 * gain), pytest.approx(2.0 + gain))
 
 
 def test_a_drafter_that_reads_what_it_missed_is_not_interrupted() -> None:

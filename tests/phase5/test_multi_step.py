@@ -19,6 +19,7 @@ from phase5.controllers import ALWAYS, LOOKS, Bounds, CostController, observe_pl
 from phase5.cost_model import START
 from phase5.cpp_runner import CppRunner
 from phase5.drafters.chains import ChainBuilder
+from phase5.drafters.model_fast import FastModelDrafter
 from phase5.generate import stats_of
 from phase5.kernels import cpp, registry
 from phase5.multi_step import WARM, states_of_rows
@@ -402,6 +403,20 @@ def test_time_outside_of_a_short_call_does_not_make_drafts_dear(monkeypatch: pyt
     slept = [step.stats[0].accept_ms for step in run if step is not None]
     assert max(slept) > outside * 1e3 / 3  # the statistics hold what it took
     assert min(llm.cost_model.accept.recent[1]) * START < outside * 1e3 / 4
+
+
+def test_the_draft_model_reads_the_prompt_as_a_part_of_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    pause, start = 0.05, FastModelDrafter.start
+
+    def slow(*given: Any) -> Any:
+        time.sleep(pause)
+        return start(*given)
+
+    monkeypatch.setattr(FastModelDrafter, "start", slow)
+    made = phase5.LLM(phase5.Options(k=2, dtype="float32", kernels="cpp"))
+    (sequence,) = made.sequences(["import os\n"], dataclasses.replace(made.params, max_new_tokens=12, ignore_eos=True))
+    first = next(step.stats[0] for step in made.run([sequence]) if step is not None)
+    assert first.draft_ms > pause * 1e3
 
 
 @pytest.mark.parametrize("rows", [1, 3])
