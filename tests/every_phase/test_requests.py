@@ -175,7 +175,7 @@ def test_pieces_of_a_stream_add_up_to_the_text(engine: ModuleType, phase: Phase)
                 if stop:
                     assert (done.text, done.finish_reason) == (whole[: whole.index(*stop)], "stop")
                 else:
-                    assert len(pieces) > 2
+                    assert len(pieces) > 1  # one call may make all steps but the first
                 whole = done.text
             assert "".join(llm.stream(TEXTS[0])) == llm.generate(TEXTS[:1])[0].text
 
