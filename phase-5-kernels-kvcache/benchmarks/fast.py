@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from engine.kernels import cpp
 from engine.kernels.cpp import CppModel, default_threads
 from engine.kernels.cpp.weights import Weights
 
-from .runs import Lab
+from .runs import Decoder, Lab, sharing
 
 FAST = {
     "fast": "speculative against plain decoding, both with C++ steps; format: of the target's weights, the draft's are "
@@ -84,16 +84,25 @@ def of_format(lab: Lab, model: str, format: str, temperature: float, wanted: dic
         "model": model, "format": format, "temperature": temperature, "instruction_set": lab.instruction_set
     }  # fmt: skip
     options = {"kernels": "cpp", "temperature": temperature, **number_format(format), **wanted}
-    plain = lab.decoder(**{**options, "draft": "none"})
-    draft = {**options, "draft_quant": "int8"}
-    fixed = {f"K = {k}": lab.decoder(figures={"k": k}, k=k, **draft) for k in lab.options.k}
+    llm = cache(lambda: lab.llm(**{**options, "draft": "none"}))
+    draft = {"draft": wanted.get("draft", lab.options.draft), "draft_quant": "int8"}
+
+    def drafting(figures: dict[str, int] | None = None, **how: Any) -> Variant:
+        return Decoder(partial(sharing, llm, **draft, **how), figures)
+
+    fixed = {f"K = {k}": drafting({"k": k}, k=k) for k in lab.options.k}
+    plain = Decoder(llm)
     # In C++ a token's bits do not depend on the batch, so tokens are equal in every format.
     exact = [] if temperature else [*fixed, "best K", "cost"]
     once = lab.with_options(rounds=lab.options.rounds or 1)
     once.compare("fast_k", cell, {"plain": plain, **fixed}, lab.prompts(CALIBRATE, "calibrate"), exact=exact)
-    runs = {"plain": plain, "best K": fixed[fastest(lab, cell)], "cost": lab.decoder(controller="cost", **draft)}
+    runs: dict[str, Variant] = {
+        "plain": plain,
+        "best K": fixed[fastest(lab, cell)],
+        "cost": drafting(controller="cost"),
+    }
     if temperature:
-        runs["cost, coupled"] = lab.decoder(controller="cost", policy="coupled", **draft)
+        runs["cost, coupled"] = drafting(controller="cost", policy="coupled")
     lab.compare("fast", cell, runs, lab.prompts(), exact=[*exact, "cost, coupled"])
 
 
@@ -112,12 +121,13 @@ def fastest(lab: Lab, cell: dict[str, Any]) -> str:
 
 def of_drafters(lab: Lab, temperature: float) -> None:
     """Measure n-grams, EAGLE and Medusa; the heads are int8, as the draft model is."""
-    options: dict[str, Any] = {"kernels": "cpp", "temperature": temperature, "controller": "cost"}
-    runs = {"plain": lab.decoder(draft="none", kernels="cpp", temperature=temperature)}
+    llm = cache(lambda: lab.llm(draft="none", kernels="cpp", temperature=temperature))
+    runs: dict[str, Variant] = {"plain": Decoder(llm)}
     for drafter in lab.options.drafters:
         if drafter != "model":
             quant = "int8" if drafter in ("medusa", "eagle") else "none"
-            runs[f"{drafter}, cost"] = lab.decoder(drafter=drafter, draft_quant=quant, **options)
+            how = {"draft": "auto", "drafter": drafter, "draft_quant": quant, "controller": "cost"}
+            runs[f"{drafter}, cost"] = Decoder(partial(sharing, llm, **how))
     cell: dict[str, Any] = {"temperature": temperature, "instruction_set": lab.instruction_set}
     lab.compare("fast_drafters", cell, runs, lab.prompts(), exact=[] if temperature else list(runs))
 

@@ -20,7 +20,7 @@ from common.prompts import Prompt
 from engine.kernels import cpp
 
 from .fast import number_format
-from .runs import Lab
+from .runs import Lab, sharing
 
 ROWS = {
     "rows": "plain decoding of eight prompts, some at a time; the baseline is one at a time",
@@ -54,7 +54,7 @@ def of_cost(lab: Lab, cell: dict[str, Any]) -> None:
     options = {"kernels": "cpp", "temperature": temperature, **number_format(cell["format"])}
     groups = groups_of(lab, rows)
     plain = cache(partial(lab.llm, **options, draft="none"))
-    drafting = cache(partial(lab.llm, **options, controller="cost", draft_quant="int8"))
+    drafting = cache(partial(sharing, plain, draft=lab.options.draft, controller="cost", draft_quant="int8"))
     runs = {"plain": together(plain, groups, rows), "cost": together(drafting, groups, rows)}
     half = lab.with_options(budget=lab.options.budget / 2)
     half.compare("rows_cost", cell, runs, [each[0] for each in groups.values()], exact=[] if temperature else ["cost"])

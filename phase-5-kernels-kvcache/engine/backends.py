@@ -97,7 +97,8 @@ class Backends:
             registry.use(each, self.kernels)
         if self.whole_steps:
             for model in models:
-                self._pack(model)
+                if model not in self.fast:
+                    self._pack(model)
         for each in others:
             self._pack_heads(each, models[0])
 

@@ -64,27 +64,30 @@ class LLM:
         self.encoder = TokenizerCache(self.loaded.tokenizer)
         self.amp = computing(options.amp, self.loaded.model.embedding.weight.device)
         self.policy = options.acceptance_policy()
-        name = resolve_draft(options.draft, self.loaded)
-        self.draft = self._load(name, options.draft_quant) if name and options.drafter == "model" else None
-        kind = options.drafter
+        self.runner: ModelRunner | None = None  # of the target, in the last run
+        self.caches: dict[Transformer, CacheManager] = {}  # of each model
+        self.compiler = Compiler() if options.compile else None
+        self.load_drafter(self.loaded.model)
+
+    def load_drafter(self, *loaded: Transformer) -> None:
+        """Load the drafter's models; `loaded` are to be compiled or packed with them. UserError if that cannot be."""
+        options, kind, name = self.options, self.options.drafter, resolve_draft(self.options.draft, self.loaded)
+        self.draft = self._load(name, options.draft_quant) if name and kind == "model" else None
         self.heads: Heads | None = None
         if (kind == "medusa" or kind == "eagle") and options.draft != "none":
             self.heads = load_heads(find_heads(options.heads, self.loaded, kind), self.loaded, kind)
         if self.draft:
             check_pair(self.loaded, self.draft)
             fit_vocabulary(self.draft.model, self.loaded.config.vocab_size)
-        self.runner: ModelRunner | None = None  # of the target, in the last run
-        self.caches: dict[Transformer, CacheManager] = {}  # of each model
         self.cost_model, self.prices = CostModel(), Prices(self)  # by which `--controller cost` goes
         drafting = [module for module in (self.draft.model if self.draft else None, self.heads) if module is not None]
         models = [self.loaded.model, *([self.draft.model] if self.draft else [])]
         self.backends.take(models, [self.policy, *([self.heads] if self.heads else [])])
-        self.compiler = Compiler() if options.compile else None
         if self.compiler:
-            self.compiler.compile(self.loaded.model, *drafting)
+            self.compiler.compile(*loaded, *drafting)
             self.compiler.warm_up(self._warm_up)
         elif self.backends.multiplies_in_torch:  # others read matrices as they were loaded
-            for module in (self.loaded.model, *drafting):
+            for module in (*loaded, *drafting):
                 if not self.backends.in_cpp(module):
                     pack_matrices(module)
 
