@@ -5,7 +5,7 @@ python generate.py --kv static --kv-slots 8 --prompt "from pathlib import"
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 
@@ -28,7 +28,7 @@ def check_capacity(
     tree: int,
     n: int,
     beams: int,
-    caches: Iterable[CacheManager],
+    caches: Collection[CacheManager],
 ) -> None:
     """Raise UserError if n samples of each of these sequences, decoded together, do not fit.
 
@@ -42,6 +42,8 @@ def check_capacity(
         needed = forward_bytes(config, rows, longest, weight.itemsize) + ranking_bytes(config, beams)
     else:
         check_slots(options, [length + tree for length in lengths], bool(tree))
+        if caches and all(manager.fits(rows, longest) for manager in caches):
+            return  # as large a run was checked; to ask the system takes as long as a few steps of a small model
         needed = cached_bytes(config, options, rows, longest, weight.dtype)
     free = available_memory(weight.device) + sum(manager.cache.nbytes() for manager in caches if manager.idle)
     if needed > free:

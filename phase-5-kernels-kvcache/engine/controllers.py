@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ControllerName = Literal["fixed", "adaptive", "confidence", "cost"]
 SETTLED = 16  # steps for which an answer of CostController holds once it has seen a text
 FIRST = 4  # steps for which the first answers hold
+PROBE = 6  # plain steps that measure anew what one costs
 MARGIN = 1.05  # expected gain from which drafts are made: lower quartiles of a step's parts leave out its delays
 LOOKS = 4  # steps of a test: in the first, the drafter reads what it missed
 ALWAYS = 64  # steps for which the answer holds that no draft can pay; plain steps between tests at least
@@ -209,7 +210,7 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
     if not any(limits):  # a lookup found nothing; another interrupts plain decoding
         return none, 2 * SETTLED
     if cost_model.age > STALE:
-        return none, SETTLED
+        return none, PROBE
     chances = cost_model.chances(min(bounds.high, max(limits)))
     expected = [controller.tokens(chances) for controller in controllers]
     plain = rows / cost_model.time(none)
@@ -223,7 +224,7 @@ def _choose(controllers: Sequence[CostController], limits: list[int]) -> tuple[l
             best, most = widths, rate
     enough = plain * MARGIN
     if most <= enough and cost_model.age:  # the machine may have become slower since the last plain step
-        return none, SETTLED
+        return none, PROBE
     gained = LOOK * cost_model.time(none)  # by a plain step, for tests and losses
     if most > enough:
         if (debt := -cost_model.balance - ALLOWANCE * cost_model.time(none)) > 0:

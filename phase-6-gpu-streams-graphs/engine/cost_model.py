@@ -190,7 +190,8 @@ class CostModel:
     def observe_plain(self, rows: int, took: float, steps: int = 1, warm: bool = True) -> None:
         """Record so many steps without drafts. One entry for all: those of a long call would replace all others.
 
-        warm: False for a call of so few steps that they cost more than those of others; they only pass the time.
+        took: of a step, as in the middle of a long call. warm: False if the call was too short to tell; then it only
+        passes the time.
         """
         if warm:
             self.plain.observe(rows, took)

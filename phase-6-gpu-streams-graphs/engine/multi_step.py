@@ -34,7 +34,8 @@ from .verify import RandomSource
 
 AT_ONCE = 64  # plain steps of a call; tokens past the end of a sequence are dropped
 AHEAD = 16  # steps with drafts of one call
-WARM, WARM_MS = 12, 6.0  # plain steps or time of a call that counts: its first step finds the weights evicted
+WARM = 3  # plain steps after a call's first, which finds the weights evicted, that tell what one costs
+WARM_MS = 6.0  # or the time of a call of fewer, larger steps
 MOST = 128  # tokens of a sequence in one call
 BUDGET_MS = 25.0  # a call makes no further step after so long, or once it is hurried: its text is shown at its end
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
@@ -234,9 +235,10 @@ def _commit(
         new, prefilled, skip = [1] * len(new), [0] * len(new), [0] * len(new)
     if drafter is not None:
         if not any(asked):
-            warm = len(steps) == len(made) and (len(made) >= WARM or inside * 1e3 >= WARM_MS)
+            later = sorted(step.verify_ms + step.accept_ms for step in made[1:])
+            warm = len(steps) == len(made) and (len(later) >= WARM or inside * 1e3 >= WARM_MS)
             outside = (last - began - inside) / AT_ONCE  # as if the call had made as many steps as it may
-            took = (inside / len(made) + outside) * 1e3
+            took = (later[len(later) // 2] if len(later) >= WARM else inside * 1e3 / len(made)) + outside * 1e3
             decoded = all(len(work.new) + work.prefilled == 1 for work in works)  # and computed no prompt
             observe_plain([each.controller for each in sequences], len(steps), took if decoded else None, warm)
         prefill = [work.states for work in works]

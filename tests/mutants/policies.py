@@ -169,7 +169,13 @@ SHORT_CALLS = mutants(
     f"{CACHED}/multi_step.py",
     ("tests/phase5/test_multi_step.py", "-k", "time_outside_of"),
     ("before * 1e3 * (1 - len(made) / AHEAD)", "0.0"),
-    ("(len(made) >= WARM or inside * 1e3 >= WARM_MS)", "True"),
+    ("(len(later) >= WARM or inside * 1e3 >= WARM_MS)", "True"),
+)
+
+COLD = mutants(
+    f"{CACHED}/multi_step.py",
+    ("tests/phase5/test_multi_step.py", "-k", "first_step_of_a_call"),
+    ("later[len(later) // 2] if len(later) >= WARM else", ""),
 )  # fmt: skip
 
 MUTANTS = [
@@ -186,4 +192,5 @@ MUTANTS = [
     *CHOICE,
     *PRICES,
     *SHORT_CALLS,
+    *COLD,
 ]

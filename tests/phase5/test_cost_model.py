@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from phase5 import Bounds, CostController, Ending, SamplingParams, Sequence, StepStats
-from phase5.controllers import ALWAYS, FIRST, LOOKS, MARGIN, SETTLED, choose, observe
+from phase5.controllers import ALWAYS, FIRST, LOOKS, MARGIN, PROBE, SETTLED, choose, observe
 from phase5.cost_model import ALLOWANCE, LOOK, STALE, STALL, START, Acceptance, CostModel, Table
 from phase5.drafters import NgramDrafter
 from phase5.multi_step import AT_ONCE, steps_ahead
@@ -294,7 +294,7 @@ def test_before_drafts_are_given_up_plain_steps_are_measured() -> None:
     """They were measured long ago, and the machine may have become slower since."""
     (mine,) = rows_of(priced(*ARITHMETIC), [0.0])
     mine.cost_model.age = 20
-    assert (mine.next_k(), mine.holds) == (0, SETTLED)
+    assert (mine.next_k(), mine.holds) == (0, PROBE)
     mine.cost_model.age = 0
     assert mine.next_k() == 0
     assert mine.holds >= ALWAYS
@@ -356,7 +356,7 @@ def test_a_plain_step_is_measured_again_after_a_while() -> None:
     for _ in range(STALE + 1):
         assert mine.next_k() > 0
         observe([mine], [step(8, 3.0 * START, 0.1 * START, accepted=8)])
-    assert (mine.next_k(), mine.holds) == (0, SETTLED)
+    assert (mine.next_k(), mine.holds) == (0, PROBE)
     observe([mine], [step(0, 2.0 * START)])
     assert mine.next_k() > 0
 

@@ -358,7 +358,7 @@ def test_time_outside_of_a_call_does_not_make_plain_steps_dear(monkeypatch: pyte
     monkeypatch.setattr("phase5.multi_step.WARM_MS", math.inf)
     monkeypatch.setattr("phase5.multi_step.BUDGET_MS", 0.0)
     plain = llm.cost_model.plain.recent
-    for new, known in ((WARM, 0), (WARM + 1, 1)):  # the first token is a call of its own
+    for new, known in ((WARM + 1, 0), (WARM + 2, 1)):  # the first token is a call of its own
         params = dataclasses.replace(llm.params, max_new_tokens=new, ignore_eos=True)
         (sequence,) = llm.sequences(["a b c d"], params)
         for _ in llm.run([sequence]):
@@ -372,6 +372,25 @@ def test_time_outside_of_a_call_does_not_make_plain_steps_dear(monkeypatch: pyte
     for _ in llm.run([sequence]):
         pass
     assert (len(plain[1]), llm.cost_model.age) == (1, 0)
+
+
+def test_the_first_step_of_a_call_is_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the weights evicted, by a draft or by Python."""
+    decode = cpp.CppModel.decode
+
+    def cold(self: cpp.CppModel, *arguments: Any, **more: Any) -> Any:
+        made, states = decode(self, *arguments, **more)
+        return [made[0]._replace(verify_ms=1e3), *made[1:]], states
+
+    llm = phase5.LLM(phase5.Options(controller="cost", drafter="ngram", dtype="float32", kernels="cpp"))
+    monkeypatch.setattr(llm.prices, "provide", lambda *arguments: None)
+    monkeypatch.setattr(cpp.CppModel, "decode", cold)
+    monkeypatch.setattr("phase5.multi_step.WARM_MS", math.inf)
+    monkeypatch.setattr("phase5.controllers._choose", lambda controllers, limits: ([0], ALWAYS))
+    (sequence,) = llm.sequences(["a b c d"], dataclasses.replace(llm.params, max_new_tokens=16, ignore_eos=True))
+    for _ in llm.run([sequence]):
+        pass
+    assert max(llm.cost_model.plain.recent[1]) * START < 30.0  # their mean is above
 
 
 def test_plain_steps_whose_time_is_unknown_are_recent_all_the_same() -> None:
