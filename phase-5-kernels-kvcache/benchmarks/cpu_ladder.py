@@ -31,7 +31,7 @@ from .runs import Lab
 
 LADDER = {
     "ladder": "greedy tokens of one sequence, the steps alone; the baseline is the first rung",
-    "machine": "limits of the CPU: repeated reads of memory of a size, and float32 products",
+    "machine": "limits of the CPU: repeated reads of memory of a size, float32 products, and the products of one token",
     "gb_per_s": "bytes of matrices read / time",
     "of_bandwidth": "time of the same threads for reading as many bytes repeatedly / measured time",
     "gflop_per_s": "2 x weights x tokens / time",
@@ -131,6 +131,8 @@ def measure_cpu_ladder(lab: Lab) -> None:
     for name, size in LEVELS.items():
         lab.count("machine", cell, f"read {name}", None, partial(read, size))
     lab.count("machine", cell, "float32 arithmetic", None, lambda: peak(models.machine()))
+    for weights in FORMATS:
+        lab.count("machine", cell, f"one token, {weights} in L2", None, partial(one_token, models, weights))
 
     rows_of(lab, cell, models)
     if not lab.options.quick:
@@ -183,13 +185,10 @@ def reading(model: CppModel, size: int) -> Outcome:
     return Outcome(1, {"gb": size / 1e9}, seconds=size / 1e9 / read_speed(model, size))
 
 
-def peak(model: CppModel, weights: Weights = "float32") -> Outcome:
-    """Time products with cached weights of a format, the limit of arithmetic; the best of twenty.
-
-    Activations are rounded, but for float32. This is done once for all outputs, so many outputs hide its time.
-    """
-    rounded = weights != "float32"
-    rows, outputs, inputs = 8 * 64, (512 if rounded else 64) * model.threads, 128
+def product(
+    model: CppModel, weights: Weights, rounded: bool, rows: int, outputs: int, inputs: int, repeats: int
+) -> tuple[float, int]:
+    """Time the product of `rows` tokens with a matrix; return the seconds of the best, and the matrix's bytes."""
     shape = library().Shape(
         kind=KINDS[weights], outputs=outputs, inputs=inputs, wide=not rounded, pair=False,
         scale_group=64 if weights == "int4" else 0, zeros=False, factor=False, bias=False,
@@ -197,10 +196,34 @@ def peak(model: CppModel, weights: Weights = "float32") -> Outcome:
     packed = library().Packed(library().Arena(shape.bytes), shape)
     x, y = torch.ones(rows, inputs), torch.empty(rows, outputs)
     best = float("inf")
-    for _ in range(20):
+    for _ in range(repeats):
         began = time.perf_counter()
         model._engine.product(packed, x.data_ptr(), rows, y.data_ptr())
         best = min(best, time.perf_counter() - began)
+    return best, int(shape.bytes)
+
+
+def one_token(models: Models, weights: Weights) -> Outcome:
+    """Time the products of one token with weights in the L2 cache: its speed if memory took no time.
+
+    The difference of two sizes counts, so that the start of the threads does not.
+    """
+    model = CppModel(models.target(), weights, models.threads)
+    rounded, inputs, bits = model.activations != "float32", 512, {"float32": 32, "int8": 8, "int4": 4}.get(weights, 16)
+    panels = 6 * 2**20 // (bits * inputs) // 64  # of 64 outputs, 768 KB for each thread
+    seconds, size = product(model, weights, rounded, 1, 64 * panels * models.threads, inputs, 200)
+    few_seconds, few = product(model, weights, rounded, 1, 64 * models.threads, inputs, 200)
+    return Outcome(1, {"gb": (size - few) / 1e9}, seconds=seconds - few_seconds)
+
+
+def peak(model: CppModel, weights: Weights = "float32") -> Outcome:
+    """Time products with cached weights of a format, the limit of arithmetic; the best of twenty.
+
+    Activations are rounded, but for float32. This is done once for all outputs, so many outputs hide its time.
+    """
+    rounded = weights != "float32"
+    rows, outputs, inputs = 8 * 64, (512 if rounded else 64) * model.threads, 128
+    best, _ = product(model, weights, rounded, rows, outputs, inputs, 20)
     return Outcome(1, {"gflop": 2 * rows * outputs * inputs / 1e9}, seconds=best)
 
 

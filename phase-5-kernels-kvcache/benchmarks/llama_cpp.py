@@ -6,6 +6,7 @@ that is fastest on this machine. numpy's argmax chooses tokens, outside of the t
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) ->
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    write_vocabulary(writer, folder, config.vocab_size)
 
     tensors = {name: x for part in sorted(folder.glob("*.safetensors")) for name, x in load_file(part).items()}
     for name, tensor in tensors.items():
@@ -81,6 +82,29 @@ def write_gguf(folder: Path, config: ModelConfig, file: Path, format: Format) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
+    """Write the vocabulary of a tokenizer of GPT-2's kind, which llama-server needs; of others there are only ids."""
+    from gguf import TokenType
+
+    file = folder / "tokenizer.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    model, splits = found.get("model", {}), found.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or splits.get("type") != "ByteLevel":
+        writer.add_tokenizer_model("no_vocab")
+        return
+    special = {each["id"]: each["content"] for each in found["added_tokens"]}
+    texts = {number: text for text, number in model["vocab"].items()} | special
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([texts.get(at, f"<unused {at}>") for at in range(size)])
+    writer.add_token_types([TokenType.CONTROL if at in special else TokenType.NORMAL for at in range(size)])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_add_bos_token(False)
+    end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    if isinstance(end, int):
+        writer.add_eos_token_id(end)
 
 
 def gguf_name(name: str) -> str | None:

@@ -4,15 +4,21 @@ Server and clients are separate processes; the local engine runs in the process 
 requests, and ours must give the same tokens.
 
     python -m benchmarks.serving --output results      # in the folder of this phase
-    python -m benchmarks.serving --only peers          # transformers serve, in an environment that `make interop` makes
+    python -m benchmarks.serving --only peers          # other servers
+
+The other servers are `transformers serve`, in an environment that `make interop` makes (INTEROP names its folder), and
+llama.cpp's llama-server (LLAMA_SERVER names the program; else it is looked for in PATH). One that is not there is a row
+with the reason.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +39,10 @@ from common.harness import Bench, Variant, model_hashes, open_results
 from common.options import parse_options, run_main
 from common.phases import ROOT
 from common.prompts import Prompt
+from engine.config import ModelConfig
+from engine.kernels.cpp import default_threads
+
+from . import llama_cpp
 
 SERVING = {
     "serving": "greedy; each of `clients` sends one request after the other, with 64 new tokens; seconds are those "
@@ -75,7 +85,7 @@ def measure_serving(
 
             ask = {
                 "local engine": lambda: partial(in_process, local),
-                "HTTP, streamed": lambda: connected(streamed),
+                "HTTP, streamed": lambda: connected(partial(streamed, k=0)),
                 "HTTP": lambda: connected(whole),
             }
         for count in clients if "serving" in sections else ():
@@ -86,11 +96,16 @@ def measure_serving(
 
 
 def measure_peers(lab: Bench, clients: Sequence[int] = (1, 8)) -> None:
-    """Compare this server, plain and with drafts, with `transformers serve`."""
-    folder = str(open_checkpoint(lab.options.model).folder)
+    """Compare this server, plain and with drafts, with those of transformers and of llama.cpp."""
+    folder = open_checkpoint(lab.options.model).folder
     with ExitStack() as stack:
         mine = stack.enter_context(ours(lab))
-        other = stack.enter_context(transformers_serve(folder))
+        others = dict[str, str]()
+        for name, start in {"transformers serve": transformers_serve, "llama-server": llama_server}.items():
+            try:
+                others[name] = stack.enter_context(start(folder))
+            except UserError as error:
+                lab.refuse("peers", {"model": lab.options.model, "format": "float32"}, name, str(error))
         for count in clients:
             texts = dict[str, str]()
 
@@ -98,11 +113,8 @@ def measure_peers(lab: Bench, clients: Sequence[int] = (1, 8)) -> None:
                 each = [stack.enter_context(Client(url, model)) for _ in range(count)]  # noqa: B023 (called at once)
                 return closed_loop(lab, [partial(send, client, **how) for client in each], texts)  # noqa: B023
 
-            loops = {
-                "ours": loop(whole, mine),
-                "ours, speculative": loop(whole, mine, controller="cost"),
-                "transformers serve": loop(foreign, other, folder),
-            }
+            loops = {"ours": loop(streamed, mine, k=0), "ours, speculative": loop(streamed, mine, controller="cost")}
+            loops |= {name: loop(foreign, url, str(folder)) for name, url in others.items()}
             lab.compare("peers", {"model": lab.options.model, "format": "float32", "clients": count}, loops)
 
 
@@ -144,16 +156,35 @@ def ours(lab: Bench) -> Iterator[str]:
 
 
 @contextmanager
-def transformers_serve(folder: str) -> Iterator[str]:
+def transformers_serve(folder: Path) -> Iterator[str]:
+    """UserError if it is not installed."""
     port = free_port()
     python = Path(os.environ.get("INTEROP", ROOT / ".venv" / "interop")).absolute() / "transformers" / "bin" / "python"
     if not python.exists():
         raise UserError(f"{python} does not exist: `make interop` makes this environment; INTEROP names its folder")
     script = "from transformers.cli.transformers import main; main()"
-    command = [str(python), "-c", script, "serve", folder, "--port", str(port), "--dtype", "float32"]
+    command = [str(python), "-c", script, "serve", str(folder), "--port", str(port), "--dtype", "float32"]
     command += ["--device", "cpu"]
     with program(command, f"http://127.0.0.1:{port}") as url:
         yield url
+
+
+@contextmanager
+def llama_server(folder: Path) -> Iterator[str]:
+    """Serve the same weights from a GGUF file, eight requests at once. UserError if it cannot be done."""
+    found = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+    if found is None or not Path(found).is_file():
+        raise UserError("there is no llama-server: LLAMA_SERVER names the program")
+    if (reason := llama_cpp.why_not(config := ModelConfig.from_hf(open_checkpoint(str(folder)).config))) is not None:
+        raise UserError(reason)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "model.gguf"
+        llama_cpp.write_gguf(folder, config, file, "f32")
+        command = [found, "--model", str(file), "--port", str(port), "--threads", str(default_threads())]
+        command += ["--parallel", "8", "--ctx-size", str(8 * config.context), "--alias", str(folder), "--no-webui"]
+        with program(command, f"http://127.0.0.1:{port}") as url:
+            yield url
 
 
 def in_process(local: engine.AsyncLLMEngine, text: str, tokens: int) -> tuple[list[int], float, str]:
@@ -165,21 +196,21 @@ def in_process(local: engine.AsyncLLMEngine, text: str, tokens: int) -> tuple[li
     return told, first, said
 
 
-def streamed(client: Client, text: str, tokens: int) -> tuple[list[int], float, str]:
-    reply = client.streamed(text, max_tokens=tokens, temperature=0, ignore_eos=True, k=0, return_token_ids=True)
+def streamed(client: Client, text: str, tokens: int, **how: Any) -> tuple[list[int], float, str]:
+    asked = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, **how}
+    reply = client.streamed(text, max_tokens=tokens, **asked)
     assert reply.first_s is not None
     ids = [choice["token_ids"] for chunk in reply.chunks for choice in chunk.body["choices"]]
     return [token for each in ids for token in each], reply.first_s, reply.text
 
 
-def whole(client: Client, text: str, tokens: int, **how: Any) -> tuple[list[int], float, str]:
-    asked = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, **(how or {"k": 0})}
-    reply = client.complete(text, max_tokens=tokens, **asked)
+def whole(client: Client, text: str, tokens: int) -> tuple[list[int], float, str]:
+    reply = client.complete(text, max_tokens=tokens, temperature=0, ignore_eos=True, k=0, return_token_ids=True)
     return reply.body["choices"][0]["token_ids"], reply.total_s, reply.text
 
 
 def foreign(client: Client, text: str, tokens: int) -> tuple[list[int], float, str]:
-    reply = client.streamed(text, max_tokens=tokens, temperature=0)
+    reply = client.streamed(text, max_tokens=tokens, temperature=0, ignore_eos=True)
     return [], reply.first_s or reply.total_s, reply.text
 
 
