@@ -2,8 +2,8 @@
 
 Sections (`--only`): `sweep`, drafters x K x temperature x dtype, each cell predicted before it is run (its parts are
 `survival`, `cost` and `prediction`); `synthetic`, the same with forced acceptance, where only costs can be wrong;
-`latency`, an open loop against the engine, at rising rates; `serving`, the server against the engine that it serves. A
-run that was killed goes on with `--resume`.
+`latency`, an open loop against the engine, at rising rates; `serving`, the server against the engine that it serves.
+Only on request: `peers`, other servers with the same weights. A run that was killed goes on with `--resume`.
 
     python bench.py --quick
     python bench.py --output results
@@ -13,15 +13,18 @@ run that was killed goes on with `--resume`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import launch  # noqa: F401 (must be the first import)
 import torch
 from benchmarks.sections import (
     FIGURES,
     Options,
+    Section,
     draw_predictions,
     measure_latency,
     measure_server,
+    measure_servers,
     measure_sweep,
     measure_synthetic,
 )
@@ -34,11 +37,12 @@ from instruments.loads import draw as draw_loads
 from instruments.loads import summary
 from instruments.predict import compared, sentences, verdicts
 
-SECTIONS = {
+SECTIONS: dict[Section, Callable[[Bench, Options], None]] = {
     "sweep": measure_sweep,
     "synthetic": measure_synthetic,
     "latency": measure_latency,
     "serving": measure_server,
+    "peers": measure_servers,
 }
 
 
@@ -50,11 +54,12 @@ def main(arguments: list[str]) -> int:
     hashes = model_hashes(options.model, "auto")
     with open_results(options, FIGURES, device, options.dtype, hashes) as results:
         bench = Bench(options, results, device)
-        for name in options.only or SECTIONS:
+        for name in options.only or [name for name in SECTIONS if name != "peers"]:  # other servers are not everywhere
             SECTIONS[name](bench, options)
         bench.report("sweep", "Sweep")
         bench.report("serving", "What HTTP costs")
         bench.report("first", "Time to the first token over HTTP")
+        bench.report("peers", "Other servers")
         predictions = compared(results.rows)
         names = list(dict.fromkeys(name for line in predictions for name in line))
         if predictions:

@@ -19,9 +19,9 @@ from instruments.latency import measure as measure_load
 from instruments.predict import PREDICTIONS, survey
 from instruments.sweep import DEFINITIONS, SweepOptions, run_cells, tasks
 
-from .serving import SERVING, measure_serving
+from .serving import SERVING, measure_peers, measure_serving
 
-Section = Literal["sweep", "synthetic", "latency", "serving"]
+Section = Literal["sweep", "synthetic", "latency", "serving", "peers"]
 FIGURES = DEFINITIONS | PREDICTIONS | LATENCIES | SERVING
 GRID = ["k=1,2,4,6,8", "drafter=model,ngram,eagle", "temperature=0,1", "dtype=float32,bfloat16"]
 # The seed tells these cells from those of the sweep.
@@ -78,6 +78,12 @@ def measure_latency(bench: Bench, options: Options) -> None:
 def measure_server(bench: Bench, options: Options) -> None:
     """Compare the server with the engine that it serves."""
     measure_serving(bench, ("serving",) if options.quick else ("serving", "first"), (1,) if options.quick else (1, 8))
+
+
+def measure_servers(bench: Bench, options: Options) -> None:
+    """Compare the server with others."""
+    if not options.dry_run:
+        measure_peers(bench)
 
 
 def draw_predictions(lines: Sequence[Mapping[str, Any]], file: Path, mark: str = "") -> None:

@@ -3,12 +3,12 @@
 Server and clients are separate processes; the local engine runs in the process of the clients. All compute the same
 requests, and ours must give the same tokens.
 
-    python -m benchmarks.serving --output results      # in the folder of this phase
-    python -m benchmarks.serving --only peers          # other servers
+    python bench.py --only serving --output results
+    python bench.py --only peers --output results
 
-The other servers are `transformers serve`, in an environment that `make interop` makes (INTEROP names its folder), and
-llama.cpp's llama-server (LLAMA_SERVER names the program; else it is looked for in PATH). One that is not there is a row
-with the reason.
+The other servers (`peers`) are `transformers serve`, in an environment that `make interop` makes (INTEROP names its
+folder), and llama.cpp's llama-server (LLAMA_SERVER names the program; else it is looked for in PATH). One that is not
+there is a row with the reason.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from serving.client import Client
 
 import engine
-from common.benchmark import BenchOptions, Outcome, WrongResult, print_document
+from common.benchmark import Outcome, WrongResult
 from common.checkpoint import open_checkpoint
-from common.device import resolve_device
 from common.errors import UserError
-from common.harness import Bench, Variant, model_hashes, open_results
-from common.options import parse_options, run_main
+from common.harness import Bench, Variant
 from common.phases import ROOT
 from common.prompts import Prompt
 from engine.config import ModelConfig
@@ -54,20 +51,11 @@ SERVING = {
 }
 TOKENS, REQUESTS = 64, 3  # of a request; of a client
 PHASE = Path(__file__).resolve().parent.parent
-Section = Literal["serving", "first", "peers"]
 Send = Callable[[str, int], tuple[list[int], float, str]]  # a prompt -> token ids, seconds to the first, text
 
 
-class Options(BenchOptions):
-    """Measure what HTTP costs over the engine."""
-
-    budget: float = Field(60, gt=0, description="seconds of one comparison; see also --rounds")
-    only: list[Section] = Field(["serving", "first"], description="measure this section alone; repeatable")
-    clients: list[int] = Field([1, 8], min_length=1, description="at once; repeatable")
-
-
 def measure_serving(
-    lab: Bench, sections: Sequence[Section] = ("serving", "first"), clients: Sequence[int] = (1, 8)
+    lab: Bench, sections: Sequence[str] = ("serving", "first"), clients: Sequence[int] = (1, 8)
 ) -> None:
     """Compare the engine in this process with the server in another one."""
     cell = {"model": lab.options.model, "format": "float32"}
@@ -101,7 +89,7 @@ def measure_peers(lab: Bench, clients: Sequence[int] = (1, 8)) -> None:
     with ExitStack() as stack:
         mine = stack.enter_context(ours(lab))
         others = dict[str, str]()
-        for name, start in {"transformers serve": transformers_serve, "llama-server": llama_server}.items():
+        for name, (start, _) in PEERS.items():
             try:
                 others[name] = stack.enter_context(start(folder))
             except UserError as error:
@@ -114,7 +102,7 @@ def measure_peers(lab: Bench, clients: Sequence[int] = (1, 8)) -> None:
                 return closed_loop(lab, [partial(send, client, **how) for client in each], texts)  # noqa: B023
 
             loops = {"ours": loop(streamed, mine, k=0), "ours, speculative": loop(streamed, mine, controller="cost")}
-            loops |= {name: loop(foreign, url, str(folder)) for name, url in others.items()}
+            loops |= {name: loop(foreign, url, str(folder), **PEERS[name][1]) for name, url in others.items()}
             lab.compare("peers", {"model": lab.options.model, "format": "float32", "clients": count}, loops)
 
 
@@ -187,6 +175,13 @@ def llama_server(folder: Path) -> Iterator[str]:
             yield url
 
 
+# What starts a server, and its fields. transformers refuses `ignore_eos`: a text that ends early counts as whole.
+PEERS: dict[str, tuple[Callable[[Path], AbstractContextManager[str]], dict[str, Any]]] = {
+    "transformers serve": (transformers_serve, {}),
+    "llama-server": (llama_server, {"ignore_eos": True}),
+}
+
+
 def in_process(local: engine.AsyncLLMEngine, text: str, tokens: int) -> tuple[list[int], float, str]:
     params = engine.SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     began, first, told, said = time.perf_counter(), 0.0, list[int](), ""
@@ -209,8 +204,8 @@ def whole(client: Client, text: str, tokens: int) -> tuple[list[int], float, str
     return reply.body["choices"][0]["token_ids"], reply.total_s, reply.text
 
 
-def foreign(client: Client, text: str, tokens: int) -> tuple[list[int], float, str]:
-    reply = client.streamed(text, max_tokens=tokens, temperature=0, ignore_eos=True)
+def foreign(client: Client, text: str, tokens: int, **how: Any) -> tuple[list[int], float, str]:
+    reply = client.streamed(text, max_tokens=tokens, temperature=0, **how)
     return [], reply.first_s or reply.total_s, reply.text
 
 
@@ -248,22 +243,3 @@ def first_token(lab: Bench, send: Send) -> Variant:
         return Outcome(len(seconds), {"ttft_ms": 1e3 * sum(seconds) / len(seconds)}, seconds=sum(seconds))
 
     return run
-
-
-def main(arguments: list[str]) -> int:
-    options = parse_options(Options, arguments, program="serving.py")
-    device, hashes = resolve_device("cpu"), model_hashes(options.model, "auto")
-    with open_results(options, SERVING, device, "float32", hashes) as results:
-        lab = Bench(options, results, device)
-        measure_serving(lab, options.only, options.clients)
-        if "peers" in options.only:
-            measure_peers(lab, options.clients)
-        for name in ("serving", "first", "peers"):
-            lab.report(name, name)
-        status = lab.close()
-        print_document(lab.document())
-        return status
-
-
-if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
