@@ -206,6 +206,7 @@ def whole(client: Client, text: str, tokens: int) -> tuple[list[int], float, str
 
 def foreign(client: Client, text: str, tokens: int, **how: Any) -> tuple[list[int], float, str]:
     reply = client.streamed(text, max_tokens=tokens, temperature=0, **how)
+    client.close()  # llama-server ends a connection after some requests, without telling; the next one opens another
     return [], reply.first_s or reply.total_s, reply.text
 
 
