@@ -175,10 +175,8 @@ int draw_residual(
     if (draft == nullptr) spare[rejected] = 0;
     else
         for (int i = 0; i < vocab; ++i) spare[i] = std::max(0.0f, spare[i] - draft[i]);
-    double mass = 0;
-    for (int i = 0; i < vocab; ++i) mass += spare[i];
     // Rounding can reject a token whose ratio differs from 1 in the last bit; the residual is then empty.
-    const float* residual = mass > 0 ? spare : target;
+    const float* residual = spare[isa.largest(spare, vocab)] > 0 ? spare : target;
     if (certain) return isa.largest(residual, vocab);
     return draw_inverse(residual, vocab, seed, sample, position, RESIDUAL);
 }

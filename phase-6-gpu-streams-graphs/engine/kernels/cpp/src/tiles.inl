@@ -10,7 +10,8 @@ constexpr bool is_levels(Kind kind) { return kind == Kind::i8 || kind == Kind::i
 // The tokens, panels and registers of a panel of one tile: enough sums to hide the latency of an addition, and no more
 // than fit in registers. ahead: how many bytes ahead each stream of weights is prefetched; 0: not at all, because the
 // hardware's own prefetchers are faster (measured with AVX2 and AVX-512, weights in the caches and in memory). They
-// follow the two streams of one token well: with eight, products from the L2 cache take 1.5 times as long.
+// follow the two streams of one token well: with eight, products from the L2 cache take 1.5 times as long. With AVX-512
+// the same holds for two and three tokens, but not in float16.
 // STREAMED: the most tokens for which whole panels are streamed. More tokens share a chunk. Up to `direct` tokens use it
 // as stored, in groups of at most `group`. More use it in groups of at most TOKENS, and 16-bit weights are converted to
 // float32 first. Integers are never converted.
@@ -22,16 +23,16 @@ struct Tiling<false> {
     static constexpr int TOKENS = 8, STREAMED = 8;
     static constexpr int group(Kind) { return 8; }
     static constexpr int direct(Kind) { return 16; }
-    static constexpr int panels(int m) { return m == 1 ? 2 : m <= 3 ? 4 : m <= 6 ? 2 : 1; }
+    static constexpr int panels(Kind kind, int m) { return kind == Kind::f16 && (m == 2 || m == 3) ? 4 : m <= 6 ? 2 : 1; }
     static constexpr int registers(int) { return 2; }
-    static constexpr int ahead(Kind, int m) { return m > 1 ? 8192 : 0; }
+    static constexpr int ahead(Kind kind, int m) { return m == 1 || (m <= 3 && kind != Kind::f16) ? 0 : 8192; }
 };
 template <>
 struct Tiling<true> {
     static constexpr int TOKENS = 6, STREAMED = 6;
     static constexpr int group(Kind) { return TOKENS; }
     static constexpr int direct(Kind) { return MAX_BLOCK; }
-    static constexpr int panels(int) { return 2; }
+    static constexpr int panels(Kind, int) { return 2; }
     static constexpr int registers(int) { return 2; }
     static constexpr int ahead(Kind, int) { return 0; }
 };
@@ -43,7 +44,7 @@ struct Tiling<false> {
     static constexpr int TOKENS = 3, STREAMED = 3;
     static constexpr int group(Kind kind) { return kind == Kind::bf16 ? 5 : 4; }
     static constexpr int direct(Kind kind) { return kind == Kind::f32 ? 8 : 16; }
-    static constexpr int panels(int m) { return m == 1 ? 8 / PANEL_REGISTERS : 1; }
+    static constexpr int panels(Kind, int m) { return m == 1 ? 8 / PANEL_REGISTERS : 1; }
     static constexpr int registers(int m) { return m == 1 ? PANEL_REGISTERS : m <= 3 ? 4 : 2; }
     static constexpr int ahead(Kind, int) { return 0; }
 };
@@ -52,7 +53,7 @@ struct Tiling<true> {
     static constexpr int TOKENS = 5, STREAMED = 3;
     static constexpr int group(Kind) { return TOKENS; }
     static constexpr int direct(Kind) { return MAX_BLOCK; }
-    static constexpr int panels(int m) { return m == 1 ? 2 : 1; }
+    static constexpr int panels(Kind, int m) { return m == 1 ? 2 : 1; }
     static constexpr int registers(int m) { return m <= 2 ? 4 : 2; }
     static constexpr int ahead(Kind, int) { return 0; }
 };

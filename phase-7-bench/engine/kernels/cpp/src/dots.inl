@@ -135,7 +135,7 @@ template <Kind KIND, bool WIDE, int M>
 static void stream_tokens(
     const Matrix& w, const Acts& x, int count, int begin, int end, float* out, size_t stride, int limit, bool add
 ) {
-    if (count == M) stream<KIND, WIDE, M, Tiling<is_levels(KIND)>::panels(M)>(w, x, begin, end, out, stride, limit, add);
+    if (count == M) stream<KIND, WIDE, M, Tiling<is_levels(KIND)>::panels(KIND, M)>(w, x, begin, end, out, stride, limit, add);
     else if constexpr (M > 1) stream_tokens<KIND, WIDE, M - 1>(w, x, count, begin, end, out, stride, limit, add);
 }
 
