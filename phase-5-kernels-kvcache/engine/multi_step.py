@@ -9,7 +9,7 @@ costs as much again outside of its kernels. The controllers say for how many ste
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,6 @@ BUDGET_MS = 25.0  # a call makes no further step after so long: its text is show
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
 
 
-@runtime_checkable
 class CppDrafter(Protocol):
     """A drafter whose tokens C++ draws within a call."""
 
@@ -104,7 +103,8 @@ def _plan(
     """Choose the steps of the next call; None if there is to be no call."""
     if drafter is None or not any(asked):
         return Call(asked, _steps(sequences, asked, drafter))
-    if not isinstance(drafter, CppDrafter | NgramDrafter) or not isinstance(policy, SampleMatch | Rejection):
+    in_cpp = hasattr(drafter, "start") or isinstance(drafter, NgramDrafter)
+    if not in_cpp or not isinstance(policy, SampleMatch | Rejection):
         return None
     if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
         return None  # a profile tells the parts of a step apart

@@ -9,7 +9,7 @@ costs as much again outside of its kernels. The controllers say for how many ste
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ BUDGET_MS = 25.0  # a call makes no further step after so long, or once it is hu
 NOTHING = Draft.nothing(0)  # a call keeps no distributions
 
 
-@runtime_checkable
 class CppDrafter(Protocol):
     """A drafter whose tokens C++ draws within a call."""
 
@@ -103,9 +102,8 @@ def _plan(drafter: Drafter | None, sequences: list[Sequence], asked: list[int], 
     if drafter is None or not any(asked):
         return Call(asked, min(most, _steps(sequences, asked, drafter)))
     rules = [rule_of(sequence.policy) for sequence in sequences]
-    if not isinstance(drafter, CppDrafter | NgramDrafter) or not all(
-        isinstance(r, SampleMatch | Rejection) for r in rules
-    ):
+    in_cpp = hasattr(drafter, "start") or isinstance(drafter, NgramDrafter)
+    if not in_cpp or not all(isinstance(rule, SampleMatch | Rejection) for rule in rules):
         return None
     if CURRENT.get() is not None or any(sequence.controller.ends_early for sequence in sequences):
         return None  # a profile tells the parts of a step apart

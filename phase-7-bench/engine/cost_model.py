@@ -46,18 +46,29 @@ class Table:
 
     def __init__(self) -> None:
         self.recent: dict[int, deque[float]] = {}
+        self._usual: dict[int, float] = {}  # of every size that was observed
         self._line: tuple[list[int], list[float]] | None = None
 
     def observe(self, size: int, time: float) -> None:
-        self.recent.setdefault(size, deque(maxlen=9)).append(time)
+        recent = self.recent.setdefault(size, deque(maxlen=9))
+        recent.append(time)
+        self._usual[size] = usual(recent)
         self._line = None
 
+    def line(self) -> tuple[list[int], list[float]]:
+        """Return the sizes and their usual times. Smaller sizes never cost more: a larger measured time is noise."""
+        if self._line is None:
+            sizes = sorted(self.recent)
+            times = [self._usual[size] for size in sizes]
+            for at in range(len(times) - 1, 0, -1):
+                if times[at - 1] > times[at]:
+                    times[at - 1] = times[at]
+            self._line = sizes, times
+        return self._line
+
     def usual(self) -> dict[int, float]:
-        """Return the usual time by size. Smaller sizes never cost more: a larger measured time is noise."""
-        found, least = dict[int, float](), float("inf")
-        for size in sorted(self.recent, reverse=True):
-            found[size] = least = min(least, usual(self.recent[size]))
-        return dict(reversed(found.items()))
+        """Return the usual time by size."""
+        return dict(zip(*self.line(), strict=True))
 
     def mean(self, size: int) -> float:
         """Return the mean time of this size, each capped at STALL times `at`; `at` if it was not measured."""
@@ -66,10 +77,7 @@ class Table:
 
     def at(self, size: int) -> float:
         """Return the time of this size; the table must not be empty."""
-        if self._line is None:
-            found = self.usual()
-            self._line = list(found), list(found.values())
-        sizes, times = self._line
+        sizes, times = self.line()
         if size <= sizes[0]:
             return times[0]
         if size >= sizes[-1]:
@@ -133,12 +141,15 @@ class CostModel:
 
     def time(self, widths: Sequence[int]) -> float:
         """Predict the time of a step that drafts widths[r] tokens for row r."""
-        rows, deepest = len(widths), max(widths)
-        if not deepest:  # a measured plain step that costs more than a larger step is noise
+        rows, drafts, level = len(widths), 0.0, 0
+        for at, width in enumerate(sorted(widths)):  # at the levels between two widths all but `at` rows draft
+            if width > level:
+                drafts += (width - level) * self.draft.at(rows - at)
+                level = width
+        if not level:  # a measured plain step that costs more than a larger step is noise
             return min(self.plain.at(rows), self.verify.at(rows) + self.accept.at(rows))
-        drafted = sum(self.nodes.get(width, width) for width in widths)
-        drafts = sum(self.draft.at(sum(width >= level for width in widths)) for level in range(1, deepest + 1))
-        return drafts + self.verify.at(rows + drafted) + self.accept.at(rows)
+        nodes = sum(map(self.nodes.get, widths, widths))
+        return drafts + self.verify.at(rows + nodes) + self.accept.at(rows)
 
     def chances(self, count: int) -> list[float]:
         """Return the acceptance of each position in the texts so far."""
