@@ -121,6 +121,13 @@ def test_another_drafter_beside_the_draft_model_keeps_its_graphs(folder: str) ->
     assert done.stdout == "proved\n", done.stderr
 
 
+@pytest.mark.parametrize("part", ["known", "dead"])
+@pytest.mark.usefixtures("emulator")
+def test_what_a_text_leaves_behind(part: str, folder: str) -> None:
+    done = proof(folder, json.dumps({"kv": "paged", "k": 2}), part)
+    assert done.stdout == "proved\n", done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "mistral"])
 @pytest.mark.usefixtures("emulator")

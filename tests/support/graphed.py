@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,23 @@ def decisions(llm: Any, prompts: list[str], lengths: list[int] | None = None) ->
     """Decode; return the tokens of every sequence, and what each of its steps decided. lengths: new tokens of each."""
     params = [dataclasses.replace(llm.params, max_new_tokens=n) for n in lengths] if lengths else llm.params
     sequences = llm.sequences(prompts, params)
+    return decided(llm.run(sequences), sequences)
+
+
+def decided(steps: Iterable[Any], sequences: list[Any]) -> list[tuple[list[int], list[Decision]]]:
+    """Make the steps; return the tokens of every sequence, and what each of its steps decided."""
     found: dict[Any, list[Decision]] = {sequence: [] for sequence in sequences}
-    for step in llm.run(sequences):
+    for step in steps:
         for sequence, tree, path in zip(step.sequences, step.trees, step.paths, strict=True):
             HOST["length"] = sequence.length
             found[sequence].append((tree.tokens, len(path.nodes), path.next_token))
     return [(sequence.tokens, found[sequence]) for sequence in sequences]
+
+
+def served(engine: Any) -> Iterator[Any]:
+    """Yield the steps of an engine until it has nothing to do."""
+    while engine.busy:
+        yield from engine.advance()
 
 
 def prove_tokens(llm: Any, folder: str, options: dict[str, Any]) -> None:
@@ -152,12 +163,7 @@ def prove_mixed(llm: Any, folder: str, options: dict[str, Any]) -> None:
             for name, t in MIXED
         ]
         sequences = [engine.requests[number][0] for number in numbers]
-        found: dict[Any, list[Decision]] = {sequence: [] for sequence in sequences}
-        while engine.busy:
-            for step in engine.advance():
-                for sequence, tree, path in zip(step.sequences, step.trees, step.paths, strict=True):
-                    found[sequence].append((tree.tokens, len(path.nodes), path.next_token))
-        assert [(sequence.tokens, found[sequence]) for sequence in sequences] == wanted, "decisions differ"
+        assert decided(served(engine), sequences) == wanted, "decisions differ"
     assert max(len(bucket.policies) for bucket in llm.backends.graphs.made) == 3
     assert set(llm.backends.graphs.stats.eager_steps) == {"a prompt"}
 
@@ -176,6 +182,29 @@ def prove_drafters(llm: Any, folder: str, options: dict[str, Any]) -> None:
     stats = llm.backends.graphs.stats
     assert set(stats.eager_steps) == {"a prompt", "the drafter drafts on the host"}, stats
     assert stats.captures == 2, stats
+
+
+def prove_known(llm: Any, folder: str, options: dict[str, Any]) -> None:
+    """A text ends with its block but for the last token's key, which is not computed: later prompts compute it."""
+    reference, engine = make(phase5, folder, options), phase6.LLMEngine(llm, 2, 64)
+    prompt = list(range(7, 16))
+    for new in (16 - len(prompt), 6):
+        params = dataclasses.replace(llm.params, max_new_tokens=new, ignore_eos=True)
+        sequences = engine.requests[engine.add_request(prompt, params)]
+        params = dataclasses.replace(reference.params, max_new_tokens=new, ignore_eos=True)
+        alone = phase5.Sequence(prompt, params, reference.loaded.ending)
+        assert decided(served(engine), sequences) == decided(reference.run([alone]), [alone]), "decisions differ"
+        prompt = [*prompt, *alone.tokens, 5]
+    assert llm.backends.graphs.stats.replays > 2
+
+
+def prove_dead(llm: Any, folder: str, options: dict[str, Any]) -> None:
+    """A lane past its end computes token 0. If its logits are not finite, the other lanes go on."""
+    reference = make(phase5, folder, options)
+    for each in (llm, reference):
+        each.loaded.model.embedding.weight.data[0] = float("nan")
+    lengths = [3, 8]
+    assert decisions(llm, PROMPTS[1:3], lengths) == decisions(reference, PROMPTS[1:3], lengths), "decisions differ"
 
 
 class Steps:
@@ -279,6 +308,10 @@ def prove(folder: str, options: dict[str, Any], part: str, mutant: str | None) -
         prove_mixed(llm, folder, options)
     if part == "drafters":
         prove_drafters(llm, folder, options)
+    if part == "known":
+        prove_known(llm, folder, options)
+    if part == "dead":
+        prove_dead(llm, folder, options)
     if part in ("arguments", "all"):
         prove_arguments(llm)
     if part in ("shrinking", "all"):
