@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,17 +31,20 @@ from .runs import Lab
 
 LADDER = {
     "ladder": "greedy tokens of one sequence, the steps alone; the baseline is the first rung",
-    "machine": "limits of the CPU: repeated reads of memory of a size, float32 products, and the products of one token",
+    "machine": "limits of the CPU, the best of five seconds each: reads of memory of a size, float32 products, "
+    "the products of one token",
     "gb_per_s": "bytes of matrices read / time",
     "of_bandwidth": "time of the same threads for reading as many bytes repeatedly / measured time",
     "gflop_per_s": "2 x weights x tokens / time",
 }
 CHECKED = 12  # tokens whose logits are compared with the torch model before a rung is timed
 TOKENS = 64  # of a run
+LIMIT_SECONDS = 5.0  # for each limit of the CPU: other programs slow a CPU for seconds
 # Bounds of the error, relative to the largest logit.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 3e-2}
 FUSED: dict[Weights, float] = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-3, "int8": 0.1, "int4": 0.6}
 LEVELS = {"L2": 2**20, "L3": 24 * 2**20, "DRAM": 2**29}  # bytes, over all threads
+Timed = TypeVar("Timed", float, tuple[float, int])  # seconds; seconds and bytes
 Steps = Callable[
     [int], float
 ]  # decodes a number of tokens after the checked ones, and returns the seconds of the steps
@@ -125,14 +128,15 @@ def measure_cpu_ladder(lab: Lab) -> None:
         runs[f"fused step, {weights}"] = timed(models, partial(models.fused, weights))
     lab.compare("ladder", cell, runs)
 
-    def read(size: int) -> Outcome:
-        return reading(models.machine(), size)
+    def limit(variant: str, measure: Callable[[float], Outcome]) -> None:
+        lasting = 0.0 if lab.options.quick else LIMIT_SECONDS
+        lab.count("machine", cell, variant, None, lambda: measure(lasting))
 
     for name, size in LEVELS.items():
-        lab.count("machine", cell, f"read {name}", None, partial(read, size))
-    lab.count("machine", cell, "float32 arithmetic", None, lambda: peak(models.machine()))
+        limit(f"read {name}", partial(reading, models, size))
+    limit("float32 arithmetic", lambda lasting: peak(models.machine(), lasting=lasting))
     for weights in FORMATS:
-        lab.count("machine", cell, f"one token, {weights} in L2", None, partial(one_token, models, weights))
+        limit(f"one token, {weights} in L2", partial(one_token, models, weights))
 
     rows_of(lab, cell, models)
     if not lab.options.quick:
@@ -181,8 +185,17 @@ def read_speed(model: CppModel, size: int) -> float:
     return max(map(float, speeds)) / 1e9
 
 
-def reading(model: CppModel, size: int) -> Outcome:
-    return Outcome(1, {"gb": size / 1e9}, seconds=size / 1e9 / read_speed(model, size))
+def least(measure: Callable[[], Timed], lasting: float) -> Timed:
+    """Return the least time of those that are measured in so many seconds, once at least."""
+    until, found = time.monotonic() + lasting, measure()
+    while time.monotonic() < until:
+        found = min(found, measure())
+    return found
+
+
+def reading(models: Models, size: int, lasting: float) -> Outcome:
+    seconds = least(lambda: size / 1e9 / read_speed(models.machine(), size), lasting)
+    return Outcome(1, {"gb": size / 1e9}, seconds=seconds)
 
 
 def product(
@@ -203,27 +216,31 @@ def product(
     return best, int(shape.bytes)
 
 
-def one_token(models: Models, weights: Weights) -> Outcome:
+def one_token(models: Models, weights: Weights, lasting: float) -> Outcome:
     """Time the products of one token with weights in the L2 cache: its speed if memory took no time.
 
-    The difference of two sizes counts, so that the start of the threads does not.
+    The difference of two sizes counts, each at its best, so that the start of the threads does not.
     """
     model = CppModel(models.target(), weights, models.threads)
     rounded, inputs, bits = model.activations != "float32", 512, {"float32": 32, "int8": 8, "int4": 4}.get(weights, 16)
     panels = 6 * 2**20 // (bits * inputs) // 64  # of 64 outputs, 768 KB for each thread
-    seconds, size = product(model, weights, rounded, 1, 64 * panels * models.threads, inputs, 200)
-    few_seconds, few = product(model, weights, rounded, 1, 64 * models.threads, inputs, 200)
+
+    def of(panels: int) -> tuple[float, int]:
+        outputs = 64 * panels * models.threads
+        return least(lambda: product(model, weights, rounded, 1, outputs, inputs, 200), lasting / 2)
+
+    (seconds, size), (few_seconds, few) = of(panels), of(1)
     return Outcome(1, {"gb": (size - few) / 1e9}, seconds=seconds - few_seconds)
 
 
-def peak(model: CppModel, weights: Weights = "float32") -> Outcome:
+def peak(model: CppModel, weights: Weights = "float32", lasting: float = 0.0) -> Outcome:
     """Time products with cached weights of a format, the limit of arithmetic; the best of twenty.
 
     Activations are rounded, but for float32. This is done once for all outputs, so many outputs hide its time.
     """
     rounded = weights != "float32"
     rows, outputs, inputs = 8 * 64, (512 if rounded else 64) * model.threads, 128
-    best, _ = product(model, weights, rounded, rows, outputs, inputs, 20)
+    best, _ = least(lambda: product(model, weights, rounded, rows, outputs, inputs, 20), lasting)
     return Outcome(1, {"gflop": 2 * rows * outputs * inputs / 1e9}, seconds=best)
 
 
