@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 START = 64  # assumed overhead of a forward pass without a cache, in positions
 STALE = 128  # steps with drafts after which plain steps are made again
+PLAIN = 3  # times of plain steps that count: while drafts are made, a new one comes only every STALE steps
 LOOK = 0.005  # share of the time that may be lost by drafting as a test
 ALLOWANCE = 64  # plain steps that drafts may lose to plain decoding
 STALL = 2.0  # a step longer than this multiple of its expected time was interrupted, and is capped at it
@@ -42,15 +43,16 @@ def usual(times: Iterable[float]) -> float:
 
 
 class Table:
-    """Recent times by size. Linear between measured sizes, and beyond them with the mean slope."""
+    """The last `keep` times by size. Linear between measured sizes, and beyond them with the mean slope."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 9) -> None:
+        self.keep = keep
         self.recent: dict[int, deque[float]] = {}
         self._usual: dict[int, float] = {}  # of every size that was observed
         self._line: tuple[list[int], list[float]] | None = None
 
     def observe(self, size: int, time: float) -> None:
-        recent = self.recent.setdefault(size, deque(maxlen=9))
+        recent = self.recent.setdefault(size, deque(maxlen=self.keep))
         recent.append(time)
         self._usual[size] = usual(recent)
         self._line = None
@@ -118,7 +120,7 @@ class Acceptance:
 class CostModel:
     """Times on this machine with these models, and the acceptance so far; all sequences of an LLM share them."""
 
-    plain: Table = field(default_factory=Table)
+    plain: Table = field(default_factory=lambda: Table(PLAIN))
     verify: Table = field(default_factory=Table)
     draft: Table = field(default_factory=Table)
     accept: Table = field(default_factory=Table)

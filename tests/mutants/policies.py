@@ -139,6 +139,7 @@ CACHED = "phase-5-kernels-kvcache/engine"
 COSTS = mutants(
     f"{CACHED}/cost_model.py",
     ("tests/phase5/test_cost_model.py",),
+    ("Table(PLAIN)", "Table()"),
     ("cost = min(took, most)", "cost = took"),
     ("cost = drafting + self.verify.at(rows + drafted)", "cost = self.verify.at(rows + drafted)"),
     ("if prefilled:  # the target's", "if False:  # the target's"),

@@ -361,6 +361,17 @@ def test_a_plain_step_is_measured_again_after_a_while() -> None:
     assert mine.next_k() > 0
 
 
+def test_the_first_plain_step_that_is_faster_counts() -> None:
+    """While drafts are made, plain steps are measured once in STALE steps: nine of them would be an age."""
+    model = priced(*CHEAP)
+    (controller,) = rows_of(model, [0.5])
+    for _ in range(9):
+        model.observe_plain(1, 2.0)
+    assert choose([controller], [8]) != [0]
+    model.observe_plain(1, 0.8)
+    assert choose([controller], [8]) == [0]
+
+
 def test_for_how_many_steps_an_answer_holds() -> None:
     model = priced(*CHEAP)
     new, old = CostController(Bounds(1, 8), model), CostController(Bounds(1, 8), model, drafts=2)
