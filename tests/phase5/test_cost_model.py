@@ -362,7 +362,7 @@ def test_a_plain_step_is_measured_again_after_a_while() -> None:
 
 
 def test_the_first_plain_step_that_is_faster_counts() -> None:
-    """While drafts are made, plain steps are measured once in STALE steps: nine of them would be an age."""
+    """While drafts are made, plain steps are measured once in STALE steps: the controller cannot wait for several."""
     model = priced(*CHEAP)
     (controller,) = rows_of(model, [0.5])
     for _ in range(9):

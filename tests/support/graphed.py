@@ -185,7 +185,7 @@ def prove_drafters(llm: Any, folder: str, options: dict[str, Any]) -> None:
 
 
 def prove_known(llm: Any, folder: str, options: dict[str, Any]) -> None:
-    """A text ends with its block but for the last token's key, which is not computed: later prompts compute it."""
+    """The key of a text's last token is not computed. A later prompt that begins with the text computes it."""
     reference, engine = make(phase5, folder, options), phase6.LLMEngine(llm, 2, 64)
     prompt = list(range(7, 16))
     for new in (16 - len(prompt), 6):
